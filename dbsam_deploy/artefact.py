@@ -1,0 +1,116 @@
+"""`manifest.json`: what an export published, and the check that it is still what was published."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+from .imaging import Preprocessing
+
+MANIFEST_NAME = "manifest.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class GraphFile:
+    """One exported graph: file name relative to the manifest, content hash and size."""
+
+    file: str
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A published export: `folder` holds `manifest.json` and the graph files it names.
+
+    Attributes:
+        folder: where the manifest lies.
+        variant: model variant, see `dbsam_deploy.model.VARIANTS`.
+        precision: recipe stem, `fp32`, `fp16`, …
+        preprocessing: how images enter the model.
+        graphs: graph name (`encoder`, `decoder`, `prompt_decoder`) → file.
+        weights: where the weights came from: `source`, `sha256`, `trained` and a `note` for users.
+        figures: measured parity, Dice and latency, as in the closing table.
+        versions: library versions that made it.
+    """
+
+    folder: Path
+    variant: str
+    precision: str
+    preprocessing: Preprocessing
+    graphs: dict[str, GraphFile]
+    weights: dict[str, Any] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def path(self, graph: str) -> Path:
+        """File of `graph`."""
+        return self.folder / self.graphs[graph].file
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file's content."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def graph_file(path: Path, folder: Path) -> GraphFile:
+    """Describe `path` for a manifest that lies in `folder`."""
+    return GraphFile(path.relative_to(folder).as_posix(), sha256_of(path), path.stat().st_size)
+
+
+def write_artefact(artefact: Artefact) -> Path:
+    """Write the manifest (atomically) and return its path."""
+    body = {"format": FORMAT_VERSION, **asdict(artefact)}
+    del body["folder"]
+    path = artefact.folder / MANIFEST_NAME
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(body, indent=2, sort_keys=True) + "\n")
+    partial.replace(path)
+    return path
+
+
+def load_artefact(folder: Path) -> Artefact:
+    """Read a published export and check every graph file against its hash.
+
+    Args:
+        folder: directory that holds `manifest.json`.
+
+    Raises:
+        InputError: no manifest, another format, a missing file or one that was changed.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise InputError(
+            f"no {MANIFEST_NAME} in {folder}: run `python -m dbsam_deploy.export` first, or name "
+            "the folder it wrote (for example build/fp16)"
+        )
+    try:
+        body = json.loads(path.read_text())
+        if body.pop("format") != FORMAT_VERSION:
+            raise InputError(f"{path}: another manifest format; export again with this version")
+        body["preprocessing"] = Preprocessing(**body["preprocessing"])
+        body["graphs"] = {name: GraphFile(**item) for name, item in body["graphs"].items()}
+        artefact = Artefact(folder=folder, **body)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{path} is not a manifest of this library ({error}); export again"
+        ) from error
+    for name, item in artefact.graphs.items():
+        file = folder / item.file
+        if not file.resolve().is_relative_to(folder.resolve()) or not file.is_file():
+            raise InputError(
+                f"{path} names {item.file} for {name}, which is not there; export again"
+            )
+        if sha256_of(file) != item.sha256:
+            raise InputError(
+                f"{file} was changed after its export (its hash differs); export again"
+            )
+    return artefact

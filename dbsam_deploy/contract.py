@@ -1,0 +1,201 @@
+"""The one definition of what crosses a graph boundary: names, dtypes, axes and frames.
+
+ONNX input and output names, engine profiles, every `config.pbtxt` and the client's arrays are derived
+from the specs below; no other module writes a tensor name as a string of its own.
+
+Coordinate frames:
+    image frame   pixels of the image as the user has it, (x, y), origin at the top-left pixel's
+                  top-left corner as in SAM; boxes are (x0, y0, x1, y1).
+    model frame   pixels of the S×S array the encoder sees, after resizing and padding.
+    mask grid     the 4G×4G grid of low-resolution logits that covers the model frame (G = S/16).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .errors import InputError
+
+PATCH_SIZE = 16
+EMBEDDING_CHANNELS = 256
+NUM_MASK_TOKENS = 4
+"""SAM's mask tokens: token 0 is the single mask, tokens 1–3 the multimask outputs."""
+
+MAX_IMAGE_PIXELS = 64 * 1024 * 1024
+"""Largest image accepted by predict and by the server (64 Mpx, 192 MiB as RGB)."""
+MAX_PROMPTS = 256
+"""Largest number of boxes or prompt sets in one request."""
+MAX_POINTS = 64
+"""Largest number of points (padding and box corners included) in one prompt set."""
+
+DType = Literal["float32", "int32", "int64", "uint8"]
+Frame = Literal["image", "model", "mask grid", "none"]
+
+BATCH, NUM_BOXES, NUM_PROMPTS, NUM_POINTS = "batch", "num_boxes", "num_prompts", "num_points"
+HEIGHT, WIDTH = "height", "width"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor: its name, dtype, axes (a size or the name of a dynamic axis), meaning and frame."""
+
+    name: str
+    dtype: DType
+    axes: tuple[int | str, ...]
+    meaning: str
+    frame: Frame = "none"
+
+    @property
+    def dynamic_axes(self) -> dict[int, str]:
+        """Position → name of each axis that is not fixed."""
+        return {i: axis for i, axis in enumerate(self.axes) if isinstance(axis, str)}
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One graph (or Triton model): its name and its ordered inputs and outputs."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @property
+    def input_names(self) -> list[str]:
+        """Input names in call order."""
+        return [spec.name for spec in self.inputs]
+
+    @property
+    def output_names(self) -> list[str]:
+        """Output names in return order."""
+        return [spec.name for spec in self.outputs]
+
+
+def check_image_size(image_size: int) -> int:
+    """Return `image_size` if a graph can be built for it.
+
+    Raises:
+        InputError: not a multiple of 16 between 64 and 2048.
+    """
+    if image_size % PATCH_SIZE or not 64 <= image_size <= 2048:
+        raise InputError(
+            f"image size {image_size}: expected a multiple of {PATCH_SIZE} from 64 to 2048 "
+            "(SAM uses 1024)"
+        )
+    return image_size
+
+
+def grid_size(image_size: int) -> int:
+    """Side G of the image embedding for an S×S model frame."""
+    return check_image_size(image_size) // PATCH_SIZE
+
+
+def _image(image_size: int) -> TensorSpec:
+    return TensorSpec(
+        "image", "float32", (BATCH, 3, image_size, image_size), "normalised, padded RGB", "model"
+    )
+
+
+def _image_embeddings(image_size: int) -> TensorSpec:
+    g = grid_size(image_size)
+    return TensorSpec(
+        "image_embeddings", "float32", (BATCH, EMBEDDING_CHANNELS, g, g), "encoder + fusion output"
+    )
+
+
+def _masks(image_size: int, prompts: str, count: int) -> tuple[TensorSpec, TensorSpec]:
+    side = 4 * grid_size(image_size)
+    return (
+        TensorSpec(
+            "low_res_masks",
+            "float32",
+            (BATCH, prompts, count, side, side),
+            "mask logits, foreground > 0",
+            "mask grid",
+        ),
+        TensorSpec(
+            "iou_predictions",
+            "float32",
+            (BATCH, prompts, count),
+            "the decoder's own estimate of each mask's IoU",
+        ),
+    )
+
+
+def encoder_spec(image_size: int) -> GraphSpec:
+    """`encoder`: image → image_embeddings."""
+    return GraphSpec("encoder", (_image(image_size),), (_image_embeddings(image_size),))
+
+
+def decoder_spec(image_size: int) -> GraphSpec:
+    """`decoder`: the production path, N independent boxes per image, one mask each."""
+    boxes = TensorSpec("boxes", "float32", (BATCH, NUM_BOXES, 4), "x0, y0, x1, y1", "model")
+    return GraphSpec(
+        "decoder", (_image_embeddings(image_size), boxes), _masks(image_size, NUM_BOXES, 1)
+    )
+
+
+def prompt_decoder_spec(image_size: int) -> GraphSpec:
+    """`prompt_decoder`: N prompt sets per image, each of P labelled points and an optional mask.
+
+    Point labels: 1 foreground, 0 background, 2 and 3 a box's top-left and bottom-right corner, -1
+    "not a point". As in SAM, a set without a box ends with one point labelled -1.
+    All four mask tokens are returned: [0] is the single mask, [1:] the multimask output.
+    """
+    side = 4 * grid_size(image_size)
+    inputs = (
+        _image_embeddings(image_size),
+        TensorSpec("point_coords", "float32", (BATCH, NUM_PROMPTS, NUM_POINTS, 2), "x, y", "model"),
+        TensorSpec("point_labels", "int32", (BATCH, NUM_PROMPTS, NUM_POINTS), "-1, 0, 1, 2 or 3"),
+        TensorSpec(
+            "mask_input",
+            "float32",
+            (BATCH, NUM_PROMPTS, 1, side, side),
+            "logits of an earlier mask; ignored where has_mask_input is 0",
+            "mask grid",
+        ),
+        TensorSpec(
+            "has_mask_input", "float32", (BATCH, NUM_PROMPTS), "1 to use mask_input, else 0"
+        ),
+    )
+    return GraphSpec("prompt_decoder", inputs, _masks(image_size, NUM_PROMPTS, NUM_MASK_TOKENS))
+
+
+def graph_specs(image_size: int) -> dict[str, GraphSpec]:
+    """Every exported graph by name."""
+    specs = (encoder_spec(image_size), decoder_spec(image_size), prompt_decoder_spec(image_size))
+    return {spec.name: spec for spec in specs}
+
+
+RAW_IMAGE = TensorSpec("raw_image", "uint8", (HEIGHT, WIDTH, 3), "RGB, 0–255", "image")
+RAW_BOXES = TensorSpec("boxes", "float32", (NUM_BOXES, 4), "x0, y0, x1, y1", "image")
+ORIGINAL_SIZE = TensorSpec("original_size", "int64", (2,), "height, width of raw_image", "image")
+MASKS = TensorSpec("masks", "uint8", (NUM_BOXES, HEIGHT, WIDTH), "1 inside, 0 outside", "image")
+IOU_SCORES = TensorSpec("iou_scores", "float32", (NUM_BOXES,), "iou_predictions of each mask")
+
+
+def preprocess_spec(image_size: int) -> GraphSpec:
+    """Triton's `dbsam_preprocess`: the user's image and boxes → the graphs' inputs, batch of one."""
+    image, boxes = encoder_spec(image_size).inputs[0], decoder_spec(image_size).inputs[1]
+    model_boxes = TensorSpec(
+        "model_boxes", boxes.dtype, (1, *boxes.axes[1:]), boxes.meaning, "model"
+    )
+    model_image = TensorSpec("image", image.dtype, (1, *image.axes[1:]), image.meaning, "model")
+    return GraphSpec(
+        "dbsam_preprocess", (RAW_IMAGE, RAW_BOXES), (model_image, model_boxes, ORIGINAL_SIZE)
+    )
+
+
+def postprocess_spec(image_size: int) -> GraphSpec:
+    """Triton's `dbsam_postprocess`: low-resolution logits → masks in the image frame."""
+    low, iou = decoder_spec(image_size).outputs
+    fixed = tuple(
+        TensorSpec(spec.name, spec.dtype, (1, *spec.axes[1:]), spec.meaning, spec.frame)
+        for spec in (low, iou)
+    )
+    return GraphSpec("dbsam_postprocess", (*fixed, ORIGINAL_SIZE), (MASKS, IOU_SCORES))
+
+
+def ensemble_spec() -> GraphSpec:
+    """Triton's `dbsam`: image + boxes → masks, one call."""
+    return GraphSpec("dbsam", (RAW_IMAGE, RAW_BOXES), (MASKS, IOU_SCORES))

@@ -1,0 +1,55 @@
+"""Everything this library raises on purpose.
+
+::
+
+    DbsamError
+    ├── InputError        an image, prompt, option or recipe from the caller (exit status 2)
+    ├── CheckpointError   a weights file that cannot be read or does not fit  (exit status 2)
+    ├── ExportError       a graph that cannot be written or is not valid      (exit status 1)
+    ├── AccuracyError     an artefact that misses its gate                    (exit status 1)
+    ├── EngineError       a runtime or engine that is missing or refuses      (exit status 2)
+    └── ServingError      Triton: repository, server process, client request  (exit status 1)
+
+A message says what was found, what was expected and what to do. Command line entry points print it
+as one line (`dbsam_deploy.cli.run`); anything that is not a `DbsamError` is a bug and keeps its
+traceback.
+"""
+
+
+class DbsamError(Exception):
+    """Base class of every error raised on purpose.
+
+    `exit_status` is what the command line returns: 2 for a user's mistake, 1 for a failed stage.
+    """
+
+    exit_status = 2
+
+
+class InputError(DbsamError, ValueError):
+    """The caller's image, prompt, option or recipe is not usable."""
+
+
+class CheckpointError(DbsamError):
+    """A weights file cannot be read, is unsafe, or does not fit the variant."""
+
+
+class ExportError(DbsamError):
+    """A graph cannot be exported or is not a valid ONNX model."""
+
+    exit_status = 1
+
+
+class AccuracyError(DbsamError):
+    """An artefact differs from the PyTorch reference by more than its gate allows."""
+
+    exit_status = 1
+
+
+class EngineError(DbsamError):
+    """A runtime is missing, refuses the artefact, or its output is unusable."""
+
+
+class ServingError(DbsamError):
+    """The Triton repository, server or request failed."""
+
+    exit_status = 1

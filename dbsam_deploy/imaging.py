@@ -1,0 +1,254 @@
+"""Pre- and post-processing between the image frame and the model frame, in NumPy and Pillow.
+
+Local prediction, the Triton models and the client all run this file (the repository carries a copy
+of it), so that a mask is the same bit for bit wherever it is computed. It therefore needs neither
+torch nor BLAS: post-processing is element-wise IEEE arithmetic in a fixed order.
+
+Modes (spec: DB-SAM inference; MedSAM 1.0):
+    sam     longest side to S with Pillow's bilinear filter, (x - mean) / std with SAM's statistics
+            on 0–255, zero padding right and bottom; logits → S×S → crop → original size.
+    medsam  resize to exactly S×S with scikit-image order 3, min–max to 0–1; logits → original size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from .contract import MAX_IMAGE_PIXELS, MAX_POINTS, MAX_PROMPTS, check_image_size
+from .errors import EngineError, InputError
+
+Mode = Literal["sam", "medsam"]
+MODES: tuple[Mode, ...] = ("sam", "medsam")
+
+PIXEL_MEAN = np.array([123.675, 116.28, 103.53], np.float32)
+PIXEL_STD = np.array([58.395, 57.12, 57.375], np.float32)
+
+FloatArray = npt.NDArray[np.float32]
+ByteArray = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How images enter the model: `mode` and the side S of the model frame."""
+
+    image_size: int
+    mode: Mode = "sam"
+
+    def __post_init__(self) -> None:
+        check_image_size(self.image_size)
+        if self.mode not in MODES:
+            raise InputError(f"preprocessing mode {self.mode!r}: expected one of {MODES}")
+
+    def content_size(self, original_size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width that an image of `original_size` (H, W) fills in the model frame."""
+        height, width = original_size
+        if self.mode == "medsam":
+            return self.image_size, self.image_size
+        scale = self.image_size / max(height, width)
+        return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
+def check_image(image: npt.NDArray[Any]) -> ByteArray:
+    """Return `image` if it can be segmented.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+
+    Raises:
+        InputError: another dtype or shape, an empty side, or more than `MAX_IMAGE_PIXELS` pixels.
+    """
+    if image.dtype != np.uint8:
+        raise InputError(f"image dtype {image.dtype}: expected uint8 (0–255); rescale it first")
+    if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise InputError(f"image shape {image.shape}: expected (height, width, 3), none of them 0")
+    if image.shape[0] * image.shape[1] > MAX_IMAGE_PIXELS:
+        raise InputError(
+            f"image of {image.shape[0]}×{image.shape[1]} pixels: at most {MAX_IMAGE_PIXELS} pixels "
+            "are accepted; crop or downsample it"
+        )
+    return image
+
+
+def check_boxes(boxes: npt.NDArray[Any], original_size: tuple[int, int]) -> FloatArray:
+    """Return `boxes` as float32 if each is a box inside the image.
+
+    Args:
+        boxes: (N, 4) x0, y0, x1, y1 in the image frame, 1 ≤ N ≤ `MAX_PROMPTS`.
+        original_size: height and width of the image.
+
+    Raises:
+        InputError: wrong shape, none or too many, not finite, empty, or outside the image.
+    """
+    if boxes.ndim != 2 or boxes.shape[1] != 4 or boxes.dtype.kind not in "fiu":
+        raise InputError(f"boxes {boxes.dtype}{boxes.shape}: expected numbers of shape (N, 4)")
+    _check_count(len(boxes), "boxes")
+    values = np.asarray(boxes, np.float32)
+    height, width = original_size
+    for index, box in enumerate(values):
+        x0, y0, x1, y1 = (float(v) for v in box)
+        text = f"box {index} ({x0:g}, {y0:g}, {x1:g}, {y1:g})"
+        if not np.isfinite(box).all() or x0 >= x1 or y0 >= y1:
+            raise InputError(f"{text}: expected finite x0 < x1 and y0 < y1")
+        if x0 < 0 or y0 < 0 or x1 > width or y1 > height:
+            raise InputError(
+                f"{text} reaches outside the image: expected x within 0–{width}, y within 0–{height}"
+            )
+    return values
+
+
+def check_points(
+    point_coords: npt.NDArray[Any],
+    point_labels: npt.NDArray[Any],
+    original_size: tuple[int, int],
+) -> tuple[FloatArray, npt.NDArray[np.int32]]:
+    """Return points as (N, P, 2) float32 and labels as (N, P) int32 if they are usable prompts.
+
+    Args:
+        point_coords: (N, P, 2) x, y in the image frame.
+        point_labels: (N, P) 1 foreground, 0 background, -1 no point (coordinates ignored).
+        original_size: height and width of the image.
+
+    Raises:
+        InputError: shapes differ, an unknown label, or a point outside the image.
+    """
+    if point_coords.ndim != 3 or point_coords.shape[2] != 2 or point_coords.dtype.kind not in "fiu":
+        raise InputError(f"point_coords of shape {point_coords.shape}: expected (N, P, 2) numbers")
+    if point_labels.shape != point_coords.shape[:2]:
+        raise InputError(
+            f"point_labels of shape {point_labels.shape}: expected {point_coords.shape[:2]}, "
+            "one label a point"
+        )
+    _check_count(len(point_coords), "point prompts")
+    # The box's two corners, or the closing "not a point", are added to these.
+    if not 1 <= point_coords.shape[1] <= MAX_POINTS - 2:
+        raise InputError(f"{point_coords.shape[1]} points in a prompt: expected 1–{MAX_POINTS - 2}")
+    if not np.isin(point_labels, (-1, 0, 1)).all():
+        raise InputError(f"point labels {np.unique(point_labels)}: expected only -1, 0 and 1")
+    height, width = original_size
+    coords = np.asarray(point_coords, np.float32)
+    labels = np.asarray(point_labels, np.int32)
+    used = coords[labels >= 0]
+    inside = (used >= 0) & (used <= np.array([width, height], np.float32))
+    if not inside.all():  # NaN compares false, so it ends here too
+        raise InputError(
+            f"a point lies outside the image of {width}×{height} pixels (width×height)"
+        )
+    return np.where(labels[..., None] >= 0, coords, np.float32(0)), labels
+
+
+def _check_count(count: int, what: str) -> None:
+    if not 1 <= count <= MAX_PROMPTS:
+        raise InputError(f"{count} {what}: expected 1–{MAX_PROMPTS} in one request")
+
+
+def preprocess(image: npt.NDArray[Any], how: Preprocessing) -> FloatArray:
+    """Image frame → model frame.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        how: mode and size.
+
+    Returns:
+        (1, 3, S, S) float32: z-scored and zero-padded (sam) or 0–1 (medsam).
+
+    Raises:
+        InputError: see `check_image`.
+        EngineError: medsam mode without scikit-image.
+    """
+    image = check_image(image)
+    size = how.image_size
+    if how.mode == "medsam":
+        return _medsam_pixels(image, size).transpose(2, 0, 1)[None].copy()
+    height, width = how.content_size((image.shape[0], image.shape[1]))
+    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+    out = np.zeros((1, 3, size, size), np.float32)
+    out[0, :, :height, :width] = (
+        (np.asarray(resized, np.float32) - PIXEL_MEAN) / PIXEL_STD
+    ).transpose(2, 0, 1)
+    return out
+
+
+def _medsam_pixels(image: ByteArray, size: int) -> FloatArray:
+    try:
+        from skimage.transform import resize
+    except ImportError as error:
+        raise EngineError(
+            "MedSAM's preprocessing needs scikit-image: pip install 'dbsam-deploy[medsam]'"
+        ) from error
+    pixels = resize(image, (size, size), order=3, preserve_range=True, anti_aliasing=True).astype(
+        np.uint8
+    )
+    low, high = float(pixels.min()), float(pixels.max())
+    return ((pixels - low) / max(high - low, 1e-8)).astype(np.float32)
+
+
+def to_model_frame(
+    points_xy: npt.NDArray[Any], original_size: tuple[int, int], how: Preprocessing
+) -> FloatArray:
+    """Image-frame coordinates (..., 2) as x, y, or boxes (..., 4), → model frame, float32.
+
+    SAM's `ResizeLongestSide.apply_coords` without its truncation of integer input.
+    """
+    height, width = how.content_size(original_size)
+    scale = np.array([width / original_size[1], height / original_size[0]], np.float64)
+    repeat = points_xy.shape[-1] // 2
+    return (points_xy.astype(np.float64) * np.tile(scale, repeat)).astype(np.float32)
+
+
+def postprocess(
+    low_res_masks: npt.NDArray[Any], original_size: tuple[int, int], how: Preprocessing
+) -> ByteArray:
+    """Low-resolution logits → masks in the image frame (SAM's `postprocess_masks`, then > 0).
+
+    Args:
+        low_res_masks: (..., 4G, 4G) logits.
+        original_size: height and width of the image.
+        how: the preprocessing that made the model frame.
+
+    Returns:
+        (..., H, W) uint8, 1 inside the mask.
+
+    Raises:
+        InputError: not square logits of the mask grid, or values that are not finite.
+    """
+    side = how.image_size // 4
+    if low_res_masks.shape[-2:] != (side, side):
+        raise InputError(f"low_res_masks {low_res_masks.shape}: expected (..., {side}, {side})")
+    lead = low_res_masks.shape[:-2]
+    out = np.empty((*lead, *original_size), np.uint8)
+    for index in np.ndindex(*lead):
+        logits = np.asarray(low_res_masks[index], np.float32)
+        if not np.isfinite(logits).all():
+            raise InputError(
+                "low_res_masks holds NaN or infinity: the encoder or decoder overflowed"
+            )
+        out[index] = upscale_logits(logits, original_size, how) > 0
+    return out
+
+
+def upscale_logits(
+    logits: FloatArray, original_size: tuple[int, int], how: Preprocessing
+) -> FloatArray:
+    """One (4G, 4G) logit map → (H, W) logits in the image frame, bilinear as in SAM or MedSAM."""
+    if how.mode == "sam":
+        height, width = how.content_size(original_size)
+        logits = _bilinear(logits, (how.image_size, how.image_size), (height, width))
+    return _bilinear(logits, original_size, original_size)
+
+
+def _bilinear(x: FloatArray, size: tuple[int, int], crop: tuple[int, int]) -> FloatArray:
+    """`F.interpolate(mode="bilinear", align_corners=False)` to `size`, top-left `crop` of it only."""
+    for axis in (0, 1):
+        source = (np.arange(crop[axis]) + 0.5) * (x.shape[axis] / size[axis]) - 0.5
+        source = np.clip(source, 0, x.shape[axis] - 1)
+        low = np.floor(source).astype(np.intp)
+        high = np.minimum(low + 1, x.shape[axis] - 1)
+        weight = (source - low).astype(np.float32)
+        weight = weight[:, None] if axis == 0 else weight[None, :]
+        x = np.take(x, low, axis) * (1 - weight) + np.take(x, high, axis) * weight
+    return x

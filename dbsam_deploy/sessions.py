@@ -1,0 +1,134 @@
+"""Runtimes behind one interface: tensors of the contract in, tensors of the contract out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from .artefact import Artefact
+from .contract import GraphSpec, graph_specs
+from .errors import EngineError, InputError
+
+if TYPE_CHECKING:
+    from .model import DbSam
+
+FloatArray = npt.NDArray[np.float32]
+Feed = dict[str, npt.NDArray[Any]]
+
+
+class Session(Protocol):
+    """Runs the graphs of one model; `backend` names the runtime."""
+
+    backend: str
+
+    def run(self, graph: str, feed: Feed) -> dict[str, FloatArray]:
+        """Run `graph` (`encoder`, `decoder` or `prompt_decoder`) on arrays named by its contract."""
+        ...
+
+
+def check_feed(spec: GraphSpec, feed: Feed) -> None:
+    """Compare a feed with the contract before a runtime sees it.
+
+    Raises:
+        InputError: a missing or unknown name, another dtype, or a shape that does not fit.
+    """
+    if set(feed) != set(spec.input_names):
+        raise InputError(f"{spec.name}: got inputs {sorted(feed)}, expected {spec.input_names}")
+    sizes: dict[str, int] = {}
+    for tensor in spec.inputs:
+        array = feed[tensor.name]
+        if array.dtype != tensor.dtype:
+            raise InputError(f"{tensor.name}: dtype {array.dtype}, expected {tensor.dtype}")
+        fits = array.ndim == len(tensor.axes) and all(
+            size == (sizes.setdefault(axis, size) if isinstance(axis, str) else axis) and size > 0
+            for size, axis in zip(array.shape, tensor.axes, strict=True)
+        )
+        if not fits:
+            raise InputError(f"{tensor.name}: shape {array.shape}, expected {tensor.axes}")
+
+
+class OnnxRuntimeSession:
+    """The exported graphs on ONNX Runtime; graphs are loaded when first used.
+
+    Args:
+        artefact: a published export.
+        device: `cpu` or `cuda`.
+        threads: intra-op threads, 0 for one per core.
+
+    Raises:
+        EngineError: onnxruntime is missing, or has no CUDA provider although `cuda` was asked for.
+    """
+
+    def __init__(self, artefact: Artefact, *, device: str = "cpu", threads: int = 0) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise EngineError(
+                "ONNX Runtime is not installed: pip install 'dbsam-deploy[cpu]' "
+                "(or 'dbsam-deploy[gpu]' on a CUDA machine)"
+            ) from error
+        provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(device)
+        if provider is None:
+            raise InputError(f"device {device!r}: expected cpu or cuda")
+        if provider not in onnxruntime.get_available_providers():
+            raise EngineError(
+                f"this onnxruntime offers {onnxruntime.get_available_providers()}, not {provider}: "
+                "pip uninstall onnxruntime && pip install 'dbsam-deploy[gpu]'"
+            )
+        self.backend = f"onnxruntime-{device}"
+        self._artefact = artefact
+        self._specs = graph_specs(artefact.preprocessing.image_size)
+        self._onnxruntime = onnxruntime
+        self._options = onnxruntime.SessionOptions()
+        self._options.intra_op_num_threads = threads
+        self._provider = provider
+        self._sessions: dict[str, Any] = {}
+
+    def run(self, graph: str, feed: Feed) -> dict[str, FloatArray]:
+        """See `Session.run`."""
+        spec = self._specs[graph]
+        check_feed(spec, feed)
+        if graph not in self._sessions:
+            self._sessions[graph] = self._onnxruntime.InferenceSession(
+                str(self._artefact.path(graph)), self._options, providers=[self._provider]
+            )
+        outputs = self._sessions[graph].run(spec.output_names, feed)
+        return dict(zip(spec.output_names, outputs, strict=True))
+
+
+class PytorchSession:
+    """The reference model itself, on the CPU or a CUDA device.
+
+    Args:
+        model: a built model, see `dbsam_deploy.model.build_model`.
+        device: `cpu` or `cuda`.
+    """
+
+    def __init__(self, model: DbSam, *, device: str = "cpu") -> None:
+        import torch
+
+        if device == "cuda" and not torch.cuda.is_available():
+            raise EngineError("device cuda: this torch sees no CUDA device; use --device cpu")
+        self.backend = f"pytorch-{device}"
+        self._model = model.to(device).eval()
+        self._device = device
+        self._specs = graph_specs(model.config.image_size)
+
+    def run(self, graph: str, feed: Feed) -> dict[str, FloatArray]:
+        """See `Session.run`."""
+        import torch
+
+        from .graphs import build_graph
+
+        spec = self._specs[graph]
+        check_feed(spec, feed)
+        module = build_graph(self._model, graph)
+        with torch.inference_mode():
+            outputs = module(
+                *(torch.from_numpy(feed[n]).to(self._device) for n in spec.input_names)
+            )
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        arrays = (tensor.float().cpu().numpy() for tensor in outputs)
+        return dict(zip(spec.output_names, arrays, strict=True))
