@@ -1,7 +1,7 @@
 """The one definition of what crosses a graph boundary: names, dtypes, axes and frames.
 
-ONNX input and output names, engine profiles, every `config.pbtxt` and the client's arrays are derived
-from the specs below; no other module writes a tensor name as a string of its own.
+ONNX input and output names, engine profiles, every `config.pbtxt` and the client's arrays are
+derived from the specs below; no other module writes a tensor name as a string of its own.
 
 Coordinate frames:
     image frame   pixels of the image as the user has it, (x, y), origin at the top-left pixel's
@@ -26,6 +26,8 @@ MAX_IMAGE_PIXELS = 64 * 1024 * 1024
 """Largest image accepted by predict and by the server (64 Mpx, 192 MiB as RGB)."""
 MAX_PROMPTS = 256
 """Largest number of boxes or prompt sets in one request."""
+MAX_MASK_PIXELS = 1024**3
+"""Largest number of mask pixels (masks × height × width) the server returns for one request."""
 MAX_POINTS = 64
 """Largest number of points (padding and box corners included) in one prompt set."""
 
@@ -38,7 +40,7 @@ HEIGHT, WIDTH = "height", "width"
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor: its name, dtype, axes (a size or the name of a dynamic axis), meaning and frame."""
+    """One tensor: name, dtype, axes (a size or the name of a dynamic axis), meaning and frame."""
 
     name: str
     dtype: DType
@@ -175,7 +177,7 @@ IOU_SCORES = TensorSpec("iou_scores", "float32", (NUM_BOXES,), "iou_predictions 
 
 
 def preprocess_spec(image_size: int) -> GraphSpec:
-    """Triton's `dbsam_preprocess`: the user's image and boxes → the graphs' inputs, batch of one."""
+    """Triton's `dbsam_preprocess`: the user's image and boxes → graph inputs, batch of one."""
     image, boxes = encoder_spec(image_size).inputs[0], decoder_spec(image_size).inputs[1]
     model_boxes = TensorSpec(
         "model_boxes", boxes.dtype, (1, *boxes.axes[1:]), boxes.meaning, "model"
@@ -199,3 +201,77 @@ def postprocess_spec(image_size: int) -> GraphSpec:
 def ensemble_spec() -> GraphSpec:
     """Triton's `dbsam`: image + boxes → masks, one call."""
     return GraphSpec("dbsam", (RAW_IMAGE, RAW_BOXES), (MASKS, IOU_SCORES))
+
+
+RAW_POINT_COORDS = TensorSpec(
+    "point_coords", "float32", (NUM_PROMPTS, NUM_POINTS, 2), "x, y; box corners included", "image"
+)
+RAW_POINT_LABELS = TensorSpec(
+    "point_labels", "int32", (NUM_PROMPTS, NUM_POINTS), "-1, 0, 1, or 2 and 3 for a box's corners"
+)
+RAW_HAS_MASK = TensorSpec(
+    "has_mask_input", "float32", (NUM_PROMPTS,), "1 to use the prompt's mask_input, else 0"
+)
+PROMPT_MASKS = TensorSpec(
+    "masks",
+    "uint8",
+    (NUM_PROMPTS, NUM_MASK_TOKENS, HEIGHT, WIDTH),
+    "1 inside, 0 outside; [0] the single mask, [1:] the multimask output",
+    "image",
+)
+PROMPT_IOU_SCORES = TensorSpec(
+    "iou_scores", "float32", (NUM_PROMPTS, NUM_MASK_TOKENS), "iou_predictions of each mask"
+)
+
+
+def _raw_mask_input(image_size: int) -> TensorSpec:
+    side = 4 * grid_size(image_size)
+    return TensorSpec(
+        "mask_input", "float32", (NUM_PROMPTS, side, side), "logits of an earlier mask", "mask grid"
+    )
+
+
+def _low_res_logits(image_size: int) -> TensorSpec:
+    side = 4 * grid_size(image_size)
+    axes = (NUM_PROMPTS, NUM_MASK_TOKENS, side, side)
+    meaning = "mask logits, usable as a later mask_input"
+    return TensorSpec("low_res_logits", "float32", axes, meaning, "mask grid")
+
+
+def _batch_of_one(spec: TensorSpec, name: str | None = None) -> TensorSpec:
+    return TensorSpec(name or spec.name, spec.dtype, (1, *spec.axes[1:]), spec.meaning, spec.frame)
+
+
+def preprocess_prompts_spec(image_size: int) -> GraphSpec:
+    """Triton's `dbsam_preprocess_prompts`: image and prompt sets → `prompt_decoder`'s inputs.
+
+    Inputs in the image frame share their names with graph inputs in the model frame, so every
+    output but the image is called `model_…`.
+    """
+    graph = prompt_decoder_spec(image_size).inputs[1:]
+    outputs = (
+        _batch_of_one(encoder_spec(image_size).inputs[0]),
+        *(_batch_of_one(spec, f"model_{spec.name}") for spec in graph),
+        ORIGINAL_SIZE,
+    )
+    return GraphSpec("dbsam_preprocess_prompts", prompts_ensemble_spec(image_size).inputs, outputs)
+
+
+def postprocess_prompts_spec(image_size: int) -> GraphSpec:
+    """Triton's `dbsam_postprocess_prompts`: logits of all mask tokens → masks, image frame."""
+    inputs = tuple(_batch_of_one(spec) for spec in prompt_decoder_spec(image_size).outputs)
+    outputs = prompts_ensemble_spec(image_size).outputs
+    return GraphSpec("dbsam_postprocess_prompts", (*inputs, ORIGINAL_SIZE), outputs)
+
+
+def prompts_ensemble_spec(image_size: int) -> GraphSpec:
+    """Triton's `dbsam_prompts`: image + points, box corners and earlier masks → masks."""
+    inputs = (
+        RAW_IMAGE,
+        RAW_POINT_COORDS,
+        RAW_POINT_LABELS,
+        _raw_mask_input(image_size),
+        RAW_HAS_MASK,
+    )
+    outputs = (PROMPT_MASKS, PROMPT_IOU_SCORES, _low_res_logits(image_size))
+    return GraphSpec("dbsam_prompts", inputs, outputs)

@@ -20,9 +20,17 @@ class DbsamError(Exception):
     """Base class of every error raised on purpose.
 
     `exit_status` is what the command line returns: 2 for a user's mistake, 1 for a failed stage.
+
+    Args:
+        message: the fact, what was expected and what to do, in one line.
+        details: further lines, where one cannot hold the facts (the diff of a checkpoint's keys).
     """
 
     exit_status = 2
+
+    def __init__(self, message: str, *details: str) -> None:
+        super().__init__("\n  ".join((message, *details)))
+        self.message, self.details = message, details
 
 
 class InputError(DbsamError, ValueError):

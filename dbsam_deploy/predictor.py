@@ -16,11 +16,11 @@ from .imaging import (
     Preprocessing,
     check_boxes,
     check_image,
-    check_points,
     postprocess,
     preprocess,
     to_model_frame,
 )
+from .prompts import check_mask_input, join_prompts
 from .sessions import Session
 
 
@@ -53,12 +53,16 @@ class Predictor:
         self._image_embeddings: FloatArray | None = None
         self._original_size = (0, 0)
 
+    def set_embeddings(self, image_embeddings: FloatArray, original_size: tuple[int, int]) -> None:
+        """Use an embedding computed before, (1, 256, G, G), of an image of `original_size`."""
+        self._image_embeddings, self._original_size = image_embeddings, original_size
+
     def set_image(self, image: npt.NDArray[Any]) -> None:
         """Encode `image` ((H, W, 3) uint8 RGB) for the following `predict` calls."""
         image = check_image(image)
-        self._original_size = (image.shape[0], image.shape[1])
         pixels = preprocess(image, self.preprocessing)
-        self._image_embeddings = self.session.run("encoder", {"image": pixels})["image_embeddings"]
+        embeddings = self.session.run("encoder", {"image": pixels})["image_embeddings"]
+        self.set_embeddings(embeddings, (image.shape[0], image.shape[1]))
 
     def predict_boxes(self, boxes: npt.NDArray[Any]) -> Prediction:
         """One independent mask for each box.
@@ -97,16 +101,15 @@ class Predictor:
             InputError: no image, neither boxes nor points, or arrays that do not fit together.
         """
         embeddings = self._embeddings()
-        coords, labels = self._tokens(boxes, point_coords, point_labels)
-        count, side = len(coords), 4 * grid_size(self.preprocessing.image_size)
+        size, how = self._original_size, self.preprocessing
+        tokens_xy, labels = join_prompts(
+            size, boxes=boxes, point_coords=point_coords, point_labels=point_labels
+        )
+        coords = to_model_frame(tokens_xy, size, how)
+        count, side = len(coords), 4 * grid_size(how.image_size)
         masks = np.zeros((1, count, 1, side, side), np.float32)
         if mask_input is not None:
-            if mask_input.shape != (count, side, side) or not np.isfinite(mask_input).all():
-                raise InputError(
-                    f"mask_input of shape {mask_input.shape}: expected finite logits of shape "
-                    f"{(count, side, side)}"
-                )
-            masks[0, :, 0] = mask_input
+            masks[0, :, 0] = check_mask_input(mask_input, count, side)
         has_mask = np.full((1, count), mask_input is not None, np.float32)
         feed = {
             "image_embeddings": embeddings,
@@ -125,36 +128,6 @@ class Predictor:
         if self._image_embeddings is None:
             raise InputError("no image: call set_image before asking for masks")
         return self._image_embeddings
-
-    def _tokens(
-        self,
-        boxes: npt.NDArray[Any] | None,
-        point_coords: npt.NDArray[Any] | None,
-        point_labels: npt.NDArray[Any] | None,
-    ) -> tuple[FloatArray, npt.NDArray[np.int32]]:
-        """Points, then box corners (labels 2, 3) or SAM's closing "not a point" (label -1)."""
-        size = self._original_size
-        coords, labels = [], []
-        if (point_coords is None) != (point_labels is None):
-            raise InputError("point_coords and point_labels go together: one is missing")
-        if point_coords is not None and point_labels is not None:
-            points, marks = check_points(point_coords, point_labels, size)
-            coords.append(to_model_frame(points, size, self.preprocessing))
-            labels.append(marks)
-        if boxes is not None:
-            corners = to_model_frame(check_boxes(boxes, size), size, self.preprocessing)
-            coords.append(corners.reshape(-1, 2, 2))
-            labels.append(np.tile(np.array([2, 3], np.int32), (len(corners), 1)))
-        elif coords:
-            coords.append(np.zeros((len(coords[0]), 1, 2), np.float32))
-            labels.append(np.full((len(labels[0]), 1), -1, np.int32))
-        else:
-            raise InputError("no prompt: give boxes, points, or both")
-        if len({len(item) for item in coords}) != 1:
-            raise InputError(
-                f"{len(coords[0])} point prompts but {len(coords[1])} boxes: expected one each"
-            )
-        return np.concatenate(coords, axis=1), np.concatenate(labels, axis=1)
 
     def _prediction(self, low_res_masks: FloatArray, iou_predictions: FloatArray) -> Prediction:
         masks = postprocess(low_res_masks, self._original_size, self.preprocessing)

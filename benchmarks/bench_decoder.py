@@ -1,0 +1,16 @@
+"""Embedding and boxes → low-resolution masks on ONNX Runtime."""
+
+from dbsam_deploy.imaging import postprocess, to_model_frame
+
+
+def test_decoder(benchmark_ratio, subject, case, pixels, check_masks) -> None:
+    how, size = subject.artefact.preprocessing, case.image.shape[:2]
+    feed = {
+        **subject.pytorch.run("encoder", {"image": pixels}),
+        "boxes": to_model_frame(case.boxes, size, how)[None],
+    }
+
+    def check(outputs) -> dict[str, str | float]:
+        return check_masks(postprocess(outputs["low_res_masks"][0, :, 0], size, how))
+
+    benchmark_ratio(lambda: subject.onnxruntime.run("decoder", feed), check)

@@ -1,0 +1,279 @@
+"""`pytest` runs the tests; `pytest --benchmark` runs benchmarks/ and fails on any regression.
+
+Options:
+    --benchmark    run only benchmarks/ and judge them against the baseline of this hardware
+    --rebaseline   with --benchmark: record the baseline instead of judging
+    --baselines    with --benchmark: folder of baselines, benchmarks/baselines by default
+    --slow         run the tests marked `slow` too
+    --require      markers whose tests must run: what would be a skip becomes a failure
+
+Write `--baselines=FOLDER` and `--require=gpu,trt` with the equals sign: before pytest has read this
+file, it takes a value of its own that happens to be a folder for the place to look for tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dbsam_deploy import benchmarking
+from dbsam_deploy.errors import InputError
+from dbsam_deploy.hardware import Hardware, describe_hardware, installed_versions
+from dbsam_deploy.server_env import DEFAULT_FOLDER, ServerEnvironment, find_environment
+
+pytest_plugins = ["pytester"]
+
+ROOT = Path(__file__).resolve().parent
+BENCHMARKS = ROOT / "benchmarks"
+GATE = "dbsam-benchmark-gate"
+TEST_SET = ROOT.parent / "shared" / "data" / "testset" / "dev"
+
+
+def _missing_gpu() -> str:
+    import torch
+
+    return "" if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
+def _missing_trt() -> str:
+    if importlib.util.find_spec("tensorrt") is None:
+        return "tensorrt is not installed: pip install 'dbsam-deploy[gpu]'"
+    return _missing_gpu()
+
+
+def _server_folder() -> Path:
+    return Path(os.environ.get("DBSAM_TRITON_ENV", ROOT / DEFAULT_FOLDER))
+
+
+def _missing_triton() -> str:
+    # An environment that is there but broken is no reason to skip: its tests fail.
+    folder = _server_folder()
+    return "" if folder.exists() else f"no {folder}: python -m dbsam_deploy.serve --install"
+
+
+def _missing_data() -> str:
+    return "" if TEST_SET.is_dir() else f"no test set in {TEST_SET}"
+
+
+MISSING: dict[str, Callable[[], str]] = {
+    "gpu": _missing_gpu,
+    "trt": _missing_trt,
+    "triton": _missing_triton,
+    "data": _missing_data,
+}
+"""Marker → why its tests cannot run on this machine, or "" if they can."""
+
+
+@functools.cache
+def _why_missing(marker: str) -> str:
+    return MISSING[marker]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Register the options named above."""
+    group = parser.getgroup("dbsam-deploy")
+    group.addoption("--benchmark", action="store_true", help="run benchmarks/ and judge them")
+    group.addoption("--rebaseline", action="store_true", help="with --benchmark: record, not judge")
+    group.addoption(
+        "--baselines",
+        type=Path,
+        default=BENCHMARKS / "baselines",
+        help="with --benchmark: folder of baselines (default: benchmarks/baselines)",
+    )
+    group.addoption("--slow", action="store_true", help="run the tests marked slow too")
+    group.addoption(
+        "--require",
+        default="",
+        metavar="MARKERS",
+        help=f"fail, instead of skip, the tests with these markers: {','.join(MISSING)}",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse options that do not fit together, and start the gate for a benchmark run."""
+    config.addinivalue_line("markers", "data: reads the test set in ../shared/data")
+    unknown = _required(config) - MISSING.keys()
+    if unknown:
+        raise pytest.UsageError(
+            f"--require {','.join(sorted(unknown))}: expected some of {','.join(MISSING)}"
+        )
+    if config.getoption("benchmark"):
+        config.pluginmanager.register(BenchmarkGate(config), GATE)
+    elif config.getoption("rebaseline"):
+        raise pytest.UsageError("--rebaseline records what --benchmark measures: give both")
+
+
+def _required(config: pytest.Config) -> set[str]:
+    return {name.strip() for name in config.getoption("require").split(",") if name.strip()}
+
+
+def _is_benchmark(item: pytest.Item) -> bool:
+    return item.path.is_relative_to(BENCHMARKS)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the benchmarks or the tests, never both: timing wants an otherwise idle process."""
+    chosen = [item for item in items if _is_benchmark(item) == config.getoption("benchmark")]
+    others = [item for item in items if _is_benchmark(item) != config.getoption("benchmark")]
+    config.hook.pytest_deselected(items=others)
+    items[:] = chosen
+
+
+def pytest_report_collectionfinish(config: pytest.Config) -> str:
+    """Say which half was left out."""
+    if config.getoption("benchmark"):
+        return "only benchmarks/ is run; leave --benchmark out to run the tests"
+    return "benchmarks/ is left out; run it with `pytest --benchmark`"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what this machine cannot run, with the reason."""
+    if item.get_closest_marker("slow") and not item.config.getoption("slow"):
+        pytest.skip("takes minutes: run with --slow")
+    for marker in MISSING:
+        reason = _why_missing(marker) if item.get_closest_marker(marker) else ""
+        if reason:
+            pytest.skip(f"{marker}: {reason}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A skip of a required marker is a failure, wherever in the test it was raised."""
+    report = yield
+    required = {name for name in _required(item.config) if item.get_closest_marker(name)}
+    slow = item.get_closest_marker("slow") and not item.config.getoption("slow")
+    if report.skipped and required and not slow and not hasattr(report, "wasxfail"):
+        reason = call.excinfo.value if call.excinfo else "no reason given"
+        report.outcome = "failed"
+        report.longrepr = f"skipped under --require {','.join(sorted(required))}: {reason}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """A module that skips itself whole hides its markers, so under --require it is an error."""
+    report = yield
+    if report.skipped and _required(collector.config):
+        report.outcome = "failed"
+        report.longrepr = f"module skipped under --require: {report.longrepr}"
+    return report
+
+
+@pytest.fixture(scope="session")
+def test_set() -> Path:
+    """Folder of the shared test set; tests that use it carry the marker `data`."""
+    return TEST_SET
+
+
+@pytest.fixture(scope="session")
+def server_environment() -> ServerEnvironment:
+    """The Triton server's own environment; tests that use it carry the marker `triton`."""
+    return find_environment(_server_folder())
+
+
+class BenchmarkGate:
+    """Collects what the benchmarks of this run measured, and judges or records it at the end."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._rebaseline: bool = config.getoption("rebaseline")
+        self._hardware: Hardware = describe_hardware()
+        self._path = benchmarking.baseline_path(config.getoption("baselines"), self._hardware)
+        self._measured: dict[str, benchmarking.Measurement] = {}
+        self._problems: list[str] = []
+        self._notes: list[str] = []
+        self._baseline: benchmarking.Baseline | None = None
+
+    def record(self, name: str, measurement: benchmarking.Measurement) -> None:
+        """Keep what the benchmark `name` (its pytest id) measured."""
+        self._measured[name] = measurement
+
+    def pytest_report_header(self) -> list[str]:
+        """Name the machine and the versions that the figures below belong to."""
+        hardware = self._hardware
+        versions = ", ".join(f"{k} {v}" for k, v in installed_versions().items())
+        gpu = f", {hardware.gpu} (driver {hardware.driver})" if hardware.gpu else ""
+        return [f"hardware: {hardware.cpu}, {hardware.cores} cores{gpu}", f"versions: {versions}"]
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Drop the figures of a failed benchmark; note one that passed without any."""
+        if report.failed:
+            self._measured.pop(report.nodeid, None)
+        elif report.when == "call" and report.passed and report.nodeid not in self._measured:
+            self._problems.append(f"{report.nodeid}: passed without measuring anything")
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Judge or record the run, and fail the session where there is a problem."""
+        if session.config.getoption("collectonly"):
+            return
+        try:
+            if self._rebaseline:
+                self._record_baseline(session.testsfailed)
+            else:
+                self._baseline = benchmarking.read_baseline(self._path)
+                self._problems += benchmarking.judge(self._measured, self._baseline)
+                changes = ", ".join(benchmarking.version_changes(self._baseline))
+                self._notes += [f"versions differ from the baseline's: {changes}"] * bool(changes)
+        except InputError as error:
+            self._problems.append(str(error))
+        if self._problems:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def _record_baseline(self, failed: int) -> None:
+        if failed or self._problems:
+            raise InputError(f"not every benchmark passed: {self._path} is left as it was")
+        benchmarking.write_baseline(self._path, self._hardware, self._measured)
+        self._notes.append(f"recorded {len(self._measured)} benchmarks in {self._path}; commit it")
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        """Print the table, the notes and the gate's problems."""
+        if terminalreporter.config.getoption("collectonly"):
+            return
+        terminalreporter.section("benchmarks")
+        for line in benchmarking.table(self._measured, self._baseline):
+            terminalreporter.write_line(line)
+        for line in self._notes:
+            terminalreporter.write_line(f"note: {line}")
+        for line in self._problems:
+            terminalreporter.write_line(f"benchmark gate: {line}", red=True)
+
+
+@pytest.fixture(scope="session")
+def reference_workload() -> benchmarking.Workload:
+    """The workload every ratio is taken to."""
+    return benchmarking.reference_workload()
+
+
+@pytest.fixture
+def benchmark_ratio(
+    request: pytest.FixtureRequest, reference_workload: benchmarking.Workload
+) -> Callable[..., benchmarking.Measurement]:
+    """`benchmark_ratio(subject, check)`: check the subject's output, then time it.
+
+    `check` takes what one call of `subject` returns, asserts that it is right and returns the facts
+    (precision, agreement, …) that stand in the benchmark's row.
+    """
+    gate = request.config.pluginmanager.get_plugin(GATE)
+    if not isinstance(gate, BenchmarkGate):
+        pytest.fail("benchmark_ratio is for benchmarks/, run with --benchmark")
+
+    def run(
+        subject: Callable[[], Any], check: Callable[[Any], dict[str, str | float]], **options: int
+    ) -> benchmarking.Measurement:
+        facts = check(subject())
+        measurement = benchmarking.measure(subject, reference_workload, facts=facts, **options)
+        gate.record(request.node.nodeid, measurement)
+        return measurement
+
+    return run

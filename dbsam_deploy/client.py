@@ -1,0 +1,375 @@
+"""Image and prompts in, masks out, through a Triton server's ensembles.
+
+`DbsamClient` and `AsyncDbsamClient` speak gRPC or HTTP and can move images and masks through system
+shared memory when the server is on the same machine. `python -m dbsam_deploy.client` segments one
+image file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from types import TracebackType
+from typing import Any, Self
+
+import numpy.typing as npt
+
+from .cli import run
+from .client_memory import RegionPool, SharedRegion, is_in_use, region_size, warn_registered
+from .client_requests import (
+    Arrays,
+    Call,
+    Protocol,
+    Segmentation,
+    box_call,
+    load_library,
+    mask_side,
+    prompt_call,
+    prompt_result,
+    read_result,
+    tensors,
+    translated,
+)
+from .contract import prompts_ensemble_spec
+from .errors import InputError, ServingError
+
+__all__ = ["AsyncDbsamClient", "DbsamClient", "Segmentation"]
+
+_PROMPTS_MODEL = prompts_ensemble_spec(64).name
+_CLOSE_WAIT_S = 5.0
+_IN_USE_PAUSE_S = 0.005
+
+
+def _check_options(url: str, protocol: str, timeout_s: float) -> None:
+    host, _, port = url.rpartition(":")
+    if not host or "/" in url or not port.isdigit():
+        raise InputError(f"url {url!r}: expected host:port, for example localhost:8001")
+    if protocol not in ("grpc", "http"):
+        raise InputError(f"protocol {protocol!r}: expected grpc or http")
+    if not timeout_s > 0:
+        raise InputError(f"timeout_s {timeout_s}: expected more than 0 seconds")
+
+
+class DbsamClient:
+    """A blocking client; a context manager that closes its connection.
+
+    One client belongs to one thread (the HTTP transport is not thread-safe). Nothing is retried.
+
+    Args:
+        url: host:port, by default 8001 for gRPC and 8000 for HTTP.
+        protocol: `grpc` or `http`.
+        shared_memory: move images and masks through shared memory; the server must be on this
+            machine (and in a container share its /dev/shm).
+        timeout_s: how long one request may take.
+
+    Raises:
+        EngineError: `tritonclient` is not installed.
+        InputError: an unusable option.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        protocol: Protocol = "grpc",
+        *,
+        shared_memory: bool = False,
+        timeout_s: float = 60.0,
+    ) -> None:
+        _check_options(url, protocol, timeout_s)
+        self.url, self.protocol = url, protocol
+        self._shared = shared_memory
+        self._pool = RegionPool()
+        self._library = load_library(f"tritonclient.{protocol}")
+        self._refused = load_library("tritonclient.utils").InferenceServerException
+        self._timeout: dict[str, float] = {}
+        self._side: int | None = None
+        if protocol == "grpc":
+            self._timeout = {"client_timeout": timeout_s}
+            self._client = self._library.InferenceServerClient(url)
+        else:
+            self._client = self._library.InferenceServerClient(
+                url, connection_timeout=timeout_s, network_timeout=timeout_s
+            )
+
+    def segment(
+        self, image: npt.NDArray[Any], boxes: npt.NDArray[Any], *, check: bool = True
+    ) -> Segmentation:
+        """One independent mask for each box.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+            boxes: (N, 4) x0, y0, x1, y1 in the image frame.
+            check: look for mistakes before sending; the server checks again in any case.
+
+        Returns:
+            masks (N, H, W) and iou_scores (N,).
+
+        Raises:
+            InputError: an unusable image or box, found here or by the server.
+            ServingError: no server, a timeout, or an error inside the server.
+        """
+        call = box_call(image, boxes, check=check)
+        arrays = self._run(call)
+        return Segmentation(*(arrays[name] for name in call.spec.output_names))
+
+    def segment_prompts(
+        self,
+        image: npt.NDArray[Any],
+        *,
+        boxes: npt.NDArray[Any] | None = None,
+        point_coords: npt.NDArray[Any] | None = None,
+        point_labels: npt.NDArray[Any] | None = None,
+        mask_input: npt.NDArray[Any] | None = None,
+        multimask: bool = False,
+    ) -> Segmentation:
+        """Masks for N prompt sets: box, points and an earlier mask, combined.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+            boxes: (N, 4) in the image frame.
+            point_coords: (N, P, 2) x, y in the image frame.
+            point_labels: (N, P) 1 foreground, 0 background, -1 no point.
+            mask_input: (N, 4G, 4G) float logits, from an earlier answer's `low_res_logits[:, m]`.
+            multimask: return the three alternatives instead of the single mask.
+
+        Returns:
+            masks (N, M, H, W), iou_scores (N, M) and low_res_logits (N, M, 4G, 4G).
+
+        Raises:
+            InputError: an unusable image or prompt, found here or by the server.
+            ServingError: no server, a timeout, or an error inside the server.
+        """
+        if self._side is None:
+            with translated(self.url):
+                metadata = self._client.get_model_metadata(_PROMPTS_MODEL, **self._timeout)
+            self._side = mask_side(metadata)
+        call = prompt_call(
+            image,
+            self._side,
+            boxes=boxes,
+            point_coords=point_coords,
+            point_labels=point_labels,
+            mask_input=mask_input,
+        )
+        return prompt_result(self._run(call), call.spec, multimask=multimask)
+
+    def _run(self, call: Call) -> Arrays:
+        with translated(self.url):
+            if not self._shared:
+                return self._infer(call, None)
+            region = self._region(region_size(call.regions()[1]))
+            try:
+                arrays = self._infer(call, region)
+            except BaseException:
+                self._pool.retire(region)
+                raise
+            self._pool.idle.append(region)
+            return arrays
+
+    def _region(self, size: int) -> SharedRegion:
+        region = self._pool.take(size)
+        if region is None:
+            self._unregister(wait_s=0)
+            region = SharedRegion(size)
+            try:
+                self._client.register_system_shared_memory(region.name, region.key, region.size)
+            except BaseException:
+                region.unlink()
+                raise
+        return region
+
+    def _unregister(self, *, wait_s: float) -> None:
+        """Let the server forget retired regions; it refuses while a request still uses one."""
+        names, self._pool.stale = self._pool.stale, []
+        deadline = time.monotonic() + wait_s
+        while names:
+            try:
+                self._client.unregister_system_shared_memory(names[-1])
+            except self._refused as error:
+                if not is_in_use(error):
+                    raise
+                if time.monotonic() >= deadline:
+                    break
+                time.sleep(_IN_USE_PAUSE_S)
+            else:
+                names.pop()
+        self._pool.stale += names
+
+    def _infer(self, call: Call, region: SharedRegion | None) -> Arrays:
+        inputs, outputs = tensors(self._library, call, region)
+        result = self._client.infer(call.spec.name, inputs, outputs=outputs, **self._timeout)
+        return read_result(call, result, region)
+
+    def close(self) -> None:
+        """Free shared memory and close the connection; stop the server after this, not before."""
+        self._pool.retire_all()
+        try:
+            with translated(self.url):
+                self._unregister(wait_s=_CLOSE_WAIT_S)
+        except ServingError as error:
+            warn_registered(str(error))
+        finally:
+            self._client.close()
+        if self._pool.stale:
+            warn_registered("a request still uses it")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class AsyncDbsamClient:
+    """`DbsamClient` for asyncio; any number of requests may be in flight. Make it inside a loop.
+
+    Args and errors are those of `DbsamClient`; close it with `async with` or `await close()`.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        protocol: Protocol = "grpc",
+        *,
+        shared_memory: bool = False,
+        timeout_s: float = 60.0,
+    ) -> None:
+        _check_options(url, protocol, timeout_s)
+        self.url, self.protocol = url, protocol
+        self._shared = shared_memory
+        self._pool = RegionPool()
+        self._library = load_library(f"tritonclient.{protocol}")
+        self._refused = load_library("tritonclient.utils").InferenceServerException
+        self._timeout: dict[str, float] = {}
+        self._errors: tuple[type[BaseException], ...] = ()
+        self._side: int | None = None
+        transport = load_library(f"tritonclient.{protocol}.aio")
+        if protocol == "grpc":
+            self._timeout = {"client_timeout": timeout_s}
+            self._client = transport.InferenceServerClient(url)
+        else:
+            self._errors = (load_library("aiohttp").ClientError,)
+            self._client = transport.InferenceServerClient(url, conn_timeout=timeout_s)
+
+    async def segment(
+        self, image: npt.NDArray[Any], boxes: npt.NDArray[Any], *, check: bool = True
+    ) -> Segmentation:
+        """See `DbsamClient.segment`."""
+        call = box_call(image, boxes, check=check)
+        arrays = await self._run(call)
+        return Segmentation(*(arrays[name] for name in call.spec.output_names))
+
+    async def segment_prompts(
+        self,
+        image: npt.NDArray[Any],
+        *,
+        boxes: npt.NDArray[Any] | None = None,
+        point_coords: npt.NDArray[Any] | None = None,
+        point_labels: npt.NDArray[Any] | None = None,
+        mask_input: npt.NDArray[Any] | None = None,
+        multimask: bool = False,
+    ) -> Segmentation:
+        """See `DbsamClient.segment_prompts`."""
+        if self._side is None:
+            with translated(self.url, *self._errors):
+                metadata = await self._client.get_model_metadata(_PROMPTS_MODEL, **self._timeout)
+            self._side = mask_side(metadata)
+        call = prompt_call(
+            image,
+            self._side,
+            boxes=boxes,
+            point_coords=point_coords,
+            point_labels=point_labels,
+            mask_input=mask_input,
+        )
+        return prompt_result(await self._run(call), call.spec, multimask=multimask)
+
+    async def _run(self, call: Call) -> Arrays:
+        with translated(self.url, *self._errors):
+            if not self._shared:
+                return await self._infer(call, None)
+            region = await self._region(region_size(call.regions()[1]))
+            try:
+                arrays = await self._infer(call, region)
+            except BaseException:
+                self._pool.retire(region)
+                raise
+            self._pool.idle.append(region)
+            return arrays
+
+    async def _region(self, size: int) -> SharedRegion:
+        region = self._pool.take(size)
+        if region is None:
+            await self._unregister(wait_s=0)
+            region = SharedRegion(size)
+            try:
+                await self._client.register_system_shared_memory(
+                    region.name, region.key, region.size
+                )
+            except BaseException:
+                region.unlink()
+                raise
+        return region
+
+    async def _unregister(self, *, wait_s: float) -> None:
+        """See `DbsamClient._unregister`; names are claimed first, other requests may run."""
+        names, self._pool.stale = self._pool.stale, []
+        deadline = time.monotonic() + wait_s
+        while names:
+            try:
+                await self._client.unregister_system_shared_memory(names[-1])
+            except self._refused as error:
+                if not is_in_use(error):
+                    raise
+                if time.monotonic() >= deadline:
+                    break
+                await asyncio.sleep(_IN_USE_PAUSE_S)
+            else:
+                names.pop()
+        self._pool.stale += names
+
+    async def _infer(self, call: Call, region: SharedRegion | None) -> Arrays:
+        inputs, outputs = tensors(self._library, call, region)
+        result = await self._client.infer(call.spec.name, inputs, outputs=outputs, **self._timeout)
+        return read_result(call, result, region)
+
+    async def close(self) -> None:
+        """See `DbsamClient.close`."""
+        self._pool.retire_all()
+        try:
+            with translated(self.url, *self._errors):
+                await self._unregister(wait_s=_CLOSE_WAIT_S)
+        except ServingError as error:
+            warn_registered(str(error))
+        finally:
+            await self._client.close()
+        if self._pool.stale:
+            warn_registered("a request still uses it")
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line, in `dbsam_deploy.served`, which needs more than a client in a program does."""
+    from .served import main as segment_file
+
+    return segment_file(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

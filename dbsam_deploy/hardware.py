@@ -1,0 +1,144 @@
+"""What this machine is: a short key, and the facts that belong beside every measured number.
+
+Run it to see both::
+
+    python -m dbsam_deploy.hardware
+    python -m dbsam_deploy.hardware --key
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+from . import cli
+
+CPUINFO = Path("/proc/cpuinfo")
+VERSIONED_PACKAGES = (
+    "dbsam-deploy",
+    "torch",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "numpy",
+    "pillow",
+)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One machine as measurements see it; two machines with the same `key` are comparable.
+
+    Attributes:
+        key: file-name-safe name, built from the other fields.
+        cpu: model name as the system gives it, with family and model number where known (virtual
+            machines often hide the rest).
+        cores: logical cores this process may use.
+        gpu: name of the first NVIDIA GPU, or "" without one.
+        driver: its driver version, or "".
+    """
+
+    key: str
+    cpu: str
+    cores: int
+    gpu: str = ""
+    driver: str = ""
+
+
+def hardware_key(cpu: str, cores: int, gpu: str = "") -> str:
+    """Normalise names to a key for a file name.
+
+    >>> hardware_key("AMD EPYC 9B14 (family 25, model 17)", 2)
+    'amd-epyc-9b14-family-25-model-17-2-cores'
+    >>> hardware_key("Intel(R) Xeon(R) CPU @ 2.20GHz", 8, "NVIDIA L4")
+    'intel-xeon-cpu-2-20ghz-8-cores-nvidia-l4'
+    """
+    text = f"{cpu} {cores} cores {gpu}".lower()
+    text = re.sub(r"\((r|tm|c)\)", " ", text)
+    return re.sub(r"[^a-z0-9]+", "-", text).strip("-")
+
+
+def cpu_name(cpuinfo: str) -> str:
+    """CPU model out of the text of `/proc/cpuinfo`, or "" if it names none (some ARM kernels)."""
+    fields: dict[str, str] = {}
+    for line in cpuinfo.splitlines():
+        name, found, value = line.partition(":")
+        if found:
+            fields.setdefault(name.strip(), value.strip())
+    model = fields.get("model name", "")
+    if model and "cpu family" in fields and "model" in fields:
+        return f"{model} (family {fields['cpu family']}, model {fields['model']})"
+    return model
+
+
+def describe_hardware() -> Hardware:
+    """Look at this machine. A CPU that names itself nowhere is called by its architecture."""
+    cpu = cpu_name(CPUINFO.read_text()) if CPUINFO.is_file() else platform.processor()
+    cpu = cpu or platform.machine() or "unknown-cpu"
+    allowed = getattr(os, "sched_getaffinity", None)
+    cores = len(allowed(0)) if allowed else os.cpu_count() or 1
+    gpu, driver = _first_gpu()
+    return Hardware(hardware_key(cpu, cores, gpu), cpu, cores, gpu, driver)
+
+
+def _first_gpu() -> tuple[str, str]:
+    """Name and driver version of the first NVIDIA GPU, or two empty strings."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "", ""
+    command = [tool, "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "", ""  # the tool is installed but no driver answers: no GPU to use
+    lines = answer.stdout.splitlines()
+    name, _, driver = (lines[0] if lines else "").partition(",")
+    return name.strip(), driver.strip()
+
+
+def installed_versions() -> dict[str, str]:
+    """Version of Python and of each installed package that can change a number."""
+    versions = {"python": platform.python_version()}
+    for name in VERSIONED_PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the hardware facts; returns 0."""
+    parser = cli.Parser(
+        prog="python -m dbsam_deploy.hardware",
+        description=(
+            "Show what this machine is: the key that names its benchmark baseline\n"
+            "(benchmarks/baselines/<key>.json), and the versions stored beside figures.\n\n"
+            "examples:\n"
+            "  python -m dbsam_deploy.hardware          everything, as JSON\n"
+            "  python -m dbsam_deploy.hardware --key    only the key, for scripts"
+        ),
+        formatter_class=cli.HelpFormatter,
+    )
+    parser.add_argument("--key", action="store_true", help="print only the key")
+    options = parser.parse_args(argv)
+    hardware = describe_hardware()
+    if options.key:
+        print(hardware.key)
+    else:
+        print(json.dumps({**asdict(hardware), "versions": installed_versions()}, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

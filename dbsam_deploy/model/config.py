@@ -1,0 +1,139 @@
+"""Model variants as data. A variant is a name and a frozen `ModelConfig`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ..contract import check_image_size
+from ..errors import InputError
+from ..imaging import Mode
+
+ConvPyramid = Literal["lfip0", "lfip6"]
+Fusion = Literal["dane", "dane3", "figure"]
+ChannelAttentionPosition = Literal["before", "after", "none"]
+
+
+@dataclass(frozen=True)
+class TwoBranchConfig:
+    """Adapter of the paper: ViT branch and convolution branch, coupled after each stage.
+
+    Attributes:
+        pyramid: convolution branch, `lfip6` (paper) or `lfip0` (repository default).
+        levels: pyramid levels in use; each is one map on the ViT's grid.
+        stem_channels: widths of the convolution branch before it reaches the embedding width.
+        fusion: ViT-Conv fusion block: `dane` and `dane3` as coded, `figure` as in the paper.
+        channel_attention: where the channel attention block stands in a stage; with `none` its
+            parameters exist and are unused, as in the official code.
+        num_heads: heads of the deformable attention.
+        num_points: sampling points per head and level.
+        fusion_reduction: bottleneck factor of the fusion block.
+    """
+
+    pyramid: ConvPyramid = "lfip6"
+    levels: tuple[int, ...] = (3,)
+    stem_channels: tuple[int, ...] = (256, 512)
+    fusion: Fusion = "dane"
+    channel_attention: ChannelAttentionPosition = "before"
+    num_heads: int = 12
+    num_points: int = 4
+    fusion_reduction: int = 12
+
+
+@dataclass(frozen=True)
+class FourBranchConfig:
+    """Adapter of the released `db_sam_plus` configuration: five maps, joint self-attention.
+
+    Attributes:
+        levels: pyramid levels of the `lfip0` convolution branch.
+        stem_channels: widths of the convolution branch.
+        num_heads: heads of the deformable attention.
+        num_points: sampling points per head and level.
+        fusion_reduction: bottleneck factor of the fusion block.
+        num_conv_gates: gates for convolution maps in the fusion; the checkpoint has one more than
+            there are maps, and the last is never used.
+    """
+
+    levels: tuple[int, ...] = (1, 2, 3, 4)
+    stem_channels: tuple[int, ...] = (128, 256, 512)
+    num_heads: int = 12
+    num_points: int = 4
+    fusion_reduction: int = 12
+    num_conv_gates: int = 5
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One variant.
+
+    Attributes:
+        name: the variant's name.
+        image_size: side S of the model frame in pixels.
+        embed_dim: ViT width.
+        depth: ViT blocks; four stages of depth/4.
+        num_heads: ViT heads.
+        norm_eps: eps of the ViT's LayerNorms: 1e-6 in SAM, 1e-5 as DB-SAM builds its ViT.
+        adapter: the branch beside the ViT, or None for plain SAM.
+        preprocessing: how images enter the model, see `dbsam_deploy.imaging`.
+        window_size: side of the windows of local attention, in tokens.
+    """
+
+    name: str
+    image_size: int = 1024
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    norm_eps: float = 1e-5
+    adapter: TwoBranchConfig | FourBranchConfig | None = None
+    preprocessing: Mode = "sam"
+    window_size: int = 14
+
+    @property
+    def stage_depth(self) -> int:
+        """ViT blocks in each of the four stages; the last of a stage attends globally."""
+        return self.depth // 4
+
+
+_CONFIGS = (
+    ModelConfig("db_sam", adapter=TwoBranchConfig()),
+    ModelConfig(
+        "db_sam_4level",
+        adapter=TwoBranchConfig(
+            pyramid="lfip0", levels=(1, 2, 3, 4), stem_channels=(128, 256, 512)
+        ),
+    ),
+    ModelConfig("db_sam_plus", adapter=FourBranchConfig()),
+    ModelConfig("sam_vit_b", norm_eps=1e-6),
+    ModelConfig("medsam_vit_b", norm_eps=1e-6, preprocessing="medsam"),
+    ModelConfig(
+        "db_sam_tiny",
+        embed_dim=160,
+        num_heads=5,
+        adapter=TwoBranchConfig(stem_channels=(48, 96), num_heads=5, fusion_reduction=10),
+    ),
+)
+
+VARIANTS: dict[str, ModelConfig] = {config.name: config for config in _CONFIGS}
+"""Variant name → configuration. `medsam_vit_b` is `sam_vit_b` with MedSAM 1.0's preprocessing."""
+
+
+def variant_config(
+    name: str, *, image_size: int | None = None, fusion: Fusion | None = None
+) -> ModelConfig:
+    """Configuration of a variant, optionally at another image size or with another fusion block.
+
+    Raises:
+        InputError: unknown name, size, or a fusion for a variant without a two-branch adapter.
+    """
+    if name not in VARIANTS:
+        raise InputError(f"variant {name!r}: expected one of {', '.join(VARIANTS)}")
+    config = VARIANTS[name]
+    if image_size is not None:
+        config = replace(config, image_size=check_image_size(image_size))
+    if fusion is not None:
+        if not isinstance(config.adapter, TwoBranchConfig):
+            raise InputError(
+                f"variant {name} has no selectable fusion; use db_sam or db_sam_4level"
+            )
+        config = replace(config, adapter=replace(config.adapter, fusion=fusion))
+    return config

@@ -1,0 +1,140 @@
+"""The reference model: image encoder with adapter, SAM's prompt encoder and mask decoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import FourBranchAdapter, Stage, TwoBranchAdapter
+from .config import FourBranchConfig, Fusion, ModelConfig, TwoBranchConfig, variant_config
+from .sam import build_mask_decoder, build_prompt_encoder, build_vit
+
+
+class DbSam(nn.Module):
+    """A SAM-type model; `image_encoder.adapter` is absent in `sam_vit_b`.
+
+    `encode` and `decode` run SAM's own modules, so that the deployed graphs are compared with an
+    independent reference.
+
+    Args:
+        config: see `dbsam_deploy.model.config`.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        # Any: SAM's modules carry no usable types.
+        self.image_encoder: Any = build_vit(config)
+        if isinstance(config.adapter, TwoBranchConfig):
+            self.image_encoder.adapter = TwoBranchAdapter(config.embed_dim, config.adapter)
+        elif isinstance(config.adapter, FourBranchConfig):
+            self.image_encoder.adapter = FourBranchAdapter(config.embed_dim, config.adapter)
+        self.prompt_encoder: Any = build_prompt_encoder(config)
+        self.mask_decoder: Any = build_mask_decoder()
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Encoder + fusion.
+
+        Args:
+            image: (B, 3, S, S) float32, model frame, see `dbsam_deploy.imaging.preprocess`.
+
+        Returns:
+            image_embeddings (B, 256, S/16, S/16).
+        """
+        return encode_with(self.image_encoder, self.config.stage_depth, image)
+
+    def decode(
+        self,
+        image_embeddings: Tensor,
+        *,
+        boxes: Tensor | None = None,
+        points: tuple[Tensor, Tensor] | None = None,
+        masks: Tensor | None = None,
+        multimask: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """SAM's prompt encoder and mask decoder for one image.
+
+        Args:
+            image_embeddings: (1, 256, G, G).
+            boxes: (N, 4) x0, y0, x1, y1 in the model frame.
+            points: coordinates (N, P, 2) in the model frame and labels (N, P).
+            masks: (N, 1, 4G, 4G) logits.
+            multimask: three masks instead of the single one.
+
+        Returns:
+            low_res_masks (N, M, 4G, 4G) and iou_predictions (N, M), M = 3 or 1.
+        """
+        sparse, dense = self.prompt_encoder(points, boxes, masks)
+        return self.mask_decoder(
+            image_embeddings=image_embeddings,
+            image_pe=self.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=multimask,
+        )
+
+    def forward(self, image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """Images with the same number of boxes each, as in training.
+
+        Args:
+            image: (B, 3, S, S) float32, model frame.
+            boxes: (B, N, 4) model frame.
+
+        Returns:
+            low_res_masks (B, N, 1, 4G, 4G) and iou_predictions (B, N, 1).
+        """
+        embeddings = self.encode(image)
+        pairs = [self.decode(embeddings[i : i + 1], boxes=b) for i, b in enumerate(boxes)]
+        return torch.stack([m for m, _ in pairs]), torch.stack([iou for _, iou in pairs])
+
+
+def encode_with(encoder: Any, stage_depth: int, image: Tensor) -> Tensor:
+    """Run an image encoder, with its adapter where it has one.
+
+    Args:
+        encoder: SAM's `ImageEncoderViT`, or one with its blocks replaced, as the graphs do.
+        stage_depth: blocks in a stage.
+        image: (B, 3, S, S).
+    """
+    x = encoder.patch_embed(image) + encoder.pos_embed
+    blocks = list(encoder.blocks)
+    stages: list[Stage] = [
+        nn.Sequential(*blocks[i : i + stage_depth]) for i in range(0, len(blocks), stage_depth)
+    ]
+    adapter = getattr(encoder, "adapter", None)
+    if adapter is not None:
+        return encoder.neck(adapter(x, image, stages))
+    for stage in stages:
+        x = stage(x)
+    return encoder.neck(x.permute(0, 3, 1, 2))
+
+
+def build_model(
+    variant: str, *, image_size: int | None = None, fusion: Fusion | None = None
+) -> DbSam:
+    """Build a variant with fresh weights, in evaluation mode.
+
+    Args:
+        variant: a name in `VARIANTS`.
+        image_size: side of the model frame; the variant's own (1024) by default.
+        fusion: another fusion block for a two-branch variant.
+
+    Raises:
+        InputError: unknown variant, size or fusion.
+    """
+    model = DbSam(variant_config(variant, image_size=image_size, fusion=fusion))
+    _init_frozen_vit(model)
+    return model.eval()
+
+
+def _init_frozen_vit(model: DbSam) -> None:
+    """Normal(0, 0.02) for what SAM's constructor leaves at zero, so that fresh weights differ."""
+    encoder = model.image_encoder
+    with torch.no_grad():
+        for parameter in (
+            encoder.pos_embed,
+            *(p for n, p in encoder.blocks.named_parameters() if "rel_pos" in n),
+        ):
+            nn.init.trunc_normal_(parameter, std=0.02)

@@ -1,0 +1,92 @@
+"""The one place that imports SAM's modules, without SAM's top-level package.
+
+`import segment_anything` needs torchvision (for its predictor), which has no CPU build for every
+torch. The `modeling` sub-package needs only torch, so it is loaded by path under a private name.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from ..contract import EMBEDDING_CHANNELS, PATCH_SIZE, grid_size
+from ..errors import EngineError
+from .config import ModelConfig
+
+_PRIVATE_NAME = "dbsam_deploy.model._segment_anything_modeling"
+
+
+def _load_modeling() -> ModuleType:
+    if _PRIVATE_NAME in sys.modules:
+        return sys.modules[_PRIVATE_NAME]
+    found = importlib.util.find_spec("segment_anything")
+    if found is None or not found.submodule_search_locations:
+        raise EngineError("segment-anything is not installed: pip install segment-anything")
+    folder = Path(next(iter(found.submodule_search_locations))) / "modeling"
+    spec = importlib.util.spec_from_file_location(
+        _PRIVATE_NAME, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    if spec is None or spec.loader is None:
+        raise EngineError(f"segment-anything in {folder.parent} has no modeling package")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[_PRIVATE_NAME] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+_modeling = _load_modeling()
+
+ImageEncoderViT: Any = _modeling.ImageEncoderViT
+PromptEncoder: Any = _modeling.PromptEncoder
+MaskDecoder: Any = _modeling.MaskDecoder
+TwoWayTransformer: Any = _modeling.TwoWayTransformer
+LayerNorm2d: Any = sys.modules[f"{_PRIVATE_NAME}.common"].LayerNorm2d
+ViTBlock: Any = sys.modules[f"{_PRIVATE_NAME}.image_encoder"].Block
+get_rel_pos: Any = sys.modules[f"{_PRIVATE_NAME}.image_encoder"].get_rel_pos
+
+
+def build_vit(config: ModelConfig) -> nn.Module:
+    """SAM's `ImageEncoderViT` (patch embedding, blocks, neck) at the variant's width and depth."""
+    stage = config.stage_depth
+    return ImageEncoderViT(
+        img_size=config.image_size,
+        patch_size=PATCH_SIZE,
+        embed_dim=config.embed_dim,
+        depth=config.depth,
+        num_heads=config.num_heads,
+        out_chans=EMBEDDING_CHANNELS,
+        norm_layer=partial(nn.LayerNorm, eps=config.norm_eps),
+        use_rel_pos=True,
+        window_size=config.window_size,
+        global_attn_indexes=tuple(range(stage - 1, config.depth, stage)),
+    )
+
+
+def build_prompt_encoder(config: ModelConfig) -> nn.Module:
+    """SAM's `PromptEncoder` for the variant's image size."""
+    grid = grid_size(config.image_size)
+    return PromptEncoder(
+        embed_dim=EMBEDDING_CHANNELS,
+        image_embedding_size=(grid, grid),
+        input_image_size=(config.image_size, config.image_size),
+        mask_in_chans=16,
+    )
+
+
+def build_mask_decoder() -> nn.Module:
+    """SAM's `MaskDecoder` with its two-way transformer, as in ViT-B."""
+    return MaskDecoder(
+        num_multimask_outputs=3,
+        transformer=TwoWayTransformer(
+            depth=2, embedding_dim=EMBEDDING_CHANNELS, mlp_dim=2048, num_heads=8
+        ),
+        transformer_dim=EMBEDDING_CHANNELS,
+        iou_head_depth=3,
+        iou_head_hidden_dim=256,
+    )

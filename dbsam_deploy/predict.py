@@ -1,0 +1,353 @@
+"""`python -m dbsam_deploy.predict`: an image or volume and prompts in, mask files out."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress as ProgressBar
+from rich.table import Table
+
+from . import segment as segmenting
+from .artefact import load_artefact
+from .cli import HelpFormatter, run
+from .errors import InputError
+from .figures import Panel, draw_overlay, evenly_spaced
+from .imaging import MODES, Preprocessing
+from .predictor import Predictor
+from .scans import require_nibabel
+from .segment import Prompts, Segmentation, check_prompts, segment
+from .sessions import OnnxRuntimeSession, PytorchSession, Session
+from .volumes import Volume, label_map_bytes, npz_bytes, png_bytes, read_volume, write_atomic
+
+DEFAULT_ARTEFACT = Path("build/fp32")
+PYTORCH_OPTIONS = ("variant", "checkpoint", "image_size", "decoder_weights")
+
+DESCRIPTION = """\
+Segment one image or volume with boxes or points.
+
+An image is PNG, JPEG, a MedSAM npz (imgs, optionally boxes and spacing), NIfTI, or DICOM (one file,
+or a folder with one series). Coordinates are pixels of the stored image, x to the right, y down,
+from the top-left corner; in NIfTI x and y are the array's first and second axis, slices its third.
+Values other than 0-255 bytes are clipped to their 0.5-99.5 percentiles, or to --window.
+
+examples:
+  one box on a picture, with a picture of the result
+    python -m dbsam_deploy.predict skin.png --box 120 80 410 333 --overlay
+  two boxes: labels 1 and 2 in one label map
+    python -m dbsam_deploy.predict cells.png --box 10 10 60 58 --box 90 20 140 77
+  a click inside, one outside, three alternatives
+    python -m dbsam_deploy.predict skin.png --point 200 180 1 --point 20 30 0 --multimask
+  one slice of a CT
+    python -m dbsam_deploy.predict ct.nii.gz --slice 40 --box 60 70 130 150 --window 40 400
+  slices 30 to 49 of a CT, x0 y0 z0 x1 y1 z1
+    python -m dbsam_deploy.predict ct_series/ --box3d 60 70 30 130 150 50 --window 40 400
+  the boxes stored in an npz, on PyTorch with another checkpoint
+    python -m dbsam_deploy.predict case.npz --backend pytorch --checkpoint medsam_vit_b.pth
+"""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A session with all that is known about its model.
+
+    Attributes:
+        session: runs the graphs.
+        preprocessing: how images enter the model.
+        weights: `source`, `trained` and `note`, see `Artefact.weights`.
+        name: variant and precision in words.
+    """
+
+    session: Session
+    preprocessing: Preprocessing
+    weights: dict[str, Any]
+    name: str
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m dbsam_deploy.predict",
+        description=DESCRIPTION,
+        formatter_class=HelpFormatter,
+    )
+    parser.add_argument("image", type=Path, metavar="IMAGE", help="file, or folder with DICOM")
+    prompts = parser.add_argument_group("prompts (without any, the boxes of an npz are used)")
+    prompts.add_argument(
+        "--box",
+        nargs=4,
+        type=float,
+        action="append",
+        metavar=("X0", "Y0", "X1", "Y1"),
+        help="a box in image pixels; repeat it for more objects",
+    )
+    prompts.add_argument(
+        "--box3d",
+        nargs=6,
+        type=float,
+        action="append",
+        metavar=("X0", "Y0", "Z0", "X1", "Y1", "Z1"),
+        help="a box in a volume, put on each of the slices Z0 to Z1 - 1 (counted from 0)",
+    )
+    prompts.add_argument(
+        "--point",
+        nargs=3,
+        type=float,
+        action="append",
+        metavar=("X", "Y", "LABEL"),
+        help="a point inside (LABEL 1) or outside (0) the object; all points describe one object, "
+        "together with the --box if there is one",
+    )
+    prompts.add_argument(
+        "--slice", type=int, metavar="K", help="slice of --box and --point, from 0"
+    )
+    prompts.add_argument(
+        "--multimask",
+        action="store_true",
+        help="three alternatives for each prompt; the one with the best predicted IoU is kept",
+    )
+    _add_image_options(parser)
+    _add_model_options(parser)
+    return parser
+
+
+def _add_image_options(parser: argparse.ArgumentParser) -> None:
+    files = parser.add_argument_group("image and output")
+    files.add_argument(
+        "--window",
+        nargs=2,
+        type=float,
+        metavar=("LEVEL", "WIDTH"),
+        help="stored values shown as black to white, HU for CT: 40 400 soft tissue, -600 1500 lung",
+    )
+    files.add_argument(
+        "--output", type=Path, default=Path("predictions"), help="folder for results"
+    )
+    files.add_argument(
+        "--mask-format",
+        choices=("auto", "png", "npz", "nifti"),
+        default="auto",
+        help="auto: PNG and npz for 2D images, npz for npz volumes, NIfTI for NIfTI and DICOM",
+    )
+    files.add_argument(
+        "--overlay", action="store_true", help="also draw contours, prompts and a legend as PNG"
+    )
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_argument_group("model")
+    model.add_argument("--backend", choices=("onnxruntime", "pytorch"), default="onnxruntime")
+    model.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    model.add_argument(
+        "--artefact",
+        type=Path,
+        default=DEFAULT_ARTEFACT,
+        help="folder that python -m dbsam_deploy.export wrote (onnxruntime)",
+    )
+    model.add_argument(
+        "--variant",
+        help="model variant (pytorch): db_sam_tiny, db_sam, sam_vit_b, medsam_vit_b, ...",
+    )
+    model.add_argument("--checkpoint", type=Path, help="weights file (pytorch)")
+    model.add_argument("--image-size", type=int, help="side of the model frame (pytorch)")
+    model.add_argument(
+        "--decoder-weights", type=Path, help="prompt encoder and mask decoder weights (pytorch)"
+    )
+    model.add_argument(
+        "--preprocess",
+        choices=MODES,
+        help="override the model's own preprocessing: sam keeps the aspect and z-scores, medsam "
+        "(MedSAM 1.0) squeezes to a square and scales to 0-1",
+    )
+
+
+def load_engine(args: argparse.Namespace) -> Engine:
+    """Build the session that the command line names.
+
+    Raises:
+        InputError: options of the other backend, or an artefact that is missing or changed.
+        CheckpointError: weights that do not fit.
+        EngineError: a runtime or device that is missing.
+    """
+    if args.backend == "pytorch":
+        if args.artefact != DEFAULT_ARTEFACT:
+            raise InputError("--artefact goes with --backend onnxruntime; drop one of them")
+        from .weights import load_model
+
+        loaded = load_model(**{name: getattr(args, name) for name in PYTORCH_OPTIONS})
+        session: Session = PytorchSession(loaded.model, device=args.device)
+        engine = Engine(session, loaded.preprocessing, loaded.weights, args.variant or "PyTorch")
+    else:
+        given = [name for name in PYTORCH_OPTIONS if getattr(args, name) is not None]
+        if given:
+            raise InputError(
+                f"--{given[0].replace('_', '-')} goes with --backend pytorch; an artefact has its "
+                "own weights, fixed by python -m dbsam_deploy.export"
+            )
+        artefact = load_artefact(args.artefact)
+        session = OnnxRuntimeSession(artefact, device=args.device)
+        name = f"{artefact.variant} {artefact.precision}"
+        engine = Engine(session, artefact.preprocessing, artefact.weights, name)
+    if args.preprocess is not None:
+        how = dataclasses.replace(engine.preprocessing, mode=args.preprocess)
+        engine = dataclasses.replace(engine, preprocessing=how)
+    return engine
+
+
+def prompts_from(args: argparse.Namespace, volume: Volume) -> Prompts:
+    """The command line's prompts, or else the file's own boxes, checked against `volume`.
+
+    Raises:
+        InputError: see `check_prompts`.
+    """
+    boxes: npt.NDArray[Any] | None = None if args.box is None else np.array(args.box)
+    boxes_3d: npt.NDArray[Any] | None = None if args.box3d is None else np.array(args.box3d)
+    points = tuple((x, y, label) for x, y, label in args.point or ())
+    if boxes is None and boxes_3d is None and not points and volume.boxes is not None:
+        if volume.boxes.shape[1] == 6:
+            boxes_3d = volume.boxes
+        else:
+            boxes = volume.boxes
+    return check_prompts(Prompts(boxes, boxes_3d, points, args.slice, args.multimask), volume)
+
+
+def planned_files(volume: Volume, mask_format: str, folder: Path, overlay: bool) -> dict[str, Path]:
+    """What will be written: `png`, `npz`, `nifti`, `overlay` → path.
+
+    Raises:
+        InputError: a format that cannot hold this volume, or a file that was read as input.
+        EngineError: NIfTI without nibabel.
+    """
+    stem = volume.path.resolve().name
+    for suffix in (".nii.gz", ".nii", volume.path.suffix):
+        stem = stem.removesuffix(suffix)
+    kinds: tuple[str, ...] = (mask_format,)
+    if mask_format == "auto":
+        if volume.geometry is not None:
+            kinds = ("nifti",)
+        else:
+            kinds = ("npz",) if volume.is_volume else ("png", "npz")
+    if "png" in kinds and volume.is_volume:
+        raise InputError(f"{volume.path} is a volume: PNG holds one slice; use --mask-format npz")
+    if "nifti" in kinds:
+        if volume.geometry is None:
+            raise InputError(
+                f"{volume.path} has no position in space, which NIfTI needs: use --mask-format npz"
+            )
+        require_nibabel()
+    endings = {"png": "_mask.png", "npz": "_mask.npz", "nifti": "_mask.nii.gz"}
+    paths = {kind: folder / f"{stem}{endings[kind]}" for kind in kinds}
+    if overlay:
+        paths["overlay"] = folder / f"{stem}_overlay.png"
+    for path in paths.values():
+        if path.exists() and any(path.samefile(source) for source in volume.files):
+            raise InputError(f"{path} is the input itself: choose another --output folder")
+    return paths
+
+
+def write_results(
+    paths: dict[str, Path], volume: Volume, result: Segmentation, prompts: Prompts, note: str
+) -> None:
+    """Write every planned file, each whole or not at all."""
+    labels = result.labels if volume.is_volume else result.labels[0]
+    if "png" in paths:
+        write_atomic(paths["png"], png_bytes(labels))
+    if "nifti" in paths:
+        write_atomic(paths["nifti"], label_map_bytes(result.labels, volume))
+    if "npz" in paths:
+        arrays: dict[str, Any] = {
+            "segs": labels,
+            "iou_predictions": np.array([f.iou for f in result.findings], np.float32),
+        }
+        if result.alternatives is not None:
+            arrays["alternatives"] = result.alternatives
+        if volume.spacing_mm is not None:
+            arrays["spacing"] = np.array(volume.spacing_mm, np.float64)
+        write_atomic(paths["npz"], npz_bytes(**arrays))
+    if "overlay" in paths:
+        picture = draw_overlay(
+            [_panel(volume, result, prompts, index) for index in evenly_spaced(result.slices)],
+            [(f.label, f"{f.label}  {f.prompt}  IoU {f.iou:.3f}") for f in result.findings],
+            note,
+        )
+        write_atomic(paths["overlay"], png_bytes(np.asarray(picture)))
+
+
+def _panel(volume: Volume, result: Segmentation, prompts: Prompts, index: int) -> Panel:
+    boxes: list[tuple[int, tuple[float, float, float, float]]] = []
+    if prompts.boxes_3d is not None:
+        for label, (x0, y0, z0, x1, y1, z1) in enumerate(prompts.boxes_3d.tolist(), start=1):
+            if z0 <= index < z1:
+                boxes.append((label, (x0, y0, x1, y1)))
+    elif prompts.boxes is not None:
+        boxes = [(i, (b[0], b[1], b[2], b[3])) for i, b in enumerate(prompts.boxes.tolist(), 1)]
+    points = [(x, y, label == 1) for x, y, label in prompts.points]
+    caption = f"slice {index}" if volume.is_volume else ""
+    return Panel(volume.slice_rgb(index), result.labels[index], boxes, points, caption)
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[segmenting.Progress]:
+    with ProgressBar(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("segmenting slices", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _report(console: Console, result: Segmentation, paths: dict[str, Path]) -> None:
+    table = Table("label", "prompt", "mask pixels", "predicted IoU")
+    table.add_column("file", overflow="fold")
+    masks = "\n".join(escape(path.name) for kind, path in paths.items() if kind != "overlay")
+    for finding in result.findings:
+        rows = finding.alternatives or ((finding.pixels, finding.iou),)
+        for index, (pixels, iou) in enumerate(rows):
+            kept = (pixels, iou) == (finding.pixels, finding.iou)
+            name = escape(finding.prompt) + (f" (alternative {index + 1})" if rows[1:] else "")
+            table.add_row(
+                str(finding.label), name, str(pixels), f"{iou:.3f}", masks if kept else "not kept"
+            )
+    console.print(table)
+    for path in paths.values():
+        console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; see the module's `--help`."""
+    args = _parser().parse_args(argv)
+    window = None if args.window is None else (args.window[0], args.window[1])
+    prompted = args.box or args.box3d or args.point
+    volume = read_volume(args.image, window=window, with_boxes=not prompted)
+    prompts = prompts_from(args, volume)
+    paths = planned_files(volume, args.mask_format, args.output, args.overlay)
+    engine = load_engine(args)
+    console = Console()
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    depth, height, width = volume.shape
+    say(f"image: {volume.path}, {depth} × {height} × {width} (slices × height × width)")
+    say(f"intensities: {volume.intensity}")
+    how = engine.preprocessing
+    say(f"model: {engine.name} on {engine.session.backend}, {how.mode} at {how.image_size} pixels")
+    note = ""
+    if not engine.weights.get("trained", False):
+        note = str(engine.weights.get("note") or "these weights are not stated to be trained")
+        say(f"NOTE: {note}")
+    with _progress(Console(stderr=True)) as progress:
+        result = segment(Predictor(engine.session, how), volume, prompts, progress)
+    write_results(paths, volume, result, prompts, note)
+    _report(console, result, paths)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,195 @@
+"""`python -m dbsam_deploy.serve`: install, start and try the real Triton server."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from rich.console import Console
+
+from .cli import HelpFormatter, run
+from .client import DbsamClient
+from .errors import InputError
+from .repository import Repository, load_repository
+from .served import ImageRequest, add_image_options, read_request, report, segment_image
+from .server_env import DEFAULT_FOLDER, find_environment, has_gpu_driver, install_environment
+from .triton_server import LOOPBACK, Ports, TritonServer
+
+DEFAULT_REPOSITORY = Path("build/model_repository")
+DOCKER_IMAGE = "nvcr.io/nvidia/tritonserver:24.10-py3"
+"""The container of the server release that the wheel carries (2.51.0)."""
+
+DESCRIPTION = """\
+Start the real Triton Inference Server on the repository that an export filled.
+
+On a CPU machine the server comes from a wheel in its own virtual environment, and Python stand-ins
+take the place of Triton's onnxruntime and tensorrt backends; the log says so. On a GPU machine use
+the container that --docker prints.
+
+examples:
+  once: make the server's environment in .triton-server/
+    python -m dbsam_deploy.serve --install
+  serve until Ctrl-C, on this machine only
+    python -m dbsam_deploy.serve
+  start, segment one image, stop
+    python -m dbsam_deploy.serve --try skin.png --box 120 80 410 333 --output out/
+  the command for a GPU host
+    python -m dbsam_deploy.serve --docker
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m dbsam_deploy.serve", description=DESCRIPTION, formatter_class=HelpFormatter
+    )
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--install", action="store_true", help="make the server's environment")
+    action.add_argument("--docker", action="store_true", help="print the command for a GPU host")
+    action.add_argument(
+        "--try", dest="image", type=Path, metavar="IMAGE", help="start, segment IMAGE, stop"
+    )
+    parser.add_argument(
+        "--repository", type=Path, default=DEFAULT_REPOSITORY, help="model repository to serve"
+    )
+    parser.add_argument(
+        "--server-env", type=Path, default=DEFAULT_FOLDER, help="the server's virtual environment"
+    )
+    parser.add_argument(
+        "--medsam",
+        action="store_true",
+        help="with --install: add scikit-image for MedSAM's preprocessing",
+    )
+    server = parser.add_argument_group("server")
+    server.add_argument(
+        "--host", default=LOOPBACK, help="0.0.0.0 opens the server to the network, without a login"
+    )
+    for name, port in (("http", 8000), ("grpc", 8001), ("metrics", 8002)):
+        server.add_argument(f"--{name}-port", type=int, default=port, help="0 takes a free one")
+    server.add_argument(
+        "--log", type=Path, help="file for the server's log (default: beside the repository)"
+    )
+    add_image_options(parser.add_argument_group("--try"))
+    return parser
+
+
+def docker_command(repository: Repository, ports: Ports, host: str = LOOPBACK) -> str:
+    """The command that serves `repository` on a GPU host with the real backends.
+
+    The image has NumPy but not what the Python models need beside it, so that is installed first.
+    """
+    packages = ["pillow"]
+    if repository.preprocessing.mode == "medsam":
+        packages += ["'numpy<2'", "scikit-image"]
+    inside = (
+        f"pip install --quiet {' '.join(packages)} && exec tritonserver "
+        "--model-repository=/models --disable-auto-complete-config"
+    )
+    pairs = ((ports.http, 8000), (ports.grpc, 8001), (ports.metrics, 8002))
+    lines = [
+        "docker run --rm --gpus all --shm-size=1g",
+        *(f"-p {host}:{outer or inner}:{inner}" for outer, inner in pairs),
+        f"-v {shlex.quote(str(repository.folder.absolute()))}:/models:ro",
+        f'{DOCKER_IMAGE} bash -c "{inside}"',
+    ]
+    return " \\\n  ".join(lines)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    """End like Ctrl-C, once: a second signal must not cut short the stopping of the server."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _catch_signals() -> None:
+    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _describe(repository: Repository) -> str:
+    how = repository.preprocessing
+    text = f"{repository.variant} {repository.precision}, {how.mode} at {how.image_size} pixels"
+    if not repository.weights.get("trained", False):
+        text += f"\nNOTE: {_note(repository)}"
+    return text
+
+
+def _note(repository: Repository) -> str:
+    if repository.weights.get("trained", False):
+        return ""
+    return str(repository.weights.get("note") or "these weights are not stated to be trained")
+
+
+def _announce(server: TritonServer, seconds: float) -> None:
+    _say(f"ready after {seconds:.1f} s; a request through the ensemble was answered")
+    _say("CPU stand-ins serve the onnxruntime and tensorrt backends (see the log)")
+    _say(f"  gRPC     {server.grpc_url}\n  HTTP     {server.http_url}")
+    _say(f"  metrics  http://{server.metrics_url}/metrics\n  log      {server.log}")
+
+
+def _serve(server: TritonServer) -> int:
+    """Serve until Ctrl-C or SIGTERM; both end it cleanly."""
+    _catch_signals()
+    _say("starting the Triton server ...")
+    start = time.monotonic()
+    try:
+        with server:
+            _announce(server, time.monotonic() - start)
+            _say("Ctrl-C stops it")
+            server.wait()
+    except KeyboardInterrupt:
+        _say("stopped")
+    return 0
+
+
+def _try(server: TritonServer, repository: Repository, request: ImageRequest) -> int:
+    """Start, send one request, write its results, stop."""
+    _catch_signals()
+    _say("starting the Triton server ...")
+    start = time.monotonic()
+    with server:
+        _announce(server, time.monotonic() - start)
+        with DbsamClient(server.grpc_url, timeout_s=300.0) as client:
+            served = segment_image(client, request, _note(repository))
+    report(Console(), request, served)
+    _say("server stopped")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; see the module's `--help`."""
+    args = _parser().parse_args(argv)
+    if args.install:
+        install_environment(args.server_env, medsam=args.medsam, report=_say)
+        return 0
+    if args.image is None and (args.box or args.slice is not None):
+        raise InputError("--box and --slice go with --try IMAGE")
+    repository = load_repository(args.repository)
+    ports = Ports(args.http_port, args.grpc_port, args.metrics_port)
+    if args.docker:
+        _say(docker_command(repository, ports, args.host))
+        return 0
+    request = None if args.image is None else read_request(args, args.image)
+    medsam = repository.preprocessing.mode == "medsam"
+    environment = find_environment(args.server_env, medsam=medsam)
+    _say(_describe(repository))
+    if has_gpu_driver():
+        _say("this machine has a GPU; the server below uses the CPU only. For the GPU:")
+        _say(docker_command(repository, ports, args.host))
+    log = args.log or args.repository.absolute().parent / "triton-server.log"
+    server = TritonServer(repository.folder, environment, log=log, ports=ports, host=args.host)
+    return _serve(server) if request is None else _try(server, repository, request)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

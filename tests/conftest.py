@@ -1,0 +1,209 @@
+"""Fixtures of the serving tests: small real ONNX graphs that honour the contract, and one server."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from dbsam_deploy.artefact import Artefact, graph_file, load_artefact, write_artefact
+from dbsam_deploy.contract import GraphSpec, graph_specs, grid_size
+from dbsam_deploy.errors import EngineError
+from dbsam_deploy.imaging import Preprocessing
+from dbsam_deploy.repository import Repository, build_repository
+from dbsam_deploy.server_env import DEFAULT_FOLDER, ServerEnvironment, find_environment
+from dbsam_deploy.triton_server import Ports, TritonServer
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY_SIZE = 128
+
+_TYPES = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32}
+
+
+class _Graph:
+    """Collects nodes and constants; each call adds a node and returns its output's name."""
+
+    def __init__(self, spec: GraphSpec) -> None:
+        self.spec = spec
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[onnx.TensorProto] = []
+
+    def constant(self, value: np.ndarray) -> str:
+        name = f"constant_{len(self.constants)}"
+        self.constants.append(numpy_helper.from_array(value, name))
+        return name
+
+    def __call__(self, op: str, *inputs: str, output: str | None = None, **attributes) -> str:
+        name = output or f"value_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op, list(inputs), [name], **attributes))
+        return name
+
+    def axes(self, op: str, value: str, *axes: int, output: str | None = None, **more) -> str:
+        return self(op, value, self.constant(np.array(axes, np.int64)), output=output, **more)
+
+    def save(self, path: Path) -> None:
+        def describe(specs):
+            return [helper.make_tensor_value_info(s.name, _TYPES[s.dtype], s.axes) for s in specs]
+
+        graph = helper.make_graph(
+            self.nodes,
+            self.spec.name,
+            describe(self.spec.inputs),
+            describe(self.spec.outputs),
+            self.constants,
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+        onnx.checker.check_model(model, full_check=True)
+        onnx.save(model, path)
+
+
+def _encoder(spec: GraphSpec, path: Path, rng: np.random.Generator) -> None:
+    graph = _Graph(spec)
+    weight = (rng.standard_normal((256, 3, 16, 16)) * 0.05).astype(np.float32)
+    patches = graph(
+        "Conv", "image", graph.constant(weight), kernel_shape=[16, 16], strides=[16, 16]
+    )
+    graph("Tanh", patches, output="image_embeddings")
+    graph.save(path)
+
+
+def _image_term(graph: _Graph, rng: np.random.Generator) -> str:
+    """(B, 1, 1, 4G, 4G): what the image adds to every mask."""
+    weight = graph.constant((rng.standard_normal((1, 256, 1, 1)) * 0.3).astype(np.float32))
+    small = graph("Conv", "image_embeddings", weight, kernel_shape=[1, 1])
+    scales = graph.constant(np.array([1, 1, 4, 4], np.float32))
+    return graph.axes("Unsqueeze", graph("Resize", small, "", scales, mode="linear"), 1)
+
+
+def _grid(graph: _Graph, image_size: int) -> tuple[str, str]:
+    """x and y of the mask grid's cells in the model frame, (1, 1, 1, 1, 4G) and (…, 4G, 1)."""
+    centres = (np.arange(4 * grid_size(image_size), dtype=np.float32) + 0.5) * 4
+    return (
+        graph.constant(centres.reshape(1, 1, 1, 1, -1)),
+        graph.constant(centres.reshape(1, 1, 1, -1, 1)),
+    )
+
+
+def _decoder(spec: GraphSpec, path: Path, rng: np.random.Generator, image_size: int) -> None:
+    """Logits: distance to the box's nearest side, bent by the image."""
+    graph = _Graph(spec)
+    x, y = _grid(graph, image_size)
+    sides = []
+    for index, axis in enumerate((x, y, x, y)):
+        number = graph.constant(np.array([index], np.int64))
+        corner = graph.axes("Unsqueeze", graph("Gather", "boxes", number, axis=2), 3, 4)
+        order = (axis, corner) if index < 2 else (corner, axis)
+        sides.append(graph("Sub", *order))
+    inside = graph("Mul", graph("Min", *sides), graph.constant(np.float32(0.2)))
+    graph("Add", inside, _image_term(graph, rng), output="low_res_masks")
+    mean = graph.axes("ReduceMean", "low_res_masks", 3, 4, keepdims=0)
+    graph("Sigmoid", mean, output="iou_predictions")
+    graph.save(path)
+
+
+def _prompt_decoder(spec: GraphSpec, path: Path, rng: np.random.Generator, image_size: int) -> None:
+    """Logits: a hill or a hollow at each point by its label, the image, and the earlier mask."""
+    graph = _Graph(spec)
+    x, y = _grid(graph, image_size)
+    squares = []
+    for index, axis in enumerate((x, y)):
+        number = graph.constant(np.array([index], np.int64))
+        at = graph.axes("Unsqueeze", graph("Gather", "point_coords", number, axis=3), 4)
+        distance = graph("Sub", axis, at)
+        squares.append(graph("Mul", distance, distance))
+    spread = graph("Div", graph("Add", *squares), graph.constant(np.float32(image_size)))
+    heights = graph.constant(np.array([0, -4, 4, 2, 2], np.float32))  # labels -1, 0, 1, 2, 3
+    label = graph("Add", "point_labels", graph.constant(np.int32(1)))
+    height = graph.axes("Unsqueeze", graph("Gather", heights, label), 3, 4)
+    one = graph.constant(np.float32(1))
+    hills = graph.axes("ReduceSum", graph("Div", height, graph("Add", spread, one)), 2)
+    earlier = graph("Mul", "mask_input", graph.axes("Unsqueeze", "has_mask_input", 2, 3, 4))
+    logits = graph("Add", graph("Add", hills, _image_term(graph, rng)), earlier)
+    tokens = np.array([0, 0.5, -0.5, 1.5], np.float32).reshape(1, 1, 4, 1, 1)
+    graph("Add", logits, graph.constant(tokens), output="low_res_masks")
+    mean = graph.axes("ReduceMean", "low_res_masks", 3, 4, keepdims=0)
+    graph("Sigmoid", mean, output="iou_predictions")
+    graph.save(path)
+
+
+def make_tiny_artefact(
+    folder: Path, image_size: int = TINY_SIZE, mode: str = "sam", seed: int = 0
+) -> Artefact:
+    """Write an export of small graphs with random weights: masks follow both prompt and image."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    specs = graph_specs(image_size)
+    paths = {name: folder / f"{name}.onnx" for name in specs}
+    _encoder(specs["encoder"], paths["encoder"], rng)
+    _decoder(specs["decoder"], paths["decoder"], rng, image_size)
+    _prompt_decoder(specs["prompt_decoder"], paths["prompt_decoder"], rng, image_size)
+    artefact = Artefact(
+        folder=folder,
+        variant="tiny_test",
+        precision="fp32",
+        preprocessing=Preprocessing(image_size, mode),
+        graphs={name: graph_file(path, folder) for name, path in paths.items()},
+        weights={"source": "random", "sha256": None, "trained": False, "note": "test graphs"},
+    )
+    write_artefact(artefact)
+    return load_artefact(folder)
+
+
+@pytest.fixture(scope="session")
+def make_artefact():
+    """`make_tiny_artefact`, for tests that need an export of their own."""
+    return make_tiny_artefact
+
+
+@pytest.fixture(scope="session")
+def tiny_artefact(tmp_path_factory: pytest.TempPathFactory) -> Artefact:
+    """An export of small graphs at 128×128, sam mode; not to be changed."""
+    return make_tiny_artefact(tmp_path_factory.mktemp("tiny_artefact"))
+
+
+@pytest.fixture(scope="session")
+def tiny_repository(
+    tiny_artefact: Artefact, tmp_path_factory: pytest.TempPathFactory
+) -> Repository:
+    """The Triton repository of `tiny_artefact`; not to be changed."""
+    return build_repository(tiny_artefact, tmp_path_factory.mktemp("served") / "model_repository")
+
+
+@pytest.fixture(scope="session")
+def server_environment() -> ServerEnvironment:
+    """The Triton server's own environment, or a skip that says how to make it."""
+    folder = Path(os.environ.get("DBSAM_TRITON_ENV", ROOT / DEFAULT_FOLDER))
+    if not folder.exists():
+        pytest.skip(
+            f"no Triton server environment in {folder}: python -m dbsam_deploy.serve --install"
+        )
+    return find_environment(folder)  # an environment that is there but broken is a failure
+
+
+@pytest.fixture(scope="session")
+def triton(
+    tiny_repository: Repository,
+    server_environment: ServerEnvironment,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[TritonServer]:
+    """One real Triton server on `tiny_repository` for the whole run, on free loopback ports."""
+    log = tmp_path_factory.mktemp("triton") / "server.log"
+    server = TritonServer(
+        tiny_repository.folder, server_environment, log=log, ports=Ports(0, 0, 0)
+    )
+    with server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def medsam_environment(server_environment: ServerEnvironment) -> ServerEnvironment:
+    """The server environment with scikit-image, or a skip that says how to add it."""
+    try:
+        return find_environment(server_environment.folder, medsam=True)
+    except EngineError as error:
+        pytest.skip(str(error))
