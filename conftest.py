@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -47,14 +46,10 @@ def _missing_trt() -> str:
     return _missing_gpu()
 
 
-def _server_folder() -> Path:
-    return Path(os.environ.get("DBSAM_TRITON_ENV", ROOT / DEFAULT_FOLDER))
-
-
 def _missing_triton() -> str:
     # An environment that is there but broken is no reason to skip: its tests fail.
-    folder = _server_folder()
-    return "" if folder.exists() else f"no {folder}: python -m dbsam_deploy.serve --install"
+    there = (ROOT / DEFAULT_FOLDER).exists()
+    return "" if there else f"no {DEFAULT_FOLDER}/: python -m dbsam_deploy.serve --install"
 
 
 def _missing_data() -> str:
@@ -179,7 +174,7 @@ def test_set() -> Path:
 @pytest.fixture(scope="session")
 def server_environment() -> ServerEnvironment:
     """The Triton server's own environment; tests that use it carry the marker `triton`."""
-    return find_environment(_server_folder())
+    return find_environment(ROOT / DEFAULT_FOLDER)
 
 
 class BenchmarkGate:
@@ -262,17 +257,22 @@ def benchmark_ratio(
     """`benchmark_ratio(subject, check)`: check the subject's output, then time it.
 
     `check` takes what one call of `subject` returns, asserts that it is right and returns the facts
-    (precision, agreement, …) that stand in the benchmark's row.
+    (precision, agreement, …) that stand in the benchmark's row. `reference` is the reference
+    workload where it runs in another place than this process.
     """
     gate = request.config.pluginmanager.get_plugin(GATE)
     if not isinstance(gate, BenchmarkGate):
         pytest.fail("benchmark_ratio is for benchmarks/, run with --benchmark")
 
     def run(
-        subject: Callable[[], Any], check: Callable[[Any], dict[str, str | float]], **options: int
+        subject: Callable[[], Any],
+        check: Callable[[Any], dict[str, str | float]],
+        *,
+        reference: benchmarking.Workload = reference_workload,
+        rounds: int = benchmarking.ROUNDS,
     ) -> benchmarking.Measurement:
         facts = check(subject())
-        measurement = benchmarking.measure(subject, reference_workload, facts=facts, **options)
+        measurement = benchmarking.measure(subject, reference, rounds=rounds, facts=facts)
         gate.record(request.node.nodeid, measurement)
         return measurement
 

@@ -2,13 +2,15 @@
 
 import numpy as np
 
+from dbsam_deploy.testing import check_close
+
 
 def test_encoder(benchmark_ratio, subject, pixels) -> None:
     feed = {"image": pixels}
     (expected,) = subject.pytorch.run("encoder", feed).values()
 
     def check(embedding: np.ndarray) -> dict[str, str | float]:
-        assert embedding.shape == expected.shape
+        check_close(embedding, expected, "float32", "image_embeddings")
         norms = np.linalg.norm(embedding) * np.linalg.norm(expected)
         cosine = float(embedding.ravel() @ expected.ravel() / norms)
         assert cosine >= subject.gate.embedding_cosine

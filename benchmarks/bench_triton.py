@@ -1,4 +1,8 @@
-"""Image and boxes → masks through the ensemble of the real Triton server, over gRPC."""
+"""Image and boxes → masks through the ensemble of the real Triton server, over gRPC.
+
+The reference workload is served by the same server: on a busy machine the processes of a server get
+another share of time than a process that computes all along.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,38 +17,69 @@ from dbsam_deploy.repository import build_repository
 from dbsam_deploy.triton_server import Ports, TritonServer
 
 ONE_THREAD = 'parameters { key: "intra_op_thread_count" value { string_value: "1" } }\n'
+REFERENCE_CONFIG = """\
+name: "reference"
+backend: "onnxruntime"
+max_batch_size: 0
+input [ { name: "x" data_type: TYPE_FP32 dims: [ 1, 64, 48, 48 ] } ]
+output [ { name: "y" data_type: TYPE_FP32 dims: [ 576, 256 ] } ]
+"""
 OVERHEAD_ROUNDS = 15
 
 
 @pytest.fixture(scope="module")
-def client(subject, server_environment, server_log: Path) -> Iterator[DbsamClient]:
-    repository = build_repository(subject.artefact, server_log.parent / "model_repository")
-    for model in ("dbsam_encoder", "dbsam_decoder"):
-        with (repository.folder / model / "config.pbtxt").open("a") as stream:
+def server(subject, server_environment, tmp_path_factory) -> Iterator[TritonServer]:
+    folder: Path = tmp_path_factory.mktemp("benchmark_server")
+    models = build_repository(subject.artefact, folder / "model_repository").folder
+    (models / "reference" / "1").mkdir(parents=True)
+    (models / "reference" / "1" / "model.onnx").write_bytes(benchmarking.reference_graph())
+    (models / "reference" / "config.pbtxt").write_text(REFERENCE_CONFIG)
+    for model in ("dbsam_encoder", "dbsam_decoder", "reference"):
+        with (models / model / "config.pbtxt").open("a") as stream:
             stream.write(ONE_THREAD)
-    ports = Ports(0, 0, 0)
-    with (
-        TritonServer(repository.folder, server_environment, log=server_log, ports=ports) as server,
-        DbsamClient(server.grpc_url) as client,
-    ):
+    log, ports = folder / "server.log", Ports(0, 0, 0)
+    with TritonServer(models, server_environment, log=log, ports=ports) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server: TritonServer) -> Iterator[DbsamClient]:
+    with DbsamClient(server.grpc_url) as client:
         yield client
 
 
+@pytest.fixture(scope="module")
+def served_reference(server: TritonServer) -> Iterator[benchmarking.Workload]:
+    from tritonclient import grpc
+
+    (x,) = benchmarking.reference_feed().values()
+    feed = grpc.InferInput("x", x.shape, "FP32")
+    feed.set_data_from_numpy(x)
+    with grpc.InferenceServerClient(server.grpc_url) as connection:
+
+        def run() -> list[np.ndarray]:
+            return [connection.infer("reference", [feed]).as_numpy("y")]
+
+        yield run
+
+
 @pytest.mark.triton
-def test_ensemble(benchmark_ratio, subject, case, check_masks, client: DbsamClient) -> None:
+def test_ensemble(
+    benchmark_ratio, subject, case, check_masks, client, reference_workload, served_reference
+) -> None:
     predictor = Predictor(subject.onnxruntime, subject.artefact.preprocessing)
 
-    def predict():
+    def predict() -> np.ndarray:
         predictor.set_image(case.image)
         return predictor.predict_boxes(case.boxes).masks[:, 0]
 
-    def ensemble():
+    def ensemble() -> np.ndarray:
         return client.segment(case.image, case.boxes).masks
 
-    def check(masks) -> dict[str, str | float]:
-        facts = check_masks(masks)
+    def check(masks: np.ndarray) -> dict[str, str | float]:
+        np.testing.assert_array_equal(served_reference()[0], reference_workload()[0])
         np.testing.assert_array_equal(masks, predict())
         beside = benchmarking.measure(ensemble, predict, rounds=OVERHEAD_ROUNDS)
-        return {**facts, "overhead_ms": beside.median_ms - beside.reference_ms}
+        return {**check_masks(masks), "overhead_ms": beside.median_ms - beside.reference_ms}
 
-    benchmark_ratio(ensemble, check)
+    benchmark_ratio(ensemble, check, reference=served_reference)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -123,8 +122,3 @@ def check_masks(subject: Subject, reference_masks: npt.NDArray[np.uint8]):
 def _dice(ours: npt.NDArray[np.uint8], theirs: npt.NDArray[np.uint8]) -> float:
     total = int(ours.sum()) + int(theirs.sum())
     return 2 * int((ours & theirs).sum()) / total if total else 1.0
-
-
-@pytest.fixture(scope="session")
-def server_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("benchmark_server") / "server.log"

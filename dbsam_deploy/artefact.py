@@ -51,7 +51,15 @@ class Artefact:
     key: str = ""
 
     def path(self, graph: str) -> Path:
-        """File of `graph`."""
+        """File of `graph`.
+
+        Raises:
+            InputError: the export has no such graph.
+        """
+        if graph not in self.graphs:
+            raise InputError(
+                f"{self.folder} has the graphs {', '.join(self.graphs)}, not {graph}; export again"
+            )
         return self.folder / self.graphs[graph].file
 
 

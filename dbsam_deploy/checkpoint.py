@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,9 @@ def _read(path: Path) -> object:
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"checkpoint {path}: not a safetensors file ({error})") from error
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()[0]
         match = re.search(r"(?:GLOBAL|global) (\S+)", str(error))
@@ -91,7 +94,7 @@ def _tensors(path: Path, content: object) -> StateDict:
     if wrong or not tensors:
         found = f"{wrong[0]!r} is a {type(tensors[wrong[0]]).__name__}" if wrong else "it is empty"
         raise CheckpointError(
-            f"checkpoint {path}: {found}; expected tensors by name, plain or under one of {WRAPPERS}"
+            f"checkpoint {path}: {found}; expected tensors by name, plain or in one of {WRAPPERS}"
         )
     return tensors
 
@@ -130,9 +133,9 @@ def fit_tensors(tensors: StateDict, wanted: Mapping[str, Tensor]) -> StateDict:
             ):
                 target = variant if variant in wanted and variant not in tensors else target
         shape = wanted[target].shape if target in wanted else tensor.shape
-        if tensor.shape != shape and tensor.shape + (1, 1) == shape:
+        if tensor.shape != shape and (*tensor.shape, 1, 1) == shape:
             tensor = tensor[..., None, None]
-        elif tensor.shape != shape and tensor.shape == shape + (1, 1):
+        elif tensor.shape != shape and tensor.shape == (*shape, 1, 1):
             tensor = tensor[..., 0, 0]
         fitted[target] = tensor
     for name, tensor in wanted.items():

@@ -7,22 +7,34 @@ image file.
 
 from __future__ import annotations
 
-import asyncio
 import sys
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy.typing as npt
+from rich.console import Console
 
-from .cli import run
-from .client_memory import RegionPool, SharedRegion, is_in_use, region_size, warn_registered
+from .cli import HelpFormatter, Parser, run
+from .client_async import AsyncDbsamClient
+from .client_memory import (
+    CLOSE_WAIT_S,
+    IN_USE_PAUSE_S,
+    RegionPool,
+    SharedRegion,
+    is_in_use,
+    region_size,
+    warn_registered,
+)
 from .client_requests import (
+    PROMPTS_MODEL,
     Arrays,
     Call,
     Protocol,
     Segmentation,
     box_call,
+    check_options,
     load_library,
     mask_side,
     prompt_call,
@@ -31,24 +43,23 @@ from .client_requests import (
     tensors,
     translated,
 )
-from .contract import prompts_ensemble_spec
-from .errors import InputError, ServingError
+from .errors import ServingError
+from .served import add_image_options, read_request, report, segment_image
 
 __all__ = ["AsyncDbsamClient", "DbsamClient", "Segmentation"]
 
-_PROMPTS_MODEL = prompts_ensemble_spec(64).name
-_CLOSE_WAIT_S = 5.0
-_IN_USE_PAUSE_S = 0.005
+DESCRIPTION = """\
+Segment one image with boxes through a running Triton server (python -m dbsam_deploy.serve).
 
+Coordinates are pixels of the stored image, x to the right, y down, from the top-left corner.
 
-def _check_options(url: str, protocol: str, timeout_s: float) -> None:
-    host, _, port = url.rpartition(":")
-    if not host or "/" in url or not port.isdigit():
-        raise InputError(f"url {url!r}: expected host:port, for example localhost:8001")
-    if protocol not in ("grpc", "http"):
-        raise InputError(f"protocol {protocol!r}: expected grpc or http")
-    if not timeout_s > 0:
-        raise InputError(f"timeout_s {timeout_s}: expected more than 0 seconds")
+examples:
+  one box, a label map and an overlay picture in out/
+    python -m dbsam_deploy.client skin.png --box 120 80 410 333 --output out/
+  one slice of a CT over HTTP
+    python -m dbsam_deploy.client ct.nii.gz --slice 40 --box 60 70 130 150 --window 40 400 \\
+        --protocol http --url localhost:8000
+"""
 
 
 class DbsamClient:
@@ -76,7 +87,7 @@ class DbsamClient:
         shared_memory: bool = False,
         timeout_s: float = 60.0,
     ) -> None:
-        _check_options(url, protocol, timeout_s)
+        check_options(url, protocol, timeout_s)
         self.url, self.protocol = url, protocol
         self._shared = shared_memory
         self._pool = RegionPool()
@@ -142,7 +153,7 @@ class DbsamClient:
         """
         if self._side is None:
             with translated(self.url):
-                metadata = self._client.get_model_metadata(_PROMPTS_MODEL, **self._timeout)
+                metadata = self._client.get_model_metadata(PROMPTS_MODEL, **self._timeout)
             self._side = mask_side(metadata)
         call = prompt_call(
             image,
@@ -173,9 +184,14 @@ class DbsamClient:
             self._unregister(wait_s=0)
             region = SharedRegion(size)
             try:
-                self._client.register_system_shared_memory(region.name, region.key, region.size)
-            except BaseException:
+                self._client.register_system_shared_memory(
+                    region.name, region.key, region.size, **self._timeout
+                )
+            except (self._refused, OSError):
                 region.unlink()
+                raise
+            except BaseException:  # interrupted: the server may have registered it
+                self._pool.retire(region)
                 raise
         return region
 
@@ -185,13 +201,13 @@ class DbsamClient:
         deadline = time.monotonic() + wait_s
         while names:
             try:
-                self._client.unregister_system_shared_memory(names[-1])
+                self._client.unregister_system_shared_memory(names[-1], **self._timeout)
             except self._refused as error:
                 if not is_in_use(error):
                     raise
                 if time.monotonic() >= deadline:
                     break
-                time.sleep(_IN_USE_PAUSE_S)
+                time.sleep(IN_USE_PAUSE_S)
             else:
                 names.pop()
         self._pool.stale += names
@@ -206,7 +222,7 @@ class DbsamClient:
         self._pool.retire_all()
         try:
             with translated(self.url):
-                self._unregister(wait_s=_CLOSE_WAIT_S)
+                self._unregister(wait_s=CLOSE_WAIT_S)
         except ServingError as error:
             warn_registered(str(error))
         finally:
@@ -226,149 +242,31 @@ class DbsamClient:
         self.close()
 
 
-class AsyncDbsamClient:
-    """`DbsamClient` for asyncio; any number of requests may be in flight. Make it inside a loop.
-
-    Args and errors are those of `DbsamClient`; close it with `async with` or `await close()`.
-    """
-
-    def __init__(
-        self,
-        url: str,
-        protocol: Protocol = "grpc",
-        *,
-        shared_memory: bool = False,
-        timeout_s: float = 60.0,
-    ) -> None:
-        _check_options(url, protocol, timeout_s)
-        self.url, self.protocol = url, protocol
-        self._shared = shared_memory
-        self._pool = RegionPool()
-        self._library = load_library(f"tritonclient.{protocol}")
-        self._refused = load_library("tritonclient.utils").InferenceServerException
-        self._timeout: dict[str, float] = {}
-        self._errors: tuple[type[BaseException], ...] = ()
-        self._side: int | None = None
-        transport = load_library(f"tritonclient.{protocol}.aio")
-        if protocol == "grpc":
-            self._timeout = {"client_timeout": timeout_s}
-            self._client = transport.InferenceServerClient(url)
-        else:
-            self._errors = (load_library("aiohttp").ClientError,)
-            self._client = transport.InferenceServerClient(url, conn_timeout=timeout_s)
-
-    async def segment(
-        self, image: npt.NDArray[Any], boxes: npt.NDArray[Any], *, check: bool = True
-    ) -> Segmentation:
-        """See `DbsamClient.segment`."""
-        call = box_call(image, boxes, check=check)
-        arrays = await self._run(call)
-        return Segmentation(*(arrays[name] for name in call.spec.output_names))
-
-    async def segment_prompts(
-        self,
-        image: npt.NDArray[Any],
-        *,
-        boxes: npt.NDArray[Any] | None = None,
-        point_coords: npt.NDArray[Any] | None = None,
-        point_labels: npt.NDArray[Any] | None = None,
-        mask_input: npt.NDArray[Any] | None = None,
-        multimask: bool = False,
-    ) -> Segmentation:
-        """See `DbsamClient.segment_prompts`."""
-        if self._side is None:
-            with translated(self.url, *self._errors):
-                metadata = await self._client.get_model_metadata(_PROMPTS_MODEL, **self._timeout)
-            self._side = mask_side(metadata)
-        call = prompt_call(
-            image,
-            self._side,
-            boxes=boxes,
-            point_coords=point_coords,
-            point_labels=point_labels,
-            mask_input=mask_input,
-        )
-        return prompt_result(await self._run(call), call.spec, multimask=multimask)
-
-    async def _run(self, call: Call) -> Arrays:
-        with translated(self.url, *self._errors):
-            if not self._shared:
-                return await self._infer(call, None)
-            region = await self._region(region_size(call.regions()[1]))
-            try:
-                arrays = await self._infer(call, region)
-            except BaseException:
-                self._pool.retire(region)
-                raise
-            self._pool.idle.append(region)
-            return arrays
-
-    async def _region(self, size: int) -> SharedRegion:
-        region = self._pool.take(size)
-        if region is None:
-            await self._unregister(wait_s=0)
-            region = SharedRegion(size)
-            try:
-                await self._client.register_system_shared_memory(
-                    region.name, region.key, region.size
-                )
-            except BaseException:
-                region.unlink()
-                raise
-        return region
-
-    async def _unregister(self, *, wait_s: float) -> None:
-        """See `DbsamClient._unregister`; names are claimed first, other requests may run."""
-        names, self._pool.stale = self._pool.stale, []
-        deadline = time.monotonic() + wait_s
-        while names:
-            try:
-                await self._client.unregister_system_shared_memory(names[-1])
-            except self._refused as error:
-                if not is_in_use(error):
-                    raise
-                if time.monotonic() >= deadline:
-                    break
-                await asyncio.sleep(_IN_USE_PAUSE_S)
-            else:
-                names.pop()
-        self._pool.stale += names
-
-    async def _infer(self, call: Call, region: SharedRegion | None) -> Arrays:
-        inputs, outputs = tensors(self._library, call, region)
-        result = await self._client.infer(call.spec.name, inputs, outputs=outputs, **self._timeout)
-        return read_result(call, result, region)
-
-    async def close(self) -> None:
-        """See `DbsamClient.close`."""
-        self._pool.retire_all()
-        try:
-            with translated(self.url, *self._errors):
-                await self._unregister(wait_s=_CLOSE_WAIT_S)
-        except ServingError as error:
-            warn_registered(str(error))
-        finally:
-            await self._client.close()
-        if self._pool.stale:
-            warn_registered("a request still uses it")
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.close()
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Command line, in `dbsam_deploy.served`, which needs more than a client in a program does."""
-    from .served import main as segment_file
-
-    return segment_file(argv)
+    """Run the command; see the module's `--help`."""
+    parser = Parser(
+        prog="python -m dbsam_deploy.client", description=DESCRIPTION, formatter_class=HelpFormatter
+    )
+    parser.add_argument("image", type=Path, metavar="IMAGE", help="file, or folder with DICOM")
+    add_image_options(parser)
+    server = parser.add_argument_group("server")
+    server.add_argument("--url", default="localhost:8001", help="host:port of the server")
+    server.add_argument(
+        "--protocol", choices=("grpc", "http"), default="grpc", help="port 8001 is gRPC, 8000 HTTP"
+    )
+    server.add_argument(
+        "--shared-memory", action="store_true", help="for a server on this machine: no copies"
+    )
+    server.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds to wait")
+    args = parser.parse_args(argv)
+    request = read_request(args, args.image)
+    client = DbsamClient(
+        args.url, args.protocol, shared_memory=args.shared_memory, timeout_s=args.timeout
+    )
+    with client:
+        served = segment_image(client, request)
+    report(Console(), request, served)
+    return 0
 
 
 if __name__ == "__main__":

@@ -18,6 +18,10 @@ from .errors import ServingError
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Linux keeps POSIX shared memory
 _SMALLEST = 1 << 20
 
+CLOSE_WAIT_S = 5.0
+"""How long closing a client waits for the server to let go of a region."""
+IN_USE_PAUSE_S = 0.005
+
 
 class SharedRegion:
     """A block of system shared memory; it has a name in the file system until `unlink`.

@@ -30,6 +30,9 @@ from .triton_config import TRITON_TYPES
 Protocol = Literal["grpc", "http"]
 Arrays = dict[str, npt.NDArray[Any]]
 
+PROMPTS_MODEL = prompts_ensemble_spec(64).name
+"""The prompt ensemble; its name does not depend on the image size."""
+
 _ALIGNMENT = 64
 
 
@@ -149,6 +152,21 @@ def _named(spec: GraphSpec, *arrays: npt.NDArray[Any]) -> Arrays:
 def _size_of(image: npt.NDArray[Any]) -> tuple[int, int]:
     height, width = (*image.shape, 1, 1)[:2]  # unchecked images may lack axes
     return height, width
+
+
+def check_options(url: str, protocol: str, timeout_s: float) -> None:
+    """Refuse what no connection can be made from.
+
+    Raises:
+        InputError: not host:port, an unknown protocol, or no positive timeout.
+    """
+    host, _, port = url.rpartition(":")
+    if not host or "/" in url or not port.isdigit():
+        raise InputError(f"url {url!r}: expected host:port, for example localhost:8001")
+    if protocol not in ("grpc", "http"):
+        raise InputError(f"protocol {protocol!r}: expected grpc or http")
+    if not timeout_s > 0:
+        raise InputError(f"timeout_s {timeout_s}: expected more than 0 seconds")
 
 
 def load_library(name: str) -> ModuleType:

@@ -169,6 +169,9 @@ def _export_stage(
     """ONNX files in a work folder named by what went in; files already there are kept."""
     work = output / ".work" / f"{recipe.precision}-{key[:16]}"
     work.mkdir(parents=True, exist_ok=True)
+    for stale in work.parent.glob(f"{recipe.precision}-*"):
+        if stale != work:
+            shutil.rmtree(stale)
     done_file = work / "done.json"
     done = json.loads(done_file.read_text()) if done_file.is_file() else {}
     for name in graphs:
@@ -211,6 +214,8 @@ def _publish(draft: Artefact, folder: Path) -> Artefact:
         folder.replace(old)
     draft.folder.replace(folder)
     shutil.rmtree(old, ignore_errors=True)
+    if not any(draft.folder.parent.iterdir()):
+        draft.folder.parent.rmdir()
     return replace(draft, folder=folder)
 
 

@@ -126,7 +126,7 @@ class EncoderGraph(nn.Module):
             setattr(encoder.blocks, name, WindowedBlock(block, grid))
         rewrite_layer_norms(encoder)
         for block in encoder.modules():
-            if isinstance(block, ConvBlock) and block.bn is not None:
+            if isinstance(block, ConvBlock) and isinstance(block.bn, nn.BatchNorm2d):
                 block.conv = fuse_conv_bn_eval(block.conv, block.bn)
                 block.bn = nn.Identity()
         self.image_encoder: Any = encoder

@@ -63,7 +63,7 @@ def check_image(image: npt.NDArray[Any]) -> ByteArray:
         InputError: another dtype or shape, an empty side, or more than `MAX_IMAGE_PIXELS` pixels.
     """
     if image.dtype != np.uint8:
-        raise InputError(f"image dtype {image.dtype}: expected uint8 (0–255); rescale it first")
+        raise InputError(f"image dtype {image.dtype}: expected uint8 (0–255); rescale it")
     if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise InputError(f"image shape {image.shape}: expected (height, width, 3), none of them 0")
     if image.shape[0] * image.shape[1] > MAX_IMAGE_PIXELS:
@@ -96,7 +96,7 @@ def check_boxes(boxes: npt.NDArray[Any], original_size: tuple[int, int]) -> Floa
             raise InputError(f"{text}: expected finite x0 < x1 and y0 < y1")
         if x0 < 0 or y0 < 0 or x1 > width or y1 > height:
             raise InputError(
-                f"{text} reaches outside the image: expected x within 0–{width}, y within 0–{height}"
+                f"{text} reaches outside the image: expected x in 0–{width}, y in 0–{height}"
             )
     return values
 
@@ -242,7 +242,7 @@ def upscale_logits(
 
 
 def _bilinear(x: FloatArray, size: tuple[int, int], crop: tuple[int, int]) -> FloatArray:
-    """`F.interpolate(mode="bilinear", align_corners=False)` to `size`, top-left `crop` of it only."""
+    """`F.interpolate(mode="bilinear", align_corners=False)` to `size`, then its top-left `crop`."""
     for axis in (0, 1):
         source = (np.arange(crop[axis]) + 0.5) * (x.shape[axis] / size[axis]) - 0.5
         source = np.clip(source, 0, x.shape[axis] - 1)

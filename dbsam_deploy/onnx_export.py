@@ -23,7 +23,6 @@ from .model import DbSam
 from .precision import apply_precision
 from .recipe import Recipe
 
-
 _LAYOUT_OPS = {"Cast", "Reshape", "Squeeze", "Unsqueeze"}
 """Ops at a graph's float32 edges that move data without computing."""
 

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from . import segment as segmenting
 from .artefact import load_artefact
-from .cli import HelpFormatter, run
+from .cli import HelpFormatter, Parser, run
 from .errors import InputError
 from .figures import Panel, draw_overlay, evenly_spaced
 from .imaging import MODES, Preprocessing
@@ -75,7 +75,7 @@ class Engine:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m dbsam_deploy.predict",
         description=DESCRIPTION,
         formatter_class=HelpFormatter,

@@ -16,6 +16,8 @@ from .resources import resource_dir
 
 T = TypeVar("T")
 
+_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
+
 
 @dataclass(frozen=True)
 class Gate:
@@ -120,7 +122,7 @@ def _build(kind: type[T], values: dict[str, Any], where: str) -> T:
             f"{sorted(set(names) - set(values))}"
         )
     for name, value in values.items():
-        expected = {"int": int, "float": (int, float), "str": str}.get(str(names[name].type))
+        expected = _TYPES.get(str(names[name].type))
         if expected and (not isinstance(value, expected) or isinstance(value, bool)):
             raise InputError(f"recipe {where}: {name} = {value!r}, expected {names[name].type}")
     return kind(**values)

@@ -16,30 +16,35 @@ def closing_table(
     """Print stage, file, size, error, agreement, Dice and latency, and what to do next."""
     table = Table(
         title=f"{artefact.variant} {artefact.precision}, {artefact.preprocessing.image_size} px, "
-        f"{figures.images} images with {figures.objects} objects, {figures.backend}"
+        f"{figures.images} images, {figures.objects} objects, {figures.backend}",
+        caption="agreement: Dice with PyTorch's masks, mean / 5th percentile; in brackets: PyTorch",
     )
     for column in ("stage", "file"):
         table.add_column(column, overflow="fold")
-    for column in ("size", "against PyTorch", "Dice", "latency"):
-        table.add_column(column, justify="right")
-    agreement = f"mask mean {figures.mask_agreement_mean:.4f}, p5 {figures.mask_agreement_p5:.4f}"
-    prompts = f"mask mean {figures.prompt_agreement_mean:.4f}, p5 {figures.prompt_agreement_p5:.4f}"
-    dice = f"{figures.dice:.4f} (PyTorch {figures.dice_reference:.4f})"
+    for column in ("MiB", "cosine", "agreement", "Dice", "ms"):
+        table.add_column(column, justify="right", no_wrap=True)
+    masks = f"{figures.mask_agreement_mean:.4f} / {figures.mask_agreement_p5:.4f}"
+    prompts = f"{figures.prompt_agreement_mean:.4f} / {figures.prompt_agreement_p5:.4f}"
+    dice = f"{figures.dice:.4f} ({figures.dice_reference:.4f})"
+    encoder_ms = f"{figures.encoder_ms:.0f} ({figures.reference_encoder_ms:.0f})"
+    decoder_ms = f"{figures.decoder_ms:.0f} ({figures.reference_decoder_ms:.0f})"
     rows = {
-        "encoder": (
-            f"cosine {figures.embedding_cosine:.6f}",
-            "",
-            _latency(figures.encoder_ms, figures.reference_encoder_ms),
-        ),
-        "decoder": (agreement, dice, _latency(figures.decoder_ms, figures.reference_decoder_ms)),
-        "prompt_decoder": (prompts, "", ""),
+        "encoder": (f"{figures.embedding_cosine:.6f}", "", "", encoder_ms),
+        "decoder": (f"{figures.decoder_cosine:.6f}", masks, dice, decoder_ms),
+        "prompt_decoder": ("", prompts, "", ""),
     }
     for name, item in artefact.graphs.items():
-        error, score, latency = rows[name]
-        size = f"{item.size_bytes / 2**20:.1f} MiB"
-        table.add_row(name, str(artefact.path(name)), size, error, score, latency)
-    table.add_row("Triton repository", str(repository.folder), "", "", "", "")
+        size = f"{item.size_bytes / 2**20:.1f}"
+        table.add_row(name, str(artefact.path(name)), size, *rows[name])
+    table.add_row("repository", str(repository.folder))
     console.print(table)
+    if 2 * figures.empty_masks > figures.objects:
+        console.print(
+            f"note: {figures.empty_masks} of {figures.objects} reference masks are empty, so mask "
+            "agreement and Dice say little about this model",
+            highlight=False,
+            soft_wrap=True,
+        )
     if not artefact.weights["trained"]:
         console.print(f"note: {artefact.weights['note']}", highlight=False, soft_wrap=True)
     console.print(
@@ -48,7 +53,3 @@ def closing_table(
         highlight=False,
         soft_wrap=True,
     )
-
-
-def _latency(ours_ms: float, reference_ms: float) -> str:
-    return f"{ours_ms:.0f} ms (PyTorch {reference_ms:.0f} ms)"

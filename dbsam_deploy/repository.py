@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
@@ -248,7 +247,7 @@ def refresh_configs(root: Path, *, check: bool = False) -> list[Path]:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line: build a repository, or refresh the committed configurations."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m dbsam_deploy.repository",
         formatter_class=cli.HelpFormatter,
         description=(

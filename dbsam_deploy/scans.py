@@ -9,6 +9,7 @@ way in or out. In memory slices are (D, H, W) = (z, y, x).
 from __future__ import annotations
 
 import gzip
+import logging
 import struct
 import warnings
 import zlib
@@ -30,6 +31,7 @@ MAX_VOXELS = 512 * 1024 * 1024
 DEFLATED_TRANSFER_SYNTAX = "1.2.840.10008.1.2.1.99"
 # What pydicom raises on a damaged file depends on the element it trips over.
 _DAMAGED_DICOM = (
+    ArithmeticError,
     AttributeError,
     EOFError,
     KeyError,
@@ -108,15 +110,25 @@ def read_nifti(path: Path) -> Scan:
     """
     nibabel = require_nibabel()
     from nibabel.filebasedimages import ImageFileError
-    from nibabel.imageglobals import LoggingOutputSuppressor
     from nibabel.spatialimages import HeaderDataError
 
-    damaged = (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error)
+    damaged = (
+        ArithmeticError,
+        EOFError,
+        HeaderDataError,
+        ImageFileError,
+        OSError,
+        ValueError,
+        zlib.error,
+    )
+    log = logging.getLogger("nibabel.global")
+    was_disabled, log.disabled = log.disabled, True  # it comments on headers on stderr
     try:
-        with LoggingOutputSuppressor():
-            image = nibabel.load(path)
+        image = nibabel.load(path, mmap=False)
     except damaged as error:
         raise InputError(f"{path} is not a readable NIfTI file: {error}") from error
+    finally:
+        log.disabled = was_disabled
     shape = tuple(int(side) for side in image.shape)
     sizes = shape[:3] + (1,) * (3 - len(shape))
     dtype = image.get_data_dtype()
@@ -181,7 +193,11 @@ def _reading_dicom(path: Path) -> Iterator[Any]:
             yield pydicom
         except InputError:
             raise
-        except (*_DAMAGED_DICOM, pydicom.errors.InvalidDicomError) as error:
+        except (
+            *_DAMAGED_DICOM,
+            pydicom.errors.InvalidDicomError,
+            pydicom.errors.BytesLengthException,
+        ) as error:
             raise InputError(f"{path} is not readable DICOM: {error}") from error
 
 

@@ -7,13 +7,15 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 from rich.console import Console
 
-from .cli import HelpFormatter, run
+from .cli import HelpFormatter, Parser, run
 from .client import DbsamClient
 from .errors import InputError
 from .repository import Repository, load_repository
@@ -45,7 +47,7 @@ examples:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m dbsam_deploy.serve", description=DESCRIPTION, formatter_class=HelpFormatter
     )
     action = parser.add_mutually_exclusive_group()
@@ -59,11 +61,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--server-env", type=Path, default=DEFAULT_FOLDER, help="the server's virtual environment"
-    )
-    parser.add_argument(
-        "--medsam",
-        action="store_true",
-        help="with --install: add scikit-image for MedSAM's preprocessing",
     )
     server = parser.add_argument_group("server")
     server.add_argument(
@@ -107,9 +104,15 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _catch_signals() -> None:
-    signal.signal(signal.SIGINT, _interrupt)
-    signal.signal(signal.SIGTERM, _interrupt)
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, _interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _say(text: str) -> None:
@@ -139,11 +142,10 @@ def _announce(server: TritonServer, seconds: float) -> None:
 
 def _serve(server: TritonServer) -> int:
     """Serve until Ctrl-C or SIGTERM; both end it cleanly."""
-    _catch_signals()
     _say("starting the Triton server ...")
     start = time.monotonic()
     try:
-        with server:
+        with _stoppable(), server:
             _announce(server, time.monotonic() - start)
             _say("Ctrl-C stops it")
             server.wait()
@@ -154,10 +156,9 @@ def _serve(server: TritonServer) -> int:
 
 def _try(server: TritonServer, repository: Repository, request: ImageRequest) -> int:
     """Start, send one request, write its results, stop."""
-    _catch_signals()
     _say("starting the Triton server ...")
     start = time.monotonic()
-    with server:
+    with _stoppable(), server:
         _announce(server, time.monotonic() - start)
         with DbsamClient(server.grpc_url, timeout_s=300.0) as client:
             served = segment_image(client, request, _note(repository))
@@ -170,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; see the module's `--help`."""
     args = _parser().parse_args(argv)
     if args.install:
-        install_environment(args.server_env, medsam=args.medsam, report=_say)
+        install_environment(args.server_env, report=_say)
         return 0
     if args.image is None and (args.box or args.slice is not None):
         raise InputError("--box and --slice go with --try IMAGE")

@@ -1,4 +1,4 @@
-"""One image file through a Triton server: the client's command line, and `serve --try`."""
+"""One image file through a Triton server, for the client's command line and `serve --try`."""
 
 from __future__ import annotations
 
@@ -6,30 +6,26 @@ import argparse
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
-from .cli import HelpFormatter
-from .client import DbsamClient
+from .client_requests import Segmentation as Answer
 from .errors import InputError
 from .predict import planned_files, write_results
 from .segment import Finding, Prompts, Segmentation, check_prompts
 from .volumes import Volume, label_dtype, read_volume
 
-DESCRIPTION = """\
-Segment one image with boxes through a running Triton server (python -m dbsam_deploy.serve).
 
-Coordinates are pixels of the stored image, x to the right, y down, from the top-left corner.
+class Segmenter(Protocol):
+    """What is needed of a client."""
 
-examples:
-  one box, a label map and an overlay picture in out/
-    python -m dbsam_deploy.client skin.png --box 120 80 410 333 --output out/
-  one slice of a CT over HTTP
-    python -m dbsam_deploy.client ct.nii.gz --slice 40 --box 60 70 130 150 --window 40 400 \\
-        --protocol http --url localhost:8000
-"""
+    def segment(self, image: npt.NDArray[Any], boxes: npt.NDArray[Any]) -> Answer:
+        """See `client.DbsamClient.segment`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -96,11 +92,11 @@ def read_request(args: argparse.Namespace, image: Path) -> ImageRequest:
     return ImageRequest(volume, prompts, planned_files(volume, "auto", args.output, overlay=True))
 
 
-def segment_image(client: DbsamClient, request: ImageRequest, note: str = "") -> Served:
+def segment_image(client: Segmenter, request: ImageRequest, note: str = "") -> Served:
     """Send one request, write the label map and the overlay.
 
     Args:
-        client: connected client.
+        client: a connected `DbsamClient`.
         request: from `read_request`.
         note: remark for the overlay, for example that the weights are untrained.
 
@@ -137,30 +133,3 @@ def report(console: Console, request: ImageRequest, served: Served) -> None:
     console.print(table)
     for path in request.paths.values():
         console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run `python -m dbsam_deploy.client`; see its `--help`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dbsam_deploy.client", description=DESCRIPTION, formatter_class=HelpFormatter
-    )
-    parser.add_argument("image", type=Path, metavar="IMAGE", help="file, or folder with DICOM")
-    add_image_options(parser)
-    server = parser.add_argument_group("server")
-    server.add_argument("--url", default="localhost:8001", help="host:port of the server")
-    server.add_argument(
-        "--protocol", choices=("grpc", "http"), default="grpc", help="port 8001 is gRPC, 8000 HTTP"
-    )
-    server.add_argument(
-        "--shared-memory", action="store_true", help="for a server on this machine: no copies"
-    )
-    server.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds to wait")
-    args = parser.parse_args(argv)
-    request = read_request(args, args.image)
-    client = DbsamClient(
-        args.url, args.protocol, shared_memory=args.shared_memory, timeout_s=args.timeout
-    )
-    with client:
-        served = segment_image(client, request)
-    report(Console(), request, served)
-    return 0

@@ -25,6 +25,7 @@ NUMPY = "numpy==1.26.4"
 # Where this library's own environment has one of these, the server gets the same version, so that
 # local and served masks are computed by the same code.
 _FALLBACKS = {"onnxruntime": "1.23.2", "pillow": "11.3.0"}
+# MedSAM's preprocessing; always there, so that nobody has to know the mode before installing.
 _SCIKIT_IMAGE = "scikit-image>=0.24,<0.27"
 
 _INSPECT = """
@@ -81,7 +82,7 @@ def find_environment(folder: Path = DEFAULT_FOLDER, *, medsam: bool = False) -> 
     if not python.is_file():
         raise EngineError(
             f"no Triton server environment in {folder}: run `{install_hint(folder)}` "
-            "(about 450 MB on disk), or name another one with --server-env"
+            "(about 550 MB on disk), or name another one with --server-env"
         )
     try:
         text = subprocess.run(
@@ -100,7 +101,7 @@ def find_environment(folder: Path = DEFAULT_FOLDER, *, medsam: bool = False) -> 
     if missing:
         raise EngineError(
             f"the server environment {folder} lacks {', '.join(missing)}: run "
-            f"`{install_hint(folder)}{' --medsam' if medsam else ''}`"
+            f"`{install_hint(folder)}`"
         )
     if int(found["numpy"].split(".")[0]) >= 2:
         raise EngineError(
@@ -121,14 +122,12 @@ def find_environment(folder: Path = DEFAULT_FOLDER, *, medsam: bool = False) -> 
 def install_environment(
     folder: Path = DEFAULT_FOLDER,
     *,
-    medsam: bool = False,
     report: Callable[[str], None] = print,
 ) -> ServerEnvironment:
     """Make the server environment in `folder`, or complete the one that is there.
 
     Args:
         folder: virtual environment to make; an existing folder that is not one is refused.
-        medsam: add scikit-image for MedSAM's preprocessing.
         report: gets one line for each step.
 
     Raises:
@@ -152,15 +151,13 @@ def install_environment(
         _call([sys.executable, "-m", "venv", str(folder)], "making the virtual environment")
     else:
         report(f"[1/3] virtual environment in {folder}: there already")
-    packages = [NUMPY, *(f"{name}=={_version(name)}" for name in _FALLBACKS)]
-    if medsam:
-        packages.append(_SCIKIT_IMAGE)
+    packages = [NUMPY, *(f"{name}=={_version(name)}" for name in _FALLBACKS), _SCIKIT_IMAGE]
     pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
     report(f"[2/3] pip install {' '.join(packages)}")
     _call([*pip, *packages], "installing the server's packages")
     report(f"[3/3] pip install --no-deps {WHEEL}   (145 MB, the Triton server itself)")
     _call([*pip, "--no-deps", WHEEL], f"installing {WHEEL}")
-    environment = find_environment(folder, medsam=medsam)
+    environment = find_environment(folder, medsam=True)
     report(f"ready: {environment.binary}")
     return environment
 

@@ -28,7 +28,7 @@ class Session(Protocol):
     backend: str
 
     def run(self, graph: str, feed: Feed) -> dict[str, FloatArray]:
-        """Run `graph` (`encoder`, `decoder` or `prompt_decoder`) on arrays named by its contract."""
+        """Run `graph` (`encoder`, `decoder`, `prompt_decoder`) on arrays named by its contract."""
         ...
 
 

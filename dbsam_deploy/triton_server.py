@@ -28,6 +28,7 @@ LOOPBACK = "127.0.0.1"
 STANDINS = Path(__file__).parent / "standin_backends"
 
 _STOP_S = 30.0
+_KILLED_S = 5.0
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Linux keeps POSIX shared memory
 _PROBE_SIDE = 8
 
@@ -217,6 +218,7 @@ class TritonServer:
             # so its number cannot have become another process's.
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            _wait_group_gone(process.pid)
         for left in _SHARED_MEMORY.glob(f"{self.shared_memory_prefix}*"):
             left.unlink(missing_ok=True)
         if self._runtime is not None:
@@ -284,6 +286,17 @@ def _has_ended(process: subprocess.Popen[bytes]) -> bool:
     return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
 
 
+def _wait_group_gone(group: int) -> None:
+    """Wait briefly for killed processes to go, so that none still makes shared memory."""
+    deadline = time.monotonic() + _KILLED_S
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.02)
+
+
 def _is_up(http_url: str) -> bool:
     try:
         with urllib.request.urlopen(f"http://{http_url}/v2/health/ready", timeout=2) as response:
@@ -314,8 +327,6 @@ def _environment(environment: ServerEnvironment) -> dict[str, str]:
     # The stub embeds Python and takes its prefix from the first python3 on the path.
     binaries = str((environment.folder / "bin").absolute())
     variables["PATH"] = ":".join([binaries, variables.get("PATH", os.defpath)])
-    variables["PYTHONDONTWRITEBYTECODE"] = "1"  # the repository stays as it was hashed
-    variables["PYTHONNOUSERSITE"] = "1"
     return variables
 
 

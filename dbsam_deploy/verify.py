@@ -25,7 +25,10 @@ class Figures:
     Attributes:
         images: images compared.
         objects: boxes compared.
+        empty_masks: boxes for which the reference's mask is empty; their agreement says little.
         embedding_cosine: smallest cosine of an image's embedding with the reference.
+        decoder_cosine: smallest cosine of a box's logits, both decoders on the reference embedding;
+            unlike mask agreement it says something even where every mask is empty.
         mask_agreement_mean: mean Dice of deployed and reference masks, one per box.
         mask_agreement_p5: 5th percentile of the same.
         prompt_agreement_mean: mean Dice for point + box + mask prompts, all four mask tokens.
@@ -41,7 +44,9 @@ class Figures:
 
     images: int
     objects: int
+    empty_masks: int
     embedding_cosine: float
+    decoder_cosine: float
     mask_agreement_mean: float
     mask_agreement_p5: float
     prompt_agreement_mean: float
@@ -94,6 +99,19 @@ def cosine(a: FloatArray, b: FloatArray) -> float:
     return float(x @ y) / norm if np.isfinite(norm) and norm > 0 else 0.0
 
 
+@dataclass(frozen=True)
+class _CaseFigures:
+    """Figures of one image; lists hold one value a box, `prompted` several."""
+
+    embedding_cosine: float
+    decoder_cosines: list[float]
+    agreement: list[float]
+    prompted: list[float]
+    dice: list[float]
+    dice_reference: list[float]
+    empty_masks: int
+
+
 def compare(
     reference: Session,
     deployed: Session,
@@ -112,32 +130,24 @@ def compare(
         progress: called with each case's name once it is done.
     """
     ours, theirs = _Timed(deployed), _Timed(reference)
-    cosines, agreement, prompted, scores, reference_scores = [], [], [], [], []
+    parts = []
     for case in cases:
-        feed: Feed = {"image": preprocess(case.image, how)}
-        a, b = (s.run("encoder", feed)["image_embeddings"] for s in (ours, theirs))
-        cosines.append(cosine(a, b))
-        pair = []
-        for session, embeddings in ((ours, a), (theirs, b)):
-            predictor = Predictor(session, how)
-            predictor.set_embeddings(embeddings, (case.image.shape[0], case.image.shape[1]))
-            pair.append((predictor, predictor.predict_boxes(case.boxes)))
-        (mine, got), (other, want) = pair
-        agreement += [dice(x, y) for x, y in zip(got.masks[:, 0], want.masks[:, 0], strict=True)]
-        scores += [dice(x, y) for x, y in zip(got.masks[:, 0], case.truth, strict=True)]
-        reference_scores += [dice(x, y) for x, y in zip(want.masks[:, 0], case.truth, strict=True)]
-        prompted += _prompt_agreement(mine, other, case, want.low_res_masks[:, 0])
+        parts.append(_compare_case(ours, theirs, how, case))
         progress(case.name)
+    agreement = [x for part in parts for x in part.agreement]
+    prompted = [x for part in parts for x in part.prompted]
     return Figures(
         images=len(cases),
         objects=len(agreement),
-        embedding_cosine=min(cosines),
+        empty_masks=sum(part.empty_masks for part in parts),
+        embedding_cosine=min(part.embedding_cosine for part in parts),
+        decoder_cosine=min(x for part in parts for x in part.decoder_cosines),
         mask_agreement_mean=float(np.mean(agreement)),
         mask_agreement_p5=float(np.percentile(agreement, 5)),
         prompt_agreement_mean=float(np.mean(prompted)),
         prompt_agreement_p5=float(np.percentile(prompted, 5)),
-        dice=float(np.mean(scores)),
-        dice_reference=float(np.mean(reference_scores)),
+        dice=float(np.mean([x for part in parts for x in part.dice])),
+        dice_reference=float(np.mean([x for part in parts for x in part.dice_reference])),
         encoder_ms=ours.median_ms("encoder"),
         decoder_ms=ours.median_ms("decoder"),
         reference_encoder_ms=theirs.median_ms("encoder"),
@@ -146,18 +156,40 @@ def compare(
     )
 
 
+def _compare_case(ours: _Timed, theirs: _Timed, how: Preprocessing, case: Case) -> _CaseFigures:
+    feed: Feed = {"image": preprocess(case.image, how)}
+    size = (case.image.shape[0], case.image.shape[1])
+    embeddings = [s.run("encoder", feed)["image_embeddings"] for s in (ours, theirs)]
+    predictors = [Predictor(session, how) for session in (ours, theirs)]
+    for predictor, embedding in zip(predictors, embeddings, strict=True):
+        predictor.set_embeddings(embedding, size)
+    got, want = (predictor.predict_boxes(case.boxes) for predictor in predictors)
+    alone = Predictor(ours.session, how)
+    alone.set_embeddings(embeddings[1], size)
+    logits = alone.predict_boxes(case.boxes).low_res_masks
+    return _CaseFigures(
+        embedding_cosine=cosine(*embeddings),
+        decoder_cosines=list(map(cosine, logits, want.low_res_masks)),
+        agreement=list(map(dice, got.masks, want.masks)),
+        prompted=_prompt_agreement(predictors, case, want.low_res_masks[:, 0]),
+        dice=list(map(dice, got.masks[:, 0], case.truth)),
+        dice_reference=list(map(dice, want.masks[:, 0], case.truth)),
+        empty_masks=sum(not mask.any() for mask in want.masks),
+    )
+
+
 def _prompt_agreement(
-    ours: Predictor, theirs: Predictor, case: Case, low_res_masks: FloatArray
+    predictors: list[Predictor], case: Case, low_res_masks: FloatArray
 ) -> list[float]:
-    """Dice of all masks when each object has a box, two points and an earlier mask, or two points."""
+    """Dice of all mask tokens, prompted by two points, then by points, box and earlier mask."""
     centre = (case.boxes[:, :2] + case.boxes[:, 2:]) / 2
     coords = np.stack([centre, case.boxes[:, :2]], axis=1)
     labels = np.tile(np.array([1, 0], np.int32), (len(coords), 1))
     points = {"point_coords": coords, "point_labels": labels}
-    out = []
+    out: list[float] = []
     for prompts in (points, {**points, "boxes": case.boxes, "mask_input": low_res_masks}):
         for multimask in (False, True):
-            a, b = (p.predict_prompts(multimask=multimask, **prompts).masks for p in (ours, theirs))
+            a, b = (p.predict_prompts(multimask=multimask, **prompts).masks for p in predictors)
             out += [dice(a[i], b[i]) for i in np.ndindex(*a.shape[:2])]
     return out
 
@@ -175,6 +207,7 @@ def check_gate(figures: Figures, gate: Gate, what: str) -> None:
     """
     floors = (
         ("embedding cosine", figures.embedding_cosine, gate.embedding_cosine),
+        ("decoder cosine", figures.decoder_cosine, gate.embedding_cosine),
         ("mask agreement mean", figures.mask_agreement_mean, gate.mask_agreement_mean),
         ("mask agreement p5", figures.mask_agreement_p5, gate.mask_agreement_p5),
         ("prompt agreement mean", figures.prompt_agreement_mean, gate.mask_agreement_mean),

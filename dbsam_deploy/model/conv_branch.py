@@ -46,7 +46,9 @@ class ConvBlock(nn.Module):
         self.conv = nn.Conv2d(
             inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=False
         )
-        self.bn = None if plain else nn.BatchNorm2d(outputs, eps=1e-5, momentum=0.01)
+        self.bn: nn.Module | None = (
+            None if plain else nn.BatchNorm2d(outputs, eps=1e-5, momentum=0.01)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, inputs, H, W) → (B, outputs, H/stride, W/stride)."""

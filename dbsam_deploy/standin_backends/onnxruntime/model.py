@@ -5,8 +5,11 @@ so the production `config.pbtxt` is served unchanged: same batching, same ensemb
 the CPU from Python.
 """
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -27,7 +30,7 @@ class TritonPythonModel:
     graph_file = "model.onnx"
     notice = "a stand-in for Triton's onnxruntime backend runs {path} on the CPU from Python"
 
-    def initialize(self, args):
+    def initialize(self, args: dict[str, str]) -> None:
         """Load the graph and compare its inputs and outputs with the configuration."""
         config = json.loads(args["model_config"])
         path = Path(args["model_repository"], args["model_version"], self.graph_file)
@@ -47,11 +50,11 @@ class TritonPythonModel:
         notice = self.notice.format(path=path)
         pb_utils.Logger.log_warn(f"STAND-IN, model {args['model_name']}: {notice}")
 
-    def missing(self, path):
+    def missing(self, path: Path) -> str:
         """Text for a graph file that is not there."""
         return f"the graph {path} is missing: export again"
 
-    def execute(self, requests):
+    def execute(self, requests: list[Any]) -> list[Any]:
         """Run the requests as the one batch that Triton's batcher made of them.
 
         An exception of ONNX Runtime is the requests' error, sent by Triton itself.
@@ -73,7 +76,7 @@ class TritonPythonModel:
         ]
 
 
-def _check(configured, graph, batched):
+def _check(configured: list[dict[str, Any]], graph: list[Any], batched: bool) -> None:
     """Refuse a configuration that is not the graph's, as the C++ backend does."""
     found = {tensor.name: (_TYPES.get(tensor.type), tensor.shape) for tensor in graph}
     names = {item["name"] for item in configured}

@@ -4,12 +4,17 @@ It serves the ONNX graph beside `model.plan` under the unchanged configuration. 
 wiring (names, shapes, batching, ensemble), never the engine.
 """
 
+from __future__ import annotations
+
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 _SOURCE = Path(__file__).resolve().parent.parent / "onnxruntime" / "model.py"
 _SPEC = importlib.util.spec_from_file_location("dbsam_onnxruntime_standin", _SOURCE)
-_onnxruntime = importlib.util.module_from_spec(_SPEC)
+if _SPEC is None or _SPEC.loader is None:
+    raise ImportError(f"{_SOURCE} cannot be imported")
+_onnxruntime: Any = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(_onnxruntime)
 
 
@@ -21,7 +26,7 @@ class TritonPythonModel(_onnxruntime.TritonPythonModel):
         "on the CPU; this proves the wiring, never the engine: model.plan itself is NOT run"
     )
 
-    def missing(self, path):
+    def missing(self, path: Path) -> str:
         """Text for a graph file that is not there."""
         return (
             f"a CPU machine cannot run model.plan, and the graph it was built from is not beside "

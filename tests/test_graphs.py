@@ -1,0 +1,82 @@
+"""The graphs against SAM's own modules."""
+
+import numpy as np
+import pytest
+import torch
+
+from dbsam_deploy.contract import graph_specs
+from dbsam_deploy.errors import InputError
+from dbsam_deploy.graphs import build_graph, example_inputs
+from dbsam_deploy.sessions import PytorchSession
+from dbsam_deploy.testing import check_close, prompt_feed, small_model
+
+
+@pytest.mark.parametrize("image_size", [64, 144, 240])  # grids 4, 9 (padded windows) and 15
+@pytest.mark.parametrize("variant", ["db_sam", "db_sam_4level", "db_sam_plus", "sam_vit_b"])
+def test_encoder_graph_equals_the_model(variant, image_size):
+    model = small_model(variant, image_size)
+    image = torch.randn(2, 3, image_size, image_size)
+    with torch.inference_mode():
+        expected, found = model.encode(image), build_graph(model, "encoder")(image)
+    assert found.shape == (2, 256, image_size // 16, image_size // 16)
+    check_close(found.numpy(), expected.numpy(), "float32", "image_embeddings")
+
+
+def test_building_a_graph_leaves_the_model_as_it_was():
+    model = small_model("db_sam", 64)
+    image, before = torch.randn(1, 3, 64, 64), {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.inference_mode():
+        expected = model.encode(image)
+        for name in graph_specs(64):
+            build_graph(model, name).half()
+        assert torch.equal(model.encode(image), expected)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(("batch", "boxes"), [(1, 1), (2, 3), (3, 1)])
+def test_decoder_graph_equals_sam_box_by_box(batch, boxes):
+    model = small_model("sam_vit_b", 64)
+    inputs = example_inputs("decoder", 64, batch=batch, prompts=boxes)
+    with torch.inference_mode():
+        masks, iou = build_graph(model, "decoder")(**inputs)
+    expected = PytorchSession(model).run("decoder", {k: v.numpy() for k, v in inputs.items()})
+    assert masks.shape == (batch, boxes, 1, 16, 16)
+    check_close(masks.numpy(), expected["low_res_masks"], "float32", "low_res_masks")
+    check_close(iou.numpy(), expected["iou_predictions"], "float32", "iou_predictions")
+
+
+@pytest.mark.parametrize(("box", "points"), [(True, 0), (False, 1), (False, 4), (True, 3)])
+def test_prompt_decoder_graph_equals_sam_prompt_by_prompt(box, points):
+    model = small_model("sam_vit_b", 64)
+    feed = prompt_feed(np.random.default_rng(), box=box, points=points, image_size=64)
+    with torch.inference_mode():
+        masks, iou = build_graph(model, "prompt_decoder")(
+            **{k: torch.from_numpy(v) for k, v in feed.items()}
+        )
+    expected = PytorchSession(model).run("prompt_decoder", feed)
+    assert masks.shape == (2, 3, 4, 16, 16)
+    check_close(masks.numpy(), expected["low_res_masks"], "float32", "low_res_masks")
+    check_close(iou.numpy(), expected["iou_predictions"], "float32", "iou_predictions")
+
+
+def test_boxes_are_independent_of_each_other():
+    model = small_model("sam_vit_b", 64)
+    inputs = example_inputs("decoder", 64, batch=1, prompts=4)
+    graph = build_graph(model, "decoder")
+    with torch.inference_mode():
+        together, _ = graph(**inputs)
+        alone, _ = graph(inputs["image_embeddings"], inputs["boxes"][:, 2:3])
+    check_close(alone[0, 0].numpy(), together[0, 2].numpy(), "float32")
+
+
+def test_reference_session_refuses_tokens_that_sam_cannot_express():
+    feed = prompt_feed(np.random.default_rng(), box=False, points=2, image_size=64)
+    feed["point_labels"][..., -1] = 1
+    with pytest.raises(InputError, match="expected a box's corners"):
+        PytorchSession(small_model("sam_vit_b", 64)).run("prompt_decoder", feed)
+
+
+def test_unknown_graph():
+    with pytest.raises(InputError, match="expected one of encoder"):
+        build_graph(small_model("sam_vit_b", 64), "neck")
