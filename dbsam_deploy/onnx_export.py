@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import ast
 import logging
+import math
 import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
 import torch
+from onnxscript import opset18 as op
+from onnxscript.optimizer import fold_constants_ir
+from onnxscript.rewriter import rewrite
+from onnxscript.rewriter.rules.common import (
+    collapse_slice2_rule,
+    collapse_slice_rule,
+    no_op_transpose_rule,
+)
 from torch import nn
 
 from .contract import GraphSpec, graph_specs
@@ -22,6 +33,9 @@ from .graphs import build_graph, example_inputs
 from .model import DbSam
 from .precision import apply_precision
 from .recipe import Recipe
+
+FOLDED_BYTES = 64 * 2**20
+"""Largest constant that is folded; the widest weight matrix has 9 MiB."""
 
 _LAYOUT_OPS = {"Cast", "Reshape", "Squeeze", "Unsqueeze"}
 """Ops at a graph's float32 edges that move data without computing."""
@@ -55,6 +69,7 @@ def export_graph(model: DbSam, name: str, recipe: Recipe, folder: Path) -> Expor
     graph = build_graph(model, name)
     islands = apply_precision(graph, recipe)
     program = _torch_export(graph, spec, model.config.image_size, recipe.opset)
+    simplify(program.model)
     _name_axes(program.model, spec)
     fold_reshapes(program.model)
     check_precision(program.model, recipe, islands)
@@ -85,7 +100,9 @@ def _torch_export(
                 input_names=spec.input_names,
                 output_names=spec.output_names,
                 opset_version=opset,
+                custom_translation_table={torch.ops.aten.gelu.default: _gelu},
                 dynamo=True,
+                optimize=False,
                 verbose=False,
             )
         except torch.onnx.OnnxExporterError as error:
@@ -93,6 +110,15 @@ def _torch_export(
     if program is None:
         raise ExportError(f"{spec.name}: torch's exporter returned no program")
     return program
+
+
+def _gelu(x: Any, approximate: str = "none") -> Any:
+    """Exact GELU in the operand order that ONNX Runtime and TensorRT fuse into one kernel."""
+    if approximate != "none":
+        raise ExportError(f"GELU with approximate={approximate!r}: the model uses the exact form")
+    scaled = op.Erf(op.Div(x, op.CastLike(math.sqrt(2), x)))
+    product = op.Mul(x, op.Add(scaled, op.CastLike(1.0, x)))
+    return op.Mul(product, op.CastLike(0.5, x))
 
 
 @contextmanager
@@ -107,6 +133,31 @@ def _quiet() -> Iterator[None]:
             yield
         finally:
             logger.setLevel(level)
+
+
+def simplify(model: ir.Model) -> None:
+    """Inline, fold constants, and drop what repeats, is unused or does nothing.
+
+    The part of torch's own optimisation that these graphs profit from; all of its pattern rewrites
+    together take half of the export's time.
+    """
+    common_passes.InlinePass()(model)
+    fold_constants_ir(
+        model,
+        onnx_shape_inference=True,
+        input_size_limit=FOLDED_BYTES,
+        output_size_limit=FOLDED_BYTES,
+    )
+    rewrite(model, [collapse_slice_rule, collapse_slice2_rule, no_op_transpose_rule])
+    ir.passes.Sequential(
+        common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common_passes.DeduplicateInitializersPass(),
+        common_passes.IdentityEliminationPass(),
+        common_passes.CommonSubexpressionEliminationPass(),
+        common_passes.RemoveUnusedNodesPass(),
+        common_passes.OutputFixPass(),
+        common_passes.NameFixPass(),
+    )(model)
 
 
 def _values(graph: ir.Graph) -> Iterator[ir.Value]:

@@ -9,9 +9,11 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from rich.console import Console
 
 from dbsam_deploy.artefact import Artefact, graph_file, load_artefact, write_artefact
 from dbsam_deploy.contract import GraphSpec, graph_specs, grid_size
+from dbsam_deploy.export import Options, Published, export
 from dbsam_deploy.imaging import Preprocessing
 from dbsam_deploy.repository import Repository, build_repository
 from dbsam_deploy.server_env import ServerEnvironment
@@ -161,6 +163,13 @@ def make_artefact():
 def tiny_artefact(tmp_path_factory: pytest.TempPathFactory) -> Artefact:
     """An export of small graphs at 128×128, sam mode; not to be changed."""
     return make_tiny_artefact(tmp_path_factory.mktemp("tiny_artefact"))
+
+
+@pytest.fixture(scope="session")
+def published_export(tmp_path_factory: pytest.TempPathFactory) -> tuple[Options, Published]:
+    """`db_sam_tiny` at 256×256 in fp16 through the whole export; not to be changed."""
+    options = Options("fp16", image_size=256, output=tmp_path_factory.mktemp("published") / "build")
+    return options, export(options, Console(quiet=True))
 
 
 @pytest.fixture(scope="session")

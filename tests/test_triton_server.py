@@ -6,7 +6,6 @@ import concurrent.futures
 import dataclasses
 import os
 import re
-import shutil
 import signal
 import socket
 import time
@@ -21,7 +20,6 @@ from dbsam_deploy.cases import bundled_examples, load_cases
 from dbsam_deploy.client import DbsamClient
 from dbsam_deploy.contract import MAX_IMAGE_PIXELS
 from dbsam_deploy.errors import InputError, ServingError
-from dbsam_deploy.export import Options, export
 from dbsam_deploy.predictor import Predictor
 from dbsam_deploy.recipe import load_recipe
 from dbsam_deploy.repository import build_repository
@@ -333,22 +331,18 @@ def test_concurrent_requests_each_get_their_own_masks(triton, tiny_artefact):
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "fp16"])
-def test_the_exported_tiny_model_is_served_bit_for_bit(precision, server_environment, tmp_path):
+def test_the_exported_tiny_model_is_served_bit_for_bit(
+    published_export, server_environment, tmp_path
+):
     """The whole way: export, repository, server, and real images with their boxes."""
-    data = tmp_path / "cases"  # one image keeps the comparison with PyTorch short
-    data.mkdir()
-    example = min(bundled_examples().glob("*.npz"), key=lambda path: path.stat().st_size)
-    shutil.copy(example, data)
-    options = Options(precision=precision, image_size=256, data=data, output=tmp_path / "build")
-    published = export(options)
+    options, published = published_export
     predictor = Predictor(OnnxRuntimeSession(published.artefact), published.artefact.preprocessing)
     root, log = published.repository.folder, tmp_path / "log"
     with (
         TritonServer(root, server_environment, log=log, ports=FREE) as server,
         DbsamClient(server.grpc_url, shared_memory=True) as client,
     ):
-        for case in load_cases(bundled_examples(), load_recipe(precision).parity)[:4]:
+        for case in load_cases(bundled_examples(), load_recipe(options.precision).parity)[:4]:
             predictor.set_image(case.image)
             expected = predictor.predict_boxes(case.boxes)
             answer = client.segment(case.image, case.boxes)

@@ -1,0 +1,184 @@
+"""The composition root: publishes what passes, resumes, refuses, leaves nothing half-written."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from rich.console import Console
+
+from dbsam_deploy import export as export_module
+from dbsam_deploy.artefact import load_artefact, sha256_of
+from dbsam_deploy.cli import run
+from dbsam_deploy.contract import graph_specs
+from dbsam_deploy.errors import AccuracyError, InputError
+from dbsam_deploy.export import export, main
+from dbsam_deploy.report import closing_table
+from dbsam_deploy.repository import load_repository
+
+
+@pytest.fixture
+def copied(published_export, tmp_path):
+    """The session's export in a folder of its own, with the options that made it."""
+    options, published = published_export
+    shutil.copytree(options.output, tmp_path / "build")
+    return replace(options, output=tmp_path / "build"), published
+
+
+def no_export(*args, **kwargs):
+    raise AssertionError("exported again although nothing changed")
+
+
+def test_everything_published_is_what_the_manifest_says(published_export):
+    options, published = published_export
+    folder = options.output / "fp16"
+    artefact = load_artefact(folder)
+    assert artefact == published.artefact
+    assert set(artefact.graphs) == set(graph_specs(256))
+    assert {p.name for p in folder.iterdir()} == {
+        "manifest.json",
+        *(f"{g}.onnx" for g in artefact.graphs),
+    }
+    assert {p.name for p in options.output.iterdir()} == {"fp16", "model_repository"}
+    assert not artefact.weights["trained"]
+    assert artefact.versions["torch"].startswith("2.13.0")
+    figures = json.loads((folder / "manifest.json").read_text())["figures"]
+    assert figures["images"] == 6
+    assert figures["embedding_cosine"] >= 0.999
+    assert figures["mask_agreement_p5"] >= 0.95
+    assert (
+        2 * figures["empty_masks"] <= figures["objects"]
+        or "LiteMedSAM" not in artefact.weights["note"]
+    )
+    repository = load_repository(options.output / "model_repository")
+    served = repository.folder / "dbsam_encoder" / "1" / "model.onnx"
+    assert sha256_of(served) == artefact.graphs["encoder"].sha256
+
+
+def test_the_files_run_and_are_half_precision(published_export):
+    _, published = published_export
+    for name, spec in graph_specs(256).items():
+        session = onnxruntime.InferenceSession(
+            str(published.artefact.path(name)), providers=["CPUExecutionProvider"]
+        )
+        assert [i.name for i in session.get_inputs()] == spec.input_names
+    weights = onnx.load(published.artefact.path("encoder")).graph.initializer
+    sizes = {t: sum(np.prod(w.dims) for w in weights if w.data_type == t) for t in (1, 10)}
+    assert sizes[10] > 1000 * sizes[1]
+
+
+def test_a_second_run_exports_nothing_again(copied, monkeypatch):
+    options, published = copied
+    monkeypatch.setattr(export_module, "export_graph", no_export)
+    monkeypatch.setattr(export_module, "compare", no_export)
+    again = export(options, Console(quiet=True))
+    assert again.artefact.graphs == published.artefact.graphs
+    assert again.figures == published.figures
+
+
+def test_a_damaged_file_is_exported_again(copied, monkeypatch):
+    options, _ = copied
+    path = options.output / "fp16" / "decoder.onnx"
+    path.write_bytes(path.read_bytes()[:-1])
+    seen = []
+    monkeypatch.setattr(
+        export_module, "export_graph", lambda m, name, r, f: seen.append(name) or 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        export(options, Console(quiet=True))
+    assert seen == ["encoder"]
+
+
+def test_an_interrupted_export_resumes_with_the_finished_graphs(copied, monkeypatch):
+    """A kill between two graphs keeps the first; the manifest of before stays as it was."""
+    options, published = copied
+    finished = options.output / "fp16"
+    before = (finished / "manifest.json").read_bytes()
+    changed = replace(options, decoder_weights=None, image_size=256, variant="db_sam_tiny")
+    monkeypatch.setattr(export_module, "_published", lambda folder, key: None)
+    real, calls = published.artefact, []
+
+    def fake_export(model, name, recipe, folder):
+        if name == "prompt_decoder" and "prompt_decoder" not in calls:
+            calls.append(name)
+            raise KeyboardInterrupt
+        calls.append(name)
+        shutil.copy(real.path(name), folder / f"{name}.onnx")
+
+    monkeypatch.setattr(export_module, "export_graph", fake_export)
+    monkeypatch.setattr(export_module, "compare", lambda *a, **k: published.figures)
+    with pytest.raises(KeyboardInterrupt):
+        export(changed, Console(quiet=True))
+    assert (finished / "manifest.json").read_bytes() == before
+    export(changed, Console(quiet=True))
+    assert calls == ["encoder", "decoder", "prompt_decoder", "prompt_decoder"]
+
+
+def test_a_missed_gate_publishes_nothing(copied, monkeypatch):
+    options, published = copied
+    shutil.rmtree(options.output / "fp16")
+    shutil.rmtree(options.output / "model_repository")
+    bad = replace(published.figures, mask_agreement_p5=0.9)
+    monkeypatch.setattr(
+        export_module,
+        "export_graph",
+        lambda m, name, r, folder: shutil.copy(published.artefact.path(name), folder),
+    )
+    monkeypatch.setattr(export_module, "compare", lambda *a, **k: bad)
+    with pytest.raises(AccuracyError, match=r"mask agreement p5 0\.900000 < 0\.95"):
+        export(options, Console(quiet=True))
+    assert not (options.output / "fp16").exists()
+    assert not (options.output / "model_repository").exists()
+
+
+def test_a_foreign_folder_is_not_replaced(copied, monkeypatch):
+    options, published = copied
+    shutil.rmtree(options.output / "fp16")
+    (options.output / "fp16").mkdir()
+    (options.output / "fp16" / "thesis.tex").write_text("mine")
+    monkeypatch.setattr(
+        export_module,
+        "export_graph",
+        lambda m, name, r, folder: shutil.copy(published.artefact.path(name), folder),
+    )
+    monkeypatch.setattr(export_module, "compare", lambda *a, **k: published.figures)
+    with pytest.raises(InputError, match="is not an export of this library"):
+        export(options, Console(quiet=True))
+    assert (options.output / "fp16" / "thesis.tex").read_text() == "mine"
+
+
+def test_closing_table_shows_every_stage_and_the_state_of_the_weights(published_export):
+    _, published = published_export
+    console = Console(record=True, width=110)
+    closing_table(published.artefact, published.figures, published.repository, console)
+    text = console.export_text()
+    for piece in ("encoder", "decoder", "prompt_decoder", "repository", "cosine", "Dice"):
+        assert piece in text
+    assert f"{published.figures.mask_agreement_mean:.4f}" in text
+    assert "untrained" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--precision"),
+        (["--precision", "fp12"], "invalid choice: 'fp12'"),
+        (["--precision", "fp32", "--variant", "sam"], "expected one of db_sam"),
+        (["--precision", "fp32", "--checkpoint", "none.pth"], "none.pth: no such file"),
+        (["--precision", "fp32", "--image-size", "1000"], "multiple of 16"),
+        (["--precision", "fp32", "--data", "nowhere"], "nowhere: no .npz files"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_status_2(
+    arguments, message, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert run(main, arguments) == 2
+    err = capsys.readouterr().err.strip()
+    assert message in err
+    assert err.startswith("error: ")
+    assert "\n" not in err
+    assert not list(tmp_path.iterdir())
