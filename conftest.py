@@ -252,7 +252,7 @@ def reference_workload() -> benchmarking.Workload:
 
 @pytest.fixture
 def benchmark_ratio(
-    request: pytest.FixtureRequest, reference_workload: benchmarking.Workload
+    request: pytest.FixtureRequest, reference_workload: benchmarking.Workload, benchmark: Any
 ) -> Callable[..., benchmarking.Measurement]:
     """`benchmark_ratio(subject, check)`: check the subject's output, then time it.
 
@@ -260,6 +260,15 @@ def benchmark_ratio(
     (precision, agreement, …) that stand in the benchmark's row. `reference` is the reference
     workload where it runs in another place than this process.
     """
+
+    def time_rounds(
+        work: benchmarking.Workload, before_round: Callable[[], None], rounds: int
+    ) -> list[float]:
+        benchmark.pedantic(work, setup=before_round, rounds=rounds)
+        if benchmark.stats is None:
+            pytest.fail("pytest-benchmark is switched off: leave --benchmark-disable out")
+        return list(benchmark.stats.stats.data)
+
     gate = request.config.pluginmanager.get_plugin(GATE)
     if not isinstance(gate, BenchmarkGate):
         pytest.fail("benchmark_ratio is for benchmarks/, run with --benchmark")
@@ -272,7 +281,10 @@ def benchmark_ratio(
         rounds: int = benchmarking.ROUNDS,
     ) -> benchmarking.Measurement:
         facts = check(subject())
-        measurement = benchmarking.measure(subject, reference, rounds=rounds, facts=facts)
+        measurement = benchmarking.measure(
+            subject, reference, rounds=rounds, facts=facts, time_rounds=time_rounds
+        )
+        benchmark.extra_info.update(facts, ratio=measurement.ratio)
         gate.record(request.node.nodeid, measurement)
         return measurement
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +31,10 @@ BASELINE_FORMAT = 1
 RERECORD = "pytest --benchmark --rebaseline"
 
 Workload = Callable[[], object]
+
+
+RoundTimer = Callable[[Workload, Callable[[], None], int], Sequence[float]]
+"""(subject, before each round, rounds) → seconds of the subject's one call in each round."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ def measure(
     *,
     rounds: int = ROUNDS,
     facts: Mapping[str, str | float] | None = None,
+    time_rounds: RoundTimer | None = None,
 ) -> Measurement:
     """Time `subject` and `reference` in turns.
 
@@ -82,11 +87,17 @@ def measure(
         reference: a fixed workload of like character, see `reference_workload`.
         rounds: timed rounds after the warm-up.
         facts: stored and shown with the figures.
+        time_rounds: what times the subject; pytest-benchmark's `pedantic` under `--benchmark`.
     """
     warm = np.array([(_seconds(subject), _seconds(reference)) for _ in range(WARM_UP_ROUNDS)])
     repeats = max(1, round(float(np.median(warm[:, 0] / warm[:, 1]))))
-    seconds = np.array([(_seconds(subject), _seconds(reference, repeats)) for _ in range(rounds)])
-    subject_ms, reference_ms = seconds[:, 0] * 1e3, seconds[:, 1] * 1e3
+    reference_s: list[float] = []
+
+    def before_round() -> None:
+        reference_s.append(_seconds(reference, repeats))
+
+    subject_s = (time_rounds or _time_rounds)(subject, before_round, rounds)
+    subject_ms, reference_ms = np.array(subject_s) * 1e3, np.array(reference_s) * 1e3
     return Measurement(
         ratio=float(np.median(subject_ms / reference_ms)),
         median_ms=float(np.median(subject_ms)),
@@ -95,6 +106,14 @@ def measure(
         rounds=rounds,
         facts=dict(facts or {}),
     )
+
+
+def _time_rounds(subject: Workload, before_round: Callable[[], None], rounds: int) -> list[float]:
+    seconds = []
+    for _ in range(rounds):
+        before_round()
+        seconds.append(_seconds(subject))
+    return seconds
 
 
 def _seconds(work: Workload, calls: int = 1) -> float:

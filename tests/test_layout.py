@@ -175,7 +175,7 @@ def test_python_lives_in_its_rooms() -> None:
         for path in PYTHON
         if not re.fullmatch(
             r"dbsam_deploy/.*|tests/(test_|conftest)[^/]*"
-            r"|benchmarks/(bench_|conftest)[^/]*|conftest\.py|triton_models/[^/]+/1/model\.py",
+            r"|benchmarks/(bench_|compare_|conftest)[^/]*|conftest\.py|triton_models/[^/]+/1/model\.py",
             _relative(path),
         )
     ]
