@@ -287,7 +287,9 @@ def main(argv: list[str] | None = None) -> int:
     """Command line entry point; returns the exit status."""
     options = Options(**vars(_parser().parse_args(argv)))
     published = export(options)
-    closing_table(published.artefact, published.figures, published.repository, Console())
+    # In a file or a pipe there is no screen to fit.
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    closing_table(published.artefact, published.figures, published.repository, console)
     return 0
 
 

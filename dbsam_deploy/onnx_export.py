@@ -116,9 +116,10 @@ def _gelu(x: Any, approximate: str = "none") -> Any:
     """Exact GELU in the operand order that ONNX Runtime and TensorRT fuse into one kernel."""
     if approximate != "none":
         raise ExportError(f"GELU with approximate={approximate!r}: the model uses the exact form")
-    scaled = op.Erf(op.Div(x, op.CastLike(math.sqrt(2), x)))
-    product = op.Mul(x, op.Add(scaled, op.CastLike(1.0, x)))
-    return op.Mul(product, op.CastLike(0.5, x))
+    root, one, half = (
+        op.CastLike(op.Constant(value_float=value), x) for value in (math.sqrt(2), 1.0, 0.5)
+    )
+    return op.Mul(op.Mul(x, op.Add(op.Erf(op.Div(x, root)), one)), half)
 
 
 @contextmanager

@@ -15,14 +15,15 @@ def closing_table(
 ) -> None:
     """Print stage, file, size, error, agreement, Dice and latency, and what to do next."""
     table = Table(
-        title=f"{artefact.variant} {artefact.precision}, {artefact.preprocessing.image_size} px, "
-        f"{figures.images} images, {figures.objects} objects, {figures.backend}",
+        title=f"{artefact.folder}: {artefact.variant} {artefact.precision} at "
+        f"{artefact.preprocessing.image_size} px, {figures.images} images, {figures.objects} "
+        f"objects, {figures.backend}",
         caption="agreement: Dice with PyTorch's masks, mean / 5th percentile; in brackets: PyTorch",
     )
-    for column in ("stage", "file"):
-        table.add_column(column, overflow="fold")
+    table.add_column("stage", no_wrap=True)
+    table.add_column("file", no_wrap=True)
     for column in ("MiB", "cosine", "agreement", "Dice", "ms"):
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column, justify="right")
     masks = f"{figures.mask_agreement_mean:.4f} / {figures.mask_agreement_p5:.4f}"
     prompts = f"{figures.prompt_agreement_mean:.4f} / {figures.prompt_agreement_p5:.4f}"
     dice = f"{figures.dice:.4f} ({figures.dice_reference:.4f})"
@@ -33,10 +34,10 @@ def closing_table(
         "decoder": (f"{figures.decoder_cosine:.6f}", masks, dice, decoder_ms),
         "prompt_decoder": ("", prompts, "", ""),
     }
-    for name, item in artefact.graphs.items():
-        size = f"{item.size_bytes / 2**20:.1f}"
-        table.add_row(name, str(artefact.path(name)), size, *rows[name])
-    table.add_row("repository", str(repository.folder))
+    for name, figures_of_graph in rows.items():
+        item = artefact.graphs[name]
+        table.add_row(name, item.file, f"{item.size_bytes / 2**20:.1f}", *figures_of_graph)
+    table.add_row("repository", repository.folder.name)
     console.print(table)
     if 2 * figures.empty_masks > figures.objects:
         console.print(
