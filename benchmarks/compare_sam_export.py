@@ -122,7 +122,11 @@ def _print(
     cosines: dict[str, float],
     seconds: dict[str, list[float]],
 ) -> None:
-    table = Table(title=f"{options.variant} encoder, batch 1, {describe_hardware()}")
+    machine = describe_hardware()
+    table = Table(
+        title=f"{options.variant} encoder, batch 1, {machine.cpu}, {machine.cores} cores, "
+        f"onnxruntime {onnxruntime.__version__}, torch {torch.__version__}"
+    )
     for column in ("", "export s", "MiB", "nodes", "cosine", "median s", "min–max s", "vs plain"):
         table.add_column(column, justify="right" if column else "left")
     plain = np.array(seconds["plain"])

@@ -1,6 +1,8 @@
 """House rules that a reader would otherwise have to remember (docs/adr/001-layout.md)."""
 
 import ast
+import doctest
+import importlib
 import re
 import subprocess
 import sys
@@ -261,6 +263,12 @@ def test_a_mistake_ends_in_one_line_and_status_2(case: tuple[str, ...]) -> None:
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith("error: ")
     assert result.stdout == ""
+
+
+def test_examples_in_docstrings_run() -> None:
+    results = [doctest.testmod(importlib.import_module(name)) for name in ("dbsam_deploy",)]
+    assert sum(result.attempted for result in results) > 0
+    assert not any(result.failed for result in results)
 
 
 def test_the_readme_has_the_two_commands_that_ci_reads() -> None:
