@@ -126,7 +126,7 @@ def test_a_machine_that_slows_down_leaves_the_ratio_alone(monkeypatch: pytest.Mo
     monkeypatch.setattr(benchmarking, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     result = benchmarking.measure(lambda: work("s", 0.06), lambda: work("r", 0.02), rounds=50)
     # The reference is repeated until both halves of a round take as long.
-    assert "".join(calls) == "sr" * benchmarking.WARM_UP_ROUNDS + "srrr" * 50
+    assert "".join(calls) == "sr" * benchmarking.WARM_UP_ROUNDS + "rrrs" * 50
     assert result.rounds == 50
     assert result.ratio == pytest.approx(3, rel=0.01)
     assert result.p95_ms > 1.05 * result.median_ms > 3 * result.reference_ms
