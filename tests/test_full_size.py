@@ -1,0 +1,26 @@
+"""Full-size graphs at 1024 px through the whole export: minutes and 14 GB each, run with --slow."""
+
+import shutil
+
+import pytest
+from rich.console import Console
+
+from dbsam_deploy.cases import bundled_examples
+from dbsam_deploy.export import Options, export
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("variant", ["db_sam", "db_sam_4level", "db_sam_plus", "sam_vit_b"])
+def test_full_size_graphs_pass_their_gate(variant, precision, tmp_path):
+    """The gate is inside `export`; one image keeps it to one pass of each encoder."""
+    data = tmp_path / "cases"
+    data.mkdir()
+    example = min(bundled_examples().glob("*.npz"), key=lambda path: path.stat().st_size)
+    shutil.copy(example, data)
+    options = Options(precision, variant=variant, data=data, output=tmp_path / "build")
+    published = export(options, Console(quiet=True))
+    assert published.artefact.preprocessing.image_size == 1024
+    assert published.figures.images == 1
+    assert published.figures.objects > 1
+    shutil.rmtree(options.output)  # a gigabyte
