@@ -64,6 +64,16 @@ def test_values_equal_the_graph_at_other_batches_than_traced(exported, model, na
         check_close(found, want.numpy(), DTYPES[precision], spec.name)
 
 
+@pytest.mark.parametrize("variant", ["db_sam_4level", "db_sam_plus"])
+def test_wide_variants_export_in_half_precision(variant, tmp_path):
+    wide = small_model(variant, SIZE)
+    path = export_graph(wide, "encoder", load_recipe("fp16"), tmp_path).path
+    feed = feed_of("encoder", 2, 1)
+    with torch.inference_mode():
+        expected = wide.encode(torch.from_numpy(feed["image"])).numpy()
+    check_close(run(path, feed)[0], expected, "float16", "image_embeddings")
+
+
 def test_files_hold_the_contract_and_no_shape_arithmetic(exported):
     _, paths = exported
     for name, path in paths.items():

@@ -96,7 +96,10 @@ class MultiConvDane(nn.Module):
         """Fuse (B, N, C) ViT tokens with several (B, N, C) convolution token sets."""
         gates = [gate(x) for gate, x in zip(self.conv_fc, convs, strict=False)]
         weights = torch.stack([*gates, self.vit_fc(vit)]).softmax(0)
-        out = (torch.stack([*convs, vit]) * weights).sum(0)
+        out = vit * weights[-1]
+        # Added up one by one: exporters turn a half-precision sum over an axis into float32.
+        for conv, weight in zip(convs, weights, strict=False):
+            out = out + conv * weight
         return out + self.ffn(self.ffn_norm(out))
 
 
