@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .errors import InputError
 from .imaging import Preprocessing
@@ -74,14 +77,30 @@ def graph_file(path: Path, folder: Path) -> GraphFile:
     return GraphFile(path.relative_to(folder).as_posix(), sha256_of(path), path.stat().st_size)
 
 
+@contextmanager
+def write_atomically(path: Path) -> Iterator[BinaryIO]:
+    """A stream whose content appears at `path` when the block ends well, and not at all otherwise.
+
+    A reader, or a run that is killed, sees the earlier file or the whole new one.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_artefact(artefact: Artefact) -> Path:
     """Write the manifest (atomically) and return its path."""
     body = {"format": FORMAT_VERSION, **asdict(artefact)}
     del body["folder"]
     path = artefact.folder / MANIFEST_NAME
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(body, indent=2, sort_keys=True) + "\n")
-    partial.replace(path)
+    with write_atomically(path) as stream:
+        stream.write(json.dumps(body, indent=2, sort_keys=True).encode() + b"\n")
     return path
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy.typing as npt
 
 from .errors import InputError
 from .imaging import ByteArray, FloatArray
-from .npz_files import read_npz
+from .npz_files import read_images, read_labels
 from .recipe import Parity
 from .resources import resource_dir
 
@@ -72,35 +71,12 @@ def load_cases(folder: Path, parity: Parity) -> list[Case]:
 
 
 def _cases_of(path: Path, count: int, parity: Parity) -> list[Case]:
-    images = read_npz(path, with_boxes=False).values
-    labels = _labels(path, images.shape[:3])
+    images = read_images(path)
+    labels = read_labels(path, images.shape[:3])
     filled = [i for i in range(len(images)) if _objects(labels[i], parity)]
     chosen = [filled[i * len(filled) // count] for i in range(min(count, len(filled)))]
     rng = np.random.default_rng(zlib.crc32(path.name.encode()))
     return [_case(f"{path.stem}[{i}]", images[i], labels[i], parity, rng) for i in chosen]
-
-
-def _labels(path: Path, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            announced = archive.getinfo("gts.npy").file_size
-        if announced > 8 * int(np.prod(shape)) + 1024:
-            raise InputError(f"{path}: gts has {announced} bytes for imgs of shape {shape}")
-        with np.load(path, allow_pickle=False) as content:
-            labels = content["gts"]
-    except KeyError as error:
-        raise InputError(f"{path}: no array `gts`; expected a label map beside `imgs`") from error
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: gts cannot be read ({error})") from error
-    if labels.ndim == 2:
-        labels = labels[None]
-    if labels.shape != shape or labels.dtype.kind not in "biu":
-        raise InputError(
-            f"{path}: gts {labels.dtype}{labels.shape}, expected whole numbers of shape {shape}"
-        )
-    return labels
 
 
 def _objects(labels: npt.NDArray[Any], parity: Parity) -> list[int]:

@@ -12,12 +12,14 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
+from .artefact import write_atomically
 from .errors import CheckpointError
 
 StateDict = dict[str, Tensor]
@@ -53,6 +55,22 @@ def read_checkpoint(path: Path) -> Checkpoint:
         sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
     tensors = _tensors(path, _read(path))
     return Checkpoint(path, sha256, tensors)
+
+
+def read_training_state(path: Path) -> dict[str, Any]:
+    """Read a resume file of `dbsam_deploy.train`: a table of tensors, numbers and text.
+
+    Raises:
+        CheckpointError: missing, unreadable, unsafe, or not a table.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {path}: no such file")
+    content = _read(path)
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"checkpoint {path}: holds a {type(content).__name__}, expected a training state"
+        )
+    return content
 
 
 def _read(path: Path) -> object:
@@ -97,6 +115,29 @@ def _tensors(path: Path, content: object) -> StateDict:
             f"checkpoint {path}: {found}; expected tensors by name, plain or in one of {WRAPPERS}"
         )
     return tensors
+
+
+def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
+    """Write a state dict as half-precision `.safetensors`, atomically.
+
+    Args:
+        path: the file.
+        tensors: state dict; floating-point tensors are stored as float16, all others as they are.
+        about: what it is, kept in the file's header.
+
+    Raises:
+        CheckpointError: a value that float16 cannot hold.
+    """
+    stored = {}
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        if value.is_floating_point():
+            value = value.to(torch.float16)
+            if not torch.isfinite(value).all():
+                raise CheckpointError(f"{name} holds values that float16 cannot; not written")
+        stored[name] = value
+    with write_atomically(path) as stream:
+        stream.write(save(stored, metadata=dict(about)))
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:

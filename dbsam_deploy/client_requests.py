@@ -30,8 +30,8 @@ from .triton_config import TRITON_TYPES
 Protocol = Literal["grpc", "http"]
 Arrays = dict[str, npt.NDArray[Any]]
 
-PROMPTS_MODEL = prompts_ensemble_spec(64).name
-"""The prompt ensemble; its name does not depend on the image size."""
+PROMPTS_MODEL = prompts_ensemble_spec(1).name
+"""The prompt ensemble; its name does not depend on the mask grid."""
 
 _ALIGNMENT = 64
 
@@ -131,7 +131,7 @@ def prompt_call(
     else:
         masks = check_mask_input(mask_input, count, side)
     has_mask = np.full(count, mask_input is not None, np.float32)
-    spec = prompts_ensemble_spec(4 * side)
+    spec = prompts_ensemble_spec(side)
     tokens = (count, NUM_MASK_TOKENS)
     shapes = ((*tokens, *size), tokens, (*tokens, side, side))
     arrays = _named(spec, image, coords, labels, masks, has_mask)
@@ -249,7 +249,7 @@ def _triton_type(name: str, array: npt.NDArray[Any]) -> str:
 
 def mask_side(metadata: Any) -> int:
     """4G from the prompt ensemble's metadata (gRPC message or HTTP dictionary)."""
-    name = prompts_ensemble_spec(64).inputs[3].name
+    name = prompts_ensemble_spec(1).inputs[3].name
     is_dict = isinstance(metadata, dict)
     for item in metadata["inputs"] if is_dict else metadata.inputs:
         if (item["name"] if is_dict else item.name) == name:

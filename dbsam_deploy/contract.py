@@ -7,17 +7,20 @@ Coordinate frames:
     image frame   pixels of the image as the user has it, (x, y), origin at the top-left pixel's
                   top-left corner as in SAM; boxes are (x0, y0, x1, y1).
     model frame   pixels of the S×S array the encoder sees, after resizing and padding.
-    mask grid     the 4G×4G grid of low-resolution logits that covers the model frame (G = S/16).
+    mask grid     the 4G×4G grid of low-resolution logits that covers the model frame; G is the
+                  side of the image embedding, see `Geometry`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from .errors import InputError
 
 PATCH_SIZE = 16
+"""Pixels a token of SAM's ViT, and the step of every image size."""
+EMBEDDING_STRIDES = (4, PATCH_SIZE)
 EMBEDDING_CHANNELS = 256
 NUM_MASK_TOKENS = 4
 """SAM's mask tokens: token 0 is the single mask, tokens 1–3 the multimask outputs."""
@@ -87,26 +90,52 @@ def check_image_size(image_size: int) -> int:
     return image_size
 
 
-def grid_size(image_size: int) -> int:
-    """Side G of the image embedding for an S×S model frame."""
-    return check_image_size(image_size) // PATCH_SIZE
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes that all graphs of one model share.
+
+    Attributes:
+        image_size: side S of the model frame in pixels.
+        embedding_stride: pixels of the model frame a cell of the image embedding: 16 in SAM's ViT,
+            4 in LiteMedSAM's TinyViT.
+
+    Raises:
+        InputError: a size or stride for which there is no graph.
+    """
+
+    image_size: int
+    embedding_stride: int = field(default=PATCH_SIZE, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_image_size(self.image_size)
+        if self.embedding_stride not in EMBEDDING_STRIDES:
+            raise InputError(
+                f"embedding stride {self.embedding_stride!r}: expected one of {EMBEDDING_STRIDES}"
+            )
+
+    @property
+    def grid(self) -> int:
+        """Side G of the image embedding."""
+        return self.image_size // self.embedding_stride
+
+    @property
+    def mask_side(self) -> int:
+        """Side 4G of the mask grid: the decoder's upscaling is fourfold."""
+        return 4 * self.grid
 
 
-def _image(image_size: int) -> TensorSpec:
-    return TensorSpec(
-        "image", "float32", (BATCH, 3, image_size, image_size), "normalised, padded RGB", "model"
-    )
+def _image(size: Geometry) -> TensorSpec:
+    axes = (BATCH, 3, size.image_size, size.image_size)
+    return TensorSpec("image", "float32", axes, "normalised, padded RGB", "model")
 
 
-def _image_embeddings(image_size: int) -> TensorSpec:
-    g = grid_size(image_size)
-    return TensorSpec(
-        "image_embeddings", "float32", (BATCH, EMBEDDING_CHANNELS, g, g), "encoder + fusion output"
-    )
+def _image_embeddings(size: Geometry) -> TensorSpec:
+    axes = (BATCH, EMBEDDING_CHANNELS, size.grid, size.grid)
+    return TensorSpec("image_embeddings", "float32", axes, "encoder + fusion output")
 
 
-def _masks(image_size: int, prompts: str, count: int) -> tuple[TensorSpec, TensorSpec]:
-    side = 4 * grid_size(image_size)
+def _masks(size: Geometry, prompts: str, count: int) -> tuple[TensorSpec, TensorSpec]:
+    side = size.mask_side
     return (
         TensorSpec(
             "low_res_masks",
@@ -124,29 +153,27 @@ def _masks(image_size: int, prompts: str, count: int) -> tuple[TensorSpec, Tenso
     )
 
 
-def encoder_spec(image_size: int) -> GraphSpec:
+def encoder_spec(size: Geometry) -> GraphSpec:
     """`encoder`: image → image_embeddings."""
-    return GraphSpec("encoder", (_image(image_size),), (_image_embeddings(image_size),))
+    return GraphSpec("encoder", (_image(size),), (_image_embeddings(size),))
 
 
-def decoder_spec(image_size: int) -> GraphSpec:
+def decoder_spec(size: Geometry) -> GraphSpec:
     """`decoder`: the production path, N independent boxes per image, one mask each."""
     boxes = TensorSpec("boxes", "float32", (BATCH, NUM_BOXES, 4), "x0, y0, x1, y1", "model")
-    return GraphSpec(
-        "decoder", (_image_embeddings(image_size), boxes), _masks(image_size, NUM_BOXES, 1)
-    )
+    return GraphSpec("decoder", (_image_embeddings(size), boxes), _masks(size, NUM_BOXES, 1))
 
 
-def prompt_decoder_spec(image_size: int) -> GraphSpec:
+def prompt_decoder_spec(size: Geometry) -> GraphSpec:
     """`prompt_decoder`: N prompt sets per image, each of P labelled points and an optional mask.
 
     Point labels: 1 foreground, 0 background, 2 and 3 a box's top-left and bottom-right corner, -1
     "not a point". As in SAM, a set without a box ends with one point labelled -1.
     All four mask tokens are returned: [0] is the single mask, [1:] the multimask output.
     """
-    side = 4 * grid_size(image_size)
+    side = size.mask_side
     inputs = (
-        _image_embeddings(image_size),
+        _image_embeddings(size),
         TensorSpec("point_coords", "float32", (BATCH, NUM_PROMPTS, NUM_POINTS, 2), "x, y", "model"),
         TensorSpec("point_labels", "int32", (BATCH, NUM_PROMPTS, NUM_POINTS), "-1, 0, 1, 2 or 3"),
         TensorSpec(
@@ -160,12 +187,12 @@ def prompt_decoder_spec(image_size: int) -> GraphSpec:
             "has_mask_input", "float32", (BATCH, NUM_PROMPTS), "1 to use mask_input, else 0"
         ),
     )
-    return GraphSpec("prompt_decoder", inputs, _masks(image_size, NUM_PROMPTS, NUM_MASK_TOKENS))
+    return GraphSpec("prompt_decoder", inputs, _masks(size, NUM_PROMPTS, NUM_MASK_TOKENS))
 
 
-def graph_specs(image_size: int) -> dict[str, GraphSpec]:
+def graph_specs(size: Geometry) -> dict[str, GraphSpec]:
     """Every exported graph by name."""
-    specs = (encoder_spec(image_size), decoder_spec(image_size), prompt_decoder_spec(image_size))
+    specs = (encoder_spec(size), decoder_spec(size), prompt_decoder_spec(size))
     return {spec.name: spec for spec in specs}
 
 
@@ -176,9 +203,9 @@ MASKS = TensorSpec("masks", "uint8", (NUM_BOXES, HEIGHT, WIDTH), "1 inside, 0 ou
 IOU_SCORES = TensorSpec("iou_scores", "float32", (NUM_BOXES,), "iou_predictions of each mask")
 
 
-def preprocess_spec(image_size: int) -> GraphSpec:
+def preprocess_spec(size: Geometry) -> GraphSpec:
     """Triton's `dbsam_preprocess`: the user's image and boxes → graph inputs, batch of one."""
-    image, boxes = encoder_spec(image_size).inputs[0], decoder_spec(image_size).inputs[1]
+    image, boxes = encoder_spec(size).inputs[0], decoder_spec(size).inputs[1]
     model_boxes = TensorSpec(
         "model_boxes", boxes.dtype, (1, *boxes.axes[1:]), boxes.meaning, "model"
     )
@@ -188,9 +215,9 @@ def preprocess_spec(image_size: int) -> GraphSpec:
     )
 
 
-def postprocess_spec(image_size: int) -> GraphSpec:
+def postprocess_spec(size: Geometry) -> GraphSpec:
     """Triton's `dbsam_postprocess`: low-resolution logits → masks in the image frame."""
-    low, iou = decoder_spec(image_size).outputs
+    low, iou = decoder_spec(size).outputs
     fixed = tuple(
         TensorSpec(spec.name, spec.dtype, (1, *spec.axes[1:]), spec.meaning, spec.frame)
         for spec in (low, iou)
@@ -224,15 +251,13 @@ PROMPT_IOU_SCORES = TensorSpec(
 )
 
 
-def _raw_mask_input(image_size: int) -> TensorSpec:
-    side = 4 * grid_size(image_size)
+def _raw_mask_input(side: int) -> TensorSpec:
     return TensorSpec(
         "mask_input", "float32", (NUM_PROMPTS, side, side), "logits of an earlier mask", "mask grid"
     )
 
 
-def _low_res_logits(image_size: int) -> TensorSpec:
-    side = 4 * grid_size(image_size)
+def _low_res_logits(side: int) -> TensorSpec:
     axes = (NUM_PROMPTS, NUM_MASK_TOKENS, side, side)
     meaning = "mask logits, usable as a later mask_input"
     return TensorSpec("low_res_logits", "float32", axes, meaning, "mask grid")
@@ -242,36 +267,42 @@ def _batch_of_one(spec: TensorSpec, name: str | None = None) -> TensorSpec:
     return TensorSpec(name or spec.name, spec.dtype, (1, *spec.axes[1:]), spec.meaning, spec.frame)
 
 
-def preprocess_prompts_spec(image_size: int) -> GraphSpec:
+def preprocess_prompts_spec(size: Geometry) -> GraphSpec:
     """Triton's `dbsam_preprocess_prompts`: image and prompt sets → `prompt_decoder`'s inputs.
 
     Inputs in the image frame share their names with graph inputs in the model frame, so every
     output but the image is called `model_…`.
     """
-    graph = prompt_decoder_spec(image_size).inputs[1:]
+    graph = prompt_decoder_spec(size).inputs[1:]
     outputs = (
-        _batch_of_one(encoder_spec(image_size).inputs[0]),
+        _batch_of_one(encoder_spec(size).inputs[0]),
         *(_batch_of_one(spec, f"model_{spec.name}") for spec in graph),
         ORIGINAL_SIZE,
     )
-    return GraphSpec("dbsam_preprocess_prompts", prompts_ensemble_spec(image_size).inputs, outputs)
+    return GraphSpec(
+        "dbsam_preprocess_prompts", prompts_ensemble_spec(size.mask_side).inputs, outputs
+    )
 
 
-def postprocess_prompts_spec(image_size: int) -> GraphSpec:
+def postprocess_prompts_spec(size: Geometry) -> GraphSpec:
     """Triton's `dbsam_postprocess_prompts`: logits of all mask tokens → masks, image frame."""
-    inputs = tuple(_batch_of_one(spec) for spec in prompt_decoder_spec(image_size).outputs)
-    outputs = prompts_ensemble_spec(image_size).outputs
+    inputs = tuple(_batch_of_one(spec) for spec in prompt_decoder_spec(size).outputs)
+    outputs = prompts_ensemble_spec(size.mask_side).outputs
     return GraphSpec("dbsam_postprocess_prompts", (*inputs, ORIGINAL_SIZE), outputs)
 
 
-def prompts_ensemble_spec(image_size: int) -> GraphSpec:
-    """Triton's `dbsam_prompts`: image + points, box corners and earlier masks → masks."""
+def prompts_ensemble_spec(mask_side: int) -> GraphSpec:
+    """Triton's `dbsam_prompts`: image + points, box corners and earlier masks → masks.
+
+    Args:
+        mask_side: side 4G of the mask grid, which is all that a client sees of the model's sizes.
+    """
     inputs = (
         RAW_IMAGE,
         RAW_POINT_COORDS,
         RAW_POINT_LABELS,
-        _raw_mask_input(image_size),
+        _raw_mask_input(mask_side),
         RAW_HAS_MASK,
     )
-    outputs = (PROMPT_MASKS, PROMPT_IOU_SCORES, _low_res_logits(image_size))
+    outputs = (PROMPT_MASKS, PROMPT_IOU_SCORES, _low_res_logits(mask_side))
     return GraphSpec("dbsam_prompts", inputs, outputs)

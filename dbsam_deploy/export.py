@@ -133,7 +133,7 @@ def export(options: Options, console: Console | None = None) -> Published:
     )
     console.print(f"weights: {loaded.weights['note']}", highlight=False, soft_wrap=True)
     folder = options.output / options.precision
-    graphs = list(graph_specs(loaded.preprocessing.image_size))
+    graphs = list(graph_specs(loaded.preprocessing))
     key = _export_key(loaded, recipe)
     parity_key = _hash(key, *(c.name + _hash(c.image.tobytes(), c.boxes.tobytes()) for c in cases))
     artefact = _published(folder, parity_key)

@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .contract import graph_specs
+from .contract import Geometry, graph_specs
 from .errors import InputError
 from .model import DbSam
 from .model.blocks import ChannelLayerNorm
 from .model.conv_branch import ConvBlock
 from .model.db_sam import encode_with
 from .model.sam import LayerNorm2d, ViTBlock, get_rel_pos
+from .model.tiny_vit import ConvBn, TinyVit
 from .prompt_graph import DecoderGraph, PromptDecoderGraph
 
 
@@ -108,8 +109,28 @@ def rewrite_layer_norms(module: nn.Module) -> None:
                 setattr(parent, name, norm)
 
 
+def _rewrite_blocks(encoder: Any) -> None:
+    """Replace the blocks of SAM's ViT by `WindowedBlock`."""
+    grid = encoder.pos_embed.shape[1]
+    for name, block in list(encoder.blocks.named_children()):
+        if not isinstance(block, ViTBlock):
+            raise InputError(f"ViT block {name} is a {type(block).__name__}, not SAM's Block")
+        setattr(encoder.blocks, name, WindowedBlock(block, grid))
+
+
+def _fold_batch_norms(module: nn.Module) -> None:
+    """Fold every BatchNorm below `module` into the convolution before it."""
+    for block in module.modules():
+        if isinstance(block, ConvBlock) and isinstance(block.bn, nn.BatchNorm2d):
+            block.conv = fuse_conv_bn_eval(block.conv, block.bn)
+            block.bn = nn.Identity()
+        elif isinstance(block, ConvBn) and isinstance(block.bn, nn.BatchNorm2d):
+            block.c = fuse_conv_bn_eval(block.c, block.bn)
+            block.bn = nn.Identity()
+
+
 class EncoderGraph(nn.Module):
-    """`encoder`: image (B, 3, S, S) → image_embeddings (B, 256, S/16, S/16).
+    """`encoder`: image (B, 3, S, S) → image_embeddings (B, 256, G, G).
 
     Args:
         model: reference model; it is copied, not changed.
@@ -119,21 +140,15 @@ class EncoderGraph(nn.Module):
         super().__init__()
         self.stage_depth = model.config.stage_depth
         encoder = copy.deepcopy(model.image_encoder).eval()
-        grid = encoder.pos_embed.shape[1]
-        for name, block in list(encoder.blocks.named_children()):
-            if not isinstance(block, ViTBlock):
-                raise InputError(f"ViT block {name} is a {type(block).__name__}, not SAM's Block")
-            setattr(encoder.blocks, name, WindowedBlock(block, grid))
+        if not isinstance(encoder, TinyVit):
+            _rewrite_blocks(encoder)
         rewrite_layer_norms(encoder)
-        for block in encoder.modules():
-            if isinstance(block, ConvBlock) and isinstance(block.bn, nn.BatchNorm2d):
-                block.conv = fuse_conv_bn_eval(block.conv, block.bn)
-                block.bn = nn.Identity()
+        _fold_batch_norms(encoder)
         self.image_encoder: Any = encoder
 
     def forward(self, image: Tensor) -> Tensor:
         """See the class; float32 in and out, whatever dtype the weights have."""
-        image = image.to(self.image_encoder.pos_embed.dtype)
+        image = image.to(self.image_encoder.neck[0].weight.dtype)
         return encode_with(self.image_encoder, self.stage_depth, image).float()
 
 
@@ -152,24 +167,24 @@ def build_graph(model: DbSam, name: str) -> nn.Module:
         "decoder": DecoderGraph,
         "prompt_decoder": PromptDecoderGraph,
     }
-    if name not in graph_specs(model.config.image_size) or name not in builders:
+    if name not in graph_specs(model.config.frame) or name not in builders:
         raise InputError(f"graph {name!r}: expected one of {', '.join(builders)}")
     graph = builders[name](model).eval()
     return graph.requires_grad_(False)
 
 
 def example_inputs(
-    name: str, image_size: int, *, batch: int = 2, prompts: int = 3
+    name: str, size: Geometry, *, batch: int = 2, prompts: int = 3
 ) -> dict[str, Tensor]:
     """Random inputs of a graph in the contract's order, with distinct sizes for dynamic axes."""
     sizes = {"batch": batch, "num_boxes": prompts, "num_prompts": prompts, "num_points": 5}
     out = {}
-    for spec in graph_specs(image_size)[name].inputs:
+    for spec in graph_specs(size)[name].inputs:
         shape = [sizes[axis] if isinstance(axis, str) else axis for axis in spec.axes]
         if spec.name == "point_labels":
             out[spec.name] = torch.randint(-1, 4, shape, dtype=torch.int32)
         elif spec.frame == "model" and spec.name != "image":
-            out[spec.name] = torch.rand(shape) * image_size
+            out[spec.name] = torch.rand(shape) * size.image_size
         elif spec.name == "has_mask_input":
             out[spec.name] = torch.randint(0, 2, shape).float()
         else:

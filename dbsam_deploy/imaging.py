@@ -4,14 +4,18 @@ Local prediction, the Triton models and the client all run this file (the reposi
 of it), so that a mask is the same bit for bit wherever it is computed. It therefore needs neither
 torch nor BLAS: post-processing is element-wise IEEE arithmetic in a fixed order.
 
-Modes (spec: DB-SAM inference; MedSAM 1.0):
+Modes (spec: DB-SAM inference; MedSAM 1.0; LiteMedSAM):
     sam     longest side to S with Pillow's bilinear filter, (x - mean) / std with SAM's statistics
             on 0–255, zero padding right and bottom; logits → S×S → crop → original size.
     medsam  resize to exactly S×S with scikit-image order 3, min–max to 0–1; logits → original size.
+    lite_medsam
+            longest side to S by pixel area, as OpenCV's INTER_AREA, min–max to 0–1, zero padding
+            right and bottom; logits as in sam.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,11 +23,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from .contract import MAX_IMAGE_PIXELS, MAX_POINTS, MAX_PROMPTS, check_image_size
+from .contract import MAX_IMAGE_PIXELS, MAX_POINTS, MAX_PROMPTS, Geometry
 from .errors import EngineError, InputError
 
-Mode = Literal["sam", "medsam"]
-MODES: tuple[Mode, ...] = ("sam", "medsam")
+Mode = Literal["sam", "medsam", "lite_medsam"]
+MODES: tuple[Mode, ...] = ("sam", "medsam", "lite_medsam")
 
 PIXEL_MEAN = np.array([123.675, 116.28, 103.53], np.float32)
 PIXEL_STD = np.array([58.395, 57.12, 57.375], np.float32)
@@ -33,14 +37,13 @@ ByteArray = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class Preprocessing:
-    """How images enter the model: `mode` and the side S of the model frame."""
+class Preprocessing(Geometry):
+    """How images enter the model: its sizes and the `mode`."""
 
-    image_size: int
     mode: Mode = "sam"
 
     def __post_init__(self) -> None:
-        check_image_size(self.image_size)
+        super().__post_init__()
         if self.mode not in MODES:
             raise InputError(f"preprocessing mode {self.mode!r}: expected one of {MODES}")
 
@@ -154,7 +157,7 @@ def preprocess(image: npt.NDArray[Any], how: Preprocessing) -> FloatArray:
         how: mode and size.
 
     Returns:
-        (1, 3, S, S) float32: z-scored and zero-padded (sam) or 0–1 (medsam).
+        (1, 3, S, S) float32: z-scored (sam) or 0–1 (the others); zero where there is no image.
 
     Raises:
         InputError: see `check_image`.
@@ -165,11 +168,13 @@ def preprocess(image: npt.NDArray[Any], how: Preprocessing) -> FloatArray:
     if how.mode == "medsam":
         return _medsam_pixels(image, size).transpose(2, 0, 1)[None].copy()
     height, width = how.content_size((image.shape[0], image.shape[1]))
-    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+    if how.mode == "lite_medsam":
+        content = _unit_range(area_resize(image, (height, width)))
+    else:
+        resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+        content = (np.asarray(resized, np.float32) - PIXEL_MEAN) / PIXEL_STD
     out = np.zeros((1, 3, size, size), np.float32)
-    out[0, :, :height, :width] = (
-        (np.asarray(resized, np.float32) - PIXEL_MEAN) / PIXEL_STD
-    ).transpose(2, 0, 1)
+    out[0, :, :height, :width] = content.transpose(2, 0, 1)
     return out
 
 
@@ -183,8 +188,42 @@ def _medsam_pixels(image: ByteArray, size: int) -> FloatArray:
     pixels = resize(image, (size, size), order=3, preserve_range=True, anti_aliasing=True).astype(
         np.uint8
     )
+    return _unit_range(pixels)
+
+
+def _unit_range(pixels: ByteArray) -> FloatArray:
+    """Min–max to 0–1 over the whole image; a constant image becomes zero."""
     low, high = float(pixels.min()), float(pixels.max())
     return ((pixels - low) / max(high - low, 1e-8)).astype(np.float32)
+
+
+def area_resize(image: ByteArray, size: tuple[int, int]) -> ByteArray:
+    """Resize by area: each pixel of the result is the mean of the part of the image it covers.
+
+    OpenCV's INTER_AREA in both directions (what it calls linear when it enlarges has the same
+    weights); rounding of ties may differ by one.
+
+    Args:
+        image: (H, W, C) uint8.
+        size: height and width of the result.
+    """
+    rows = _area_rows(image, size[0])
+    resized = _area_rows(rows.transpose(1, 0, 2), size[1]).transpose(1, 0, 2)
+    return np.rint(resized).astype(np.uint8)
+
+
+def _area_rows(x: npt.NDArray[Any], count: int) -> npt.NDArray[np.float64]:
+    """(N, ...) → (count, ...), row by row so that large images need no copy."""
+    step = len(x) / count
+    out = np.empty((count, *x.shape[1:]), np.float64)
+    for i in range(count):
+        start, stop = i * step, min((i + 1) * step, len(x))
+        first, last = int(start), math.ceil(stop) - 1
+        total = x[first : last + 1].sum(0, dtype=np.float64)
+        total -= x[first] * (start - first)
+        total -= x[last] * (last + 1 - stop)
+        out[i] = total / (stop - start)
+    return out
 
 
 def to_model_frame(
@@ -216,7 +255,7 @@ def postprocess(
     Raises:
         InputError: not square logits of the mask grid, or values that are not finite.
     """
-    side = how.image_size // 4
+    side = how.mask_side
     if low_res_masks.shape[-2:] != (side, side):
         raise InputError(f"low_res_masks {low_res_masks.shape}: expected (..., {side}, {side})")
     lead = low_res_masks.shape[:-2]
@@ -234,8 +273,8 @@ def postprocess(
 def upscale_logits(
     logits: FloatArray, original_size: tuple[int, int], how: Preprocessing
 ) -> FloatArray:
-    """One (4G, 4G) logit map → (H, W) logits in the image frame, bilinear as in SAM or MedSAM."""
-    if how.mode == "sam":
+    """One (4G, 4G) logit map → (H, W) logits in the image frame, bilinear as in the original."""
+    if how.mode != "medsam":
         height, width = how.content_size(original_size)
         logits = _bilinear(logits, (how.image_size, how.image_size), (height, width))
     return _bilinear(logits, original_size, original_size)

@@ -27,7 +27,7 @@ from onnxscript.rewriter.rules.common import (
 )
 from torch import nn
 
-from .contract import GraphSpec, graph_specs
+from .contract import Geometry, GraphSpec, graph_specs
 from .errors import ExportError
 from .graphs import build_graph, example_inputs
 from .model import DbSam
@@ -65,10 +65,10 @@ def export_graph(model: DbSam, name: str, recipe: Recipe, folder: Path) -> Expor
     Raises:
         ExportError: torch cannot export the graph, or the result breaks the contract or the recipe.
     """
-    spec = graph_specs(model.config.image_size)[name]
+    spec = graph_specs(model.config.frame)[name]
     graph = build_graph(model, name)
     islands = apply_precision(graph, recipe)
-    program = _torch_export(graph, spec, model.config.image_size, recipe.opset)
+    program = _torch_export(graph, spec, model.config.frame, recipe.opset)
     simplify(program.model)
     _name_axes(program.model, spec)
     fold_reshapes(program.model)
@@ -84,7 +84,7 @@ def export_graph(model: DbSam, name: str, recipe: Recipe, folder: Path) -> Expor
 
 
 def _torch_export(
-    graph: nn.Module, spec: GraphSpec, image_size: int, opset: int
+    graph: nn.Module, spec: GraphSpec, size: Geometry, opset: int
 ) -> torch.onnx.ONNXProgram:
     dynamic = {
         tensor.name: dict.fromkeys(tensor.dynamic_axes, torch.export.Dim.DYNAMIC)
@@ -95,7 +95,7 @@ def _torch_export(
             program = torch.onnx.export(
                 graph,
                 (),
-                kwargs=example_inputs(spec.name, image_size),
+                kwargs=example_inputs(spec.name, size),
                 dynamic_shapes=dynamic,
                 input_names=spec.input_names,
                 output_names=spec.output_names,

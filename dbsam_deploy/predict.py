@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +17,14 @@ from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
 from . import segment as segmenting
-from .artefact import load_artefact
+from .backends import add_model_options, load_engine
 from .cli import HelpFormatter, Parser, run
 from .errors import InputError
 from .figures import Panel, draw_overlay, evenly_spaced
-from .imaging import MODES, Preprocessing
 from .predictor import Predictor
 from .scans import require_nibabel
 from .segment import Prompts, Segmentation, check_prompts, segment
-from .sessions import OnnxRuntimeSession, PytorchSession, Session
 from .volumes import Volume, label_map_bytes, npz_bytes, png_bytes, read_volume, write_atomic
-
-DEFAULT_ARTEFACT = Path("build/fp32")
-PYTORCH_OPTIONS = ("variant", "checkpoint", "image_size", "decoder_weights")
 
 DESCRIPTION = """\
 Segment one image or volume with boxes or points.
@@ -55,23 +48,6 @@ examples:
   the boxes stored in an npz, on PyTorch with another checkpoint
     python -m dbsam_deploy.predict case.npz --backend pytorch --checkpoint medsam_vit_b.pth
 """
-
-
-@dataclass(frozen=True)
-class Engine:
-    """A session with all that is known about its model.
-
-    Attributes:
-        session: runs the graphs.
-        preprocessing: how images enter the model.
-        weights: `source`, `trained` and `note`, see `Artefact.weights`.
-        name: variant and precision in words.
-    """
-
-    session: Session
-    preprocessing: Preprocessing
-    weights: dict[str, Any]
-    name: str
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -116,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         help="three alternatives for each prompt; the one with the best predicted IoU is kept",
     )
     _add_image_options(parser)
-    _add_model_options(parser)
+    add_model_options(parser)
     return parser
 
 
@@ -141,66 +117,6 @@ def _add_image_options(parser: argparse.ArgumentParser) -> None:
     files.add_argument(
         "--overlay", action="store_true", help="also draw contours, prompts and a legend as PNG"
     )
-
-
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    model = parser.add_argument_group("model")
-    model.add_argument("--backend", choices=("onnxruntime", "pytorch"), default="onnxruntime")
-    model.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    model.add_argument(
-        "--artefact",
-        type=Path,
-        default=DEFAULT_ARTEFACT,
-        help="folder that python -m dbsam_deploy.export wrote (onnxruntime)",
-    )
-    model.add_argument(
-        "--variant",
-        help="model variant (pytorch): db_sam_tiny, db_sam, sam_vit_b, medsam_vit_b, ...",
-    )
-    model.add_argument("--checkpoint", type=Path, help="weights file (pytorch)")
-    model.add_argument("--image-size", type=int, help="side of the model frame (pytorch)")
-    model.add_argument(
-        "--decoder-weights", type=Path, help="prompt encoder and mask decoder weights (pytorch)"
-    )
-    model.add_argument(
-        "--preprocess",
-        choices=MODES,
-        help="override the model's own preprocessing: sam keeps the aspect and z-scores, medsam "
-        "(MedSAM 1.0) squeezes to a square and scales to 0-1",
-    )
-
-
-def load_engine(args: argparse.Namespace) -> Engine:
-    """Build the session that the command line names.
-
-    Raises:
-        InputError: options of the other backend, or an artefact that is missing or changed.
-        CheckpointError: weights that do not fit.
-        EngineError: a runtime or device that is missing.
-    """
-    if args.backend == "pytorch":
-        if args.artefact != DEFAULT_ARTEFACT:
-            raise InputError("--artefact goes with --backend onnxruntime; drop one of them")
-        from .weights import load_model
-
-        loaded = load_model(**{name: getattr(args, name) for name in PYTORCH_OPTIONS})
-        session: Session = PytorchSession(loaded.model, device=args.device)
-        engine = Engine(session, loaded.preprocessing, loaded.weights, args.variant or "PyTorch")
-    else:
-        given = [name for name in PYTORCH_OPTIONS if getattr(args, name) is not None]
-        if given:
-            raise InputError(
-                f"--{given[0].replace('_', '-')} goes with --backend pytorch; an artefact has its "
-                "own weights, fixed by python -m dbsam_deploy.export"
-            )
-        artefact = load_artefact(args.artefact)
-        session = OnnxRuntimeSession(artefact, device=args.device)
-        name = f"{artefact.variant} {artefact.precision}"
-        engine = Engine(session, artefact.preprocessing, artefact.weights, name)
-    if args.preprocess is not None:
-        how = dataclasses.replace(engine.preprocessing, mode=args.preprocess)
-        engine = dataclasses.replace(engine, preprocessing=how)
-    return engine
 
 
 def prompts_from(args: argparse.Namespace, volume: Volume) -> Prompts:
@@ -338,9 +254,8 @@ def main(argv: list[str] | None = None) -> int:
     say(f"intensities: {volume.intensity}")
     how = engine.preprocessing
     say(f"model: {engine.name} on {engine.session.backend}, {how.mode} at {how.image_size} pixels")
-    note = ""
-    if not engine.weights.get("trained", False):
-        note = str(engine.weights.get("note") or "these weights are not stated to be trained")
+    note = engine.warning
+    if note:
         say(f"NOTE: {note}")
     with _progress(Console(stderr=True)) as progress:
         result = segment(Predictor(engine.session, how), volume, prompts, progress)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .contract import NUM_MASK_TOKENS, grid_size
+from .contract import NUM_MASK_TOKENS
 from .errors import InputError
 from .imaging import (
     ByteArray,
@@ -106,7 +106,7 @@ class Predictor:
             size, boxes=boxes, point_coords=point_coords, point_labels=point_labels
         )
         coords = to_model_frame(tokens_xy, size, how)
-        count, side = len(coords), 4 * grid_size(how.image_size)
+        count, side = len(coords), how.mask_side
         masks = np.zeros((1, count, 1, side, side), np.float32)
         if mask_input is not None:
             masks[0, :, 0] = check_mask_input(mask_input, count, side)

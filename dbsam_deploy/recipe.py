@@ -107,14 +107,24 @@ def read_recipe(path: Path) -> Recipe:
     body["precision"] = path.stem
     body["fp32_islands"] = tuple(body.get("fp32_islands", ()))
     for name, kind in (("gate", Gate), ("parity", Parity)):
-        body[name] = _build(kind, body.get(name, {}), f"{path} [{name}]")
-    recipe = _build(Recipe, body, str(path))
+        body[name] = build_table(kind, body.get(name, {}), f"{path} [{name}]")
+    recipe = build_table(Recipe, body, str(path))
     if recipe.dtype not in ("float32", "float16"):
         raise InputError(f"recipe {path}: dtype {recipe.dtype!r}, expected float32 or float16")
     return recipe
 
 
-def _build(kind: type[T], values: dict[str, Any], where: str) -> T:
+def build_table(kind: type[T], values: dict[str, Any], where: str) -> T:
+    """One TOML table → a frozen dataclass; every key must be there and no other.
+
+    Args:
+        kind: dataclass whose fields are the table's keys.
+        values: the table.
+        where: file and table, for the message.
+
+    Raises:
+        InputError: an unknown or missing key, or a value of the wrong type.
+    """
     names = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
     if set(values) != set(names):
         raise InputError(

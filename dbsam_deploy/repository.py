@@ -138,8 +138,8 @@ def _write_models(artefact: Artefact, platforms: dict[str, Platform], root: Path
     for graph in platforms:
         _copy_graph(artefact, graph, root / GRAPH_MODELS[graph] / VERSION)
     package, templates = Path(__file__).parent, resource_dir("triton_models")
-    size = artefact.preprocessing.image_size
-    for spec in python_specs(size, prompts="prompt_decoder" in platforms):
+    how = artefact.preprocessing
+    for spec in python_specs(how, prompts="prompt_decoder" in platforms):
         folder = root / spec.name / VERSION
         shutil.copyfile(templates / spec.name / VERSION / "model.py", folder / "model.py")
         runtime = folder / "dbsam_runtime"

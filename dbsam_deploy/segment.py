@@ -187,7 +187,7 @@ def _segment_slice(
     labels = np.zeros(volume.shape, label_dtype(len(names)))
     maps = np.zeros((masks_each, *volume.shape[1:]), labels.dtype)
     findings = []
-    batch = _batch(volume, masks_each)
+    batch = prompts_at_once(volume.shape[1:], masks_each)
     for start in range(0, len(names), batch):
         prediction = _predict(predictor, prompts, slice(start, start + batch))
         for row, (masks, ious) in enumerate(
@@ -223,9 +223,9 @@ def _box_name(box: npt.NDArray[Any]) -> str:
     return "box " + " ".join(f"{value:g}" for value in box)
 
 
-def _batch(volume: Volume, masks_each: int) -> int:
-    """Prompts decoded at once, so that their full-size masks stay within memory."""
-    pixels = volume.shape[1] * volume.shape[2] * masks_each
+def prompts_at_once(original_size: tuple[int, int], masks_each: int = 1) -> int:
+    """Prompts to decode in one call, so that their full-size masks stay within memory."""
+    pixels = original_size[0] * original_size[1] * masks_each
     return max(1, min(MAX_PROMPTS, _MASK_BYTES_AT_ONCE // pixels))
 
 
@@ -249,7 +249,7 @@ def _segment_boxes_3d(
     labels = np.zeros(volume.shape, label_dtype(len(boxes)))
     pixels = np.zeros(len(boxes), np.int64)
     ious = np.zeros(len(boxes), np.float64)
-    batch = _batch(volume, 1)
+    batch = prompts_at_once(volume.shape[1:])
     firsts, ends = boxes[:, 2].astype(int), boxes[:, 5].astype(int)
     slices = [z for z in range(len(labels)) if ((firsts <= z) & (z < ends)).any()]
     for done, z in enumerate(slices):

@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from rich.console import Console
 
+from .backends import untrained_note
 from .cli import HelpFormatter, Parser, run
 from .client import DbsamClient
 from .errors import InputError
@@ -122,15 +123,8 @@ def _say(text: str) -> None:
 def _describe(repository: Repository) -> str:
     how = repository.preprocessing
     text = f"{repository.variant} {repository.precision}, {how.mode} at {how.image_size} pixels"
-    if not repository.weights.get("trained", False):
-        text += f"\nNOTE: {_note(repository)}"
-    return text
-
-
-def _note(repository: Repository) -> str:
-    if repository.weights.get("trained", False):
-        return ""
-    return str(repository.weights.get("note") or "these weights are not stated to be trained")
+    note = untrained_note(repository.weights)
+    return f"{text}\nNOTE: {note}" if note else text
 
 
 def _announce(server: TritonServer, seconds: float) -> None:
@@ -161,7 +155,7 @@ def _try(server: TritonServer, repository: Repository, request: ImageRequest) ->
     with _stoppable(), server:
         _announce(server, time.monotonic() - start)
         with DbsamClient(server.grpc_url, timeout_s=300.0) as client:
-            served = segment_image(client, request, _note(repository))
+            served = segment_image(client, request, untrained_note(repository.weights))
     report(Console(), request, served)
     _say("server stopped")
     return 0

@@ -83,7 +83,7 @@ class OnnxRuntimeSession:
             )
         self.backend = f"onnxruntime-{device}"
         self._artefact = artefact
-        self._specs = graph_specs(artefact.preprocessing.image_size)
+        self._specs = graph_specs(artefact.preprocessing)
         self._onnxruntime = onnxruntime
         self._options = onnxruntime.SessionOptions()
         self._options.intra_op_num_threads = threads
@@ -123,7 +123,7 @@ class PytorchSession:
         self.backend = f"pytorch-{device}"
         self._model = model.to(device).eval()
         self._device = device
-        self._specs = graph_specs(model.config.image_size)
+        self._specs = graph_specs(model.config.frame)
 
     def run(self, graph: str, feed: Feed) -> dict[str, FloatArray]:
         """See `Session.run`."""

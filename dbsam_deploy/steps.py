@@ -19,7 +19,6 @@ from .contract import (
     MAX_PROMPTS,
     NUM_MASK_TOKENS,
     GraphSpec,
-    grid_size,
     postprocess_prompts_spec,
     postprocess_spec,
     preprocess_prompts_spec,
@@ -47,7 +46,7 @@ def preprocess_boxes(arrays: Arrays, how: Preprocessing) -> Arrays:
     Raises:
         InputError: the image or a box is not usable, or the answer would be too large.
     """
-    spec = preprocess_spec(how.image_size)
+    spec = preprocess_spec(how)
     image, boxes = _take(spec, arrays)
     size = _size_of(check_image(image))
     values = check_boxes(boxes, size)
@@ -63,7 +62,7 @@ def postprocess_boxes(arrays: Arrays, how: Preprocessing) -> Arrays:
         InputError: an impossible original_size.
         EngineError: logits that are not finite.
     """
-    spec = postprocess_spec(how.image_size)
+    spec = postprocess_spec(how)
     low_res_masks, iou_predictions, original_size = _take(spec, arrays)
     logits = _check_logits(low_res_masks[0, :, 0])
     size = _check_original_size(original_size, len(logits))
@@ -76,13 +75,13 @@ def preprocess_prompts(arrays: Arrays, how: Preprocessing) -> Arrays:
     Raises:
         InputError: the image or a prompt is not usable, or the answer would be too large.
     """
-    spec = preprocess_prompts_spec(how.image_size)
+    spec = preprocess_prompts_spec(how)
     image, point_coords, point_labels, mask_input, has_mask_input = _take(spec, arrays)
     size = _size_of(check_image(image))
     coords, labels = check_tokens(point_coords, point_labels, size)
     count = len(coords)
     check_mask_pixels(count * NUM_MASK_TOKENS, size)
-    masks = check_mask_input(mask_input, count, 4 * grid_size(how.image_size))
+    masks = check_mask_input(mask_input, count, how.mask_side)
     if has_mask_input.shape != (count,) or not np.isin(has_mask_input, (0, 1)).all():
         raise InputError(f"has_mask_input {has_mask_input}: expected 0 or 1 for {count} prompts")
     # "Not a point" keeps zero coordinates, as in local prediction: zero maps to zero.
@@ -104,7 +103,7 @@ def postprocess_prompts(arrays: Arrays, how: Preprocessing) -> Arrays:
         InputError: an impossible original_size.
         EngineError: logits that are not finite.
     """
-    spec = postprocess_prompts_spec(how.image_size)
+    spec = postprocess_prompts_spec(how)
     low_res_masks, iou_predictions, original_size = _take(spec, arrays)
     logits = _check_logits(low_res_masks[0])
     size = _check_original_size(original_size, len(logits) * NUM_MASK_TOKENS)
@@ -146,7 +145,7 @@ def _check_original_size(original_size: npt.NDArray[Any], masks: int) -> tuple[i
 
 
 def preprocessing_from_config(model_config: str) -> Preprocessing:
-    """Read mode and size from the `parameters` of a model's configuration (JSON, from Triton).
+    """Read mode and sizes from the `parameters` of a model's configuration (JSON, from Triton).
 
     Raises:
         InputError: a parameter is missing or has no usable value.
@@ -154,7 +153,9 @@ def preprocessing_from_config(model_config: str) -> Preprocessing:
     parameters = json.loads(model_config).get("parameters", {})
     try:
         image_size = int(parameters["image_size"]["string_value"])
-        return Preprocessing(image_size, parameters["mode"]["string_value"])
+        stride = int(parameters["embedding_stride"]["string_value"])
+        mode = parameters["mode"]["string_value"]
+        return Preprocessing(image_size, mode, embedding_stride=stride)
     except KeyError as error:
         raise InputError(f"config.pbtxt has no parameter {error}: export again") from error
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from .contract import grid_size
+from .contract import Geometry
 from .errors import AccuracyError
 from .model import DbSam, variant_config
 
@@ -85,7 +85,7 @@ def small_model(variant: str, image_size: int) -> DbSam:
 
 
 def prompt_feed(
-    rng: np.random.Generator, *, box: bool, points: int, image_size: int
+    rng: np.random.Generator, *, box: bool, points: int, size: Geometry
 ) -> dict[str, npt.NDArray[Any]]:
     """Inputs of `prompt_decoder`: two images with three prompt sets each, as `Predictor` lays them.
 
@@ -93,15 +93,15 @@ def prompt_feed(
         rng: source of all numbers.
         box: whether each set ends with a box's corners, else with "not a point".
         points: labelled points in each set.
-        image_size: side S of the model frame.
+        size: the model's sizes.
     """
-    tokens, grid = points + (2 if box else 1), grid_size(image_size)
+    tokens, grid = points + (2 if box else 1), size.grid
     labels = rng.integers(0, 2, (2, 3, tokens)).astype(np.int32)
     labels[..., points:] = [2, 3] if box else [-1]
-    masks = (2, 3, 1, 4 * grid, 4 * grid)
+    masks = (2, 3, 1, size.mask_side, size.mask_side)
     return {
         "image_embeddings": rng.standard_normal((2, 256, grid, grid)).astype(np.float32),
-        "point_coords": (rng.random((2, 3, tokens, 2)) * image_size).astype(np.float32),
+        "point_coords": (rng.random((2, 3, tokens, 2)) * size.image_size).astype(np.float32),
         "point_labels": labels,
         "mask_input": rng.standard_normal(masks).astype(np.float32),
         "has_mask_input": np.array([[0, 1, 0], [1, 1, 0]], np.float32),

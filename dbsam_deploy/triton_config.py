@@ -8,6 +8,7 @@ from typing import Literal
 
 from .contract import (
     BATCH,
+    Geometry,
     GraphSpec,
     TensorSpec,
     decoder_spec,
@@ -57,11 +58,11 @@ class EnsembleStep:
     renames: Mapping[str, str] = field(default_factory=dict)
 
 
-def python_specs(image_size: int, *, prompts: bool) -> tuple[GraphSpec, ...]:
+def python_specs(size: Geometry, *, prompts: bool) -> tuple[GraphSpec, ...]:
     """Specs of the Python models; `prompts` adds those of the `dbsam_prompts` ensemble."""
-    specs = [preprocess_spec(image_size), postprocess_spec(image_size)]
+    specs = [preprocess_spec(size), postprocess_spec(size)]
     if prompts:
-        specs += [preprocess_prompts_spec(image_size), postprocess_prompts_spec(image_size)]
+        specs += [preprocess_prompts_spec(size), postprocess_prompts_spec(size)]
     return tuple(specs)
 
 
@@ -69,36 +70,36 @@ def render_configs(how: Preprocessing, platforms: Mapping[str, Platform]) -> dic
     """Every `config.pbtxt` of a repository.
 
     Args:
-        how: image size and mode of the exported model.
+        how: sizes and mode of the exported model.
         platforms: exported graph → what runs it; `prompt_decoder` may be absent.
 
     Returns:
         Triton model name → text of its configuration.
     """
-    size, prompts = how.image_size, "prompt_decoder" in platforms
-    graphs = {"encoder": encoder_spec(size), "decoder": decoder_spec(size)}
+    prompts = "prompt_decoder" in platforms
+    graphs = {"encoder": encoder_spec(how), "decoder": decoder_spec(how)}
     if prompts:
-        graphs["prompt_decoder"] = prompt_decoder_spec(size)
-    configs = {spec.name: _python_model(spec, how) for spec in python_specs(size, prompts=prompts)}
+        graphs["prompt_decoder"] = prompt_decoder_spec(how)
+    configs = {spec.name: _python_model(spec, how) for spec in python_specs(how, prompts=prompts)}
     for graph, spec in graphs.items():
         configs[GRAPH_MODELS[graph]] = _graph_model(spec, platforms[graph])
     box_steps = (
-        _step(preprocess_spec(size)),
+        _step(preprocess_spec(how)),
         _step(graphs["encoder"]),
         _step(graphs["decoder"], boxes="model_boxes"),
-        _step(postprocess_spec(size)),
+        _step(postprocess_spec(how)),
     )
     configs["dbsam"] = _ensemble(ensemble_spec(), box_steps)
     if prompts:
         # The graph's prompt inputs are the preprocessing's outputs of the name `model_…`.
         renames = {name: f"model_{name}" for name in graphs["prompt_decoder"].input_names[1:]}
         steps = (
-            _step(preprocess_prompts_spec(size)),
+            _step(preprocess_prompts_spec(how)),
             _step(graphs["encoder"]),
             _step(graphs["prompt_decoder"], **renames),
-            _step(postprocess_prompts_spec(size)),
+            _step(postprocess_prompts_spec(how)),
         )
-        configs["dbsam_prompts"] = _ensemble(prompts_ensemble_spec(size), steps)
+        configs["dbsam_prompts"] = _ensemble(prompts_ensemble_spec(how.mask_side), steps)
     return configs
 
 
@@ -144,7 +145,8 @@ def _python_model(spec: GraphSpec, how: Preprocessing) -> str:
         *_tensors("input", spec.inputs),
         *_tensors("output", spec.outputs),
     ]
-    for key, value in (("image_size", str(how.image_size)), ("mode", how.mode)):
+    for key in ("image_size", "embedding_stride", "mode"):
+        value = getattr(how, key)
         lines.append(f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}')
     return _text(lines)
 

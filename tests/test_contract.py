@@ -3,9 +3,9 @@
 import pytest
 
 from dbsam_deploy.contract import (
+    Geometry,
     ensemble_spec,
     graph_specs,
-    grid_size,
     postprocess_spec,
     preprocess_spec,
 )
@@ -14,7 +14,7 @@ from dbsam_deploy.errors import InputError
 
 @pytest.mark.parametrize("image_size", [64, 256, 1024])
 def test_graphs_fit_together(image_size):
-    specs = graph_specs(image_size)
+    specs = graph_specs(Geometry(image_size))
     (embeddings,) = specs["encoder"].outputs
     assert embeddings.axes == ("batch", 256, image_size // 16, image_size // 16)
     for name in ("decoder", "prompt_decoder"):
@@ -26,8 +26,8 @@ def test_graphs_fit_together(image_size):
 
 
 def test_the_ensemble_passes_each_tensor_on_as_it_is_expected():
-    specs = graph_specs(512)
-    pre, post = preprocess_spec(512), postprocess_spec(512)
+    specs = graph_specs(Geometry(512))
+    pre, post = preprocess_spec(Geometry(512)), postprocess_spec(Geometry(512))
     image, boxes, size = pre.outputs
     assert (image.name, image.dtype) == ("image", specs["encoder"].inputs[0].dtype)
     assert image.axes[1:] == specs["encoder"].inputs[0].axes[1:]
@@ -45,7 +45,7 @@ def test_the_ensemble_passes_each_tensor_on_as_it_is_expected():
 
 
 def test_coordinates_name_their_frame():
-    for spec in graph_specs(64).values():
+    for spec in graph_specs(Geometry(64)).values():
         for tensor in (*spec.inputs, *spec.outputs):
             if tensor.name in ("image", "boxes", "point_coords"):
                 assert tensor.frame == "model"
@@ -54,11 +54,11 @@ def test_coordinates_name_their_frame():
 
 
 def test_dynamic_axes_by_position():
-    boxes = graph_specs(64)["decoder"].inputs[1]
+    boxes = graph_specs(Geometry(64))["decoder"].inputs[1]
     assert boxes.dynamic_axes == {0: "batch", 1: "num_boxes"}
 
 
 @pytest.mark.parametrize("size", [0, -16, 63, 100, 4096])
 def test_impossible_image_sizes(size):
     with pytest.raises(InputError, match="multiple of 16 from 64 to 2048"):
-        grid_size(size)
+        Geometry(size)

@@ -13,7 +13,7 @@ from rich.console import Console
 from dbsam_deploy import export as export_module
 from dbsam_deploy.artefact import load_artefact, sha256_of
 from dbsam_deploy.cli import run
-from dbsam_deploy.contract import graph_specs
+from dbsam_deploy.contract import Geometry, graph_specs
 from dbsam_deploy.errors import AccuracyError, InputError
 from dbsam_deploy.export import export, main
 from dbsam_deploy.report import closing_table
@@ -37,7 +37,7 @@ def test_everything_published_is_what_the_manifest_says(published_export):
     folder = options.output / "fp16"
     artefact = load_artefact(folder)
     assert artefact == published.artefact
-    assert set(artefact.graphs) == set(graph_specs(256))
+    assert set(artefact.graphs) == set(graph_specs(Geometry(256)))
     assert {p.name for p in folder.iterdir()} == {
         "manifest.json",
         *(f"{g}.onnx" for g in artefact.graphs),
@@ -60,7 +60,7 @@ def test_everything_published_is_what_the_manifest_says(published_export):
 
 def test_the_files_run_and_are_half_precision(published_export):
     _, published = published_export
-    for name, spec in graph_specs(256).items():
+    for name, spec in graph_specs(Geometry(256)).items():
         session = onnxruntime.InferenceSession(
             str(published.artefact.path(name)), providers=["CPUExecutionProvider"]
         )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dbsam_deploy.contract import graph_specs
+from dbsam_deploy.contract import Geometry, graph_specs
 from dbsam_deploy.errors import InputError
 from dbsam_deploy.graphs import build_graph, example_inputs
 from dbsam_deploy.sessions import PytorchSession
@@ -27,7 +27,7 @@ def test_building_a_graph_leaves_the_model_as_it_was():
     image, before = torch.randn(1, 3, 64, 64), {k: v.clone() for k, v in model.state_dict().items()}
     with torch.inference_mode():
         expected = model.encode(image)
-        for name in graph_specs(64):
+        for name in graph_specs(Geometry(64)):
             build_graph(model, name).half()
         assert torch.equal(model.encode(image), expected)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -37,7 +37,7 @@ def test_building_a_graph_leaves_the_model_as_it_was():
 @pytest.mark.parametrize(("batch", "boxes"), [(1, 1), (2, 3), (3, 1)])
 def test_decoder_graph_equals_sam_box_by_box(batch, boxes):
     model = small_model("sam_vit_b", 64)
-    inputs = example_inputs("decoder", 64, batch=batch, prompts=boxes)
+    inputs = example_inputs("decoder", Geometry(64), batch=batch, prompts=boxes)
     with torch.inference_mode():
         masks, iou = build_graph(model, "decoder")(**inputs)
     expected = PytorchSession(model).run("decoder", {k: v.numpy() for k, v in inputs.items()})
@@ -49,7 +49,7 @@ def test_decoder_graph_equals_sam_box_by_box(batch, boxes):
 @pytest.mark.parametrize(("box", "points"), [(True, 0), (False, 1), (False, 4), (True, 3)])
 def test_prompt_decoder_graph_equals_sam_prompt_by_prompt(box, points):
     model = small_model("sam_vit_b", 64)
-    feed = prompt_feed(np.random.default_rng(), box=box, points=points, image_size=64)
+    feed = prompt_feed(np.random.default_rng(), box=box, points=points, size=Geometry(64))
     with torch.inference_mode():
         masks, iou = build_graph(model, "prompt_decoder")(
             **{k: torch.from_numpy(v) for k, v in feed.items()}
@@ -62,7 +62,7 @@ def test_prompt_decoder_graph_equals_sam_prompt_by_prompt(box, points):
 
 def test_boxes_are_independent_of_each_other():
     model = small_model("sam_vit_b", 64)
-    inputs = example_inputs("decoder", 64, batch=1, prompts=4)
+    inputs = example_inputs("decoder", Geometry(64), batch=1, prompts=4)
     graph = build_graph(model, "decoder")
     with torch.inference_mode():
         together, _ = graph(**inputs)
@@ -71,7 +71,7 @@ def test_boxes_are_independent_of_each_other():
 
 
 def test_reference_session_refuses_tokens_that_sam_cannot_express():
-    feed = prompt_feed(np.random.default_rng(), box=False, points=2, image_size=64)
+    feed = prompt_feed(np.random.default_rng(), box=False, points=2, size=Geometry(64))
     feed["point_labels"][..., -1] = 1
     with pytest.raises(InputError, match="expected a box's corners"):
         PytorchSession(small_model("sam_vit_b", 64)).run("prompt_decoder", feed)

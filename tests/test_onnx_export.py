@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 
-from dbsam_deploy.contract import graph_specs
+from dbsam_deploy.contract import Geometry, graph_specs
 from dbsam_deploy.errors import ExportError
 from dbsam_deploy.graphs import build_graph, example_inputs
 from dbsam_deploy.onnx_export import check_onnx, export_graph, fold_reshapes
@@ -19,6 +19,7 @@ from dbsam_deploy.recipe import load_recipe
 from dbsam_deploy.testing import check_close, prompt_feed, small_model
 
 SIZE = 64
+SIZES = Geometry(SIZE)
 DTYPES = {"fp32": "float32", "fp16": "float16"}
 
 
@@ -32,7 +33,7 @@ def model():
 def exported(request, model, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     recipe = load_recipe(request.param)
-    paths = {name: export_graph(model, name, recipe, folder).path for name in graph_specs(SIZE)}
+    paths = {name: export_graph(model, name, recipe, folder).path for name in graph_specs(SIZES)}
     assert sorted(folder.iterdir()) == sorted(paths.values())
     return request.param, paths
 
@@ -44,13 +45,13 @@ def run(path, feed):
 
 def feed_of(name: str, batch: int, prompts: int) -> dict[str, np.ndarray]:
     if name == "prompt_decoder":
-        return prompt_feed(np.random.default_rng(), box=batch == 1, points=prompts, image_size=SIZE)
-    inputs = example_inputs(name, SIZE, batch=batch, prompts=prompts)
+        return prompt_feed(np.random.default_rng(), box=batch == 1, points=prompts, size=SIZES)
+    inputs = example_inputs(name, SIZES, batch=batch, prompts=prompts)
     return {key: value.numpy() for key, value in inputs.items()}
 
 
 @pytest.mark.parametrize(("batch", "prompts"), [(1, 1), (3, 4)])
-@pytest.mark.parametrize("name", list(graph_specs(SIZE)))
+@pytest.mark.parametrize("name", list(graph_specs(SIZES)))
 def test_values_equal_the_graph_at_other_batches_than_traced(exported, model, name, batch, prompts):
     precision, paths = exported
     feed = feed_of(name, batch, prompts)
@@ -58,7 +59,7 @@ def test_values_equal_the_graph_at_other_batches_than_traced(exported, model, na
         expected = build_graph(model, name)(**{k: torch.from_numpy(v) for k, v in feed.items()})
     expected = expected if isinstance(expected, tuple) else (expected,)
     for spec, found, want in zip(
-        graph_specs(SIZE)[name].outputs, run(paths[name], feed), expected, strict=True
+        graph_specs(SIZES)[name].outputs, run(paths[name], feed), expected, strict=True
     ):
         assert found.dtype == spec.dtype
         check_close(found, want.numpy(), DTYPES[precision], spec.name)
@@ -77,7 +78,7 @@ def test_wide_variants_export_in_half_precision(variant, tmp_path):
 def test_files_hold_the_contract_and_no_shape_arithmetic(exported):
     _, paths = exported
     for name, path in paths.items():
-        check_onnx(path, graph_specs(SIZE)[name])
+        check_onnx(path, graph_specs(SIZES)[name])
         ops = Counter(node.op_type for node in onnx.load(path).graph.node)
         assert not ops.keys() & {"Shape", "Expand", "Tile", "If", "Loop", "ConstantOfShape"}
         assert ops["LayerNormalization"] > 0
@@ -103,7 +104,7 @@ def test_precision_is_typed_in_the_graph(exported):
 def test_wrong_contract_is_refused(exported):
     _, paths = exported
     with pytest.raises(ExportError, match="the contract says"):
-        check_onnx(paths["decoder"], graph_specs(128)["decoder"])
+        check_onnx(paths["decoder"], graph_specs(Geometry(128))["decoder"])
 
 
 def test_island_that_computes_in_fp32_unnamed_is_refused(model, tmp_path):

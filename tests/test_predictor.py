@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dbsam_deploy.contract import EMBEDDING_CHANNELS, NUM_MASK_TOKENS, graph_specs
+from dbsam_deploy.contract import EMBEDDING_CHANNELS, NUM_MASK_TOKENS, Geometry, graph_specs
 from dbsam_deploy.errors import EngineError, InputError
 from dbsam_deploy.imaging import Preprocessing, postprocess, preprocess, to_model_frame
 from dbsam_deploy.predictor import Predictor
@@ -24,7 +24,7 @@ class RecordingSession:
         self.feeds: list[tuple[str, dict[str, Any]]] = []
 
     def run(self, graph: str, feed: dict[str, Any]) -> dict[str, Any]:
-        check_feed(graph_specs(SIZE)[graph], feed)
+        check_feed(graph_specs(Geometry(SIZE))[graph], feed)
         self.feeds.append((graph, feed))
         if graph == "encoder":
             grid = SIZE // 16

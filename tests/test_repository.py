@@ -14,6 +14,7 @@ import pytest
 from dbsam_deploy import repository as module
 from dbsam_deploy.artefact import graph_file, load_artefact, sha256_of, write_artefact
 from dbsam_deploy.contract import (
+    Geometry,
     decoder_spec,
     encoder_spec,
     ensemble_spec,
@@ -76,11 +77,11 @@ def test_the_check_command_passes_on_the_committed_files(capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("size", [64, 256, 1024])
-def test_graph_models_drop_the_batch_axis_and_the_rest_keep_every_axis(size):
+@pytest.mark.parametrize(("size", "stride"), [(64, 16), (256, 16), (1024, 16), (256, 4)])
+def test_graph_models_drop_the_batch_axis_and_the_rest_keep_every_axis(size, stride):
     platforms = dict.fromkeys(("encoder", "decoder", "prompt_decoder"), "onnxruntime")
-    configs = render_configs(Preprocessing(size), platforms)
-    grid = size // 16
+    configs = render_configs(Preprocessing(size, embedding_stride=stride), platforms)
+    grid = size // stride
     assert tensors(configs["dbsam_encoder"], "input") == {"image": ("FP32", [3, size, size])}
     assert tensors(configs["dbsam_decoder"], "input") == {
         "image_embeddings": ("FP32", [256, grid, grid]),
@@ -111,7 +112,7 @@ def test_configurations_avoid_what_the_server_handles_badly():
 
 @pytest.mark.parametrize(
     ("name", "ensemble"),
-    [("dbsam", ensemble_spec()), ("dbsam_prompts", prompts_ensemble_spec(1024))],
+    [("dbsam", ensemble_spec()), ("dbsam_prompts", prompts_ensemble_spec(256))],
 )
 def test_every_ensemble_tensor_has_one_source_and_every_step_input_has_one(name, ensemble):
     configs = committed_configs()
@@ -129,7 +130,7 @@ def test_every_ensemble_tensor_has_one_source_and_every_step_input_has_one(name,
 
 
 def test_box_path_specs_fit_together():
-    size = 128
+    size = Geometry(128)
     pre, post = preprocess_spec(size), postprocess_spec(size)
     assert pre.outputs[0].axes == (1, *encoder_spec(size).inputs[0].axes[1:])
     assert pre.outputs[1].axes == (1, *decoder_spec(size).inputs[1].axes[1:])
@@ -149,7 +150,7 @@ def test_a_repository_holds_models_code_and_true_hashes(tiny_repository, tiny_ar
     assert found == tiny_repository.files
     body = json.loads((root / REPOSITORY_NAME).read_text())
     assert body["files"] == found
-    assert body["preprocessing"] == {"image_size": 128, "mode": "sam"}
+    assert body["preprocessing"] == {"image_size": 128, "embedding_stride": 16, "mode": "sam"}
     assert (
         'key: "image_size" value { string_value: "128" }'
         in (root / "dbsam_preprocess/config.pbtxt").read_text()

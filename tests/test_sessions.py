@@ -5,7 +5,7 @@ import builtins
 import numpy as np
 import pytest
 
-from dbsam_deploy.contract import decoder_spec
+from dbsam_deploy.contract import Geometry, decoder_spec
 from dbsam_deploy.errors import EngineError, InputError
 from dbsam_deploy.sessions import OnnxRuntimeSession, PytorchSession, check_feed
 from dbsam_deploy.testing import check_close, small_model
@@ -22,7 +22,7 @@ def feed(batch: int = 2, boxes: int = 3) -> dict:
 
 
 def test_a_good_feed_passes():
-    check_feed(decoder_spec(SIZE), feed())
+    check_feed(decoder_spec(Geometry(SIZE)), feed())
 
 
 @pytest.mark.parametrize(

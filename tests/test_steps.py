@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -199,9 +200,10 @@ def test_logits_that_overflowed_are_the_engines_fault(value):
 
 
 def test_settings_come_from_the_configuration():
-    values = {"image_size": {"string_value": "256"}, "mode": {"string_value": "medsam"}}
+    how = Preprocessing(256, "lite_medsam", embedding_stride=4)
+    values = {name: {"string_value": str(value)} for name, value in asdict(how).items()}
     config = json.dumps({"parameters": values})
-    assert steps.preprocessing_from_config(config) == Preprocessing(256, "medsam")
+    assert steps.preprocessing_from_config(config) == how
     with pytest.raises(InputError, match="export again"):
         steps.preprocessing_from_config("{}")
 
@@ -233,7 +235,7 @@ def make_model(step):
 
     Model.step = staticmethod(step)
     model = Model()
-    parameters = {"image_size": {"string_value": "128"}, "mode": {"string_value": "sam"}}
+    parameters = {name: {"string_value": str(v)} for name, v in asdict(Preprocessing(128)).items()}
     config = json.dumps({"parameters": parameters})
     model.initialize({"model_name": "m", "model_config": config})
     return model

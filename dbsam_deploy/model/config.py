@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ..contract import check_image_size
+from ..contract import PATCH_SIZE, check_image_size
 from ..errors import InputError
-from ..imaging import Mode
+from ..imaging import Mode, Preprocessing
 
 ConvPyramid = Literal["lfip0", "lfip6"]
 Fusion = Literal["dane", "dane3", "figure"]
@@ -63,6 +64,30 @@ class FourBranchConfig:
 
 
 @dataclass(frozen=True)
+class TinyVitConfig:
+    """Image encoder of LiteMedSAM, see `dbsam_deploy.model.tiny_vit`; one entry a stage.
+
+    Attributes:
+        embed_dims: channels.
+        depths: blocks; those of the first stage are convolutions, the others attend in windows.
+        num_heads: attention heads; the first stage has none.
+        window_sizes: side of the attention windows in tokens; not used in the first stage.
+        strides: on the way from a stage to the next, one fewer than stages.
+    """
+
+    embed_dims: tuple[int, ...] = (64, 128, 160, 320)
+    depths: tuple[int, ...] = (2, 2, 6, 2)
+    num_heads: tuple[int, ...] = (0, 4, 5, 10)
+    window_sizes: tuple[int, ...] = (0, 7, 14, 7)
+    strides: tuple[int, ...] = (2, 2, 1)
+
+    @property
+    def embedding_stride(self) -> int:
+        """Pixels a cell of the embedding; the patch embedding has no stride."""
+        return math.prod(self.strides)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """One variant.
 
@@ -76,6 +101,7 @@ class ModelConfig:
         adapter: the branch beside the ViT, or None for plain SAM.
         preprocessing: how images enter the model, see `dbsam_deploy.imaging`.
         window_size: side of the windows of local attention, in tokens.
+        tiny_vit: LiteMedSAM's encoder instead of SAM's ViT; the ViT's fields are then not used.
     """
 
     name: str
@@ -87,6 +113,13 @@ class ModelConfig:
     adapter: TwoBranchConfig | FourBranchConfig | None = None
     preprocessing: Mode = "sam"
     window_size: int = 14
+    tiny_vit: TinyVitConfig | None = None
+
+    @property
+    def frame(self) -> Preprocessing:
+        """The model frame: how images enter, and the sizes of the graphs."""
+        stride = self.tiny_vit.embedding_stride if self.tiny_vit else PATCH_SIZE
+        return Preprocessing(self.image_size, self.preprocessing, embedding_stride=stride)
 
     @property
     def stage_depth(self) -> int:
@@ -107,9 +140,13 @@ _CONFIGS = (
     ModelConfig("medsam_vit_b", norm_eps=1e-6, preprocessing="medsam"),
     ModelConfig(
         "db_sam_tiny",
-        embed_dim=160,
-        num_heads=5,
-        adapter=TwoBranchConfig(stem_channels=(48, 96), num_heads=5, fusion_reduction=10),
+        embed_dim=128,
+        depth=8,
+        num_heads=2,
+        adapter=TwoBranchConfig(stem_channels=(48, 96), num_heads=2, fusion_reduction=8),
+    ),
+    ModelConfig(
+        "lite_medsam", image_size=256, preprocessing="lite_medsam", tiny_vit=TinyVitConfig()
     ),
 )
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .adapter import FourBranchAdapter, Stage, TwoBranchAdapter
 from .config import FourBranchConfig, Fusion, ModelConfig, TwoBranchConfig, variant_config
 from .sam import build_mask_decoder, build_prompt_encoder, build_vit
+from .tiny_vit import TinyVit
 
 
 class DbSam(nn.Module):
@@ -26,7 +27,11 @@ class DbSam(nn.Module):
         super().__init__()
         self.config = config
         # Any: SAM's modules carry no usable types.
-        self.image_encoder: Any = build_vit(config)
+        self.image_encoder: Any = (
+            build_vit(config)
+            if config.tiny_vit is None
+            else TinyVit(config.tiny_vit, config.image_size)
+        )
         if isinstance(config.adapter, TwoBranchConfig):
             self.image_encoder.adapter = TwoBranchAdapter(config.embed_dim, config.adapter)
         elif isinstance(config.adapter, FourBranchConfig):
@@ -41,7 +46,7 @@ class DbSam(nn.Module):
             image: (B, 3, S, S) float32, model frame, see `dbsam_deploy.imaging.preprocess`.
 
         Returns:
-            image_embeddings (B, 256, S/16, S/16).
+            image_embeddings (B, 256, G, G).
         """
         return encode_with(self.image_encoder, self.config.stage_depth, image)
 
@@ -94,10 +99,13 @@ def encode_with(encoder: Any, stage_depth: int, image: Tensor) -> Tensor:
     """Run an image encoder, with its adapter where it has one.
 
     Args:
-        encoder: SAM's `ImageEncoderViT`, or one with its blocks replaced, as the graphs do.
+        encoder: `TinyVit`, SAM's `ImageEncoderViT`, or one with its blocks replaced, as the graphs
+            do.
         stage_depth: blocks in a stage.
         image: (B, 3, S, S).
     """
+    if isinstance(encoder, TinyVit):
+        return encoder(image)
     x = encoder.patch_embed(image) + encoder.pos_embed
     blocks = list(encoder.blocks)
     stages: list[Stage] = [
@@ -118,7 +126,7 @@ def build_model(
 
     Args:
         variant: a name in `VARIANTS`.
-        image_size: side of the model frame; the variant's own (1024) by default.
+        image_size: side of the model frame; the variant's own by default.
         fusion: another fusion block for a two-branch variant.
 
     Raises:
@@ -132,6 +140,8 @@ def build_model(
 def _init_frozen_vit(model: DbSam) -> None:
     """Normal(0, 0.02) for what SAM's constructor leaves at zero, so that fresh weights differ."""
     encoder = model.image_encoder
+    if isinstance(encoder, TinyVit):
+        return
     with torch.no_grad():
         for parameter in (
             encoder.pos_embed,

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from ..contract import EMBEDDING_CHANNELS, PATCH_SIZE, grid_size
+from ..contract import EMBEDDING_CHANNELS, PATCH_SIZE
 from ..errors import EngineError
 from .config import ModelConfig
 
@@ -70,7 +70,7 @@ def build_vit(config: ModelConfig) -> nn.Module:
 
 def build_prompt_encoder(config: ModelConfig) -> nn.Module:
     """SAM's `PromptEncoder` for the variant's image size."""
-    grid = grid_size(config.image_size)
+    grid = config.frame.grid
     return PromptEncoder(
         embed_dim=EMBEDDING_CHANNELS,
         image_embedding_size=(grid, grid),

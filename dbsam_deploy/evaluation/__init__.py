@@ -1,0 +1,18 @@
+"""Evaluation: protocols, metrics and reports (`python -m dbsam_deploy.evaluate`)."""
+
+from .data import LabelledCase, find_cases, read_case, read_cases
+from .evaluator import evaluate
+from .protocols import PROTOCOLS, Protocol, build_protocol
+from .results import EvaluationResult
+
+__all__ = [
+    "PROTOCOLS",
+    "EvaluationResult",
+    "LabelledCase",
+    "Protocol",
+    "build_protocol",
+    "evaluate",
+    "find_cases",
+    "read_case",
+    "read_cases",
+]

@@ -1,0 +1,109 @@
+"""One self-contained HTML page of a result: no scripts, nothing loaded from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..volumes import write_atomic
+from .metrics import load_library
+from .plots import overlay_png, task_plot
+from .published import AVERAGES, Comparison
+from .results import EvaluationResult, Mean, Overlay
+from .tables import (
+    BELOW,
+    interval_text,
+    our_average,
+    percent,
+    published_notes,
+    published_rows,
+    skipped_lines,
+    summary_rows,
+)
+
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
+
+
+def write_page(
+    path: Path,
+    result: EvaluationResult,
+    comparisons: tuple[Comparison, ...],
+    model: dict[str, Any],
+) -> Path:
+    """Write the page.
+
+    Args:
+        path: file to write.
+        result: from `evaluate`, with `worst` pictures if they are wanted.
+        comparisons: from `published.compare`.
+        model: name → value, shown as given.
+
+    Raises:
+        EngineError: Matplotlib or Jinja2 is not installed.
+        InputError: the file cannot be written.
+    """
+    jinja2 = load_library("jinja2")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        model=model,
+        settings=result.settings,
+        plot=task_plot(result),
+        tasks=[_task_cells(result, index) for index in range(len(result.tasks))],
+        below=BELOW,
+        summary=[(name, *_mean_cells(mean)) for name, mean in summary_rows(result)],
+        above=(result.summary.tasks_above_box, len(result.tasks)),
+        skipped=skipped_lines(result),
+        published=published_rows(comparisons),
+        averages=_averages(comparisons),
+        notes=published_notes(result),
+        worst=[_worst(overlay) for overlay in result.worst],
+    )
+    return write_atomic(path, page.encode())
+
+
+def _mean_cells(mean: Mean) -> tuple[str, ...]:
+    score = mean.score
+    return (
+        str(mean.count),
+        percent(score.dsc),
+        interval_text(mean.dsc_interval),
+        percent(score.nsd),
+        interval_text(mean.nsd_interval),
+        percent(score.box_dsc),
+        percent(score.box_nsd),
+    )
+
+
+def _task_cells(result: EvaluationResult, index: int) -> dict[str, Any]:
+    task = result.tasks[index]
+    cells = (task.dimensions, str(task.cases), str(task.objects), *_mean_cells(task.mean)[1:])
+    return {"name": task.task, "cells": cells, "below": task.below_box}
+
+
+def _averages(comparisons: tuple[Comparison, ...]) -> list[tuple[str, ...]]:
+    return [
+        (
+            average.dimensions,
+            f"{average.model}, mean of all {average.tasks} tasks",
+            f"{average.dsc:.2f} (NSD {average.nsd:.2f})",
+            our_average(average.dimensions, comparisons),
+        )
+        for average in AVERAGES
+    ]
+
+
+def _worst(overlay: Overlay) -> dict[str, str]:
+    result = overlay.result
+    name = result.label_name or f"label {result.label}"
+    figures: Sequence[str] = (
+        f"Dice {percent(result.score.dsc)} %",
+        f"box {percent(result.score.box_dsc)} %",
+    )
+    return {
+        "png": base64.b64encode(overlay_png(overlay)).decode(),
+        "text": f"{result.file}, {name}, slice {overlay.slice_index}: {', '.join(figures)}",
+    }

@@ -1,0 +1,400 @@
+"""`python -m dbsam_deploy.train`: a recipe and images → trained weights.
+
+The composition root of training: the only module that knows the order of its phases.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+
+from .checkpoint import write_checkpoint
+from .cli import HelpFormatter, Parser, run
+from .errors import EngineError, InputError
+from .evaluation import build_protocol, evaluate, find_cases, read_cases
+from .imaging import Preprocessing
+from .model import DbSam, variant_config
+from .predictor import Predictor
+from .sessions import PytorchSession
+from .training.bank import Banks, fill_bank, open_bank
+from .training.datasets import EmbeddingExamples, Example, MaskExamples
+from .training.journal import Journal
+from .training.loop import Outlet, Validate, run_phase
+from .training.material import Material, gather, shares
+from .training.objectives import (
+    EmbeddingObjective,
+    MaskObjective,
+    calibrate_batch_norm,
+    freeze,
+)
+from .training.prompts import Growth
+from .training.recipe import (
+    Phase,
+    TrainingRecipe,
+    available_training_recipes,
+    load_training_recipe,
+)
+from .training.state import Position, TrainingState, load_state, recipe_key
+from .weights import LoadedModel, fresh_model, load_model
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch.utils.data import Dataset
+
+DESCRIPTION = """\
+Train a model by a recipe (export/training/*.toml): first the embeddings of a teacher on images
+without labels, if the recipe says so, then masks from box prompts on labelled images.
+
+Writes model.safetensors, losses.csv, summary.json and TensorBoard logs into --output. A run that
+was stopped goes on from its last resume point when the same command is given again.
+
+examples:
+  the recipe of the shipped checkpoint
+    python -m dbsam_deploy.train --recipe db_sam_tiny --data cases/ --split split.json
+  the paper's recipe from Meta's checkpoint, on MedSAM npz folders
+    python -m dbsam_deploy.train --recipe db_sam --checkpoint sam_vit_b_01ec64.pth --data train/
+  two processes (GPUs, or CPU with --cpu)
+    accelerate launch --num_processes 2 --module dbsam_deploy.train --recipe db_sam --data train/
+"""
+
+STATE_NAME, MODEL_NAME, SUMMARY_NAME = "state.pt", "model.safetensors", "summary.json"
+CALIBRATION_BATCHES, CALIBRATION_IMAGES = 4, 4
+VALIDATION_SLICES = 3
+"""Slices of a validation file; a full evaluation is `python -m dbsam_deploy.evaluate`."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a training is asked for; everything that changes the weights is in the recipe.
+
+    Attributes:
+        recipe: name, or path of a `.toml`.
+        data: folder of labelled images, None to train on synthetic images alone.
+        split: file with `train` and `validation` lists of files in `data`; None: all is trained on.
+        unlabelled: folder of images for distillation.
+        checkpoint: weights to start from; None: fresh weights.
+        decoder_weights: prompt encoder and mask decoder of a fresh start.
+        teacher_weights: the teacher's file.
+        teacher: None: the recipe's; `none`: leave the distillation out.
+        output: folder for everything that is written.
+        micro_batch: images in one forward pass of one process.
+        workers: loader processes.
+        cpu: stay on the CPU where there is a GPU.
+    """
+
+    recipe: str
+    data: Path | None = None
+    split: Path | None = None
+    unlabelled: Path | None = None
+    checkpoint: Path | None = None
+    decoder_weights: Path | None = None
+    teacher_weights: Path | None = None
+    teacher: str | None = None
+    output: Path = Path("runs/train")
+    micro_batch: int = 1
+    workers: int = 0
+    cpu: bool = False
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Result of a training: the file of weights, and the loss of every step."""
+
+    checkpoint: Path
+    losses: tuple[float, ...]
+
+
+def train(options: Options, console: Console | None = None) -> Trained:
+    """Run a recipe, or the rest of it.
+
+    Raises:
+        InputError, CheckpointError: a user's mistake.
+        EngineError: a package that training needs is not installed.
+    """
+    recipe = _with_teacher(load_training_recipe(options.recipe), options.teacher)
+    accelerator = _accelerator(recipe, options)
+    console = console or Console(stderr=True, quiet=not accelerator.is_main_process)
+    material = gather(
+        [phase for _, phase in recipe.phases()],
+        seed=recipe.seed,
+        data=options.data,
+        split=options.split,
+        unlabelled=options.unlabelled,
+    )
+    for line in material.lines():
+        console.print(line, highlight=False, soft_wrap=True)
+    torch.manual_seed(recipe.seed)
+    loaded = _start_model(recipe, options)
+    console.print(f"start: {loaded.weights['note']}", highlight=False, soft_wrap=True)
+    model = loaded.model.to(accelerator.device)
+    description = json.dumps([loaded.weights["sha256"], material.describe()])
+    key = recipe_key(recipe, description)
+    options.output.mkdir(parents=True, exist_ok=True)
+    state_file = options.output / STATE_NAME
+    resumed = load_state(state_file, key) if state_file.is_file() else None
+    validate = _validation(options)
+    with Journal(options.output, recipe, resumed, console, accelerator) as journal:
+        outlet = Outlet(
+            state_file=state_file,
+            key=key,
+            checkpoint_every=recipe.checkpoint_every,
+            micro_batch=options.micro_batch,
+            workers=options.workers,
+            on_step=journal.step,
+            on_validation=journal.validation,
+        )
+        if resumed is not None:
+            model.load_state_dict(resumed.model)
+            journal.note(f"resuming {resumed.position.phase} after step {resumed.position.step}")
+        state = _run_phases(
+            recipe, options, loaded, material, resumed, accelerator, outlet, validate, journal
+        )
+    return _publish(recipe, options, model, state, accelerator)
+
+
+def _run_phases(
+    recipe: TrainingRecipe,
+    options: Options,
+    loaded: LoadedModel,
+    material: Material,
+    resumed: TrainingState | None,
+    accelerator: Accelerator,
+    outlet: Outlet,
+    validate: Validate | None,
+    journal: Journal,
+) -> TrainingState:
+    model, state = loaded.model, resumed
+    names = [name for name, _ in recipe.phases()]
+    for name, phase in recipe.phases():
+        if resumed and names.index(name) < names.index(resumed.position.phase):
+            continue
+        banks = None
+        if name == "distill":
+            banks = _banks(recipe, phase, options, material, accelerator, journal)
+        examples = _examples(recipe, phase, material, banks, loaded.preprocessing)
+        if state is None and not loaded.weights["trained"]:
+            _calibrate(model, examples, accelerator)
+        if state is None or state.position.phase != name:
+            losses = state.position.losses if state else ()
+            state = TrainingState(Position(name, losses=losses), {}, {}, {})
+        freeze(model, phase.freeze)
+        objective: torch.nn.Module = (
+            MaskObjective(model, phase.iou_weight)
+            if banks is None
+            else EmbeddingObjective(model, phase.crop_size, banks.variance())
+        )
+        state = run_phase(
+            name,
+            phase,
+            model=model.eval(),
+            objective=objective,
+            examples=examples,
+            optimizer=recipe.optimizer,
+            start=state,
+            accelerator=accelerator,
+            outlet=outlet,
+            validate=validate if name == "tune" else None,
+        )
+    if state is None:
+        raise RuntimeError("a recipe without phases")
+    return state
+
+
+def _with_teacher(recipe: TrainingRecipe, teacher: str | None) -> TrainingRecipe:
+    if teacher is None or teacher == recipe.teacher:
+        return recipe
+    if teacher == "none":
+        return replace(recipe, teacher="", distill=None)
+    if recipe.distill is None:
+        raise InputError(
+            f"--teacher {teacher}: recipe {recipe.name} has no [distill] table; add one"
+        )
+    return replace(recipe, teacher=teacher)
+
+
+def _accelerator(recipe: TrainingRecipe, options: Options) -> Accelerator:
+    try:
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs
+    except ImportError as error:
+        raise EngineError("training needs accelerate: pip install 'dbsam-deploy[train]'") from error
+    if options.micro_batch < 1 or options.workers < 0:
+        raise InputError("--micro-batch must be at least 1 and --workers at least 0")
+    # mask tokens 1–3 and the prompt encoder's point labels take no part in a box's single mask
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return Accelerator(
+        mixed_precision=recipe.precision, cpu=options.cpu or None, kwargs_handlers=[unused]
+    )
+
+
+def _start_model(recipe: TrainingRecipe, options: Options) -> LoadedModel:
+    if options.checkpoint is None:
+        return fresh_model(recipe.variant, recipe.image_size, options.decoder_weights)
+    return load_model(
+        variant=recipe.variant, checkpoint=options.checkpoint, image_size=recipe.image_size
+    )
+
+
+def _banks(
+    recipe: TrainingRecipe,
+    phase: Phase,
+    options: Options,
+    material: Material,
+    accelerator: Accelerator,
+    journal: Journal,
+) -> Banks:
+    teacher = load_model(variant=recipe.teacher, checkpoint=options.teacher_weights)
+    teacher.model.to(accelerator.device)
+    student = variant_config(recipe.variant, image_size=recipe.image_size).frame
+    if teacher.preprocessing.grid != student.grid:
+        raise InputError(
+            f"teacher {recipe.teacher}: embeddings of {teacher.preprocessing.grid}×"
+            f"{teacher.preprocessing.grid}, the student's are {student.grid}×{student.grid}; "
+            "choose image_size so that they are equal"
+        )
+    parts = []
+    for kind, share in shares(phase).items():
+        images = material.mixture({kind: 1.0})
+        bank = open_bank(
+            options.output,
+            teacher,
+            images,
+            recipe.augmentation,
+            seed=recipe.seed,
+            count=max(1, round(recipe.bank_images * share)),
+        )
+        mine = range(accelerator.process_index, bank.count, accelerator.num_processes)
+        with journal.counter(f"teacher on {kind} images", len(mine)) as advance:
+            fill_bank(
+                bank,
+                teacher,
+                images,
+                recipe.augmentation,
+                seed=recipe.seed,
+                indices=mine,
+                autocast=accelerator.autocast,
+                advance=advance,
+            )
+        parts.append(bank)
+    accelerator.wait_for_everyone()
+    return Banks(tuple(parts))
+
+
+def _examples(
+    recipe: TrainingRecipe,
+    phase: Phase,
+    material: Material,
+    banks: Banks | None,
+    preprocessing: Preprocessing,
+) -> Dataset[Example]:
+    if banks is not None:
+        return EmbeddingExamples(banks, preprocessing, phase.crop_size, recipe.seed)
+    growth = Growth(phase.growth_px)
+    images = material.mixture(shares(phase))
+    return MaskExamples(
+        images, recipe.augmentation, preprocessing, phase.objects, growth, recipe.seed
+    )
+
+
+def _calibrate(model: DbSam, examples: Dataset[Example], accelerator: Accelerator) -> None:
+    """Fresh BatchNorm statistics from the first examples, on every process the same."""
+    adapter = getattr(model.image_encoder, "adapter", None)
+    if adapter is None:
+        return
+    batches = []
+    for b in range(CALIBRATION_BATCHES):
+        picked = range(b * CALIBRATION_IMAGES, (b + 1) * CALIBRATION_IMAGES)
+        batches.append(torch.stack([examples[i]["pixels"] for i in picked]).to(accelerator.device))
+    calibrate_batch_norm(adapter.spatial_prior_module, batches)
+
+
+def _validation(options: Options) -> Validate | None:
+    if options.data is None or options.split is None:
+        return None
+    files = find_cases(options.data, split=options.split, subset="validation")
+    protocol = build_protocol("objects")
+
+    def validate(model: DbSam) -> float:
+        config = model.config
+        session = PytorchSession(model, device=next(model.parameters()).device.type)
+        result = evaluate(
+            Predictor(session, config.frame),
+            read_cases(files),
+            protocol,
+            max_slices=VALIDATION_SLICES,
+            with_nsd=False,
+            intervals=False,
+        )
+        return result.object_mean
+
+    return validate
+
+
+def _publish(
+    recipe: TrainingRecipe,
+    options: Options,
+    model: DbSam,
+    state: TrainingState,
+    accelerator: Accelerator,
+) -> Trained:
+    path = options.output / MODEL_NAME
+    if accelerator.is_main_process:
+        about = {
+            "variant": recipe.variant,
+            "recipe": recipe.name,
+            "seed": str(recipe.seed),
+            "trained": "true",
+        }
+        write_checkpoint(path, model.state_dict(), about)
+        summary: dict[str, Any] = {
+            "recipe": recipe.name,
+            "processes": accelerator.num_processes,
+            "steps": {name: phase.steps for name, phase in recipe.phases()},
+            "loss_first_20": list(state.position.losses[:20]),
+            "loss_last_20_mean": sum(state.position.losses[-20:])
+            / max(1, len(state.position.losses[-20:])),
+            "validation_dice_best": state.position.best_dice,
+        }
+        (options.output / SUMMARY_NAME).write_text(json.dumps(summary, indent=2) + "\n")
+    accelerator.wait_for_everyone()
+    return Trained(path, state.position.losses)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="python -m dbsam_deploy.train", description=DESCRIPTION, formatter_class=HelpFormatter
+    )
+    known = ", ".join(available_training_recipes())
+    add = parser.add_argument
+    add("--recipe", required=True, help=f"{known}, or the path of a .toml of your own")
+    add("--data", type=Path, help="folder of labelled images: MedSAM npz, DIR/<task>/*.npz")
+    add("--split", type=Path, help="JSON or TOML: which files of --data are train and validation")
+    add("--unlabelled", type=Path, help="folder of images for distillation (PNG, JPEG, npz)")
+    add("--checkpoint", type=Path, help="start from these weights (SAM ViT-B for the paper's way)")
+    add("--decoder-weights", type=Path, help="lite_medsam.pth: decoder of a fresh start")
+    add("--teacher", help="variant to distil from, or `none`; by default the recipe's")
+    add("--teacher-weights", type=Path, help="the teacher's file, by default as for export")
+    add("--output", type=Path, default=Path("runs/train"), help="where to write, and to resume")
+    add("--micro-batch", type=int, default=1, help="images in one forward pass of one process")
+    add("--workers", type=int, default=0, help="processes that prepare images")
+    add("--cpu", action="store_true", help="stay on the CPU")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line entry point; returns the exit status."""
+    options = Options(**vars(_parser().parse_args(argv)))
+    trained = train(options)
+    print(f"{trained.checkpoint}: try it with --checkpoint, e.g. python -m dbsam_deploy.evaluate")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

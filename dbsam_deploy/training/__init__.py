@@ -1,0 +1,1 @@
+"""Training: samples, prompts, losses, loop, distillation (`python -m dbsam_deploy.train`)."""

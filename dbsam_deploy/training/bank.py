@@ -1,0 +1,154 @@
+"""The teacher's embeddings of a fixed set of augmented images, computed once and kept on disk.
+
+A teacher's pass costs more than a student's step on a window; kept, it serves for every window that
+is ever cut from the image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..artefact import write_atomically
+from ..contract import EMBEDDING_CHANNELS
+from ..errors import InputError
+from ..imaging import ByteArray, FloatArray, preprocess
+from ..weights import LoadedModel
+from .augmentation import Augmentation, augment
+from .samples import Mixture
+
+_STREAM = 1
+"""Separates these draws from training's own, which have the same seed."""
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Images 0 … count - 1 with the teacher's embeddings, one npz each.
+
+    Attributes:
+        folder: where the files lie.
+        count: how many.
+    """
+
+    folder: Path
+    count: int
+
+    def path(self, index: int) -> Path:
+        """File of one image."""
+        return self.folder / f"{index:06d}.npz"
+
+    def read(self, index: int) -> tuple[ByteArray, FloatArray]:
+        """Image (H, W, 3) uint8 and embeddings (256, G, G) float32.
+
+        Raises:
+            InputError: the file is missing or damaged.
+        """
+        path = self.path(index)
+        try:
+            with np.load(path, allow_pickle=False) as content:
+                image, embeddings = content["image"], content["embeddings"]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise InputError(f"{path}: damaged ({error}); delete it and start again") from error
+        if image.ndim != 3 or embeddings.ndim != 3 or len(embeddings) != EMBEDDING_CHANNELS:
+            raise InputError(
+                f"{path}: image {image.shape} and embeddings {embeddings.shape}; expected "
+                f"(H, W, 3) and ({EMBEDDING_CHANNELS}, G, G); delete it and start again"
+            )
+        return image, embeddings.astype(np.float32)
+
+    def variance(self) -> float:
+        """Variance of the embeddings over the first 16 images: the unit of the loss."""
+        values = [self.read(index)[1] for index in range(min(16, self.count))]
+        return float(np.concatenate([v.ravel() for v in values]).var())
+
+
+@dataclass(frozen=True)
+class Banks:
+    """Several banks, one a kind of source, as one."""
+
+    parts: tuple[Bank, ...]
+
+    @property
+    def count(self) -> int:
+        """Images in all."""
+        return sum(bank.count for bank in self.parts)
+
+    def read(self, index: int) -> tuple[ByteArray, FloatArray]:
+        """See `Bank.read`; `index` runs through the banks one after another."""
+        for bank in self.parts:
+            if index < bank.count:
+                return bank.read(index)
+            index -= bank.count
+        raise IndexError(index)
+
+    def variance(self) -> float:
+        """Mean of the banks' variances."""
+        return float(np.mean([bank.variance() for bank in self.parts]))
+
+
+def open_bank(
+    root: Path,
+    teacher: LoadedModel,
+    images: Mixture,
+    augmentation: Augmentation,
+    *,
+    seed: int,
+    count: int,
+) -> Bank:
+    """The bank for these inputs, a folder in `root` that is named by their hash."""
+    sources = [(source.name, len(source)) for source in images.sources]
+    parts = (teacher.weights["sha256"], sources, images.shares, repr(augmentation), seed)
+    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    folder = root / f"bank-{digest[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return Bank(folder, count)
+
+
+def fill_bank(
+    bank: Bank,
+    teacher: LoadedModel,
+    images: Mixture,
+    augmentation: Augmentation,
+    *,
+    seed: int,
+    indices: Iterable[int],
+    autocast: Callable[[], AbstractContextManager[None]],
+    advance: Callable[[], None],
+) -> None:
+    """Compute what is missing of `indices`; files already there are kept.
+
+    Args:
+        bank: see `open_bank`.
+        teacher: its encoder runs where its parameters are.
+        images: drawn from; labels are not used.
+        augmentation: applied before the teacher sees an image.
+        seed: of the draws.
+        indices: which images, for one process among several.
+        autocast: precision of the teacher's pass.
+        advance: called after each image.
+    """
+    encoder: Any = teacher.model
+    encoder.to(memory_format=torch.channels_last)  # a third faster on a CPU
+    device = next(encoder.parameters()).device
+    for index in indices:
+        path = bank.path(index)
+        if not path.is_file():
+            rng = np.random.default_rng([seed, _STREAM, index])
+            sample = augment(images.draw(rng), augmentation, int(rng.integers(2**31)))
+            pixels = torch.from_numpy(preprocess(sample.image, teacher.preprocessing))
+            with torch.no_grad(), autocast():
+                embeddings = encoder.encode(pixels.to(device, memory_format=torch.channels_last))[0]
+            half = embeddings.cpu().to(torch.float16).numpy()
+            with write_atomically(path) as stream:
+                np.savez(stream, image=sample.image, embeddings=half)
+        advance()
