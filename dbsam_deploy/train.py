@@ -26,7 +26,7 @@ from .sessions import PytorchSession
 from .training.bank import Banks, fill_bank, open_bank
 from .training.datasets import EmbeddingExamples, Example, MaskExamples
 from .training.journal import Journal
-from .training.loop import Outlet, Validate, run_phase
+from .training.loop import Outlet, PhaseRun, Validate, run_phase
 from .training.material import Material, gather, shares
 from .training.objectives import (
     EmbeddingObjective,
@@ -190,18 +190,18 @@ def _run_phases(
             if banks is None
             else EmbeddingObjective(model, phase.crop_size, banks.variance())
         )
-        state = run_phase(
-            name,
-            phase,
+        run_ = PhaseRun(
+            name=name,
+            phase=phase,
             model=model.eval(),
             objective=objective,
             examples=examples,
             optimizer=recipe.optimizer,
-            start=state,
             accelerator=accelerator,
             outlet=outlet,
             validate=validate if name == "tune" else None,
         )
+        state = run_phase(run_, state)
     if state is None:
         raise RuntimeError("a recipe without phases")
     return state

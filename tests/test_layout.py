@@ -40,6 +40,7 @@ ORDER = (
     "onnx_export",
     # running a model, and judging what it gives
     "sessions",
+    "backends",
     "predictor",
     "segment",
     "figures",
@@ -53,6 +54,9 @@ ORDER = (
     "client_memory",
     "client_requests",
     "report",
+    # figures of a model on labelled images
+    "evaluation",
+    "training",
     # for tests and benchmarks
     "testing",
     "synthetic",
@@ -63,6 +67,8 @@ ORDER = (
     "served",
     "client",
     "serve",
+    "evaluate",
+    "train",
     "export",
 )
 """Modules of the package; each imports only from those above it. A new module goes on this list."""
@@ -74,6 +80,7 @@ FOLDERS = ("dbsam_deploy", "export", "kernels", "triton_models", "benchmarks", "
 MACHINE_PATH = re.compile(r"(?<![\w.$}:/-])/(?:work|root|home|Users|mnt)/\w")
 MAX_MODULE_LINES, MAX_FUNCTION_LINES = 400, 50
 MAX_FILE_BYTES = 1_000_000
+CHECKPOINT, MAX_CHECKPOINT_BYTES = "export/checkpoints/db_sam_tiny.safetensors", 25_000_000
 
 
 def _files(*suffixes: str) -> list[Path]:
@@ -188,7 +195,9 @@ def test_only_the_package_has_init_files_and_nothing_is_called_utils() -> None:
     names = {_relative(path) for path in PYTHON}
     assert {n for n in names if n.endswith("__init__.py")} == {
         "dbsam_deploy/__init__.py",
+        "dbsam_deploy/evaluation/__init__.py",
         "dbsam_deploy/model/__init__.py",
+        "dbsam_deploy/training/__init__.py",
     }
     assert {n for n in names if re.search(r"(^|/)utils?(\.py|/)", n)} == set()
 
@@ -206,6 +215,7 @@ def test_no_file_names_a_place_on_somebodys_machine() -> None:
 
 def test_every_file_is_small() -> None:
     large = {_relative(path): path.stat().st_size for path in _files()}
+    assert large.pop(CHECKPOINT) <= MAX_CHECKPOINT_BYTES
     assert {name: size for name, size in large.items() if size > MAX_FILE_BYTES} == {}
 
 
@@ -215,7 +225,7 @@ def test_the_machine_path_pattern_finds_one() -> None:
 
 
 COMMANDS = sorted(
-    path.stem
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
     for path in MODULES
     if re.search(r'^if __name__ == "__main__":', path.read_text(), re.M)
 )
@@ -251,6 +261,10 @@ MISTAKES = [
     ("predict", "missing.png", "--box", "1", "2", "3", "4"),
     ("serve", "--repository", "missing-folder"),
     ("client", "missing.png", "--box", "1", "2", "3", "4"),
+    ("evaluate", "--data", "missing-folder"),
+    ("evaluate",),
+    ("train", "--recipe", "db_sam_huge"),
+    ("train",),
 ]
 """Commands with what a user might mistype, each refused in one line with status 2."""
 

@@ -73,9 +73,13 @@ def test_a_run_writes_weights_that_load_and_differ_from_the_start(trained) -> No
     loaded = load_model(variant="db_sam_tiny", checkpoint=result.checkpoint, image_size=128)
     assert all(torch.isfinite(t).all() for t in loaded.model.state_dict().values())
     assert {t.dtype for t in found.tensors.values() if t.is_floating_point()} == {torch.float16}
-    again = train(replace(options, output=options.output.parent / "none", recipe=str(
-        write_recipe(options.output.parent, steps=1, learning_rate=1e-12)
-    )))
+    again = train(
+        replace(
+            options,
+            output=options.output.parent / "none",
+            recipe=str(write_recipe(options.output.parent, steps=1, learning_rate=1e-12)),
+        )
+    )
     start = read_checkpoint(again.checkpoint).tensors
     moved = {k for k, v in found.tensors.items() if not torch.equal(v, start[k])}
     assert any(k.startswith("image_encoder.adapter.") for k in moved)

@@ -9,7 +9,13 @@ import torch
 from dbsam_deploy.checkpoint import hash_tensors, read_checkpoint
 from dbsam_deploy.errors import CheckpointError
 from dbsam_deploy.model import VARIANTS, build_model
-from dbsam_deploy.weights import find_lite_medsam, infer_variant, load_model
+from dbsam_deploy.weights import (
+    find_lite_medsam,
+    fresh_model,
+    infer_variant,
+    load_model,
+    shipped_checkpoint,
+)
 
 LITE_MEDSAM = Path(__file__).resolve().parents[2] / "shared/data/weights/lite_medsam.pth"
 PARTS = ("prompt_encoder.", "mask_decoder.")
@@ -44,10 +50,10 @@ def test_own_checkpoint_round_trip(tiny_file):
 
 
 def test_another_image_size_needs_to_be_asked_for(tiny_file):
-    with pytest.raises(CheckpointError, match=r"pos_embed is \(1, 8, 8, 160\), expected \(1, 64"):
+    with pytest.raises(CheckpointError, match=r"pos_embed is \(1, 8, 8, 128\), expected \(1, 64"):
         load_model(checkpoint=tiny_file)
     loaded = load_model(checkpoint=tiny_file, image_size=192)
-    assert loaded.model.image_encoder.pos_embed.shape == (1, 12, 12, 160)
+    assert loaded.model.image_encoder.pos_embed.shape == (1, 12, 12, 128)
     assert torch.isfinite(loaded.model.encode(torch.zeros(1, 3, 192, 192))).all()
 
 
@@ -106,11 +112,27 @@ def test_no_sam_type_model(tmp_path):
 
 def test_fresh_weights_are_the_same_every_time_and_say_so():
     torch.manual_seed(5)
-    first = load_model(image_size=64)
+    first = fresh_model("db_sam_tiny", 64, None)
     torch.manual_seed(6)
-    assert load_model(image_size=64).weights["sha256"] == first.weights["sha256"]
+    again = fresh_model("db_sam_tiny", 64, None)
+    assert again.weights["sha256"] == first.weights["sha256"]
     assert not first.weights["trained"]
     assert "untrained" in first.weights["note"]
+
+
+def test_without_a_checkpoint_the_shipped_one_is_used():
+    loaded = load_model()
+    assert loaded.model.config.name == "db_sam_tiny"
+    assert loaded.weights["trained"]
+    stored = read_checkpoint(shipped_checkpoint()).tensors
+    loaded_tensors = loaded.model.state_dict()
+    assert stored.keys() == loaded_tensors.keys()
+    assert all(
+        torch.equal(loaded_tensors[k], stored[k].to(v.dtype)) for k, v in loaded_tensors.items()
+    )
+    small = load_model(image_size=256)
+    assert small.preprocessing.image_size == 256
+    assert small.model.image_encoder.pos_embed.shape == (1, 16, 16, 128)
 
 
 def test_lite_medsam_decoder_with_its_embedding_scale():

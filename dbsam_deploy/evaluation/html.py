@@ -14,11 +14,14 @@ from .published import AVERAGES, Comparison
 from .results import EvaluationResult, Mean, Overlay
 from .tables import (
     BELOW,
+    LEGEND,
+    average_name,
     interval_text,
     our_average,
     percent,
+    published_cells,
     published_notes,
-    published_rows,
+    row_name,
     skipped_lines,
     summary_rows,
 )
@@ -54,10 +57,11 @@ def write_page(
         plot=task_plot(result),
         tasks=[_task_cells(result, index) for index in range(len(result.tasks))],
         below=BELOW,
+        legend=LEGEND,
         summary=[(name, *_mean_cells(mean)) for name, mean in summary_rows(result)],
         above=(result.summary.tasks_above_box, len(result.tasks)),
         skipped=skipped_lines(result),
-        published=published_rows(comparisons),
+        published=[_published(item) for item in comparisons],
         averages=_averages(comparisons),
         notes=published_notes(result),
         worst=[_worst(overlay) for overlay in result.worst],
@@ -84,12 +88,20 @@ def _task_cells(result: EvaluationResult, index: int) -> dict[str, Any]:
     return {"name": task.task, "cells": cells, "below": task.below_box}
 
 
+def _published(item: Comparison) -> tuple[str, ...]:
+    printed, *ours = published_cells(item)
+    nsd = "" if item.ours is None else percent(item.ours.nsd)
+    about = "" if item.ours is None else f"{item.count} in {item.task}"
+    return (item.row.dimensions, row_name(item), printed, "", *ours, nsd, about)
+
+
 def _averages(comparisons: tuple[Comparison, ...]) -> list[tuple[str, ...]]:
     return [
         (
             average.dimensions,
-            f"{average.model}, mean of all {average.tasks} tasks",
-            f"{average.dsc:.2f} (NSD {average.nsd:.2f})",
+            average_name(average),
+            f"{average.dsc:.2f}",
+            f"{average.nsd:.2f}",
             our_average(average.dimensions, comparisons),
         )
         for average in AVERAGES

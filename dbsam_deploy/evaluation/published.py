@@ -16,8 +16,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from .metrics import bootstrap_mean
-from .results import CaseResult, EvaluationResult, ObjectResult, Score, mean_score
+from .metrics import LEVEL, bootstrap_mean
+from .results import (
+    CaseResult,
+    EvaluationResult,
+    Interval,
+    IntervalUnit,
+    ObjectResult,
+    Score,
+    mean_score,
+)
 
 SOURCE = "DB-SAM, MICCAI 2024, arXiv 2410.04172"
 
@@ -124,15 +132,15 @@ class Comparison:
     Attributes:
         row: the paper's.
         ours: our mean over the same structure; None without data.
-        count: cases (objects, where a file is one case for all its labels) in it.
-        interval: 95 % bootstrap interval of our Dice, None for fewer than two.
+        count: cases (objects, where a case is about several labels) in it.
+        interval: of our Dice, by drawing those; None for fewer than two.
         task: our task folder.
     """
 
     row: PaperRow
     ours: Score | None
     count: int = 0
-    interval: tuple[float, float] | None = None
+    interval: Interval | None = None
     task: str = ""
 
 
@@ -165,6 +173,8 @@ def _comparison(
     if not items:
         return Comparison(row, None)
     scores = [item.score for item in items]
-    interval = bootstrap_mean([score.dsc for score in scores], result.settings["seed"])
+    ends = bootstrap_mean([score.dsc for score in scores], result.settings["seed"])
+    unit: IntervalUnit = "cases" if isinstance(items[0], CaseResult) else "objects"
+    interval = None if ends is None else Interval(*ends, unit=unit, level=LEVEL)
     tasks = sorted({item.task for item in items})
     return Comparison(row, mean_score(scores), len(items), interval, ", ".join(tasks))

@@ -1,19 +1,27 @@
-"""Console tables of a result."""
+"""A result as text: cells that the console and the HTML page share, and the console's tables."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .published import AVERAGES, SOURCE, Comparison
-from .results import EvaluationResult, Interval, Mean, Score
+from .published import AVERAGES, SOURCE, Comparison, PaperAverage
+from .results import EvaluationResult, Interval, Mean
 
-BELOW = "below its box"
+BELOW = "▼"
+LEGEND = (
+    "in %; 95 % bootstrap intervals by drawing f files, c cases, o objects or t tasks; "
+    f"box: the prompt itself, filled, as the mask; {BELOW} not above it"
+)
 NOT_OURS = (
     "Published figures were measured on the paper's own test images; ours come from other images "
     "of the same structure, so the two are not comparable case by case and are never averaged."
 )
+_SHOWN_FILES = 4
 
 
 def percent(value: float | None) -> str:
@@ -22,55 +30,10 @@ def percent(value: float | None) -> str:
 
 
 def interval_text(interval: Interval | None) -> str:
-    """`low–high` in per cent, with a mark for what was drawn; a dash for None."""
+    """`low–high` in per cent and the letter of what was drawn; a dash for None."""
     if interval is None:
         return "–"
-    mark = {"files": " f", "cases": " c", "objects": " o", "tasks": " t"}[interval.unit]
-    return f"{100 * interval.low:.1f}–{100 * interval.high:.1f}{mark}"
-
-
-def print_result(
-    console: Console, result: EvaluationResult, comparisons: tuple[Comparison, ...]
-) -> None:
-    """Print tasks, means, what was skipped, and the published figures."""
-    console.print(task_table(result))
-    console.print(summary_table(result))
-    _print_skipped(console, result)
-    console.print(published_table(result, comparisons))
-    for line in published_notes(result):
-        console.print(line, highlight=False, soft_wrap=True)
-
-
-def task_table(result: EvaluationResult) -> Table:
-    """One row a task: ours, the box's own figures, and whether ours is below them."""
-    settings = result.settings
-    table = Table(
-        title=f"protocol {settings['protocol']}, Dice and NSD in %",
-        caption="95 % bootstrap intervals by drawing f files, c cases, o objects or t tasks; "
-        "box: the prompt itself, filled, as the mask",
-    )
-    table.add_column("task", overflow="fold")
-    table.add_column("", no_wrap=True)
-    for name in ("cases", "objects", "DSC", "interval", "NSD", "interval", "box DSC", "box NSD"):
-        table.add_column(name, justify="right")
-    table.add_column("")
-    for task in result.tasks:
-        mark = BELOW if task.below_box else ""
-        cells = (str(task.cases), str(task.objects), *_figures(task.mean), mark)
-        table.add_row(escape(task.task), task.dimensions, *cells, style="red" if mark else None)
-    return table
-
-
-def _figures(mean: Mean) -> tuple[str, ...]:
-    score = mean.score
-    return (
-        percent(score.dsc),
-        interval_text(mean.dsc_interval),
-        percent(score.nsd),
-        interval_text(mean.nsd_interval),
-        percent(score.box_dsc),
-        percent(score.box_nsd),
-    )
+    return f"{100 * interval.low:.1f}–{100 * interval.high:.1f}{interval.unit[0]}"
 
 
 def summary_rows(result: EvaluationResult) -> list[tuple[str, Mean]]:
@@ -86,20 +49,6 @@ def summary_rows(result: EvaluationResult) -> list[tuple[str, Mean]]:
     return [(name, mean) for name, mean in rows if mean is not None]
 
 
-def summary_table(result: EvaluationResult) -> Table:
-    """Means over everything."""
-    table = Table(
-        caption=f"{result.summary.tasks_above_box} of {len(result.tasks)} tasks above their box's "
-        "own Dice"
-    )
-    table.add_column("ours")
-    for name in ("of", "DSC", "interval", "NSD", "interval", "box DSC", "box NSD"):
-        table.add_column(name, justify="right")
-    for name, mean in summary_rows(result):
-        table.add_row(name, str(mean.count), *_figures(mean))
-    return table
-
-
 def skipped_lines(result: EvaluationResult) -> list[str]:
     """What was left out, by reason, with the files."""
     by_reason: dict[str, list[tuple[str, int]]] = {}
@@ -107,71 +56,113 @@ def skipped_lines(result: EvaluationResult) -> list[str]:
         by_reason.setdefault(item.reason, []).append((item.file, item.count))
     lines = []
     for reason, found in by_reason.items():
-        files = ", ".join(f"{file} ({count})" for file, count in found[:4])
-        more = f" and {len(found) - 4} more files" if len(found) > 4 else ""
+        files = ", ".join(f"{file} ({count})" for file, count in found[:_SHOWN_FILES])
+        rest = len(found) - _SHOWN_FILES
+        more = f" and {rest} more files" if rest > 0 else ""
         lines.append(f"{reason}: {sum(count for _, count in found)} in {files}{more}")
     return lines
 
 
-def _print_skipped(console: Console, result: EvaluationResult) -> None:
-    for line in skipped_lines(result) or ["nothing"]:
-        console.print(f"skipped: {line}", markup=False, highlight=False)
+def row_name(item: Comparison) -> str:
+    """The paper's name of a task, starred where it could not be checked."""
+    return item.row.name if item.row.confirmed else f"{item.row.name} *"
+
+
+def average_name(average: PaperAverage) -> str:
+    """Whose average over what."""
+    return f"{average.model}, all {average.tasks} {average.dimensions} tasks"
+
+
+def our_average(dimensions: str, comparisons: Sequence[Comparison]) -> str:
+    """Our mean Dice over the paper's tasks, only if there is data for every one of them."""
+    own = [item.ours for item in comparisons if item.row.dimensions == dimensions]
+    filled = [score for score in own if score is not None]
+    if len(filled) < len(own):
+        return "no data"
+    return percent(sum(score.dsc for score in filled) / len(filled))
+
+
+def published_cells(item: Comparison) -> tuple[str, str, str, str]:
+    """The paper's Dice of a task, ours, its interval, and the box's."""
+    printed = "–" if item.row.db_sam_dsc is None else f"{item.row.db_sam_dsc:.2f}"
+    if item.ours is None:
+        return printed, "no data", "", ""
+    return (
+        printed,
+        percent(item.ours.dsc),
+        interval_text(item.interval),
+        percent(item.ours.box_dsc),
+    )
 
 
 def published_notes(result: EvaluationResult) -> list[str]:
     """What must be read with the published figures."""
-    notes = [NOT_OURS, f"published: {SOURCE}; * name not verified against the paper"]
+    notes = [
+        NOT_OURS,
+        f"Published: {SOURCE}; – no figure known; * name not checked against the paper.",
+    ]
     if result.settings["protocol"] != "medsam":
-        notes.append("the paper's own protocol is --protocol medsam")
+        notes.append("The paper's own protocol is medsam.")
     return notes
 
 
-def published_rows(comparisons: tuple[Comparison, ...]) -> list[tuple[str, ...]]:
-    """Row name, published DSC, our DSC, interval, NSD, box DSC, number and task, as text."""
-    rows = []
-    for item in comparisons:
-        row, ours = item.row, item.ours
-        name = row.name if row.confirmed else f"{row.name} *"
-        printed = "not known" if row.db_sam_dsc is None else f"{row.db_sam_dsc:.2f}"
-        rows.append((row.dimensions, name, printed, *_our_cells(item, ours)))
-    return rows
+def print_result(
+    console: Console, result: EvaluationResult, comparisons: Sequence[Comparison]
+) -> None:
+    """Print tasks, means, what was skipped, and the published figures."""
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    console.print(_task_table(result))
+    for line in skipped_lines(result) or ["nothing"]:
+        say(f"skipped: {line}")
+    console.print(_published_table(result, comparisons))
+    for note in published_notes(result):
+        say(note)
 
 
-def _our_cells(item: Comparison, ours: Score | None) -> tuple[str, ...]:
-    if ours is None:
-        return ("no data", "", "", "", "")
-    low_high = item.interval
-    interval = "–" if low_high is None else f"{100 * low_high[0]:.1f}–{100 * low_high[1]:.1f}"
-    about = f"{item.count} in {item.task}"
-    return (percent(ours.dsc), interval, percent(ours.nsd), percent(ours.box_dsc), about)
-
-
-def published_table(result: EvaluationResult, comparisons: tuple[Comparison, ...]) -> Table:
-    """The paper's 21 3D and 9 2D tasks with ours beside them, then its averages."""
-    table = Table(
-        title=f"published figures, and ours by the protocol {result.settings['protocol']}"
-    )
-    table.add_column("", no_wrap=True)
-    table.add_column("task of the paper", overflow="fold")
-    for name in ("DB-SAM DSC", "our DSC", "interval", "our NSD", "box DSC"):
-        table.add_column(name, justify="right")
-    table.add_column("our data", overflow="fold")
-    for cells in published_rows(comparisons):
-        table.add_row(*(escape(cell) for cell in cells))
-    table.add_section()
-    for average in AVERAGES:
-        name = f"{average.model}, mean of all {average.tasks} tasks"
-        printed = f"{average.dsc:.2f} (NSD {average.nsd:.2f})"
-        table.add_row(
-            average.dimensions, name, printed, our_average(average.dimensions, comparisons)
-        )
+def _table(title: str, first: str, names: Sequence[str], caption: str | None = None) -> Table:
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD)
+    table.add_column(first, overflow="fold")
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
     return table
 
 
-def our_average(dimensions: str, comparisons: tuple[Comparison, ...]) -> str:
-    """Our mean over the paper's tasks, only if there is data for every one of them."""
-    own = [item.ours for item in comparisons if item.row.dimensions == dimensions]
-    filled = [score for score in own if score is not None]
-    if len(filled) < len(own):
-        return f"no data ({len(filled)} of {len(own)} tasks)"
-    return percent(sum(score.dsc for score in filled) / len(filled))
+def _task_table(result: EvaluationResult) -> Table:
+    """One row a task, then the means."""
+    title = f"ours, protocol {result.settings['protocol']}"
+    table = _table(title, "task", ("n", "DSC", "95 %", "NSD", "box", ""), LEGEND)
+    for task in result.tasks:
+        mark = BELOW if task.below_box else ""
+        table.add_row(escape(task.task), *_mean_cells(task.mean), mark)
+    table.add_section()
+    for name, mean in summary_rows(result):
+        table.add_row(name, *_mean_cells(mean))
+    table.add_section()
+    above = f"{result.summary.tasks_above_box} of {len(result.tasks)}"
+    table.add_row("tasks above their box", "", above)
+    return table
+
+
+def _mean_cells(mean: Mean) -> tuple[str, ...]:
+    score = mean.score
+    figures = (percent(score.dsc), interval_text(mean.dsc_interval), percent(score.nsd))
+    return (str(mean.count), *figures, percent(score.box_dsc))
+
+
+def _published_table(result: EvaluationResult, comparisons: Sequence[Comparison]) -> Table:
+    """The paper's 21 3D and 9 2D tasks with ours beside them, then its averages."""
+    title = f"published DSC, and ours by the protocol {result.settings['protocol']}"
+    table = _table(title, "task of the paper", ("DB-SAM", "NSD", "ours", "95 %", "box"))
+    for dimensions in ("3D", "2D"):
+        for item in comparisons:
+            if item.row.dimensions == dimensions:
+                printed, *ours = published_cells(item)
+                table.add_row(row_name(item), printed, "", *ours)
+        table.add_section()
+    for average in AVERAGES:
+        figures = (f"{average.dsc:.2f}", f"{average.nsd:.2f}")
+        table.add_row(average_name(average), *figures, our_average(average.dimensions, comparisons))
+    return table

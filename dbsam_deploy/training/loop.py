@@ -17,7 +17,7 @@ from ..errors import InputError
 from ..model import DbSam
 from .datasets import Example, Steps, loader
 from .recipe import Optimizer, Phase
-from .state import Position, TrainingState, save_state
+from .state import TrainingState, save_state
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -76,92 +76,118 @@ def build_optimizer(model: DbSam, settings: Optimizer, phase: Phase) -> torch.op
     return torch.optim.AdamW(groups, lr=phase.learning_rate, betas=(settings.beta1, settings.beta2))
 
 
-def run_phase(
-    name: str,
-    phase: Phase,
-    *,
-    model: DbSam,
-    objective: nn.Module,
-    examples: Dataset[Example],
-    optimizer: Optimizer,
-    start: TrainingState,
-    accelerator: Accelerator,
-    outlet: Outlet,
-    validate: Validate | None,
-) -> TrainingState:
-    """Train `model` in place from `start` to the end of the phase.
+@dataclass(frozen=True)
+class PhaseRun:
+    """One phase with all it needs.
 
-    Args:
+    Attributes:
         name: the phase's name.
         phase: see `Phase`.
-        model: what is trained and validated; `objective` holds it.
-        objective: batch → losses, see `dbsam_deploy.training.objectives`.
+        model: what is trained and validated, in place.
+        objective: batch → losses, see `dbsam_deploy.training.objectives`; holds `model`.
         examples: training examples by global index.
         optimizer: AdamW's settings.
-        start: this phase's resume point; its weights are in `model` already.
         accelerator: one process or many, and the autocast dtype.
         outlet: see `Outlet`.
         validate: None without validation cases.
+    """
+
+    name: str
+    phase: Phase
+    model: DbSam
+    objective: nn.Module
+    examples: Dataset[Example]
+    optimizer: Optimizer
+    accelerator: Accelerator
+    outlet: Outlet
+    validate: Validate | None
+
+
+def run_phase(run: PhaseRun, start: TrainingState) -> TrainingState:
+    """Train from `start` to the end of the phase.
+
+    Args:
+        run: see `PhaseRun`.
+        start: this phase's resume point; its weights are in the model already.
 
     Returns:
         The state at the end; with `patience` its model is the best one.
 
     Raises:
-        InputError: batch, processes and micro-batch do not divide, or patience without validation.
+        InputError: batch, processes and micro-batch do not divide, patience without validation, or
+            a loss that is not finite.
     """
-    accumulate = _accumulation(phase, outlet, accelerator.num_processes, validate)
-    adamw = build_optimizer(model, optimizer, phase)
+    phase, accelerator = run.phase, run.accelerator
+    accumulate = _accumulation(run)
+    adamw = build_optimizer(run.model, run.optimizer, phase)
     if start.optimizer:
         adamw.load_state_dict(start.optimizer)
     accelerator.gradient_accumulation_steps = accumulate
-    wrapped, prepared = accelerator.prepare(objective, adamw)
-    steps = Steps(
-        start.position.step,
-        phase.steps,
-        batch=phase.batch,
-        micro_batch=outlet.micro_batch,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-    )
-    batches = iter(loader(examples, steps, outlet.workers))
+    objective, optimizer = accelerator.prepare(run.objective, adamw)
+    batches = _batches(run, start.position.step)
     state = start
     for step in range(start.position.step, phase.steps):
         rate = learning_rate(phase, step)
         for group in adamw.param_groups:
             group["lr"] = rate
         began = time.perf_counter()
-        metrics = _step(wrapped, prepared, batches, accumulate, optimizer.clip_norm, accelerator)
+        metrics = _step(
+            objective, optimizer, batches, accumulate, run.optimizer.clip_norm, accelerator
+        )
         metrics |= {"learning_rate": rate, "seconds": time.perf_counter() - began}
-        position = state.position
-        losses = (*position.losses, metrics["loss"])
-        state = replace(state, position=replace(position, step=step + 1, losses=losses))
-        last = step + 1 == phase.steps
-        if accelerator.is_main_process:
-            outlet.on_step(name, step + 1, metrics)
-        if phase.validate_every and validate and ((step + 1) % phase.validate_every == 0 or last):
-            state = _validated(state, name, model, validate, accelerator, outlet)
-        stop = last or bool(phase.patience and state.position.waited >= phase.patience)
-        if stop or (step + 1) % outlet.checkpoint_every == 0:
-            state = replace(state, model=_copy(model), optimizer=adamw.state_dict())
-            if accelerator.is_main_process:
-                save_state(outlet.state_file, outlet.key, state)
-            accelerator.wait_for_everyone()
+        state, stop = _after_step(run, state, metrics, adamw)
         if stop:
             break
     if phase.patience and state.best_model:
-        model.load_state_dict(state.best_model)
-    accelerator.free_memory(wrapped, prepared)
-    return replace(state, model=_copy(model))
+        run.model.load_state_dict(state.best_model)
+    accelerator.free_memory(objective, optimizer)
+    return replace(state, model=_copy(run.model))
 
 
-def _accumulation(phase: Phase, outlet: Outlet, world: int, validate: Validate | None) -> int:
+def _batches(run: PhaseRun, start: int) -> Iterator[Example]:
+    steps = Steps(
+        start,
+        run.phase.steps,
+        batch=run.phase.batch,
+        micro_batch=run.outlet.micro_batch,
+        rank=run.accelerator.process_index,
+        world=run.accelerator.num_processes,
+    )
+    return iter(loader(run.examples, steps, run.outlet.workers))
+
+
+def _after_step(
+    run: PhaseRun, state: TrainingState, metrics: Metrics, adamw: torch.optim.AdamW
+) -> tuple[TrainingState, bool]:
+    """Report, validate and save where it is due; the new state, and whether the phase ends."""
+    phase, outlet, accelerator = run.phase, run.outlet, run.accelerator
+    step = state.position.step + 1
+    losses = (*state.position.losses, metrics["loss"])
+    state = replace(state, position=replace(state.position, step=step, losses=losses))
+    last = step == phase.steps
+    if accelerator.is_main_process:
+        outlet.on_step(run.name, step, metrics)
+    if phase.validate_every and run.validate and (step % phase.validate_every == 0 or last):
+        state = _validated(run, state, run.validate)
+    stop = last or bool(phase.patience and state.position.waited >= phase.patience)
+    if stop or step % outlet.checkpoint_every == 0:
+        state = replace(state, model=_copy(run.model), optimizer=adamw.state_dict())
+        if accelerator.is_main_process:
+            save_state(outlet.state_file, outlet.key, state)
+        accelerator.wait_for_everyone()
+    return state, stop
+
+
+def _accumulation(run: PhaseRun) -> int:
+    """Micro-batches of a process in one step."""
+    phase, outlet, world = run.phase, run.outlet, run.accelerator.num_processes
     share = world * outlet.micro_batch
     if phase.batch % share:
         raise InputError(
             f"a batch of {phase.batch} images cannot be split into {world} processes × "
             f"micro-batches of {outlet.micro_batch}; choose --micro-batch so that it divides"
         )
-    if phase.patience and not (validate and phase.validate_every):
+    if phase.patience and not (run.validate and phase.validate_every):
         raise InputError(
             "the recipe stops early (patience > 0) but nothing is validated: give validation "
             "cases (--split) and validate_every, or set patience = 0"
@@ -202,25 +228,19 @@ def _step(
     return metrics
 
 
-def _validated(
-    state: TrainingState,
-    name: str,
-    model: DbSam,
-    validate: Validate,
-    accelerator: Accelerator,
-    outlet: Outlet,
-) -> TrainingState:
+def _validated(run: PhaseRun, state: TrainingState, validate: Validate) -> TrainingState:
     """Validate on the main process; every process gets its verdict."""
     from accelerate.utils import broadcast_object_list
 
-    found = [validate(model) if accelerator.is_main_process else 0.0]
+    main = run.accelerator.is_main_process
+    found = [validate(run.model) if main else 0.0]
     dice = float(broadcast_object_list(found)[0])
-    position: Position = state.position
-    if accelerator.is_main_process:
-        outlet.on_validation(name, position.step, dice)
+    position = state.position
+    if main:
+        run.outlet.on_validation(run.name, position.step, dice)
     if dice > position.best_dice:
         better = replace(position, best_dice=dice, waited=0)
-        return replace(state, position=better, best_model=_copy(model))
+        return replace(state, position=better, best_model=_copy(run.model))
     return replace(state, position=replace(position, waited=position.waited + 1))
 
 
