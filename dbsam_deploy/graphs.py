@@ -148,7 +148,7 @@ class EncoderGraph(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """See the class; float32 in and out, whatever dtype the weights have."""
-        image = image.to(self.image_encoder.neck[0].weight.dtype)
+        image = image.to(next(self.image_encoder.parameters()).dtype)
         return encode_with(self.image_encoder, self.stage_depth, image).float()
 
 

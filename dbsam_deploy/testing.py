@@ -58,7 +58,7 @@ def check_close(
 
 
 def small_model(variant: str, image_size: int) -> DbSam:
-    """A variant's full graph at width 32 with random weights of ordinary size.
+    """A variant's full graph at a small width with random weights of ordinary size.
 
     Every table and statistic is random (fresh ones are zero or one), so that a graph that drops or
     swaps one is found out.
@@ -73,6 +73,11 @@ def small_model(variant: str, image_size: int) -> DbSam:
         stem = (4,) * len(adapter.stem_channels)
         adapter = replace(adapter, stem_channels=stem, num_heads=2, fusion_reduction=2)
     config = replace(config, embed_dim=32, num_heads=2, depth=8, adapter=adapter)
+    if config.tiny_vit is not None:
+        thin = replace(
+            config.tiny_vit, embed_dims=(8, 16, 16, 32), depths=(1, 1, 2, 1), num_heads=(0, 2, 2, 4)
+        )
+        config = replace(config, tiny_vit=thin)
     model = DbSam(config).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:

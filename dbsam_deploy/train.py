@@ -15,26 +15,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
+from .artefact import write_atomically
 from .checkpoint import write_checkpoint
 from .cli import HelpFormatter, Parser, run
 from .errors import EngineError, InputError
 from .evaluation import build_protocol, evaluate, find_cases, read_cases
-from .imaging import Preprocessing
-from .model import DbSam, variant_config
+from .hardware import installed_versions
+from .model import DbSam
 from .predictor import Predictor
 from .sessions import PytorchSession
-from .training.bank import Banks, fill_bank, open_bank
-from .training.datasets import EmbeddingExamples, Example, MaskExamples
 from .training.journal import Journal
 from .training.loop import Outlet, PhaseRun, Validate, run_phase
-from .training.material import Material, gather, shares
-from .training.objectives import (
-    EmbeddingObjective,
-    MaskObjective,
-    calibrate_batch_norm,
-    freeze,
-)
-from .training.prompts import Growth
+from .training.material import Material, gather
+from .training.objectives import EmbeddingObjective, MaskObjective, freeze
+from .training.preparation import calibrate, prepare_banks, prepare_examples
 from .training.recipe import (
     Phase,
     TrainingRecipe,
@@ -46,7 +40,6 @@ from .weights import LoadedModel, fresh_model, load_model
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from torch.utils.data import Dataset
 
 DESCRIPTION = """\
 Train a model by a recipe (export/training/*.toml): first the embeddings of a teacher on images
@@ -65,7 +58,6 @@ examples:
 """
 
 STATE_NAME, MODEL_NAME, SUMMARY_NAME = "state.pt", "model.safetensors", "summary.json"
-CALIBRATION_BATCHES, CALIBRATION_IMAGES = 4, 4
 VALIDATION_SLICES = 3
 """Slices of a validation file; a full evaluation is `python -m dbsam_deploy.evaluate`."""
 
@@ -111,6 +103,19 @@ class Trained:
     losses: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What every step of one training shares."""
+
+    recipe: TrainingRecipe
+    options: Options
+    material: Material
+    loaded: LoadedModel
+    accelerator: Accelerator
+    console: Console
+    validate: Validate | None
+
+
 def train(options: Options, console: Console | None = None) -> Trained:
     """Run a recipe, or the rest of it.
 
@@ -128,19 +133,25 @@ def train(options: Options, console: Console | None = None) -> Trained:
         split=options.split,
         unlabelled=options.unlabelled,
     )
-    for line in material.lines():
-        console.print(line, highlight=False, soft_wrap=True)
-    torch.manual_seed(recipe.seed)
     loaded = _start_model(recipe, options)
-    console.print(f"start: {loaded.weights['note']}", highlight=False, soft_wrap=True)
-    model = loaded.model.to(accelerator.device)
-    description = json.dumps([loaded.weights["sha256"], material.describe()])
-    key = recipe_key(recipe, description)
+    for line in (*material.lines(), f"start: {loaded.weights['note']}"):
+        console.print(line, highlight=False, soft_wrap=True)
+    loaded.model.to(accelerator.device)
     options.output.mkdir(parents=True, exist_ok=True)
+    session = _Run(recipe, options, material, loaded, accelerator, console, _validation(options))
+    state = _train_phases(session)
+    return _publish(session, state)
+
+
+def _train_phases(run: _Run) -> TrainingState:
+    recipe, options, loaded = run.recipe, run.options, run.loaded
+    key = recipe_key(recipe, json.dumps([loaded.weights["sha256"], run.material.describe()]))
     state_file = options.output / STATE_NAME
-    resumed = load_state(state_file, key) if state_file.is_file() else None
-    validate = _validation(options)
-    with Journal(options.output, recipe, resumed, console, accelerator) as journal:
+    state = load_state(state_file, key) if state_file.is_file() else None
+    with Journal(options.output, recipe, state, run.console, run.accelerator) as journal:
+        if state is not None:
+            loaded.model.load_state_dict(state.model)
+            journal.note(f"resuming {state.position.phase} after step {state.position.step}")
         outlet = Outlet(
             state_file=state_file,
             key=key,
@@ -150,61 +161,61 @@ def train(options: Options, console: Console | None = None) -> Trained:
             on_step=journal.step,
             on_validation=journal.validation,
         )
-        if resumed is not None:
-            model.load_state_dict(resumed.model)
-            journal.note(f"resuming {resumed.position.phase} after step {resumed.position.step}")
-        state = _run_phases(
-            recipe, options, loaded, material, resumed, accelerator, outlet, validate, journal
-        )
-    return _publish(recipe, options, model, state, accelerator)
-
-
-def _run_phases(
-    recipe: TrainingRecipe,
-    options: Options,
-    loaded: LoadedModel,
-    material: Material,
-    resumed: TrainingState | None,
-    accelerator: Accelerator,
-    outlet: Outlet,
-    validate: Validate | None,
-    journal: Journal,
-) -> TrainingState:
-    model, state = loaded.model, resumed
-    names = [name for name, _ in recipe.phases()]
-    for name, phase in recipe.phases():
-        if resumed and names.index(name) < names.index(resumed.position.phase):
-            continue
-        banks = None
-        if name == "distill":
-            banks = _banks(recipe, phase, options, material, accelerator, journal)
-        examples = _examples(recipe, phase, material, banks, loaded.preprocessing)
-        if state is None and not loaded.weights["trained"]:
-            _calibrate(model, examples, accelerator)
-        if state is None or state.position.phase != name:
-            losses = state.position.losses if state else ()
-            state = TrainingState(Position(name, losses=losses), {}, {}, {})
-        freeze(model, phase.freeze)
-        objective: torch.nn.Module = (
-            MaskObjective(model, phase.iou_weight)
-            if banks is None
-            else EmbeddingObjective(model, phase.crop_size, banks.variance())
-        )
-        run_ = PhaseRun(
-            name=name,
-            phase=phase,
-            model=model.eval(),
-            objective=objective,
-            examples=examples,
-            optimizer=recipe.optimizer,
-            accelerator=accelerator,
-            outlet=outlet,
-            validate=validate if name == "tune" else None,
-        )
-        state = run_phase(run_, state)
+        names = [name for name, _ in recipe.phases()]
+        first = names.index(state.position.phase) if state else 0
+        for name, phase in recipe.phases()[first:]:
+            state = _train_phase(run, name, phase, state, outlet, journal)
     if state is None:
         raise RuntimeError("a recipe without phases")
     return state
+
+
+def _train_phase(
+    run: _Run,
+    name: str,
+    phase: Phase,
+    state: TrainingState | None,
+    outlet: Outlet,
+    journal: Journal,
+) -> TrainingState:
+    recipe, model, accelerator = run.recipe, run.loaded.model, run.accelerator
+    banks = None
+    if name == "distill":
+        teacher = load_model(variant=recipe.teacher, checkpoint=run.options.teacher_weights)
+        teacher.model.to(accelerator.device)
+        banks = prepare_banks(
+            recipe,
+            phase,
+            run.material,
+            teacher=teacher,
+            folder=run.options.output,
+            accelerator=accelerator,
+            counter=journal.counter,
+        )
+    examples = prepare_examples(recipe, phase, run.material, banks, run.loaded.preprocessing)
+    if state is None and not run.loaded.weights["trained"]:
+        calibrate(model, examples, accelerator.device)
+    if state is None or state.position.phase != name:
+        losses = state.position.losses if state else ()
+        state = TrainingState(Position(name, losses=losses), {}, {}, {})
+    freeze(model, phase.freeze)
+    objective: torch.nn.Module = (
+        MaskObjective(model, phase.iou_weight)
+        if banks is None
+        else EmbeddingObjective(model, phase.crop_size, banks.variance())
+    )
+    phase_run = PhaseRun(
+        name=name,
+        phase=phase,
+        model=model.eval(),
+        objective=objective,
+        examples=examples,
+        optimizer=recipe.optimizer,
+        accelerator=accelerator,
+        outlet=outlet,
+        validate=run.validate if name == "tune" else None,
+    )
+    return run_phase(phase_run, state)
 
 
 def _with_teacher(recipe: TrainingRecipe, teacher: str | None) -> TrainingRecipe:
@@ -242,79 +253,6 @@ def _start_model(recipe: TrainingRecipe, options: Options) -> LoadedModel:
     )
 
 
-def _banks(
-    recipe: TrainingRecipe,
-    phase: Phase,
-    options: Options,
-    material: Material,
-    accelerator: Accelerator,
-    journal: Journal,
-) -> Banks:
-    teacher = load_model(variant=recipe.teacher, checkpoint=options.teacher_weights)
-    teacher.model.to(accelerator.device)
-    student = variant_config(recipe.variant, image_size=recipe.image_size).frame
-    if teacher.preprocessing.grid != student.grid:
-        raise InputError(
-            f"teacher {recipe.teacher}: embeddings of {teacher.preprocessing.grid}×"
-            f"{teacher.preprocessing.grid}, the student's are {student.grid}×{student.grid}; "
-            "choose image_size so that they are equal"
-        )
-    parts = []
-    for kind, share in shares(phase).items():
-        images = material.mixture({kind: 1.0})
-        bank = open_bank(
-            options.output,
-            teacher,
-            images,
-            recipe.augmentation,
-            seed=recipe.seed,
-            count=max(1, round(recipe.bank_images * share)),
-        )
-        mine = range(accelerator.process_index, bank.count, accelerator.num_processes)
-        with journal.counter(f"teacher on {kind} images", len(mine)) as advance:
-            fill_bank(
-                bank,
-                teacher,
-                images,
-                recipe.augmentation,
-                seed=recipe.seed,
-                indices=mine,
-                autocast=accelerator.autocast,
-                advance=advance,
-            )
-        parts.append(bank)
-    accelerator.wait_for_everyone()
-    return Banks(tuple(parts))
-
-
-def _examples(
-    recipe: TrainingRecipe,
-    phase: Phase,
-    material: Material,
-    banks: Banks | None,
-    preprocessing: Preprocessing,
-) -> Dataset[Example]:
-    if banks is not None:
-        return EmbeddingExamples(banks, preprocessing, phase.crop_size, recipe.seed)
-    growth = Growth(phase.growth_px)
-    images = material.mixture(shares(phase))
-    return MaskExamples(
-        images, recipe.augmentation, preprocessing, phase.objects, growth, recipe.seed
-    )
-
-
-def _calibrate(model: DbSam, examples: Dataset[Example], accelerator: Accelerator) -> None:
-    """Fresh BatchNorm statistics from the first examples, on every process the same."""
-    adapter = getattr(model.image_encoder, "adapter", None)
-    if adapter is None:
-        return
-    batches = []
-    for b in range(CALIBRATION_BATCHES):
-        picked = range(b * CALIBRATION_IMAGES, (b + 1) * CALIBRATION_IMAGES)
-        batches.append(torch.stack([examples[i]["pixels"] for i in picked]).to(accelerator.device))
-    calibrate_batch_norm(adapter.spatial_prior_module, batches)
-
-
 def _validation(options: Options) -> Validate | None:
     if options.data is None or options.split is None:
         return None
@@ -337,34 +275,29 @@ def _validation(options: Options) -> Validate | None:
     return validate
 
 
-def _publish(
-    recipe: TrainingRecipe,
-    options: Options,
-    model: DbSam,
-    state: TrainingState,
-    accelerator: Accelerator,
-) -> Trained:
-    path = options.output / MODEL_NAME
-    if accelerator.is_main_process:
-        about = {
-            "variant": recipe.variant,
-            "recipe": recipe.name,
-            "seed": str(recipe.seed),
-            "trained": "true",
-        }
-        write_checkpoint(path, model.state_dict(), about)
+def _publish(run: _Run, state: TrainingState) -> Trained:
+    """Write the weights and a summary, on the main process."""
+    recipe, losses = run.recipe, state.position.losses
+    path = run.options.output / MODEL_NAME
+    if run.accelerator.is_main_process:
+        about = {"variant": recipe.variant, "recipe": recipe.name, "seed": str(recipe.seed)}
+        write_checkpoint(path, run.loaded.model.state_dict(), about)
         summary: dict[str, Any] = {
-            "recipe": recipe.name,
-            "processes": accelerator.num_processes,
+            **about,
+            "processes": run.accelerator.num_processes,
             "steps": {name: phase.steps for name, phase in recipe.phases()},
-            "loss_first_20": list(state.position.losses[:20]),
-            "loss_last_20_mean": sum(state.position.losses[-20:])
-            / max(1, len(state.position.losses[-20:])),
-            "validation_dice_best": state.position.best_dice,
+            "loss_first_20": list(losses[:20]),
+            "loss_last_20": list(losses[-20:]),
+            "best_validation_dice": state.position.best_dice if run.validate else None,
+            "versions": installed_versions(),
         }
-        (options.output / SUMMARY_NAME).write_text(json.dumps(summary, indent=2) + "\n")
-    accelerator.wait_for_everyone()
-    return Trained(path, state.position.losses)
+        with write_atomically(run.options.output / SUMMARY_NAME) as stream:
+            stream.write(json.dumps(summary, indent=2).encode() + b"\n")
+        run.console.print(
+            f"{path} is ready for --checkpoint of every command", highlight=False, soft_wrap=True
+        )
+    run.accelerator.wait_for_everyone()
+    return Trained(path, losses)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -391,8 +324,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Command line entry point; returns the exit status."""
     options = Options(**vars(_parser().parse_args(argv)))
-    trained = train(options)
-    print(f"{trained.checkpoint}: try it with --checkpoint, e.g. python -m dbsam_deploy.evaluate")
+    train(options)
     return 0
 
 

@@ -12,16 +12,17 @@ from dbsam_deploy.contract import (
 from dbsam_deploy.errors import InputError
 
 
+@pytest.mark.parametrize("stride", [4, 16])
 @pytest.mark.parametrize("image_size", [64, 256, 1024])
-def test_graphs_fit_together(image_size):
-    specs = graph_specs(Geometry(image_size))
+def test_graphs_fit_together(image_size, stride):
+    specs = graph_specs(Geometry(image_size, embedding_stride=stride))
     (embeddings,) = specs["encoder"].outputs
-    assert embeddings.axes == ("batch", 256, image_size // 16, image_size // 16)
+    assert embeddings.axes == ("batch", 256, image_size // stride, image_size // stride)
     for name in ("decoder", "prompt_decoder"):
         assert specs[name].inputs[0] == embeddings
         masks, iou = specs[name].outputs
         assert masks.axes[:3] == iou.axes
-        assert masks.axes[3:] == (image_size // 4,) * 2
+        assert masks.axes[3:] == (4 * image_size // stride,) * 2
     assert list(specs) == [spec.name for spec in specs.values()]
 
 
@@ -62,3 +63,9 @@ def test_dynamic_axes_by_position():
 def test_impossible_image_sizes(size):
     with pytest.raises(InputError, match="multiple of 16 from 64 to 2048"):
         Geometry(size)
+
+
+@pytest.mark.parametrize("stride", [0, -4, 8, 32, "4", None])
+def test_impossible_embedding_strides(stride):
+    with pytest.raises(InputError, match=r"embedding stride .*: expected one of \(4, 16\)"):
+        Geometry(256, embedding_stride=stride)

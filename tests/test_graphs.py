@@ -12,18 +12,21 @@ from dbsam_deploy.testing import check_close, prompt_feed, small_model
 
 
 @pytest.mark.parametrize("image_size", [64, 144, 240])  # grids 4, 9 (padded windows) and 15
-@pytest.mark.parametrize("variant", ["db_sam", "db_sam_4level", "db_sam_plus", "sam_vit_b"])
+@pytest.mark.parametrize(
+    "variant", ["db_sam", "db_sam_4level", "db_sam_plus", "sam_vit_b", "lite_medsam"]
+)
 def test_encoder_graph_equals_the_model(variant, image_size):
     model = small_model(variant, image_size)
     image = torch.randn(2, 3, image_size, image_size)
     with torch.inference_mode():
         expected, found = model.encode(image), build_graph(model, "encoder")(image)
-    assert found.shape == (2, 256, image_size // 16, image_size // 16)
+    assert found.shape == (2, 256, model.config.frame.grid, model.config.frame.grid)
     check_close(found.numpy(), expected.numpy(), "float32", "image_embeddings")
 
 
-def test_building_a_graph_leaves_the_model_as_it_was():
-    model = small_model("db_sam", 64)
+@pytest.mark.parametrize("variant", ["db_sam", "lite_medsam"])
+def test_building_a_graph_leaves_the_model_as_it_was(variant):
+    model = small_model(variant, 64)
     image, before = torch.randn(1, 3, 64, 64), {k: v.clone() for k, v in model.state_dict().items()}
     with torch.inference_mode():
         expected = model.encode(image)
@@ -46,16 +49,18 @@ def test_decoder_graph_equals_sam_box_by_box(batch, boxes):
     check_close(iou.numpy(), expected["iou_predictions"], "float32", "iou_predictions")
 
 
+@pytest.mark.parametrize("variant", ["sam_vit_b", "lite_medsam"])
 @pytest.mark.parametrize(("box", "points"), [(True, 0), (False, 1), (False, 4), (True, 3)])
-def test_prompt_decoder_graph_equals_sam_prompt_by_prompt(box, points):
-    model = small_model("sam_vit_b", 64)
-    feed = prompt_feed(np.random.default_rng(), box=box, points=points, size=Geometry(64))
+def test_prompt_decoder_graph_equals_sam_prompt_by_prompt(variant, box, points):
+    model = small_model(variant, 64)
+    size = model.config.frame
+    feed = prompt_feed(np.random.default_rng(), box=box, points=points, size=size)
     with torch.inference_mode():
         masks, iou = build_graph(model, "prompt_decoder")(
             **{k: torch.from_numpy(v) for k, v in feed.items()}
         )
     expected = PytorchSession(model).run("prompt_decoder", feed)
-    assert masks.shape == (2, 3, 4, 16, 16)
+    assert masks.shape == (2, 3, 4, size.mask_side, size.mask_side)
     check_close(masks.numpy(), expected["low_res_masks"], "float32", "low_res_masks")
     check_close(iou.numpy(), expected["iou_predictions"], "float32", "iou_predictions")
 

@@ -21,6 +21,13 @@ EXTRAS = (
     "nibabel",
     "pydicom",
     "skimage",
+    "scipy",
+    "monai",
+    "accelerate",
+    "tensorboard",
+    "matplotlib",
+    "jinja2",
+    "surface_distance",
     "pytest",
 )
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from ..client_requests import Segmentation
 from ..errors import InputError
-from ..imaging import ByteArray, FloatArray, preprocess
+from ..imaging import ByteArray, FloatArray, check_boxes, preprocess
 from ..predictor import Prediction, Predictor
 from ..segment import prompts_at_once
 
@@ -98,11 +98,12 @@ def segment_boxes(segmenter: BoxSegmenter, image: ByteArray, boxes: FloatArray) 
     """Ask for any number of boxes of one image, as many in one call as memory allows.
 
     Raises:
-        InputError: the segmenter returned another number of masks or another size.
+        InputError: a box outside the image, or masks of another number or size than asked for.
     """
     size = (image.shape[0], image.shape[1])
     step = prompts_at_once(size)
-    parts = [segmenter(image, boxes[i : i + step]) for i in range(0, len(boxes), step)]
+    chunks = [boxes[i : i + step] for i in range(0, len(boxes), step)]
+    parts = [segmenter(image, check_boxes(chunk, size)) for chunk in chunks]
     masks = np.concatenate([part.masks for part in parts])
     if masks.shape != (len(boxes), 1, *size):
         raise InputError(

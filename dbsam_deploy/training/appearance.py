@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from scipy import ndimage
 
 from ..imaging import FloatArray
-from .fields import fractal_noise, ramps, smooth_noise, stripes
+from .fields import fractal_noise, ramps, require_scipy, smooth_noise, stripes
 from .shapes import Scene
 
 Colour = tuple[float, float, float]
@@ -88,7 +87,7 @@ def paint(rng: np.random.Generator, scene: Scene, style: str) -> FloatArray:
     sigma = rng.uniform(0.3, 1.8) if rng.random() < 0.8 else 0.0
     if sigma > 0:  # partial volume: a pixel sees its neighbours too
         for plane in planes:
-            ndimage.gaussian_filter(plane, sigma, output=plane, truncate=2.5)
+            require_scipy().ndimage.gaussian_filter(plane, sigma, output=plane, truncate=2.5)
     planes += _direction(rng, len(planes))[:, None, None] * _texture(rng, scene)
     if rng.random() < (0.7 if style == "mucosa" else 0.12):
         planes += np.float32(rng.uniform(0.05, 0.3)) * _relief(rng, scene)
@@ -181,6 +180,7 @@ def _rims(rng: np.random.Generator, scene: Scene, planes: FloatArray) -> None:
 
 def _relief(rng: np.random.Generator, scene: Scene) -> FloatArray:
     """Light from one side on objects that bulge, (H, W) float32 of about -1 … 1."""
+    ndimage = require_scipy().ndimage
     height, width = scene.regions.shape
     coarse = (scene.labels[::4, ::4] > 0).astype(np.float32)
     coarse = ndimage.gaussian_filter(coarse, rng.uniform(1.5, 6), truncate=2.5)

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from ..cli import HelpFormatter, Parser, run
-from ..errors import InputError
+from ..errors import EngineError, InputError
 from ..imaging import ByteArray
 from ..scans import require_nibabel
 from ..volumes import to_uint8
@@ -231,9 +231,11 @@ def _spread(length: int, count: int) -> list[int]:
 
 def _dicom_frames(path: Path) -> npt.NDArray[Any]:
     """(N, H, W) rescaled values, or (N, H, W, 3) uint8 RGB."""
-    import pydicom
-    from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
-
+    try:
+        import pydicom
+        from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
+    except ImportError as error:
+        raise EngineError("DICOM needs pydicom: pip install 'dbsam-deploy[dicom]'") from error
     dataset = pydicom.dcmread(path)
     values = pixel_array(dataset)  # YBR becomes RGB
     if dataset.PhotometricInterpretation == "PALETTE COLOR":
@@ -271,7 +273,7 @@ def collect(folder: Path) -> int:
 
     Raises:
         InputError: see `fetch`.
-        EngineError: nibabel is not installed.
+        EngineError: nibabel or pydicom is not installed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lines = []

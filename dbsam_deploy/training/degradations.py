@@ -9,10 +9,9 @@ import io
 
 import numpy as np
 from PIL import Image, ImageDraw
-from scipy import fft, ndimage
 
 from ..imaging import ByteArray, FloatArray
-from .fields import ramps, smooth_noise
+from .fields import ramps, require_scipy, smooth_noise
 
 GREY_STYLE_NOISES = ("white", "coarse", "rician", "poisson", "speckle")
 COLOUR_NOISES = ("white", "coarse", "poisson")
@@ -99,6 +98,7 @@ def _noise(rng: np.random.Generator, planes: FloatArray) -> None:
 
 def _ultrasound(rng: np.random.Generator, planes: FloatArray) -> None:
     """Speckle stretched across the beam, shadows along it, and often a fan-shaped view."""
+    ndimage = require_scipy().ndimage
     shape = planes.shape[1:]
     grain = rng.standard_normal(shape, dtype=np.float32)
     ndimage.uniform_filter1d(grain, int(rng.integers(2, 6)), axis=1, output=grain)
@@ -118,6 +118,7 @@ def _ultrasound(rng: np.random.Generator, planes: FloatArray) -> None:
 
 def _ringing(rng: np.random.Generator, planes: FloatArray) -> None:
     """Cut the high frequencies off (Gibbs), as a small acquisition matrix does."""
+    fft = require_scipy().fft
     height, width = planes.shape[1:]
     keep = rng.uniform(0.3, 0.7)
     for plane in planes:

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import EngineError
 from ..imaging import FloatArray
 
 IntMap = npt.NDArray[np.int32]
+
+
+def require_scipy() -> Any:
+    """scipy, or an `EngineError` with the line that installs it."""
+    try:
+        import scipy
+    except ImportError as error:
+        raise EngineError("training needs SciPy: pip install 'dbsam-deploy[train]'") from error
+    return scipy
 
 
 def spline_basis(size: int, cells: int) -> FloatArray:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage
 
 from ..errors import InputError
 from ..imaging import FloatArray
+from .fields import require_scipy
 from .samples import LabelMap, Sample, objects_in
 
 PAPER_FRAME, CODED_FRAME = 1024, 256
@@ -94,6 +94,7 @@ def _varied(
 
 
 def _one_piece(mask: npt.NDArray[np.bool_], rng: np.random.Generator) -> npt.NDArray[np.bool_]:
+    ndimage = require_scipy().ndimage
     pieces, number = ndimage.label(mask, np.ones((3, 3)))
     alone = []
     for piece, place in enumerate(ndimage.find_objects(pieces), start=1):

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
-from scipy import ndimage
 
 from ..imaging import FloatArray
-from .fields import IntMap, fractal_noise, ramps, smooth_noise, warp
+from .fields import IntMap, fractal_noise, ramps, require_scipy, smooth_noise, warp
 
 Point = tuple[float, float]
 
@@ -196,7 +195,7 @@ def blobs(rng: np.random.Generator, canvas: Canvas) -> None:
     """Connected pieces of thresholded noise."""
     for _ in range(int(rng.integers(1, 4))):
         noise = fractal_noise(rng, canvas.shape, cells=rng.uniform(2, 9), octaves=3, decay=0.4)
-        pieces, count = ndimage.label(noise > rng.uniform(0.6, 1.6))
+        pieces, count = require_scipy().ndimage.label(noise > rng.uniform(0.6, 1.6))
         sizes = np.bincount(pieces.ravel(), minlength=count + 1)
         pixels = canvas.pixels()
         numbers = np.zeros(count + 1, np.int32)
@@ -257,14 +256,15 @@ def tube(
     rng: np.random.Generator, canvas: Canvas, start: Point, length: float, width: float
 ) -> FloatArray:
     """Contour of a curved strip whose width tapers, (n, 2) float32 x, y."""
+    blurred = require_scipy().ndimage.gaussian_filter1d
     steps = int(np.clip(length / 4, 8, 80))
     bend = np.cumsum(rng.standard_normal(steps)) * rng.uniform(0.02, 0.25)
-    heading = rng.uniform(0, 2 * np.pi) + ndimage.gaussian_filter1d(bend, 2)
+    heading = rng.uniform(0, 2 * np.pi) + blurred(bend, 2)
     centre = np.stack([np.cos(heading), np.sin(heading)], axis=1).cumsum(0) * (length / steps)
     centre += np.array(start)
     normal = np.stack([-np.sin(heading), np.cos(heading)], axis=1)
     half = width / 2 * np.linspace(1, rng.uniform(0.3, 1), steps)
-    half = half * (1 + 0.15 * ndimage.gaussian_filter1d(rng.standard_normal(steps), 2))
+    half = half * (1 + 0.15 * blurred(rng.standard_normal(steps), 2))
     left, right = centre + normal * half[:, None], centre - normal * half[:, None]
     return np.concatenate([left, right[::-1]]).astype(np.float32)
 

@@ -22,6 +22,8 @@ _ATTEMPTS = 20
 class Synthetic:
     """A source of `count` synthetic images; the same seed and index give the same bytes.
 
+    Between machines with another BLAS or JPEG library single grey values may differ by 1.
+
     Attributes:
         seed: another seed gives other images.
         count: how many there are; each is made when it is asked for.
