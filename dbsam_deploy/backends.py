@@ -108,7 +108,7 @@ def _pytorch_engine(args: argparse.Namespace) -> Engine:
 
     loaded = load_model(**{name: getattr(args, name) for name in PYTORCH_OPTIONS})
     session = PytorchSession(loaded.model, device=args.device)
-    return Engine(session, loaded.preprocessing, loaded.weights, args.variant or "PyTorch")
+    return Engine(session, loaded.preprocessing, loaded.weights, loaded.model.config.name)
 
 
 def _onnxruntime_engine(args: argparse.Namespace) -> Engine:

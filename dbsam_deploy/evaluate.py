@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ from .evaluation.plots import check_libraries
 from .evaluation.published import compare
 from .evaluation.segmenters import BoxSegmenter, PredictorSegmenter, remote_segmenter
 from .evaluation.tables import print_result
+from .imaging import Preprocessing
 from .predictor import Predictor
 from .repository import load_repository
 from .serve import DEFAULT_REPOSITORY
@@ -108,6 +110,14 @@ def _parser() -> argparse.ArgumentParser:
         "--nsd-mm", action="store_true", help="medsam: NSD within 1 mm where a file has a spacing"
     )
     add_model_options(parser, BACKENDS)
+    _add_server_options(parser)
+    parser.add_argument(
+        "--output", type=Path, help="folder for evaluation.html, evaluation.json and CSV tables"
+    )
+    return parser
+
+
+def _add_server_options(parser: argparse.ArgumentParser) -> None:
     server = parser.add_argument_group("server (triton)")
     server.add_argument("--url", help="host:port of a running server, gRPC")
     server.add_argument(
@@ -121,10 +131,6 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help=f"that server's virtual environment (default: {DEFAULT_FOLDER})",
     )
-    parser.add_argument(
-        "--output", type=Path, help="folder for evaluation.html, evaluation.json and CSV tables"
-    )
-    return parser
 
 
 @dataclass(frozen=True)
@@ -172,16 +178,20 @@ def open_model(args: argparse.Namespace, protocol: Protocol) -> Iterator[Model]:
         yield model
 
 
+def _about(name: str, backend: str, how: Preprocessing, weights: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "backend": backend,
+        "preprocessing": f"{how.mode} at {how.image_size} pixels",
+        "weights": weights.get("source"),
+        "weights sha256": weights.get("sha256"),
+        "trained": weights.get("trained"),
+    }
+
+
 def _local_model(engine: Engine) -> Model:
     how = engine.preprocessing
-    about = {
-        "name": engine.name,
-        "backend": engine.session.backend,
-        "preprocessing": f"{how.mode} at {how.image_size} pixels",
-        "weights": engine.weights.get("source"),
-        "weights sha256": engine.weights.get("sha256"),
-        "trained": engine.weights.get("trained"),
-    }
+    about = _about(engine.name, engine.session.backend, how, engine.weights)
     return Model(PredictorSegmenter(Predictor(engine.session, how)), about, engine.warning)
 
 
@@ -190,14 +200,8 @@ def _started(args: argparse.Namespace, protocol: Protocol) -> Iterator[Model]:
     repository = load_repository(args.repository or DEFAULT_REPOSITORY)
     how = repository.preprocessing
     environment = find_environment(args.server_env or DEFAULT_FOLDER, medsam=how.mode == "medsam")
-    about = {
-        "name": f"{repository.variant} {repository.precision}",
-        "backend": "triton",
-        "preprocessing": f"{how.mode} at {how.image_size} pixels",
-        "weights": repository.weights.get("source"),
-        "weights sha256": repository.weights.get("sha256"),
-        "trained": repository.weights.get("trained"),
-    }
+    name = f"{repository.variant} {repository.precision}"
+    about = _about(name, "triton", how, repository.weights)
     log = repository.folder.absolute().parent / "triton-server.log"
     with (
         TritonServer(repository.folder, environment, log=log, ports=Ports(0, 0, 0)) as server,
@@ -230,6 +234,14 @@ def _check_files(files: list[CaseFile]) -> None:
             progress(done, case.name)
 
 
+def _check_output(folder: Path) -> None:
+    """Refuse before a long run what would fail after it; nothing is made yet."""
+    check_libraries()
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InputError(f"{folder} cannot be written: {existing} is no folder that can be written")
+
+
 def _protocol(args: argparse.Namespace) -> Protocol:
     growth = None if args.box_growth_px is None else BoxGrowth(*args.box_growth_px)
     return build_protocol(args.protocol, growth=growth, millimetres=args.nsd_mm, seed=args.seed)
@@ -245,14 +257,14 @@ def main(argv: list[str] | None = None) -> int:
     for library in ("monai.metrics", "scipy.stats"):
         load_library(library)
     if args.output is not None:
-        check_libraries()
-    _check_files(files)
+        _check_output(args.output)
     console = Console()
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     with open_model(args, protocol) as model:
+        _check_files(files)
         say(f"data: {args.data}, {len(files)} files, protocol {protocol.name}")
         say("model: " + ", ".join(str(v) for v in list(model.about.values())[:3]))
         if model.warning:

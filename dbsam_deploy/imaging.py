@@ -200,8 +200,7 @@ def _unit_range(pixels: ByteArray) -> FloatArray:
 def area_resize(image: ByteArray, size: tuple[int, int]) -> ByteArray:
     """Resize by area: each pixel of the result is the mean of the part of the image it covers.
 
-    OpenCV's INTER_AREA in both directions (what it calls linear when it enlarges has the same
-    weights); rounding of ties may differ by one.
+    OpenCV's INTER_AREA; where it enlarges, OpenCV's rounded weights may differ by one grey value.
 
     Args:
         image: (H, W, C) uint8.
@@ -209,7 +208,9 @@ def area_resize(image: ByteArray, size: tuple[int, int]) -> ByteArray:
     """
     rows = _area_rows(image, size[0])
     resized = _area_rows(rows.transpose(1, 0, 2), size[1]).transpose(1, 0, 2)
-    return np.rint(resized).astype(np.uint8)
+    # OpenCV rounds ties up where it halves an image, and to even elsewhere.
+    halved = image.shape[:2] == (2 * size[0], 2 * size[1])
+    return (np.floor(resized + 0.5) if halved else np.rint(resized)).astype(np.uint8)
 
 
 def _area_rows(x: npt.NDArray[Any], count: int) -> npt.NDArray[np.float64]:

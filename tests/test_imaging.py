@@ -10,6 +10,7 @@ from dbsam_deploy.contract import MAX_IMAGE_PIXELS, MAX_POINTS, MAX_PROMPTS
 from dbsam_deploy.errors import InputError
 from dbsam_deploy.imaging import (
     Preprocessing,
+    area_resize,
     check_boxes,
     check_image,
     check_points,
@@ -124,6 +125,105 @@ def test_medsam_preprocess_of_a_constant_image_is_zero() -> None:
     pytest.importorskip("skimage")
     image = np.full((20, 30, 3), 77, np.uint8)
     assert (preprocess(image, Preprocessing(64, "medsam")) == 0).all()
+
+
+def area_mean(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Exact area resize: every pixel repeated, then means of equal groups, in one axis each."""
+    x = image.astype(np.float64)
+    for axis, count in ((0, height), (1, width)):
+        x = np.moveaxis(x, axis, 0)
+        x = np.repeat(x, count, 0).reshape(count, len(x), *x.shape[1:]).mean(1)
+        x = np.moveaxis(x, 0, axis)
+    return x
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}x{s[1]}")
+def test_area_resize_is_the_mean_over_each_pixels_area(
+    rng: np.random.Generator, size: tuple[int, int]
+) -> None:
+    image = random_image(rng, *size)
+    target = longest_side_size(*size, 64)
+    got = area_resize(image, target)
+    assert got.dtype == np.uint8
+    # Half a grey value from rounding.
+    np.testing.assert_allclose(got, area_mean(image, *target), rtol=0, atol=0.5 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("size", "target", "channel", "expected"),
+    [
+        (
+            (5, 7),
+            (3, 4),
+            0,
+            [[51, 168, 139, 110], [66, 183, 154, 124], [80, 109, 168, 139]],
+        ),
+        (  # halved: ties go up
+            (6, 8),
+            (3, 4),
+            2,
+            [[124, 114, 104, 94], [108, 162, 152, 142], [92, 146, 136, 126]],
+        ),
+    ],
+)
+def test_area_resize_equals_opencv(
+    size: tuple[int, int], target: tuple[int, int], channel: int, expected: list[list[int]]
+) -> None:
+    """Recorded from `cv2.resize(..., interpolation=cv2.INTER_AREA)`, OpenCV 5.0.0."""
+    step = {(5, 7): 37, (6, 8): 41}[size]
+    image = (np.arange(size[0] * size[1] * 3).reshape(*size, 3) * step % 256).astype(np.uint8)
+    assert area_resize(image, target)[..., channel].tolist() == expected
+
+
+def test_area_resize_rounds_ties_as_opencv() -> None:
+    halved = np.zeros((2, 4, 1), np.uint8)
+    halved[0, 0] = halved[0, 2] = 2  # means 0.5 and 0.5, then 2.5
+    halved[:, 2:] += 2
+    assert area_resize(halved, (1, 2))[..., 0].tolist() == [[1, 3]]
+    quartered = np.zeros((4, 8, 1), np.uint8)
+    quartered[0, 0] = quartered[0, 4] = 8
+    quartered[:, 4:] += 1  # means 0.5 and 1.5
+    assert area_resize(quartered, (1, 2))[..., 0].tolist() == [[0, 2]]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}x{s[1]}")
+def test_lite_medsam_preprocess_is_zero_to_one_and_padded(
+    rng: np.random.Generator, size: tuple[int, int]
+) -> None:
+    image = rng.integers(20, 180, (*size, 3), dtype=np.uint8)
+    how = Preprocessing(64, "lite_medsam", embedding_stride=4)
+    height, width = longest_side_size(*size, 64)
+    resized = area_resize(image, (height, width)).astype(np.float64)
+    expected = (resized - resized.min()) / (resized.max() - resized.min())
+    got = preprocess(image, how)
+    assert got.shape == (1, 3, 64, 64)
+    assert got.dtype == np.float32
+    content = got[0, :, :height, :width].transpose(1, 2, 0)
+    np.testing.assert_allclose(content, expected, rtol=0, atol=1e-6)
+    assert (got[0, :, height:] == 0).all()
+    assert (got[0, :, :, width:] == 0).all()
+
+
+def test_lite_medsam_preprocess_of_a_constant_image_is_zero() -> None:
+    how = Preprocessing(64, "lite_medsam", embedding_stride=4)
+    assert (preprocess(np.full((20, 30, 3), 77, np.uint8), how) == 0).all()
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}x{s[1]}")
+def test_lite_medsam_upscaling_crops_the_padding_and_interpolates_once(
+    rng: np.random.Generator, size: tuple[int, int]
+) -> None:
+    """LiteMedSAM's `postprocess_masks`: its mask grid is as fine as the model frame."""
+    low = (rng.standard_normal((64, 64)) * 8).astype(np.float32)
+    how = Preprocessing(64, "lite_medsam", embedding_stride=4)
+    height, width = longest_side_size(*size, 64)
+    cropped = torch.from_numpy(low[:height, :width]).double()[None, None]
+    expected = F.interpolate(cropped, size, mode="bilinear", align_corners=False)[0, 0].numpy()
+    got = upscale_logits(low, size, how)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=5e-5)
+    masks = postprocess(low[None], size, how)
+    clear = np.abs(expected) > 1e-3
+    np.testing.assert_array_equal(masks[0][clear], (expected > 0)[clear])
 
 
 def test_postprocess_keeps_every_leading_axis(rng: np.random.Generator) -> None:

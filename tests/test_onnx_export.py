@@ -65,8 +65,8 @@ def test_values_equal_the_graph_at_other_batches_than_traced(exported, model, na
         check_close(found, want.numpy(), DTYPES[precision], spec.name)
 
 
-@pytest.mark.parametrize("variant", ["db_sam_4level", "db_sam_plus"])
-def test_wide_variants_export_in_half_precision(variant, tmp_path):
+@pytest.mark.parametrize("variant", ["db_sam_4level", "db_sam_plus", "lite_medsam"])
+def test_other_variants_export_in_half_precision(variant, tmp_path):
     wide = small_model(variant, SIZE)
     path = export_graph(wide, "encoder", load_recipe("fp16"), tmp_path).path
     feed = feed_of("encoder", 2, 1)

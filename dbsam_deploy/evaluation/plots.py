@@ -44,7 +44,8 @@ def task_plot(result: EvaluationResult) -> str:
         for axis, name in zip(axes, names, strict=True):
             _draw_tasks(axis, tasks, name)
         axes[0].set_yticks(range(len(tasks)), [task.task for task in tasks])
-        axes[0].legend(loc="lower left", frameon=False)
+        above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2}
+        axes[0].legend(frameon=False, **above)
         stream = io.StringIO()
         figure.savefig(stream, format="svg", metadata={"Date": None})
     text = stream.getvalue()

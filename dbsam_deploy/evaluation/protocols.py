@@ -4,8 +4,8 @@ objects     One object is a label on a slice (an instance, in microscopy); promp
             the image frame, whatever its size. The box encloses the object's pixels, each side
             grown by 0–20 px at 1024 scale; objects under 16 px are skipped; logits are enlarged to
             the image and cut at 0. Dice per object; a case is a file, and its score and its task's
-            are means over objects. NSD in 2D, within 2 px. Its figures for LiteMedSAM are published
-            with that checkpoint's reference, so it is the default.
+            are means over objects. NSD in 2D, within 2 px. The reference figures of LiteMedSAM are
+            measured so, and it needs nothing of the data but masks, so it is the default.
 
 medsam      The paper's, which is MedSAM v0.1's: every slice is squeezed to 256×256 (images with
             order 3, labels with order 0; files that have that size are taken as they are), each

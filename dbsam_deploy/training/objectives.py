@@ -123,7 +123,7 @@ def mask_loss() -> DiceCELoss:
     return DiceCELoss(include_background=True, sigmoid=True, squared_pred=True)
 
 
-def freeze(model: DbSam, how: str) -> list[str]:
+def set_trained(model: DbSam, how: str) -> list[str]:
     """Set which parameters are trained.
 
     Args:

@@ -1,0 +1,90 @@
+"""LiteMedSAM's weights from end to end: published Dice figures, export, prediction."""
+
+import json
+
+import pytest
+from rich.console import Console
+
+from dbsam_deploy.cases import bundled_examples
+from dbsam_deploy.evaluation import (
+    EvaluationResult,
+    build_protocol,
+    evaluate,
+    find_cases,
+    read_cases,
+)
+from dbsam_deploy.export import Options, export
+from dbsam_deploy.predictor import Predictor
+from dbsam_deploy.sessions import OnnxRuntimeSession, PytorchSession
+from dbsam_deploy.weights import load_model
+
+TOLERANCE = 0.005
+
+
+@pytest.fixture(scope="module")
+def predictor(lite_medsam_file) -> Predictor:
+    loaded = load_model(checkpoint=lite_medsam_file)
+    return Predictor(PytorchSession(loaded.model), loaded.preprocessing)
+
+
+@pytest.fixture(scope="module")
+def reference(test_set) -> dict:
+    """Task → `objects`, `dice_fp32` and `dice_of_box_itself`."""
+    body = json.loads((test_set.parents[1] / "REFERENCE_DICE.json").read_text())
+    return {name.removeprefix("dev/"): figures for name, figures in body["tasks"].items()}
+
+
+def measure(predictor: Predictor, folder) -> EvaluationResult:
+    cases = read_cases(find_cases(folder))
+    return evaluate(predictor, cases, build_protocol("objects"), with_nsd=False, intervals=False)
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("task", ["CT_pelvis_coronal", "XRay_hip_femur"])
+def test_reference_figures_of_a_task(predictor, reference, test_set, task):
+    """Images that fill the model frame as they are, so that only the model and the boxes count."""
+    figures = measure(predictor, test_set / task).summary.objects
+    wanted = reference[task]
+    assert figures.count == wanted["objects"]
+    assert figures.score.box_dsc == pytest.approx(wanted["dice_of_box_itself"], abs=1e-4)
+    assert figures.score.dsc == pytest.approx(wanted["dice_fp32"], abs=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_reference_figures_of_all_tasks(predictor, reference, test_set):
+    result = measure(predictor, test_set)
+    found = {task.task: task for task in result.tasks}
+    assert set(found) == set(reference)
+    objects = sum(figures["objects"] for figures in reference.values())
+    assert result.summary.objects.count == objects == 512
+    for name, figures in reference.items():
+        score = found[name].mean.score
+        assert score.box_dsc == pytest.approx(figures["dice_of_box_itself"], abs=1e-4), name
+        assert score.dsc == pytest.approx(figures["dice_fp32"], abs=TOLERANCE), name
+    mean = sum(f["objects"] * f["dice_fp32"] for f in reference.values()) / objects
+    assert result.summary.objects.score.dsc == pytest.approx(mean, abs=TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_export_passes_its_gate_and_predicts_the_same_masks(
+    predictor, lite_medsam_file, precision, tmp_path
+):
+    options = Options(precision, checkpoint=lite_medsam_file, output=tmp_path)
+    published = export(options, Console(quiet=True))
+    assert published.artefact.variant == "lite_medsam"
+    assert published.artefact.weights["trained"]
+    assert published.figures.dice > 0.7
+    assert published.figures.empty_masks == 0
+    deployed = Predictor(OnnxRuntimeSession(published.artefact), published.artefact.preprocessing)
+    (heart,) = sorted(bundled_examples().glob("*cardiac*.npz"))[:1]
+    cases = list(read_cases(find_cases(heart)))
+    scores = [
+        evaluate(
+            model, cases, build_protocol("objects"), with_nsd=False, intervals=False, max_slices=2
+        ).mean_dsc
+        for model in (predictor, deployed)
+    ]
+    assert scores[0] == pytest.approx(scores[1], abs=0.002)
+    assert scores[0] > 0.7
