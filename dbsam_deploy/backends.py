@@ -65,7 +65,7 @@ def add_model_options(
     )
     model.add_argument(
         "--variant",
-        help="model variant (pytorch): db_sam_tiny, db_sam, sam_vit_b, medsam_vit_b, ...",
+        help="model variant (pytorch): db_sam_tiny, db_sam, sam_vit_b, lite_medsam, ...",
     )
     model.add_argument("--checkpoint", type=Path, help="weights file (pytorch)")
     model.add_argument("--image-size", type=int, help="side of the model frame (pytorch)")
@@ -76,7 +76,8 @@ def add_model_options(
         "--preprocess",
         choices=MODES,
         help="override the model's own preprocessing: sam keeps the aspect and z-scores, medsam "
-        "(MedSAM 1.0) squeezes to a square and scales to 0-1",
+        "(MedSAM 1.0) squeezes to a square and scales to 0-1, lite_medsam keeps the aspect and "
+        "scales to 0-1",
     )
     return model
 

@@ -268,7 +268,9 @@ def _parser() -> Parser:
     )
     parser.add_argument("--checkpoint", type=Path, help="weights: .pth or .safetensors")
     parser.add_argument(
-        "--image-size", type=int, help="side of the model frame; by default the variant's, 1024"
+        "--image-size",
+        type=int,
+        help="side of the model frame; by default the variant's: 1024, or 256 for lite_medsam",
     )
     parser.add_argument(
         "--decoder-weights",

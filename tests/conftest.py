@@ -63,12 +63,11 @@ class _Graph:
         onnx.save(model, path)
 
 
-def _encoder(spec: GraphSpec, path: Path, rng: np.random.Generator) -> None:
+def _encoder(spec: GraphSpec, path: Path, rng: np.random.Generator, size: Geometry) -> None:
     graph = _Graph(spec)
-    weight = (rng.standard_normal((256, 3, 16, 16)) * 0.05).astype(np.float32)
-    patches = graph(
-        "Conv", "image", graph.constant(weight), kernel_shape=[16, 16], strides=[16, 16]
-    )
+    patch = [size.embedding_stride] * 2
+    weight = (rng.standard_normal((256, 3, *patch)) * 0.8 / patch[0]).astype(np.float32)
+    patches = graph("Conv", "image", graph.constant(weight), kernel_shape=patch, strides=patch)
     graph("Tanh", patches, output="image_embeddings")
     graph.save(path)
 
@@ -81,19 +80,20 @@ def _image_term(graph: _Graph, rng: np.random.Generator) -> str:
     return graph.axes("Unsqueeze", graph("Resize", small, "", scales, mode="linear"), 1)
 
 
-def _grid(graph: _Graph, image_size: int) -> tuple[str, str]:
+def _grid(graph: _Graph, size: Geometry) -> tuple[str, str]:
     """x and y of the mask grid's cells in the model frame, (1, 1, 1, 1, 4G) and (…, 4G, 1)."""
-    centres = (np.arange(Geometry(image_size).mask_side, dtype=np.float32) + 0.5) * 4
+    cell = np.float32(size.image_size / size.mask_side)
+    centres = (np.arange(size.mask_side, dtype=np.float32) + np.float32(0.5)) * cell
     return (
         graph.constant(centres.reshape(1, 1, 1, 1, -1)),
         graph.constant(centres.reshape(1, 1, 1, -1, 1)),
     )
 
 
-def _decoder(spec: GraphSpec, path: Path, rng: np.random.Generator, image_size: int) -> None:
+def _decoder(spec: GraphSpec, path: Path, rng: np.random.Generator, size: Geometry) -> None:
     """Logits: distance to the box's nearest side, bent by the image."""
     graph = _Graph(spec)
-    x, y = _grid(graph, image_size)
+    x, y = _grid(graph, size)
     sides = []
     for index, axis in enumerate((x, y, x, y)):
         number = graph.constant(np.array([index], np.int64))
@@ -107,17 +107,17 @@ def _decoder(spec: GraphSpec, path: Path, rng: np.random.Generator, image_size: 
     graph.save(path)
 
 
-def _prompt_decoder(spec: GraphSpec, path: Path, rng: np.random.Generator, image_size: int) -> None:
+def _prompt_decoder(spec: GraphSpec, path: Path, rng: np.random.Generator, size: Geometry) -> None:
     """Logits: a hill or a hollow at each point by its label, the image, and the earlier mask."""
     graph = _Graph(spec)
-    x, y = _grid(graph, image_size)
+    x, y = _grid(graph, size)
     squares = []
     for index, axis in enumerate((x, y)):
         number = graph.constant(np.array([index], np.int64))
         at = graph.axes("Unsqueeze", graph("Gather", "point_coords", number, axis=3), 4)
         distance = graph("Sub", axis, at)
         squares.append(graph("Mul", distance, distance))
-    spread = graph("Div", graph("Add", *squares), graph.constant(np.float32(image_size)))
+    spread = graph("Div", graph("Add", *squares), graph.constant(np.float32(size.image_size)))
     heights = graph.constant(np.array([0, -4, 4, 2, 2], np.float32))  # labels -1, 0, 1, 2, 3
     label = graph("Add", "point_labels", graph.constant(np.int32(1)))
     height = graph.axes("Unsqueeze", graph("Gather", heights, label), 3, 4)
@@ -133,21 +133,22 @@ def _prompt_decoder(spec: GraphSpec, path: Path, rng: np.random.Generator, image
 
 
 def make_tiny_artefact(
-    folder: Path, image_size: int = TINY_SIZE, mode: str = "sam", seed: int = 0
+    folder: Path, image_size: int = TINY_SIZE, mode: str = "sam", seed: int = 0, stride: int = 16
 ) -> Artefact:
     """Write an export of small graphs with random weights: masks follow both prompt and image."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
-    specs = graph_specs(Geometry(image_size))
+    how = Preprocessing(image_size, mode, embedding_stride=stride)
+    specs = graph_specs(how)
     paths = {name: folder / f"{name}.onnx" for name in specs}
-    _encoder(specs["encoder"], paths["encoder"], rng)
-    _decoder(specs["decoder"], paths["decoder"], rng, image_size)
-    _prompt_decoder(specs["prompt_decoder"], paths["prompt_decoder"], rng, image_size)
+    _encoder(specs["encoder"], paths["encoder"], rng, how)
+    _decoder(specs["decoder"], paths["decoder"], rng, how)
+    _prompt_decoder(specs["prompt_decoder"], paths["prompt_decoder"], rng, how)
     artefact = Artefact(
         folder=folder,
         variant="tiny_test",
         precision="fp32",
-        preprocessing=Preprocessing(image_size, mode),
+        preprocessing=how,
         graphs={name: graph_file(path, folder) for name, path in paths.items()},
         weights={"source": "random", "sha256": None, "trained": False, "note": "test graphs"},
     )

@@ -168,11 +168,11 @@ def bad_files(data: Path) -> None:
 MISTAKES = {
     "no folder": ("--data {root}/missing", "no such folder"),
     "no files": ("--data {root}/nothing", "no .npz files"),
-    "empty mask": ("--data {root}/empty", "task/empty.npz: gts is 0 everywhere"),
-    "no gts": ("--data {root}/nogts", "task/nogts.npz: no array `gts`"),
-    "pickled": ("--data {root}/pickled", "task/pickled.npz: gts holds pickled"),
-    "NaN image": ("--data {root}/nan", "task/nan.npz holds NaN"),
-    "sizes": ("--data {root}/size", "task/size.npz: gts uint8(40, 40)"),
+    "empty mask": ("--data {root}/empty {model}", "task/empty.npz: gts is 0 everywhere"),
+    "no gts": ("--data {root}/nogts {model}", "task/nogts.npz: no array `gts`"),
+    "pickled": ("--data {root}/pickled {model}", "task/pickled.npz: gts holds pickled"),
+    "NaN image": ("--data {root}/nan {model}", "task/nan.npz holds NaN"),
+    "sizes": ("--data {root}/size {model}", "task/size.npz: gts uint8(40, 40)"),
     "tensorrt": ("--data {data} --backend tensorrt", "builds no TensorRT engine"),
     "no export": ("--data {data} --artefact {root}/nothing", "python -m dbsam_deploy.export"),
     "protocol": ("--data {data} --protocol other", "invalid choice: 'other'"),
@@ -194,10 +194,17 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_ends_with_status_2_and_one_line(shell: Command, data: Path, name: str) -> None:
+def test_a_mistake_ends_with_status_2_and_one_line(
+    shell: Command, data: Path, tiny_artefact: Artefact, name: str
+) -> None:
     bad_files(data)
     words, message = MISTAKES[name]
-    status, _, err = shell.run(*words.format(root=data.parent, data=data).split())
+    places = {
+        "root": data.parent,
+        "data": data,
+        "model": f"--artefact {tiny_artefact.folder}",
+    }
+    status, _, err = shell.run(*words.format(**places).split())
     assert status == 2
     assert err.startswith("error: ")
     assert err.count("\n") == 1

@@ -107,6 +107,8 @@ def test_a_limit_changes_no_box_and_is_reported() -> None:
     assert list(boxes[3]) == [0, 4, 8]
     assert boxes[3].items() <= boxes[None].items()
     assert result.settings["max_slices"] == 3
+    one = evaluate(repeat_box, [labelled_case(labels)], PROTOCOL, max_slices=1, with_nsd=False)
+    assert [item.slice_index for item in one.objects] == [4]
     assert result.skipped[0].count == 6
     assert "limit of 3" in result.skipped[0].reason
 

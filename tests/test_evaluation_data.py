@@ -37,6 +37,12 @@ def test_tasks_are_folders(folder: Path) -> None:
     ]
 
 
+def test_one_file(folder: Path) -> None:
+    (found,) = find_cases(folder / "a" / "one.npz")
+    assert (found.task, found.name) == ("a", "one.npz")
+    assert read_case(found).file_name == "one.npz"
+
+
 @pytest.mark.parametrize("suffix", [".json", ".toml"])
 def test_a_subset_in_its_own_order(folder: Path, tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"split{suffix}"

@@ -18,6 +18,7 @@ from dbsam_deploy.prompts import check_mask_input, check_mask_pixels, check_toke
 from dbsam_deploy.sessions import OnnxRuntimeSession
 
 HOW = Preprocessing(128)
+FINE = Preprocessing(64, "lite_medsam", embedding_stride=4)
 SIZE = (60, 90)
 
 
@@ -36,16 +37,18 @@ POINTS = np.array([[[30, 20], [80, 50.5]], [[5, 5], [0, 0]]], np.float32)
 LABELS = np.array([[1, 0], [1, -1]], np.int32)
 
 
-def test_box_steps_around_the_graphs_equal_the_predictor(tiny_artefact, image):
-    session = OnnxRuntimeSession(tiny_artefact)
-    predictor = Predictor(session, HOW)
+@pytest.mark.parametrize("how", [HOW, FINE], ids=lambda how: how.mode)
+def test_box_steps_around_the_graphs_equal_the_predictor(make_artefact, tmp_path, image, how):
+    artefact = make_artefact(tmp_path, how.image_size, how.mode, stride=how.embedding_stride)
+    session = OnnxRuntimeSession(artefact)
+    predictor = Predictor(session, how)
     predictor.set_image(image)
     expected = predictor.predict_boxes(BOXES)
-    given = steps.preprocess_boxes({"raw_image": image, "boxes": BOXES}, HOW)
+    given = steps.preprocess_boxes({"raw_image": image, "boxes": BOXES}, how)
     embeddings = session.run("encoder", {"image": given["image"]})["image_embeddings"]
     feed = {"image_embeddings": embeddings, "boxes": given["model_boxes"]}
     decoded = session.run("decoder", feed)
-    answer = steps.postprocess_boxes({**decoded, "original_size": given["original_size"]}, HOW)
+    answer = steps.postprocess_boxes({**decoded, "original_size": given["original_size"]}, how)
     assert 0 < expected.masks.mean() < 1
     np.testing.assert_array_equal(answer["masks"], expected.masks[:, 0])
     np.testing.assert_array_equal(answer["iou_scores"], expected.iou_predictions[:, 0])
@@ -62,7 +65,8 @@ def test_box_steps_around_the_graphs_equal_the_predictor(tiny_artefact, image):
     ],
     ids=["boxes", "points", "both"],
 )
-def test_prompt_steps_give_the_graph_what_the_predictor_gives_it(image, rng, given):
+@pytest.mark.parametrize("how", [HOW, FINE], ids=lambda how: how.mode)
+def test_prompt_steps_give_the_graph_what_the_predictor_gives_it(image, rng, given, how):
     seen = []
 
     class Recorder:
@@ -72,13 +76,13 @@ def test_prompt_steps_give_the_graph_what_the_predictor_gives_it(image, rng, giv
             seen.append(feed)
             count = 2 if graph == "prompt_decoder" else 1
             return {
-                "image_embeddings": np.zeros((1, 256, 8, 8), np.float32),
-                "low_res_masks": np.zeros((1, count, 4, 32, 32), np.float32),
+                "image_embeddings": np.zeros((1, 256, how.grid, how.grid), np.float32),
+                "low_res_masks": np.zeros((1, count, 4, how.mask_side, how.mask_side), np.float32),
                 "iou_predictions": np.zeros((1, count, 4), np.float32),
             }
 
-    mask_input = rng.standard_normal((2, 32, 32)).astype(np.float32)
-    predictor = Predictor(Recorder(), HOW)
+    mask_input = rng.standard_normal((2, how.mask_side, how.mask_side)).astype(np.float32)
+    predictor = Predictor(Recorder(), how)
     predictor.set_image(image)
     predictor.predict_prompts(**given, mask_input=mask_input)
     coords, labels = join_prompts(SIZE, **given)
@@ -90,7 +94,7 @@ def test_prompt_steps_give_the_graph_what_the_predictor_gives_it(image, rng, giv
             "mask_input": mask_input,
             "has_mask_input": np.ones(2, np.float32),
         },
-        HOW,
+        how,
     )
     np.testing.assert_array_equal(made["image"], seen[0]["image"])
     for name in ("point_coords", "point_labels", "mask_input", "has_mask_input"):

@@ -200,11 +200,12 @@ def test_the_tensorrt_stand_in_serves_the_graph_and_says_what_that_proves(
 
 
 @pytest.mark.triton
-def test_medsam_mode_is_served_as_it_is_computed_locally(
-    make_artefact, server_environment, tmp_path
+@pytest.mark.parametrize(("mode", "stride"), [("medsam", 16), ("lite_medsam", 4)])
+def test_other_modes_are_served_as_they_are_computed_locally(
+    make_artefact, server_environment, tmp_path, mode, stride
 ):
-    environment = find_environment(server_environment.folder, medsam=True)
-    artefact = make_artefact(tmp_path / "a", 64, "medsam")
+    environment = find_environment(server_environment.folder, medsam=mode == "medsam")
+    artefact = make_artefact(tmp_path / "a", 64, mode, stride=stride)
     root = tmp_path / "r"
     build_repository(artefact, root)
     with TritonServer(root, environment, log=tmp_path / "log", ports=FREE) as server:

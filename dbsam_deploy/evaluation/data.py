@@ -70,7 +70,7 @@ def find_cases(
     """List the folder's npz files by name, or those that `subset` of a split lists, in its order.
 
     Args:
-        folder: searched with its sub-folders.
+        folder: searched with its sub-folders; or one npz file, whose task is its folder's name.
         split: JSON or TOML file, `train` and `validation` → list of paths relative to `folder`.
         subset: which of its lists.
 
@@ -78,6 +78,8 @@ def find_cases(
         InputError: no such folder, no npz in it, only one of `split` and `subset`, a split that
             cannot be read, or a file in it that is missing or in two lists.
     """
+    if folder.is_file() and folder.suffix == ".npz" and split is None and subset is None:
+        return [CaseFile(folder, folder.resolve().parent.name, folder.name)]
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; expected DIR/<task>/*.npz")
     if (split is None) != (subset is None):

@@ -71,7 +71,9 @@ class Run:
     progress: SliceProgress
 
     def choose(self, slices: Sequence[int]) -> list[int]:
-        """The slices to segment, spread evenly."""
+        """The slices to segment, spread evenly; a single one is the middle one."""
+        if self.max_slices == 1 and slices:
+            return [slices[len(slices) // 2]]
         return list(slices) if self.max_slices is None else evenly_spaced(slices, self.max_slices)
 
     def score(

@@ -27,7 +27,7 @@ class ConvBn(nn.Module):
         self.c = nn.Conv2d(
             in_dim, out_dim, kernel, stride, padding=kernel // 2, groups=groups, bias=False
         )
-        self.bn = nn.BatchNorm2d(out_dim)
+        self.bn: nn.Module = nn.BatchNorm2d(out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_dim, H, W) → (B, out_dim, H/stride, W/stride)."""
