@@ -241,11 +241,14 @@ def _with_options(
 def _accelerator(recipe: TrainingRecipe, options: Options) -> Accelerator:
     try:
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
         from accelerate.utils import DistributedDataParallelKwargs
     except ImportError as error:
         raise EngineError("training needs accelerate: pip install 'dbsam-deploy[train]'") from error
     if options.micro_batch < 1 or options.workers < 0:
         raise InputError("--micro-batch must be at least 1 and --workers at least 0")
+    # an earlier training in this process may have had another precision; the process group stays
+    AcceleratorState._reset_state()
     # mask tokens 1–3 and the prompt encoder's point labels take no part in a box's single mask
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     return Accelerator(

@@ -210,7 +210,7 @@ def test_learning_rate_rises_then_falls_to_zero() -> None:
     [
         (["--recipe", "none"], "expected one of"),
         (["--recipe", "db_sam"], "name them with --data"),
-        (["--recipe", "db_sam", "--data", "/nowhere"], "no such folder"),
+        (["--recipe", "db_sam", "--data", "/nowhere"], "no such file or folder"),
         (["--recipe", "db_sam", "--teacher", "lite_medsam"], "no [distill] table"),
         (["--recipe", "db_sam", "--micro-batch", "0"], "--micro-batch"),
     ],
