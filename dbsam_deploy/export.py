@@ -276,8 +276,8 @@ def _parser() -> Parser:
     parser.add_argument(
         "--decoder-weights",
         type=Path,
-        help="with a fresh encoder instead of --checkpoint: prompt encoder and mask decoder of this "
-        "file (lite_medsam.pth)",
+        help="with a fresh encoder instead of --checkpoint: this file's prompt encoder and mask "
+        "decoder (lite_medsam.pth)",
     )
     parser.add_argument(
         "--data", type=Path, help="folder of npz cases for the comparison; default: bundled"
