@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import shutil
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,15 @@ def _missing_triton() -> str:
     return "" if there else f"no {DEFAULT_FOLDER}/: python -m dbsam_deploy.serve --install"
 
 
+def _missing_rtx() -> str:
+    there = importlib.util.find_spec("tensorrt_rtx") is not None
+    return "" if there else "no tensorrt_rtx: pip install 'dbsam-deploy[test]'"
+
+
+def _missing_nvcc() -> str:
+    return "" if shutil.which("nvcc") else "no nvcc on the PATH: install the CUDA toolkit"
+
+
 def _missing_data() -> str:
     return "" if TEST_SET.is_dir() else f"no test set in {TEST_SET}"
 
@@ -60,9 +70,14 @@ MISSING: dict[str, Callable[[], str]] = {
     "gpu": _missing_gpu,
     "trt": _missing_trt,
     "triton": _missing_triton,
+    "rtx": _missing_rtx,
+    "nvcc": _missing_nvcc,
     "data": _missing_data,
 }
 """Marker → why its tests cannot run on this machine, or "" if they can."""
+
+FIXTURE_MARKERS = {"plugin_library": "nvcc", "rtx": "rtx", "server_environment": "triton"}
+"""Fixture → the marker that every test using it has."""
 
 
 @functools.cache
@@ -119,6 +134,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     others = [item for item in items if _is_benchmark(item) != config.getoption("benchmark")]
     config.hook.pytest_deselected(items=others)
     items[:] = chosen
+    for item in items:
+        for fixture, marker in FIXTURE_MARKERS.items():
+            if fixture in getattr(item, "fixturenames", ()):
+                item.add_marker(marker)
 
 
 def pytest_report_collectionfinish(config: pytest.Config) -> str:

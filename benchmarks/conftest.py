@@ -1,12 +1,14 @@
 """What the benchmarks share: db_sam_tiny at 256×256 as an fp32 export, its PyTorch model, an image.
 
-Everything runs on one thread: on a shared machine with few cores the share of time that a second
-thread gets is the largest source of noise (docs/adr/002-benchmark-ratios.md).
+Those of the kernels share a GPU's ceilings and the way to compare variants instead.
+
+On the CPU everything runs on one thread: on a shared machine with few cores the share of time that
+a second thread gets is the largest source of noise (docs/adr/002-benchmark-ratios.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +16,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from dbsam_deploy import gpu_benchmarking
 from dbsam_deploy.artefact import Artefact, graph_file, load_artefact, write_artefact
 from dbsam_deploy.imaging import preprocess
 from dbsam_deploy.onnx_export import export_graph
@@ -21,6 +24,7 @@ from dbsam_deploy.predictor import Predictor
 from dbsam_deploy.recipe import Gate, load_recipe
 from dbsam_deploy.resources import resource_dir
 from dbsam_deploy.sessions import OnnxRuntimeSession, PytorchSession
+from dbsam_deploy.testing import check_close
 from dbsam_deploy.weights import load_model
 
 VARIANT, PRECISION, IMAGE_SIZE, THREADS = "db_sam_tiny", "fp32", 256, 1
@@ -122,3 +126,67 @@ def check_masks(subject: Subject, reference_masks: npt.NDArray[np.uint8]):
 def _dice(ours: npt.NDArray[np.uint8], theirs: npt.NDArray[np.uint8]) -> float:
     total = int(ours.sum()) + int(theirs.sum())
     return 2 * int((ours & theirs).sum()) / total if total else 1.0
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a benchmark on the GPU measures with, and against."""
+
+    stopwatch: gpu_benchmarking.Stopwatch
+    ceilings: gpu_benchmarking.Ceilings
+    reference: Callable[[], object]
+    cache_bytes: int
+
+
+@pytest.fixture(scope="session")
+def gpu() -> Gpu:
+    stopwatch = gpu_benchmarking.CudaStopwatch()
+    return Gpu(
+        stopwatch,
+        gpu_benchmarking.measure_ceilings(stopwatch),
+        gpu_benchmarking.gpu_reference_workload(),
+        gpu_benchmarking.cache_bytes(),
+    )
+
+
+@pytest.fixture
+def compare_kernel(benchmark_ratio, gpu: Gpu):
+    """`compare_kernel(variants, draw, reference, work, facts)`: check all variants, time them.
+
+    `draw()` returns fresh random inputs; `variants["ours"]` is what the row is about; `reference`
+    gets the inputs in float32. Ours is held to the kernels' tolerance, unless `bound` names another
+    one; the peers round between their operators and are held to that of graphs.
+    """
+
+    def run(
+        variants, draw, reference, work: gpu_benchmarking.Work, facts, *, bound: str = ""
+    ) -> None:
+        torch.compiler.reset()  # else the variants of earlier benchmarks count as recompilations
+        count = gpu_benchmarking.sets_needed(work.bytes, gpu.cache_bytes)
+        with torch.inference_mode():
+            sets = [draw() for _ in range(count)]
+            graphs = {
+                name: gpu_benchmarking.Captured(function, sets)
+                for name, function in variants.items()
+            }
+        dtype = str(sets[0][0].dtype).removeprefix("torch.")
+
+        def check(_) -> dict[str, str | float]:
+            for name, graph in graphs.items():
+                for inputs, outputs in zip(sets, graph(), strict=True):
+                    with torch.inference_mode():
+                        expected = reference(*(tensor.float() for tensor in inputs))
+                    for found, truth in zip(
+                        outputs, gpu_benchmarking.as_tuple(expected), strict=True
+                    ):
+                        allowed = (bound or f"{dtype} kernel") if name == "ours" else dtype
+                        check_close(found.float().cpu().numpy(), truth.cpu().numpy(), allowed, name)
+            seconds = gpu_benchmarking.take_turns(graphs, gpu.stopwatch)
+            each = {name: time / count for name, time in seconds.items()}
+            row = gpu_benchmarking.row_facts(each, "ours", work, gpu.ceilings)
+            return {"dtype": dtype, **facts, **row}
+
+        ours = gpu_benchmarking.synchronized(graphs["ours"])
+        benchmark_ratio(ours, check, reference=gpu.reference)
+
+    return run

@@ -8,6 +8,7 @@
     ├── ExportError       a graph that cannot be written or is not valid      (exit status 1)
     ├── AccuracyError     an artefact that misses its gate                    (exit status 1)
     ├── EngineError       a runtime or engine that is missing or refuses      (exit status 2)
+    │   └── MissingError  a package or tool that one line installs
     └── ServingError      Triton: repository, server process, client request  (exit status 1)
 
 A message says what was found, what was expected and what to do. Command line entry points print it
@@ -55,6 +56,19 @@ class AccuracyError(DbsamError):
 
 class EngineError(DbsamError):
     """A runtime is missing, refuses the artefact, or its output is unusable."""
+
+
+class MissingError(EngineError):
+    """Something is not installed, or not in the build that is needed.
+
+    Args:
+        what: what was found and what is missing.
+        install: the command that installs it.
+    """
+
+    def __init__(self, what: str, install: str) -> None:
+        super().__init__(f"{what}: {install}")
+        self.what, self.install = what, install
 
 
 class ServingError(DbsamError):

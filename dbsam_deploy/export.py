@@ -1,4 +1,4 @@
-"""`python -m dbsam_deploy.export`: checkpoint → graphs → ONNX → parity gate → Triton repository.
+"""`python -m dbsam_deploy.export`: checkpoint → graphs → ONNX → fusions → gate → repository.
 
 The composition root: the only module that knows the order of the stages.
 """
@@ -10,7 +10,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -24,10 +24,14 @@ from .artefact import (
     sha256_of,
     write_artefact,
 )
-from .cases import bundled_examples, load_cases
+from .cases import Case, bundled_examples, load_cases
 from .cli import HelpFormatter, Parser, run
 from .contract import graph_specs
+from .engine_build import CHOICES, Request, build_engines, choose_engines, parse_targets
+from .engine_parity import unverified_here, verify_engines
+from .engines.manifest import EngineRecord
 from .errors import InputError
+from .fusions import fuse_file
 from .hardware import installed_versions
 from .onnx_export import export_graph
 from .recipe import Recipe, available_precisions, load_recipe
@@ -51,6 +55,8 @@ examples:
     python -m dbsam_deploy.export --precision fp16
   Meta's or MedSAM's ViT-B checkpoint
     python -m dbsam_deploy.export --precision fp32 --checkpoint medsam_vit_b.pth
+  with TensorRT-RTX engines for GPUs that are elsewhere; this machine needs none
+    python -m dbsam_deploy.export --precision fp16 --engine tensorrt-rtx --target sm_86,sm_120
   a DB-SAM you trained, compared on your own images (npz with imgs and gts)
     python -m dbsam_deploy.export --precision fp16 --checkpoint db_sam.pth --data cases/
 """
@@ -68,6 +74,8 @@ class Options:
         decoder_weights: prompt encoder and mask decoder for a fresh encoder, without a checkpoint.
         data: folder of npz cases for the parity gate, None for the bundled examples.
         output: folder for everything that is written.
+        engine: engines to build from the graphs, see `engine_build.CHOICES`.
+        targets: GPUs to build them for, where the builder is told.
     """
 
     precision: str
@@ -77,15 +85,27 @@ class Options:
     decoder_weights: Path | None = None
     data: Path | None = None
     output: Path = Path("build")
+    engine: str = "auto"
+    targets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Published:
-    """Result of an export: the artefact, its figures, and the repository that serves it."""
+    """Result of an export.
+
+    Attributes:
+        artefact: the published graphs.
+        figures: their comparison with PyTorch.
+        repository: what serves them, or the engines where those were verified.
+        engines: graph → plan that was built from it.
+        engine_note: what was not built and how to build it.
+    """
 
     artefact: Artefact
     figures: Figures
     repository: Repository
+    engines: dict[str, EngineRecord] = field(default_factory=dict)
+    engine_note: str = ""
 
 
 class _Steps:
@@ -122,9 +142,12 @@ def export(options: Options, console: Console | None = None) -> Published:
     Raises:
         InputError, CheckpointError: a user's mistake.
         ExportError, AccuracyError: a stage failed; an earlier publication is left as it was.
+        EngineError: engines that were asked for cannot be built.
     """
     console = console or Console(stderr=True)
     recipe = load_recipe(options.precision)
+    folder = options.output / options.precision
+    choice = choose_engines(options.engine, options.targets, folder)
     cases = load_cases(options.data or bundled_examples(), recipe.parity)
     loaded = load_model(
         variant=options.variant,
@@ -133,30 +156,73 @@ def export(options: Options, console: Console | None = None) -> Published:
         decoder_weights=options.decoder_weights,
     )
     console.print(f"weights: {loaded.weights['note']}", highlight=False, soft_wrap=True)
-    folder = options.output / options.precision
-    graphs = list(graph_specs(loaded.preprocessing))
     key = _export_key(loaded, recipe)
     parity_key = _hash(key, *(c.name + _hash(c.image.tobytes(), c.boxes.tobytes()) for c in cases))
     artefact = _published(folder, parity_key)
     if artefact is None:
-        with _Steps(console, len(graphs) + len(cases) + 1) as step:
-            work = _export_stage(loaded, recipe, graphs, key, options.output, step)
-            draft = _draft(loaded, recipe, work, graphs, parity_key)
-            step("comparing with PyTorch")
-            figures = compare(
-                PytorchSession(loaded.model),
-                OnnxRuntimeSession(draft),
-                loaded.preprocessing,
-                cases,
-                progress=lambda name: step(f"compared {name}"),
-            )
-        check_gate(figures, recipe.gate, f"{recipe.precision} {draft.variant}")
-        artefact = _publish(replace(draft, figures=figures.as_dict()), folder)
+        artefact = _make_artefact(loaded, recipe, cases, (key, parity_key), folder, console)
     else:
         console.print(f"{folder} is up to date; nothing was exported again", highlight=False)
     figures = Figures(**{k: v for k, v in artefact.figures.items() if k != "dice_drop"})
+    engines = {}
+    if choice.request is not None:
+        engines = _engine_stage(artefact, choice.request, loaded, recipe, cases, console)
     repository = build_repository(artefact, options.output / "model_repository")
-    return Published(artefact, figures, repository)
+    return Published(artefact, figures, repository, engines, choice.note)
+
+
+def _make_artefact(
+    loaded: LoadedModel,
+    recipe: Recipe,
+    cases: list[Case],
+    keys: tuple[str, str],
+    folder: Path,
+    console: Console,
+) -> Artefact:
+    """Export the graphs, compare them with PyTorch and publish them in `folder`.
+
+    Args:
+        loaded: the model.
+        recipe: the precision.
+        cases: images of the comparison.
+        keys: of the ONNX files, and of the comparison.
+        folder: the artefact's public place.
+        console: where progress goes.
+    """
+    graphs = list(graph_specs(loaded.preprocessing))
+    with _Steps(console, len(graphs) + len(cases) + 1) as step:
+        work = _export_stage(loaded, recipe, graphs, keys[0], folder.parent, step)
+        draft = _draft(loaded, recipe, work, graphs, keys[1])
+        step("comparing with PyTorch")
+        figures = compare(
+            PytorchSession(loaded.model),
+            OnnxRuntimeSession(draft),
+            loaded.preprocessing,
+            cases,
+            progress=lambda name: step(f"compared {name}"),
+        )
+    check_gate(figures, recipe.gate, f"{recipe.precision} {draft.variant}")
+    return _publish(replace(draft, figures=figures.as_dict()), folder)
+
+
+def _engine_stage(
+    artefact: Artefact,
+    request: Request,
+    loaded: LoadedModel,
+    recipe: Recipe,
+    cases: list[Case],
+    console: Console,
+) -> dict[str, EngineRecord]:
+    """Build the engines; verify them where this machine's GPU can run them."""
+    kind = request.options.kind
+    with _Steps(console, len(artefact.graphs)) as step:
+        records = build_engines(artefact, request, step)
+    if unverified_here(records, request.builder.gpu):
+        with _Steps(console, len(cases)) as step:
+            records = verify_engines(
+                artefact, kind, PytorchSession(loaded.model), cases, recipe.gate, progress=step
+            )
+    return records
 
 
 def _export_stage(
@@ -180,6 +246,8 @@ def _export_stage(
         if not (path.is_file() and done.get(name) == sha256_of(path)):
             step(f"exporting {name}")
             export_graph(loaded.model, name, recipe, work)
+            if name == "encoder":
+                fuse_file(path, loaded.model.config)
             done[name] = sha256_of(path)
             done_file.write_text(json.dumps(done))
         else:
@@ -283,6 +351,20 @@ def _parser() -> Parser:
         "--data", type=Path, help="folder of npz cases for the comparison; default: bundled"
     )
     parser.add_argument("--output", type=Path, default=Path("build"), help="where to write")
+    parser.add_argument(
+        "--engine",
+        choices=CHOICES,
+        default=Options.engine,
+        help="engines to build from the graphs; auto: tensorrt where it and a GPU are there",
+    )
+    parser.add_argument(
+        "--target",
+        dest="targets",
+        type=parse_targets,
+        default=(),
+        metavar="SM,SM",
+        help="tensorrt-rtx: GPUs to build for, such as sm_86,sm_89,sm_120",
+    )
     return parser
 
 
@@ -292,7 +374,14 @@ def main(argv: list[str] | None = None) -> int:
     published = export(options)
     # In a file or a pipe there is no screen to fit.
     console = Console(width=None if sys.stdout.isatty() else 120)
-    closing_table(published.artefact, published.figures, published.repository, console)
+    closing_table(
+        published.artefact,
+        published.figures,
+        published.repository,
+        console,
+        engines=published.engines,
+        engine_note=published.engine_note,
+    )
     return 0
 
 

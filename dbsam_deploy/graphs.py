@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .contract import Geometry, graph_specs
-from .errors import InputError
+from .errors import ExportError, InputError
 from .model import DbSam
 from .model.blocks import ChannelLayerNorm
 from .model.conv_branch import ConvBlock
 from .model.db_sam import encode_with
+from .model.deform_attn import DeformableSampling, MSDeformAttn, Shapes
 from .model.sam import LayerNorm2d, ViTBlock, get_rel_pos
 from .model.tiny_vit import ConvBn, TinyVit
 from .prompt_graph import DecoderGraph, PromptDecoderGraph
@@ -99,6 +100,44 @@ class WindowedBlock(nn.Module):
         return x[:, : self.grid, : self.grid]
 
 
+class BatchedSampling(DeformableSampling):
+    """`DeformableSampling` of equally large levels: one GridSample, the levels on its batch axis.
+
+    The graph is then the same for any number of levels, and no samples are concatenated. Points
+    come before queries (P, Q), so that sums over them run along contiguous queries.
+    """
+
+    def forward(
+        self, value: Tensor, shapes: Shapes, offsets: Tensor, weights: Tensor, centres: Tensor
+    ) -> Tensor:
+        """See `DeformableSampling.forward`.
+
+        Raises:
+            ExportError: levels of different shapes.
+        """
+        if len(set(shapes)) > 1:
+            raise ExportError(
+                f"deformable attention over maps of {shapes}: expected maps of one shape"
+            )
+        height, width = shapes[0]
+        levels, (queries, heads, points) = len(shapes), (offsets.shape[i] for i in (1, 2, 4))
+        depth = value.shape[-1]
+        size = offsets.new_tensor([width, height], dtype=torch.float32)
+        # (B, Q, H, L, P, …) → (B, L, H, P, Q, …), its first three axes being GridSample's batch
+        location = centres[:, :, None, None] + offsets.float() / size
+        grid = (2 * location - 1).permute(0, 3, 2, 4, 1, 5).reshape(-1, points, queries, 2)
+        weights = weights.float().reshape(-1, queries, heads, levels * points).softmax(-1)
+        weights = weights.reshape(-1, queries, heads, levels, points).permute(0, 3, 2, 4, 1)
+        value = value.float().reshape(-1, levels, height * width, heads, depth)
+        plane = value.permute(0, 1, 3, 4, 2).reshape(-1, depth, height, width)
+        sampled = F.grid_sample(
+            plane, grid, mode="bilinear", padding_mode="zeros", align_corners=False
+        )
+        summed = (sampled * weights.reshape(-1, 1, points, queries)).sum(2)
+        summed = summed.reshape(-1, levels, heads * depth, queries).sum(1)
+        return summed.transpose(1, 2)
+
+
 def rewrite_layer_norms(module: nn.Module) -> None:
     """Replace every SAM `LayerNorm2d` below `module` by `ChannelLayerNorm` on the same weights."""
     for parent in list(module.modules()):
@@ -144,6 +183,9 @@ class EncoderGraph(nn.Module):
             _rewrite_blocks(encoder)
         rewrite_layer_norms(encoder)
         _fold_batch_norms(encoder)
+        for module in encoder.modules():
+            if isinstance(module, MSDeformAttn):
+                module.sampling = BatchedSampling()
         self.image_encoder: Any = encoder
 
     def forward(self, image: Tensor) -> Tensor:

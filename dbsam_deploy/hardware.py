@@ -91,6 +91,14 @@ def describe_hardware() -> Hardware:
     return Hardware(hardware_key(cpu, cores, gpu), cpu, cores, gpu, driver)
 
 
+def memory_gib() -> float:
+    """Main memory of this machine, 0 where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    except (AttributeError, ValueError, OSError):
+        return 0.0
+
+
 def _first_gpu() -> tuple[str, str]:
     """Name and driver version of the first NVIDIA GPU, or two empty strings."""
     tool = shutil.which("nvidia-smi")

@@ -7,7 +7,7 @@ import logging
 import math
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from onnxscript.rewriter.rules.common import (
     collapse_slice_rule,
     no_op_transpose_rule,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from .contract import Geometry, GraphSpec, graph_specs
 from .errors import ExportError
@@ -86,19 +86,44 @@ def export_graph(model: DbSam, name: str, recipe: Recipe, folder: Path) -> Expor
 def _torch_export(
     graph: nn.Module, spec: GraphSpec, size: Geometry, opset: int
 ) -> torch.onnx.ONNXProgram:
-    dynamic = {
-        tensor.name: dict.fromkeys(tensor.dynamic_axes, torch.export.Dim.DYNAMIC)
-        for tensor in spec.inputs
-    }
+    dynamic = {tensor.name: tensor.dynamic_axes for tensor in spec.inputs}
+    inputs = example_inputs(spec.name, size)
+    return trace(graph, inputs, dynamic, spec.output_names, opset=opset)
+
+
+def trace(
+    module: nn.Module,
+    inputs: dict[str, Tensor],
+    dynamic_axes: Mapping[str, Iterable[int]],
+    outputs: list[str],
+    *,
+    opset: int,
+) -> torch.onnx.ONNXProgram:
+    """Run torch's exporter, without its own optimisations.
+
+    Args:
+        module: what to export.
+        inputs: an example of each argument of its forward, by name.
+        dynamic_axes: axes of each input whose size is not fixed.
+        outputs: names for what it returns.
+        opset: ONNX opset.
+
+    Raises:
+        ExportError: torch cannot export the module.
+    """
+    name = type(module).__name__
     with _quiet():
         try:
             program = torch.onnx.export(
-                graph,
+                module,
                 (),
-                kwargs=example_inputs(spec.name, size),
-                dynamic_shapes=dynamic,
-                input_names=spec.input_names,
-                output_names=spec.output_names,
+                kwargs=inputs,
+                dynamic_shapes={
+                    key: dict.fromkeys(dynamic_axes[key], torch.export.Dim.DYNAMIC)
+                    for key in inputs
+                },
+                input_names=list(inputs),
+                output_names=outputs,
                 opset_version=opset,
                 custom_translation_table={torch.ops.aten.gelu.default: _gelu},
                 dynamo=True,
@@ -106,9 +131,9 @@ def _torch_export(
                 verbose=False,
             )
         except torch.onnx.OnnxExporterError as error:
-            raise ExportError(f"{spec.name}: torch cannot export the graph: {error}") from error
+            raise ExportError(f"{name}: torch cannot export the graph: {error}") from error
     if program is None:
-        raise ExportError(f"{spec.name}: torch's exporter returned no program")
+        raise ExportError(f"{name}: torch's exporter returned no program")
     return program
 
 

@@ -47,6 +47,9 @@ examples:
     python -m dbsam_deploy.predict ct_series/ --box3d 60 70 30 130 150 50 --window 40 400
   the boxes stored in an npz, on PyTorch with another checkpoint
     python -m dbsam_deploy.predict case.npz --backend pytorch --checkpoint medsam_vit_b.pth
+  on TensorRT engines (python -m dbsam_deploy.doctor shows which backends can be used here)
+    python -m dbsam_deploy.predict skin.png --box 120 80 410 333 --backend tensorrt \\
+        --artefact build/fp16
 """
 
 

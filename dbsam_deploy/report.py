@@ -2,18 +2,78 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rich.console import Console
 from rich.table import Table
 
 from .artefact import Artefact
+from .engines.manifest import EngineRecord
 from .repository import Repository
 from .verify import Figures
 
+NOT_RUN = "not run: no GPU"
+
+
+def parity_note(record: EngineRecord) -> str:
+    """What a table says about a plan's comparison with PyTorch."""
+    if not record.parity:
+        return NOT_RUN
+    notes = []
+    for target, parity in record.parity.items():
+        worst = min(figures["embedding_cosine"] for figures in parity.figures.values())
+        dice = min(figures["mask_agreement_p5"] for figures in parity.figures.values())
+        notes.append(f"{target}: cosine {worst:.6f}, agreement p5 {dice:.4f}")
+    return "; ".join(notes)
+
+
+def layers_note(record: EngineRecord) -> str:
+    """What a table says about fused attention in a plan."""
+    if record.layers is None:
+        return "unknown until it is run"
+    found = record.layers
+    return (
+        f"{found['plugins']} of {found['operators']} operators in plugins, "
+        f"{found['fused_attention']} of {found['attention']} other attentions fused, "
+        f"{found['layers']} layers"
+    )
+
+
+def engine_table(records: Mapping[str, EngineRecord], title: str) -> Table:
+    """One row for each plan: size, targets, comparison with PyTorch, fused attention."""
+    table = Table(title=title)
+    for column in ("file", "MiB", "built for", "compared with PyTorch", "fused"):
+        table.add_column(column, justify="right" if column == "MiB" else "left")
+    for record in records.values():
+        table.add_row(
+            record.plan.file,
+            f"{record.plan.size_bytes / 2**20:.1f}",
+            ", ".join(record.targets),
+            parity_note(record),
+            layers_note(record),
+        )
+    return table
+
 
 def closing_table(
-    artefact: Artefact, figures: Figures, repository: Repository, console: Console
+    artefact: Artefact,
+    figures: Figures,
+    repository: Repository,
+    console: Console,
+    *,
+    engines: Mapping[str, EngineRecord] | None = None,
+    engine_note: str = "",
 ) -> None:
-    """Print stage, file, size, error, agreement, Dice and latency, and what to do next."""
+    """Print stage, file, size, error, agreement, Dice and latency, and what to do next.
+
+    Args:
+        artefact: what was published.
+        figures: its comparison with PyTorch.
+        repository: what serves it.
+        console: where to print.
+        engines: plans that were built from it.
+        engine_note: which were not built, and how to build them.
+    """
     table = Table(
         title=f"{artefact.folder}: {artefact.variant} {artefact.precision} at "
         f"{artefact.preprocessing.image_size} px, {figures.images} images, {figures.objects} "
@@ -39,6 +99,9 @@ def closing_table(
         table.add_row(name, item.file, f"{item.size_bytes / 2**20:.1f}", *figures_of_graph)
     table.add_row("repository", repository.folder.name)
     console.print(table)
+    if engines:
+        first = next(iter(engines.values()))
+        console.print(engine_table(engines, f"engines: {first.kind} {first.version}"))
     if 2 * figures.empty_masks > figures.objects:
         console.print(
             f"note: {figures.empty_masks} of {figures.objects} reference masks are empty, so mask "
@@ -48,6 +111,8 @@ def closing_table(
         )
     if not artefact.weights["trained"]:
         console.print(f"note: {artefact.weights['note']}", highlight=False, soft_wrap=True)
+    if engine_note:
+        console.print(f"note: {engine_note}", highlight=False, soft_wrap=True)
     console.print(
         f"next: python -m dbsam_deploy.predict IMAGE --box x0 y0 x1 y1 --artefact "
         f"{artefact.folder}\n      python -m dbsam_deploy.serve --repository {repository.folder}",

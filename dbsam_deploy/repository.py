@@ -9,12 +9,14 @@ import json
 import shutil
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from . import cli
 from .artefact import Artefact, load_artefact, sha256_of
+from .engines.kinds import TENSORRT
+from .engines.manifest import engine_folder, plugin_library, verified_plans
 from .errors import InputError, ServingError
 from .imaging import Preprocessing
 from .resources import resource_dir
@@ -48,6 +50,7 @@ class Repository:
         platforms: exported graph → `onnxruntime` or `tensorrt`.
         weights: where the weights came from, as in the export's manifest.
         files: path relative to `folder` → SHA-256.
+        plugins: path relative to `folder` of the library that the plans need, "" for none.
     """
 
     folder: Path
@@ -57,6 +60,7 @@ class Repository:
     platforms: dict[str, Platform]
     weights: dict[str, Any]
     files: dict[str, str]
+    plugins: str = ""
 
     @property
     def has_prompts(self) -> bool:
@@ -67,8 +71,9 @@ class Repository:
 def build_repository(artefact: Artefact, output: Path) -> Repository:
     """Fill `output` with a Triton model repository for `artefact`, replacing an earlier one.
 
-    The repository is built beside `output` and renamed at the end, so a failure leaves the earlier
-    one as it was. It needs nothing of this library to be served.
+    TensorRT plans that passed their gate are served in place of the ONNX files that they were built
+    from. The repository is built beside `output` and renamed at the end, so a failure leaves the
+    earlier one as it was. It needs nothing of this library to be served.
 
     Args:
         artefact: a published export with at least `encoder` and `decoder`.
@@ -76,15 +81,18 @@ def build_repository(artefact: Artefact, output: Path) -> Repository:
 
     Raises:
         InputError: a graph is missing or is neither ONNX nor a plan, or `output` is something else.
+        EngineError: plans that are damaged or belong to other graphs.
         ServingError: a graph file changed while it was copied.
     """
-    platforms = _platforms(artefact)
+    served = _with_plans(artefact)
+    platforms = _platforms(served)
     _check_replaceable(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
     try:
         partial.chmod(0o755)  # mkdtemp's 0700 would lock out the container's user
-        _write_models(artefact, platforms, partial)
+        _write_models(artefact, served, platforms, partial)
+        plugins = _copy_plugins(artefact, partial)
         repository = Repository(
             folder=output,
             variant=artefact.variant,
@@ -93,6 +101,7 @@ def build_repository(artefact: Artefact, output: Path) -> Repository:
             platforms=platforms,
             weights=artefact.weights,
             files=_hashes(partial),
+            plugins=plugins,
         )
         body = {"format": FORMAT_VERSION, **asdict(repository)}
         del body["folder"]
@@ -101,6 +110,28 @@ def build_repository(artefact: Artefact, output: Path) -> Repository:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return repository
+
+
+def _with_plans(artefact: Artefact) -> Artefact:
+    """The artefact with verified plans, if it has them, in place of its ONNX files."""
+    folder = engine_folder(artefact, TENSORRT).relative_to(artefact.folder)
+    plans = {
+        graph: replace(record.plan, file=(folder / record.plan.file).as_posix())
+        for graph, record in verified_plans(artefact).items()
+    }
+    return replace(artefact, graphs={**artefact.graphs, **plans})
+
+
+def _copy_plugins(artefact: Artefact, root: Path) -> str:
+    """Put the plugin library that the plans need into the repository; its path there, or ""."""
+    folder = engine_folder(artefact, TENSORRT)
+    for graph, record in verified_plans(artefact).items():
+        library = plugin_library(folder, record)
+        if library is not None:
+            target = root / GRAPH_MODELS[graph] / VERSION / library.name
+            shutil.copyfile(library, target)
+            return target.relative_to(root).as_posix()
+    return ""
 
 
 def _platforms(artefact: Artefact) -> dict[str, Platform]:
@@ -131,12 +162,14 @@ def _check_replaceable(output: Path) -> None:
         )
 
 
-def _write_models(artefact: Artefact, platforms: dict[str, Platform], root: Path) -> None:
+def _write_models(
+    artefact: Artefact, served: Artefact, platforms: dict[str, Platform], root: Path
+) -> None:
     for name, text in render_configs(artefact.preprocessing, platforms).items():
         (root / name / VERSION).mkdir(parents=True)  # an ensemble needs the empty folder too
         (root / name / "config.pbtxt").write_text(text)
     for graph in platforms:
-        _copy_graph(artefact, graph, root / GRAPH_MODELS[graph] / VERSION)
+        _copy_graph(artefact, served, graph, root / GRAPH_MODELS[graph] / VERSION)
     package, templates = Path(__file__).parent, resource_dir("triton_models")
     how = artefact.preprocessing
     for spec in python_specs(how, prompts="prompt_decoder" in platforms):
@@ -149,15 +182,15 @@ def _write_models(artefact: Artefact, platforms: dict[str, Platform], root: Path
             shutil.copyfile(package / name, runtime / name)
 
 
-def _copy_graph(artefact: Artefact, graph: str, folder: Path) -> None:
-    source = artefact.path(graph)
+def _copy_graph(artefact: Artefact, served: Artefact, graph: str, folder: Path) -> None:
+    source = served.path(graph)
     target = folder / _PLATFORMS[source.suffix][1]
     shutil.copyfile(source, target)
-    if sha256_of(target) != artefact.graphs[graph].sha256:
+    if sha256_of(target) != served.graphs[graph].sha256:
         raise ServingError(f"{source} is not what the export published; export again")
     # A plan runs on the GPU it was built for only; the ONNX it came from lets the CPU stand-in
     # serve the same configuration.
-    origin = source.with_suffix(".onnx")
+    origin = artefact.path(graph).with_suffix(".onnx")
     if source.suffix == ".plan" and origin.is_file():
         shutil.copyfile(origin, folder / "model.onnx")
 

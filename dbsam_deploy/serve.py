@@ -88,6 +88,8 @@ def docker_command(repository: Repository, ports: Ports, host: str = LOOPBACK) -
         f"pip install --quiet {' '.join(packages)} && exec tritonserver "
         "--model-repository=/models --disable-auto-complete-config"
     )
+    if repository.plugins:
+        inside += f" --backend-config=tensorrt,plugins=/models/{repository.plugins}"
     pairs = ((ports.http, 8000), (ports.grpc, 8001), (ports.metrics, 8002))
     lines = [
         "docker run --rm --gpus all --shm-size=1g",

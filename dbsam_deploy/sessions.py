@@ -10,6 +10,13 @@ import numpy.typing as npt
 from .artefact import Artefact
 from .contract import GraphSpec, graph_specs
 from .errors import EngineError, InputError
+from .extras import TORCH_GPU_LINE
+from .onnxruntime_providers import (
+    PROVIDERS,
+    import_onnxruntime,
+    open_session,
+    require_provider,
+)
 from .prompts import BOTTOM_RIGHT, NO_POINT, TOP_LEFT
 
 if TYPE_CHECKING:
@@ -62,32 +69,20 @@ class OnnxRuntimeSession:
         threads: intra-op threads, 0 for one per core.
 
     Raises:
-        EngineError: onnxruntime is missing, or has no CUDA provider although `cuda` was asked for.
+        EngineError: onnxruntime or the device's provider is missing or incomplete. A session never
+            runs on another device than the one it was asked for.
     """
 
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
     def __init__(self, artefact: Artefact, *, device: str = "cpu", threads: int = 0) -> None:
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise EngineError(
-                "ONNX Runtime is not installed: pip install 'dbsam-deploy[cpu]' "
-                "(or 'dbsam-deploy[gpu]' on a CUDA machine)"
-            ) from error
-        provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(device)
-        if provider is None:
-            raise InputError(f"device {device!r}: expected cpu or cuda")
-        if provider not in onnxruntime.get_available_providers():
-            raise EngineError(
-                f"this onnxruntime offers {onnxruntime.get_available_providers()}, not {provider}: "
-                "pip uninstall onnxruntime && pip install 'dbsam-deploy[gpu]'"
-            )
+        if device not in self.devices:
+            raise InputError(f"device {device!r}: expected {' or '.join(self.devices)}")
+        self._runtime, self._provider = import_onnxruntime(), PROVIDERS[device]
+        require_provider(self._runtime, self._provider)
         self.backend = f"onnxruntime-{device}"
-        self._artefact = artefact
+        self._artefact, self._threads = artefact, threads
         self._specs = graph_specs(artefact.preprocessing)
-        self._onnxruntime = onnxruntime
-        self._options = onnxruntime.SessionOptions()
-        self._options.intra_op_num_threads = threads
-        self._provider = provider
         self._sessions: dict[str, Any] = {}
 
     def run(self, graph: str, feed: Feed) -> dict[str, FloatArray]:
@@ -95,11 +90,19 @@ class OnnxRuntimeSession:
         spec = self._specs[graph]
         check_feed(spec, feed)
         if graph not in self._sessions:
-            self._sessions[graph] = self._onnxruntime.InferenceSession(
-                str(self._artefact.path(graph)), self._options, providers=[self._provider]
+            self._sessions[graph] = open_session(
+                self._runtime,
+                str(self._artefact.path(graph)),
+                self._provider,
+                threads=self._threads,
+                options=self._options(spec),
             )
         outputs = self._sessions[graph].run(spec.output_names, feed)
         return dict(zip(spec.output_names, outputs, strict=True))
+
+    def _options(self, spec: GraphSpec) -> dict[str, str]:
+        """Provider options of one graph's session."""
+        return {}
 
 
 class PytorchSession:
@@ -119,7 +122,10 @@ class PytorchSession:
         if device not in ("cpu", "cuda"):
             raise InputError(f"device {device!r}: expected cpu or cuda")
         if device == "cuda" and not torch.cuda.is_available():
-            raise EngineError("device cuda: this torch sees no CUDA device; use --device cpu")
+            raise EngineError(
+                f"device cuda: this torch {torch.__version__} sees no CUDA device; use --device "
+                f"cpu, or, where there is a GPU, {TORCH_GPU_LINE}"
+            )
         self.backend = f"pytorch-{device}"
         self._model = model.to(device).eval()
         self._device = device

@@ -43,6 +43,21 @@ TOLERANCES: dict[str, Tolerance] = {
         2e-2,
         "rounding 5e-4 in every layer of 12 blocks; measured 5e-3 for the tiny encoder",
     ),
+    "bfloat16": Tolerance(
+        8e-2,
+        "rounding 4e-3, eight times float16's; measured 2e-2 for small random encoders",
+    ),
+    "float32 kernel": Tolerance(
+        1e-5,
+        "rounding 6e-8 in sums of thousands of terms in another order; measured 2e-7 to 3e-6",
+    ),
+    "float16 kernel": Tolerance(1e-3, "the result is rounded once, 5e-4; measured 4.3e-4"),
+    "bfloat16 kernel": Tolerance(8e-3, "the result is rounded once, 4e-3; measured 3.2e-3"),
+    "int8 kernel": Tolerance(
+        2e-4,
+        "int8 values, float32 result: sampling weights are 16-bit fractions, 8e-6 each, in sums of "
+        "up to 256; measured 8e-5",
+    ),
 }
 
 
@@ -63,7 +78,7 @@ def check_close(
         raise AccuracyError(f"{what}: largest error {error:.3g}, at most {bound:.3g} for {dtype}")
 
 
-def small_model(variant: str, image_size: int) -> DbSam:
+def small_model(variant: str, image_size: int, *, embed_dim: int = 32) -> DbSam:
     """A variant's full graph at a small width with random weights of ordinary size.
 
     Every table and statistic is random (fresh ones are zero or one), so that a graph that drops or
@@ -72,13 +87,14 @@ def small_model(variant: str, image_size: int) -> DbSam:
     Args:
         variant: a name in `dbsam_deploy.model.VARIANTS`.
         image_size: side S of the model frame.
+        embed_dim: ViT width, split over two heads.
     """
     config = variant_config(variant, image_size=image_size)
     adapter = config.adapter
     if adapter is not None:
         stem = (4,) * len(adapter.stem_channels)
         adapter = replace(adapter, stem_channels=stem, num_heads=2, fusion_reduction=2)
-    config = replace(config, embed_dim=32, num_heads=2, depth=8, adapter=adapter)
+    config = replace(config, embed_dim=embed_dim, num_heads=2, depth=8, adapter=adapter)
     if config.tiny_vit is not None:
         thin = replace(
             config.tiny_vit, embed_dims=(8, 16, 16, 32), depths=(1, 1, 2, 1), num_heads=(0, 2, 2, 4)

@@ -21,6 +21,7 @@ from .contract import (
     prompt_decoder_spec,
     prompts_ensemble_spec,
 )
+from .engines.profiles import MAX_BATCH
 from .imaging import Preprocessing
 
 Platform = Literal["onnxruntime", "tensorrt"]
@@ -32,10 +33,6 @@ TRITON_TYPES = {
     "uint8": "UINT8",
 }
 """Contract dtype → Triton's datatype on the wire; `TYPE_` in front of it in a configuration."""
-
-# Batches are images for the encoder and whole requests for the decoders. The encoder's limit keeps
-# its activations (1 GiB an image at 1024²) small; a decoder batch costs little.
-_MAX_BATCH = {"encoder": 4, "decoder": 8, "prompt_decoder": 8}
 
 _HEAD = "# Rendered from dbsam_deploy/contract.py by dbsam_deploy.repository; do not edit by hand."
 
@@ -111,7 +108,7 @@ def _graph_model(spec: GraphSpec, platform: Platform) -> str:
     lines = [
         f'name: "{GRAPH_MODELS[spec.name]}"',
         _BACKENDS[platform],
-        f"max_batch_size: {_MAX_BATCH[spec.name]}",
+        f"max_batch_size: {MAX_BATCH[platform][spec.name]}",
         *_tensors("input", spec.inputs, drop_batch=True),
         *_tensors("output", spec.outputs, drop_batch=True),
         "dynamic_batching { }",

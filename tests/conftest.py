@@ -1,22 +1,32 @@
-"""Fixtures of the serving tests: small real ONNX graphs of the contract, and one server."""
+"""What several tests share: small real ONNX graphs of the contract, one server, plugins."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
 from dbsam_deploy.artefact import Artefact, graph_file, load_artefact, write_artefact
 from dbsam_deploy.contract import Geometry, GraphSpec, graph_specs
+from dbsam_deploy.errors import EngineError
 from dbsam_deploy.export import Options, Published, export
 from dbsam_deploy.imaging import Preprocessing
+from dbsam_deploy.model import DbSam
+from dbsam_deploy.onnx_export import export_graph, fold_reshapes, simplify, trace
+from dbsam_deploy.plugin_build import Headers, PluginLibrary, build_plugins, find_headers
+from dbsam_deploy.recipe import load_recipe
 from dbsam_deploy.repository import Repository, build_repository
 from dbsam_deploy.server_env import ServerEnvironment
+from dbsam_deploy.testing import small_model
 from dbsam_deploy.triton_server import Ports, TritonServer
 from dbsam_deploy.weights import find_lite_medsam
 
@@ -203,3 +213,68 @@ def triton(
     server = TritonServer(tiny_repository.folder, server_environment, log=log, ports=Ports(0, 0, 0))
     with server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def tensorrt_headers() -> Headers:
+    """TensorRT's C++ headers on this machine."""
+    try:
+        return find_headers()
+    except EngineError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def plugin_library(
+    tensorrt_headers: Headers, tmp_path_factory: pytest.TempPathFactory
+) -> PluginLibrary:
+    """The plugins, compiled for one architecture to keep it short; not to be changed."""
+    for tool in ("cmake", "nvcc"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"no {tool} on the PATH")
+    return build_plugins(
+        tmp_path_factory.mktemp("plugins"),
+        tensorrt_include=tensorrt_headers.folder,
+        architectures=("sm_90",),
+        report=lambda line: None,
+    )
+
+
+@pytest.fixture(scope="session")
+def small_models() -> Callable[[str], DbSam]:
+    """`small_model` of a variant at 64×64, with heads of 64 channels; not to be changed."""
+
+    @functools.cache
+    def build(variant: str) -> DbSam:
+        torch.manual_seed(0)
+        return small_model(variant, 64, embed_dim=128)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def exported_graph(
+    small_models: Callable[[str], DbSam], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str, str], Path]:
+    """(variant, graph, precision) → the file that `export_graph` writes; not to be changed."""
+
+    @functools.cache
+    def export_once(variant: str, graph: str, precision: str) -> Path:
+        folder = tmp_path_factory.mktemp(f"{variant}_{precision}")
+        return export_graph(small_models(variant), graph, load_recipe(precision), folder).path
+
+    return export_once
+
+
+@pytest.fixture(scope="session")
+def traced() -> Callable[[torch.nn.Module, dict[str, torch.Tensor]], onnx.ModelProto]:
+    """Module and example inputs (the first axis is dynamic) → its simplified ONNX graph."""
+
+    def run(module: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> onnx.ModelProto:
+        axes = dict.fromkeys(inputs, (0,))
+        model = trace(module.eval(), inputs, axes, ["out"], opset=18).model
+        simplify(model)
+        fold_reshapes(model)
+        return ir.to_proto(model)
+
+    return run

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from dbsam_deploy import benchmarking, hardware
 from dbsam_deploy.benchmarking import Baseline, Measurement
@@ -219,6 +220,31 @@ def test_a_benchmark_that_measures_nothing_fails(project: pytest.Pytester) -> No
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stdout.fnmatch_lines(["benchmark gate: *test_one: passed without measuring*"])
     assert _baselines(project) == []
+
+
+GPU_BENCHMARK = "import pytest\n@pytest.mark.gpu\ndef test_gpu(benchmark_ratio): raise ValueError\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_only_what_the_baseline_knows_must_not_be_skipped(project: pytest.Pytester) -> None:
+    (project.path / "benchmarks" / "bench_gpu.py").write_text(GPU_BENCHMARK)
+    recorded = _run(project, "--benchmark", "--rebaseline")
+    recorded.assert_outcomes(passed=1, skipped=1, deselected=1)
+    assert recorded.ret == pytest.ExitCode.OK
+    (path,) = _baselines(project)
+    assert list(json.loads(path.read_text())["benchmarks"]) == ["benchmarks/bench_one.py::test_one"]
+
+    judged = _run(project, "--benchmark", "-rs")
+    judged.assert_outcomes(passed=1, skipped=1, deselected=1)
+    assert judged.ret == pytest.ExitCode.OK
+    judged.stdout.fnmatch_lines(["*SKIPPED*gpu: torch sees no CUDA device*"])
+    judged.stdout.no_fnmatch_line("benchmark gate: *")
+
+    bench = project.path / "benchmarks" / "bench_one.py"
+    bench.write_text("import pytest\ndef test_one(): pytest.skip('not today')\n")
+    known = _run(project, "--benchmark")
+    assert known.ret == pytest.ExitCode.TESTS_FAILED
+    known.stdout.fnmatch_lines(["benchmark gate: *::test_one: in the baseline but it did not run*"])
 
 
 def test_rebaseline_alone_is_refused(project: pytest.Pytester) -> None:

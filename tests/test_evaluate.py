@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dbsam_deploy import engine_session
 from dbsam_deploy import evaluate as command
 from dbsam_deploy.artefact import Artefact
 from dbsam_deploy.cases import bundled_examples
@@ -100,6 +101,20 @@ def test_pytorch_on_one_subset_without_files(shell: Command, data: Path, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "split.json"]
 
 
+def test_the_report_names_the_runtime(
+    shell: Command, data: Path, tiny_artefact: Artefact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Engines(OnnxRuntimeSession):
+        def __init__(self, artefact: Artefact) -> None:
+            super().__init__(artefact)
+            self.backend = "tensorrt-rtx"
+
+    monkeypatch.setattr(engine_session, "TensorrtRtxSession", Engines)
+    words = ("--backend", "tensorrt-rtx", "--artefact", tiny_artefact.folder)
+    out = shell("--data", data, "--max-slices", 1, *words)
+    assert "model: tiny_test fp32, tensorrt-rtx, sam at" in out
+
+
 @pytest.mark.triton
 @pytest.mark.parametrize("protocol", ["objects", "medsam"])
 def test_a_running_server_gives_the_same_figures(
@@ -173,7 +188,8 @@ MISTAKES = {
     "pickled": ("--data {root}/pickled {model}", "task/pickled.npz: gts holds pickled"),
     "NaN image": ("--data {root}/nan {model}", "task/nan.npz holds NaN"),
     "sizes": ("--data {root}/size {model}", "task/size.npz: gts uint8(40, 40)"),
-    "tensorrt": ("--data {data} --backend tensorrt", "builds no TensorRT engine"),
+    "no engines": ("--data {data} --backend tensorrt {model}", "no TensorRT engine of"),
+    "no device": ("--data {data} --backend tensorrt --device cpu", "runs on cuda"),
     "no export": ("--data {data} --artefact {root}/nothing", "python -m dbsam_deploy.export"),
     "protocol": ("--data {data} --protocol other", "invalid choice: 'other'"),
     "growth": ("--data {data} --box-growth-px 9 5", "box growth 9 to 5 px"),

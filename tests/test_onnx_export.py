@@ -16,7 +16,7 @@ from dbsam_deploy.graphs import build_graph, example_inputs
 from dbsam_deploy.onnx_export import check_onnx, export_graph, fold_reshapes
 from dbsam_deploy.precision import apply_precision
 from dbsam_deploy.recipe import load_recipe
-from dbsam_deploy.testing import check_close, prompt_feed, small_model
+from dbsam_deploy.testing import check_close, prompt_feed
 
 SIZE = 64
 SIZES = Geometry(SIZE)
@@ -24,17 +24,15 @@ DTYPES = {"fp32": "float32", "fp16": "float16"}
 
 
 @pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    return small_model("db_sam", SIZE)
+def model(small_models):
+    return small_models("db_sam")
 
 
 @pytest.fixture(scope="module", params=["fp32", "fp16"])
-def exported(request, model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param)
-    recipe = load_recipe(request.param)
-    paths = {name: export_graph(model, name, recipe, folder).path for name in graph_specs(SIZES)}
-    assert sorted(folder.iterdir()) == sorted(paths.values())
+def exported(request, exported_graph):
+    paths = {name: exported_graph("db_sam", name, request.param) for name in graph_specs(SIZES)}
+    for path in paths.values():
+        assert list(path.parent.iterdir()) == [path]
     return request.param, paths
 
 
@@ -66,9 +64,8 @@ def test_values_equal_the_graph_at_other_batches_than_traced(exported, model, na
 
 
 @pytest.mark.parametrize("variant", ["db_sam_4level", "db_sam_plus", "lite_medsam"])
-def test_other_variants_export_in_half_precision(variant, tmp_path):
-    wide = small_model(variant, SIZE)
-    path = export_graph(wide, "encoder", load_recipe("fp16"), tmp_path).path
+def test_other_variants_export_in_half_precision(variant, small_models, exported_graph):
+    wide, path = small_models(variant), exported_graph(variant, "encoder", "fp16")
     feed = feed_of("encoder", 2, 1)
     with torch.inference_mode():
         expected = wide.encode(torch.from_numpy(feed["image"])).numpy()

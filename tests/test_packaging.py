@@ -16,6 +16,10 @@ CUDA_PACKAGES = {"onnxruntime-gpu", "tensorrt", "pycuda"}
 EXTRAS = (
     "onnxruntime",
     "tensorrt",
+    "tensorrt_rtx",
+    "tensorrt_lean",
+    "tensorrt_bindings",
+    "kernel_lens",
     "pycuda",
     "tritonclient",
     "nibabel",
@@ -131,14 +135,16 @@ def test_a_cpu_user_never_pulls_cuda(wheel: Path) -> None:
         by_extra.setdefault(extra.group(1) if extra else "", set()).add(package)
     assert by_extra["gpu"] == CUDA_PACKAGES
     assert by_extra["cpu"] == {"onnxruntime"}
-    others = set().union(*(names for extra, names in by_extra.items() if extra != "gpu"))
+    assert by_extra["rtx"] == {"tensorrt-rtx-cu13", "pycuda"}
+    on_a_gpu = ("gpu", "rtx")
+    others = set().union(*(names for extra, names in by_extra.items() if extra not in on_a_gpu))
     assert not others & CUDA_PACKAGES
     # The extras that name this package again must not lead to `gpu`.
     optional = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]
     assert not [
-        line for lines in optional.values() for line in lines if re.search(r"\[.*gpu", line)
+        line for lines in optional.values() for line in lines if re.search(r"\[.*(gpu|rtx)", line)
     ]
 
 

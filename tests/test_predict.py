@@ -297,6 +297,7 @@ MISTAKES = {
     "png of a volume": ("volume.npz --box3d 1 2 0 30 30 2 --mask-format png", "one slice"),
     "nifti of a picture": ("good.png --box 1 2 30 30 --mask-format nifti", "position in space"),
     "pytorch option": ("good.png --box 1 2 30 30 --variant db_sam", "--backend pytorch"),
+    "no such device": ("good.png --box 1 2 30 30 --backend tensorrt --device cpu", "runs on cuda"),
     "no artefact": ("good.png --box 1 2 30 30 --artefact {folder}/empty", "no manifest.json"),
     "unknown variant": ("good.png --box 1 2 30 30 --backend pytorch --variant x", "x"),
     "three numbers": ("good.png --box 1 2 30", "expected 4 arguments"),

@@ -1,0 +1,346 @@
+"""`<graph>.plan.json` beside each plan: what it is, what it runs on, whether it passed its gate.
+
+Plans lie in `engines/<kind>/` in the artefact's folder. A manifest says with which versions, flags
+and files a plan was built; `parity` is null until the plan was run and compared with PyTorch, and
+then holds the figures of each compute capability it was compared on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..artefact import Artefact, GraphFile, sha256_of, write_atomically
+from ..errors import EngineError
+from .device import Gpu
+from .kinds import TENSORRT, Kind
+from .profiles import Range
+
+FORMAT_VERSION = 1
+FOLDER = "engines"
+
+
+@dataclass(frozen=True)
+class Flags:
+    """How a plan was built.
+
+    Attributes:
+        version_compatible: runs on newer releases of the same major version too.
+        hardware_compatible: `none`, `same_compute_capability`, or `ampere_plus` for every GPU from
+            compute capability 8.0 on; each costs speed.
+        optimization_level: 0 (fast build) to 5 (fast engine).
+        tf32: whether float32 products may be rounded to TF32; never, since prompt and sampling
+            coordinates are float32 for their precision.
+        weight_streaming: whether weights may be left in host memory; never.
+    """
+
+    version_compatible: bool = False
+    hardware_compatible: str = "none"
+    optimization_level: int = 3
+    tf32: bool = field(default=False, init=False)
+    weight_streaming: bool = field(default=False, init=False)
+
+
+@dataclass(frozen=True)
+class Parity:
+    """A set of plans that passed its gate on one GPU.
+
+    Attributes:
+        gpu: where they ran.
+        figures: way of running → `verify.Figures` as a dict.
+        gate: the recipe's floor.
+        plans: graph → SHA-256 of the plans that ran together.
+    """
+
+    gpu: Gpu
+    figures: dict[str, dict[str, Any]]
+    gate: dict[str, float]
+    plans: dict[str, str]
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """One plan.
+
+    Attributes:
+        graph: graph of the contract.
+        kind: see `kinds.KINDS`.
+        precision: recipe stem of the ONNX file.
+        plan: the plan's file.
+        onnx_sha256: of the ONNX file that it was built from.
+        version: version of TensorRT or TensorRT-RTX.
+        cuda: CUDA version of the builder's package, "" if it does not say.
+        built_on: GPU of the machine that built it, None without one.
+        targets: compute capabilities that it was built for.
+        ranges: dynamic axis → sizes that it takes.
+        flags: how it was built.
+        plugins: the plugin library that it needs, None for none.
+        layers: what the builder made of attention and plugins, see `layers.LayerReport`; None for
+            a plan that was never loaded.
+        parity: compute capability → passed gate; None before any.
+    """
+
+    graph: str
+    kind: str
+    precision: str
+    plan: GraphFile
+    onnx_sha256: str
+    version: str
+    cuda: str
+    built_on: Gpu | None
+    targets: tuple[str, ...]
+    ranges: dict[str, Range]
+    flags: Flags
+    plugins: GraphFile | None = None
+    layers: dict[str, Any] | None = None
+    parity: dict[str, Parity] | None = None
+
+    def same_build(self, other: EngineRecord) -> bool:
+        """Whether `other` would be built from and for the same; its plan may still be missing."""
+        here, there = (
+            replace(record, plan=other.plan, built_on=None, layers=None, parity=None)
+            for record in (self, other)
+        )
+        names = [r.built_on and r.built_on.name for r in (self, other)]
+        return here == there and names[0] == names[1]
+
+
+def engine_folder(artefact: Artefact, kind: Kind) -> Path:
+    """Where an artefact's plans of one kind lie."""
+    return artefact.folder / FOLDER / kind.name
+
+
+def record_path(folder: Path, graph: str) -> Path:
+    """The manifest of a graph's plan."""
+    return folder / f"{graph}.plan.json"
+
+
+def write_record(folder: Path, record: EngineRecord) -> Path:
+    """Write a manifest (atomically) into the folder that holds its plan, and return its path."""
+    body = {"format": FORMAT_VERSION, **asdict(record)}
+    path = record_path(folder, record.graph)
+    text = json.dumps({**body, "seal": _seal(body)}, indent=2, sort_keys=True)
+    with write_atomically(path) as stream:
+        stream.write(text.encode() + b"\n")
+    return path
+
+
+def _seal(body: Mapping[str, Any]) -> str:
+    """Hash over a manifest, so that an edited or mixed-up one is noticed."""
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def read_record(path: Path) -> EngineRecord:
+    """Read a manifest.
+
+    Raises:
+        EngineError: no manifest of this library and version, or one that was edited.
+    """
+    try:
+        body = json.loads(path.read_text())
+        if not isinstance(body, dict) or body.get("format") != FORMAT_VERSION:
+            raise EngineError(f"{path}: another manifest format; build the engine again")
+        if body.pop("seal") != _seal(body):
+            raise EngineError(f"{path} was edited after it was written; build the engine again")
+        del body["format"]
+        return _record(body)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        if isinstance(error, EngineError):
+            raise
+        raise EngineError(
+            f"{path} is not the manifest of an engine ({error}); build the engine again"
+        ) from error
+
+
+def _record(body: dict[str, Any]) -> EngineRecord:
+    flags = dict(body["flags"])
+    for fixed in ("tf32", "weight_streaming"):
+        if flags.pop(fixed):
+            raise ValueError(f"an engine built with {fixed}")
+    parity = body["parity"]
+    if parity is not None:
+        parity = {
+            target: Parity(**{**item, "gpu": Gpu(**item["gpu"])}) for target, item in parity.items()
+        }
+    built_on, plugins = body["built_on"], body["plugins"]
+    fields = {
+        **body,
+        "plan": GraphFile(**body["plan"]),
+        "built_on": None if built_on is None else Gpu(**built_on),
+        "targets": tuple(body["targets"]),
+        "ranges": {axis: Range(**item) for axis, item in body["ranges"].items()},
+        "flags": Flags(**flags),
+        "plugins": None if plugins is None else GraphFile(**plugins),
+        "parity": parity,
+    }
+    return EngineRecord(**fields)
+
+
+def read_records(artefact: Artefact, kind: Kind) -> dict[str, EngineRecord]:
+    """Manifests of all an artefact's plans of one kind, checked against the artefact.
+
+    Raises:
+        EngineError: a plan is missing, or was built from another ONNX file.
+    """
+    folder = engine_folder(artefact, kind)
+    again = build_command(artefact, kind)
+    records = {}
+    for graph, source in artefact.graphs.items():
+        path = record_path(folder, graph)
+        if not path.is_file():
+            raise EngineError(f"no {kind.title} engine of {graph} in {folder}: {again}")
+        record = read_record(path)
+        if (record.graph, record.kind) != (graph, kind.name):
+            raise EngineError(
+                f"{path} describes a {record.kind} engine of {record.graph}, expected {kind.name} "
+                f"and {graph}: {again}"
+            )
+        if record.onnx_sha256 != source.sha256:
+            raise EngineError(
+                f"{path}: built from an ONNX file with SHA-256 {record.onnx_sha256[:12]}, but "
+                f"{source.file} has {source.sha256[:12]}: {again}"
+            )
+        records[graph] = record
+    return records
+
+
+def build_command(artefact: Artefact, kind: Kind) -> str:
+    """The command that builds an artefact's engines of one kind."""
+    target = " --target sm_86,sm_89,sm_120" if kind.ahead_of_time else ""
+    return (
+        f"python -m dbsam_deploy.engine build --artefact {artefact.folder} "
+        f"--engine {kind.name}{target}"
+    )
+
+
+def read_plan(folder: Path, record: EngineRecord) -> bytes:
+    """A plan's content, checked against its manifest.
+
+    Raises:
+        EngineError: it is missing or has changed.
+    """
+    return _checked(folder, record.plan)
+
+
+def plugin_library(folder: Path, record: EngineRecord) -> Path | None:
+    """The plugin library that a plan needs, checked against its manifest; None for none.
+
+    Raises:
+        EngineError: it is missing or has changed.
+    """
+    if record.plugins is None:
+        return None
+    _checked(folder, record.plugins)
+    return folder / record.plugins.file
+
+
+def _checked(folder: Path, item: GraphFile) -> bytes:
+    path = folder / item.file
+    if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
+        raise EngineError(f"{path} is named by a manifest but not there; build the engine again")
+    content = path.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if found != item.sha256:
+        raise EngineError(
+            f"{path} has SHA-256 {found[:12]}, its manifest says {item.sha256[:12]}: it changed "
+            "after the build; build the engine again"
+        )
+    return content
+
+
+def check_runs_here(record: EngineRecord, version: str, gpu: Gpu) -> None:
+    """Refuse a plan that was built for another version or GPU.
+
+    Args:
+        record: the plan.
+        version: version of the runtime that is to load it.
+        gpu: GPU that is to run it.
+
+    Raises:
+        EngineError: with what was found, what is expected and what to do.
+    """
+    title = f"{record.graph}.plan"
+    if version != record.version and not _forward_compatible(record, version):
+        raise EngineError(
+            f"{title} was built with {record.kind} {record.version}, and {version} is installed: "
+            f"install {record.version}, or build the engine again"
+        )
+    if not _fits_gpu(record, gpu.target):
+        raise EngineError(
+            f"{title} was built for {', '.join(record.targets)}"
+            f"{_compatibility(record)}, and this GPU ({gpu.name}) is {gpu.target}: build the "
+            "engine for it"
+        )
+
+
+def _compatibility(record: EngineRecord) -> str:
+    level = record.flags.hardware_compatible
+    return "" if level == "none" else f" ({level.replace('_', ' ')})"
+
+
+def _forward_compatible(record: EngineRecord, version: str) -> bool:
+    """Version-compatible plans run on the same major version, not older than the builder's."""
+    built, found = (tuple(map(int, v.split("."))) for v in (record.version, version))
+    return record.flags.version_compatible and built[0] == found[0] and found >= built
+
+
+def _fits_gpu(record: EngineRecord, target: str) -> bool:
+    if record.flags.hardware_compatible == "ampere_plus":
+        return _capability(target) >= _capability("sm_80")
+    return target in record.targets
+
+
+def _capability(target: str) -> int:
+    return int(target.removeprefix("sm_"))
+
+
+def require_parity(records: Mapping[str, EngineRecord], gpu: Gpu) -> None:
+    """Refuse plans that did not pass their gate together on this kind of GPU.
+
+    Raises:
+        EngineError: they were not verified here, with the command that does it.
+    """
+    plans = {graph: record.plan.sha256 for graph, record in records.items()}
+    for graph, record in records.items():
+        parity = (record.parity or {}).get(gpu.target)
+        if parity is None or parity.plans != plans:
+            where = f"on {', '.join(record.parity)}" if record.parity else "anywhere"
+            why = f"was not compared with PyTorch on {gpu.target} (verified {where})"
+            if parity is not None:
+                why = "was compared with PyTorch beside other plans than those that are here"
+            raise EngineError(
+                f"{graph}.plan {why}: python -m dbsam_deploy.engine verify --artefact FOLDER "
+                f"--engine {record.kind}"
+            )
+
+
+def sign(folder: Path, records: Mapping[str, EngineRecord], parity: Parity) -> None:
+    """Enter a passed gate in every manifest."""
+    for record in records.values():
+        entries = {**(record.parity or {}), parity.gpu.target: parity}
+        write_record(folder, replace(record, parity=entries))
+
+
+def verified_plans(artefact: Artefact) -> dict[str, EngineRecord]:
+    """TensorRT plans of an artefact that passed their gate; {} where none were built or verified.
+
+    Raises:
+        EngineError: plans that are damaged or belong to another ONNX file.
+    """
+    folder = engine_folder(artefact, TENSORRT)
+    if not record_path(folder, next(iter(artefact.graphs))).is_file():
+        return {}
+    records = read_records(artefact, TENSORRT)
+    plans = {graph: record.plan.sha256 for graph, record in records.items()}
+    for record in records.values():
+        passed = [p for p in (record.parity or {}).values() if p.plans == plans]
+        if not passed:
+            return {}
+    for record in records.values():
+        if sha256_of(folder / record.plan.file) != record.plan.sha256:
+            raise EngineError(f"{folder / record.plan.file} changed after it was verified")
+    return records

@@ -1,0 +1,145 @@
+"""Runs `engines.worker` and turns its end, whatever it was, into an answer or an `EngineError`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import EngineError
+from .device import Gpu
+from .kinds import Kind
+from .network import Job
+
+_WORKER = f"{__package__}.worker"
+_PACKAGE_PARENT = Path(__file__).resolve().parents[2]
+_LAST_LINES = 4
+_DESCRIBE_TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True)
+class Builder:
+    """An installed builder.
+
+    Attributes:
+        kind: which one.
+        version: of TensorRT or TensorRT-RTX.
+        cuda: CUDA version of its package, "" if it does not say.
+        targets: compute capabilities that it builds for on this machine.
+        gpu: GPU of this machine, None without one.
+    """
+
+    kind: Kind
+    version: str
+    cuda: str
+    targets: tuple[str, ...]
+    gpu: Gpu | None
+
+
+def describe_builder(kind: Kind) -> Builder:
+    """Ask a builder what it is, in a process of its own.
+
+    Raises:
+        EngineError: it is not installed, too old or broken.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        log = Path(scratch) / "worker.log"
+        answer = _run(
+            ["--describe", kind.name],
+            Path(scratch) / "answer.json",
+            log,
+            f"{kind.title} does not start",
+            timeout_s=_DESCRIBE_TIMEOUT_S,
+        )
+    gpu = answer["gpu"]
+    return Builder(
+        kind=kind,
+        version=answer["version"],
+        cuda=answer["cuda"],
+        targets=tuple(answer["targets"]),
+        gpu=None if gpu is None else Gpu(**gpu),
+    )
+
+
+def run_job(job: Job, folder: Path, graph: str) -> dict[str, Any]:
+    """Build one engine in a process of its own; see `worker.build` for the answer.
+
+    Args:
+        job: what to build.
+        folder: where its log, and after a failure its job file, are left.
+        graph: name for messages and files.
+
+    Raises:
+        EngineError: the builder refused or its process ended, with its last lines.
+    """
+    job_file, log = folder / f"{graph}.job.json", folder / f"{graph}.build.log"
+    job_file.write_text(job.to_json())
+    with tempfile.TemporaryDirectory() as scratch:
+        answer = _run(
+            ["--job", str(job_file)],
+            Path(scratch) / "answer.json",
+            log,
+            f"{job.kind} built no engine of {graph}",
+            keep=f"whole log: {log}; job: {job_file}",
+        )
+    job_file.unlink()
+    if not log.stat().st_size:
+        log.unlink()
+    return answer
+
+
+def _run(
+    arguments: list[str],
+    answer: Path,
+    log: Path,
+    failure: str,
+    *,
+    keep: str = "",
+    timeout_s: float | None = None,
+) -> dict[str, Any]:
+    command = [sys.executable, "-m", _WORKER, *arguments, "--answer", str(answer)]
+    paths = [str(_PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    with log.open("wb") as stream:
+        try:
+            status = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                timeout=timeout_s,
+                check=False,
+            ).returncode
+        except subprocess.TimeoutExpired as error:
+            raise EngineError(f"{failure}: no answer after {timeout_s:g} s") from error
+    if status == 0 and answer.is_file():
+        body: dict[str, Any] = json.loads(answer.read_text())
+        return body
+    details = [keep] if keep else []
+    raise EngineError(f"{failure}: {_reason(status, log.read_text(errors='replace'))}", *details)
+
+
+def _reason(status: int, log: str) -> str:
+    """The worker's own error line, or how its process ended and what it said last."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    builder = [_message(line) for line in lines if "[E]" in line or "[F]" in line]
+    if said:
+        return " | ".join([said[-1], *builder[-_LAST_LINES:]])
+    last = " | ".join(builder[-_LAST_LINES:] or lines[-_LAST_LINES:]) or "it said nothing"
+    if status < 0:
+        name = signal.Signals(-status).name
+        return f"the builder's process was ended by {name}; its last words: {last}"
+    return f"the builder's process ended with status {status}: {last}"
+
+
+def _message(line: str) -> str:
+    """A line of the builder's log without its time and severity."""
+    return line.split("] ", 3)[-1] if line.startswith("[") else line

@@ -1,0 +1,127 @@
+"""Encoder graph → the same file with the library's own ops, for every runtime.
+
+Each fused op is a node of the domain `dbsam` with a function body in standard ops: ONNX Runtime
+runs the body, TensorRT-RTX inlines it, and TensorRT takes the plugin of the same name. A graph that
+differs from a pattern in any size or constant is left as it is.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import onnx
+import onnx.inliner
+import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
+from onnxscript.rewriter.pattern import RewriteRuleSet
+
+from ..errors import ExportError
+from ..model import ModelConfig, TwoBranchConfig
+from . import channel_attention, layout, ms_deform_attn, rel_pos_attention
+from .nodes import DOMAIN, VERSION
+
+__all__ = ["FusionCounts", "expected_counts", "fuse", "fuse_file", "inlined"]
+
+_OPS = (ms_deform_attn, channel_attention, rel_pos_attention)
+
+
+@dataclass(frozen=True)
+class FusionCounts:
+    """Nodes of each fused op in a graph."""
+
+    ms_deform_attn: int = 0
+    channel_attention: int = 0
+    rel_pos_attention: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        """The counts by the op's stem."""
+        return asdict(self)
+
+
+def fuse(model: ir.Model) -> FusionCounts:
+    """Replace every occurrence of the three patterns, in place.
+
+    Args:
+        model: an exported graph whose Reshape targets are constants.
+
+    Returns:
+        The fused nodes that the graph now has, with those of an earlier call.
+    """
+    rules = [rule for op in _OPS for rule in op.rules()]
+    if RewriteRuleSet(rules).apply_to_model(model):
+        RewriteRuleSet(layout.RULES).apply_to_model(model)
+        common_passes.IdentityEliminationPass()(model)
+        common_passes.RemoveUnusedNodesPass()(model)
+    found = Counter(node.op_type for node in model.graph if node.domain == DOMAIN)
+    for op in _OPS:
+        if found[op.NAME]:
+            body = op.body()
+            model.functions[body.identifier()] = body
+            model.graph.opset_imports[DOMAIN] = VERSION
+    return FusionCounts(*(found[op.NAME] for op in _OPS))
+
+
+def fuse_file(path: Path, config: ModelConfig) -> FusionCounts:
+    """Fuse an exported encoder in its file; the file is replaced only by one that is valid.
+
+    Args:
+        path: ONNX file with its weights inside.
+        config: the model that it was exported from.
+
+    Raises:
+        ExportError: other counts than `expected_counts`, or the result is not valid ONNX.
+    """
+    model = ir.load(path)
+    counts = fuse(model)
+    expected = expected_counts(config)
+    if counts != expected:
+        raise ExportError(
+            f"{path.name}: fused {counts.as_dict()}, {config.name} has {expected.as_dict()}; the "
+            "exported graph no longer has the form that dbsam_deploy.fusions looks for"
+        )
+    if not any(counts.as_dict().values()):
+        return counts
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        partial = Path(scratch) / path.name
+        ir.save(model, partial)
+        try:
+            onnx.checker.check_model(partial, full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            raise ExportError(f"{path.name}: onnx's checker refuses it fused: {error}") from error
+        partial.replace(path)
+    return counts
+
+
+def expected_counts(config: ModelConfig) -> FusionCounts:
+    """Fused nodes that a variant's encoder must have: those whose sizes the kernels run."""
+    adapter = config.adapter
+    sampled = gated = attended = 0
+    if adapter is not None:
+        levels = len(adapter.levels)
+        # Sampling from the convolution maps (and, with four branches, the ViT's), four blocks each
+        sources = (levels, 1) if isinstance(adapter, TwoBranchConfig) else (levels + 1, levels + 1)
+        head_dim = config.embed_dim // adapter.num_heads
+        sampled = 4 * sum(
+            ms_deform_attn.supports(head_dim, count, adapter.num_points) for count in sources
+        )
+    if isinstance(adapter, TwoBranchConfig) and adapter.channel_attention != "none":
+        gated = 4 * channel_attention.supports(config.embed_dim)
+    if config.tiny_vit is None:
+        head_dim = config.embed_dim // config.num_heads
+        local = config.depth - 4
+        attended = local * rel_pos_attention.supports(head_dim, config.window_size)
+        attended += 4 * rel_pos_attention.supports(head_dim, config.frame.grid)
+    return FusionCounts(sampled, gated, attended)
+
+
+def inlined(model: onnx.ModelProto | Path) -> onnx.ModelProto:
+    """The same graph in standard ops only, for runtimes without functions.
+
+    Args:
+        model: a fused graph, or its file.
+    """
+    proto = onnx.load(model) if isinstance(model, Path) else model
+    return onnx.inliner.inline_local_functions(proto)

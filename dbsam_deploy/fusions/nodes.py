@@ -1,0 +1,113 @@
+"""What the fusions share: reading constants of a matched graph, and making nodes of our domain."""
+
+from __future__ import annotations
+
+import ast
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+
+DOMAIN, VERSION = "dbsam", 1
+"""Domain of the fused ops and its opset version."""
+
+PLUGIN = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}
+"""Attributes by which TensorRT's parser finds the plugin instead of inlining the function body."""
+
+SCOPES = "pkg.torch.onnx.name_scopes"
+"""Metadata of a node: the modules it was traced in, outermost first, then its own name."""
+
+
+def parse_body(text: str) -> ir.Function:
+    """An op's function body, written in ONNX's text format with attribute references."""
+    return ir.serde.deserialize_function(onnx.parser.parse_function(text))
+
+
+def equals(value: ir.Value | None, expected: npt.ArrayLike) -> bool:
+    """Whether `value` is a constant of exactly this shape and content, rounded to its own dtype."""
+    if value is None or value.const_value is None:
+        return False
+    found = value.const_value.numpy()
+    return np.array_equal(found, np.asarray(expected).astype(found.dtype))
+
+
+def view_dims(view: ir.Value) -> tuple[int, ...]:
+    """Dimensions behind the first one of a Reshape with a constant target.
+
+    Args:
+        view: a Reshape's output.
+
+    Returns:
+        The dimensions, all positive, if the first one is copied or left to the rest; else ().
+    """
+    node = view.producer()
+    target = None if node is None else node.inputs[1]
+    if node is None or target is None or target.const_value is None:
+        return ()
+    first, *others = (int(d) for d in target.const_value.numpy())
+    copied = first == 0 and not node.attributes.get_int("allowzero", 0)
+    return tuple(others) if (copied or first == -1) and all(d > 0 for d in others) else ()
+
+
+def static_dims(value: ir.Value) -> tuple[int, ...]:
+    """Dimensions behind the first one of a value; () unless all of them are known numbers."""
+    dims = () if value.shape is None else tuple(value.shape)[1:]
+    known = tuple(d for d in dims if isinstance(d, int))
+    return known if len(known) == len(dims) else ()
+
+
+def is_convolution(
+    value: ir.Value, shape: tuple[int, ...], *, padding: int = 0, groups: int = 1
+) -> bool:
+    """Whether a Conv's output is that of a plain 2-D convolution without bias.
+
+    Args:
+        value: the output.
+        shape: (out, in / groups, height, width) of the constant weight.
+        padding: zeros on each side.
+        groups: of the channels.
+    """
+    node = value.producer()
+    weight = None if node is None else node.inputs[1]
+    if node is None or weight is None or weight.const_value is None:
+        return False
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    given = node.attributes
+    return (
+        tuple(weight.const_value.shape) == shape
+        and (bias is None or equals(bias, np.zeros(shape[0])))
+        and given.get_int("group", 1) == groups
+        and given.get_string("auto_pad", "NOTSET") == "NOTSET"
+        and tuple(given.get_ints("kernel_shape", shape[2:])) == shape[2:]
+        and tuple(given.get_ints("pads", [0] * 4)) == (padding,) * 4
+        and tuple(given.get_ints("strides", [1, 1])) == (1, 1)
+        and tuple(given.get_ints("dilations", [1, 1])) == (1, 1)
+    )
+
+
+def module_of(value: ir.Value) -> list[str]:
+    """Paths of the modules that a value was computed in, outermost ("") first."""
+    node = value.producer()
+    scopes = "['']" if node is None else node.metadata_props.get(SCOPES, "['']")
+    return [str(scope) for scope in ast.literal_eval(scopes)][:-1]
+
+
+def name_for(value: ir.Value, what: str) -> str:
+    """Name of a new initializer that belongs to the computation of `value`; its module first."""
+    return ".".join((*module_of(value)[-1:], str(value.name), what))
+
+
+def place(value: ir.Value, where: ir.Value, *dims: int | ir.SymbolicDim) -> ir.Value:
+    """Give a new node the modules of the value that it helps to replace, and its output a type.
+
+    Args:
+        value: the new node's output.
+        where: value of the matched graph, of the same dtype.
+        dims: shape of `value`.
+    """
+    node = value.producer()
+    if node is not None:
+        node.metadata_props[SCOPES] = repr([*module_of(where), node.op_type])
+    value.shape, value.type = ir.Shape(dims), where.type
+    return value

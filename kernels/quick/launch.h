@@ -1,0 +1,12 @@
+// What the launch of a quick kernel needs, read out of its PTX by dbsam_deploy/quick_plugins.py.
+#pragma once
+
+namespace dbsam::quick {
+
+struct Launch {
+  int x, y;  // blocks along x and y for one image or window
+  int threads;
+  int shared_bytes;
+};
+
+}  // namespace dbsam::quick

@@ -1,0 +1,304 @@
+"""The doctor has a row for everything, tries it, and says what is missing and how to get it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from dbsam_deploy import doctor, probes
+from dbsam_deploy.backends import BACKENDS, LOCAL_BACKENDS
+from dbsam_deploy.cli import run
+from dbsam_deploy.doctor import CHECKS, INSTALL_LINES, Check, examine
+from dbsam_deploy.engines.device import find_gpu
+from dbsam_deploy.errors import EngineError
+from dbsam_deploy.extras import EXTRAS
+from dbsam_deploy.hardware import memory_gib
+from dbsam_deploy.inspections import Answer
+from dbsam_deploy.probes import Finding
+
+ROOT = Path(__file__).resolve().parent.parent
+KINDS = ("backend", "build", "serving", "extra")
+MACHINE = {
+    "cpu": str, "cores": int, "memory_gib": float, "gpu": str, "driver": str, "python": str,
+    "system": str,
+}  # fmt: skip
+ROW = {
+    "name": str, "kind": str, "purpose": str, "usable": bool, "version": str, "devices": list,
+    "missing": str, "install": str,
+}  # fmt: skip
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def shell(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the command in this process: status, standard output, standard error."""
+
+    def call(*words: str) -> tuple[int, str, str]:
+        status = run(doctor.main, list(words))
+        return status, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Answer]:
+    """What runtimes say in the test; no process is started, and what is not set is absent."""
+    said: dict[str, Answer] = {}
+    nothing = Answer(error="nothing here", absent="nothing")
+    monkeypatch.setattr(doctor, "inspect_runtime", lambda name: said.get(name, nothing))
+    return said
+
+
+def test_every_backend_has_a_row_and_every_row_a_backend() -> None:
+    rows = [check for check in CHECKS if check.kind == "backend"]
+    assert [check.name for check in rows] == list(LOCAL_BACKENDS)
+    assert [check.probe for check in rows] == [backend.probe for backend in BACKENDS]
+    assert len({backend.probe for backend in BACKENDS}) == len(BACKENDS)
+
+
+def test_every_extra_for_users_has_a_row() -> None:
+    rows = {check.name for check in CHECKS if check.kind == "extra"}
+    assert rows == {extra.name for extra in EXTRAS} - set(doctor.RUNTIME_EXTRAS)
+    assert {"eval", "train", "dicom", "nifti", "client"} <= rows
+
+
+def test_names_and_kinds() -> None:
+    names = [check.name for check in CHECKS]
+    assert len(names) == len(set(names))
+    assert list(dict.fromkeys(check.kind for check in CHECKS)) == list(KINDS)
+    assert set(INSTALL_LINES) <= set(names)
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, Any]:
+    """What the command says of this machine, run once as a user runs it."""
+    command = [sys.executable, "-m", "dbsam_deploy.doctor", "--json"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    body: dict[str, Any] = json.loads(result.stdout)
+    return body
+
+
+def test_json_schema(report: dict[str, Any]) -> None:
+    assert set(report) == {"machine", "checks"}
+    assert {name: type(value) for name, value in report["machine"].items()} == MACHINE
+    assert [row["name"] for row in report["checks"]] == [check.name for check in CHECKS]
+    for row in report["checks"]:
+        assert {name: type(value) for name, value in row.items()} == ROW
+        assert row["kind"] in KINDS
+        assert set(row["devices"]) <= {"cpu", "cuda"}
+        assert "\n" not in row["missing"] + row["install"]
+        if row["usable"]:
+            assert row["version"]
+            assert row["kind"] != "backend" or row["devices"]
+        else:
+            assert row["missing"]
+            assert row["devices"] == []
+
+
+def test_this_machine_runs_pytorch_and_onnxruntime(report: dict[str, Any]) -> None:
+    pytest.importorskip("onnxruntime")
+    rows = {row["name"]: row for row in report["checks"]}
+    for name in ("pytorch", "onnxruntime"):
+        assert rows[name]["usable"], rows[name]
+        assert "cpu" in rows[name]["devices"]
+
+
+@pytest.mark.parametrize(
+    "name", ["onnxruntime-tensorrt", "pytorch-fused", "tensorrt", "tensorrt-rtx"]
+)
+def test_without_a_gpu_there_are_no_gpu_backends(report: dict[str, Any], name: str) -> None:
+    if find_gpu() is not None:
+        pytest.skip("this machine has a GPU")
+    (row,) = (row for row in report["checks"] if row["name"] == name)
+    assert not row["usable"]
+    assert "no NVIDIA GPU" in row["missing"]
+
+
+def test_tools_of_this_machine(report: dict[str, Any]) -> None:
+    rows = {row["name"]: row for row in report["checks"]}
+    for tool in ("g++", "nvcc"):
+        if shutil.which(tool) is None:
+            assert rows[tool]["missing"] == f"no {tool} on the PATH"
+            assert rows[tool]["install"] == INSTALL_LINES[tool]
+        else:
+            assert re.match(r"\d+\.\d+", rows[tool]["version"])
+    assert report["machine"]["memory_gib"] == round(memory_gib(), 1) > 0
+
+
+def pip_requirements(line: str) -> list[str]:
+    return re.findall(r"'([^']+)'", line) if "pip install" in line else []
+
+
+def test_every_pip_line_of_a_backend_or_extra_names_an_extra_of_pyproject(
+    answers: dict[str, Answer],
+) -> None:
+    offered = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = set(offered["optional-dependencies"])
+    checks = tuple(check for check in CHECKS if check.kind in ("backend", "extra"))
+    for check, finding in zip(checks, examine(checks), strict=True):
+        assert not finding.usable
+        assert "pip install" in finding.install, check.name
+        named = [
+            re.fullmatch(r"dbsam-deploy\[(\w+)\]", r) for r in pip_requirements(finding.install)
+        ]
+        (extra,) = (match.group(1) for match in named if match)
+        assert extra in extras
+
+
+def test_a_machine_without_anything(
+    answers: dict[str, Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shell: Run
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(doctor, "find_headers", lambda: raise_engine_error("no headers"))
+    status, out, err = shell("--json")
+    assert (status, err) == (0, "")
+    rows = {row["name"]: row for row in json.loads(out)["checks"]}
+    assert not any(row["usable"] for row in rows.values())
+    assert all(row["install"] for row in rows.values())
+    assert rows["g++"]["missing"] == "no g++ on the PATH"
+    assert rows["plugin library"]["install"] == "python -m dbsam_deploy.plugins build"
+    assert rows["Triton server"]["install"] == "python -m dbsam_deploy.serve --install"
+
+
+def raise_engine_error(text: str) -> None:
+    raise EngineError(text)
+
+
+def fake_tool(folder: Path, name: str, script: str) -> None:
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+@pytest.fixture
+def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in front of the PATH."""
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    return tmp_path
+
+
+def find(name: str) -> Finding:
+    (check,) = (check for check in CHECKS if check.name == name)
+    (finding,) = examine((check,))
+    return finding
+
+
+def test_an_nvcc_that_knows_no_blackwell(tools: Path) -> None:
+    fake_tool(
+        tools,
+        "nvcc",
+        '[ "$1" = --version ] && echo "Cuda compilation tools, release 11.8, V11.8.89" '
+        "|| printf 'sm_75\\nsm_80\\nsm_90\\n'",
+    )
+    finding = find("nvcc")
+    assert (finding.usable, finding.version) == (False, "11.8")
+    assert finding.missing == "nvcc 11.8 does not compile for sm_120: 12.8 or later is needed"
+    assert finding.install == INSTALL_LINES["nvcc"]
+
+
+def test_a_compiler_that_does_not_compile(tools: Path) -> None:
+    fake_tool(
+        tools,
+        "g++",
+        '[ "$1" = --version ] && echo "g++ (GCC) 4.8.5" '
+        '|| { echo "unrecognized option -std=c++17" >&2; exit 1; }',
+    )
+    finding = find("g++")
+    assert not finding.usable
+    assert finding.missing == "g++ does not work: unrecognized option -std=c++17"
+
+
+def test_a_tool_that_hangs_or_cannot_start(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "TOOL_TIMEOUT_S", 0.2)
+    fake_tool(tools, "nvcc", "sleep 5")
+    started = time.monotonic()
+    assert "timed out" in find("nvcc").missing
+    assert time.monotonic() - started < 4
+    (tools / "g++").write_text("#!/no/such/interpreter\n")
+    (tools / "g++").chmod(0o755)
+    assert find("g++").missing.startswith("the check failed: ")
+
+
+def test_a_gpu_that_nvidia_smi_shows_is_in_the_machine_line(
+    answers: dict[str, Answer], tools: Path, shell: Run
+) -> None:
+    fake_tool(tools, "nvidia-smi", "echo 'NVIDIA H200, 570.86.15'")
+    _, out, _ = shell()
+    assert "NVIDIA H200 (driver 570.86.15)" in out.splitlines()[0]
+
+
+def test_a_broken_package_is_a_row(answers: dict[str, Answer], shell: Run) -> None:
+    answers["tensorrt"] = Answer(error="OSError: libnvinfer.so.11: cannot open")
+    status, out, err = shell("--backend", "tensorrt")
+    assert (status, err) == (1, "")
+    assert len(out.splitlines()) == 1
+    assert "libnvinfer.so.11: cannot open" in out
+
+
+def test_exit_statuses(answers: dict[str, Answer], shell: Run) -> None:
+    answers["torch"] = Answer({"version": "2.13.0+cpu", "cuda": ""})
+    assert shell("--backend", "pytorch") == (0, "pytorch 2.13.0+cpu: usable on cpu\n", "")
+    assert shell("--backend", "pytorch", "--device", "cpu")[0] == 0
+    status, out, _ = shell("--backend", "pytorch", "--device", "cuda")
+    assert (status, out) == (1, "pytorch: not usable on cuda: nothing here\n")
+    assert shell("--backend", "pytorch-fused")[0] == 1
+    status, out, _ = shell("--backend", "tensorrt", "--json")
+    assert status == 1
+    assert {name: type(value) for name, value in json.loads(out).items()} == ROW
+    for words in (("--backend", "tensorflow"), ("--device", "cuda")):
+        status, out, err = shell(*words)
+        assert (status, out) == (2, "")
+        assert err.startswith("error: ")
+
+
+def test_one_backend_asks_only_what_it_needs(monkeypatch: pytest.MonkeyPatch, shell: Run) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(
+        doctor, "inspect_runtime", lambda name: asked.append(name) or Answer(error="x")
+    )
+    shell("--backend", "pytorch")
+    assert sorted(asked) == ["driver", "torch"]
+    asked.clear()
+    examine(CHECKS)
+    assert len(asked) == len(set(asked))
+
+
+def test_the_table_keeps_commands_whole(answers: dict[str, Answer]) -> None:
+    checks = (
+        Check("tensorrt", "backend", probes.probe_tensorrt),
+        Check("part", "extra", lambda ask: Finding(True, "1.0 [beta]", ("cpu",)), "of a whole"),
+    )
+    line = "pip install 'dbsam-deploy[gpu]' " + "'a-long-requirement' " * 8
+    findings = [Finding(False, missing="no [gpu] here", install=line), examine(checks[1:])[0]]
+    console = Console(record=True, width=70)
+    doctor.print_findings(console, checks, findings, doctor.machine_facts())
+    text = console.export_text()
+    assert line.strip() in text
+    for words in ("no [gpu] here", "1.0 [beta] on cpu", "for tensorrt:", "GiB"):
+        assert words in text
+
+
+def test_no_heavy_import_before_it_is_asked_for() -> None:
+    code = (
+        "import sys, dbsam_deploy.doctor; heavy = {'torch', 'onnxruntime', 'onnx', 'tensorrt', "
+        "'tensorrt_rtx', 'pycuda', 'monai'}; print(sorted(heavy & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert result.stdout == "[]\n"
