@@ -75,7 +75,7 @@ def flex_rel_pos_attention(
         return score + rows[n, h, query, key // side] + columns[n, h, query, key % side]
 
     out = flex_attention(q, k, v, score_mod=add_bias, scale=scale)
-    return _joined(out)  # type: ignore[arg-type]  # a tuple only where statistics are asked for
+    return _joined(out)
 
 
 def eager_channel_attention(
@@ -112,8 +112,9 @@ class SdpaEncoder(nn.Module):
         super().__init__()
         self.graph = EncoderGraph(model)
         for block in self.graph.modules():
-            if isinstance(getattr(block, "attn", None), RelPosAttention):
-                block.attn = FusedRelPosAttention(block.attn, operator=sdpa_attention)
+            attention = getattr(block, "attn", None)
+            if isinstance(attention, RelPosAttention):
+                block.attn = FusedRelPosAttention(attention, operator=sdpa_attention)
         self.eval().requires_grad_(False)
 
     def forward(self, image: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ def probe_onnxruntime_tensorrt(ask: Ask) -> Finding:
     answer, driver, version = ask("onnxruntime-tensorrt"), ask("driver"), ask("onnxruntime")
     if not answer.error:
         return Finding(True, _version(answer), ("cuda",))
-    if driver.error and not answer.install:  # all is there but the GPU
+    if driver.error and not answer.install and not version.error:  # all but the GPU is there
         return _refused([driver.error], "", _version(version))
     reasons = [reason for reason in (driver.error, answer.error) if reason]
     return _refused(reasons, answer.install or ONNXRUNTIME_TENSORRT_LINE, _version(version))

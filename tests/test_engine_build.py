@@ -100,7 +100,8 @@ def quantised(path: Path, target: Path) -> None:
         per_channel=True,
         activation_type=QuantType.QInt8,
         weight_type=QuantType.QInt8,
-        extra_options={"ActivationSymmetric": True, "WeightSymmetric": True},
+        # TensorRT adds biases in float: it takes no int32 constant.
+        extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False},
     )
     renamed.unlink()
 
