@@ -306,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
         rows = [as_dict(check, finding) for check, finding in zip(CHECKS, findings, strict=True)]
         print(json.dumps({"machine": facts, "checks": rows}, indent=2))
     else:
-        print_findings(Console(), CHECKS, findings, facts)
+        print_findings(Console(width=None if sys.stdout.isatty() else 120), CHECKS, findings, facts)
     return 0
 
 

@@ -84,17 +84,7 @@ def closing_table(
     table.add_column("file", no_wrap=True)
     for column in ("MiB", "cosine", "agreement", "Dice", "ms"):
         table.add_column(column, justify="right")
-    masks = f"{figures.mask_agreement_mean:.4f} / {figures.mask_agreement_p5:.4f}"
-    prompts = f"{figures.prompt_agreement_mean:.4f} / {figures.prompt_agreement_p5:.4f}"
-    dice = f"{figures.dice:.4f} ({figures.dice_reference:.4f})"
-    encoder_ms = f"{figures.encoder_ms:.0f} ({figures.reference_encoder_ms:.0f})"
-    decoder_ms = f"{figures.decoder_ms:.0f} ({figures.reference_decoder_ms:.0f})"
-    rows = {
-        "encoder": (f"{figures.embedding_cosine:.6f}", "", "", encoder_ms),
-        "decoder": (f"{figures.decoder_cosine:.6f}", masks, dice, decoder_ms),
-        "prompt_decoder": ("", prompts, "", ""),
-    }
-    for name, figures_of_graph in rows.items():
+    for name, figures_of_graph in _rows(figures).items():
         item = artefact.graphs[name]
         table.add_row(name, item.file, f"{item.size_bytes / 2**20:.1f}", *figures_of_graph)
     table.add_row("repository", repository.folder.name)
@@ -102,20 +92,39 @@ def closing_table(
     if engines:
         first = next(iter(engines.values()))
         console.print(engine_table(engines, f"engines: {first.kind} {first.version}"))
-    if 2 * figures.empty_masks > figures.objects:
-        console.print(
-            f"note: {figures.empty_masks} of {figures.objects} reference masks are empty, so mask "
-            "agreement and Dice say little about this model",
-            highlight=False,
-            soft_wrap=True,
-        )
-    if not artefact.weights["trained"]:
-        console.print(f"note: {artefact.weights['note']}", highlight=False, soft_wrap=True)
-    if engine_note:
-        console.print(f"note: {engine_note}", highlight=False, soft_wrap=True)
+    for note in _notes(artefact, figures, engine_note):
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     console.print(
         f"next: python -m dbsam_deploy.predict IMAGE --box x0 y0 x1 y1 --artefact "
         f"{artefact.folder}\n      python -m dbsam_deploy.serve --repository {repository.folder}",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
+
+
+def _notes(artefact: Artefact, figures: Figures, engine_note: str) -> list[str]:
+    """What the reader of the table must know."""
+    notes = []
+    if 2 * figures.empty_masks > figures.objects:
+        notes.append(
+            f"{figures.empty_masks} of {figures.objects} reference masks are empty, so mask "
+            "agreement and Dice say little about this model"
+        )
+    if not artefact.weights["trained"]:
+        notes.append(artefact.weights["note"])
+    return notes + [engine_note] * bool(engine_note)
+
+
+def _rows(figures: Figures) -> dict[str, tuple[str, str, str, str]]:
+    """Graph → cosine, agreement, Dice and latency, as text."""
+    masks = f"{figures.mask_agreement_mean:.4f} / {figures.mask_agreement_p5:.4f}"
+    prompts = f"{figures.prompt_agreement_mean:.4f} / {figures.prompt_agreement_p5:.4f}"
+    dice = f"{figures.dice:.4f} ({figures.dice_reference:.4f})"
+    encoder_ms = f"{figures.encoder_ms:.0f} ({figures.reference_encoder_ms:.0f})"
+    decoder_ms = f"{figures.decoder_ms:.0f} ({figures.reference_decoder_ms:.0f})"
+    return {
+        "encoder": (f"{figures.embedding_cosine:.6f}", "", "", encoder_ms),
+        "decoder": (f"{figures.decoder_cosine:.6f}", masks, dice, decoder_ms),
+        "prompt_decoder": ("", prompts, "", ""),
+    }

@@ -131,7 +131,8 @@ def test_half_precision_engines_with_fused_operators_for_three_gpus(
         assert record.version == request.builder.version
     assert json.loads((folder / "encoder.plan.json").read_text())["parity"] is None
     assert read_records(artefact, TENSORRT_RTX) == records
-    assert {path.name for path in folder.iterdir()} == {
+    left = {path.name for path in folder.iterdir() if path.suffix != ".log"}
+    assert left == {
         *(f"{graph}.plan" for graph in artefact.graphs),
         *(f"{graph}.plan.json" for graph in artefact.graphs),
     }

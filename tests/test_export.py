@@ -150,8 +150,12 @@ def test_a_foreign_folder_is_not_replaced(copied, monkeypatch):
 def test_closing_table_shows_every_stage_and_the_state_of_the_weights(published_export):
     _, published = published_export
     console = Console(record=True, width=110)
-    closing_table(published.artefact, published.figures, published.repository, console)
+    note = "to build engines: pip install 'dbsam-deploy[rtx]'"
+    closing_table(
+        published.artefact, published.figures, published.repository, console, engine_note=note
+    )
     text = console.export_text()
+    assert f"note: {note}\n" in text  # rich would take the brackets for its own
     for piece in ("encoder", "decoder", "prompt_decoder", "repository", "cosine", "Dice"):
         assert piece in text
     assert f"{published.figures.mask_agreement_mean:.4f}" in text

@@ -198,7 +198,8 @@ def read_block(parts: dict[str, Any]) -> Block | None:
     fc1, fc2, pw_weight = (weight.numpy() for weight in weights)
     reduced = fc1.shape[0]
     holds = (
-        is_convolution(parts["filtered"], (channels, 1, 3, 3), padding=1, groups=channels)
+        static_dims(parts["out"]) == shape
+        and is_convolution(parts["filtered"], (channels, 1, 3, 3), padding=1, groups=channels)
         and is_convolution(parts["squeezed"], (reduced, channels, 1, 1))
         and is_convolution(parts["excited"], (channels, reduced, 1, 1))
         and is_convolution(parts["update"], (channels, channels, 1, 1))

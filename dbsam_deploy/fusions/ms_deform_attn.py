@@ -247,6 +247,7 @@ def read_sampling(parts: dict[str, Any]) -> Sampling | None:
         static_dims(value) == (levels * cells, heads * depth)
         and static_dims(offsets) == (queries, heads * samples * 2)
         and static_dims(weights) == (queries, heads * samples)
+        and static_dims(parts["out"]) == (queries, heads * depth)
         and split == (queries, heads, levels, points, 2)
         and dims(parts["grid"]) == (points, queries, 2)
         and dims(parts["weight_split"]) == (queries, heads, levels, points)

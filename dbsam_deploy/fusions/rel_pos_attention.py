@@ -200,7 +200,7 @@ def read_attention(parts: dict[str, Any]) -> Attention | None:
         and dims(parts["bias_columns"]) == (tokens, 1, side)
         and dims(parts["scores"]) == (tokens, tokens)
         and dims(parts["out_split"]) == (heads, tokens, depth)
-        and dims(parts["out"]) == (tokens, heads * depth)
+        and dims(parts["out"]) == static_dims(parts["out"]) == (tokens, heads * depth)
         and all(
             equals(parts[name], [number])
             for number, name in enumerate(("zero", "one", "two", "three"))
