@@ -40,6 +40,9 @@ FOLDED_BYTES = 64 * 2**20
 _LAYOUT_OPS = {"Cast", "Reshape", "Squeeze", "Unsqueeze"}
 """Ops at a graph's float32 edges that move data without computing."""
 
+SCOPES = "pkg.torch.onnx.name_scopes"
+"""Where the exporter notes the modules that a node was traced in."""
+
 
 @dataclass(frozen=True)
 class ExportedGraph:
@@ -73,6 +76,7 @@ def export_graph(model: DbSam, name: str, recipe: Recipe, folder: Path) -> Expor
     _name_axes(program.model, spec)
     fold_reshapes(program.model)
     check_precision(program.model, recipe, islands)
+    strip_metadata(program.model)
     program.model.producer_name = "dbsam_deploy"
     path = folder / f"{name}.onnx"
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -292,8 +296,21 @@ def check_precision(model: ir.Model, recipe: Recipe, islands: list[str]) -> None
 
 def _module_paths(node: ir.Node) -> list[str]:
     """Paths of the modules a node was traced in, outermost ("") first."""
-    scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['']"))
+    scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "['']"))
     return [str(scope) for scope in scopes]
+
+
+def strip_metadata(model: ir.Model) -> None:
+    """Drop the exporter's notes but for the module paths: stack traces name this machine's files."""
+    for node in model.graph:
+        scopes = node.metadata_props.get(SCOPES)
+        node.metadata_props.clear()
+        if scopes is not None:
+            node.metadata_props[SCOPES] = scopes
+    for value in (*_values(model.graph), *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.metadata_props.clear()
 
 
 def check_onnx(path: Path, spec: GraphSpec) -> None:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -70,6 +71,14 @@ def test_other_variants_export_in_half_precision(variant, small_models, exported
     with torch.inference_mode():
         expected = wide.encode(torch.from_numpy(feed["image"])).numpy()
     check_close(run(path, feed)[0], expected, "float16", "image_embeddings")
+
+
+def test_files_say_nothing_of_the_machine_that_made_them(exported):
+    for path in exported[1].values():
+        content = path.read_bytes()
+        assert b"name_scopes" in content  # the paths of modules are kept, nothing else
+        assert b"stack_trace" not in content
+        assert str(Path(torch.__file__).parent).encode() not in content
 
 
 def test_files_hold_the_contract_and_no_shape_arithmetic(exported):
