@@ -85,7 +85,9 @@ def _build(args: argparse.Namespace, console: Console) -> dict[str, EngineRecord
     request = check_options(options)
     artefact = load_artefact(args.artefact)
     notes = Console(stderr=True)
-    records = build_engines(artefact, request, lambda text: notes.print(text, highlight=False))
+    records = build_engines(
+        artefact, request, lambda text: notes.print(text, highlight=False, markup=False)
+    )
     if unverified_here(records, request.builder.gpu):
         return _verify(artefact, kind, args)
     if not all(record.parity for record in records.values()):
@@ -94,6 +96,7 @@ def _build(args: argparse.Namespace, console: Console) -> dict[str, EngineRecord
             f"python -m dbsam_deploy.engine verify --artefact {artefact.folder} "
             f"--engine {kind.name}",
             highlight=False,
+            markup=False,
             soft_wrap=True,
         )
     return records
@@ -102,7 +105,9 @@ def _build(args: argparse.Namespace, console: Console) -> dict[str, EngineRecord
 def _inspect(artefact: Artefact, console: Console) -> None:
     gpu = find_gpu()
     here = "no NVIDIA GPU" if gpu is None else f"{gpu.name}, {gpu.target}"
-    console.print(f"{artefact.folder}; this machine: {here}", highlight=False, soft_wrap=True)
+    console.print(
+        f"{artefact.folder}; this machine: {here}", highlight=False, markup=False, soft_wrap=True
+    )
     kinds = [
         kind
         for kind in KINDS.values()

@@ -22,8 +22,8 @@ constexpr int kWantedTiles = 128;   // about as many as a large GPU has multipro
 constexpr int kSmallThreads = 128;  // of a block of `squeeze` and `excite`
 constexpr int kMeanWarps = 8;
 
-// Shapes and how the map is cut into tiles, a function of the shapes alone so that results and the
-// size of the workspace are the same on every device.
+// Shapes and how the map is cut into tiles: a function of the shapes alone, so that the order of
+// the sums and the size of the workspace are the same on every device.
 struct Plan {
   int batch, height, width, channels, reduced;
   float epsilon, inverse_channels;

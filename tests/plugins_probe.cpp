@@ -175,8 +175,8 @@ size_t dbsam_channel_attention_workspace(int batch, int height, int width, int c
 int dbsam_rel_pos_attention(const void* qkv, const void* rel_pos_h, const void* rel_pos_w,
                             void* out, int windows, int side, int heads, int head_dim, float scale,
                             int dtype, void* stream) {
-  return as(&dbsam_rel_pos_attention, kRelPos)(qkv, rel_pos_h, rel_pos_w, out, windows, side,
-                                               heads, head_dim, scale, dtype, stream);
+  return as(&dbsam_rel_pos_attention, kRelPos)(qkv, rel_pos_h, rel_pos_w, out, windows, side, heads,
+                                               head_dim, scale, dtype, stream);
 }
 
 // The plugins ask the library that holds the logger finder, which is this one.

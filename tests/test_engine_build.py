@@ -141,13 +141,10 @@ def test_half_precision_engines_with_fused_operators_for_three_gpus(
     (folder / "decoder.plan").write_bytes(b"damaged")
     again = []
     assert build_engines(artefact, request, again.append).keys() == records.keys()
-    assert again == [
-        "tensorrt-rtx encoder was built before"
-        if graph == "encoder"
-        else f"building tensorrt-rtx {graph}"
-        if graph == "decoder"
-        else f"tensorrt-rtx {graph} was built before"
-        for graph in artefact.graphs
+    assert sorted(again) == [
+        "building tensorrt-rtx decoder",
+        "tensorrt-rtx encoder was built before",
+        "tensorrt-rtx prompt_decoder was built before",
     ]
 
 

@@ -1,6 +1,8 @@
 """Full-size graphs at 1024 px through the whole export: minutes and 14 GB each, run with --slow."""
 
+import importlib.util
 import shutil
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -18,9 +20,15 @@ def test_full_size_graphs_pass_their_gate(variant, precision, tmp_path):
     data.mkdir()
     example = min(bundled_examples().glob("*.npz"), key=lambda path: path.stat().st_size)
     shutil.copy(example, data)
-    options = Options(precision, variant=variant, data=data, output=tmp_path / "build")
+    options = Options(
+        precision, variant=variant, data=data, output=tmp_path / "build", engine="none"
+    )
+    ahead_of_time = variant == "db_sam" and importlib.util.find_spec("tensorrt_rtx") is not None
+    if ahead_of_time:
+        options = replace(options, engine="tensorrt-rtx", targets=("sm_86", "sm_120"))
     published = export(options, Console(quiet=True))
     assert published.artefact.preprocessing.image_size == 1024
     assert published.figures.images == 1
     assert published.figures.objects > 1
+    assert set(published.engines) == (set(published.artefact.graphs) if ahead_of_time else set())
     shutil.rmtree(options.output)  # a gigabyte

@@ -64,9 +64,9 @@ class ChannelAttention {
   int launch(const Inputs<ChannelAttention>& shapes, int dtype, const void* const* inputs,
              void* const* outputs, void* workspace, void* stream) const {
     const Shape& x = shapes[0];
-    return dbsam_channel_attention(inputs[0], inputs[1], inputs[2], inputs[3], inputs[4],
-                                   inputs[5], inputs[6], outputs[0], outputs[1], workspace, x[0],
-                                   x[1], x[2], x[3], shapes[4][0], epsilon_, dtype, stream);
+    return dbsam_channel_attention(inputs[0], inputs[1], inputs[2], inputs[3], inputs[4], inputs[5],
+                                   inputs[6], outputs[0], outputs[1], workspace, x[0], x[1], x[2],
+                                   x[3], shapes[4][0], epsilon_, dtype, stream);
   }
 
  private:

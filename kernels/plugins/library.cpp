@@ -13,7 +13,7 @@
 extern "C" DBSAM_EXPORT const char dbsam_plugins_build[] =
     "dbsam_plugins_build: tensorrt=" DBSAM_TEXT(NV_TENSORRT_MAJOR) "." DBSAM_TEXT(
         NV_TENSORRT_MINOR) "." DBSAM_TEXT(NV_TENSORRT_PATCH) " cuda=" DBSAM_CUDA_VERSION
-    " architectures=" DBSAM_ARCHITECTURES;
+                                                             " architectures=" DBSAM_ARCHITECTURES;
 
 extern "C" DBSAM_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) {
   dbsam::plugins::set_logger_finder(finder);

@@ -24,8 +24,7 @@ int32_t runtime_major(const void* object) {
     return 0;
   }
   using MajorVersion = int32_t (*)();
-  const auto major =
-      reinterpret_cast<MajorVersion>(dlsym(library, "getInferLibMajorVersion"));
+  const auto major = reinterpret_cast<MajorVersion>(dlsym(library, "getInferLibMajorVersion"));
   const int32_t version = major == nullptr ? 0 : major();
   dlclose(library);
   return version;

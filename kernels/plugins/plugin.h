@@ -101,8 +101,7 @@ class OpPlugin final : public nvinfer1::IPluginV3,
 
   nvinfer1::IPluginV3* clone() noexcept override {
     nvinfer1::IPluginV3* const none = nullptr;
-    return guarded(Op::kName, none,
-                   [this]() -> nvinfer1::IPluginV3* { return new OpPlugin(op_); });
+    return guarded(Op::kName, none, [this]() -> nvinfer1::IPluginV3* { return new OpPlugin(op_); });
   }
 
   // Core.

@@ -54,8 +54,8 @@ class RelPosAttention {
 
   int launch(const Inputs<RelPosAttention>& shapes, int dtype, const void* const* inputs,
              void* const* outputs, void*, void* stream) const {
-    return dbsam_rel_pos_attention(inputs[0], inputs[1], inputs[2], outputs[0], shapes[0][0],
-                                   side_, heads_, kHeadDim, scale_, dtype, stream);
+    return dbsam_rel_pos_attention(inputs[0], inputs[1], inputs[2], outputs[0], shapes[0][0], side_,
+                                   heads_, kHeadDim, scale_, dtype, stream);
   }
 
  private:
