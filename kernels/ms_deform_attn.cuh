@@ -145,7 +145,7 @@ __device__ __forceinline__ void gather(const Prepared<Value>* prepared, int samp
                                        int last_query, const DeformProblem& problem) {
   const int lane = threadIdx.x % 32;
   const int query = round * kDeformGroups + lane / kDeformGroupLanes;
-  constexpr int kUnroll = DeformGather<Value>::kUnroll;
+  [[maybe_unused]] constexpr int kUnroll = DeformGather<Value>::kUnroll;  // only nvcc reads it
   typename DeformGather<Value>::Round sums(lane, round);
 #pragma unroll kUnroll
   for (int s = 0; s < samples; ++s) {
