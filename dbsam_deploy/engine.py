@@ -78,6 +78,7 @@ def _build(args: argparse.Namespace, console: Console) -> dict[str, EngineRecord
             version_compatible=args.version_compatible,
             hardware_compatible=args.hardware_compatible,
             optimization_level=args.optimization_level,
+            quick_plugins=args.quick_plugins,
         ),
         plugins=args.plugins,
         take_apart=args.take_apart,
@@ -91,13 +92,10 @@ def _build(args: argparse.Namespace, console: Console) -> dict[str, EngineRecord
     if unverified_here(records, request.builder.gpu):
         return _verify(artefact, kind, args)
     if not all(record.parity for record in records.values()):
-        console.print(
+        print(
             f"built, not verified, and refused until then: on a machine with one of these GPUs run "
             f"python -m dbsam_deploy.engine verify --artefact {artefact.folder} "
-            f"--engine {kind.name}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
+            f"--engine {kind.name}"
         )
     return records
 
@@ -168,6 +166,11 @@ def _add_build_options(sub: Parser) -> None:
         "--take-apart", action="store_true", help="no plugins: fused operators become standard ones"
     )
     group.add_argument(
+        "--quick-plugins",
+        action="store_true",
+        help="plugins without a library, their code inside the plan (experimental; needs nvcc)",
+    )
+    group.add_argument(
         "--version-compatible", action="store_true", help="run on newer minor versions too"
     )
     group.add_argument(
@@ -176,7 +179,7 @@ def _add_build_options(sub: Parser) -> None:
         default="none",
         help="run on more GPUs than this machine's, more slowly",
     )
-    sub.add_argument(
+    group.add_argument(
         "--optimization-level",
         type=int,
         choices=LEVELS,

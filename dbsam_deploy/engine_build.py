@@ -107,8 +107,12 @@ def choose_engines(engine: str, targets: tuple[str, ...], folder: Path) -> Choic
         raise InputError(f"--target goes with --engine tensorrt-rtx, not {engine}")
     if engine == "none":
         return Choice(None)
-    reason = "there is no NVIDIA GPU here"
-    if find_gpu() is not None:
+    library = DEFAULT_OUTPUT / LIBRARY_NAME
+    if find_gpu() is None:
+        reason = "there is no NVIDIA GPU here"
+    elif not library.is_file():
+        reason = f"there is no plugin library {library}: python -m dbsam_deploy.plugins build"
+    else:
         try:
             return Choice(check_options(EngineOptions(TENSORRT)))
         except EngineError as error:  # auto builds what can be built; the note tells the rest
@@ -162,25 +166,33 @@ def _check_flags(options: EngineOptions) -> None:
             f"hardware compatibility {flags.hardware_compatible!r}: expected one of "
             f"{', '.join(COMPATIBILITY)}"
         )
+    _check_plugins(options)
     if kind.ahead_of_time:
-        if flags.version_compatible or flags.hardware_compatible != "none":
+        if flags != Flags():
             raise InputError(
-                f"version and hardware compatibility go with --engine tensorrt; {kind.title} is "
-                "told its GPUs with --target"
+                "compatibility and optimization level go with --engine tensorrt; "
+                f"{kind.title} is told its GPUs with --target, and makes the same engine at every "
+                "level"
             )
     elif options.targets:
         raise InputError(
             f"--target goes with --engine tensorrt-rtx; {kind.title} builds for the GPU of its "
             "machine"
         )
-    if options.plugins is not None:
-        if not kind.takes_plugins:
-            raise InputError(f"--plugins goes with --engine tensorrt; {kind.title} has none")
-        if not options.plugins.is_file():
-            raise InputError(
-                f"{options.plugins}: no such plugin library; make it with "
-                "python -m dbsam_deploy.plugins build"
-            )
+
+
+def _check_plugins(options: EngineOptions) -> None:
+    """Refuse options about plugins that a kind has not, or that exclude each other."""
+    title, quick, library = options.kind.title, options.flags.quick_plugins, options.plugins
+    for option, given in (("--quick-plugins", quick), ("--plugins", library is not None)):
+        if given and not options.kind.takes_plugins:
+            raise InputError(f"{option} goes with --engine tensorrt; {title} has no plugins")
+    if quick and (library is not None or options.take_apart):
+        raise InputError("--quick-plugins stands alone: leave out --plugins and --take-apart")
+    if library is not None and not library.is_file():
+        raise InputError(
+            f"{library}: no such plugin library; make it with python -m dbsam_deploy.plugins build"
+        )
 
 
 def build_engines(
@@ -229,7 +241,8 @@ def _place_plugins(request: Request, found: dict[str, Attention], folder: Path) 
     """
     options = request.options
     names = sorted({name for item in found.values() for name in item.operators.values()})
-    if not options.kind.takes_plugins or options.take_apart or not names:
+    without = options.take_apart or options.flags.quick_plugins
+    if not options.kind.takes_plugins or without or not names:
         return None
     source = options.plugins or DEFAULT_OUTPUT / LIBRARY_NAME
     if not source.is_file():
@@ -304,8 +317,10 @@ def _build(
         run_job(job, folder, spec.name)
         report = None
         if job.layers:
+            if wanted.flags.quick_plugins:
+                attention = attention.of_quick_plugins()
             report = read_layers(layers.read_text(), attention)
-            if wanted.plugins is not None:
+            if wanted.plugins is not None or wanted.flags.quick_plugins:
                 check_plugins(report, f"{spec.name}.plan")
         partial.replace(plan)
     finally:

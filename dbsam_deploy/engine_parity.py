@@ -85,8 +85,11 @@ def _inspected(artefact: Artefact, session: EngineSession, graph: str) -> Engine
     """A graph's manifest with what the builder made of it, which is also saved beside the plan."""
     record, folder = session.records[graph], engine_folder(artefact, session.kind)
     text = session.layers(graph)
-    report = read_layers(text, read_attention(artefact.path(graph)))
-    if record.plugins is not None:
+    attention = read_attention(artefact.path(graph))
+    if record.flags.quick_plugins:
+        attention = attention.of_quick_plugins()
+    report = read_layers(text, attention)
+    if record.plugins is not None or record.flags.quick_plugins:
         check_plugins(report, record.plan.file)
     with write_atomically(folder / f"{graph}.layers.json") as stream:
         stream.write(text.encode())

@@ -301,7 +301,7 @@ def _module_paths(node: ir.Node) -> list[str]:
 
 
 def strip_metadata(model: ir.Model) -> None:
-    """Drop the exporter's notes but for the module paths: stack traces name this machine's files."""
+    """Drop the exporter's notes but for module paths: stack traces name this machine's files."""
     for node in model.graph:
         scopes = node.metadata_props.get(SCOPES)
         node.metadata_props.clear()

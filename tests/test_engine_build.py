@@ -19,6 +19,7 @@ from onnxruntime.quantization import (
 from dbsam_deploy import engine_build
 from dbsam_deploy.artefact import Artefact, graph_file, sha256_of, write_artefact
 from dbsam_deploy.cases import bundled_examples, load_cases
+from dbsam_deploy.contract import graph_specs
 from dbsam_deploy.engine_build import (
     EngineOptions,
     Request,
@@ -169,8 +170,6 @@ def test_an_int8_engine_from_a_calibrated_graph(tiny_encoder, rtx, tmp_path):
 
 def wrong_graph(folder: Path, make) -> Artefact:
     """An artefact whose decoder is a graph of `make(inputs, outputs)`."""
-    from dbsam_deploy.contract import graph_specs
-
     spec = graph_specs(Preprocessing(64))["decoder"]
     inputs, outputs = (
         [helper.make_tensor_value_info(t.name, onnx.TensorProto.FLOAT, t.axes) for t in tensors]
@@ -219,14 +218,12 @@ def test_a_graph_with_other_inputs_than_the_contract_is_refused(rtx, tmp_path):
     [
         ({"targets": ("sm_90",)}, EngineError, r"does not build for sm_90: it knows .*sm_120"),
         ({}, InputError, r"name the GPUs, for example --target sm_86,sm_89"),
-        ({"flags": Flags(version_compatible=True), "targets": ("sm_86",)}, InputError, "go with"),
-        (
-            {"flags": Flags(hardware_compatible="ampere_plus"), "targets": ("sm_86",)},
-            InputError,
-            "go with --engine tensorrt",
-        ),
+        ({"flags": Flags(version_compatible=True)}, InputError, "go with --engine tensorrt"),
+        ({"flags": Flags(hardware_compatible="ampere_plus")}, InputError, "go with --engine"),
         ({"flags": Flags(optimization_level=6)}, InputError, "expected 0 to 5"),
+        ({"flags": Flags(optimization_level=5)}, InputError, "the same engine at every level"),
         ({"flags": Flags(hardware_compatible="all")}, InputError, "expected one of none"),
+        ({"flags": Flags(quick_plugins=True)}, InputError, "--quick-plugins goes with --engine"),
         ({"plugins": Path("x.so")}, InputError, "--plugins goes with --engine tensorrt"),
     ],
 )
@@ -260,7 +257,12 @@ def test_tensorrt_builds_on_its_gpu_only(monkeypatch):
 
 
 def test_what_auto_builds(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     fake_builder(monkeypatch)
+    note = choose_engines("auto", (), tmp_path).note
+    assert "there is no plugin library build/plugins/libdbsam_plugins.so: python -m" in note
+    (tmp_path / "build" / "plugins").mkdir(parents=True)
+    (tmp_path / "build" / "plugins" / "libdbsam_plugins.so").touch()
     assert isinstance(choose_engines("auto", (), tmp_path).request, Request)
     assert choose_engines("none", (), tmp_path).request is None
     fake_builder(monkeypatch, gpu=None)
@@ -319,7 +321,7 @@ def test_a_tensorrt_build_has_a_timing_cache_and_its_layers(make_artefact, monke
     record = records["encoder"]
     assert record.built_on == GPU
     assert record.layers["fused_attention"] == 1
-    assert record.ranges == plan_ranges_of(artefact)
+    assert record.ranges == plan_ranges(graph_specs(artefact.preprocessing)["encoder"])
     assert (folder / "encoder.plan").read_bytes() == b"plan of encoder"
     # A newer driver builds nothing again, another GPU or other flags build everything.
     jobs.clear()
@@ -332,12 +334,6 @@ def test_a_tensorrt_build_has_a_timing_cache_and_its_layers(make_artefact, monke
     build_engines(artefact, check_options(EngineOptions()))
     assert len(jobs) == 6
     assert unverified_here(read_records(artefact, TENSORRT), GPU)
-
-
-def plan_ranges_of(artefact):
-    from dbsam_deploy.contract import graph_specs
-
-    return plan_ranges(graph_specs(artefact.preprocessing)["encoder"])
 
 
 @pytest.fixture

@@ -12,13 +12,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from dbsam_deploy import quick_plugins, torch_ops
+from dbsam_deploy.engines import worker
+from dbsam_deploy.engines.layers import Attention
+from dbsam_deploy.engines.manifest import Flags
+from dbsam_deploy.engines.network import Job
 from dbsam_deploy.errors import EngineError
 from dbsam_deploy.kernel_build import build_library
 from dbsam_deploy.quick_plugins import (
@@ -273,3 +277,24 @@ def test_a_tensorrt_without_the_interface_is_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "tensorrt.plugin", ModuleType("tensorrt.plugin"))
     with pytest.raises(EngineError, match=r"TensorRT 10.3.0 has no ahead-of-time plugins"):
         quick_plugins.register_quick_plugins()
+
+
+def test_a_plan_with_quick_plugins_is_held_to_the_operators_that_have_one() -> None:
+    operators = {"a": "ChannelAttention", "b": "RelPosAttention", "c": "MsDeformAttn"}
+    kept = Attention(operators, softmax=2).of_quick_plugins()
+    assert kept == Attention({"b": "RelPosAttention", "c": "MsDeformAttn"}, softmax=2)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_builder_registers_them_for_its_gpu(
+    asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registered: list[str] = []
+    logger = type("Logger", (), {"WARNING": 2, "__init__": lambda self, level: None})
+    monkeypatch.setattr(worker, "import_kind", lambda kind: SimpleNamespace(Logger=logger))
+    monkeypatch.setattr(worker, "build_plan", lambda *arguments: 7)
+    monkeypatch.setattr(worker, "find_gpu", lambda: SimpleNamespace(target="sm_90"))
+    monkeypatch.setattr(quick_plugins, "register_quick_plugins", registered.append)
+    job = Job("tensorrt", "encoder.onnx", "encoder.plan", flags=Flags(quick_plugins=asked))
+    assert worker.build(Job.from_json(job.to_json()))["network_layers"] == 7
+    assert registered == (["sm_90"] if asked else [])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import onnx
 
 from ..errors import EngineError
+from ..quick_plugins import QUICK_OPERATORS
 
 DOMAIN = "dbsam"
 """ONNX domain of our fused operators; their names are those of the plugins."""
@@ -37,6 +38,11 @@ class Attention:
         """Attentions that are left to TensorRT where no plugin runs."""
         names = list(self.operators.values())
         return self.softmax + sum(names.count(name) for name in ATTENTION_OPERATORS)
+
+    def of_quick_plugins(self) -> Attention:
+        """Without the operators that have no quickly deployable plugin and are taken apart."""
+        kept = {node: name for node, name in self.operators.items() if name in QUICK_OPERATORS}
+        return replace(self, operators=kept)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,8 @@ class Flags:
         hardware_compatible: `none`, `same_compute_capability`, or `ampere_plus` for every GPU from
             compute capability 8.0 on; each costs speed.
         optimization_level: 0 (fast build) to 5 (fast engine).
+        quick_plugins: the operators of one kernel each are quickly deployable plugins, whose code
+            lies in the plan; the others are taken apart. No plugin library is needed.
         tf32: whether float32 products may be rounded to TF32; never, since prompt and sampling
             coordinates are float32 for their precision.
         weight_streaming: whether weights may be left in host memory; never.
@@ -41,6 +43,7 @@ class Flags:
     version_compatible: bool = False
     hardware_compatible: str = "none"
     optimization_level: int = 3
+    quick_plugins: bool = False
     tf32: bool = field(default=False, init=False)
     weight_streaming: bool = field(default=False, init=False)
 

@@ -62,6 +62,15 @@ def build(job: Job) -> dict[str, Any]:
         from ..plugins import load_plugins
 
         load_plugins(Path(job.plugins))
+    if job.flags.quick_plugins:
+        from ..quick_plugins import register_quick_plugins
+
+        gpu = find_gpu()
+        if gpu is None:
+            raise EngineError(
+                "quickly deployable plugins are compiled for this machine's GPU: none"
+            )
+        register_quick_plugins(gpu.target)
     start = time.monotonic()
     layers = build_plan(trt, logger, job)
     return {"network_layers": layers, "seconds": time.monotonic() - start}
