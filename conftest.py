@@ -164,8 +164,13 @@ def pytest_runtest_makereport(
     """A skip of a required marker is a failure, wherever in the test it was raised."""
     report = yield
     required = {name for name in _required(item.config) if item.get_closest_marker(name)}
-    slow = item.get_closest_marker("slow") and not item.config.getoption("slow")
-    if report.skipped and required and not slow and not hasattr(report, "wasxfail"):
+    excused = item.get_closest_marker("slow") and not item.config.getoption("slow")
+    # A test that needs a GPU too is not missed where only the other thing is required.
+    excused = excused or any(
+        item.get_closest_marker(name) and _why_missing(name)
+        for name in MISSING.keys() - _required(item.config)
+    )
+    if report.skipped and required and not excused and not hasattr(report, "wasxfail"):
         reason = call.excinfo.value if call.excinfo else "no reason given"
         report.outcome = "failed"
         report.longrepr = f"skipped under --require {','.join(sorted(required))}: {reason}"

@@ -282,6 +282,14 @@ def test_require_turns_skips_into_failures(skipping: pytest.Pytester) -> None:
     result.stdout.fnmatch_lines(["*skipped under --require data*no test set*"])
 
 
+def test_what_misses_something_else_too_is_not_required(skipping: pytest.Pytester) -> None:
+    (skipping.path / "test_both.py").write_text(
+        "import pytest\n@pytest.mark.data\n@pytest.mark.triton\ndef test_both(): raise ValueError\n"
+    )
+    _run(skipping, "--require", "data", "test_both.py").assert_outcomes(skipped=1)
+    _run(skipping, "--require", "data,triton", "test_both.py").assert_outcomes(errors=1)
+
+
 def test_require_refuses_a_module_that_skips_itself(skipping: pytest.Pytester) -> None:
     (skipping.path / "test_module.py").write_text(
         "import pytest\npytest.skip('hidden', allow_module_level=True)\n"
