@@ -23,8 +23,9 @@ from typing import Any
 import pytest
 
 from dbsam_deploy import benchmarking
-from dbsam_deploy.errors import InputError
+from dbsam_deploy.errors import InputError, MissingError
 from dbsam_deploy.hardware import Hardware, describe_hardware, installed_versions
+from dbsam_deploy.modelopt_tool import find_python
 from dbsam_deploy.server_env import DEFAULT_FOLDER, ServerEnvironment, find_environment
 
 pytest_plugins = ["pytester"]
@@ -58,6 +59,19 @@ def _missing_rtx() -> str:
     return "" if there else "no tensorrt_rtx: pip install 'dbsam-deploy[test]'"
 
 
+def _missing_openvino() -> str:
+    there = importlib.util.find_spec("openvino") is not None
+    return "" if there else "no openvino: pip install 'dbsam-deploy[openvino]'"
+
+
+def _missing_modelopt() -> str:
+    try:
+        find_python()
+    except MissingError as error:
+        return str(error)
+    return ""  # a Python that is named but broken is no reason to skip: its tests fail
+
+
 def _missing_nvcc() -> str:
     return "" if shutil.which("nvcc") else "no nvcc on the PATH: install the CUDA toolkit"
 
@@ -71,6 +85,8 @@ MISSING: dict[str, Callable[[], str]] = {
     "trt": _missing_trt,
     "triton": _missing_triton,
     "rtx": _missing_rtx,
+    "openvino": _missing_openvino,
+    "modelopt": _missing_modelopt,
     "nvcc": _missing_nvcc,
     "data": _missing_data,
 }

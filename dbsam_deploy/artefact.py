@@ -40,6 +40,8 @@ class Artefact:
         weights: where the weights came from: `source`, `sha256`, `trained` and a `note` for users.
         figures: measured parity, Dice and latency, as in the closing table.
         versions: library versions that made it.
+        quantization: what was quantised in each graph, the excluded modules and the calibration
+            images (names and hashes); empty without quantisation.
         key: hash of everything that went in; an export with the same key need not run again.
     """
 
@@ -51,6 +53,7 @@ class Artefact:
     weights: dict[str, Any] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    quantization: dict[str, Any] = field(default_factory=dict)
     key: str = ""
 
     def path(self, graph: str) -> Path:

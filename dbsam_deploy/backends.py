@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from .model import DbSam
 
 DEFAULT_ARTEFACT = Path("build/fp32")
+RUNTIME_PRECISIONS = ("float32", "bfloat16")
 PYTORCH_OPTIONS = ("variant", "checkpoint", "image_size", "decoder_weights")
-MODEL_OPTIONS = ("artefact", *PYTORCH_OPTIONS, "engine_cache", "device")
+MODEL_OPTIONS = ("artefact", *PYTORCH_OPTIONS, "engine_cache", "runtime_precision", "device")
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,15 @@ def _onnxruntime_tensorrt(args: argparse.Namespace, device: str) -> Engine:
     )
 
 
+def _openvino(args: argparse.Namespace, device: str) -> Engine:
+    from .openvino_session import OpenvinoSession
+
+    precision = args.runtime_precision or RUNTIME_PRECISIONS[0]
+    return _published(
+        args, lambda found: OpenvinoSession(found, precision=precision, cache=args.engine_cache)
+    )
+
+
 def _tensorrt(args: argparse.Namespace, device: str) -> Engine:
     from .engine_session import TensorrtSession
 
@@ -142,6 +152,14 @@ BACKENDS = (
         ("artefact", "engine_cache"),
         _onnxruntime_tensorrt,
         probes.probe_onnxruntime_tensorrt,
+    ),
+    Backend(
+        "openvino",
+        "an export on OpenVINO (extra openvino)",
+        ("cpu",),
+        ("artefact", "engine_cache", "runtime_precision"),
+        _openvino,
+        probes.probe_openvino,
     ),
     Backend(
         "pytorch",
@@ -229,8 +247,14 @@ def add_model_options(
         "--engine-cache",
         type=Path,
         metavar="DIR",
-        help=f"folder that keeps the engines ({_names_with('engine_cache')}; default: inside the "
-        "artefact)",
+        help="folder that keeps engines and compiled models "
+        f"({_names_with('engine_cache')}; default: inside the artefact)",
+    )
+    model.add_argument(
+        "--runtime-precision",
+        choices=RUNTIME_PRECISIONS,
+        help="what the runtime computes in where the artefact is not quantised "
+        f"({_names_with('runtime_precision')}; default: {RUNTIME_PRECISIONS[0]})",
     )
     model.add_argument(
         "--preprocess",

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from .errors import InputError
 from .imaging import ByteArray, FloatArray
-from .npz_files import read_images, read_labels
+from .npz_files import has_labels, read_image_header, read_images, read_labels
 from .recipe import Parity
 from .resources import resource_dir
 
@@ -68,6 +68,27 @@ def load_cases(folder: Path, parity: Parity) -> list[Case]:
             f"{folder}: no object of at least {parity.min_object_px} pixels in {len(files)} files"
         )
     return cases
+
+
+def read_case(path: Path, index: int, image: ByteArray, parity: Parity) -> Case | None:
+    """The case of one slice that was read already; None without labels or large enough objects.
+
+    Args:
+        path: npz file.
+        index: of the slice.
+        image: (H, W, 3) uint8 RGB.
+        parity: see `load_cases`.
+
+    Raises:
+        InputError: a damaged file, or labels of another shape.
+    """
+    if not has_labels(path):
+        return None
+    labels = read_labels(path, (read_image_header(path)[0])[:3])[index]
+    if not _objects(labels, parity):
+        return None
+    rng = np.random.default_rng(zlib.crc32(f"{path.name}[{index}]".encode()))
+    return _case(f"{path.stem}[{index}]", image, labels, parity, rng)
 
 
 def _cases_of(path: Path, count: int, parity: Parity) -> list[Case]:

@@ -7,6 +7,9 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
 from .errors import DbsamError, InputError
 
 
@@ -28,6 +31,20 @@ class Parser(argparse.ArgumentParser):
             InputError: always.
         """
         raise InputError(f"{message}; see `{self.prog} --help`")
+
+
+def progress_bars(console: Console) -> Progress:
+    """Bars with a text, a count and the time; silent where there is no terminal to draw on.
+
+    One command has one of them, with a task for each thing that is counted: rich draws no two.
+    """
+    return Progress(
+        TextColumn("{task.description:<40}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+    )
 
 
 def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> int:

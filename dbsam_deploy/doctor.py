@@ -32,7 +32,7 @@ from .server_env import DEFAULT_FOLDER, WHEEL, find_environment, install_hint
 
 WORKERS = 4
 TOOL_TIMEOUT_S = 20.0
-RUNTIME_EXTRAS = ("cpu", "gpu", "rtx")
+RUNTIME_EXTRAS = ("cpu", "gpu", "openvino", "rtx")
 """Extras that have no row of their own: the backends' rows say more."""
 PLUGINS_LINE = "python -m dbsam_deploy.plugins build"
 HEADERS_LINE = "pip install --no-deps kernel-lens==2.0.1"

@@ -1,4 +1,4 @@
-"""`python -m dbsam_deploy.export`: checkpoint → graphs → ONNX → fusions → gate → repository.
+"""`python -m dbsam_deploy.export`: checkpoint → graphs → ONNX → Q/DQ → fusions → gate → repository.
 
 The composition root: the only module that knows the order of the stages.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 from .artefact import (
     MANIFEST_NAME,
@@ -25,68 +25,23 @@ from .artefact import (
     write_artefact,
 )
 from .cases import Case, bundled_examples, load_cases
-from .cli import HelpFormatter, Parser, run
+from .cli import progress_bars, run
 from .contract import graph_specs
-from .engine_build import CHOICES, Request, build_engines, choose_engines, parse_targets
+from .engine_build import Request, build_engines, choose_engines
 from .engine_parity import unverified_here, verify_engines
 from .engines.manifest import EngineRecord
 from .errors import InputError
+from .export_options import Options, build_parser
 from .fusions import fuse_file
 from .hardware import installed_versions
-from .onnx_export import export_graph
-from .recipe import Recipe, available_precisions, load_recipe
+from .onnx_export import check_onnx, export_graph
+from .quantized_graph import Quantizer, calibration_images
+from .recipe import Recipe, load_recipe
 from .report import closing_table
 from .repository import Repository, build_repository
-from .resources import resource_dir
 from .sessions import OnnxRuntimeSession, PytorchSession
 from .verify import Figures, check_gate, compare
-from .weights import DEFAULT_VARIANT, LoadedModel, load_model
-
-DESCRIPTION = """\
-Export a model as two graphs (encoder + fusion, prompt + decoder), compare them with PyTorch on real
-images, and publish them with a Triton model repository if they pass the recipe's gate.
-
-Writes build/<precision>/ (ONNX files and manifest.json) and build/model_repository/. Stages whose
-inputs did not change are not run again. Without --checkpoint the trained db_sam_tiny that ships
-with this library is exported.
-
-examples:
-  the bundled tiny model, half precision
-    python -m dbsam_deploy.export --precision fp16
-  Meta's or MedSAM's ViT-B checkpoint
-    python -m dbsam_deploy.export --precision fp32 --checkpoint medsam_vit_b.pth
-  with TensorRT-RTX engines for GPUs that are elsewhere; this machine needs none
-    python -m dbsam_deploy.export --precision fp16 --engine tensorrt-rtx --target sm_86,sm_120
-  a DB-SAM you trained, compared on your own images (npz with imgs and gts)
-    python -m dbsam_deploy.export --precision fp16 --checkpoint db_sam.pth --data cases/
-"""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What an export is asked for.
-
-    Attributes:
-        precision: recipe stem.
-        variant: model variant, None to take the checkpoint's.
-        checkpoint: weights file, None for those that `load_model` has for the variant.
-        image_size: side S of the model frame, None for the variant's own.
-        decoder_weights: prompt encoder and mask decoder for a fresh encoder, without a checkpoint.
-        data: folder of npz cases for the parity gate, None for the bundled examples.
-        output: folder for everything that is written.
-        engine: engines to build from the graphs, see `engine_build.CHOICES`.
-        targets: GPUs to build them for, where the builder is told.
-    """
-
-    precision: str
-    variant: str | None = None
-    checkpoint: Path | None = None
-    image_size: int | None = None
-    decoder_weights: Path | None = None
-    data: Path | None = None
-    output: Path = Path("build")
-    engine: str = "auto"
-    targets: tuple[str, ...] = ()
+from .weights import LoadedModel, load_model
 
 
 @dataclass(frozen=True)
@@ -109,17 +64,11 @@ class Published:
 
 
 class _Steps:
-    """A progress bar over the export's steps; silent where there is no terminal to draw on."""
+    """A progress bar over the export's steps."""
 
-    def __init__(self, console: Console, total: int) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description:<40}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=console,
-        )
-        self._task = self._progress.add_task("loading", total=total)
+    def __init__(self, bars: Progress, total: int) -> None:
+        self._progress = bars
+        self._task = bars.add_task("loading", total=total)
 
     def __enter__(self) -> Callable[[str], None]:
         self._progress.start()
@@ -148,7 +97,13 @@ def export(options: Options, console: Console | None = None) -> Published:
     recipe = load_recipe(options.precision)
     folder = options.output / options.precision
     choice = choose_engines(options.engine, options.targets, folder)
-    cases = load_cases(options.data or bundled_examples(), recipe.parity)
+    images = calibration_images(recipe, options.calibration, options.budget)
+    parity = recipe.parity
+    if options.data_images is not None:
+        if options.data_images < 1:
+            raise InputError(f"--data-images {options.data_images}: expected at least 1")
+        parity = replace(parity, images=options.data_images)
+    cases = load_cases(options.data or bundled_examples(), parity)
     loaded = load_model(
         variant=options.variant,
         checkpoint=options.checkpoint,
@@ -156,11 +111,13 @@ def export(options: Options, console: Console | None = None) -> Published:
         decoder_weights=options.decoder_weights,
     )
     console.print(f"weights: {loaded.weights['note']}", highlight=False, soft_wrap=True)
-    key = _export_key(loaded, recipe)
+    bars = progress_bars(console)
+    quantizer = Quantizer.of(loaded, recipe, images, options.budget, bars)
+    key = _export_key(loaded, recipe, quantizer.key)
     parity_key = _hash(key, *(c.name + _hash(c.image.tobytes(), c.boxes.tobytes()) for c in cases))
     artefact = _published(folder, parity_key)
     if artefact is None:
-        artefact = _make_artefact(loaded, recipe, cases, (key, parity_key), folder, console)
+        artefact = _make_artefact(loaded, recipe, quantizer, cases, (key, parity_key), folder, bars)
     else:
         console.print(f"{folder} is up to date; nothing was exported again", highlight=False)
     figures = Figures(**{k: v for k, v in artefact.figures.items() if k != "dice_drop"})
@@ -174,25 +131,28 @@ def export(options: Options, console: Console | None = None) -> Published:
 def _make_artefact(
     loaded: LoadedModel,
     recipe: Recipe,
+    quantizer: Quantizer,
     cases: list[Case],
     keys: tuple[str, str],
     folder: Path,
-    console: Console,
+    bars: Progress,
 ) -> Artefact:
     """Export the graphs, compare them with PyTorch and publish them in `folder`.
 
     Args:
         loaded: the model.
         recipe: the precision.
+        quantizer: what the recipe does with a graph after its export.
         cases: images of the comparison.
         keys: of the ONNX files, and of the comparison.
         folder: the artefact's public place.
-        console: where progress goes.
+        bars: where progress goes.
     """
     graphs = list(graph_specs(loaded.preprocessing))
-    with _Steps(console, len(graphs) + len(cases) + 1) as step:
-        work = _export_stage(loaded, recipe, graphs, keys[0], folder.parent, step)
+    with _Steps(bars, len(graphs) + len(cases) + 1) as step:
+        work = _export_stage(loaded, recipe, quantizer, keys[0], folder.parent, step)
         draft = _draft(loaded, recipe, work, graphs, keys[1])
+        draft = replace(draft, quantization=quantizer.describe(work))
         step("comparing with PyTorch")
         figures = compare(
             PytorchSession(loaded.model),
@@ -215,10 +175,10 @@ def _engine_stage(
 ) -> dict[str, EngineRecord]:
     """Build the engines; verify them where this machine's GPU can run them."""
     kind = request.options.kind
-    with _Steps(console, len(artefact.graphs)) as step:
+    with _Steps(progress_bars(console), len(artefact.graphs)) as step:
         records = build_engines(artefact, request, step)
     if unverified_here(records, request.builder.gpu):
-        with _Steps(console, len(cases)) as step:
+        with _Steps(progress_bars(console), len(cases)) as step:
             records = verify_engines(
                 artefact, kind, PytorchSession(loaded.model), cases, recipe.gate, progress=step
             )
@@ -228,7 +188,7 @@ def _engine_stage(
 def _export_stage(
     loaded: LoadedModel,
     recipe: Recipe,
-    graphs: list[str],
+    quantizer: Quantizer,
     key: str,
     output: Path,
     step: Callable[[str], None],
@@ -241,13 +201,16 @@ def _export_stage(
             shutil.rmtree(stale)
     done_file = work / "done.json"
     done = json.loads(done_file.read_text()) if done_file.is_file() else {}
-    for name in graphs:
+    for name, spec in graph_specs(loaded.preprocessing).items():
         path = work / f"{name}.onnx"
         if not (path.is_file() and done.get(name) == sha256_of(path)):
             step(f"exporting {name}")
             export_graph(loaded.model, name, recipe, work)
+            quantized = quantizer.run(name, path)
+            if quantized:
+                check_onnx(path, spec)
             if name == "encoder":
-                fuse_file(path, loaded.model.config)
+                fuse_file(path, loaded.model.config, quantized)
             done[name] = sha256_of(path)
             done_file.write_text(json.dumps(done))
         else:
@@ -273,6 +236,7 @@ def _draft(
 def _publish(draft: Artefact, folder: Path) -> Artefact:
     """Move the work folder to its public name; an earlier publication is replaced as a whole."""
     (draft.folder / "done.json").unlink(missing_ok=True)
+    shutil.rmtree(draft.folder / Quantizer.SCRATCH, ignore_errors=True)
     write_artefact(draft)
     old = draft.folder.with_suffix(".old")
     if folder.exists():
@@ -299,13 +263,14 @@ def _published(folder: Path, key: str) -> Artefact | None:
     return artefact if artefact.key == key else None
 
 
-def _export_key(loaded: LoadedModel, recipe: Recipe) -> str:
+def _export_key(loaded: LoadedModel, recipe: Recipe, quantizer_key: str) -> str:
     """Hash of all that determines the ONNX files: weights, recipe, versions and this library."""
     sources = sorted(Path(__file__).parent.rglob("*.py"))
     return _hash(
         loaded.weights["sha256"],
         repr(loaded.model.config),
         repr(recipe),
+        quantizer_key,
         json.dumps(installed_versions(), sort_keys=True),
         *(path.read_bytes() for path in sources),
     )
@@ -319,58 +284,9 @@ def _hash(*parts: str | bytes) -> str:
     return digest.hexdigest()
 
 
-def _parser() -> Parser:
-    parser = Parser(
-        prog="python -m dbsam_deploy.export",
-        description=DESCRIPTION,
-        formatter_class=HelpFormatter,
-    )
-    recipes = "; ".join(f"{p}: {load_recipe(p).description}" for p in available_precisions())
-    parser.add_argument(
-        "--precision",
-        required=True,
-        choices=available_precisions(),
-        help=f"recipe in {resource_dir('export').name}/ ({recipes})",
-    )
-    parser.add_argument(
-        "--variant", help=f"model variant; by default the checkpoint's, or {DEFAULT_VARIANT}"
-    )
-    parser.add_argument("--checkpoint", type=Path, help="weights: .pth or .safetensors")
-    parser.add_argument(
-        "--image-size",
-        type=int,
-        help="side of the model frame; by default the variant's: 1024, or 256 for lite_medsam",
-    )
-    parser.add_argument(
-        "--decoder-weights",
-        type=Path,
-        help="with a fresh encoder instead of --checkpoint: this file's prompt encoder and mask "
-        "decoder (lite_medsam.pth)",
-    )
-    parser.add_argument(
-        "--data", type=Path, help="folder of npz cases for the comparison; default: bundled"
-    )
-    parser.add_argument("--output", type=Path, default=Path("build"), help="where to write")
-    parser.add_argument(
-        "--engine",
-        choices=CHOICES,
-        default=Options.engine,
-        help="engines to build from the graphs; auto: tensorrt where it and a GPU are there",
-    )
-    parser.add_argument(
-        "--target",
-        dest="targets",
-        type=parse_targets,
-        default=(),
-        metavar="SM,SM",
-        help="tensorrt-rtx: GPUs to build for, such as sm_86,sm_89,sm_120",
-    )
-    return parser
-
-
 def main(argv: list[str] | None = None) -> int:
     """Command line entry point; returns the exit status."""
-    options = Options(**vars(_parser().parse_args(argv)))
+    options = Options(**vars(build_parser().parse_args(argv)))
     published = export(options)
     # In a file or a pipe there is no screen to fit.
     console = Console(width=None if sys.stdout.isatty() else 120)

@@ -40,6 +40,13 @@ EXTRAS = (
         ("tensorrt-rtx-cu13", "pycuda"),
         ("tensorrt_rtx", "pycuda"),
     ),
+    Extra("openvino", "OpenVINO on the CPU", ("openvino",), ("openvino",)),
+    Extra(
+        "modelopt",
+        "Q/DQ by nvidia-modelopt",
+        ("nvidia-modelopt", "onnx-graphsurgeon", "onnxslim", "lief", "onnxruntime"),
+        ("modelopt",),
+    ),
     Extra("client", "client of the Triton server", ("tritonclient",), ("tritonclient.grpc",)),
     Extra("nifti", "NIfTI files", ("nibabel",), ("nibabel",)),
     Extra("dicom", "DICOM files", ("pydicom",), ("pydicom",)),

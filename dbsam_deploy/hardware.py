@@ -29,6 +29,7 @@ VERSIONED_PACKAGES = (
     "onnxscript",
     "onnxruntime",
     "onnxruntime-gpu",
+    "openvino",
     "tensorrt",
     "numpy",
     "pillow",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import io
 import json
 import os
 import re
@@ -198,6 +199,19 @@ def inspect_onnxruntime_tensorrt() -> dict[str, Any]:
     return _inspect_provider("tensorrt")
 
 
+def inspect_openvino() -> dict[str, Any]:
+    """OpenVINO: a one-node model, compiled and run on the CPU."""
+    import numpy as np
+
+    openvino = _module("openvino")
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(io.BytesIO(one_node_model())), "CPU")
+    ones = np.ones((_SIDE, _SIDE), np.float32)
+    if not np.array_equal(compiled([ones])[0], ones @ ones):
+        raise EngineError(f"openvino: a product of ones is not {_SIDE} everywhere")
+    return {"version": openvino.__version__}
+
+
 def inspect_tensorrt() -> dict[str, Any]:
     """TensorRT: its version, and whether it makes a builder, which needs a GPU."""
     return _inspect_builder("tensorrt")
@@ -253,6 +267,7 @@ INSPECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "onnxruntime": inspect_onnxruntime,
     "onnxruntime-cuda": inspect_onnxruntime_cuda,
     "onnxruntime-tensorrt": inspect_onnxruntime_tensorrt,
+    "openvino": inspect_openvino,
     "tensorrt": inspect_tensorrt,
     "tensorrt_rtx": inspect_tensorrt_rtx,
     "pycuda": inspect_pycuda,

@@ -96,6 +96,16 @@ def read_images(path: Path, key: str = "imgs") -> npt.NDArray[Any]:
         return _images(archive, key, path)
 
 
+def has_labels(path: Path) -> bool:
+    """Whether there is a label map `gts`.
+
+    Raises:
+        InputError: damaged.
+    """
+    with _opened(path) as archive:
+        return "gts.npy" in archive.namelist()
+
+
 def read_labels(path: Path, shape: tuple[int, ...]) -> npt.NDArray[Any]:
     """The label map `gts` of images of (D, H, W) = `shape`, as stored.
 

@@ -118,6 +118,14 @@ def probe_onnxruntime_tensorrt(ask: Ask) -> Finding:
     return _refused(reasons, answer.install or ONNXRUNTIME_TENSORRT_LINE, _version(version))
 
 
+def probe_openvino(ask: Ask) -> Finding:
+    """OpenVINO on the CPU."""
+    answer = ask("openvino")
+    if answer.error:
+        return _refused([answer.error], answer.install or pip_line("openvino"))
+    return Finding(True, _version(answer), ("cpu",))
+
+
 def probe_tensorrt(ask: Ask) -> Finding:
     """TensorRT engines."""
     return _probe_engines(ask, TENSORRT)

@@ -18,6 +18,10 @@ T = TypeVar("T")
 
 _TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
 
+CALIBRATORS = ("max", "percentile", "entropy", "mse")
+OPERATORS = ("MatMul", "Gemm", "Conv")
+TOOLS = ("onnxruntime", "modelopt")
+
 
 @dataclass(frozen=True)
 class Gate:
@@ -54,6 +58,53 @@ class Parity:
 
 
 @dataclass(frozen=True)
+class CalibrationPlan:
+    """How the ranges of activations are found.
+
+    Attributes:
+        calibrator: `max`, `percentile`, `entropy` or `mse`.
+        percentile: of the magnitudes, for `percentile`.
+        images: images whose activations are observed.
+        held_back: further images on which a sensitivity sweep measures what it tries.
+        seed: of the choice of images.
+    """
+
+    calibrator: Literal["max", "percentile", "entropy", "mse"]
+    percentile: float
+    images: int
+    held_back: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What is quantised, and how; weights always symmetrically, with a scale for each channel.
+
+    Attributes:
+        format: `int8` or `fp8` (weights and activations), or `int8-weights` (weights only).
+        graphs: graphs of the contract that are quantised.
+        operators: ONNX operators with a constant weight: Linear is MatMul or Gemm, and Conv.
+        outputs: those of them whose output is quantised as well as its inputs.
+        exclude: patterns (fnmatch) of module paths that stay as they are.
+        weights_only: patterns of modules whose weights are rounded while their inputs are not: they
+            make the file smaller and lose less.
+        smoothing: SmoothQuant's alpha, by which ranges move from activations into weights; 0 = off.
+        tool: what places Q/DQ: `onnxruntime` or `modelopt` (int8 and fp8).
+        calibration: None for `int8-weights`, which needs no data.
+    """
+
+    format: Literal["int8", "fp8", "int8-weights"]
+    graphs: tuple[str, ...]
+    operators: tuple[str, ...]
+    outputs: tuple[str, ...]
+    exclude: tuple[str, ...]
+    weights_only: tuple[str, ...]
+    smoothing: float
+    tool: Literal["onnxruntime", "modelopt"]
+    calibration: CalibrationPlan | None
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One precision.
 
@@ -65,6 +116,7 @@ class Recipe:
         fp32_islands: patterns (fnmatch) of module paths that stay float32, by graph-wide path.
         gate: accuracy floor.
         parity: comparison protocol.
+        quantization: what is quantised; None for a recipe without a [quantization] table.
     """
 
     precision: str
@@ -74,6 +126,7 @@ class Recipe:
     fp32_islands: tuple[str, ...]
     gate: Gate
     parity: Parity
+    quantization: Quantization | None
 
 
 def available_precisions() -> list[str]:
@@ -108,10 +161,63 @@ def read_recipe(path: Path) -> Recipe:
     body["fp32_islands"] = tuple(body.get("fp32_islands", ()))
     for name, kind in (("gate", Gate), ("parity", Parity)):
         body[name] = build_table(kind, body.get(name, {}), f"{path} [{name}]")
+    body["quantization"] = _quantization(body.get("quantization"), path)
     recipe = build_table(Recipe, body, str(path))
     if recipe.dtype not in ("float32", "float16"):
         raise InputError(f"recipe {path}: dtype {recipe.dtype!r}, expected float32 or float16")
     return recipe
+
+
+def _quantization(table: dict[str, Any] | None, path: Path) -> Quantization | None:
+    """The [quantization] table, if there is one.
+
+    Raises:
+        InputError: see `read_recipe`; or values that do not go together.
+    """
+    if table is None:
+        return None
+    where, values = f"{path} [quantization]", dict(table)
+    for name in ("graphs", "operators", "outputs", "exclude", "weights_only"):
+        if not all(isinstance(item, str) for item in values.get(name, ())):
+            raise InputError(f"recipe {where}: {name} = {values[name]!r}, expected strings")
+        if name in values:
+            values[name] = tuple(values[name])
+    plan = values.get("calibration")
+    values["calibration"] = (
+        None
+        if plan is None
+        else build_table(CalibrationPlan, plan, f"{path} [quantization.calibration]")
+    )
+    found = build_table(Quantization, values, where)
+    _check_quantization(found, where)
+    return found
+
+
+def _check_quantization(found: Quantization, where: str) -> None:
+    plan = found.calibration
+    choices: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
+        ("format", (found.format,), ("int8", "fp8", "int8-weights")),
+        ("operators", found.operators, OPERATORS),
+        ("outputs", found.outputs, found.operators),
+        ("tool", (found.tool,), TOOLS),
+        ("calibrator", () if plan is None else (plan.calibrator,), CALIBRATORS),
+    ]
+    for name, values, known in choices:
+        if unknown := [value for value in values if value not in known]:
+            raise InputError(f"recipe {where}: {name} {unknown}, expected {', '.join(known)}")
+    if (plan is None) != (found.format == "int8-weights"):
+        raise InputError(
+            f"recipe {where}: int8 and fp8 need a [quantization.calibration] table, int8-weights "
+            "has none"
+        )
+    in_range = 0 <= found.smoothing < 1 and (
+        plan is None or (plan.images > 0 and plan.held_back > 0 and 50 < plan.percentile <= 100)
+    )
+    if not in_range:
+        raise InputError(
+            f"recipe {where}: smoothing is 0 to below 1, images and held_back at least 1, "
+            "percentile above 50 and at most 100"
+        )
 
 
 def build_table(kind: type[T], values: dict[str, Any], where: str) -> T:

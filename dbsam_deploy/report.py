@@ -55,6 +55,35 @@ def engine_table(records: Mapping[str, EngineRecord], title: str) -> Table:
     return table
 
 
+def quantization_table(artefact: Artefact) -> Table:
+    """One row for each quantised graph: how, how much of it, and its size."""
+    body = artefact.quantization
+    images = body["calibration"]
+    title = "quantised" if body["budget"] is None else f"quantised, budget {body['budget']:g}"
+    table = Table(title=title)
+    table.add_column("graph", no_wrap=True)
+    table.add_column("format", no_wrap=True)
+    table.add_column("ranges")
+    for column in ("layers", "left out", "work", "MiB", "of float"):
+        table.add_column(column, justify="right")
+    for name, facts in body["graphs"].items():
+        size = artefact.graphs[name].size_bytes
+        ranges = "none"
+        if images is not None:
+            ranges = f"{facts['calibrator']}, {len(images['images'])} images"
+        table.add_row(
+            name,
+            facts["format"],
+            ranges,
+            str(facts["layers"]),
+            str(len(facts["excluded"])),
+            f"{100 * facts['mac_share']:.1f} %",
+            f"{size / 2**20:.1f}",
+            f"{100 * size / facts['float_bytes']:.0f} %",
+        )
+    return table
+
+
 def closing_table(
     artefact: Artefact,
     figures: Figures,
@@ -89,6 +118,8 @@ def closing_table(
         table.add_row(name, item.file, f"{item.size_bytes / 2**20:.1f}", *figures_of_graph)
     table.add_row("repository", repository.folder.name)
     console.print(table)
+    if artefact.quantization:
+        console.print(quantization_table(artefact))
     if engines:
         first = next(iter(engines.values()))
         console.print(engine_table(engines, f"engines: {first.kind} {first.version}"))

@@ -12,6 +12,7 @@ from .contract import GraphSpec, graph_specs
 from .errors import EngineError, InputError
 from .extras import TORCH_GPU_LINE
 from .onnxruntime_providers import (
+    CPU,
     PROVIDERS,
     import_onnxruntime,
     open_session,
@@ -92,13 +93,22 @@ class OnnxRuntimeSession:
         if graph not in self._sessions:
             self._sessions[graph] = open_session(
                 self._runtime,
-                str(self._artefact.path(graph)),
+                self._model(graph),
                 self._provider,
                 threads=self._threads,
                 options=self._options(spec),
             )
         outputs = self._sessions[graph].run(spec.output_names, feed)
         return dict(zip(spec.output_names, outputs, strict=True))
+
+    def _model(self, graph: str) -> str | bytes:
+        """The file, or what stands for it on the CPU."""
+        path = self._artefact.path(graph)
+        if self._provider is CPU and graph in self._artefact.quantization.get("graphs", ()):
+            from .cpu_graph import read_cpu_graph  # onnx takes a while to import
+
+            return read_cpu_graph(path)
+        return str(path)
 
     def _options(self, spec: GraphSpec) -> dict[str, str]:
         """Provider options of one graph's session."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import onnx
@@ -15,7 +17,9 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
+from dbsam_deploy import export as export_module
 from dbsam_deploy.artefact import Artefact, graph_file, load_artefact, write_artefact
+from dbsam_deploy.cases import bundled_examples
 from dbsam_deploy.contract import Geometry, GraphSpec, graph_specs
 from dbsam_deploy.errors import EngineError
 from dbsam_deploy.export import Options, Published, export
@@ -23,12 +27,12 @@ from dbsam_deploy.imaging import Preprocessing
 from dbsam_deploy.model import DbSam
 from dbsam_deploy.onnx_export import export_graph, fold_reshapes, simplify, trace
 from dbsam_deploy.plugin_build import Headers, PluginLibrary, build_plugins, find_headers
-from dbsam_deploy.recipe import load_recipe
+from dbsam_deploy.recipe import Recipe, load_recipe
 from dbsam_deploy.repository import Repository, build_repository
 from dbsam_deploy.server_env import ServerEnvironment
 from dbsam_deploy.testing import small_model
 from dbsam_deploy.triton_server import Ports, TritonServer
-from dbsam_deploy.weights import find_lite_medsam
+from dbsam_deploy.weights import find_lite_medsam, load_model
 
 TINY_SIZE = 128
 SHARED_WEIGHTS = Path(__file__).resolve().parents[2] / "shared/data/weights/lite_medsam.pth"
@@ -193,6 +197,61 @@ def published_export(tmp_path_factory: pytest.TempPathFactory) -> tuple[Options,
     output = tmp_path_factory.mktemp("published") / "build"
     options = Options("fp16", image_size=256, output=output, engine="none")
     return options, export(options, Console(quiet=True))
+
+
+@pytest.fixture(scope="session")
+def float_graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with `db_sam_tiny`'s graphs at 256×256 in float32; not to be changed."""
+    folder = tmp_path_factory.mktemp("float_graphs")
+    model = load_model(image_size=256).model
+    for name in graph_specs(Geometry(256)):
+        export_graph(model, name, load_recipe("fp32"), folder)
+    return folder
+
+
+def few_images(recipe: Recipe) -> Recipe:
+    """A recipe that wants as many images as are bundled, and compares three."""
+    parity = replace(recipe.parity, images=3, boxes_per_image=4)
+    plan = recipe.quantization
+    if plan is not None and plan.calibration is not None:
+        calibration = replace(plan.calibration, images=8, held_back=2)
+        plan = replace(plan, calibration=calibration)
+    return replace(recipe, parity=parity, quantization=plan)
+
+
+def shorten(patch: pytest.MonkeyPatch, module: ModuleType, graphs: Path) -> None:
+    """Make a command take finished float32 graphs, and recipes that want few images."""
+
+    def take(model: DbSam, name: str, recipe: Recipe, folder: Path) -> None:
+        proto = onnx.load(graphs / f"{name}.onnx")
+        proto.opset_import[0].version = recipe.opset  # no operator here differs in opset 19
+        onnx.save(proto, folder / f"{name}.onnx")
+
+    patch.setattr(module, "export_graph", take)
+    patch.setattr(module, "load_recipe", lambda precision: few_images(load_recipe(precision)))
+
+
+@pytest.fixture
+def shortened(monkeypatch: pytest.MonkeyPatch, float_graphs: Path) -> Callable[[ModuleType], None]:
+    """`shorten` for the export or the sensitivity command, for one test."""
+    return lambda module: shorten(monkeypatch, module, float_graphs)
+
+
+@pytest.fixture(scope="session")
+def published_int8(
+    float_graphs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Options, Published]:
+    """`db_sam_tiny` at 256×256 in int8, ranges from the bundled images; not to be changed."""
+    options = Options(
+        "int8",
+        image_size=256,
+        calibration=bundled_examples(),
+        output=tmp_path_factory.mktemp("int8") / "build",
+        engine="none",
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        shorten(patch, export_module, float_graphs)
+        return options, export(options, Console(quiet=True))
 
 
 @pytest.fixture(scope="session")

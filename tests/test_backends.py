@@ -9,7 +9,12 @@ from typing import Any
 
 import pytest
 
-from dbsam_deploy import engine_session, fused_session, onnxruntime_tensorrt
+from dbsam_deploy import (
+    engine_session,
+    fused_session,
+    onnxruntime_tensorrt,
+    openvino_session,
+)
 from dbsam_deploy.artefact import Artefact
 from dbsam_deploy.backends import (
     BACKENDS,
@@ -74,6 +79,19 @@ def test_a_backend_opens_its_own_session_on_an_artefact(
     assert engine.session.source == tiny_artefact
     assert engine.session.options == ({"engine_cache": None} if name.startswith("onnx") else {})
     assert (engine.name, engine.warning) == ("tiny_test fp32", "test graphs")
+
+
+@pytest.mark.parametrize("words", [(), ("--runtime-precision", "bfloat16")])
+def test_openvino_gets_its_precision(
+    tiny_artefact: Artefact, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(openvino_session, "OpenvinoSession", Opened)
+    artefact = ("--artefact", tiny_artefact.folder, "--engine-cache", "x")
+    engine = load_engine(options("--backend", "openvino", *artefact, *words))
+    assert isinstance(engine.session, Opened)
+    assert engine.session.source == tiny_artefact
+    precision = "bfloat16" if words else "float32"
+    assert engine.session.options == {"precision": precision, "cache": Path("x")}
 
 
 def test_an_engine_cache_reaches_the_tensorrt_provider(
@@ -148,7 +166,12 @@ def test_devices_are_chosen_or_refused(
         ("--backend tensorrt --checkpoint x", InputError, "an artefact has its own weights"),
         ("--backend pytorch --artefact x", InputError, "--backend onnxruntime"),
         ("--backend pytorch-fused --artefact x", InputError, "--backend onnxruntime"),
-        ("--engine-cache x", InputError, "--backend onnxruntime-tensorrt, not onnxruntime"),
+        (
+            "--engine-cache x",
+            InputError,
+            "--backend onnxruntime-tensorrt, openvino, not onnxruntime",
+        ),
+        ("--runtime-precision bfloat16", InputError, "--backend openvino, not onnxruntime"),
         ("--artefact missing-folder", InputError, "no manifest.json"),
     ],
 )
@@ -179,6 +202,7 @@ def test_no_gpu_backend_falls_back_to_the_cpu(tiny_artefact: Artefact, backend: 
         "--device cpu",
         "--artefact x",
         "--engine-cache x",
+        "--runtime-precision float32",
         "--preprocess sam",
     ],
 )

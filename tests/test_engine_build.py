@@ -9,12 +9,6 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
-from onnxruntime.quantization import (
-    CalibrationDataReader,
-    QuantFormat,
-    QuantType,
-    quantize_static,
-)
 
 from dbsam_deploy import engine_build
 from dbsam_deploy.artefact import Artefact, graph_file, sha256_of, write_artefact
@@ -35,12 +29,13 @@ from dbsam_deploy.engines.manifest import Flags, engine_folder, read_records, wr
 from dbsam_deploy.engines.process import Builder
 from dbsam_deploy.engines.profiles import plan_ranges
 from dbsam_deploy.errors import EngineError, InputError
+from dbsam_deploy.fusions import fuse_file
 from dbsam_deploy.imaging import Preprocessing, preprocess
-from dbsam_deploy.onnx_export import export_graph
+from dbsam_deploy.model import variant_config
+from dbsam_deploy.quantize import calibrate, quantize_graph
 from dbsam_deploy.recipe import Parity, load_recipe
-from dbsam_deploy.weights import load_model
 
-SIZE = 128
+SIZE = 256
 GPU = Gpu("NVIDIA H100 PCIe", "sm_90", "13.0")
 
 
@@ -65,46 +60,23 @@ def rtx():
 
 
 @pytest.fixture(scope="module")
-def tiny_encoder(tmp_path_factory) -> Path:
+def tiny_encoder(float_graphs) -> Path:
     """`db_sam_tiny`'s encoder in float32, standard operators only."""
-    model = load_model(image_size=SIZE).model
-    return export_graph(model, "encoder", load_recipe("fp32"), tmp_path_factory.mktemp("f")).path
+    return float_graphs / "encoder.onnx"
 
 
-def quantised(path: Path, target: Path) -> None:
-    """INT8 Q/DQ around Linear and Conv, calibrated on real images."""
-    model = onnx.load(path)
-    # onnxruntime names its copies of a shared bias "<name><number>", which other values have here.
-    names = {item.name: f"{item.name}_constant" for item in model.graph.initializer}
-    for item in model.graph.initializer:
-        item.name = names[item.name]
-    for node in model.graph.node:
-        for index, name in enumerate(node.input):
-            node.input[index] = names.get(name, name)
-    renamed = target.with_suffix(".renamed")
-    onnx.save(model, renamed)
-
-    class Images(CalibrationDataReader):
-        def __init__(self):
-            cases = load_cases(bundled_examples(), Parity(2, 2, 20, 16))
-            self.feeds = [{"image": preprocess(c.image, Preprocessing(SIZE))} for c in cases]
-
-        def get_next(self):
-            return self.feeds.pop() if self.feeds else None
-
-    quantize_static(
-        renamed,
-        target,
-        Images(),
-        quant_format=QuantFormat.QDQ,
-        op_types_to_quantize=["MatMul", "Gemm", "Conv"],
-        per_channel=True,
-        activation_type=QuantType.QInt8,
-        weight_type=QuantType.QInt8,
-        # TensorRT adds biases in float: it takes no int32 constant.
-        extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False},
-    )
-    renamed.unlink()
+def quantised(source: Path, folder: Path, precision: str) -> Artefact:
+    """An encoder as an export quantises it, with ranges from real images."""
+    recipe = load_recipe(precision)
+    model = onnx.load(source)
+    model.opset_import[0].version = recipe.opset  # no operator here differs in opset 19
+    onnx.save(model, folder / "float.onnx")
+    cases = load_cases(bundled_examples(), Parity(2, 2, 20, 16))
+    feeds = [{"image": preprocess(case.image, Preprocessing(SIZE))} for case in cases]
+    ready = calibrate(folder / "float.onnx", recipe.quantization, lambda: feeds, folder)
+    found = quantize_graph(ready, recipe.quantization, folder / "encoder.onnx")
+    fuse_file(found.path, variant_config("db_sam_tiny", image_size=SIZE), found.modules)
+    return artefact_of({"encoder": found.path}, SIZE, precision)
 
 
 def test_half_precision_engines_with_fused_operators_for_three_gpus(
@@ -158,14 +130,26 @@ def test_a_float32_engine(tiny_encoder, rtx, tmp_path):
     assert not record.flags.tf32
 
 
-def test_an_int8_engine_from_a_calibrated_graph(tiny_encoder, rtx, tmp_path):
-    quantised(tiny_encoder, tmp_path / "encoder.onnx")
-    graph = onnx.load(tmp_path / "encoder.onnx").graph
-    assert sum(node.op_type == "QuantizeLinear" for node in graph.node) > 100
-    artefact = artefact_of({"encoder": tmp_path / "encoder.onnx"}, SIZE, "int8")
-    (record,) = build_engines(artefact, rtx("sm_120")).values()
-    assert record.precision == "int8"
-    assert record.targets == ("sm_120",)
+@pytest.mark.parametrize(
+    ("precision", "kind", "targets"),
+    [
+        ("int8", onnx.TensorProto.INT8, ("sm_86", "sm_120")),
+        ("fp8", onnx.TensorProto.FLOAT8E4M3FN, ("sm_89", "sm_120")),
+    ],
+)
+def test_engines_from_calibrated_graphs_are_built_not_run(
+    tiny_encoder, rtx, tmp_path, precision, kind, targets
+):
+    artefact = quantised(tiny_encoder, tmp_path, precision)
+    graph = onnx.load(artefact.path("encoder")).graph
+    assert sum(node.op_type == "QuantizeLinear" for node in graph.node) > 30
+    assert sum(tensor.data_type == kind for tensor in graph.initializer) > 50
+    (record,) = build_engines(artefact, rtx(*targets)).values()
+    assert record.precision == precision
+    assert record.targets == targets
+    assert record.plan.size_bytes > 100_000
+    body = json.loads((engine_folder(artefact, TENSORRT_RTX) / "encoder.plan.json").read_text())
+    assert (body["parity"], body["built_on"]) == (None, None)
 
 
 def wrong_graph(folder: Path, make) -> Artefact:

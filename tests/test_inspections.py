@@ -40,6 +40,13 @@ def test_the_installed_pytorch_and_onnxruntime_compute() -> None:
         assert answer.facts["version"].startswith(importlib.metadata.version(distribution))
 
 
+@pytest.mark.openvino
+def test_the_installed_openvino_computes() -> None:
+    answer = inspect_runtime("openvino")
+    assert answer.error == ""
+    assert answer.facts["version"].startswith(importlib.metadata.version("openvino"))
+
+
 def test_a_package_that_does_not_load(install: Install) -> None:
     install("tensorrt", "raise OSError('libnvinfer.so.11: cannot open shared object file')")
     answer = inspect_runtime("tensorrt")
@@ -110,7 +117,8 @@ def test_a_provider_that_onnxruntime_drops_with_a_word_in_its_log(install: Insta
         __version__ = "1.99.0"
         def get_available_providers():
             return ["CPUExecutionProvider"]
-        class SessionOptions: pass
+        class SessionOptions:
+            def add_session_config_entry(self, *entry): pass
         class InferenceSession:
             def __init__(self, *model, **options):
                 print("[E] Failed to load x.so with error: libz.so.9: not found", file=sys.stderr)

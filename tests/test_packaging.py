@@ -15,6 +15,11 @@ ROOT = Path(__file__).resolve().parent.parent
 CUDA_PACKAGES = {"onnxruntime-gpu", "tensorrt", "pycuda"}
 EXTRAS = (
     "onnxruntime",
+    "openvino",
+    "modelopt",
+    "onnx_graphsurgeon",
+    "onnxslim",
+    "lief",
     "tensorrt",
     "tensorrt_rtx",
     "tensorrt_lean",

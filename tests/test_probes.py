@@ -19,6 +19,7 @@ TORCH_GPU = Answer(
     {"version": "2.13.0", "cuda": "13.0", "device": "NVIDIA H200", "capability": [9, 0]}
 )
 ORT = Answer({"version": "1.32.0", "offers": ["CPUExecutionProvider"]})
+OPENVINO = Answer({"version": "2026.4.1"})
 PYCUDA = Answer({"version": "2025.1", "devices": 1})
 TRT = Answer({"version": "10.16.1.11", "builder": True})
 RTX = Answer({"version": "1.7.1.116", "builder": True})
@@ -43,6 +44,7 @@ class Machine:
             "onnxruntime": ORT,
             "onnxruntime-cuda": no_provider("CUDAExecutionProvider"),
             "onnxruntime-tensorrt": no_provider("TensorrtExecutionProvider"),
+            "openvino": absent("openvino"),
             "tensorrt": absent("tensorrt"),
             "tensorrt_rtx": absent("tensorrt_rtx"),
             "pycuda": absent("pycuda"),
@@ -69,6 +71,7 @@ FULL = Machine(
         "onnxruntime": ORT,
         "onnxruntime-cuda": ORT,
         "onnxruntime-tensorrt": ORT,
+        "openvino": OPENVINO,
         "tensorrt": TRT,
         "tensorrt_rtx": RTX,
         "pycuda": PYCUDA,
@@ -110,6 +113,17 @@ def test_a_cpu_machine() -> None:
     assert found["pytorch"].install == found["onnxruntime"].install == ""  # no GPU to install for
     for module in ("tensorrt is not installed", "pycuda is not installed"):
         assert module in found["tensorrt"].missing
+
+
+def test_openvino_runs_on_the_cpu_whatever_the_gpu() -> None:
+    for machine in (CPU.but(openvino=OPENVINO), FULL):
+        assert probes.probe_openvino(machine) == Finding(True, "2026.4.1", ("cpu",))
+    finding = probes.probe_openvino(CPU)
+    assert finding == Finding(
+        False,
+        missing="openvino is not installed",
+        install="pip install 'dbsam-deploy[openvino]'",
+    )
 
 
 def test_a_cpu_build_of_pytorch_beside_a_gpu() -> None:

@@ -3,10 +3,17 @@
 import pytest
 
 from dbsam_deploy.errors import InputError
-from dbsam_deploy.recipe import available_precisions, load_recipe, read_recipe
+from dbsam_deploy.recipe import CALIBRATORS, available_precisions, load_recipe, read_recipe
 from dbsam_deploy.resources import resource_dir
 
-GATES = {"fp32": (0.99999, 0.999, 0.99, 0.0005), "fp16": (0.999, 0.98, 0.95, 0.002)}
+EIGHT_BITS = (0.98, 0.95, 0.85, 0.005)
+GATES = {
+    "fp32": (0.99999, 0.999, 0.99, 0.0005),
+    "fp16": (0.999, 0.98, 0.95, 0.002),
+    "int8": EIGHT_BITS,
+    "fp8": EIGHT_BITS,
+    "int8_weights": EIGHT_BITS,
+}
 
 
 @pytest.mark.parametrize("precision", available_precisions())
@@ -23,7 +30,9 @@ def test_committed_recipes_carry_the_agreed_gates(precision):
 
 
 def test_unknown_precision():
-    with pytest.raises(InputError, match="'fp12': expected one of fp16, fp32"):
+    with pytest.raises(
+        InputError, match="'fp12': expected one of fp16, fp32, fp8, int8, int8_weights"
+    ):
         load_recipe("fp12")
 
 
@@ -45,4 +54,52 @@ def test_a_recipe_that_is_not_understood_is_refused(tmp_path, old, new, message)
     path = tmp_path / "fp32.toml"
     path.write_text(text.replace(old, new))
     with pytest.raises(InputError, match=message):
+        read_recipe(path)
+
+
+def test_what_the_committed_recipes_quantise():
+    assert load_recipe("fp32").quantization is load_recipe("fp16").quantization is None
+    for precision in ("int8", "fp8"):
+        plan = load_recipe(precision).quantization
+        assert (plan.format, plan.graphs) == (precision, ("encoder",))
+        assert plan.calibration.calibrator in CALIBRATORS
+        assert (plan.calibration.images, plan.calibration.held_back) == (32, 8)
+    assert load_recipe("fp8").opset >= 19
+    weights = load_recipe("int8_weights").quantization
+    assert (weights.format, weights.calibration) == ("int8-weights", None)
+    assert set(weights.graphs) == {"encoder", "decoder", "prompt_decoder"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('format = "int8"', 'format = "int4"', r"format \['int4'\], expected int8, fp8"),
+        ('["MatMul", "Gemm", "Conv"]', '["MatMul", "Softmax"]', r"operators \['Softmax'\]"),
+        ("outputs = []", 'outputs = ["LayerNorm"]', r"outputs \['LayerNorm'\]"),
+        ("outputs = []", "outputs = [1]", r"outputs = \[1\], expected strings"),
+        ('tool = "onnxruntime"', 'tool = "hope"', r"tool \['hope'\], expected onnxruntime"),
+        ("smoothing = ", "smoothing = 1", "smoothing is 0 to below 1"),
+        ("smoothing = ", "extra = 1\nsmoothing = ", r"unknown keys \['extra'\]"),
+        ("images = 32", "images = 0", "images and held_back at least 1"),
+        ("held_back = 8", "held_back = 0", "images and held_back at least 1"),
+        ("held_back = 8", "", r"\[quantization.calibration\].*missing keys \['held_back'\]"),
+        ("seed = 0", 'seed = "x"', "seed = 'x', expected int"),
+        ('calibrator = "', 'calibrator = "best ', r"calibrator \['best .*expected max"),
+        ('format = "int8"', 'format = "int8-weights"', "int8-weights has none"),
+    ],
+)
+def test_a_quantisation_that_is_not_understood_is_refused(tmp_path, old, new, message):
+    text = (resource_dir("export") / "int8.toml").read_text()
+    assert old in text
+    path = tmp_path / "int8.toml"
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(InputError, match=message):
+        read_recipe(path)
+
+
+def test_ranges_need_a_table_of_their_own(tmp_path):
+    text = (resource_dir("export") / "int8.toml").read_text()
+    path = tmp_path / "int8.toml"
+    path.write_text(text[: text.index("[quantization.calibration]")])
+    with pytest.raises(InputError, match=r"int8 and fp8 need a \[quantization.calibration\] table"):
         read_recipe(path)

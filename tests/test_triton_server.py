@@ -24,8 +24,10 @@ from dbsam_deploy.predictor import Predictor
 from dbsam_deploy.recipe import load_recipe
 from dbsam_deploy.repository import build_repository
 from dbsam_deploy.server_env import ServerEnvironment, find_environment
-from dbsam_deploy.sessions import OnnxRuntimeSession
+from dbsam_deploy.sessions import OnnxRuntimeSession, PytorchSession
 from dbsam_deploy.triton_server import Ports, TritonServer, probe
+from dbsam_deploy.verify import dice
+from dbsam_deploy.weights import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 FREE = Ports(0, 0, 0)
@@ -357,3 +359,37 @@ def test_the_exported_tiny_model_is_served_bit_for_bit(
             answer = client.segment_prompts(case.image, boxes=case.boxes, multimask=True)
             np.testing.assert_array_equal(answer.masks, expected.masks)
             np.testing.assert_array_equal(answer.low_res_logits, expected.low_res_masks)
+
+
+@pytest.mark.triton
+def test_int8_masks_of_the_ensemble_pass_the_gate_against_pytorch(
+    published_int8, server_environment, tmp_path
+):
+    """The same contract as fp32: only the encoder's file differs, and masks agree."""
+    _, published = published_int8
+    root = published.repository.folder
+    plain = dataclasses.replace(published.artefact, precision="fp32", quantization={})
+    other = build_repository(plain, tmp_path / "fp32").folder
+    for config in sorted(root.rglob("config.pbtxt")):
+        theirs = (other / config.relative_to(root)).read_text()
+        assert config.read_text().replace("int8", "fp32") == theirs
+    how, recipe = published.artefact.preprocessing, load_recipe("int8")
+    reference = Predictor(PytorchSession(load_model(image_size=how.image_size).model), how)
+    agreement = []
+    log = tmp_path / "log"
+    with (
+        TritonServer(root, server_environment, log=log, ports=FREE) as server,
+        DbsamClient(server.grpc_url) as client,
+    ):
+        for case in load_cases(bundled_examples(), recipe.parity):
+            reference.set_image(case.image)
+            expected = reference.predict_boxes(case.boxes).masks[:, 0]
+            masks = client.segment(case.image, case.boxes).masks
+            agreement += [dice(*pair) for pair in zip(masks, expected, strict=True)]
+            prompts = {"boxes": case.boxes, "multimask": True}
+            expected = reference.predict_prompts(**prompts).masks
+            masks = client.segment_prompts(case.image, **prompts).masks
+            agreement += [dice(masks[i], expected[i]) for i in np.ndindex(*masks.shape[:2])]
+    assert len(agreement) > 60
+    assert np.mean(agreement) >= recipe.gate.mask_agreement_mean
+    assert np.percentile(agreement, 5) >= recipe.gate.mask_agreement_p5

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -59,24 +60,27 @@ def fuse(model: ir.Model) -> FusionCounts:
     for op in _OPS:
         if found[op.NAME]:
             body = op.body()
+            # Of the graph's own opset: a checker wants them to agree.
+            body.opset_imports[""] = model.opset_imports.get("", body.opset_imports[""])
             model.functions[body.identifier()] = body
             model.graph.opset_imports[DOMAIN] = VERSION
     return FusionCounts(*(found[op.NAME] for op in _OPS))
 
 
-def fuse_file(path: Path, config: ModelConfig) -> FusionCounts:
+def fuse_file(path: Path, config: ModelConfig, quantized: Collection[str] = ()) -> FusionCounts:
     """Fuse an exported encoder in its file; the file is replaced only by one that is valid.
 
     Args:
         path: ONNX file with its weights inside.
         config: the model that it was exported from.
+        quantized: paths of modules that have Q/DQ pairs; blocks that hold one stay as they are.
 
     Raises:
         ExportError: other counts than `expected_counts`, or the result is not valid ONNX.
     """
     model = ir.load(path)
     counts = fuse(model)
-    expected = expected_counts(config)
+    expected = expected_counts(config, quantized)
     if counts != expected:
         raise ExportError(
             f"{path.name}: fused {counts.as_dict()}, {config.name} has {expected.as_dict()}; the "
@@ -95,8 +99,14 @@ def fuse_file(path: Path, config: ModelConfig) -> FusionCounts:
     return counts
 
 
-def expected_counts(config: ModelConfig) -> FusionCounts:
-    """Fused nodes that a variant's encoder must have: those whose sizes the kernels run."""
+def expected_counts(config: ModelConfig, quantized: Collection[str] = ()) -> FusionCounts:
+    """Fused nodes that a variant's encoder must have: those whose sizes the kernels run.
+
+    Args:
+        config: the variant.
+        quantized: paths of modules with Q/DQ pairs. Only the channel attention block holds layers;
+            the other ops lie between layers.
+    """
     adapter = config.adapter
     sampled = gated = attended = 0
     if adapter is not None:
@@ -108,7 +118,10 @@ def expected_counts(config: ModelConfig) -> FusionCounts:
             ms_deform_attn.supports(head_dim, count, adapter.num_points) for count in sources
         )
     if isinstance(adapter, TwoBranchConfig) and adapter.channel_attention != "none":
-        gated = 4 * channel_attention.supports(config.embed_dim)
+        whole = 4 - len(
+            {path.split(".")[3] for path in quantized if path.startswith(channel_attention.BLOCKS)}
+        )
+        gated = whole * channel_attention.supports(config.embed_dim)
     if config.tiny_vit is None:
         head_dim = config.embed_dim // config.num_heads
         local = config.depth - 4

@@ -30,6 +30,8 @@ from .nodes import (
 
 NAME = "ChannelAttention"
 MAX_CHANNELS = 1024
+BLOCKS = "image_encoder.adapter.vit_conv_blocks."
+"""Where the blocks are in the encoder's graph; their number follows."""
 
 BODY = """
 <opset_import: ["" : 18], domain: "dbsam">

@@ -1,0 +1,143 @@
+"""Options of `python -m dbsam_deploy.export` and its command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .cli import HelpFormatter, Parser
+from .engine_build import CHOICES, parse_targets
+from .recipe import available_precisions, load_recipe
+from .resources import resource_dir
+from .weights import DEFAULT_VARIANT
+
+DESCRIPTION = """\
+Export a model as two graphs (encoder + fusion, prompt + decoder), compare them with PyTorch on real
+images, and publish them with a Triton model repository if they pass the recipe's gate.
+
+Writes build/<precision>/ (ONNX files and manifest.json) and build/model_repository/. Stages whose
+inputs did not change are not run again. Without --checkpoint the trained db_sam_tiny that ships
+with this library is exported.
+
+examples:
+  the bundled tiny model, half precision
+    python -m dbsam_deploy.export --precision fp16
+  Meta's or MedSAM's ViT-B checkpoint
+    python -m dbsam_deploy.export --precision fp32 --checkpoint medsam_vit_b.pth
+  with TensorRT-RTX engines for GPUs that are elsewhere; this machine needs none
+    python -m dbsam_deploy.export --precision fp16 --engine tensorrt-rtx --target sm_86,sm_120
+  int8, with ranges from your own images (npz, NIfTI, PNG, JPEG)
+    python -m dbsam_deploy.export --precision int8 --calibration images/
+  a DB-SAM you trained, compared on your own images (npz with imgs and gts)
+    python -m dbsam_deploy.export --precision fp16 --checkpoint db_sam.pth --data cases/
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What an export is asked for.
+
+    Attributes:
+        precision: recipe stem.
+        variant: model variant, None to take the checkpoint's.
+        checkpoint: weights file, None for those that `load_model` has for the variant.
+        image_size: side S of the model frame, None for the variant's own.
+        decoder_weights: prompt encoder and mask decoder for a fresh encoder, without a checkpoint.
+        data: folder of npz cases for the parity gate, None for the bundled examples.
+        data_images: images of `data` that are compared, None for the recipe's number.
+        output: folder for everything that is written.
+        engine: engines to build from the graphs, see `engine_build.CHOICES`.
+        targets: GPUs to build them for, where the builder is told.
+        calibration: folder or file of real images for a recipe that quantises activations.
+        budget: largest loss of Dice for which a sweep leaves layers out, None for no sweep.
+    """
+
+    precision: str
+    variant: str | None = None
+    checkpoint: Path | None = None
+    image_size: int | None = None
+    decoder_weights: Path | None = None
+    data: Path | None = None
+    data_images: int | None = None
+    output: Path = Path("build")
+    engine: str = "auto"
+    targets: tuple[str, ...] = ()
+    calibration: Path | None = None
+    budget: float | None = None
+
+
+def build_parser() -> Parser:
+    """The command line; its names are those of `Options`."""
+    parser = Parser(
+        prog="python -m dbsam_deploy.export",
+        description=DESCRIPTION,
+        formatter_class=HelpFormatter,
+    )
+    recipes = "; ".join(f"{p}: {load_recipe(p).description}" for p in available_precisions())
+    parser.add_argument(
+        "--precision",
+        required=True,
+        choices=available_precisions(),
+        help=f"recipe in {resource_dir('export').name}/ ({recipes})",
+    )
+    parser.add_argument(
+        "--variant", help=f"model variant; by default the checkpoint's, or {DEFAULT_VARIANT}"
+    )
+    parser.add_argument("--checkpoint", type=Path, help="weights: .pth or .safetensors")
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        help="side of the model frame; by default the variant's: 1024, or 256 for lite_medsam",
+    )
+    parser.add_argument(
+        "--decoder-weights",
+        type=Path,
+        help="with a fresh encoder instead of --checkpoint: this file's prompt encoder and mask "
+        "decoder (lite_medsam.pth)",
+    )
+    parser.add_argument(
+        "--data", type=Path, help="folder of npz cases for the comparison; default: bundled"
+    )
+    parser.add_argument(
+        "--data-images",
+        type=int,
+        metavar="N",
+        help="how many of their images are compared; default: the recipe's",
+    )
+    parser.add_argument("--output", type=Path, default=Path("build"), help="where to write")
+    _add_quantization(parser)
+    _add_engines(parser)
+    return parser
+
+
+def _add_quantization(parser: Parser) -> None:
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="PATH",
+        help="int8, fp8: folder or file of real images (npz, NIfTI, PNG, JPEG) to find ranges on",
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        metavar="LOSS",
+        help="int8, fp8: find out which layers to leave out so that Dice on held-back images falls "
+        "by at most this (0.005), see python -m dbsam_deploy.sensitivity",
+    )
+
+
+def _add_engines(parser: Parser) -> None:
+    parser.add_argument(
+        "--engine",
+        choices=CHOICES,
+        default=Options.engine,
+        help="engines to build from the graphs; auto: tensorrt where it and a GPU are there",
+    )
+    parser.add_argument(
+        "--target",
+        dest="targets",
+        type=parse_targets,
+        default=(),
+        metavar="SM,SM",
+        help="tensorrt-rtx: GPUs to build for, such as sm_86,sm_89,sm_120",
+    )

@@ -1,0 +1,250 @@
+"""`python -m dbsam_deploy.sensitivity`: what each block of an encoder loses by quantisation.
+
+A second composition root beside `dbsam_deploy.export`, which runs the same sweep for `--budget`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from .artefact import write_atomically
+from .calibration import CalibrationSet
+from .cli import HelpFormatter, Parser, progress_bars, run
+from .errors import InputError
+from .evaluation.metrics import load_library
+from .exclusions import Sweep
+from .onnx_export import export_graph
+from .quantized_graph import Quantizer, calibration_images
+from .recipe import available_precisions, load_recipe
+from .weights import load_model
+
+DESCRIPTION = """\
+Quantise an encoder block by block and in groups, measure each choice on held-back calibration
+images, and write a ranked table, a plot, and the layers to leave out so that the rest keeps to the
+recipe's gate and a budget with as much work quantised as possible.
+
+An interrupted sweep goes on where it stopped when it is started again with the same options.
+
+examples:
+  the bundled tiny model
+    python -m dbsam_deploy.sensitivity --precision int8 --calibration images/
+  LiteMedSAM, at most 0.01 less Dice
+    python -m dbsam_deploy.sensitivity --precision int8 --checkpoint lite_medsam.pth \\
+        --calibration images/ --budget 0.01
+"""
+
+DEFAULT_BUDGET = 0.005
+
+_COLUMNS = (
+    *("group", "layers", "macs"),
+    *("error_alone", "agreement_alone", "agreement_p5_alone", "dice_drop_alone"),
+    *("error_without", "agreement_without", "agreement_p5_without", "dice_drop_without"),
+    "excluded",
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a sweep is asked for; see the command's help."""
+
+    precision: str
+    calibration: Path | None
+    budget: float = DEFAULT_BUDGET
+    checkpoint: Path | None = None
+    variant: str | None = None
+    image_size: int | None = None
+    output: Path = Path("build/sensitivity")
+
+
+def find_exclusions(options: Options, console: Console) -> tuple[Sweep, CalibrationSet]:
+    """Export the float encoder, sweep, and write the results.
+
+    Args:
+        options: what to sweep.
+        console: where progress goes.
+
+    Returns:
+        The result and the images it was found on.
+
+    Raises:
+        InputError, CheckpointError: a user's mistake.
+        ExportError: the encoder cannot be exported or quantised.
+        AccuracyError: no choice keeps to the budget.
+    """
+    recipe = load_recipe(options.precision)
+    images = calibration_images(recipe, options.calibration, options.budget)
+    if images is None or recipe.quantization is None:
+        raise InputError(
+            f"{options.precision} quantises no activations, so there is nothing to choose; use "
+            "--precision int8 or fp8"
+        )
+    loaded = load_model(
+        variant=options.variant, checkpoint=options.checkpoint, image_size=options.image_size
+    )
+    bars = progress_bars(console)
+    quantizer = Quantizer.of(loaded, recipe, images, options.budget, bars)
+    scratch = options.output / Quantizer.SCRATCH
+    scratch.mkdir(parents=True, exist_ok=True)
+    key_file, path = scratch / "encoder.key", scratch / "encoder.onnx"
+    key = f"{loaded.weights['sha256']} {loaded.model.config} {recipe}"
+    if not (path.is_file() and key_file.is_file() and key_file.read_text() == key):
+        console.print("exporting the float encoder", highlight=False)
+        export_graph(loaded.model, "encoder", replace(recipe, quantization=None), scratch)
+        key_file.write_text(key)
+    with bars:
+        found = quantizer.sweep(path, scratch)
+    write_results(found, options.output)
+    return found, images
+
+
+def write_results(found: Sweep, folder: Path) -> None:
+    """Write `sensitivity.json`, `.csv` and `.svg`.
+
+    Raises:
+        EngineError: Matplotlib is not installed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = {
+        "json": json.dumps(asdict(found), indent=2) + "\n",
+        "csv": _csv(found),
+        "svg": plot(found),
+    }
+    for suffix, text in contents.items():
+        with write_atomically(folder / f"sensitivity.{suffix}") as stream:
+            stream.write(text.encode())
+
+
+def _csv(found: Sweep) -> str:
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    for row in found.ranked:
+        numbers = [
+            f"{getattr(part, name):.6f}"
+            for part in (row.alone, row.left_out)
+            for name in ("error", "agreement", "agreement_p5", "dice_drop")
+        ]
+        group = row.group
+        writer.writerow(
+            [group.name, group.layers, group.macs, *numbers, group.name in found.exclude]
+        )
+    return stream.getvalue()
+
+
+def plot(found: Sweep) -> str:
+    """Embedding error of each group alone, and what leaving it out saves, as SVG.
+
+    Raises:
+        EngineError: Matplotlib is not installed.
+    """
+    figure_type = load_library("matplotlib.figure").Figure
+    with load_library("matplotlib").rc_context({"svg.hashsalt": "dbsam", "font.size": 9}):
+        rows = list(found.ranked)[::-1]
+        figure = figure_type(figsize=(9, 0.26 * len(rows) + 1.2), layout="constrained")
+        axis = figure.subplots()
+        places = range(len(rows))
+        kept = ["#d55e00" if row.group.name in found.exclude else "#0072b2" for row in rows]
+        axis.barh(places, [100 * row.alone.error for row in rows], color=kept, height=0.6)
+        saved = [100 * (found.everything.error - row.left_out.error) for row in rows]
+        axis.plot(saved, places, "k|", markersize=9, markeredgewidth=2, label="saved if left out")
+        axis.set_yticks(places, [row.group.name for row in rows])
+        axis.set_xlabel("embedding error, % (bar: quantised alone; orange: left out by the choice)")
+        axis.legend(frameon=False, loc="lower right")
+        axis.grid(axis="x", color="0.9")
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", metadata={"Date": None})
+    text = stream.getvalue()
+    return text[text.index("<svg") :]
+
+
+def ranked_table(found: Sweep) -> Table:
+    """Groups, the costliest first, and what was chosen."""
+    table = Table(
+        title="quantised alone, and everything but it",
+        caption=f"chosen: {len(found.exclude)} groups left out, "
+        f"{100 * found.chosen.mac_share:.1f} % of the work quantised, cosine "
+        f"{found.chosen.cosine:.4f}, agreement {found.chosen.agreement:.4f} / "
+        f"{found.chosen.agreement_p5:.4f}, "
+        f"Dice drop {found.chosen.dice_drop:.4f} (budget {found.budget:g})",
+    )
+    table.add_column("group", no_wrap=True)
+    for column in ("layers", "GMAC", "error alone", "agreement", "error without", "agreement", ""):
+        table.add_column(column, justify="right")
+    for row in found.ranked:
+        table.add_row(
+            row.group.name,
+            str(row.group.layers),
+            f"{row.group.macs / 1e9:.2f}",
+            f"{100 * row.alone.error:.2f} %",
+            f"{row.alone.agreement:.4f}",
+            f"{100 * row.left_out.error:.2f} %",
+            f"{row.left_out.agreement:.4f}",
+            "left out" if row.group.name in found.exclude else "",
+        )
+    everything = found.everything
+    table.add_section()
+    total = (f"{100 * everything.error:.2f} %", f"{everything.agreement:.4f}")
+    table.add_row("everything", "", "", *total, "", "", "")
+    return table
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m dbsam_deploy.sensitivity",
+        description=DESCRIPTION,
+        formatter_class=HelpFormatter,
+    )
+    recipes = {name: load_recipe(name).quantization for name in available_precisions()}
+    quantising = [name for name, plan in recipes.items() if plan and plan.calibration]
+    parser.add_argument("--precision", default="int8", choices=quantising, help="recipe")
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="PATH",
+        help="folder or file of real images (npz, NIfTI, PNG, JPEG)",
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=DEFAULT_BUDGET,
+        metavar="LOSS",
+        help="largest loss of Dice with the truth on held-back images; the gate holds as well",
+    )
+    parser.add_argument("--checkpoint", type=Path, help="weights: .pth or .safetensors")
+    parser.add_argument("--variant", help="model variant; by default the checkpoint's")
+    parser.add_argument("--image-size", type=int, help="side of the model frame")
+    parser.add_argument("--output", type=Path, default=Options.output, help="where to write")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line entry point; returns the exit status."""
+    options = Options(**vars(_parser().parse_args(argv)))
+    load_library("matplotlib")  # before hours of work
+    found, _ = find_exclusions(options, Console(stderr=True))
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(ranked_table(found))
+    for pattern in found.exclude:
+        console.print(f'  "{pattern}",', highlight=False, markup=False)
+    console.print(
+        f"wrote {options.output}/sensitivity.json, .csv and .svg; to use the choice: export with "
+        f"--precision {options.precision} --budget {options.budget:g}, or put the lines above into "
+        "the recipe's exclude",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
