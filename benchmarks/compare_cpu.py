@@ -79,7 +79,7 @@ class Figure:
 
 def _pytorch(artefact: Artefact, options: argparse.Namespace) -> Callable[[FloatArray], FloatArray]:
     size = artefact.preprocessing.image_size
-    loaded = load_model(artefact.variant, checkpoint=options.checkpoint, image_size=size)
+    loaded = load_model(variant=artefact.variant, checkpoint=options.checkpoint, image_size=size)
     session = PytorchSession(loaded.model)
     return lambda image: session.run("encoder", {"image": image})["image_embeddings"]
 

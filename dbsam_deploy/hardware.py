@@ -69,6 +69,20 @@ def hardware_key(cpu: str, cores: int, gpu: str = "") -> str:
     return re.sub(r"[^a-z0-9]+", "-", text).strip("-")
 
 
+def cpuinfo() -> str:
+    """The text of `/proc/cpuinfo`; "" where there is none."""
+    return CPUINFO.read_text(errors="replace") if CPUINFO.is_file() else ""
+
+
+def has_vnni(cpuinfo: str) -> bool:
+    """Whether x86 adds four products of 8-bit numbers to 32 bits at once.
+
+    Args:
+        cpuinfo: text of `/proc/cpuinfo`.
+    """
+    return bool({"avx512_vnni", "avx_vnni"} & set(cpuinfo.split()))
+
+
 def cpu_name(cpuinfo: str) -> str:
     """CPU model out of the text of `/proc/cpuinfo`, or "" if it names none (some ARM kernels)."""
     fields: dict[str, str] = {}

@@ -221,3 +221,30 @@ def test_heavy_nodes_must_be_on_the_provider(tmp_path: Path) -> None:
     placement[CPU.name] += ("MatMul", "Gemm")
     with pytest.raises(EngineError, match=rf"\(2 on {CPU.name}\)"):
         open_on(Runtime(tmp_path, placement=placement), CUDA)
+
+
+@pytest.mark.parametrize(
+    ("flags", "unsigned"),
+    [("avx2 avx512_vnni", False), ("avx2 avx_vnni", False), ("avx2 avx512f", True), ("", True)],
+)
+def test_int8_products_are_made_safe_only_where_they_overflow(
+    monkeypatch: pytest.MonkeyPatch, flags: str, unsigned: bool
+) -> None:
+    """With VNNI the safe form costs a third of the speed."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    made = []
+
+    def remember(settings: Any) -> Any:
+        made.append(settings)
+        return settings
+
+    monkeypatch.setattr(providers, "cpuinfo", lambda: f"flags : fpu {flags}\n")
+    options = onnxruntime.SessionOptions
+    monkeypatch.setattr(onnxruntime, "SessionOptions", lambda: remember(options()))
+    open_session(onnxruntime, one_node_model(), CPU)
+    (settings,) = made
+    if unsigned:
+        assert settings.get_session_config_entry("session.x64quantprecision") == "1"
+    else:
+        with pytest.raises(RuntimeError, match="x64quantprecision"):
+            settings.get_session_config_entry("session.x64quantprecision")
