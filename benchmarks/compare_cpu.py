@@ -1,14 +1,17 @@
 """The encoder's way from PyTorch to int8 on the CPU, step by step, in one run.
 
-Two exports of one model are run by every CPU backend, in turns on one real image; first each
-result is held against the gate of its precision. Two times are shown: on the wall, and of the
-processor, which means more on a machine that others use, most of all with --threads 1.
+Two exports of one model are run by every CPU backend. First each one's masks of real images are
+held against those of the float32 export on ONNX Runtime and the gate of its precision; a step that
+misses it is listed, not timed. Then the encoders run on one image in turns. Two times are shown:
+on the wall, and of the processor, which means more on a machine that others use, most of all with
+--threads 1.
 
     python -m dbsam_deploy.export --precision fp32 --variant lite_medsam --output build
     python -m dbsam_deploy.export --precision int8 --variant lite_medsam --output build \\
         --calibration FOLDER
     python benchmarks/compare_cpu.py --fp32 build/fp32 --int8 build/int8 --plot waterfall.png
-    python benchmarks/compare_cpu.py --fp32 build/fp32 --int8 build/int8 --threads 1 --require 1.6
+    python benchmarks/compare_cpu.py --fp32 build/fp32 --int8 build/int8 --data FOLDER \\
+        --data-images 84 --require 1.6
 """
 
 from __future__ import annotations
@@ -19,30 +22,30 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import onnxruntime
 import torch
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from dbsam_deploy.artefact import Artefact, load_artefact
-from dbsam_deploy.cases import bundled_examples, load_cases
-from dbsam_deploy.cli import HelpFormatter, Parser, run
-from dbsam_deploy.errors import AccuracyError, InputError
+from dbsam_deploy.cases import Case, bundled_examples, load_cases
+from dbsam_deploy.cli import HelpFormatter, Parser, progress_bars, run
+from dbsam_deploy.contract import graph_specs
+from dbsam_deploy.errors import InputError
 from dbsam_deploy.hardware import describe_hardware
 from dbsam_deploy.imaging import preprocess
 from dbsam_deploy.onnxruntime_providers import CPU, open_session
 from dbsam_deploy.openvino_session import OpenvinoSession
 from dbsam_deploy.recipe import load_recipe
-from dbsam_deploy.sessions import OnnxRuntimeSession, PytorchSession
-from dbsam_deploy.verify import cosine
+from dbsam_deploy.sessions import Feed, FloatArray, OnnxRuntimeSession, PytorchSession, Session
+from dbsam_deploy.verify import Figures, compare, misses
 from dbsam_deploy.weights import load_model
 
-FloatArray = npt.NDArray[np.float32]
 BASE = "ort-fp32"
 
 
@@ -52,59 +55,94 @@ class Step:
 
     Attributes:
         title: in the table and the plot.
-        export: `fp32` or `int8`, whose file is run.
-        gate: recipe whose gate holds; "" for the reference itself.
-        open: (artefact, options) → what runs the encoder.
+        export: `fp32` or `int8`, whose files are run.
+        gate: recipe whose gate holds.
+        open: (artefact, options) → session.
     """
 
     title: str
     export: str
     gate: str
-    open: Callable[[Artefact, argparse.Namespace], Callable[[FloatArray], FloatArray]]
+    open: Callable[[Artefact, argparse.Namespace], Session]
 
 
 @dataclass(frozen=True)
-class Figure:
-    """What was measured of one step; ratios are medians over rounds, `ort-fp32` over this one."""
+class Timing:
+    """Medians over rounds; ratios are `ort-fp32` over this one."""
 
-    name: str
-    title: str
-    mib: float
-    cosine: float
     wall_s: float
     cpu_s: float
     wall_ratio: float
     cpu_ratio: float
 
 
-def _pytorch(artefact: Artefact, options: argparse.Namespace) -> Callable[[FloatArray], FloatArray]:
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one step; `timing` is None if `missed` names figures below the gate."""
+
+    name: str
+    title: str
+    mib: float
+    figures: Figures
+    missed: list[str]
+    timing: Timing | None
+
+
+class _Remembered:
+    """A session that computes each image's embedding once: every step is held against it."""
+
+    def __init__(self, session: Session) -> None:
+        self.session, self.backend = session, session.backend
+        self._embeddings: dict[bytes, dict[str, FloatArray]] = {}
+
+    def run(self, graph: str, feed: Feed) -> dict[str, FloatArray]:
+        if graph != "encoder":
+            return self.session.run(graph, feed)
+        key = feed["image"].tobytes()
+        if key not in self._embeddings:
+            self._embeddings[key] = self.session.run(graph, feed)
+        return self._embeddings[key]
+
+
+class _Pairs:
+    """ONNX Runtime on the published encoder as it is, as a Triton server opens it."""
+
+    backend = "onnxruntime-cpu"
+
+    def __init__(self, artefact: Artefact, threads: int) -> None:
+        path = str(artefact.path("encoder"))
+        self._encoder = open_session(onnxruntime, path, CPU, threads=threads)
+        self._names = graph_specs(artefact.preprocessing)["encoder"].output_names
+        self._others = OnnxRuntimeSession(artefact, threads=threads)
+
+    def run(self, graph: str, feed: Feed) -> dict[str, FloatArray]:
+        if graph != "encoder":
+            return self._others.run(graph, feed)
+        return dict(zip(self._names, self._encoder.run(self._names, feed), strict=True))
+
+
+def _pytorch(artefact: Artefact, options: argparse.Namespace) -> Session:
     size = artefact.preprocessing.image_size
     loaded = load_model(variant=artefact.variant, checkpoint=options.checkpoint, image_size=size)
-    session = PytorchSession(loaded.model)
-    return lambda image: session.run("encoder", {"image": image})["image_embeddings"]
+    return PytorchSession(loaded.model)
 
 
-def _onnxruntime(artefact: Artefact, options: argparse.Namespace):
-    session = OnnxRuntimeSession(artefact, threads=options.threads)
-    return lambda image: session.run("encoder", {"image": image})["image_embeddings"]
+def _onnxruntime(artefact: Artefact, options: argparse.Namespace) -> Session:
+    return OnnxRuntimeSession(artefact, threads=options.threads)
 
 
-def _pairs(artefact: Artefact, options: argparse.Namespace):
-    path = str(artefact.path("encoder"))
-    session = open_session(onnxruntime, path, CPU, threads=options.threads)
-    return lambda image: session.run(None, {"image": image})[0]
+def _pairs(artefact: Artefact, options: argparse.Namespace) -> Session:
+    return _Pairs(artefact, options.threads)
 
 
-def _openvino(precision: str):
-    def open_step(artefact: Artefact, options: argparse.Namespace):
-        session = OpenvinoSession(artefact, precision=precision, threads=options.threads)
-        return lambda image: session.run("encoder", {"image": image})["image_embeddings"]
-
-    return open_step
+def _openvino(precision: str) -> Callable[[Artefact, argparse.Namespace], Session]:
+    return lambda artefact, options: OpenvinoSession(
+        artefact, precision=precision, threads=options.threads
+    )
 
 
 STEPS = {
-    "pytorch": Step("PyTorch, eager float32", "fp32", "", _pytorch),
+    "pytorch": Step("PyTorch, eager float32", "fp32", "fp32", _pytorch),
     BASE: Step("ONNX Runtime, float32", "fp32", "fp32", _onnxruntime),
     "ort-int8-pairs": Step("ONNX Runtime, int8, the file as it is", "int8", "int8", _pairs),
     "ort-int8": Step("ONNX Runtime, int8, graph for the CPU", "int8", "int8", _onnxruntime),
@@ -130,6 +168,10 @@ def _parser() -> argparse.ArgumentParser:
         help="which of them, ort-fp32 among them; a full-size db_sam takes 3 GB for each step "
         "on ONNX Runtime (default: all)",
     )
+    parser.add_argument(
+        "--data", type=Path, help="folder of npz with imgs and gts (default: the bundled images)"
+    )
+    parser.add_argument("--data-images", type=int, help="images compared (default: the recipe's)")
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each, in turns")
     parser.add_argument("--threads", type=int, default=0, help="0: one for each core")
     parser.add_argument("--plot", type=Path, help="file for the picture (.png or .svg)")
@@ -155,60 +197,69 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError(f"{options.fp32} is a {first.variant}, {options.int8} another model")
     if options.threads:
         torch.set_num_threads(options.threads)
-    figures = _measure(names, artefacts, options)
-    title = _title(first, options)
-    _print(title, figures)
-    if options.json:
-        options.json.write_text(json.dumps([asdict(figure) for figure in figures], indent=2) + "\n")
-    if options.plot:
-        draw(figures, title, options.plot)
-    fastest = max((f.wall_ratio for f in figures if STEPS[f.name].export == "int8"), default=0.0)
-    return int(options.require is not None and not fastest >= options.require)
-
-
-def _measure(
-    names: list[str], artefacts: dict[str, Artefact], options: argparse.Namespace
-) -> list[Figure]:
-    """Check every step, then time them in turns.
-
-    Raises:
-        AccuracyError: an embedding below the gate of its precision.
-    """
     parity = load_recipe("fp32").parity
-    case = load_cases(bundled_examples(), parity)[0]
-    image = preprocess(case.image, artefacts["fp32"].preprocessing)
-    works = {n: STEPS[n].open(artefacts[STEPS[n].export], options) for n in names}
-    reference = works[BASE](image)
-    cosines = {}
-    for name, work in works.items():
-        cosines[name] = cosine(work(image), reference)
-        gate = load_recipe(STEPS[name].gate or "fp32").gate
-        if not cosines[name] >= gate.embedding_cosine:
-            raise AccuracyError(
-                f"{name}: cosine {cosines[name]:.5f} with {BASE}, the gate is "
-                f"{gate.embedding_cosine}; not timed"
-            )
-    wall: dict[str, list[float]] = {name: [] for name in names}
-    busy: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(options.rounds):
-        for name, work in works.items():
+    if options.data_images is not None:
+        parity = replace(parity, images=options.data_images)
+    cases = load_cases(options.data or bundled_examples(), parity)
+    sessions = {n: STEPS[n].open(artefacts[STEPS[n].export], options) for n in names}
+    with progress_bars(Console(stderr=True)) as bars:
+        figures = _compare(sessions, first, cases, bars)
+        missed = {n: misses(f, load_recipe(STEPS[n].gate).gate) for n, f in figures.items()}
+        kept = {name: session for name, session in sessions.items() if not missed[name]}
+        timings = _time(kept, first, cases[0], options.rounds, bars)
+    sizes = {k: a.path("encoder").stat().st_size / 2**20 for k, a in artefacts.items()}
+    rows = [
+        Row(n, STEPS[n].title, sizes[STEPS[n].export], figures[n], missed[n], timings.get(n))
+        for n in names
+    ]
+    _report(_title(first, options), rows, options)
+    ratios = [r.timing.wall_ratio for r in rows if r.timing and STEPS[r.name].export == "int8"]
+    return int(options.require is not None and not max(ratios, default=0.0) >= options.require)
+
+
+def _compare(
+    sessions: dict[str, Session], artefact: Artefact, cases: list[Case], bars: Progress
+) -> dict[str, Figures]:
+    """Each step's masks beside those of `ort-fp32`."""
+    reference = _Remembered(sessions[BASE])
+    figures = {}
+    task = bars.add_task("", total=len(sessions) * len(cases))
+    for name, session in sessions.items():
+        bars.update(task, description=f"comparing {name}")
+        figures[name] = compare(
+            reference,
+            session,
+            artefact.preprocessing,
+            cases,
+            progress=lambda case: bars.advance(task),
+        )
+    return figures
+
+
+def _time(
+    sessions: dict[str, Session], artefact: Artefact, case: Case, rounds: int, bars: Progress
+) -> dict[str, Timing]:
+    """Time the encoders in turns on one image; each has run before."""
+    if BASE not in sessions:
+        return {}  # the reference does not repeat itself: there is nothing to relate times to
+    feed: Feed = {"image": preprocess(case.image, artefact.preprocessing)}
+    wall: dict[str, list[float]] = {name: [] for name in sessions}
+    busy: dict[str, list[float]] = {name: [] for name in sessions}
+    for _ in bars.track(range(rounds), description="timing"):
+        for name, session in sessions.items():
             start, begun = time.perf_counter(), time.process_time()
-            work(image)
+            session.run("encoder", feed)
             wall[name].append(time.perf_counter() - start)
             busy[name].append(time.process_time() - begun)
-    return [
-        Figure(
-            name,
-            STEPS[name].title,
-            artefacts[STEPS[name].export].path("encoder").stat().st_size / 2**20,
-            cosines[name],
+    return {
+        name: Timing(
             statistics.median(wall[name]),
             statistics.median(busy[name]),
             statistics.median(np.array(wall[BASE]) / wall[name]),
             statistics.median(np.array(busy[BASE]) / busy[name]),
         )
-        for name in names
-    ]
+        for name in sessions
+    }
 
 
 def _title(artefact: Artefact, options: argparse.Namespace) -> str:
@@ -220,33 +271,59 @@ def _title(artefact: Artefact, options: argparse.Namespace) -> str:
     )
 
 
-def _print(title: str, figures: list[Figure]) -> None:
-    table = Table(title=title)
-    for column in ("", "MiB", "cosine", "wall s", "CPU s", "faster (wall)", "faster (CPU)"):
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
-    for f in figures:
-        seconds = (
-            f"{f.wall_s:.3f}",
-            f"{f.cpu_s:.3f}",
-            f"{f.wall_ratio:.2f}×",
-            f"{f.cpu_ratio:.2f}×",
+def _report(title: str, rows: list[Row], options: argparse.Namespace) -> None:
+    _print(title, rows)
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    if options.plot:
+        draw(rows, title, options.plot)
+
+
+def _print(title: str, rows: list[Row]) -> None:
+    figures = rows[0].figures
+    table = Table(
+        title=title,
+        caption="cosine (smallest), agreement of masks (mean / 5th percentile) and loss of Dice "
+        f"with the truth beside {STEPS[BASE].title}: {figures.images} images, {figures.objects} "
+        "objects",
+    )
+    columns = ("MiB", "cosine", "agreement", "Dice drop", "wall s", "CPU s", "faster", "(CPU)")
+    table.add_column("", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        f, t = row.figures, row.timing
+        table.add_row(
+            row.title,
+            "" if row.name == "pytorch" else f"{row.mib:.1f}",
+            f"{f.embedding_cosine:.5f}",
+            f"{f.mask_agreement_mean:.4f} / {f.mask_agreement_p5:.4f}",
+            f"{f.dice_drop:.4f}",
+            *(("misses its gate", "", "", "") if t is None else _cells(t)),
         )
-        size = "" if f.name == "pytorch" else f"{f.mib:.1f}"
-        table.add_row(f.title, size, f"{f.cosine:.6f}", *seconds)
-    Console(width=140).print(table)
+    console = Console(width=150)
+    console.print(table)
+    for row in rows:
+        if row.missed:
+            console.print(f"{row.title}: {'; '.join(row.missed)}; not timed", highlight=False)
 
 
-def draw(figures: list[Figure], title: str, path: Path) -> None:
+def _cells(t: Timing) -> tuple[str, ...]:
+    return (f"{t.wall_s:.3f}", f"{t.cpu_s:.3f}", f"{t.wall_ratio:.2f}×", f"{t.cpu_ratio:.2f}×")
+
+
+def draw(rows: list[Row], title: str, path: Path) -> None:
     """Bars of the processor's time, the first step on top."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(9, 0.6 + 0.45 * len(figures)), layout="constrained")
-    colours = ["#1f6f8b" if STEPS[f.name].export == "int8" else "#9aa5ab" for f in figures]
-    bars = axes.barh([f.title for f in figures], [f.cpu_s for f in figures], color=colours)
-    axes.bar_label(bars, [f"{f.cpu_s:.2f} s   {f.cpu_ratio:.2f}×" for f in figures], padding=4)
+    timed = [(row, row.timing) for row in rows if row.timing]
+    figure, axes = pyplot.subplots(figsize=(9, 0.6 + 0.45 * len(timed)), layout="constrained")
+    colours = ["#1f6f8b" if STEPS[row.name].export == "int8" else "#9aa5ab" for row, _ in timed]
+    bars = axes.barh([row.title for row, _ in timed], [t.cpu_s for _, t in timed], color=colours)
+    axes.bar_label(bars, [f"{t.cpu_s:.2f} s   {t.cpu_ratio:.2f}×" for _, t in timed], padding=4)
     axes.invert_yaxis()
     axes.margins(x=0.18)
     axes.set_xlabel("processor time of one image, seconds; × as fast as ONNX Runtime in float32")

@@ -194,17 +194,8 @@ def _prompt_agreement(
     return out
 
 
-def check_gate(figures: Figures, gate: Gate, what: str) -> None:
-    """Compare figures with the recipe's gate.
-
-    Args:
-        figures: measured by `compare`.
-        gate: the recipe's floor.
-        what: the artefact, for the message.
-
-    Raises:
-        AccuracyError: with every figure that misses, beside its floor.
-    """
+def misses(figures: Figures, gate: Gate) -> list[str]:
+    """Every figure that misses the gate, beside its floor; [] if none does."""
     floors = (
         ("embedding cosine", figures.embedding_cosine, gate.embedding_cosine),
         ("decoder cosine", figures.decoder_cosine, gate.embedding_cosine),
@@ -217,7 +208,21 @@ def check_gate(figures: Figures, gate: Gate, what: str) -> None:
     missed = [f"{n} {value:.6f} < {floor}" for n, value, floor in floors if not value >= floor]
     if not figures.dice_drop <= gate.dice_drop:
         missed.append(f"Dice drop {figures.dice_drop:.4f} > {gate.dice_drop}")
-    if missed:
+    return missed
+
+
+def check_gate(figures: Figures, gate: Gate, what: str) -> None:
+    """Compare figures with the recipe's gate.
+
+    Args:
+        figures: measured by `compare`.
+        gate: the recipe's floor.
+        what: the artefact, for the message.
+
+    Raises:
+        AccuracyError: with every figure that misses, see `misses`.
+    """
+    if missed := misses(figures, gate):
         raise AccuracyError(
             f"{what} misses its gate on {figures.images} images, {figures.objects} objects: "
             f"{'; '.join(missed)}. Nothing was published."

@@ -237,6 +237,22 @@ def shortened(monkeypatch: pytest.MonkeyPatch, float_graphs: Path) -> Callable[[
     return lambda module: shorten(monkeypatch, module, float_graphs)
 
 
+def _quick_export(options: Options, graphs: Path) -> tuple[Options, Published]:
+    with pytest.MonkeyPatch.context() as patch:
+        shorten(patch, export_module, graphs)
+        return options, export(options, Console(quiet=True))
+
+
+@pytest.fixture(scope="session")
+def published_fp32(
+    float_graphs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Options, Published]:
+    """`db_sam_tiny` at 256×256 in float32; not to be changed."""
+    output = tmp_path_factory.mktemp("fp32") / "build"
+    options = Options("fp32", image_size=256, output=output, engine="none")
+    return _quick_export(options, float_graphs)
+
+
 @pytest.fixture(scope="session")
 def published_int8(
     float_graphs: Path, tmp_path_factory: pytest.TempPathFactory
@@ -249,9 +265,7 @@ def published_int8(
         output=tmp_path_factory.mktemp("int8") / "build",
         engine="none",
     )
-    with pytest.MonkeyPatch.context() as patch:
-        shorten(patch, export_module, float_graphs)
-        return options, export(options, Console(quiet=True))
+    return _quick_export(options, float_graphs)
 
 
 @pytest.fixture(scope="session")
