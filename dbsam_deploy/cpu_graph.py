@@ -29,6 +29,9 @@ MICROSOFT = "com.microsoft"
 UNSIGNED_ZERO = 128
 """Zero point of uint8 values that stand for int8 values with zero point 0."""
 
+WHOLE = 1e-3
+"""How far from a whole number of steps a shift may be by its rounding to float32."""
+
 _QUANTIZE, _DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 
 
@@ -160,7 +163,9 @@ def _rewrite_linear(graph: _Graph, node: onnx.NodeProto, add: onnx.NodeProto | N
     zero = graph.constant("cpu_graph.zero", np.array(UNSIGNED_ZERO, np.uint8))
     unsigned = f"{pair.quantized}.unsigned"
     if unsigned not in graph.makers:
-        quantize = helper.make_node(_QUANTIZE, [pair.source, pair.scale, zero], [unsigned])
+        source, middle = _one_sided(graph, pair)
+        inputs = [source, pair.scale, graph.constant(f"cpu_graph.zero.{middle}", middle)]
+        quantize = helper.make_node(_QUANTIZE, inputs, [unsigned])
         graph.makers[unsigned] = quantize
         graph.nodes.append(quantize)
     inputs = [unsigned, weight.input[0], pair.scale, weight.input[1], zero, weight.input[2]]
@@ -173,6 +178,19 @@ def _rewrite_linear(graph: _Graph, node: onnx.NodeProto, add: onnx.NodeProto | N
         helper.make_node("MatMulIntegerToFloat", inputs, [output], name=node.name, domain=MICROSOFT)
     )
     return True
+
+
+def _one_sided(graph: _Graph, pair: _Pair) -> tuple[str, npt.NDArray[np.uint8]]:
+    """What is quantised, and its zero point: a shift by whole steps (`one_sided`) goes into it."""
+    zero, add = UNSIGNED_ZERO, graph.makers.get(pair.source)
+    if add is not None and add.op_type == "Add" and add.input[1] in graph.constants:
+        shift = graph.array(add.input[1])
+        if shift.size == 1:
+            steps = shift.item() / graph.array(pair.scale).item()
+            place = zero + round(steps)
+            if abs(steps - round(steps)) < WHOLE and 0 <= place <= 255:
+                return add.input[0], np.array(place, np.uint8)
+    return pair.source, np.array(zero, np.uint8)
 
 
 def _dequantize_weight(graph: _Graph, node: onnx.NodeProto) -> None:

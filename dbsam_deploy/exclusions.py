@@ -23,12 +23,11 @@ from .artefact import sha256_of, write_atomically
 from .errors import AccuracyError, ExportError, InputError
 from .hardware import installed_versions
 from .layer_choice import put_back
+from .layers import Layer, is_excluded
 from .onnxruntime_providers import CPU, import_onnxruntime, open_session
 from .quantize import (
     Calibrated,
-    Layer,
     chosen_layers,
-    is_excluded,
     mac_share,
     quantize_graph,
 )

@@ -10,7 +10,9 @@ from collections.abc import Iterable
 
 import onnx
 
-from .quantize import Layer, spare_other_readers
+from .layers import Layer
+from .one_sided import BIAS_SUFFIX
+from .quantize import spare_other_readers
 
 
 def put_back(
@@ -33,11 +35,15 @@ def put_back(
     model.CopyFrom(whole)
     kept = {layer.node for layer in chosen}
     weights = {layer.node: layer.weight for layer in layers if layer.node not in kept}
+    originals = {node.name: node for node in original.graph.node}
+    moved = {f"{name}{BIAS_SUFFIX}" for name in weights}
+    wanted: set[str] = set()
     for node in model.graph.node:
-        if node.name in weights:
-            node.input[1] = weights[node.name]
+        if node.name in weights or moved & set(node.input):
+            node.input[:] = originals[node.name].input
+            wanted |= set(node.input)
     here = {tensor.name for tensor in model.graph.initializer}
-    missing = set(weights.values()) - here
+    missing = wanted - here
     model.graph.initializer.extend(t for t in original.graph.initializer if t.name in missing)
     spare_other_readers(model, chosen, set(outputs))
     _drop_unused(model)

@@ -7,7 +7,7 @@ NVIDIA's 8-bit calibration) and `mse` weigh clipping against resolution.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,10 +30,12 @@ Counts = npt.NDArray[np.int64]
 class Histogram:
     """Counts of magnitudes in `BINS` equal bins from 0 to `limit`, and each channel's largest.
 
+    `lowest` is the least value, at most 0.
     `limit` doubles when a larger value comes, so that earlier counts are merged, not lost.
     """
 
     limit: float = 0.0
+    lowest: float = 0.0
     counts: Counts = field(default_factory=lambda: np.zeros(BINS, np.int64))
     largest: float = 0.0
     channels: FloatArray | None = None
@@ -56,6 +58,7 @@ class Histogram:
             raise ExportError("an activation is not finite: the float model overflows on an image")
         self.channels = channels if self.channels is None else np.maximum(channels, self.channels)
         self.largest = max(self.largest, top)
+        self.lowest = min(self.lowest, float(values.min()))
         if self.limit == 0:
             self.limit = top
         while top > self.limit:
@@ -145,7 +148,11 @@ def _divergence(p: npt.NDArray[np.float64], q: npt.NDArray[np.float64]) -> float
 
 
 def observe(
-    path: Path, tensors: dict[str, int], feeds: Iterable[dict[str, FloatArray]]
+    path: Path,
+    tensors: dict[str, int],
+    feeds: Iterable[dict[str, FloatArray]],
+    *,
+    watch: Callable[[dict[str, FloatArray]], None] = lambda values: None,
 ) -> dict[str, Histogram]:
     """Run a graph on images, one at a time, and collect histograms of some of its tensors.
 
@@ -153,6 +160,7 @@ def observe(
         path: graph in standard operators, with shapes.
         tensors: name → axis of its channels.
         feeds: inputs of the graph, one image each.
+        watch: called with the tensors of each image.
 
     Raises:
         ExportError: a tensor that the graph does not have, or values that are not finite.
@@ -179,8 +187,9 @@ def observe(
         images += 1
         values = dict(zip(wanted, session.run(wanted, feed), strict=True)) if wanted else {}
         for name, axis in tensors.items():
-            array = values.pop(name) if name in values else feed[name]
-            found[name].add(np.asarray(array, np.float32), axis=axis)
+            values[name] = np.asarray(values[name] if name in values else feed[name], np.float32)
+            found[name].add(values[name], axis=axis)
+        watch(values)
     if not images:
         raise InputError("no calibration image was given")
     return found

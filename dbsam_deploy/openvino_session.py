@@ -1,13 +1,15 @@
 """Backend `openvino`: the exported graphs on OpenVINO, on the CPU.
 
 Computes in float32, in bfloat16 (about twice as fast where the processor has instructions for it),
-and in int8 wherever the artefact itself is quantised; both may be used together.
+and in int8 wherever the artefact itself is quantised; both may be used together. Then what lies
+before the first quantised layer stays float32 (`float_head`).
 """
 
 from __future__ import annotations
 
 import io
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,11 +20,13 @@ from .artefact import Artefact
 from .contract import BATCH, GraphSpec, graph_specs
 from .errors import EngineError, InputError, MissingError
 from .extras import pip_line
+from .float_head import Split, split_head
 from .fusions import inlined
 from .sessions import Feed, FloatArray, check_feed
 
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 """What is computed in outside quantised layers → OpenVINO's name for it."""
+HINT = "INFERENCE_PRECISION_HINT"
 
 
 def import_openvino() -> ModuleType:
@@ -72,14 +76,14 @@ class OpenvinoSession:
         self._artefact = artefact
         self._specs = graph_specs(artefact.preprocessing)
         self._settings = {
-            "INFERENCE_PRECISION_HINT": PRECISIONS[precision],
+            HINT: PRECISIONS[precision],
             "PERFORMANCE_HINT": "LATENCY",
             # By default activations of layers with int8 weights may be quantised on the fly.
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
             "INFERENCE_NUM_THREADS": threads,
             "CACHE_DIR": str(cache or artefact.folder / "openvino"),
         }
-        self._compiled: dict[tuple[str, int], Any] = {}
+        self._compiled: dict[tuple[str, int], list[Any]] = {}
         self._lock = threading.Lock()
 
     def run(self, graph: str, feed: Feed) -> dict[str, FloatArray]:
@@ -90,37 +94,63 @@ class OpenvinoSession:
         with self._lock:
             if key not in self._compiled:
                 self._compiled[key] = self._compile(spec, key[1])
+        values: Mapping[str, Any] = feed
         try:
-            outputs = self._compiled[key].create_infer_request().infer(feed, share_inputs=True)
+            for part in self._compiled[key]:
+                outputs = part.create_infer_request().infer(values, share_inputs=True)
+                values = {port.any_name: outputs[port] for port in part.outputs}
         except RuntimeError as error:
             raise EngineError(f"{graph}: OpenVINO fails to run it: {error}") from error
-        return {name: outputs[name] for name in spec.output_names}
+        return {name: values[name] for name in spec.output_names}
 
-    def _compile(self, spec: GraphSpec, batch: int) -> Any:
+    def _compile(self, spec: GraphSpec, batch: int) -> list[Any]:
+        """One compiled model, or two that follow each other."""
         core = self._runtime.Core()
         path = self._artefact.path(spec.name)
+        shapes = {
+            tensor.name: [
+                axis if isinstance(axis, int) else batch if axis == BATCH else -1
+                for axis in tensor.axes
+            ]
+            for tensor in spec.inputs
+        }
+        exact = {**self._settings, HINT: PRECISIONS["float32"]}
         try:
-            model = core.read_model(_source(path))
-            model.reshape(
-                {
-                    tensor.name: self._runtime.PartialShape(
-                        [
-                            axis if isinstance(axis, int) else batch if axis == BATCH else -1
-                            for axis in tensor.axes
-                        ]
-                    )
-                    for tensor in spec.inputs
-                }
-            )
-            return core.compile_model(model, "CPU", self._settings)
+            split = self._split(path, spec)
+            if split is None:
+                return [self._compile_part(core, _source(path), shapes, self._settings)]
+            head = self._compile_part(core, _bytes(split.head), shapes, exact)
+            between = {split.tensor: list(head.output(0).shape)}
+            rest = self._compile_part(core, _bytes(split.rest), between, self._settings)
         except RuntimeError as error:
             raise EngineError(
                 f"openvino {self._runtime.__version__} does not compile {path.name}: {error}"
             ) from error
+        return [head, rest]
+
+    def _split(self, path: Path, spec: GraphSpec) -> Split | None:
+        if self._settings[HINT] == PRECISIONS["float32"]:
+            return None
+        return split_head(inlined(path), spec)
+
+    def _compile_part(
+        self,
+        core: Any,
+        source: str | io.BytesIO,
+        shapes: dict[str, list[int]],
+        settings: dict[str, Any],
+    ) -> Any:
+        model = core.read_model(source)
+        model.reshape({n: self._runtime.PartialShape(shape) for n, shape in shapes.items()})
+        return core.compile_model(model, "CPU", settings)
 
 
 def _source(path: Path) -> str | io.BytesIO:
     """What OpenVINO reads: the file, or its copy without functions, which it does not know."""
     if onnx.load(path, load_external_data=False).functions:
-        return io.BytesIO(inlined(path).SerializeToString())
+        return _bytes(inlined(path))
     return str(path)
+
+
+def _bytes(model: onnx.ModelProto) -> io.BytesIO:
+    return io.BytesIO(model.SerializeToString())

@@ -8,13 +8,9 @@ no constant weight and are never touched.
 
 from __future__ import annotations
 
-import ast
-import math
-import re
 import tempfile
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,40 +21,19 @@ from onnx import numpy_helper
 from .errors import ExportError, InputError
 from .extras import pip_line
 from .imaging import FloatArray
+from .layers import Layer, find_layers, is_excluded
 from .modelopt_tool import place_modelopt_pairs
 from .observers import observe
+from .one_sided import find_centres, recentre
 from .qdq_types import keep_relus, keep_weights_only, to_float8
 from .recipe import Quantization
+from .rounding import Codes, Moments, round_layers, use_codes
 from .shared_tables import share_tables
 from .smoothing import smooth
 
 Feeds = Callable[[], Iterable[dict[str, FloatArray]]]
 
-_SCOPES = "pkg.torch.onnx.name_scopes"
 _TOOL_OPTIONS = {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False}
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One Linear or dense Conv: a node with a constant weight.
-
-    Attributes:
-        node: its name in the graph.
-        op: MatMul, Gemm or Conv.
-        module: path of its module, `image_encoder.blocks.0.mlp.lin1`.
-        source: tensor that enters it.
-        weight: its initializer.
-        output: tensor that leaves it.
-        macs: multiplications for one image.
-    """
-
-    node: str
-    op: str
-    module: str
-    source: str
-    weight: str
-    output: str
-    macs: int
 
 
 @dataclass(frozen=True)
@@ -70,12 +45,16 @@ class Calibrated:
         layers: all that the recipe's operators name, those of `exclude` as well.
         thresholds: tensor → magnitude that the largest whole number stands for; empty if only
             weights are quantised.
+        lowest: tensor → least value that was seen, at most 0.
+        codes: weight → int8 codes, where the recipe's rounding is not to the nearest.
         feeds: gives the images again, for a tool that finds the ranges itself.
     """
 
     path: Path
     layers: tuple[Layer, ...]
     thresholds: dict[str, float]
+    lowest: dict[str, float] = field(default_factory=dict)
+    codes: dict[str, Codes] = field(default_factory=dict)
     feeds: Feeds | None = None
 
 
@@ -96,66 +75,6 @@ class Quantized:
     excluded: tuple[str, ...]
     weights_only: tuple[str, ...]
     mac_share: float
-
-
-def find_layers(model: onnx.ModelProto, operators: Iterable[str]) -> tuple[Layer, ...]:
-    """The graph's Linear and dense Conv layers; grouped (depthwise) convolutions are none.
-
-    Args:
-        model: an exported graph with shapes, batch first.
-        operators: see `recipe.OPERATORS`.
-
-    Raises:
-        ExportError: a shape that is needed for counting is not known.
-    """
-    ranks = {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
-    sizes = {t.name: int(np.prod(t.dims)) for t in model.graph.initializer}
-    shapes = {
-        value.name: [_size(dim) for dim in value.type.tensor_type.shape.dim]
-        for value in (*model.graph.value_info, *model.graph.input, *model.graph.output)
-    }
-    layers = []
-    for node in model.graph.node:
-        if node.op_type not in operators or len(node.input) < 2:
-            continue
-        # A three-dimensional constant is a table of attention (relative positions), no layer.
-        if ranks.get(node.input[1]) != (4 if node.op_type == "Conv" else 2):
-            continue
-        # Depthwise: next to no work, and channels whose ranges differ too much for one scale.
-        if any(a.name == "group" and a.i > 1 for a in node.attribute):
-            continue
-        if node.output[0] not in shapes:
-            raise ExportError(f"{node.name}: the shape of {node.output[0]} is not known")
-        shape = shapes[node.output[0]]
-        places = np.prod(shape[2:]) if node.op_type == "Conv" else np.prod(shape[:-1])
-        layers.append(
-            Layer(
-                node.name,
-                node.op_type,
-                _module_of(node),
-                node.input[0],
-                node.input[1],
-                node.output[0],
-                int(places) * sizes[node.input[1]],
-            )
-        )
-    return tuple(layers)
-
-
-def _size(dim: onnx.TensorShapeProto.Dimension) -> int:
-    """An axis for one image: windows of attention lie on it with the batch, as `25*batch`."""
-    return dim.dim_value or math.prod(map(int, re.findall(r"(?<!\w)\d+", dim.dim_param)))
-
-
-def _module_of(node: onnx.NodeProto) -> str:
-    scopes = next((p.value for p in node.metadata_props if p.key == _SCOPES), "['']")
-    paths = [str(path) for path in ast.literal_eval(scopes)]
-    return paths[-2] if len(paths) > 1 else node.name
-
-
-def is_excluded(module: str, patterns: Iterable[str]) -> bool:
-    """Whether one of the patterns (fnmatch) names the module."""
-    return any(fnmatchcase(module, pattern) for pattern in patterns)
 
 
 def calibrate(source: Path, plan: Quantization, feeds: Feeds, folder: Path) -> Calibrated:
@@ -182,18 +101,26 @@ def calibrate(source: Path, plan: Quantization, feeds: Feeds, folder: Path) -> C
         axes.update({layer.output: 1 for layer in layers if layer.op == "Conv"})
     linear = set(plan.outputs) - {"Conv"}
     axes.update({layer.output: -1 for layer in layers if layer.op in linear})
-    seen = observe(source, axes, feeds())
+    kept = [layer for layer in layers if not is_excluded(layer.module, plan.exclude)]
+    rounded = kept if plan.rounding == "gptq" else []
+    moments = Moments(model, rounded, plan.calibration.seed)
     path = source
     if plan.smoothing > 0:
+        seen = observe(source, axes, feeds())
         largest = {name: h.channels for name, h in seen.items() if h.channels is not None}
-        names = [layer.node for layer in layers if not is_excluded(layer.module, plan.exclude)]
-        if smooth(model, names, largest, plan.smoothing):
+        if smooth(model, [layer.node for layer in kept], largest, plan.smoothing):
             path = folder / f"{source.stem}.smooth.onnx"
             onnx.save(model, path)
-            seen = observe(path, axes, feeds())
+    seen = observe(path, axes, feeds(), watch=moments.add)
     how = plan.calibration
-    thresholds = {n: h.threshold(how.calibrator, how.percentile) for n, h in seen.items()}
-    return Calibrated(path, layers, thresholds, feeds)
+    return Calibrated(
+        path,
+        layers,
+        {name: h.threshold(how.calibrator, how.percentile) for name, h in seen.items()},
+        {name: h.lowest for name, h in seen.items()},
+        round_layers(model, rounded, moments),
+        feeds,
+    )
 
 
 def chosen_layers(
@@ -241,18 +168,25 @@ def quantize_graph(
             f"{calibrated.path.name}: every layer is excluded ({', '.join(plan.exclude)}, "
             f"{', '.join(exclude)}); nothing is left to quantise"
         )
+    half = [x.node for x in chosen if is_excluded(x.module, plan.weights_only)]
     if plan.tool == "modelopt":
         nodes, feeds = [layer.node for layer in chosen], calibrated.feeds
         model, placed = place_modelopt_pairs(calibrated.path, nodes, plan, feeds() if feeds else ())
         chosen = [layer for layer in chosen if layer.node in placed]
     else:
         original = onnx.load(calibrated.path)
-        model = place_pairs(original, chosen, plan, calibrated.thresholds)
+        as_is = {layer.source for layer in chosen if layer.node in half}
+        moves = plan.recentre and "MatMul" not in plan.outputs  # a bias behind a pair stays
+        whole = [x for x in chosen if moves and x.source not in as_is]
+        centres = find_centres(original, whole, calibrated.thresholds, calibrated.lowest)
+        ranges = {**calibrated.thresholds, **{name: c.half for name, c in centres.items()}}
+        model = place_pairs(original, chosen, plan, ranges)
+        use_codes(model, original, calibrated.codes)
         if plan.format == "fp8":
             to_float8(model, original)
         elif plan.format == "int8-weights":
             keep_weights_only(model)
-    half = [x.node for x in chosen if is_excluded(x.module, plan.weights_only)]
+        recentre(model, whole, centres)
     keep_weights_only(model, half)
     if plan.format == "fp8":
         keep_relus(model)
@@ -366,6 +300,8 @@ def describe(quantized: Quantized, plan: Quantization) -> dict[str, Any]:
         "tool": plan.tool,
         "calibrator": None if how is None else how.calibrator,
         "smoothing": plan.smoothing,
+        "rounding": plan.rounding,
+        "recentre": plan.recentre,
         "layers": len(quantized.modules),
         "excluded": list(quantized.excluded),
         "weights_only": list(quantized.weights_only),

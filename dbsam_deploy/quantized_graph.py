@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import onnx
 from rich.progress import Progress
 
@@ -17,8 +19,9 @@ from .contract import graph_specs
 from .errors import InputError
 from .exclusions import Judge, Sweep, accepts, check_groups, groups_of, sweep
 from .imaging import FloatArray, Preprocessing, preprocess
+from .layers import find_layers
 from .modelopt_tool import check_modelopt
-from .quantize import Calibrated, calibrate, describe, find_layers, quantize_graph
+from .quantize import Calibrated, calibrate, describe, quantize_graph
 from .recipe import Quantization, Recipe
 from .sessions import PytorchSession
 from .views import make_views
@@ -162,13 +165,20 @@ class Quantizer:
             found = path.parent / known["graph"]
             if known["key"] == key and found.is_file() and sha256_of(found) == known["sha256"]:
                 layers = find_layers(onnx.load(found), self.plan.operators)
-                return Calibrated(found, layers, known["thresholds"], self._feeds)
+                ranges = known["thresholds"], known["lowest"]
+                with np.load(scratch / known["codes"], allow_pickle=False) as codes:
+                    return Calibrated(found, layers, *ranges, dict(codes), self._feeds)
         calibrated = calibrate(path, self.plan, self._feeds, scratch)
+        codes_file = f"codes-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.npz"
+        with write_atomically(scratch / codes_file) as stream:
+            np.savez(stream, allow_pickle=False, **calibrated.codes)
         body = {
+            "codes": codes_file,
             "key": key,
             "graph": str(calibrated.path.relative_to(path.parent)),
             "sha256": sha256_of(calibrated.path),
             "thresholds": calibrated.thresholds,
+            "lowest": calibrated.lowest,
         }
         with write_atomically(state) as stream:
             stream.write(json.dumps(body).encode())

@@ -20,6 +20,7 @@ _TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "st
 
 CALIBRATORS = ("max", "percentile", "entropy", "mse")
 OPERATORS = ("MatMul", "Gemm", "Conv")
+ROUNDINGS = ("nearest", "gptq")
 TOOLS = ("onnxruntime", "modelopt")
 
 
@@ -89,6 +90,8 @@ class Quantization:
         weights_only: patterns of modules whose weights are rounded while their inputs are not: they
             make the file smaller and lose less.
         smoothing: SmoothQuant's alpha, by which ranges move from activations into weights; 0 = off.
+        rounding: of int8 weights: to the `nearest`, or `gptq`, which keeps to a layer's output.
+        recentre: whether one-sided inputs are moved to the middle of their range (int8).
         tool: what places Q/DQ: `onnxruntime` or `modelopt` (int8 and fp8).
         calibration: None for `int8-weights`, which needs no data.
     """
@@ -100,6 +103,8 @@ class Quantization:
     exclude: tuple[str, ...]
     weights_only: tuple[str, ...]
     smoothing: float
+    rounding: Literal["nearest", "gptq"]
+    recentre: bool
     tool: Literal["onnxruntime", "modelopt"]
     calibration: CalibrationPlan | None
 
@@ -195,16 +200,27 @@ def _quantization(table: dict[str, Any] | None, path: Path) -> Quantization | No
 
 def _check_quantization(found: Quantization, where: str) -> None:
     plan = found.calibration
-    choices: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
+    choices: list[tuple[str, tuple[Any, ...], tuple[Any, ...]]] = [
         ("format", (found.format,), ("int8", "fp8", "int8-weights")),
         ("operators", found.operators, OPERATORS),
         ("outputs", found.outputs, found.operators),
+        ("rounding", (found.rounding,), ROUNDINGS),
+        ("recentre", (found.recentre,), (True, False)),
         ("tool", (found.tool,), TOOLS),
         ("calibrator", () if plan is None else (plan.calibrator,), CALIBRATORS),
     ]
     for name, values, known in choices:
         if unknown := [value for value in values if value not in known]:
-            raise InputError(f"recipe {where}: {name} {unknown}, expected {', '.join(known)}")
+            raise InputError(
+                f"recipe {where}: {name} {unknown}, expected {', '.join(map(str, known))}"
+            )
+    if (found.format, found.tool) != ("int8", "onnxruntime") and (
+        found.recentre or found.rounding != "nearest"
+    ):
+        raise InputError(
+            f'recipe {where}: rounding = "gptq" and recentre = true are for format = "int8" with '
+            'tool = "onnxruntime"; expected rounding = "nearest" and recentre = false'
+        )
     if (plan is None) != (found.format == "int8-weights"):
         raise InputError(
             f"recipe {where}: int8 and fp8 need a [quantization.calibration] table, int8-weights "

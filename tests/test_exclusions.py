@@ -16,7 +16,8 @@ from dbsam_deploy.exclusions import (
     groups_of,
     sweep,
 )
-from dbsam_deploy.quantize import Calibrated, Layer
+from dbsam_deploy.layers import Layer
+from dbsam_deploy.quantize import Calibrated
 from dbsam_deploy.recipe import load_recipe
 
 PLAN = load_recipe("int8").quantization

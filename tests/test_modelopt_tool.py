@@ -16,13 +16,14 @@ from dbsam_deploy.cases import bundled_examples
 from dbsam_deploy.errors import EngineError, ExportError, InputError, MissingError
 from dbsam_deploy.fusions import expected_counts, fuse_file
 from dbsam_deploy.imaging import Preprocessing, preprocess
+from dbsam_deploy.layers import find_layers, is_excluded
 from dbsam_deploy.modelopt_tool import (
     PYTHON_VARIABLE,
     check_modelopt,
     find_python,
     place_modelopt_pairs,
 )
-from dbsam_deploy.quantize import calibrate, find_layers, is_excluded, place_pairs, quantize_graph
+from dbsam_deploy.quantize import calibrate, place_pairs, quantize_graph
 from dbsam_deploy.quantized_graph import Quantizer
 from dbsam_deploy.recipe import load_recipe
 from dbsam_deploy.testing_fusions import run_onnx
@@ -36,7 +37,8 @@ REACH = {"int8": 127, "fp8": 127 / 448 * 127}
 def plan_of(precision="int8", calibrator="max", **changes):
     found = load_recipe(precision).quantization
     how = found.calibration and replace(found.calibration, calibrator=calibrator)
-    return replace(found, tool="modelopt", calibration=how, **changes)
+    plain = {"rounding": "nearest", "recentre": False}
+    return replace(found, tool="modelopt", calibration=how, **plain, **changes)
 
 
 @pytest.fixture(scope="module")

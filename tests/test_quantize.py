@@ -11,10 +11,10 @@ from dbsam_deploy.cases import bundled_examples
 from dbsam_deploy.errors import ExportError, InputError
 from dbsam_deploy.fusions import expected_counts, fuse_file
 from dbsam_deploy.imaging import Preprocessing, preprocess
+from dbsam_deploy.layers import find_layers
 from dbsam_deploy.quantize import (
     Calibrated,
     calibrate,
-    find_layers,
     place_pairs,
     quantize_graph,
     weight_bytes,
