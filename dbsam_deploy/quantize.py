@@ -174,19 +174,7 @@ def quantize_graph(
         model, placed = place_modelopt_pairs(calibrated.path, nodes, plan, feeds() if feeds else ())
         chosen = [layer for layer in chosen if layer.node in placed]
     else:
-        original = onnx.load(calibrated.path)
-        as_is = {layer.source for layer in chosen if layer.node in half}
-        moves = plan.recentre and "MatMul" not in plan.outputs  # a bias behind a pair stays
-        whole = [x for x in chosen if moves and x.source not in as_is]
-        centres = find_centres(original, whole, calibrated.thresholds, calibrated.lowest)
-        ranges = {**calibrated.thresholds, **{name: c.half for name, c in centres.items()}}
-        model = place_pairs(original, chosen, plan, ranges)
-        use_codes(model, original, calibrated.codes)
-        if plan.format == "fp8":
-            to_float8(model, original)
-        elif plan.format == "int8-weights":
-            keep_weights_only(model)
-        recentre(model, whole, centres)
+        model = _own_pairs(calibrated, plan, chosen, half)
     keep_weights_only(model, half)
     if plan.format == "fp8":
         keep_relus(model)
@@ -196,6 +184,27 @@ def quantize_graph(
     left = tuple(x.module for x in calibrated.layers if x.module not in set(modules))
     partly = tuple(x.module for x in chosen if x.node in set(half))
     return Quantized(destination, modules, left, partly, mac_share(calibrated, plan, chosen))
+
+
+def _own_pairs(
+    calibrated: Calibrated, plan: Quantization, chosen: list[Layer], half: list[str]
+) -> onnx.ModelProto:
+    """Pairs in the plan's format, with its rounding; whole even for the nodes in `half`."""
+    original = onnx.load(calibrated.path)
+    whole: list[Layer] = []
+    if plan.recentre and "MatMul" not in plan.outputs:  # a bias behind a pair cannot move
+        as_is = {layer.source for layer in chosen if layer.node in half}
+        whole = [layer for layer in chosen if layer.source not in as_is]
+    centres = find_centres(original, whole, calibrated.thresholds, calibrated.lowest)
+    ranges = {**calibrated.thresholds, **{name: c.half for name, c in centres.items()}}
+    model = place_pairs(original, chosen, plan, ranges)
+    use_codes(model, original, calibrated.codes)
+    if plan.format == "fp8":
+        to_float8(model, original)
+    elif plan.format == "int8-weights":
+        keep_weights_only(model)
+    recentre(model, whole, centres)
+    return model
 
 
 def place_pairs(

@@ -214,17 +214,17 @@ def _check_quantization(found: Quantization, where: str) -> None:
             raise InputError(
                 f"recipe {where}: {name} {unknown}, expected {', '.join(map(str, known))}"
             )
+    if (plan is None) != (found.format == "int8-weights"):
+        raise InputError(
+            f"recipe {where}: int8 and fp8 need a [quantization.calibration] table, int8-weights "
+            "has none"
+        )
     if (found.format, found.tool) != ("int8", "onnxruntime") and (
         found.recentre or found.rounding != "nearest"
     ):
         raise InputError(
             f'recipe {where}: rounding = "gptq" and recentre = true are for format = "int8" with '
             'tool = "onnxruntime"; expected rounding = "nearest" and recentre = false'
-        )
-    if (plan is None) != (found.format == "int8-weights"):
-        raise InputError(
-            f"recipe {where}: int8 and fp8 need a [quantization.calibration] table, int8-weights "
-            "has none"
         )
     in_range = 0 <= found.smoothing < 1 and (
         plan is None or (plan.images > 0 and plan.held_back > 0 and 50 < plan.percentile <= 100)

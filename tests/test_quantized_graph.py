@@ -159,7 +159,8 @@ def test_a_budget_runs_the_sweep_and_its_choice_is_used_and_described(
 ):
     monkeypatch.setattr(Judge, "_measure", costs)
     quantizer = make(few(), budget=0.05)
-    quantizer.run("encoder", encoder)
+    with quantizer.bars:
+        quantizer.run("encoder", encoder)
     facts = quantizer.describe(tmp_path)
     graph = facts["graphs"]["encoder"]
     (left_out,) = graph["left_out"]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
+from dbsam_deploy.cpu_graph import cpu_graph
 from dbsam_deploy.errors import ExportError
 from dbsam_deploy.layers import find_layers
 from dbsam_deploy.quantize import calibrate, place_pairs, quantize_graph
@@ -138,7 +139,8 @@ def test_a_quantised_graph_has_the_codes_and_is_closer(graph, tmp_path):
         ready = calibrate(path, plan, lambda: feeds[:-1], tmp_path)
         assert len(ready.codes) == (0 if rounding == "nearest" else 1)
         found = quantize_graph(ready, plan, tmp_path / f"{rounding}.onnx")
-        (values,) = run_onnx(onnx.load(found.path), feeds[-1])
+        # as it is, ONNX Runtime would round the inputs of such a layer as well
+        (values,) = run_onnx(cpu_graph(onnx.load(found.path)), feeds[-1])
         errors[rounding] = np.linalg.norm(values - reference)
     tensors = {t.name: numpy_helper.to_array(t) for t in onnx.load(found.path).graph.initializer}
     for name, codes in ready.codes.items():
