@@ -12,13 +12,19 @@ import onnx
 import pytest
 
 from dbsam_deploy.artefact import Artefact, graph_file, load_artefact, write_artefact
+from dbsam_deploy.contract import graph_specs
 from dbsam_deploy.errors import EngineError, InputError, MissingError
+from dbsam_deploy.float_head import split_head
 from dbsam_deploy.fusions import fuse_file
 from dbsam_deploy.imaging import Preprocessing
 from dbsam_deploy.model import DbSam
 from dbsam_deploy.openvino_session import OpenvinoSession
+from dbsam_deploy.quantize import calibrate, quantize_graph
+from dbsam_deploy.recipe import load_recipe
 from dbsam_deploy.sessions import OnnxRuntimeSession, PytorchSession
 from dbsam_deploy.testing import check_close, prompt_feed
+from dbsam_deploy.testing_fusions import run_onnx
+from dbsam_deploy.verify import cosine
 
 pytestmark = pytest.mark.openvino
 
@@ -74,6 +80,34 @@ def test_bfloat16_is_near_and_not_float32(fused, tmp_path: Path) -> None:
     found = OpenvinoSession(artefact, precision="bfloat16", cache=tmp_path).run("encoder", feed)
     check_close(found["image_embeddings"], expected, "bfloat16")
     assert found["image_embeddings"].dtype == np.float32
+
+
+def test_what_lies_before_int8_stays_float32_in_bfloat16(
+    exported_graph: Callable[[str, str, str], Path], tmp_path: Path
+) -> None:
+    plan = load_recipe("int8").quantization
+    feed = image(1)
+    source = exported_graph("lite_medsam", "encoder", "fp32")
+    ready = calibrate(source, plan, lambda: [feed], tmp_path)
+    path = quantize_graph(ready, plan, tmp_path / "encoder.onnx").path
+    graphs = {"encoder": graph_file(path, tmp_path)}
+    how = Preprocessing(SIZE, "lite_medsam", embedding_stride=4)
+    write_artefact(Artefact(tmp_path, "lite_medsam", "int8", how, graphs))
+    artefact = load_artefact(tmp_path)
+    embeddings, parts = {}, {}
+    for precision in ("float32", "bfloat16"):
+        session = OpenvinoSession(artefact, precision=precision, cache=tmp_path / "cache")
+        embeddings[precision] = session.run("encoder", feed)["image_embeddings"]
+        parts[precision] = session._compiled["encoder", 1]
+    assert [len(found) for found in parts.values()] == [1, 2]
+    split = split_head(onnx.load(path), graph_specs(how)["encoder"])
+    assert split is not None
+    (between,) = run_onnx(split.head, feed)
+    head, rest = parts["bfloat16"]
+    check_close(head(feed)[0], between, "float32")
+    np.testing.assert_array_equal(rest({split.tensor: head(feed)[0]})[0], embeddings["bfloat16"])
+    assert not np.array_equal(embeddings["float32"], embeddings["bfloat16"])
+    assert cosine(embeddings["float32"], embeddings["bfloat16"]) > 0.9
 
 
 def test_both_decoders_equal_onnx_runtime(fused, tmp_path: Path) -> None:
