@@ -20,6 +20,7 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -137,7 +138,7 @@ def _pairs(artefact: Artefact, options: argparse.Namespace) -> Session:
 
 def _openvino(precision: str) -> Callable[[Artefact, argparse.Namespace], Session]:
     return lambda artefact, options: OpenvinoSession(
-        artefact, precision=precision, threads=options.threads
+        artefact, precision=precision, threads=options.threads, cache=options.cache
     )
 
 
@@ -187,6 +188,12 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Print the comparison; returns 1 if it misses --require."""
     options = _parser().parse_args(argv)
+    with tempfile.TemporaryDirectory() as cache:  # not beside the exports: those stay as they are
+        options.cache = Path(cache)
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
     names = options.steps.split(",")
     unknown = set(names) - STEPS.keys()
     if unknown or BASE not in names:

@@ -11,6 +11,7 @@ from onnx.reference import ReferenceEvaluator
 
 from dbsam_deploy.quantize import calibrate, quantize_graph
 from dbsam_deploy.recipe import load_recipe
+from dbsam_deploy.rounding import round_rows
 from dbsam_deploy.testing_fusions import run_onnx
 
 
@@ -47,8 +48,8 @@ def layer(rng, tmp_path):
     return make
 
 
-def quantised(path, x, precision):
-    plan = load_recipe(precision).quantization
+def quantised(path, x, precision, **changes):
+    plan = replace(load_recipe(precision).quantization, **changes)
     if plan.calibration is not None:
         plan = replace(plan, calibration=replace(plan.calibration, calibrator="max"))
     ready = calibrate(path, plan, lambda: [{"x": x}], path.parent)
@@ -71,13 +72,23 @@ def test_a_layer_computes_with_rounded_values_and_its_neighbour_with_the_others(
     layer, precision, largest, rounded
 ):
     path, x, w = layer(np.float32)
-    y, twice = run_onnx(quantised(path, x, precision), {"x": x})
+    y, twice = run_onnx(quantised(path, x, precision, rounding="nearest"), {"x": x})
     expected = rounded(x, np.float32(np.abs(x).max() / largest)) @ rounded(
         w, (np.abs(w).max(0) / largest).astype(np.float32)
     )
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
     assert not np.allclose(y, x @ w, rtol=1e-3, atol=0)
     np.testing.assert_array_equal(twice, x + x)
+
+
+def test_int8_computes_with_the_weights_that_gptq_chose(layer):
+    path, x, w = layer(np.float32)
+    y, _ = run_onnx(quantised(path, x, "int8", rounding="gptq"), {"x": x})
+    codes = round_rows(w.T.astype(np.float64), x.T @ x).T
+    scale = np.abs(w).max(0) / 127
+    assert (codes != np.round(w / scale)).any()
+    expected = round_int8(x, np.abs(x).max() / 127) @ (codes * scale)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_fp8_of_a_half_precision_graph_has_half_precision_scales(layer):
