@@ -32,6 +32,7 @@ from .quantize import (
     quantize_graph,
 )
 from .recipe import Gate, Quantization
+from .rounding import Progress
 from .verify import cosine
 from .views import View
 
@@ -254,10 +255,6 @@ def accepts(found: Measured, budget: float, gate: Gate) -> bool:
     return found.dice_drop <= budget and all(
         value >= floor + MARGIN * (1 - floor) for value, floor in floors
     )
-
-
-Progress = Callable[[str, int, int], None]
-"""What is measured next, how many measurements are done, and how many there are at most."""
 
 
 class _Counted:

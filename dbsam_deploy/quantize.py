@@ -27,7 +27,7 @@ from .observers import observe
 from .one_sided import find_centres, recentre
 from .qdq_types import keep_relus, keep_weights_only, to_float8
 from .recipe import Quantization
-from .rounding import Codes, Moments, round_layers, use_codes
+from .rounding import Codes, Moments, Progress, round_layers, use_codes
 from .shared_tables import share_tables
 from .smoothing import smooth
 
@@ -77,7 +77,14 @@ class Quantized:
     mac_share: float
 
 
-def calibrate(source: Path, plan: Quantization, feeds: Feeds, folder: Path) -> Calibrated:
+def calibrate(
+    source: Path,
+    plan: Quantization,
+    feeds: Feeds,
+    folder: Path,
+    *,
+    progress: Progress = lambda text, done, total: None,
+) -> Calibrated:
     """Observe the activations of every layer on real images, and smooth if the recipe says so.
 
     Args:
@@ -85,6 +92,7 @@ def calibrate(source: Path, plan: Quantization, feeds: Feeds, folder: Path) -> C
         plan: the recipe's table.
         feeds: gives the graph's inputs image by image; called once, or twice with smoothing.
         folder: for the smoothed graph.
+        progress: of rounding the weights, see `round_layers`.
 
     Raises:
         ExportError: the graph has no such layer, or an activation is not finite.
@@ -118,7 +126,7 @@ def calibrate(source: Path, plan: Quantization, feeds: Feeds, folder: Path) -> C
         layers,
         {name: h.threshold(how.calibrator, how.percentile) for name, h in seen.items()},
         {name: h.lowest for name, h in seen.items()},
-        round_layers(model, rounded, moments),
+        round_layers(model, rounded, moments, progress=progress),
         feeds,
     )
 

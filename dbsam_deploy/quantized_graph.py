@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -168,7 +168,7 @@ class Quantizer:
                 ranges = known["thresholds"], known["lowest"]
                 with np.load(scratch / known["codes"], allow_pickle=False) as codes:
                     return Calibrated(found, layers, *ranges, dict(codes), self._feeds)
-        calibrated = calibrate(path, self.plan, self._feeds, scratch)
+        calibrated = calibrate(path, self.plan, self._feeds, scratch, progress=self._bar())
         codes_file = f"codes-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.npz"
         with write_atomically(scratch / codes_file) as stream:
             np.savez(stream, allow_pickle=False, **calibrated.codes)
@@ -190,19 +190,25 @@ class Quantizer:
         groups = groups_of(calibrated.layers, self.plan)
         check_groups(groups)
         budget, gate, chosen = self.budget, self.recipe.gate, self.images
-        task = self.bars.add_task("held-back images", total=None)
+        step = self._bar("held-back images")
         session = PytorchSession(self.loaded.model)
         views = list(
             make_views(chosen.folder, chosen.held_back, session, self.how, self.recipe.parity)
         )
         judge = Judge(calibrated, self.plan, views, scratch)
 
-        def step(text: str, done: int, total: int) -> None:
-            self.bars.update(task, description=text, completed=done, total=total)
-
         return sweep(
             groups, judge, lambda m: accepts(m, budget, gate), budget=budget, progress=step
         )
+
+    def _bar(self, text: str = "") -> Callable[[str, int, int], None]:
+        """A bar that is moved by (text, done, total); without a text it shows when first moved."""
+        task = self.bars.add_task(text, total=None, visible=bool(text))
+
+        def step(text: str, done: int, total: int) -> None:
+            self.bars.update(task, description=text, completed=done, total=total, visible=True)
+
+        return step
 
     def describe(self, folder: Path) -> dict[str, Any]:
         """Facts for the manifest, after `run` for every graph in `folder`."""

@@ -8,7 +8,7 @@ magnitude of an output channel over 127.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,6 +28,8 @@ ROWS = 1024
 _BLOCK = 128
 
 Codes = npt.NDArray[np.int8]
+Progress = Callable[[str, int, int], None]
+"""Called with a text, how much is done, and of how much."""
 _Float64 = npt.NDArray[np.float64]
 
 
@@ -121,7 +123,11 @@ def _rows(values: FloatArray, reading: _Reading, rng: np.random.Generator) -> Fl
 
 
 def round_layers(
-    model: onnx.ModelProto, layers: Iterable[Layer], moments: Moments
+    model: onnx.ModelProto,
+    layers: Sequence[Layer],
+    moments: Moments,
+    *,
+    progress: Progress = lambda text, done, total: None,
 ) -> dict[str, Codes]:
     """Weight's name → codes in its shape; weights that several nodes read are left out.
 
@@ -129,6 +135,7 @@ def round_layers(
         model: the float graph.
         layers: to round.
         moments: of their inputs.
+        progress: called with (text, done, total) before each layer and at the end.
 
     Raises:
         ExportError: see `Moments.of`.
@@ -136,13 +143,15 @@ def round_layers(
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     readers = [name for node in model.graph.node for name in node.input]
     found = {}
-    for layer in layers:
+    for done, layer in enumerate(layers):
+        progress(f"rounding {layer.module}", done, len(layers))
         if readers.count(layer.weight) > 1 or layer.op == "Gemm":
             continue  # rounded to the nearest
         weight = numpy_helper.to_array(tensors[layer.weight]).astype(np.float64)
         rows = weight.reshape(len(weight), -1) if layer.op == "Conv" else weight.T
         codes = round_rows(rows, moments.of(layer))
         found[layer.weight] = codes.reshape(weight.shape) if layer.op == "Conv" else codes.T.copy()
+    progress("rounded", len(layers), len(layers))
     return found
 
 

@@ -172,3 +172,19 @@ def test_a_weight_with_two_readers_is_left_to_the_tool(graph):
     seen[layers[2].source] = np.ones((1, 48, 12, 12), np.float32)
     moments.add(seen)
     assert layers[0].weight not in round_layers(model, layers, moments)
+
+
+def test_progress_is_told_for_each_layer(graph, tmp_path):
+    path, feeds = graph
+    told = []
+    calibrate(
+        path,
+        replace(PLAN, exclude=("b",)),
+        lambda: feeds,
+        tmp_path,
+        progress=lambda *step: told.append(step),
+    )
+    texts, done, totals = zip(*told, strict=True)
+    assert texts == ("rounding a", "rounding c", "rounded")
+    assert done == (0, 1, 2)
+    assert set(totals) == {2}
