@@ -166,8 +166,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--steps",
         default=",".join(STEPS),
-        help="which of them, ort-fp32 among them; a full-size db_sam takes 3 GB for each step "
-        "on ONNX Runtime (default: all)",
+        help="which of them, ort-fp32 among them; a full-size db_sam takes up to 6 GB for each "
+        "step (default: all)",
     )
     parser.add_argument(
         "--data", type=Path, help="folder of npz with imgs and gts (default: the bundled images)"

@@ -203,9 +203,10 @@ class Quantizer:
 
     def _bar(self, text: str = "") -> Callable[[str, int, int], None]:
         """A bar that is moved by (text, done, total); without a text it shows when first moved."""
-        task = self.bars.add_task(text, total=None, visible=bool(text))
+        task = self.bars.add_task(text, total=None, visible=bool(text), start=bool(text))
 
         def step(text: str, done: int, total: int) -> None:
+            self.bars.start_task(task)  # its clock, once
             self.bars.update(task, description=text, completed=done, total=total, visible=True)
 
         return step
