@@ -104,11 +104,7 @@ def calibrate(
         raise ExportError(f"{source.name}: no {', '.join(plan.operators)} with a constant weight")
     if plan.calibration is None:
         return Calibrated(source, layers, {})
-    axes = {layer.source: 1 if layer.op == "Conv" else -1 for layer in layers}
-    if "Conv" in plan.outputs:
-        axes.update({layer.output: 1 for layer in layers if layer.op == "Conv"})
-    linear = set(plan.outputs) - {"Conv"}
-    axes.update({layer.output: -1 for layer in layers if layer.op in linear})
+    axes = _channel_axes(layers, plan)
     kept = [layer for layer in layers if not is_excluded(layer.module, plan.exclude)]
     rounded = kept if plan.rounding == "gptq" else []
     moments = Moments(model, rounded, plan.calibration.seed)
@@ -129,6 +125,17 @@ def calibrate(
         round_layers(model, rounded, moments, progress=progress),
         feeds,
     )
+
+
+def _channel_axes(layers: Iterable[Layer], plan: Quantization) -> dict[str, int]:
+    """Each tensor that gets a range, and which of its axes is the channels."""
+    axes = {}
+    for layer in layers:
+        axis = 1 if layer.op == "Conv" else -1
+        axes[layer.source] = axis
+        if layer.op in plan.outputs:
+            axes[layer.output] = axis
+    return axes
 
 
 def chosen_layers(

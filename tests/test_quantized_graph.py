@@ -58,9 +58,9 @@ def observed(monkeypatch):
     """Calls of `calibrate`."""
     calls, calibrate = [], quantized_graph.calibrate
 
-    def counting(*arguments):
+    def counting(*arguments, **options):
         calls.append(arguments)
-        return calibrate(*arguments)
+        return calibrate(*arguments, **options)
 
     monkeypatch.setattr(quantized_graph, "calibrate", counting)
     return calls

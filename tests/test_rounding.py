@@ -33,15 +33,17 @@ def output_error(weights, codes, values):
 @pytest.mark.parametrize(("outputs", "inputs"), [(7, 257), (33, 128), (5, 96), (1, 64)])
 def test_outputs_come_closer_than_by_rounding_to_the_nearest(outputs, inputs):
     rng = np.random.default_rng()
-    weights = rng.standard_normal((outputs, inputs))
-    seen, unseen = np.split(correlated(8 * inputs, inputs, rng), 2)
-    codes = round_rows(weights, seen.T @ seen)
-    assert codes.dtype == np.int8
-    assert np.abs(codes).max() <= LEVELS
-    nearest = np.round(weights / (np.abs(weights).max(1, keepdims=True) / LEVELS))
-    assert np.abs(codes - nearest).max() > 0
-    # on inputs that were not seen, too
-    assert output_error(weights, codes, unseen) < 0.7 * output_error(weights, nearest, unseen)
+    ratios = []
+    for _ in range(40):  # one draw of a single output lies anywhere between 0.2 and 0.9
+        weights = rng.standard_normal((outputs, inputs))
+        seen, unseen = np.split(correlated(8 * inputs, inputs, rng), 2)
+        codes = round_rows(weights, seen.T @ seen)
+        assert codes.dtype == np.int8
+        assert np.abs(codes).max() <= LEVELS
+        nearest = np.round(weights / (np.abs(weights).max(1, keepdims=True) / LEVELS))
+        found = (output_error(weights, chosen, unseen) for chosen in (codes, nearest))
+        ratios.append(next(found) / next(found))
+    assert np.mean(ratios) < 0.6  # on inputs that were not seen; 0.42 ± 0.02 over many runs
 
 
 def test_inputs_that_do_not_go_together_are_rounded_to_the_nearest():

@@ -53,9 +53,9 @@ def watched(monkeypatch):
         Watched.made.append(exclude)
         return measure(self, exclude)
 
-    def calibrated(*arguments):
+    def calibrated(*arguments, **options):
         Watched.calibrations += 1
-        return calibrate(*arguments)
+        return calibrate(*arguments, **options)
 
     monkeypatch.setattr(exclusions.Judge, "_measure", counted)
     monkeypatch.setattr(quantized_graph, "calibrate", calibrated)
