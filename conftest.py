@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from timing import ratios as benchmarking
 
-from dbsam_deploy import benchmarking
-from dbsam_deploy.errors import InputError, MissingError
+from dbsam_deploy.core.errors import InputError, MissingError
 from dbsam_deploy.hardware import Hardware, describe_hardware, installed_versions
-from dbsam_deploy.modelopt_tool import find_python
-from dbsam_deploy.server_env import DEFAULT_FOLDER, ServerEnvironment, find_environment
+from dbsam_deploy.quantization.modelopt_tool import find_python
+from dbsam_deploy.serving.environment import DEFAULT_FOLDER, ServerEnvironment, find_environment
 
 pytest_plugins = ["pytester"]
 

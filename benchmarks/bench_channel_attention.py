@@ -4,12 +4,12 @@ from functools import partial
 
 import pytest
 import torch
+from timing.gpu import Work
+from timing.gpu_peers import eager_channel_attention
 
-from dbsam_deploy import torch_ops
-from dbsam_deploy.fused_model import FusedChannelAttention
-from dbsam_deploy.gpu_benchmarking import Work
-from dbsam_deploy.gpu_peers import eager_channel_attention
+from dbsam_deploy.kernels import torch_ops
 from dbsam_deploy.model.blocks import ChannelAttentionBlock
+from dbsam_deploy.sessions.fused_model import FusedChannelAttention
 
 CHANNELS, GRID, EPSILON = 768, 64, 1e-6
 WEIGHTS = CHANNELS**2

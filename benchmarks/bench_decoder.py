@@ -1,7 +1,8 @@
 """Embedding and boxes → low-resolution masks on ONNX Runtime."""
 
-from dbsam_deploy.imaging import postprocess, to_model_frame
-from dbsam_deploy.testing import check_close
+from support.references import check_close
+
+from dbsam_deploy.core.imaging import postprocess, to_model_frame
 
 
 def test_decoder(benchmark_ratio, subject, case, pixels, check_masks) -> None:

@@ -1,8 +1,7 @@
 """Image → embedding on ONNX Runtime."""
 
 import numpy as np
-
-from dbsam_deploy.testing import check_close
+from support.references import check_close
 
 
 def test_encoder(benchmark_ratio, subject, pixels) -> None:

@@ -4,9 +4,9 @@ from functools import partial
 
 import pytest
 import torch
+from timing.gpu import Work
 
-from dbsam_deploy import torch_ops
-from dbsam_deploy.gpu_benchmarking import Work
+from dbsam_deploy.kernels import torch_ops
 
 HEADS, DEPTH, POINTS, GRID = 12, 64, 4, 64
 

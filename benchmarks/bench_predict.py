@@ -1,6 +1,6 @@
 """Image and boxes → masks in the image frame, in this process."""
 
-from dbsam_deploy.predictor import Predictor
+from dbsam_deploy.prediction.predictor import Predictor
 
 
 def test_predict(benchmark_ratio, subject, case, check_masks) -> None:

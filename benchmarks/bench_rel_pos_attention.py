@@ -4,9 +4,10 @@ from functools import partial
 
 import pytest
 import torch
+from timing import gpu_peers
+from timing.gpu import Work
 
-from dbsam_deploy import gpu_peers, torch_ops
-from dbsam_deploy.gpu_benchmarking import Work
+from dbsam_deploy.kernels import torch_ops
 
 HEADS, DEPTH = 12, 64
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from timing import ratios as benchmarking
 
-from dbsam_deploy import benchmarking
-from dbsam_deploy.client import DbsamClient
-from dbsam_deploy.predictor import Predictor
-from dbsam_deploy.repository import build_repository
-from dbsam_deploy.triton_server import Ports, TritonServer
+from dbsam_deploy.clients.client import DbsamClient
+from dbsam_deploy.prediction.predictor import Predictor
+from dbsam_deploy.serving.repository import build_repository
+from dbsam_deploy.serving.server import Ports, TritonServer
 
 ONE_THREAD = 'parameters { key: "intra_op_thread_count" value { string_value: "1" } }\n'
 REFERENCE_CONFIG = """\

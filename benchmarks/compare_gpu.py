@@ -22,18 +22,18 @@ from dataclasses import dataclass
 import torch
 from rich.console import Console
 from rich.table import Table
+from timing.gpu import peak_bytes, require_cuda, synchronized, take_turns
+from timing.gpu_peers import SdpaEncoder
 from torch import Tensor
 
 from dbsam_deploy.cli import HelpFormatter, Parser, run
-from dbsam_deploy.cuda_graphs import CudaGraphRecorder, RecordedFunction
-from dbsam_deploy.errors import AccuracyError, InputError
-from dbsam_deploy.fused_session import typed_graph
-from dbsam_deploy.gpu_benchmarking import peak_bytes, require_cuda, synchronized, take_turns
-from dbsam_deploy.gpu_peers import SdpaEncoder
+from dbsam_deploy.core.errors import AccuracyError, InputError
 from dbsam_deploy.hardware import describe_hardware
 from dbsam_deploy.model import VARIANTS, DbSam
-from dbsam_deploy.verify import cosine
-from dbsam_deploy.weights import load_model
+from dbsam_deploy.model.weights import load_model
+from dbsam_deploy.sessions.cuda_graphs import CudaGraphRecorder, RecordedFunction
+from dbsam_deploy.sessions.fused_session import typed_graph
+from dbsam_deploy.verification.parity import cosine
 
 DEVICE = "cuda"
 Encoder = Callable[[Tensor], Tensor]

@@ -24,15 +24,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dbsam_deploy.cases import bundled_examples, load_cases
 from dbsam_deploy.cli import HelpFormatter, Parser, run
-from dbsam_deploy.errors import AccuracyError
+from dbsam_deploy.core.errors import AccuracyError
+from dbsam_deploy.core.imaging import preprocess
+from dbsam_deploy.graphs.onnx_export import export_graph
 from dbsam_deploy.hardware import describe_hardware
-from dbsam_deploy.imaging import preprocess
-from dbsam_deploy.onnx_export import export_graph
+from dbsam_deploy.model.weights import load_model
 from dbsam_deploy.recipe import available_precisions, load_recipe
-from dbsam_deploy.verify import cosine
-from dbsam_deploy.weights import load_model
+from dbsam_deploy.verification.cases import bundled_examples, load_cases
+from dbsam_deploy.verification.parity import cosine
 
 
 class _Plain(torch.nn.Module):

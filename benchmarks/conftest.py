@@ -15,17 +15,18 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from support.references import check_close
+from timing import gpu as gpu_benchmarking
 
-from dbsam_deploy import gpu_benchmarking
 from dbsam_deploy.artefact import Artefact, graph_file, load_artefact, write_artefact
-from dbsam_deploy.imaging import preprocess
-from dbsam_deploy.onnx_export import export_graph
-from dbsam_deploy.predictor import Predictor
+from dbsam_deploy.core.imaging import preprocess
+from dbsam_deploy.graphs.onnx_export import export_graph
+from dbsam_deploy.model.weights import load_model
+from dbsam_deploy.prediction.predictor import Predictor
 from dbsam_deploy.recipe import Gate, load_recipe
 from dbsam_deploy.resources import resource_dir
-from dbsam_deploy.sessions import OnnxRuntimeSession, PytorchSession
-from dbsam_deploy.testing import check_close
-from dbsam_deploy.weights import load_model
+from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
+from dbsam_deploy.sessions.pytorch_session import PytorchSession
 
 VARIANT, PRECISION, IMAGE_SIZE, THREADS = "db_sam_tiny", "fp32", 256, 1
 EXAMPLE = "Microscopy_nuclei_HE_01d44a26f668.npz"

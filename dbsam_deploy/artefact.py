@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import InputError
-from .imaging import Preprocessing
+from .core.errors import InputError
+from .core.imaging import Preprocessing
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1

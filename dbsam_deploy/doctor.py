@@ -19,16 +19,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .backends import BACKENDS, LOCAL_BACKENDS
 from .cli import HelpFormatter, Parser, run
-from .errors import DbsamError, EngineError, InputError
+from .core.errors import DbsamError, EngineError, InputError
+from .diagnosis.inspections import EXTRA_PREFIX, Answer, inspect_runtime
+from .diagnosis.probes import Ask, Finding, Probe
 from .extras import EXTRAS, GXX_LINE, NVCC_LINE, Extra, pip_line
 from .hardware import Hardware, describe_hardware, memory_gib
-from .inspections import EXTRA_PREFIX, Answer, inspect_runtime
-from .kernels import ARCHITECTURES
-from .plugin_build import DEFAULT_OUTPUT, LIBRARY_NAME, find_headers, read_library
-from .probes import Ask, Finding, Probe
-from .server_env import DEFAULT_FOLDER, WHEEL, find_environment, install_hint
+from .kernels.library import ARCHITECTURES
+from .kernels.plugin_build import DEFAULT_OUTPUT, LIBRARY_NAME, find_headers, read_library
+from .serving.environment import DEFAULT_FOLDER, WHEEL, find_environment, install_hint
+from .sessions.backends import BACKENDS, LOCAL_BACKENDS
 
 WORKERS = 4
 TOOL_TIMEOUT_S = 20.0

@@ -9,9 +9,9 @@ from pathlib import Path
 from rich.console import Console
 
 from .artefact import Artefact, load_artefact
-from .cases import bundled_examples, load_cases
 from .cli import HelpFormatter, Parser, run
-from .engine_build import (
+from .core.errors import CheckpointError, InputError
+from .engines.build import (
     COMPATIBILITY,
     LEVELS,
     EngineOptions,
@@ -19,16 +19,16 @@ from .engine_build import (
     check_options,
     parse_targets,
 )
-from .engine_parity import unverified_here, verify_engines
 from .engines.cuda import open_device
 from .engines.device import find_gpu
 from .engines.kinds import KINDS, TENSORRT, Kind, kind_named
 from .engines.manifest import EngineRecord, Flags, engine_folder, read_records, record_path
-from .errors import CheckpointError, InputError
+from .model.weights import load_model
 from .recipe import load_recipe
-from .report import engine_table
-from .sessions import PytorchSession
-from .weights import load_model
+from .sessions.pytorch_session import PytorchSession
+from .verification.cases import bundled_examples, load_cases
+from .verification.engine_parity import unverified_here, verify_engines
+from .verification.report import engine_table
 
 DESCRIPTION = """\
 Build TensorRT or TensorRT-RTX engines from an export, compare them with PyTorch on this machine's

@@ -15,17 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
 
-from .backends import (
-    LOCAL_BACKENDS,
-    Engine,
-    add_model_options,
-    load_engine,
-    refuse_model_options,
-    untrained_note,
-)
 from .cli import HelpFormatter, Parser, run
-from .client import DbsamClient
-from .errors import InputError
+from .clients.client import DbsamClient
+from .core.errors import InputError
+from .core.imaging import Preprocessing
 from .evaluation import PROTOCOLS, Protocol, build_protocol, evaluate, find_cases, read_cases
 from .evaluation.boxes import BoxGrowth
 from .evaluation.data import CaseFile
@@ -37,12 +30,18 @@ from .evaluation.plots import check_libraries
 from .evaluation.published import compare
 from .evaluation.segmenters import BoxSegmenter, PredictorSegmenter, remote_segmenter
 from .evaluation.tables import print_result
-from .imaging import Preprocessing
-from .predictor import Predictor
-from .repository import load_repository
-from .serve import DEFAULT_REPOSITORY
-from .server_env import DEFAULT_FOLDER, find_environment
-from .triton_server import Ports, TritonServer
+from .prediction.predictor import Predictor
+from .serving.environment import DEFAULT_FOLDER, find_environment
+from .serving.repository import DEFAULT_REPOSITORY, load_repository
+from .serving.server import Ports, TritonServer
+from .sessions.backends import (
+    LOCAL_BACKENDS,
+    Engine,
+    add_model_options,
+    load_engine,
+    refuse_model_options,
+    untrained_note,
+)
 
 BACKENDS = (*LOCAL_BACKENDS, "triton")
 SERVER_OPTIONS = ("url", "repository", "server_env")

@@ -24,24 +24,25 @@ from .artefact import (
     sha256_of,
     write_artefact,
 )
-from .cases import Case, bundled_examples, load_cases
 from .cli import progress_bars, run
-from .contract import graph_specs
-from .engine_build import Request, build_engines, choose_engines
-from .engine_parity import unverified_here, verify_engines
+from .core.contract import graph_specs
+from .core.errors import InputError
+from .engines.build import Request, build_engines, choose_engines
 from .engines.manifest import EngineRecord
-from .errors import InputError
 from .export_options import Options, build_parser
 from .fusions import fuse_file
+from .graphs.onnx_export import check_onnx, export_graph
 from .hardware import installed_versions
-from .onnx_export import check_onnx, export_graph
-from .quantized_graph import Quantizer, calibration_images
+from .model.weights import LoadedModel, load_model
+from .quantization.quantizer import Quantizer, calibration_images
 from .recipe import Recipe, load_recipe
-from .report import closing_table
-from .repository import Repository, build_repository
-from .sessions import OnnxRuntimeSession, PytorchSession
-from .verify import Figures, check_gate, compare
-from .weights import LoadedModel, load_model
+from .serving.repository import Repository, build_repository
+from .sessions.onnxruntime_session import OnnxRuntimeSession
+from .sessions.pytorch_session import PytorchSession
+from .verification.cases import Case, bundled_examples, load_cases
+from .verification.engine_parity import unverified_here, verify_engines
+from .verification.parity import Figures, check_gate, compare
+from .verification.report import closing_table
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .cli import HelpFormatter, Parser
-from .engine_build import CHOICES, parse_targets
+from .engines.build import CHOICES, parse_targets
+from .model.weights import DEFAULT_VARIANT
 from .recipe import available_precisions, load_recipe
 from .resources import resource_dir
-from .weights import DEFAULT_VARIANT
 
 DESCRIPTION = """\
 Export a model as two graphs (encoder + fusion, prompt + decoder), compare them with PyTorch on real

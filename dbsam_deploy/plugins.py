@@ -9,35 +9,19 @@ Compiling needs cmake, nvcc and TensorRT's C++ headers, but no GPU and no Tensor
 from __future__ import annotations
 
 import argparse
-import ctypes
-import functools
-import importlib
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 from .cli import HelpFormatter, Parser, run
-from .errors import EngineError
-from .extras import pip_line
-from .plugin_build import (
+from .kernels.plugin_build import (
     ARCHITECTURES,
     DEFAULT_OUTPUT,
     HEADER,
     LIBRARY_NAME,
-    PluginLibrary,
     build_plugins,
     read_library,
 )
-
-NAMESPACE, VERSION = "dbsam", "1"
-OPERATORS = ("MsDeformAttn", "ChannelAttention", "RelPosAttention")
-"""Names under which TensorRT finds the plugins, in namespace `NAMESPACE`, version `VERSION`."""
-
-RUNTIMES = ("tensorrt", "tensorrt_lean", "tensorrt_lean_bindings")
-"""Modules with a plugin registry; the lean ones load a library without a GPU."""
+from .kernels.plugin_registry import list_creators
 
 DESCRIPTION = """\
 Compile the TensorRT plugins of the fused operators, or show what a compiled library offers.
@@ -47,140 +31,6 @@ examples:
   python -m dbsam_deploy.plugins build --arch sm_90 --tensorrt-include /usr/include/x86_64-linux-gnu
   python -m dbsam_deploy.plugins info build/plugins/libdbsam_plugins.so
 """
-
-
-def default_library() -> Path:
-    """Where `python -m dbsam_deploy.plugins build` puts the library."""
-    return DEFAULT_OUTPUT / LIBRARY_NAME
-
-
-def load_plugins(path: Path, *, runtime: Any = None) -> PluginLibrary:
-    """Register the library in TensorRT's plugin registry of this process; again is no mistake.
-
-    Args:
-        path: the library.
-        runtime: the TensorRT module; by default `tensorrt`, imported here.
-
-    Raises:
-        EngineError: no TensorRT, a library that was changed or compiled for another major version,
-            one that cannot be loaded, or other plugins of these names in the process.
-    """
-    library = read_library(path)
-    if runtime is None:
-        try:
-            runtime = importlib.import_module("tensorrt")
-        except ImportError as error:
-            raise EngineError(f"TensorRT is not installed ({error}): {pip_line('gpu')}") from None
-    version = runtime.__version__
-    if library.tensorrt_headers.split(".")[0] != version.split(".")[0]:
-        raise EngineError(
-            f"{path} was compiled with headers of TensorRT {library.tensorrt_headers}, this is "
-            f"TensorRT {version}: run `python -m dbsam_deploy.plugins build --tensorrt-include` "
-            f"with the headers of {version.split('.')[0]}.x"
-        )
-    register_library(library.path, library.sha256, runtime)
-    return library
-
-
-@functools.cache
-def register_library(path: Path, sha256: str, runtime: Any) -> tuple[Any, ...]:
-    """Load a library into the registry of a TensorRT module, whatever headers it was compiled with.
-
-    Args:
-        path: the library.
-        sha256: of that file; a process holds one library.
-        runtime: the TensorRT module.
-
-    Returns:
-        The creators of `OPERATORS`.
-
-    Raises:
-        EngineError: it cannot be loaded, lacks one, or the process has other plugins of that name.
-    """
-    registry = runtime.get_plugin_registry()
-    if there := _creators(registry):
-        raise EngineError(
-            f"cannot load {path} (sha256 {sha256[:12]}…): this process has other plugins named "
-            f"{NAMESPACE}::{next(iter(there))}; use a process of its own"
-        )
-    if registry.load_library(str(path.resolve())) is None:
-        raise EngineError(
-            f"TensorRT {runtime.__version__} cannot load {path}: {_why_unloadable(path)}"
-        )
-    there = _creators(registry)
-    missing = [name for name in OPERATORS if name not in there]
-    if missing:
-        raise EngineError(
-            f"{path} has no plugin {NAMESPACE}::{missing[0]} of version {VERSION}: "
-            "run `python -m dbsam_deploy.plugins build`"
-        )
-    return tuple(there[name] for name in OPERATORS)
-
-
-def _creators(registry: Any) -> dict[str, Any]:
-    found = {name: registry.get_creator(name, VERSION, NAMESPACE) for name in OPERATORS}
-    return {name: creator for name, creator in found.items() if creator is not None}
-
-
-def _why_unloadable(path: Path) -> str:
-    try:
-        library = ctypes.CDLL(str(path.resolve()))
-    except OSError as error:
-        return str(error)
-    lacks = [name for name in ("getCreators", "setLoggerFinder") if not hasattr(library, name)]
-    return (
-        f"it is no plugin library, it lacks {', '.join(lacks)}" if lacks else "it gives no reason"
-    )
-
-
-_LIST = """
-import importlib, json, pathlib, sys
-from dbsam_deploy.plugins import RUNTIMES, register_library
-for name in RUNTIMES:
-    try:
-        runtime = importlib.import_module(name)
-        break
-    except ImportError:
-        continue
-else:
-    sys.exit("no TensorRT")
-creators = register_library(pathlib.Path(sys.argv[1]), sys.argv[2], runtime)
-print(json.dumps({"runtime": f"{name} {runtime.__version__}", "creators": [
-    {"name": c.name, "version": c.plugin_version, "namespace": c.plugin_namespace,
-     "attributes": {f.name: f.type.name for f in c.field_names}} for c in creators]}))
-"""
-
-
-def list_creators(path: Path) -> dict[str, Any]:
-    """What a registry shows of a library, asked in a process of its own.
-
-    Returns:
-        `runtime`: module and version that loaded it; `creators`: name, version, namespace and
-        attributes (name → type) of each plugin.
-
-    Raises:
-        EngineError: no file, no TensorRT module with a registry, or it cannot be loaded.
-    """
-    library = read_library(path)
-    root = str(Path(__file__).resolve().parent.parent)
-    search = os.pathsep.join((root, *filter(None, [os.environ.get("PYTHONPATH")])))
-    answer = subprocess.run(
-        [sys.executable, "-c", _LIST, str(path), library.sha256],
-        env={**os.environ, "PYTHONPATH": search},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if answer.returncode:
-        lines = answer.stderr.strip().splitlines() or [f"status {answer.returncode}"]
-        if lines[-1] == "no TensorRT":
-            raise EngineError(
-                "no TensorRT with a plugin registry: `pip install tensorrt-lean-cu13-bindings "
-                f"tensorrt-lean-cu13-libs` (no GPU needed), or `{pip_line('gpu')}`"
-            )
-        raise EngineError(f"{path} cannot be shown: {lines[-1].split('EngineError: ')[-1]}")
-    shown: dict[str, Any] = json.loads(answer.stdout)
-    return shown
 
 
 def _show(path: Path) -> None:

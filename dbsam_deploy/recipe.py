@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from .errors import InputError
+from .core.errors import InputError
 from .resources import resource_dir
 
 T = TypeVar("T")

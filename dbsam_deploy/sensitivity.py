@@ -16,15 +16,15 @@ from rich.console import Console
 from rich.table import Table
 
 from .artefact import write_atomically
-from .calibration import CalibrationSet
 from .cli import HelpFormatter, Parser, progress_bars, run
-from .errors import InputError
+from .core.errors import InputError
 from .evaluation.metrics import load_library
-from .exclusions import Sweep
-from .onnx_export import export_graph
-from .quantized_graph import Quantizer, calibration_images
+from .graphs.onnx_export import export_graph
+from .model.weights import load_model
+from .quantization.calibration_images import CalibrationSet
+from .quantization.quantizer import Quantizer, calibration_images
+from .quantization.sweep import Sweep
 from .recipe import available_precisions, load_recipe
-from .weights import load_model
 
 DESCRIPTION = """\
 Quantise an encoder block by block and in groups, measure each choice on held-back calibration

@@ -15,16 +15,26 @@ from typing import NoReturn
 
 from rich.console import Console
 
-from .backends import untrained_note
 from .cli import HelpFormatter, Parser, run
-from .client import DbsamClient
-from .errors import InputError
-from .repository import Repository, load_repository
-from .served import ImageRequest, add_image_options, read_request, report, segment_image
-from .server_env import DEFAULT_FOLDER, find_environment, has_gpu_driver, install_environment
-from .triton_server import LOOPBACK, Ports, TritonServer
+from .clients.client import DbsamClient
+from .clients.one_image import (
+    ImageRequest,
+    add_image_options,
+    read_request,
+    report,
+    segment_image,
+)
+from .core.errors import InputError
+from .serving.environment import (
+    DEFAULT_FOLDER,
+    find_environment,
+    has_gpu_driver,
+    install_environment,
+)
+from .serving.repository import DEFAULT_REPOSITORY, Repository, load_repository
+from .serving.server import LOOPBACK, Ports, TritonServer
+from .sessions.backends import untrained_note
 
-DEFAULT_REPOSITORY = Path("build/model_repository")
 DOCKER_IMAGE = "nvcr.io/nvidia/tritonserver:24.10-py3"
 """The container of the server release that the wheel carries (2.51.0)."""
 

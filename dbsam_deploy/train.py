@@ -16,14 +16,15 @@ import torch
 from rich.console import Console
 
 from .artefact import write_atomically
-from .checkpoint import write_checkpoint
 from .cli import HelpFormatter, Parser, run
-from .errors import EngineError, InputError
+from .core.errors import EngineError, InputError
 from .evaluation import build_protocol, evaluate, find_cases, read_cases
 from .hardware import installed_versions
 from .model import DbSam
-from .predictor import Predictor
-from .sessions import PytorchSession
+from .model.checkpoint import write_checkpoint
+from .model.weights import LoadedModel, fresh_model, load_model
+from .prediction.predictor import Predictor
+from .sessions.pytorch_session import PytorchSession
 from .training.journal import Journal
 from .training.loop import Outlet, PhaseRun, Validate, run_phase
 from .training.material import Material, gather
@@ -37,7 +38,6 @@ from .training.recipe import (
     load_training_recipe,
 )
 from .training.state import Position, TrainingState, load_state, recipe_key
-from .weights import LoadedModel, fresh_model, load_model
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -16,23 +16,23 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
+from support.references import small_model
 
 from dbsam_deploy import export as export_module
 from dbsam_deploy.artefact import Artefact, graph_file, load_artefact, write_artefact
-from dbsam_deploy.cases import bundled_examples
-from dbsam_deploy.contract import Geometry, GraphSpec, graph_specs
-from dbsam_deploy.errors import EngineError
+from dbsam_deploy.core.contract import Geometry, GraphSpec, graph_specs
+from dbsam_deploy.core.errors import EngineError
+from dbsam_deploy.core.imaging import Preprocessing
 from dbsam_deploy.export import Options, Published, export
-from dbsam_deploy.imaging import Preprocessing
+from dbsam_deploy.graphs.onnx_export import export_graph, fold_reshapes, simplify, trace
+from dbsam_deploy.kernels.plugin_build import Headers, PluginLibrary, build_plugins, find_headers
 from dbsam_deploy.model import DbSam
-from dbsam_deploy.onnx_export import export_graph, fold_reshapes, simplify, trace
-from dbsam_deploy.plugin_build import Headers, PluginLibrary, build_plugins, find_headers
+from dbsam_deploy.model.weights import find_lite_medsam, load_model
 from dbsam_deploy.recipe import Recipe, load_recipe
-from dbsam_deploy.repository import Repository, build_repository
-from dbsam_deploy.server_env import ServerEnvironment
-from dbsam_deploy.testing import small_model
-from dbsam_deploy.triton_server import Ports, TritonServer
-from dbsam_deploy.weights import find_lite_medsam, load_model
+from dbsam_deploy.serving.environment import ServerEnvironment
+from dbsam_deploy.serving.repository import Repository, build_repository
+from dbsam_deploy.serving.server import Ports, TritonServer
+from dbsam_deploy.verification.cases import bundled_examples
 
 TINY_SIZE = 128
 SHARED_WEIGHTS = Path(__file__).resolve().parents[2] / "shared/data/weights/lite_medsam.pth"

@@ -14,8 +14,8 @@ from dbsam_deploy.artefact import (
     sha256_of,
     write_artefact,
 )
-from dbsam_deploy.errors import InputError
-from dbsam_deploy.imaging import Preprocessing
+from dbsam_deploy.core.errors import InputError
+from dbsam_deploy.core.imaging import Preprocessing
 
 
 @pytest.fixture

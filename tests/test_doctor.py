@@ -17,16 +17,17 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from dbsam_deploy import doctor, probes
-from dbsam_deploy.backends import BACKENDS, LOCAL_BACKENDS
+from dbsam_deploy import doctor
 from dbsam_deploy.cli import run
+from dbsam_deploy.core.errors import EngineError
+from dbsam_deploy.diagnosis import probes
+from dbsam_deploy.diagnosis.inspections import Answer
+from dbsam_deploy.diagnosis.probes import Finding
 from dbsam_deploy.doctor import CHECKS, INSTALL_LINES, Check, examine
 from dbsam_deploy.engines.device import find_gpu
-from dbsam_deploy.errors import EngineError
 from dbsam_deploy.extras import EXTRAS
 from dbsam_deploy.hardware import memory_gib
-from dbsam_deploy.inspections import Answer
-from dbsam_deploy.probes import Finding
+from dbsam_deploy.sessions.backends import BACKENDS, LOCAL_BACKENDS
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("backend", "build", "serving", "extra")

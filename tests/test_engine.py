@@ -5,21 +5,22 @@ from dataclasses import replace
 
 import pytest
 from rich.console import Console
+from support.cuda import CpuGpu, stand_in_device
+from support.engines import STAND_IN_GPU, VERSIONS, put_engines
 
-from dbsam_deploy import engine, engine_build
+from dbsam_deploy import engine
 from dbsam_deploy import export as export_module
 from dbsam_deploy.artefact import load_artefact
 from dbsam_deploy.cli import run
-from dbsam_deploy.engine_build import Choice, EngineOptions, Request
+from dbsam_deploy.core.errors import AccuracyError, CheckpointError
+from dbsam_deploy.engines import build as engine_build
+from dbsam_deploy.engines.build import Choice, EngineOptions, Request
 from dbsam_deploy.engines.device import Gpu, find_gpu
 from dbsam_deploy.engines.kinds import KINDS, TENSORRT, TENSORRT_RTX
 from dbsam_deploy.engines.manifest import read_records
 from dbsam_deploy.engines.process import Builder
-from dbsam_deploy.errors import AccuracyError, CheckpointError
 from dbsam_deploy.export import export
-from dbsam_deploy.repository import load_repository
-from dbsam_deploy.testing_cuda import CpuGpu, stand_in_device
-from dbsam_deploy.testing_engines import STAND_IN_GPU, VERSIONS, put_engines
+from dbsam_deploy.serving.repository import load_repository
 
 needs_no_gpu = pytest.mark.skipif(find_gpu() is not None, reason="this machine has a GPU")
 

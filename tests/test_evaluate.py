@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dbsam_deploy import engine_session
 from dbsam_deploy import evaluate as command
 from dbsam_deploy.artefact import Artefact
-from dbsam_deploy.cases import bundled_examples
 from dbsam_deploy.cli import run
 from dbsam_deploy.evaluation import build_protocol, evaluate, find_cases, read_case
-from dbsam_deploy.predictor import Predictor
-from dbsam_deploy.repository import Repository
-from dbsam_deploy.server_env import ServerEnvironment
-from dbsam_deploy.sessions import OnnxRuntimeSession
-from dbsam_deploy.triton_server import TritonServer
+from dbsam_deploy.prediction.predictor import Predictor
+from dbsam_deploy.serving.environment import ServerEnvironment
+from dbsam_deploy.serving.repository import Repository
+from dbsam_deploy.serving.server import TritonServer
+from dbsam_deploy.sessions import engine_session
+from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
+from dbsam_deploy.verification.cases import bundled_examples
 
 ROOT = Path(__file__).resolve().parent.parent
 NUCLEI = "Microscopy_nuclei_HE_01d44a26f668.npz"

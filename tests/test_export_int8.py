@@ -11,13 +11,13 @@ from rich.console import Console
 
 from dbsam_deploy import export as export_module
 from dbsam_deploy.artefact import load_artefact
-from dbsam_deploy.cases import bundled_examples
 from dbsam_deploy.cli import run
-from dbsam_deploy.errors import AccuracyError, ExportError
-from dbsam_deploy.exclusions import Judge, Measured
+from dbsam_deploy.core.errors import AccuracyError, ExportError
 from dbsam_deploy.export import Options, export, main
-from dbsam_deploy.quantize import weight_bytes
-from dbsam_deploy.report import closing_table
+from dbsam_deploy.quantization.qdq import weight_bytes
+from dbsam_deploy.quantization.sweep import Judge, Measured
+from dbsam_deploy.verification.cases import bundled_examples
+from dbsam_deploy.verification.report import closing_table
 
 SIZE = 256
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from dbsam_deploy.cases import bundled_examples
 from dbsam_deploy.export import Options, export
+from dbsam_deploy.verification.cases import bundled_examples
 
 
 @pytest.mark.slow

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from dbsam_deploy import fusions, plugins
-from dbsam_deploy.errors import EngineError
-from dbsam_deploy.plugin_build import PluginLibrary
+from dbsam_deploy.core.errors import EngineError
+from dbsam_deploy.kernels.plugin_build import PluginLibrary
 
 ROOT = Path(__file__).resolve().parent.parent
 ATTRIBUTES = {
@@ -165,7 +165,7 @@ def test_info_of_a_broken_library_says_why(plugin_library: PluginLibrary, tmp_pa
 LOAD = """
 import importlib, pathlib, sys
 from dbsam_deploy.errors import EngineError
-from dbsam_deploy.plugins import load_plugins
+from dbsam_deploy.kernels.plugin_registry import load_plugins
 runtime = importlib.import_module("tensorrt_lean_bindings")
 if sys.argv[2]:
     runtime.__version__ = sys.argv[2]

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from support.dicom_series import rotation, write_dicom_series
 
 from dbsam_deploy import predict
 from dbsam_deploy.artefact import Artefact
 from dbsam_deploy.cli import run
-from dbsam_deploy.predictor import Predictor
-from dbsam_deploy.sessions import OnnxRuntimeSession
-from dbsam_deploy.synthetic import rotation, write_dicom_series
-from dbsam_deploy.volumes import png_bytes
+from dbsam_deploy.images.volumes import png_bytes
+from dbsam_deploy.prediction.predictor import Predictor
+from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "export" / "examples"
 

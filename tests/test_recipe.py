@@ -2,7 +2,7 @@
 
 import pytest
 
-from dbsam_deploy.errors import InputError
+from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.recipe import CALIBRATORS, available_precisions, load_recipe, read_recipe
 from dbsam_deploy.resources import resource_dir
 

@@ -9,10 +9,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dbsam_deploy import exclusions, quantized_graph, sensitivity
-from dbsam_deploy.cases import bundled_examples
+from dbsam_deploy import sensitivity
 from dbsam_deploy.cli import run
+from dbsam_deploy.quantization import quantizer as quantized_graph
+from dbsam_deploy.quantization import sweep as exclusions
 from dbsam_deploy.sensitivity import main
+from dbsam_deploy.verification.cases import bundled_examples
 
 GROUPS = 4
 

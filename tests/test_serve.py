@@ -14,9 +14,9 @@ from PIL import Image
 
 from dbsam_deploy import serve
 from dbsam_deploy.cli import run
-from dbsam_deploy.predictor import Predictor
-from dbsam_deploy.repository import build_repository
-from dbsam_deploy.sessions import OnnxRuntimeSession
+from dbsam_deploy.prediction.predictor import Predictor
+from dbsam_deploy.serving.repository import build_repository
+from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import EngineError, MissingError
+from ..core.errors import EngineError, MissingError
 from .device import DRIVER_LIBRARY, Gpu, find_gpu, target_name
 
 Bytes = npt.NDArray[np.uint8]

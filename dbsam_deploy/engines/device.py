@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import EngineError
+from ..core.errors import EngineError
 
 DRIVER_LIBRARY = "libcuda.so.1"
 _NAME_BYTES = 256

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from ..errors import EngineError, InputError, MissingError
+from ..core.errors import EngineError, InputError, MissingError
 from ..extras import pip_line
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import onnx
 
-from ..errors import EngineError
-from ..quick_plugins import QUICK_OPERATORS
+from ..core.errors import EngineError
+from ..kernels.quick_plugins import QUICK_OPERATORS
 
 DOMAIN = "dbsam"
 """ONNX domain of our fused operators; their names are those of the plugins."""

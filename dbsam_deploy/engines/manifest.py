@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artefact import Artefact, GraphFile, sha256_of, write_atomically
-from ..errors import EngineError
+from ..core.errors import EngineError
 from .device import Gpu
 from .kinds import TENSORRT, Kind
 from .profiles import Range

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import EngineError
+from ..core.errors import EngineError
 from .manifest import Flags
 from .profiles import Shapes
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import EngineError
+from ..core.errors import EngineError
 from .device import Gpu
 from .kinds import Kind
 from .network import Job

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..contract import (
+from ..core.contract import (
     BATCH,
     MAX_POINTS,
     MAX_PROMPTS,
@@ -20,7 +20,7 @@ from ..contract import (
     NUM_PROMPTS,
     GraphSpec,
 )
-from ..errors import InputError
+from ..core.errors import InputError
 
 MAX_BATCH: dict[str, dict[str, int]] = {
     "onnxruntime": {"encoder": 4, "decoder": 8, "prompt_decoder": 8},

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..contract import GraphSpec
-from ..errors import EngineError
+from ..core.contract import GraphSpec
+from ..core.errors import EngineError
 from .cuda import Bytes, CudaDevice, CudaGraph
 from .shapes import Shape, axis_sizes, check_outputs, concrete_shapes, size_bytes
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from ..contract import GraphSpec, TensorSpec
-from ..errors import EngineError
+from ..core.contract import GraphSpec, TensorSpec
+from ..core.errors import EngineError
 
 Shape = tuple[int, ...]
 

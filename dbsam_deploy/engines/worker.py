@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cli import HelpFormatter, Parser, run
-from ..errors import EngineError, InputError
+from ..core.errors import EngineError, InputError
 from .device import find_gpu
 from .kinds import KINDS, Kind, cuda_of, import_kind, kind_named
 from .network import Job, build_plan, supported_targets
@@ -59,11 +59,11 @@ def build(job: Job) -> dict[str, Any]:
     trt = import_kind(kind)
     logger = trt.Logger(trt.Logger.WARNING)
     if job.plugins:
-        from ..plugins import load_plugins
+        from ..kernels.plugin_registry import load_plugins
 
         load_plugins(Path(job.plugins))
     if job.flags.quick_plugins:
-        from ..quick_plugins import register_quick_plugins
+        from ..kernels.quick_plugins import register_quick_plugins
 
         gpu = find_gpu()
         if gpu is None:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InputError
-from ..imaging import FloatArray
+from ..core.errors import InputError
+from ..core.imaging import FloatArray
 from .metrics import BoolArray
 
 GROWTH_FRAME = 1024

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InputError
-from ..npz_files import read_label_names, read_labels
-from ..volumes import Volume, read_volume
+from ..core.errors import InputError
+from ..images.npz_files import read_label_names, read_labels
+from ..images.volumes import Volume, read_volume
 
 
 @dataclass(frozen=True)

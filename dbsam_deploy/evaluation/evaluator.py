@@ -12,13 +12,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
-from ..errors import InputError
-from ..predictor import Predictor
-from .by_label import evaluate_labels
-from .by_object import evaluate_objects
-from .by_volume import evaluate_volumes
+from ..core.errors import InputError
+from ..prediction.predictor import Predictor
+from .cvpr24 import evaluate_labels
 from .data import LabelledCase
+from .medsam import evaluate_volumes
 from .metrics import LEVEL, bootstrap_grouped, bootstrap_mean
+from .objects import evaluate_objects
 from .protocols import Protocol
 from .results import (
     CaseResult,

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..volumes import write_atomic
+from ..images.volumes import write_atomic
 from .published import AVERAGES, SOURCE, Comparison
 from .results import CaseResult, EvaluationResult, Mean, ObjectResult, Score, TaskResult
 

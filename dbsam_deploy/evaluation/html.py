@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..volumes import write_atomic
+from ..images.volumes import write_atomic
 from .metrics import load_library
 from .plots import overlay_png, task_plot
 from .published import AVERAGES, Comparison

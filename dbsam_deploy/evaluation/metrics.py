@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import EngineError, InputError
+from ..core.errors import EngineError, InputError
 
 BoolArray = npt.NDArray[np.bool_]
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from ..figures import Panel, draw_overlay
-from ..imaging import ByteArray
-from ..volumes import png_bytes
+from ..core.imaging import ByteArray
+from ..images.overlays import Panel, draw_overlay
+from ..images.volumes import png_bytes
 from .metrics import load_library
 from .results import EvaluationResult, Interval, Overlay, TaskResult
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InputError
-from ..imaging import FloatArray
-from ..volumes import Volume, label_dtype
+from ..core.errors import InputError
+from ..core.imaging import FloatArray
+from ..images.volumes import Volume, label_dtype
 from .boxes import tight_box
 from .metrics import BoolArray
 from .protocols import CHALLENGE_MARGIN_PX, CHALLENGE_SIDE

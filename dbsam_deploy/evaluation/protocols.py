@@ -38,7 +38,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..errors import InputError
+from ..core.errors import InputError
 from .boxes import BoxGrowth
 
 ProtocolName = Literal["objects", "medsam", "cvpr24"]

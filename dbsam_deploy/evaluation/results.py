@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..imaging import ByteArray
+from ..core.imaging import ByteArray
 from .metrics import BoolArray
 
 Dimensions = Literal["2D", "3D", "mixed"]

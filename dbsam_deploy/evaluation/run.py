@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..figures import evenly_spaced
+from ..images.overlays import evenly_spaced
 from .metrics import BoolArray, dice, surface_dice
 from .protocols import Protocol
 from .results import CaseResult, ObjectResult, Overlay, Score, Skipped

@@ -10,11 +10,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..client_requests import Segmentation
-from ..errors import InputError
-from ..imaging import ByteArray, FloatArray, check_boxes, preprocess
-from ..predictor import Prediction, Predictor
-from ..segment import prompts_at_once
+from ..clients.calls import Segmentation
+from ..core.errors import InputError
+from ..core.imaging import ByteArray, FloatArray, check_boxes, preprocess
+from ..prediction.predictor import Prediction, Predictor
+from ..prediction.segment import prompts_at_once
 
 BoxSegmenter = Callable[[ByteArray, FloatArray], Prediction]
 """(H, W, 3) uint8 RGB and (N, 4) float32 boxes in the image frame → `Prediction` of N masks.

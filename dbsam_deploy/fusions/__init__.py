@@ -19,7 +19,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 from onnxscript.rewriter.pattern import RewriteRuleSet
 
-from ..errors import ExportError
+from ..core.errors import ExportError
 from ..model import ModelConfig, TwoBranchConfig
 from . import channel_attention, layout, ms_deform_attn, rel_pos_attention
 from .nodes import DOMAIN, VERSION

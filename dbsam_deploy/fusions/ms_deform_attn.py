@@ -1,7 +1,7 @@
 """`dbsam::MsDeformAttn`: softmax, sampling locations, bilinear sampling and weighted sum as one op.
 
 The maths is `dbsam_deploy.model.deform_attn.DeformableSampling`; the pattern is
-`dbsam_deploy.graphs.BatchedSampling`.
+`dbsam_deploy.graphs.encoder_decoder.BatchedSampling`.
 """
 
 from __future__ import annotations

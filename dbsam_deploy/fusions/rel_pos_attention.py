@@ -1,7 +1,7 @@
 """`dbsam::RelPosAttention`: SAM's attention with decomposed relative positions as one op.
 
 From the packed output of the qkv Linear to the input of the output Linear; the tables of relative
-positions stay compact. The pattern is `dbsam_deploy.graphs.RelPosAttention`.
+positions stay compact. The pattern is `dbsam_deploy.graphs.encoder_decoder.RelPosAttention`.
 """
 
 from __future__ import annotations

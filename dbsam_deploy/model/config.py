@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ..contract import PATCH_SIZE, check_image_size
-from ..errors import InputError
-from ..imaging import Mode, Preprocessing
+from ..core.contract import PATCH_SIZE, check_image_size
+from ..core.errors import InputError
+from ..core.imaging import Mode, Preprocessing
 
 ConvPyramid = Literal["lfip0", "lfip6"]
 Fusion = Literal["dane", "dane3", "figure"]
@@ -99,7 +99,7 @@ class ModelConfig:
         num_heads: ViT heads.
         norm_eps: eps of the ViT's LayerNorms: 1e-6 in SAM, 1e-5 as DB-SAM builds its ViT.
         adapter: the branch beside the ViT, or None for plain SAM.
-        preprocessing: how images enter the model, see `dbsam_deploy.imaging`.
+        preprocessing: how images enter the model, see `dbsam_deploy.core.imaging`.
         window_size: side of the windows of local attention, in tokens.
         tiny_vit: LiteMedSAM's encoder instead of SAM's ViT; the ViT's fields are then not used.
     """

@@ -43,7 +43,7 @@ class DbSam(nn.Module):
         """Encoder + fusion.
 
         Args:
-            image: (B, 3, S, S) float32, model frame, see `dbsam_deploy.imaging.preprocess`.
+            image: (B, 3, S, S) float32, model frame, see `dbsam_deploy.core.imaging.preprocess`.
 
         Returns:
             image_embeddings (B, 256, G, G).

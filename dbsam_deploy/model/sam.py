@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from ..contract import EMBEDDING_CHANNELS, PATCH_SIZE
-from ..errors import EngineError
+from ..core.contract import EMBEDDING_CHANNELS, PATCH_SIZE
+from ..core.errors import EngineError
 from .config import ModelConfig
 
 _PRIVATE_NAME = "dbsam_deploy.model._segment_anything_modeling"

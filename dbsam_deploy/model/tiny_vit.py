@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..contract import EMBEDDING_CHANNELS
+from ..core.contract import EMBEDDING_CHANNELS
 from .blocks import ChannelLayerNorm
 from .config import TinyVitConfig
 

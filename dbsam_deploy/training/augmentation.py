@@ -17,9 +17,9 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from ..errors import EngineError, InputError
-from ..imaging import ByteArray, FloatArray
-from .fields import smooth_noise
+from ..core.errors import EngineError, InputError
+from ..core.imaging import ByteArray, FloatArray
+from ..synthetic.fields import smooth_noise
 from .samples import LabelMap, Sample, objects_in
 
 _STRENGTHS = (

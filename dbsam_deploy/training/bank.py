@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 from ..artefact import write_atomically
-from ..contract import EMBEDDING_CHANNELS
-from ..errors import InputError
-from ..imaging import ByteArray, FloatArray, preprocess
-from ..weights import LoadedModel
+from ..core.contract import EMBEDDING_CHANNELS
+from ..core.errors import InputError
+from ..core.imaging import ByteArray, FloatArray, preprocess
+from ..model.weights import LoadedModel
 from .augmentation import Augmentation, augment
 from .samples import Mixture
 

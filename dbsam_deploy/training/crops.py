@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..contract import PATCH_SIZE
-from ..errors import InputError
+from ..core.contract import PATCH_SIZE
+from ..core.errors import InputError
 from ..model import DbSam
 
 _POSITION = "image_encoder.pos_embed"

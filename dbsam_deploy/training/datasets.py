@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..contract import PATCH_SIZE
-from ..imaging import ByteArray, FloatArray, Preprocessing, preprocess, to_model_frame
+from ..core.contract import PATCH_SIZE
+from ..core.imaging import ByteArray, FloatArray, Preprocessing, preprocess, to_model_frame
 from .augmentation import Augmentation, augment
 from .bank import Banks
 from .prompts import Growth, draw_prompts

@@ -18,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ..errors import EngineError
+from ..core.errors import EngineError
 from .recipe import TrainingRecipe
 from .state import TrainingState
 

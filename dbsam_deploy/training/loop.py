@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..checkpoint import StateDict
-from ..errors import InputError
+from ..core.errors import InputError
 from ..model import DbSam
+from ..model.checkpoint import StateDict
 from .datasets import Example, Steps, loader
 from .recipe import Optimizer, Phase
 from .state import TrainingState, save_state

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import InputError
+from ..core.errors import InputError
 from ..evaluation.data import find_cases
 from .recipe import Phase
 from .samples import Images, Mixture, NpzSlices, Source

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import EngineError
+from ..core.errors import EngineError
 from ..model import DbSam
 from .crops import CropEncoder
 

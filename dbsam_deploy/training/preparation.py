@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.data import Dataset
 
-from ..errors import InputError
-from ..imaging import Preprocessing
+from ..core.errors import InputError
+from ..core.imaging import Preprocessing
 from ..model import DbSam, variant_config
-from ..weights import LoadedModel
+from ..model.weights import LoadedModel
 from .bank import Banks, fill_bank, open_bank
 from .datasets import EmbeddingExamples, Example, MaskExamples
 from .material import Material, shares

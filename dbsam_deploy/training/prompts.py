@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InputError
-from ..imaging import FloatArray
-from .fields import require_scipy
+from ..core.errors import InputError
+from ..core.imaging import FloatArray
+from ..synthetic.fields import require_scipy
 from .samples import LabelMap, Sample, objects_in
 
 PAPER_FRAME, CODED_FRAME = 1024, 256

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ..errors import InputError
+from ..core.errors import InputError
 from ..recipe import build_table
 from ..resources import resource_dir
 from .augmentation import Augmentation

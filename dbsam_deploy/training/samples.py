@@ -15,9 +15,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InputError
-from ..imaging import ByteArray
-from ..npz_files import (
+from ..core.errors import InputError
+from ..core.imaging import ByteArray
+from ..images.npz_files import (
     check_label_map,
     open_npy,
     read_image_header,
@@ -25,7 +25,7 @@ from ..npz_files import (
     read_labels,
     stack_shape,
 )
-from ..volumes import PICTURE_SUFFIXES, Volume, read_volume
+from ..images.volumes import PICTURE_SUFFIXES, Volume, read_volume
 
 LabelMap = npt.NDArray[np.int32]
 

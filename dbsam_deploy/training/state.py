@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..artefact import write_atomically
-from ..checkpoint import StateDict, read_training_state
-from ..errors import CheckpointError
+from ..core.errors import CheckpointError
+from ..model.checkpoint import StateDict, read_training_state
 from .recipe import TrainingRecipe
 
 FORMAT = 1

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import InputError
-from .appearance import choose_style, paint
-from .degradations import degrade
+from ..core.errors import InputError
+from ..synthetic.appearance import choose_style, paint
+from ..synthetic.degradations import degrade
+from ..synthetic.scenes import draw_scene
 from .samples import Sample
-from .scenes import draw_scene
 
 SIDES = (128, 512)
 """Shortest and longest side of an image in pixels."""

@@ -9,7 +9,7 @@
 #define DBSAM_TEXT_OF(number) #number
 #define DBSAM_TEXT(number) DBSAM_TEXT_OF(number)
 
-// Read out of the file by dbsam_deploy/plugin_build.py.
+// Read out of the file by dbsam_deploy/kernels/plugin_build.py.
 extern "C" DBSAM_EXPORT const char dbsam_plugins_build[] =
     "dbsam_plugins_build: tensorrt=" DBSAM_TEXT(NV_TENSORRT_MAJOR) "." DBSAM_TEXT(
         NV_TENSORRT_MINOR) "." DBSAM_TEXT(NV_TENSORRT_PATCH) " cuda=" DBSAM_CUDA_VERSION

@@ -1,5 +1,5 @@
 // Multi-scale deformable attention for one shape, as the kernel of a quickly deployable TensorRT
-// plugin; dbsam_deploy/quick_plugins.py writes the translation unit around it.
+// plugin; dbsam_deploy/kernels/quick_plugins.py writes the translation unit around it.
 #pragma once
 
 #include "../common.cuh"

@@ -1,0 +1,122 @@
+"""What PyTorch users do without fused kernels: the peers that the GPU benchmarks measure against.
+
+Every peer computes what the operators' references in `torch_ops` compute, with the same arguments,
+but in the dtype of its inputs, as such code does.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
+
+from dbsam_deploy.graphs.encoder_decoder import EncoderGraph, RelPosAttention
+from dbsam_deploy.model import DbSam
+from dbsam_deploy.sessions.fused_model import FusedRelPosAttention
+
+
+def _heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(N, T, 3·H·D) → query, key and value, each (N, H, T, D)."""
+    parts = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    q, k, v = parts.unbind(0)
+    return q, k, v
+
+
+def _joined(out: Tensor) -> Tensor:
+    """(N, H, T, D) → (N, T, H·D)."""
+    return out.transpose(1, 2).flatten(2)
+
+
+def _bias_terms(
+    q: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, side: int
+) -> tuple[Tensor, Tensor]:
+    """The decomposed bias: by key row and by key column, each (N, H, T, S)."""
+    cells = torch.arange(side, device=q.device)
+    index = cells[:, None] - cells + side - 1
+    grid = q.unflatten(2, (side, side))
+    rows = torch.einsum("nhijd,ikd->nhijk", grid, rel_pos_h[index])
+    columns = torch.einsum("nhijd,jkd->nhijk", grid, rel_pos_w[index])
+    return rows.flatten(2, 3), columns.flatten(2, 3)
+
+
+def _dense_bias(q: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, side: int) -> Tensor:
+    """(N, H, T, T): 384 MiB in half precision for one 1024×1024 image and 12 heads."""
+    rows, columns = _bias_terms(q, rel_pos_h, rel_pos_w, side)
+    return (rows[..., None] + columns[..., None, :]).flatten(3)
+
+
+def eager_attention(
+    qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, *, num_heads: int, side: int, scale: float
+) -> Tensor:
+    """SAM's own way: scores, bias and softmax as tensors; see `rel_pos_attention_reference`."""
+    q, k, v = _heads(qkv, num_heads)
+    scores = (q * scale) @ k.transpose(2, 3) + _dense_bias(q, rel_pos_h, rel_pos_w, side)
+    return _joined(scores.softmax(-1) @ v)
+
+
+def sdpa_attention(
+    qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, *, num_heads: int, side: int, scale: float
+) -> Tensor:
+    """`scaled_dot_product_attention` with the bias as a dense mask."""
+    q, k, v = _heads(qkv, num_heads)
+    bias = _dense_bias(q, rel_pos_h, rel_pos_w, side)
+    return _joined(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale))
+
+
+def flex_rel_pos_attention(
+    qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, *, num_heads: int, side: int, scale: float
+) -> Tensor:
+    """FlexAttention, which adds the two terms inside its kernel; to be compiled."""
+    q, k, v = _heads(qkv, num_heads)
+    rows, columns = _bias_terms(q, rel_pos_h, rel_pos_w, side)
+
+    def add_bias(score: Tensor, n: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return score + rows[n, h, query, key // side] + columns[n, h, query, key % side]
+
+    out = flex_attention(q, k, v, score_mod=add_bias, scale=scale)
+    return _joined(out)
+
+
+def eager_channel_attention(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    dw_weight: Tensor,
+    fc1: Tensor,
+    fc2: Tensor,
+    pw_weight: Tensor,
+    *,
+    epsilon: float,
+) -> tuple[Tensor, Tensor]:
+    """One PyTorch operator after the other; see `channel_attention_reference`."""
+    channels = x.shape[3]
+    normed = F.layer_norm(x, (channels,), norm_weight, norm_bias, epsilon).permute(0, 3, 1, 2)
+    hidden = F.gelu(F.conv2d(normed, dw_weight, padding=1, groups=channels))
+    hidden = hidden.flatten(2).transpose(1, 2)
+    gate = F.linear(F.gelu(F.linear(hidden.mean(1), fc1)), fc2).sigmoid()
+    return hidden, gate[:, :, None] * pw_weight
+
+
+class SdpaEncoder(nn.Module):
+    """The recipe of segment-anything-fast for an image encoder, without its own Triton kernel.
+
+    SAM's attention on `scaled_dot_product_attention` with the dense bias as its mask; to be cast to
+    bfloat16 and compiled with mode `max-autotune`, as that project does.
+
+    Args:
+        model: reference model; it is copied, not changed.
+    """
+
+    def __init__(self, model: DbSam) -> None:
+        super().__init__()
+        self.graph = EncoderGraph(model)
+        for block in self.graph.modules():
+            attention = getattr(block, "attn", None)
+            if isinstance(attention, RelPosAttention):
+                block.attn = FusedRelPosAttention(attention, operator=sdpa_attention)
+        self.eval().requires_grad_(False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, 3, S, S) → (B, 256, G, G), float32 in and out."""
+        return self.graph(image)

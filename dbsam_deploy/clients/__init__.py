@@ -1,0 +1,1 @@
+"""Clients of the Triton server, blocking and asyncio, over gRPC, HTTP and shared memory."""

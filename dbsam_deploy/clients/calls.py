@@ -1,0 +1,293 @@
+"""What both Triton clients share: building a request, shared memory, reading the answer, errors."""
+
+from __future__ import annotations
+
+import http.client
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from types import ModuleType
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ..core.contract import (
+    NUM_MASK_TOKENS,
+    GraphSpec,
+    TensorSpec,
+    ensemble_spec,
+    prompts_ensemble_spec,
+)
+from ..core.errors import DbsamError, EngineError, InputError, ServingError
+from ..core.imaging import ByteArray, FloatArray, check_boxes, check_image
+from ..core.prompts import check_mask_input, check_mask_pixels, join_prompts
+from ..serving.triton_config import TRITON_TYPES
+from .shared_memory import SharedRegion
+
+Protocol = Literal["grpc", "http"]
+Arrays = dict[str, npt.NDArray[Any]]
+
+PROMPTS_MODEL = prompts_ensemble_spec(1).name
+"""The prompt ensemble; its name does not depend on the mask grid."""
+
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """The server's answer for N prompts of one image.
+
+    Attributes:
+        masks: (N, H, W) uint8 for boxes, (N, M, H, W) for prompts (M = 1, or 3 with multimask); 1
+            inside, in the image frame.
+        iou_scores: (N,) or (N, M) float32, the decoder's estimate of each mask's IoU.
+        low_res_logits: (N, M, 4G, 4G) float32 logits of prompts, usable as a later `mask_input`;
+            None for boxes.
+    """
+
+    masks: ByteArray
+    iou_scores: FloatArray
+    low_res_logits: FloatArray | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request: the ensemble's spec, its input arrays, and the shapes its outputs must have."""
+
+    spec: GraphSpec
+    arrays: Arrays
+    shapes: dict[str, tuple[int, ...]]
+
+    def regions(self) -> tuple[dict[str, int], int]:
+        """Offset of each tensor in one shared region, and the region's size in bytes."""
+        offsets, end = {}, 0
+        sizes = {name: array.nbytes for name, array in self.arrays.items()}
+        sizes |= {f"->{spec.name}": self.output_bytes(spec) for spec in self.spec.outputs}
+        for name, size in sizes.items():
+            offsets[name] = end
+            end += -(-max(size, 1) // _ALIGNMENT) * _ALIGNMENT
+        return offsets, end
+
+    def output_bytes(self, spec: TensorSpec) -> int:
+        """Size of an output in bytes."""
+        return prod(self.shapes[spec.name]) * np.dtype(spec.dtype).itemsize
+
+
+def box_call(image: npt.NDArray[Any], boxes: npt.NDArray[Any], *, check: bool = True) -> Call:
+    """A request for one mask per box.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        boxes: (N, 4) x0, y0, x1, y1 in the image frame.
+        check: refuse here what the server would refuse; without it arrays are sent as they are.
+
+    Raises:
+        InputError: see `imaging.check_image` and `imaging.check_boxes`.
+    """
+    image, boxes = np.asarray(image), np.asarray(boxes)
+    if check:
+        image = check_image(image)
+        boxes = check_boxes(boxes, _size_of(image))
+        check_mask_pixels(len(boxes), _size_of(image))
+    spec = ensemble_spec()
+    shapes = ((len(boxes), *_size_of(image)), (len(boxes),))
+    return Call(spec, _named(spec, image, boxes), dict(zip(spec.output_names, shapes, strict=True)))
+
+
+def prompt_call(
+    image: npt.NDArray[Any],
+    side: int,
+    *,
+    boxes: npt.NDArray[Any] | None,
+    point_coords: npt.NDArray[Any] | None,
+    point_labels: npt.NDArray[Any] | None,
+    mask_input: npt.NDArray[Any] | None,
+) -> Call:
+    """A request for the four mask tokens of each prompt set; see `DbsamClient.segment_prompts`.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        side: 4G, the side of the server's mask grid.
+        boxes: (N, 4) in the image frame.
+        point_coords: (N, P, 2) in the image frame.
+        point_labels: (N, P).
+        mask_input: (N, 4G, 4G) logits.
+
+    Raises:
+        InputError: the image or a prompt is not usable.
+    """
+    image = check_image(np.asarray(image))
+    size = _size_of(image)
+    coords, labels = join_prompts(
+        size, boxes=boxes, point_coords=point_coords, point_labels=point_labels
+    )
+    count = len(coords)
+    check_mask_pixels(count * NUM_MASK_TOKENS, size)
+    if mask_input is None:
+        masks = np.zeros((count, side, side), np.float32)
+    else:
+        masks = check_mask_input(mask_input, count, side)
+    has_mask = np.full(count, mask_input is not None, np.float32)
+    spec = prompts_ensemble_spec(side)
+    tokens = (count, NUM_MASK_TOKENS)
+    shapes = ((*tokens, *size), tokens, (*tokens, side, side))
+    arrays = _named(spec, image, coords, labels, masks, has_mask)
+    return Call(spec, arrays, dict(zip(spec.output_names, shapes, strict=True)))
+
+
+def prompt_result(arrays: Arrays, spec: GraphSpec, *, multimask: bool) -> Segmentation:
+    """Keep token 0, or tokens 1–3 with `multimask`, of the prompt ensemble's outputs."""
+    masks, iou_scores, logits = (arrays[name] for name in spec.output_names)
+    kept = slice(1, NUM_MASK_TOKENS) if multimask else slice(0, 1)
+    return Segmentation(masks[:, kept], iou_scores[:, kept], logits[:, kept])
+
+
+def _named(spec: GraphSpec, *arrays: npt.NDArray[Any]) -> Arrays:
+    return dict(zip(spec.input_names, map(np.ascontiguousarray, arrays), strict=True))
+
+
+def _size_of(image: npt.NDArray[Any]) -> tuple[int, int]:
+    height, width = (*image.shape, 1, 1)[:2]  # unchecked images may lack axes
+    return height, width
+
+
+def check_options(url: str, protocol: str, timeout_s: float) -> None:
+    """Refuse what no connection can be made from.
+
+    Raises:
+        InputError: not host:port, an unknown protocol, or no positive timeout.
+    """
+    host, _, port = url.rpartition(":")
+    if not host or "/" in url or not port.isdigit():
+        raise InputError(f"url {url!r}: expected host:port, for example localhost:8001")
+    if protocol not in ("grpc", "http"):
+        raise InputError(f"protocol {protocol!r}: expected grpc or http")
+    if not timeout_s > 0:
+        raise InputError(f"timeout_s {timeout_s}: expected more than 0 seconds")
+
+
+def load_library(name: str) -> ModuleType:
+    """Import a part of `tritonclient`.
+
+    Raises:
+        EngineError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise EngineError(
+            f"the Triton client is not installed ({error}): pip install 'dbsam-deploy[client]'"
+        ) from error
+
+
+def tensors(
+    library: ModuleType, call: Call, region: SharedRegion | None
+) -> tuple[list[Any], list[Any]]:
+    """The request's tensors for `tritonclient`; a region gets the input data and takes the outputs.
+
+    Raises:
+        InputError: an array of a dtype that Triton has no name for.
+    """
+    offsets = call.regions()[0]
+    inputs, outputs = [], []
+    for name, array in call.arrays.items():
+        tensor = library.InferInput(name, list(array.shape), _triton_type(name, array))
+        if region is None:
+            tensor.set_data_from_numpy(array)
+        else:
+            region.write(array, offsets[name])
+            tensor.set_shared_memory(region.name, array.nbytes, offsets[name])
+        inputs.append(tensor)
+    for spec in call.spec.outputs:
+        output = library.InferRequestedOutput(spec.name)
+        if region is not None:
+            size = call.output_bytes(spec)
+            output.set_shared_memory(region.name, size, offsets[f"->{spec.name}"])
+        outputs.append(output)
+    return inputs, outputs
+
+
+def read_result(call: Call, result: Any, region: SharedRegion | None) -> Arrays:
+    """Arrays of the server's answer, checked against the contract.
+
+    Raises:
+        ServingError: an output is missing or has another dtype or shape.
+    """
+    arrays: Arrays = {}
+    offsets = call.regions()[0]
+    for spec in call.spec.outputs:
+        found, shape = result.get_output(spec.name), call.shapes[spec.name]
+        if found is None:
+            raise ServingError(f"{call.spec.name} answered without {spec.name}")
+        meta = found if isinstance(found, dict) else _attributes(found)
+        if meta["datatype"] != TRITON_TYPES[spec.dtype] or tuple(meta["shape"]) != shape:
+            raise ServingError(
+                f"{call.spec.name} answered {spec.name} as {meta['datatype']}{meta['shape']}, "
+                f"expected {TRITON_TYPES[spec.dtype]}{list(shape)}: is the repository of this "
+                "library's version?"
+            )
+        if region is None:
+            arrays[spec.name] = np.array(result.as_numpy(spec.name))
+        else:
+            arrays[spec.name] = region.read(shape, spec.dtype, offsets[f"->{spec.name}"])
+    return arrays
+
+
+def _attributes(found: Any) -> dict[str, Any]:
+    return {"datatype": found.datatype, "shape": list(found.shape)}
+
+
+def _triton_type(name: str, array: npt.NDArray[Any]) -> str:
+    known = load_library("tritonclient.utils").np_to_triton_dtype(array.dtype)
+    if known is None or known == "BYTES":
+        raise InputError(f"{name}: dtype {array.dtype} cannot be sent")
+    return str(known)
+
+
+def mask_side(metadata: Any) -> int:
+    """4G from the prompt ensemble's metadata (gRPC message or HTTP dictionary)."""
+    name = prompts_ensemble_spec(1).inputs[3].name
+    is_dict = isinstance(metadata, dict)
+    for item in metadata["inputs"] if is_dict else metadata.inputs:
+        if (item["name"] if is_dict else item.name) == name:
+            return int((item["shape"] if is_dict else item.shape)[-1])
+    raise ServingError(f"the server's model has no {name}: is it this library's repository?")
+
+
+@contextmanager
+def translated(url: str, *others: type[BaseException]) -> Iterator[None]:
+    """Turn what `tritonclient` raises into this library's errors, with the server's text.
+
+    Args:
+        url: host:port, for messages.
+        others: further exception types of the transport.
+
+    Raises:
+        InputError: the server refused the request as invalid.
+        ServingError: no connection, a timeout, or an error inside the server.
+    """
+    refused = load_library("tritonclient.utils").InferenceServerException
+    unreachable: tuple[type[BaseException], ...] = (OSError, http.client.HTTPException, *others)
+    advice = "start one with `python -m dbsam_deploy.serve`, or check host and port"
+    try:
+        yield
+    except DbsamError:
+        raise
+    except refused as error:
+        # gRPC and HTTP spell the status differently.
+        status = str(error.status() or "")
+        text = str(error.message()).removeprefix("[request id: <id_unknown>] ").strip()
+        if "INVALID_ARGUMENT" in status or status == "400":
+            raise InputError(f"the server refused the request: {text}") from error
+        if "DEADLINE_EXCEEDED" in status:
+            raise ServingError(f"Triton on {url} did not answer in time (timeout_s)") from error
+        if status == "StatusCode.UNAVAILABLE":
+            raise ServingError(f"no Triton server answers on {url} ({text}): {advice}") from error
+        raise ServingError(f"Triton on {url}: {text}") from error
+    except TimeoutError as error:
+        raise ServingError(f"Triton on {url} did not answer in time (timeout_s)") from error
+    except unreachable as error:
+        raise ServingError(f"no Triton server answers on {url} ({error}): {advice}") from error

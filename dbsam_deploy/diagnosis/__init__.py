@@ -1,0 +1,1 @@
+"""What runs on this machine: questions put to runtimes in processes of their own."""

@@ -1,0 +1,1 @@
+"""The model as graphs: tensors in, tensors out, typed and exported to ONNX."""

@@ -1,0 +1,234 @@
+"""Model → `EncoderGraph`, `DecoderGraph`: tensors in, tensors out, ready for every exporter.
+
+The graphs compute what SAM's modules compute, written so that exporters see only static H and W:
+batch and prompt axes are carried by `-1` or by broadcasting (no shape arithmetic), relative
+position tables are interpolated beforehand, `LayerNorm2d` is a transposed LayerNorm, and image
+features are shared between prompts by broadcasting instead of `repeat_interleave`.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from ..core.contract import Geometry, graph_specs
+from ..core.errors import ExportError, InputError
+from ..model import DbSam
+from ..model.blocks import ChannelLayerNorm
+from ..model.conv_branch import ConvBlock
+from ..model.db_sam import encode_with
+from ..model.deform_attn import DeformableSampling, MSDeformAttn, Shapes
+from ..model.sam import LayerNorm2d, ViTBlock, get_rel_pos
+from ..model.tiny_vit import ConvBn, TinyVit
+from .prompt_decoder import DecoderGraph, PromptDecoderGraph
+
+
+class RelPosAttention(nn.Module):
+    """SAM's ViT `Attention` with its relative position tables gathered for one window size.
+
+    Args:
+        attention: SAM's module.
+        side: height and width of the token window.
+    """
+
+    rel_h: Tensor
+    rel_w: Tensor
+
+    def __init__(self, attention: Any, side: int) -> None:
+        super().__init__()
+        self.num_heads, self.scale, self.side = attention.num_heads, attention.scale, side
+        self.qkv, self.proj = attention.qkv, attention.proj
+        # (side, side, D): row i holds the embedding of every key position relative to query i
+        for name in ("rel_h", "rel_w"):
+            table = getattr(attention, name.replace("rel_", "rel_pos_"))
+            self.register_buffer(name, get_rel_pos(side, side, table).detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(W, side·side, C) → (W, side·side, C) for W windows."""
+        side, tokens, dim = self.side, self.side * self.side, x.shape[-1]
+        depth = dim // self.num_heads
+        qkv = self.qkv(x).reshape(-1, tokens, 3, self.num_heads, depth).permute(2, 0, 3, 1, 4)
+        q, k, v = (part.reshape(-1, tokens, depth) for part in qkv.unbind(0))
+        # The bias uses the unscaled query, as in SAM.
+        grid = q.reshape(-1, side, side, depth)
+        bias_h = grid @ self.rel_h.transpose(1, 2)
+        bias_w = (grid.transpose(1, 2) @ self.rel_w.transpose(1, 2)).transpose(1, 2)
+        scores = (q * self.scale) @ k.transpose(1, 2)
+        scores = scores.reshape(-1, tokens, side, side)
+        scores = scores + bias_h.reshape(-1, tokens, side, 1)
+        scores = scores + bias_w.reshape(-1, tokens, 1, side)
+        out = scores.reshape(-1, tokens, tokens).softmax(-1) @ v
+        out = out.reshape(-1, self.num_heads, tokens, depth).transpose(1, 2)
+        return self.proj(out.reshape(-1, tokens, dim))
+
+
+class WindowedBlock(nn.Module):
+    """SAM's ViT `Block` on a fixed G×G grid.
+
+    Padding tokens of incomplete windows take part in the attention unmasked, as in SAM.
+    """
+
+    def __init__(self, block: Any, grid: int) -> None:
+        super().__init__()
+        self.grid, self.window = grid, block.window_size
+        self.norm1, self.norm2, self.mlp = block.norm1, block.norm2, block.mlp
+        self.attn = RelPosAttention(block.attn, self.window or grid)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, G, G, C) → (B, G, G, C)."""
+        y = self._windowed(self.norm1(x)) if self.window else self._global(self.norm1(x))
+        x = x + y
+        return x + self.mlp(self.norm2(x))
+
+    def _global(self, x: Tensor) -> Tensor:
+        return self.attn(x.flatten(1, 2)).reshape(-1, self.grid, self.grid, x.shape[-1])
+
+    def _windowed(self, x: Tensor) -> Tensor:
+        size, dim = self.window, x.shape[-1]
+        pad = -self.grid % size
+        count = (self.grid + pad) // size
+        x = F.pad(x, (0, 0, 0, pad, 0, pad))
+        x = x.reshape(-1, count, size, count, size, dim).permute(0, 1, 3, 2, 4, 5)
+        x = self.attn(x.reshape(-1, size * size, dim))
+        x = x.reshape(-1, count, count, size, size, dim).permute(0, 1, 3, 2, 4, 5)
+        x = x.reshape(-1, self.grid + pad, self.grid + pad, dim)
+        return x[:, : self.grid, : self.grid]
+
+
+class BatchedSampling(DeformableSampling):
+    """`DeformableSampling` of equally large levels: one GridSample, the levels on its batch axis.
+
+    The graph is then the same for any number of levels, and no samples are concatenated. Points
+    come before queries (P, Q), so that sums over them run along contiguous queries.
+    """
+
+    def forward(
+        self, value: Tensor, shapes: Shapes, offsets: Tensor, weights: Tensor, centres: Tensor
+    ) -> Tensor:
+        """See `DeformableSampling.forward`.
+
+        Raises:
+            ExportError: levels of different shapes.
+        """
+        if len(set(shapes)) > 1:
+            raise ExportError(
+                f"deformable attention over maps of {shapes}: expected maps of one shape"
+            )
+        height, width = shapes[0]
+        levels, (queries, heads, points) = len(shapes), (offsets.shape[i] for i in (1, 2, 4))
+        depth = value.shape[-1]
+        size = offsets.new_tensor([width, height], dtype=torch.float32)
+        # (B, Q, H, L, P, …) → (B, L, H, P, Q, …), its first three axes being GridSample's batch
+        location = centres[:, :, None, None] + offsets.float() / size
+        grid = (2 * location - 1).permute(0, 3, 2, 4, 1, 5).reshape(-1, points, queries, 2)
+        weights = weights.float().reshape(-1, queries, heads, levels * points).softmax(-1)
+        weights = weights.reshape(-1, queries, heads, levels, points).permute(0, 3, 2, 4, 1)
+        value = value.float().reshape(-1, levels, height * width, heads, depth)
+        plane = value.permute(0, 1, 3, 4, 2).reshape(-1, depth, height, width)
+        sampled = F.grid_sample(
+            plane, grid, mode="bilinear", padding_mode="zeros", align_corners=False
+        )
+        summed = (sampled * weights.reshape(-1, 1, points, queries)).sum(2)
+        summed = summed.reshape(-1, levels, heads * depth, queries).sum(1)
+        return summed.transpose(1, 2)
+
+
+def rewrite_layer_norms(module: nn.Module) -> None:
+    """Replace every SAM `LayerNorm2d` below `module` by `ChannelLayerNorm` on the same weights."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, LayerNorm2d):
+                norm = ChannelLayerNorm(len(child.weight), eps=child.eps)
+                norm.weight, norm.bias = child.weight, child.bias
+                setattr(parent, name, norm)
+
+
+def _rewrite_blocks(encoder: Any) -> None:
+    """Replace the blocks of SAM's ViT by `WindowedBlock`."""
+    grid = encoder.pos_embed.shape[1]
+    for name, block in list(encoder.blocks.named_children()):
+        if not isinstance(block, ViTBlock):
+            raise InputError(f"ViT block {name} is a {type(block).__name__}, not SAM's Block")
+        setattr(encoder.blocks, name, WindowedBlock(block, grid))
+
+
+def _fold_batch_norms(module: nn.Module) -> None:
+    """Fold every BatchNorm below `module` into the convolution before it."""
+    for block in module.modules():
+        if isinstance(block, ConvBlock) and isinstance(block.bn, nn.BatchNorm2d):
+            block.conv = fuse_conv_bn_eval(block.conv, block.bn)
+            block.bn = nn.Identity()
+        elif isinstance(block, ConvBn) and isinstance(block.bn, nn.BatchNorm2d):
+            block.c = fuse_conv_bn_eval(block.c, block.bn)
+            block.bn = nn.Identity()
+
+
+class EncoderGraph(nn.Module):
+    """`encoder`: image (B, 3, S, S) → image_embeddings (B, 256, G, G).
+
+    Args:
+        model: reference model; it is copied, not changed.
+    """
+
+    def __init__(self, model: DbSam) -> None:
+        super().__init__()
+        self.stage_depth = model.config.stage_depth
+        encoder = copy.deepcopy(model.image_encoder).eval()
+        if not isinstance(encoder, TinyVit):
+            _rewrite_blocks(encoder)
+        rewrite_layer_norms(encoder)
+        _fold_batch_norms(encoder)
+        for module in encoder.modules():
+            if isinstance(module, MSDeformAttn):
+                module.sampling = BatchedSampling()
+        self.image_encoder: Any = encoder
+
+    def forward(self, image: Tensor) -> Tensor:
+        """See the class; float32 in and out, whatever dtype the weights have."""
+        image = image.to(next(self.image_encoder.parameters()).dtype)
+        return encode_with(self.image_encoder, self.stage_depth, image).float()
+
+
+def build_graph(model: DbSam, name: str) -> nn.Module:
+    """Build one of the contract's graphs from a reference model.
+
+    Args:
+        model: reference model, left unchanged.
+        name: `encoder`, `decoder` or `prompt_decoder`.
+
+    Raises:
+        InputError: another name.
+    """
+    builders: dict[str, type[nn.Module]] = {
+        "encoder": EncoderGraph,
+        "decoder": DecoderGraph,
+        "prompt_decoder": PromptDecoderGraph,
+    }
+    if name not in graph_specs(model.config.frame) or name not in builders:
+        raise InputError(f"graph {name!r}: expected one of {', '.join(builders)}")
+    graph = builders[name](model).eval()
+    return graph.requires_grad_(False)
+
+
+def example_inputs(
+    name: str, size: Geometry, *, batch: int = 2, prompts: int = 3
+) -> dict[str, Tensor]:
+    """Random inputs of a graph in the contract's order, with distinct sizes for dynamic axes."""
+    sizes = {"batch": batch, "num_boxes": prompts, "num_prompts": prompts, "num_points": 5}
+    out = {}
+    for spec in graph_specs(size)[name].inputs:
+        shape = [sizes[axis] if isinstance(axis, str) else axis for axis in spec.axes]
+        if spec.name == "point_labels":
+            out[spec.name] = torch.randint(-1, 4, shape, dtype=torch.int32)
+        elif spec.frame == "model" and spec.name != "image":
+            out[spec.name] = torch.rand(shape) * size.image_size
+        elif spec.name == "has_mask_input":
+            out[spec.name] = torch.randint(0, 2, shape).float()
+        else:
+            out[spec.name] = torch.randn(shape)
+    return out

@@ -1,0 +1,228 @@
+"""Prompt encoder + mask decoder as one graph, for B images with N independent prompts each.
+
+Float inputs and outputs are float32 whatever dtype the weights have; coordinates stay float32.
+Tensors carry both axes, (B, N, …): image features keep N = 1 until a prompt changes them, so what
+depends on the image alone is computed once, and no axis has to be expanded or repeated.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..core.contract import NUM_MASK_TOKENS
+from ..model import DbSam
+
+
+class PointEncoding(nn.Module):
+    """SAM's `PositionEmbeddingRandom` for points; an FP32 island (coordinates reach 1024).
+
+    Args:
+        prompt_encoder: SAM's prompt encoder.
+    """
+
+    gaussian: Tensor
+
+    def __init__(self, prompt_encoder: Any) -> None:
+        super().__init__()
+        self.image_size = prompt_encoder.input_image_size[0]
+        matrix = prompt_encoder.pe_layer.positional_encoding_gaussian_matrix
+        self.register_buffer("gaussian", matrix.detach().clone())
+
+    def forward(self, points: Tensor) -> Tensor:
+        """(..., 2) x, y pixels in the model frame → (..., 256)."""
+        unit = (points + 0.5) / self.image_size * 2 - 1
+        phase = unit @ self.gaussian * (2 * math.pi)
+        return torch.cat((phase.sin(), phase.cos()), -1)
+
+
+def _attend(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """SAM's decoder `Attention` on (B, N, T, C), broadcasting over N."""
+    heads, depth = attention.num_heads, attention.internal_dim // attention.num_heads
+    q, k, v = (
+        projection(x).unflatten(-1, (heads, depth)).transpose(2, 3)
+        for projection, x in (
+            (attention.q_proj, q),
+            (attention.k_proj, k),
+            (attention.v_proj, v),
+        )
+    )
+    weights = (q @ k.transpose(-1, -2) / math.sqrt(depth)).softmax(-1)
+    return attention.out_proj((weights @ v).transpose(2, 3).flatten(-2))
+
+
+class _MaskGraph(nn.Module):
+    """What both decoder graphs share: two-way transformer, upscaling, hypernetworks.
+
+    Args:
+        model: reference model; it is copied, not changed.
+        mask_tokens: how many mask tokens are computed, counted from the single-mask token.
+    """
+
+    image_pe: Tensor
+
+    def __init__(self, model: DbSam, mask_tokens: int) -> None:
+        super().__init__()
+        self.mask_tokens = mask_tokens
+        self.prompt: Any = copy.deepcopy(model.prompt_encoder).eval()
+        self.decoder: Any = copy.deepcopy(model.mask_decoder).eval()
+        self.grid = model.prompt_encoder.image_embedding_size[0]
+        self.points = PointEncoding(self.prompt)
+        pe = self.prompt.get_dense_pe().detach()
+        self.register_buffer("image_pe", pe.flatten(2).transpose(1, 2)[None])
+        upscale = self.decoder.output_upscaling
+        self.up1, self.up1_norm, self.up2 = _Upscale(upscale[0]), upscale[1], _Upscale(upscale[3])
+
+    def corner_tokens(self, boxes: Tensor) -> Tensor:
+        """Boxes (B, N, 4) → sparse prompt embeddings (B, N, 2, 256)."""
+        corners = self.points(boxes.unflatten(-1, (2, 2)))
+        embeddings = self.prompt.point_embeddings
+        labels = torch.cat([embeddings[2].weight, embeddings[3].weight])
+        return corners.to(labels.dtype) + labels
+
+    def predict(self, image_tokens: Tensor, sparse: Tensor) -> tuple[Tensor, Tensor]:
+        """SAM's `predict_masks`.
+
+        Args:
+            image_tokens: (B, 1 or N, G·G, 256) image + dense prompt embeddings.
+            sparse: (B, N, T, 256) sparse prompt embeddings.
+
+        Returns:
+            low_res_masks (B, N, M, 4G, 4G), iou_predictions (B, N, M).
+        """
+        decoder, count = self.decoder, self.mask_tokens
+        fixed = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+        # (B, N, 1, 1) of zeros spreads the learned tokens over the dynamic axes by broadcasting.
+        tokens = torch.cat((fixed + sparse[:, :, :1, :1] * 0, sparse), 2)
+        queries, keys = self._two_way(image_tokens, tokens)
+        iou = decoder.iou_prediction_head(queries[:, :, 0])[..., :count]
+        weights = torch.stack(
+            [decoder.output_hypernetworks_mlps[i](queries[:, :, 1 + i]) for i in range(count)], 2
+        )
+        features = keys.unflatten(2, (self.grid, self.grid))
+        norm = self.up1_norm
+        features = F.layer_norm(
+            self.up1(features), norm.weight.shape, norm.weight, norm.bias, norm.eps
+        )
+        features = F.gelu(self.up2(F.gelu(features)))
+        masks = weights @ features.flatten(2, 3).transpose(-1, -2)
+        return masks.unflatten(-1, (4 * self.grid, 4 * self.grid)).float(), iou.float()
+
+    def _two_way(self, keys: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """SAM's `TwoWayTransformer`, with LayerNorm after every residual."""
+        transformer, pe, queries = self.decoder.transformer, self.image_pe, tokens
+        for layer in transformer.layers:
+            if layer.skip_first_layer_pe:
+                queries = _attend(layer.self_attn, queries, queries, queries)
+            else:
+                q = queries + tokens
+                queries = queries + _attend(layer.self_attn, q, q, queries)
+            queries = layer.norm1(queries)
+            k = keys + pe
+            attended = _attend(layer.cross_attn_token_to_image, queries + tokens, k, keys)
+            queries = layer.norm2(queries + attended)
+            queries = layer.norm3(queries + layer.mlp(queries))
+            attended = _attend(layer.cross_attn_image_to_token, k, queries + tokens, queries)
+            keys = layer.norm4(keys + attended)
+        final = transformer.final_attn_token_to_image
+        queries = queries + _attend(final, queries + tokens, keys + pe, keys)
+        return transformer.norm_final_attn(queries), keys
+
+
+class _Upscale(nn.Module):
+    """ConvTranspose2d with kernel = stride = 2, channels last, any number of leading axes.
+
+    Such a convolution is one matrix product per pixel followed by a 2×2 rearrangement.
+    """
+
+    def __init__(self, convolution: Any) -> None:
+        super().__init__()
+        inputs, outputs = convolution.weight.shape[:2]
+        self.outputs = outputs
+        self.linear = nn.Linear(inputs, 4 * outputs)
+        with torch.no_grad():
+            # (in, out, dy, dx) → (dy, dx, out, in)
+            weight = convolution.weight.permute(2, 3, 1, 0).reshape(4 * outputs, inputs)
+            self.linear.weight.copy_(weight)
+            self.linear.bias.copy_(convolution.bias.repeat(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, H, W, C) → (B, N, 2H, 2W, C')."""
+        x = self.linear(x).unflatten(-1, (2, 2, self.outputs))  # B N H W dy dx C'
+        return x.permute(0, 1, 2, 4, 3, 5, 6).flatten(4, 5).flatten(2, 3)
+
+
+def _image_tokens(image_embeddings: Tensor) -> Tensor:
+    """(B, 256, G, G) → (B, 1, G·G, 256)."""
+    return image_embeddings.flatten(2).transpose(1, 2)[:, None]
+
+
+class DecoderGraph(_MaskGraph):
+    """`decoder`: image_embeddings (B, 256, G, G), boxes (B, N, 4) → one mask for each box."""
+
+    def __init__(self, model: DbSam) -> None:
+        super().__init__(model, mask_tokens=1)
+
+    def forward(self, image_embeddings: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """low_res_masks (B, N, 1, 4G, 4G), iou_predictions (B, N, 1)."""
+        empty = self.prompt.no_mask_embed.weight
+        tokens = _image_tokens(image_embeddings.to(empty.dtype)) + empty
+        return self.predict(tokens, self.corner_tokens(boxes))
+
+
+class PromptDecoderGraph(_MaskGraph):
+    """`prompt_decoder`: points, box corners and earlier masks → all four mask tokens."""
+
+    def __init__(self, model: DbSam) -> None:
+        super().__init__(model, mask_tokens=NUM_MASK_TOKENS)
+
+    def point_tokens(self, coords: Tensor, labels: Tensor) -> Tensor:
+        """SAM's `_embed_points` and `_embed_boxes`, by label.
+
+        Args:
+            coords: (B, N, P, 2) model frame.
+            labels: (B, N, P): -1 no point, 0, 1, 2 and 3 as in SAM's point embeddings.
+
+        Returns:
+            (B, N, P, 256).
+        """
+        encoded = self.points(coords)
+        names = [self.prompt.not_a_point_embed, *self.prompt.point_embeddings]
+        table = torch.cat([name.weight for name in names])
+        encoded = encoded.to(table.dtype) * (labels >= 0).to(table.dtype)[..., None]
+        return encoded + F.embedding(labels.long() + 1, table)
+
+    def dense_tokens(self, mask_input: Tensor) -> Tensor:
+        """SAM's `_embed_masks` on (B, N, 1, 4G, 4G) → (B, N, G·G, 256)."""
+        scale: Any = self.prompt.mask_downscaling
+        x = mask_input.squeeze(2)[..., None]
+        for convolution, norm in ((scale[0], scale[1]), (scale[3], scale[4])):
+            x = _halve(x) @ convolution.weight.permute(2, 3, 1, 0).flatten(0, 2) + convolution.bias
+            x = F.gelu(F.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, norm.eps))
+        return (x @ scale[6].weight[:, :, 0, 0].T + scale[6].bias).flatten(2, 3)
+
+    def forward(
+        self,
+        image_embeddings: Tensor,
+        point_coords: Tensor,
+        point_labels: Tensor,
+        mask_input: Tensor,
+        has_mask_input: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """low_res_masks (B, N, 4, 4G, 4G), iou_predictions (B, N, 4)."""
+        sparse = self.point_tokens(point_coords, point_labels)
+        flag = has_mask_input[..., None, None].to(sparse.dtype)
+        empty = self.prompt.no_mask_embed.weight
+        dense = self.dense_tokens(mask_input.to(sparse.dtype)) * flag + empty * (1 - flag)
+        return self.predict(_image_tokens(image_embeddings.to(sparse.dtype)) + dense, sparse)
+
+
+def _halve(x: Tensor) -> Tensor:
+    """(B, N, H, W, C) → (B, N, H/2, W/2, 4C): each 2×2 patch, rows first, on the channel axis."""
+    patches = [x[:, :, dy::2, dx::2] for dy in (0, 1) for dx in (0, 1)]
+    return torch.cat(patches, -1)

@@ -1,0 +1,290 @@
+"""Reads a picture, MedSAM npz, NIfTI file or DICOM series as RGB slices, and writes masks back.
+
+Coordinates: every format becomes slices of H×W pixels, (D, H, W) in memory; a box is
+(x0, y0, x1, y1) with x along W and y along H, and slice k is `pixels[k]`. A 2D image has D = 1. For
+NIfTI, x and y are the stored array's first and second axis (see `dbsam_deploy.images.scans`). Pictures
+are read as stored: an EXIF orientation is not applied, so a mask lies on the file's own pixel grid.
+
+A 3D box is (x0, y0, z0, x1, y1, z1) and covers the slices z0 … z1 - 1. The `boxes` of a 3D npz in
+MedSAM's challenge format name their last slice instead; they are converted when read.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import tempfile
+import warnings
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from ..core.contract import MAX_IMAGE_PIXELS
+from ..core.errors import InputError
+from ..core.imaging import ByteArray, FloatArray
+from .npz_files import read_npz
+from .scans import Geometry, Scan, nifti_bytes, read_dicom, read_nifti
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
+PERCENTILES = (0.5, 99.5)
+CT_ADVICE = "; for CT in HU consider --window 40 400"
+
+_DAMAGED_PICTURE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
+
+
+@dataclass(frozen=True)
+class Volume:
+    """One image or volume, ready to segment.
+
+    Attributes:
+        path: the file or folder it was read from.
+        kind: `picture`, `npz`, `nifti` or `dicom`.
+        pixels: (D, H, W) grey or (D, H, W, 3) RGB uint8.
+        intensity: in words, how the stored values became 0–255.
+        boxes: the file's own prompts, (n, 4) for an image or (n, 6) half-open for a volume.
+        spacing_mm: distance between voxels along (z, y, x), where the file says so.
+        geometry: what a NIfTI label map needs, for NIfTI and DICOM.
+        files: every file that was read; none of them may be overwritten.
+    """
+
+    path: Path
+    kind: str
+    pixels: ByteArray
+    intensity: str
+    boxes: FloatArray | None = None
+    spacing_mm: tuple[float, float, float] | None = None
+    geometry: Geometry | None = None
+    files: tuple[Path, ...] = ()
+
+    @property
+    def is_volume(self) -> bool:
+        """Whether there is more than one slice."""
+        return len(self.pixels) > 1
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """D, H, W."""
+        depth, height, width = self.pixels.shape[:3]
+        return depth, height, width
+
+    def slice_rgb(self, index: int) -> ByteArray:
+        """Slice `index` as (H, W, 3) uint8 RGB."""
+        pixels = self.pixels[index]
+        return pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)
+
+
+def read_volume(
+    path: Path, *, window: tuple[float, float] | None = None, with_boxes: bool = True
+) -> Volume:
+    """Read any supported image.
+
+    Args:
+        path: PNG, JPEG, `.npz`, `.nii`, `.nii.gz`, one DICOM file, or a folder with a DICOM series.
+        window: (level, width) that maps stored values to 0–255, for example (40, 400) for soft
+            tissue in CT. Without it uint8 data are taken as they are and other types are clipped to
+            the 0.5–99.5 percentiles, see `to_uint8`.
+        with_boxes: read the prompts stored in an npz.
+
+    Raises:
+        InputError: no such file; an unknown, damaged or too large one; values that are not finite.
+        EngineError: the format's extra is not installed.
+    """
+    if not os.path.exists(path):  # unlike Path.exists, False for an impossible name
+        raise InputError(f"{path}: no such file or folder")
+    name = path.name.lower()
+    if path.is_dir():
+        return _from_scan(path, "dicom", read_dicom(path), window)
+    if name.endswith(PICTURE_SUFFIXES):
+        return _read_picture(path, window)
+    if name.endswith(".npz"):
+        return _from_npz(path, window, with_boxes)
+    if name.endswith((".nii", ".nii.gz")):
+        return _from_scan(path, "nifti", read_nifti(path), window)
+    if name.endswith((".dcm", ".dicom")):
+        return _from_scan(path, "dicom", read_dicom(path), window)
+    raise InputError(
+        f"{path}: unknown kind of file; expected .png, .jpg, .jpeg, .npz, .nii, .nii.gz, .dcm or a "
+        "folder with a DICOM series"
+    )
+
+
+def _from_scan(path: Path, kind: str, scan: Scan, window: tuple[float, float] | None) -> Volume:
+    pixels, intensity = to_uint8(scan.values, window, path)
+    return Volume(
+        path,
+        kind,
+        pixels,
+        intensity,
+        spacing_mm=scan.spacing_mm,
+        geometry=scan.geometry,
+        files=scan.files,
+    )
+
+
+def to_uint8(
+    values: npt.NDArray[Any], window: tuple[float, float] | None, path: Path
+) -> tuple[ByteArray, str]:
+    """Stored intensities → 0–255, and in words how.
+
+    Without a window, values other than uint8 are clipped to the 0.5–99.5 percentiles of the
+    non-zero voxels and zeros stay 0, as in MedSAM's preparation of MR. Where there are negative
+    values, 0 is no background (it is water in HU), so all voxels count and none is kept.
+
+    Args:
+        values: (D, H, W) or (D, H, W, 3) numbers.
+        window: (level, width) in the units of `values`.
+        path: named in errors.
+
+    Raises:
+        InputError: not real numbers, NaN or infinity, a width of 0 or less, or a constant image.
+    """
+    if values.dtype.kind not in "uif":
+        raise InputError(f"{path}: values of type {values.dtype}; expected real numbers")
+    if values.dtype.kind == "f" and not all(np.isfinite(plane).all() for plane in values):
+        raise InputError(
+            f"{path} holds NaN or infinity: replace them (for example by the lowest value) first"
+        )
+    if window is None and values.dtype == np.uint8:
+        return np.ascontiguousarray(values), "0–255 as stored"
+    keep_zeros = window is None and float(values.min()) >= 0
+    if window is not None:
+        low, high, text = _window_range(*window)
+    else:
+        low, high, text = _percentile_range(values, keep_zeros)
+    if not high > low:
+        raise InputError(f"{path}: all values are {low:g}; there is nothing to segment")
+    out = np.empty(values.shape, np.uint8)
+    for index, plane in enumerate(values):
+        scaled = (np.clip(plane.astype(np.float64), low, high) - low) / (high - low) * 255
+        out[index] = scaled.astype(np.uint8)  # truncates, as MedSAM does
+        if keep_zeros:
+            out[index][plane == 0] = 0
+    return out, text
+
+
+def _window_range(level: float, width: float) -> tuple[float, float, str]:
+    if not (np.isfinite([level, width]).all() and width > 0):
+        raise InputError(f"window {level:g} {width:g}: expected a finite level and a width > 0")
+    low, high = level - width / 2, level + width / 2
+    return low, high, f"window level {level:g} width {width:g} ({low:g} to {high:g})"
+
+
+def _percentile_range(values: npt.NDArray[Any], without_zeros: bool) -> tuple[float, float, str]:
+    counted = values[values != 0] if without_zeros else values
+    low, high = 0.0, 0.0
+    if counted.size:
+        low, high = (float(edge) for edge in np.percentile(counted, PERCENTILES))
+    which, advice = ("non-zero", "") if without_zeros else ("all", CT_ADVICE)
+    return low, high, f"0.5–99.5 percentile of {which} voxels ({low:g} to {high:g}){advice}"
+
+
+def _read_picture(path: Path, window: tuple[float, float] | None) -> Volume:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=("PNG", "JPEG")) as image:
+                if image.width * image.height > MAX_IMAGE_PIXELS:
+                    raise Image.DecompressionBombError
+                image.load()
+                values, note = _picture_values(image, path)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise InputError(
+            f"{path}: more than {MAX_IMAGE_PIXELS} pixels; crop or downsample it"
+        ) from error
+    except _DAMAGED_PICTURE as error:
+        raise InputError(f"{path} is not a readable PNG or JPEG: {error}") from error
+    pixels, intensity = to_uint8(values[None], window, path)
+    return Volume(path, "picture", pixels, intensity + note, files=(path,))
+
+
+def _picture_values(image: Image.Image, path: Path) -> tuple[npt.NDArray[Any], str]:
+    """(H, W) or (H, W, 3) values of an open picture, and a remark on what was converted."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return np.asarray(image), ""
+    if image.has_transparency_data:
+        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+        return np.asarray(
+            Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")
+        ), "; transparency over black"
+    note = ""
+    if image.format == "PNG":
+        with path.open("rb") as stream:
+            bit_depth = stream.read(26)[24]
+        # Pillow keeps 16 bits of a grey PNG (mode I;16) but only the high byte of a colour one.
+        note = "; high byte of 16-bit colour" if bit_depth == 16 else ""
+    return np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB")), note
+
+
+def _from_npz(path: Path, window: tuple[float, float] | None, with_boxes: bool) -> Volume:
+    content = read_npz(path, with_boxes=with_boxes)
+    pixels, intensity = to_uint8(content.values, window, path)
+    return Volume(path, "npz", pixels, intensity, content.boxes, content.spacing_mm, files=(path,))
+
+
+def label_dtype(count: int) -> type[np.uint8] | type[np.uint16]:
+    """Smallest type for labels 0…count.
+
+    Raises:
+        InputError: more than 65535 prompts.
+    """
+    if count > np.iinfo(np.uint16).max:
+        raise InputError(f"{count} prompts: a label map holds at most 65535")
+    return np.uint8 if count <= np.iinfo(np.uint8).max else np.uint16
+
+
+def png_bytes(labels: npt.NDArray[Any]) -> bytes:
+    """(H, W) uint8 or uint16 labels, or (H, W, 3) uint8 RGB, as the content of a PNG file."""
+    stream = io.BytesIO()
+    Image.fromarray(labels).save(stream, format="PNG")
+    return stream.getvalue()
+
+
+def npz_bytes(**arrays: Any) -> bytes:
+    """Arrays as the content of a compressed `.npz` file."""
+    stream = io.BytesIO()
+    np.savez_compressed(stream, **arrays)
+    return stream.getvalue()
+
+
+def label_map_bytes(labels: npt.NDArray[Any], volume: Volume) -> bytes:
+    """(D, H, W) labels as `.nii.gz` content with the geometry of `volume`.
+
+    Raises:
+        InputError: `volume` has no geometry.
+        EngineError: nibabel is not installed.
+    """
+    if volume.geometry is None:
+        raise InputError(
+            f"{volume.path} has no position in space, which NIfTI needs; use --mask-format npz"
+        )
+    return nifti_bytes(labels, volume.geometry)
+
+
+def write_atomic(path: Path, content: bytes) -> Path:
+    """Write a whole file or none, and return its path.
+
+    Raises:
+        InputError: the folder cannot be made or written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(content)
+            # mkstemp makes private files; a result has the user's usual permissions
+            mask = os.umask(0)
+            os.umask(mask)
+            Path(partial).chmod(0o666 & ~mask)
+            os.replace(partial, path)
+        finally:
+            Path(partial).unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error}") from error
+    return path

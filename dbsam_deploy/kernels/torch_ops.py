@@ -1,0 +1,384 @@
+"""The three fused operators in PyTorch: plain references, and `torch.ops.dbsam.*` on the kernels.
+
+`*_reference` say in plain PyTorch what each kernel computes (kernels/README.md has the maths). They
+compute in float32 and round once, into the dtype of the inputs, as the kernels do.
+
+`ms_deform_attn`, `channel_attention` and `rel_pos_attention` are custom operators that
+`torch.compile` and `torch.export` keep as one call. On CUDA tensors they launch the compiled
+kernels on the current stream; on CPU tensors they run the reference. They are for inference: no
+gradients.
+
+Shapes: B batch, N windows, Q queries, V value tokens, H heads, D channels a head, L levels,
+P points, S side of a token window, C channels, R squeezed channels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..core.errors import InputError
+from ..model.deform_attn import DeformableSampling, Shapes, reference_points
+from . import library as kernels
+
+DTYPE_CODES = {getattr(torch, name): code for name, code in kernels.DTYPE_CODES.items()}
+"""dtype → the number by which the kernels' entry points know it."""
+
+
+@functools.cache
+def kernel_library(device: torch.device) -> ctypes.CDLL:
+    """The kernels, built for this device's architecture where the cache has none yet.
+
+    Raises:
+        EngineError: no nvcc to build them with, or it refuses a source.
+    """
+    major, minor = torch.cuda.get_device_capability(device)
+    return kernels.device_library((f"sm_{major}{minor}",))
+
+
+def as_shapes(sizes: Sequence[int]) -> Shapes:
+    """[h0, w0, h1, w1, …] → ((h0, w0), (h1, w1), …).
+
+    Raises:
+        InputError: an odd number of sizes, none, or one that is not positive.
+    """
+    if not sizes or len(sizes) % 2 or min(sizes) < 1:
+        raise InputError(f"shapes {list(sizes)}: expected height and width, at least 1, per level")
+    return tuple(zip(sizes[::2], sizes[1::2], strict=True))
+
+
+def ms_deform_attn_reference(
+    value: Tensor,
+    offsets: Tensor,
+    weights: Tensor,
+    *,
+    num_heads: int,
+    num_points: int,
+    level_shapes: Sequence[int],
+    query_shapes: Sequence[int],
+) -> Tensor:
+    """Softmax, sampling and weighted sum of multi-scale deformable attention.
+
+    Args:
+        value: (B, V, H·D).
+        offsets: (B, Q, H·L·P·2), laid out (H, L, P, 2): x, y in cells of the level's map.
+        weights: (B, Q, H·L·P) logits; softmax runs over L·P.
+        num_heads: H.
+        num_points: P.
+        level_shapes: height and width of each value level; V is the sum of their products.
+        query_shapes: height and width of each query level; Q is the sum of their products.
+
+    Returns:
+        (B, Q, H·D), the dtype of `value`.
+    """
+    levels, (batch, queries) = as_shapes(level_shapes), offsets.shape[:2]
+    sampled = DeformableSampling()(
+        value.reshape(batch, value.shape[1], num_heads, -1),
+        levels,
+        offsets.reshape(batch, queries, num_heads, len(levels), num_points, 2),
+        weights.reshape(batch, queries, num_heads, len(levels), num_points),
+        reference_points(as_shapes(query_shapes), value.device),
+    )
+    return sampled.to(value.dtype).contiguous()
+
+
+def channel_attention_reference(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    dw_weight: Tensor,
+    fc1: Tensor,
+    fc2: Tensor,
+    pw_weight: Tensor,
+    *,
+    epsilon: float,
+) -> tuple[Tensor, Tensor]:
+    """The channel attention block up to its 1×1 convolution, whose weight takes in the gate.
+
+    The block's output is x + hidden @ gated_weight, so no tensor is read and written again only to
+    be scaled.
+
+    Args:
+        x: (B, H, W, C) map, channels last.
+        norm_weight: (C,) scale of the LayerNorm.
+        norm_bias: (C,) shift of the LayerNorm.
+        dw_weight: (C, 1, 3, 3) depthwise convolution; its zero padding comes after the LayerNorm.
+        fc1: (R, C) squeeze.
+        fc2: (C, R) excite.
+        pw_weight: (C, C_out) 1×1 convolution, input channels first.
+        epsilon: of the LayerNorm.
+
+    Returns:
+        hidden (B, H·W, C) and gated_weight (B, C, C_out), the dtype of `x`.
+    """
+    batch, height, width, channels = x.shape
+    normed = F.layer_norm(x.float(), (channels,), norm_weight.float(), norm_bias.float(), epsilon)
+    hidden = F.conv2d(normed.permute(0, 3, 1, 2), dw_weight.float(), padding=1, groups=channels)
+    hidden = F.gelu(hidden).flatten(2).transpose(1, 2)
+    squeezed = F.gelu(F.linear(hidden.mean(1), fc1.float()))
+    gate = F.linear(squeezed, fc2.float()).sigmoid()
+    gated_weight = gate[:, :, None] * pw_weight.float()
+    hidden = hidden.reshape(batch, height * width, channels)
+    return hidden.to(x.dtype).contiguous(), gated_weight.to(x.dtype)
+
+
+def rel_pos_attention_reference(
+    qkv: Tensor,
+    rel_pos_h: Tensor,
+    rel_pos_w: Tensor,
+    *,
+    num_heads: int,
+    side: int,
+    scale: float,
+) -> Tensor:
+    """SAM's attention with decomposed relative positions, between its two Linear layers.
+
+    score = scale·q·k + q·rel_pos_h[qh-kh+S-1] + q·rel_pos_w[qw-kw+S-1]: the bias takes the
+    unscaled query, as in SAM.
+
+    Args:
+        qkv: (N, S·S, 3·H·D) as SAM's Linear gives it: query, key and value, each (H, D).
+        rel_pos_h: (2S-1, D) table of row distances.
+        rel_pos_w: (2S-1, D) table of column distances.
+        num_heads: H.
+        side: S.
+        scale: of the product of query and key; SAM has D^-0.5.
+
+    Returns:
+        (N, S·S, H·D), the dtype of `qkv`.
+    """
+    windows, tokens, packed = qkv.shape
+    depth = packed // (3 * num_heads)
+    parts = qkv.float().reshape(windows, tokens, 3, num_heads, depth).permute(2, 0, 3, 1, 4)
+    q, k, v = parts.unbind(0)
+    cells = torch.arange(side, device=qkv.device)
+    index = cells[:, None] - cells + side - 1
+    grid = q.reshape(windows, num_heads, side, side, depth)
+    bias_h = torch.einsum("nhijd,ikd->nhijk", grid, rel_pos_h.float()[index])
+    bias_w = torch.einsum("nhijd,jkd->nhijk", grid, rel_pos_w.float()[index])
+    scores = (q * scale @ k.transpose(2, 3)).reshape(*grid.shape[:-1], side, side)
+    scores = scores + bias_h[..., None] + bias_w[..., None, :]
+    out = scores.reshape(windows, num_heads, tokens, tokens).softmax(-1) @ v
+    return out.transpose(1, 2).reshape(windows, tokens, num_heads * depth).to(qkv.dtype)
+
+
+@torch.library.custom_op("dbsam::ms_deform_attn", mutates_args=())
+def ms_deform_attn(
+    value: Tensor,
+    offsets: Tensor,
+    weights: Tensor,
+    *,
+    num_heads: int,
+    num_points: int,
+    level_shapes: Sequence[int],
+    query_shapes: Sequence[int],
+) -> Tensor:
+    """Fused multi-scale deformable attention; see `ms_deform_attn_reference`.
+
+    Raises:
+        InputError: a shape, dtype, device or stride that does not fit.
+        EngineError: the kernel refuses the arguments, or CUDA reports an error.
+    """
+    levels, sources = as_shapes(level_shapes), as_shapes(query_shapes)
+    batch, channels = value.shape[0], value.shape[-1]
+    queries = sum(height * width for height, width in sources)
+    samples = num_heads * len(levels) * num_points
+    tokens = sum(height * width for height, width in levels)
+    depth = _divide("ms_deform_attn", channels, num_heads)
+    dtype = _check_tensors(
+        "ms_deform_attn",
+        value=(value, (batch, tokens, channels)),
+        offsets=(offsets, (batch, queries, 2 * samples)),
+        weights=(weights, (batch, queries, samples)),
+    )
+    if not _has_kernels(value):
+        return ms_deform_attn_reference(
+            value,
+            offsets,
+            weights,
+            num_heads=num_heads,
+            num_points=num_points,
+            level_shapes=level_shapes,
+            query_shapes=query_shapes,
+        )
+    out = value.new_empty((batch, queries, channels))
+    _launch(
+        "dbsam_ms_deform_attn",
+        (value, offsets, weights, out),
+        (batch, num_heads, depth, len(levels), num_points, list(level_shapes)),
+        (len(sources), list(query_shapes), dtype),
+    )
+    return out
+
+
+@ms_deform_attn.register_fake
+def _(value: Tensor, offsets: Tensor, weights: Tensor, **sizes: Any) -> Tensor:
+    return value.new_empty((value.shape[0], offsets.shape[1], value.shape[2]))
+
+
+@torch.library.custom_op("dbsam::channel_attention", mutates_args=())
+def channel_attention(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    dw_weight: Tensor,
+    fc1: Tensor,
+    fc2: Tensor,
+    pw_weight: Tensor,
+    *,
+    epsilon: float,
+) -> tuple[Tensor, Tensor]:
+    """Fused channel attention; see `channel_attention_reference`.
+
+    Raises:
+        InputError: a shape, dtype, device or stride that does not fit.
+        EngineError: the kernel refuses the arguments, or CUDA reports an error.
+    """
+    if x.dim() != 4:
+        raise InputError(f"channel_attention: x has {x.dim()} axes, expected (B, H, W, C)")
+    batch, height, width, channels = x.shape
+    reduced = fc1.shape[0]
+    parameters = (norm_weight, norm_bias, dw_weight, fc1, fc2, pw_weight)
+    dtype = _check_tensors(
+        "channel_attention",
+        x=(x, (batch, height, width, channels)),
+        norm_weight=(norm_weight, (channels,)),
+        norm_bias=(norm_bias, (channels,)),
+        dw_weight=(dw_weight, (channels, 1, 3, 3)),
+        fc1=(fc1, (reduced, channels)),
+        fc2=(fc2, (channels, reduced)),
+        pw_weight=(pw_weight, (channels, channels)),
+    )
+    if not _has_kernels(x):
+        return channel_attention_reference(x, *parameters, epsilon=epsilon)
+    hidden = x.new_empty((batch, height * width, channels))
+    gated_weight = x.new_empty((batch, channels, channels))
+    sizes = (batch, height, width, channels, reduced)
+    count = kernel_library(x.device).dbsam_channel_attention_workspace(*sizes, dtype)
+    workspace = x.new_empty(count, dtype=torch.uint8)
+    _launch(
+        "dbsam_channel_attention",
+        (x, *parameters, hidden, gated_weight, workspace),
+        sizes,
+        (epsilon, dtype),
+    )
+    return hidden, gated_weight
+
+
+@channel_attention.register_fake
+def _(x: Tensor, *parameters: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    batch, height, width, channels = x.shape
+    hidden = x.new_empty((batch, height * width, channels))
+    return hidden, x.new_empty((batch, *parameters[-1].shape))
+
+
+@torch.library.custom_op("dbsam::rel_pos_attention", mutates_args=())
+def rel_pos_attention(
+    qkv: Tensor,
+    rel_pos_h: Tensor,
+    rel_pos_w: Tensor,
+    *,
+    num_heads: int,
+    side: int,
+    scale: float,
+) -> Tensor:
+    """Fused attention with relative positions; see `rel_pos_attention_reference`.
+
+    Raises:
+        InputError: a shape, dtype, device or stride that does not fit.
+        EngineError: the kernel refuses the arguments, or CUDA reports an error.
+    """
+    windows, packed = qkv.shape[0], qkv.shape[-1]
+    depth = _divide("rel_pos_attention", packed, 3 * num_heads)
+    dtype = _check_tensors(
+        "rel_pos_attention",
+        qkv=(qkv, (windows, side * side, packed)),
+        rel_pos_h=(rel_pos_h, (2 * side - 1, depth)),
+        rel_pos_w=(rel_pos_w, (2 * side - 1, depth)),
+    )
+    if not _has_kernels(qkv):
+        return rel_pos_attention_reference(
+            qkv, rel_pos_h, rel_pos_w, num_heads=num_heads, side=side, scale=scale
+        )
+    out = qkv.new_empty((windows, side * side, num_heads * depth))
+    _launch(
+        "dbsam_rel_pos_attention",
+        (qkv, rel_pos_h, rel_pos_w, out),
+        (windows, side, num_heads, depth),
+        (scale, dtype),
+    )
+    return out
+
+
+@rel_pos_attention.register_fake
+def _(qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, **sizes: Any) -> Tensor:
+    return qkv.new_empty((qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3))
+
+
+def _check_tensors(operator: str, **tensors: tuple[Tensor, tuple[int, ...]]) -> int:
+    """Compare every tensor with its shape and with the first one's dtype and device.
+
+    Returns:
+        The kernels' number of the dtype.
+
+    Raises:
+        InputError: the first tensor that does not fit.
+    """
+    first = next(iter(tensors.values()))[0]
+    if first.dtype not in DTYPE_CODES:
+        known = ", ".join(str(dtype) for dtype in DTYPE_CODES)
+        raise InputError(f"{operator}: dtype {first.dtype}, expected one of {known}")
+    for name, (tensor, shape) in tensors.items():
+        problem = ""
+        if tuple(tensor.shape) != shape or 0 in shape:
+            problem = f"shape {tuple(tensor.shape)}, expected {shape} and no axis of size 0"
+        elif tensor.dtype != first.dtype or tensor.device != first.device:
+            found = f"{tensor.dtype} on {tensor.device}"
+            problem = f"{found}, expected {first.dtype} on {first.device} like the first input"
+        elif not tensor.is_contiguous():
+            problem = f"strides {tensor.stride()}, expected contiguous: call .contiguous()"
+        if problem:
+            raise InputError(f"{operator}: {name}: {problem}")
+    return DTYPE_CODES[first.dtype]
+
+
+def _divide(operator: str, channels: int, by: int) -> int:
+    """Channels of each of `by` parts.
+
+    Raises:
+        InputError: they do not divide evenly.
+    """
+    if by < 1 or channels % by:
+        raise InputError(f"{operator}: {channels} channels cannot be split into {by} equal parts")
+    return channels // by
+
+
+def _launch(
+    entry_point: str, tensors: tuple[Tensor, ...], sizes: tuple[Any, ...], rest: tuple[Any, ...]
+) -> None:
+    """Call an entry point on the current stream of the tensors' device.
+
+    Raises:
+        EngineError: no library for this machine, or the kernel refuses its arguments.
+    """
+    device, addresses = tensors[0].device, [tensor.data_ptr() for tensor in tensors]
+    with _current_stream(device) as stream:
+        kernels.call(kernel_library(device), entry_point, *addresses, *sizes, *rest, stream)
+
+
+def _has_kernels(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
+@contextlib.contextmanager
+def _current_stream(device: torch.device) -> Iterator[int]:
+    """Address of the stream that PyTorch fills on `device`, which is the current one meanwhile."""
+    with torch.cuda.device(device):
+        yield torch.cuda.current_stream().cuda_stream

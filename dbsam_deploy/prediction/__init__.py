@@ -1,0 +1,1 @@
+"""Image and prompts → masks: one opened model, one result."""

@@ -1,0 +1,1 @@
+"""The Triton model repository, and the real server on a CPU machine."""

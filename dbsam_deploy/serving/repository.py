@@ -1,0 +1,314 @@
+"""Fills a Triton model repository from an export: configurations, graphs and Python models.
+
+`python -m dbsam_deploy.serving.repository --refresh` renders the committed
+`triton_models/*/config.pbtxt` anew.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .. import cli
+from ..artefact import Artefact, load_artefact, sha256_of
+from ..core import contract
+from ..core.errors import InputError, ServingError
+from ..core.imaging import Preprocessing
+from ..engines.kinds import TENSORRT
+from ..engines.manifest import engine_folder, plugin_library, verified_plans
+from ..resources import resource_dir
+from .triton_config import GRAPH_MODELS, Platform, python_specs, render_configs
+
+DEFAULT_REPOSITORY = Path("build/model_repository")
+REPOSITORY_NAME = "repository.json"
+FORMAT_VERSION = 1
+VERSION = "1"
+"""The one model version in the repository."""
+COMMITTED = Preprocessing(1024)
+"""What the committed configurations are rendered for: SAM's size and mode, on ONNX Runtime."""
+
+_PLATFORMS: dict[str, tuple[Platform, str]] = {
+    ".onnx": ("onnxruntime", "model.onnx"),
+    ".plan": ("tensorrt", "model.plan"),
+}
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A filled Triton model repository.
+
+    Attributes:
+        folder: the repository; `repository.json` in it holds the other fields.
+        variant: model variant of the export.
+        precision: recipe stem of the export.
+        preprocessing: mode and image size.
+        platforms: exported graph → `onnxruntime` or `tensorrt`.
+        weights: where the weights came from, as in the export's manifest.
+        files: path relative to `folder` → SHA-256.
+        plugins: path relative to `folder` of the library that the plans need, "" for none.
+    """
+
+    folder: Path
+    variant: str
+    precision: str
+    preprocessing: Preprocessing
+    platforms: dict[str, Platform]
+    weights: dict[str, Any]
+    files: dict[str, str]
+    plugins: str = ""
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether the ensemble for points and earlier masks is there beside the one for boxes."""
+        return "prompt_decoder" in self.platforms
+
+
+def build_repository(artefact: Artefact, output: Path) -> Repository:
+    """Fill `output` with a Triton model repository for `artefact`, replacing an earlier one.
+
+    TensorRT plans that passed their gate are served in place of the ONNX files that they were built
+    from. The repository is built beside `output` and renamed at the end, so a failure leaves the
+    earlier one as it was. It needs nothing of this library to be served.
+
+    Args:
+        artefact: a published export with at least `encoder` and `decoder`.
+        output: folder to make; an existing one must be an earlier repository, or empty.
+
+    Raises:
+        InputError: a graph is missing or is neither ONNX nor a plan, or `output` is something else.
+        EngineError: plans that are damaged or belong to other graphs.
+        ServingError: a graph file changed while it was copied.
+    """
+    served = _with_plans(artefact)
+    platforms = _platforms(served)
+    _check_replaceable(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+    try:
+        partial.chmod(0o755)  # mkdtemp's 0700 would lock out the container's user
+        _write_models(artefact, served, platforms, partial)
+        plugins = _copy_plugins(artefact, partial)
+        repository = Repository(
+            folder=output,
+            variant=artefact.variant,
+            precision=artefact.precision,
+            preprocessing=artefact.preprocessing,
+            platforms=platforms,
+            weights=artefact.weights,
+            files=_hashes(partial),
+            plugins=plugins,
+        )
+        body = {"format": FORMAT_VERSION, **asdict(repository)}
+        del body["folder"]
+        (partial / REPOSITORY_NAME).write_text(json.dumps(body, indent=2, sort_keys=True) + "\n")
+        _swap(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return repository
+
+
+def _with_plans(artefact: Artefact) -> Artefact:
+    """The artefact with verified plans, if it has them, in place of its ONNX files."""
+    folder = engine_folder(artefact, TENSORRT).relative_to(artefact.folder)
+    plans = {
+        graph: replace(record.plan, file=(folder / record.plan.file).as_posix())
+        for graph, record in verified_plans(artefact).items()
+    }
+    return replace(artefact, graphs={**artefact.graphs, **plans})
+
+
+def _copy_plugins(artefact: Artefact, root: Path) -> str:
+    """Put the plugin library that the plans need into the repository; its path there, or ""."""
+    folder = engine_folder(artefact, TENSORRT)
+    for graph, record in verified_plans(artefact).items():
+        library = plugin_library(folder, record)
+        if library is not None:
+            target = root / GRAPH_MODELS[graph] / VERSION / library.name
+            shutil.copyfile(library, target)
+            return target.relative_to(root).as_posix()
+    return ""
+
+
+def _platforms(artefact: Artefact) -> dict[str, Platform]:
+    platforms: dict[str, Platform] = {}
+    for graph in GRAPH_MODELS:
+        if graph not in artefact.graphs:
+            if graph == "prompt_decoder":
+                continue
+            raise InputError(
+                f"the export in {artefact.folder} has {sorted(artefact.graphs)}, but serving needs "
+                f"{graph}; export again"
+            )
+        suffix = artefact.path(graph).suffix
+        if suffix not in _PLATFORMS:
+            raise InputError(f"{artefact.path(graph)}: expected an .onnx or a .plan file")
+        platforms[graph] = _PLATFORMS[suffix][0]
+    return platforms
+
+
+def _check_replaceable(output: Path) -> None:
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise InputError(f"{output} is not a folder; name another --output")
+    earlier = (output / REPOSITORY_NAME).is_file()
+    if output.is_dir() and not earlier and any(output.iterdir()):
+        raise InputError(
+            f"{output} holds files but no {REPOSITORY_NAME}, so it is not an earlier repository "
+            "and is left alone; name another folder or empty it yourself"
+        )
+
+
+def _write_models(
+    artefact: Artefact, served: Artefact, platforms: dict[str, Platform], root: Path
+) -> None:
+    for name, text in render_configs(artefact.preprocessing, platforms).items():
+        (root / name / VERSION).mkdir(parents=True)  # an ensemble needs the empty folder too
+        (root / name / "config.pbtxt").write_text(text)
+    for graph in platforms:
+        _copy_graph(artefact, served, graph, root / GRAPH_MODELS[graph] / VERSION)
+    core, templates = Path(contract.__file__).parent, resource_dir("triton_models")
+    how = artefact.preprocessing
+    for spec in python_specs(how, prompts="prompt_decoder" in platforms):
+        folder = root / spec.name / VERSION
+        shutil.copyfile(templates / spec.name / VERSION / "model.py", folder / "model.py")
+        # The Python models import `core` as `dbsam_runtime`: a server has no dbsam_deploy.
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(core, folder / "dbsam_runtime", ignore=ignored)
+
+
+def _copy_graph(artefact: Artefact, served: Artefact, graph: str, folder: Path) -> None:
+    source = served.path(graph)
+    target = folder / _PLATFORMS[source.suffix][1]
+    shutil.copyfile(source, target)
+    if sha256_of(target) != served.graphs[graph].sha256:
+        raise ServingError(f"{source} is not what the export published; export again")
+    # A plan runs on the GPU it was built for only; the ONNX it came from lets the CPU stand-in
+    # serve the same configuration.
+    origin = artefact.path(graph).with_suffix(".onnx")
+    if source.suffix == ".plan" and origin.is_file():
+        shutil.copyfile(origin, folder / "model.onnx")
+
+
+def _hashes(root: Path) -> dict[str, str]:
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    return {path.relative_to(root).as_posix(): sha256_of(path) for path in files}
+
+
+def _swap(partial: Path, output: Path) -> None:
+    """Rename `partial` to `output`; an earlier one is moved aside first and restored on failure."""
+    if not output.exists():
+        partial.rename(output)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))
+    try:
+        output.rename(aside / output.name)
+        try:
+            partial.rename(output)
+        except OSError:
+            (aside / output.name).rename(output)
+            raise
+    finally:
+        shutil.rmtree(aside)
+
+
+def load_repository(folder: Path) -> Repository:
+    """Read `repository.json` and check the files it names.
+
+    A `config.pbtxt` may differ from what was rendered, since operators tune it; graphs and code may
+    not.
+
+    Raises:
+        InputError: no repository of this library, another format, or a missing or changed file.
+    """
+    path = folder / REPOSITORY_NAME
+    if not path.is_file():
+        raise InputError(
+            f"no {REPOSITORY_NAME} in {folder}: run `python -m dbsam_deploy.export` first, or name "
+            "the repository it filled with --repository"
+        )
+    try:
+        body = json.loads(path.read_text())
+        if body.pop("format") != FORMAT_VERSION:
+            raise InputError(f"{path}: another format; export again with this version")
+        body["preprocessing"] = Preprocessing(**body["preprocessing"])
+        repository = Repository(folder=folder, **body)
+        files = dict(repository.files)
+    except InputError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path} is not a repository of this library ({error})") from error
+    for name, digest in files.items():
+        file = folder / name
+        if not file.resolve().is_relative_to(folder.resolve()) or not file.is_file():
+            raise InputError(f"{path} names {name}, which is not there; export again")
+        if file.name != "config.pbtxt" and sha256_of(file) != digest:
+            raise InputError(f"{file} was changed after the export (its hash differs)")
+    return repository
+
+
+def committed_configs() -> dict[str, str]:
+    """Triton model name → the text its committed `triton_models/<name>/config.pbtxt` must have."""
+    return render_configs(COMMITTED, dict.fromkeys(GRAPH_MODELS, "onnxruntime"))
+
+
+def refresh_configs(root: Path, *, check: bool = False) -> list[Path]:
+    """Write the committed configurations under `root`.
+
+    Args:
+        root: the `triton_models` folder.
+        check: only compare.
+
+    Returns:
+        The files that differed.
+    """
+    stale = []
+    for name, text in committed_configs().items():
+        path = root / name / "config.pbtxt"
+        if not path.is_file() or path.read_text() != text:
+            stale.append(path)
+            if not check:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text)
+    return stale
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line: build a repository, or refresh the committed configurations."""
+    parser = cli.Parser(
+        prog="python -m dbsam_deploy.serving.repository",
+        formatter_class=cli.HelpFormatter,
+        description=(
+            "Fill a Triton model repository from an export, or render the committed\n"
+            "configurations.\n\nexamples:\n"
+            "  fill a repository\n"
+            "    python -m dbsam_deploy.serving.repository --artefact build/fp16\n"
+            "  after a change of the contract\n"
+            "    python -m dbsam_deploy.serving.repository --refresh\n"
+            "  status 1 if a committed configuration is stale\n"
+            "    python -m dbsam_deploy.serving.repository --check"
+        ),
+    )
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--artefact", type=Path, help="folder of an export, with its manifest.json")
+    action.add_argument("--refresh", action="store_true", help="write triton_models/*/config.pbtxt")
+    action.add_argument("--check", action="store_true", help="compare them only")
+    parser.add_argument(
+        "--output", type=Path, default=DEFAULT_REPOSITORY, help="repository to fill"
+    )
+    args = parser.parse_args(argv)
+    if args.artefact is not None:
+        repository = build_repository(load_artefact(args.artefact), args.output)
+        print(f"{repository.folder}: {len(repository.files)} files, {repository.precision}")
+        return 0
+    stale = refresh_configs(resource_dir("triton_models"), check=args.check)
+    for path in stale:
+        print(f"{'stale' if args.check else 'written'}: {path}")
+    return 1 if args.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,1 @@
+"""Drawn training images with exact masks."""

@@ -1,0 +1,1 @@
+"""Real cases, parity with PyTorch, the gate and the closing table."""

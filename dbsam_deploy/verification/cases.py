@@ -1,0 +1,132 @@
+"""Real images with masks, as prompts and truth for comparisons (MedSAM npz: `imgs`, `gts`)."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..core.errors import InputError
+from ..core.imaging import ByteArray, FloatArray
+from ..images.npz_files import has_labels, read_image_header, read_images, read_labels
+from ..recipe import Parity
+from ..resources import resource_dir
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image (slice) with N objects.
+
+    Attributes:
+        name: file stem and slice.
+        image: (H, W, 3) uint8 RGB.
+        boxes: (N, 4) float32 x0, y0, x1, y1 in the image frame, grown by the jitter.
+        truth: (N, H, W) bool, one mask an object.
+    """
+
+    name: str
+    image: ByteArray
+    boxes: FloatArray
+    truth: npt.NDArray[np.bool_]
+
+
+def bundled_examples() -> Path:
+    """Folder of the CC0 example images that ship with the project."""
+    return resource_dir("export") / "examples"
+
+
+def load_cases(folder: Path, parity: Parity) -> list[Case]:
+    """Read up to `parity.images` slices, spread evenly over the files of `folder`.
+
+    The choice and the jitter depend on file names only, so that runs can be compared.
+
+    Args:
+        folder: searched for `*.npz` with `imgs` and `gts`, sub-folders included.
+        parity: how many images and objects, and the jitter.
+
+    Raises:
+        InputError: no such folder, no npz in it, a damaged one, or no object large enough.
+    """
+    files = sorted(folder.rglob("*.npz"))
+    if not files:
+        raise InputError(
+            f"{folder}: no .npz files with imgs and gts; see export/examples/README.md"
+        )
+    counts = [
+        parity.images // len(files) + (i < parity.images % len(files)) for i in range(len(files))
+    ]
+    # What does not fit evenly goes to the last files, which hold stacks in the bundled examples.
+    cases = []
+    for path, count in zip(files, counts, strict=True):
+        cases += _cases_of(path, count, parity) if count else []
+    if not cases:
+        raise InputError(
+            f"{folder}: no object of at least {parity.min_object_px} pixels in {len(files)} files"
+        )
+    return cases
+
+
+def read_case(path: Path, index: int, image: ByteArray, parity: Parity) -> Case | None:
+    """The case of one slice that was read already; None without labels or large enough objects.
+
+    Args:
+        path: npz file.
+        index: of the slice.
+        image: (H, W, 3) uint8 RGB.
+        parity: see `load_cases`.
+
+    Raises:
+        InputError: a damaged file, or labels of another shape.
+    """
+    if not has_labels(path):
+        return None
+    labels = read_labels(path, (read_image_header(path)[0])[:3])[index]
+    if not _objects(labels, parity):
+        return None
+    rng = np.random.default_rng(zlib.crc32(f"{path.name}[{index}]".encode()))
+    return _case(f"{path.stem}[{index}]", image, labels, parity, rng)
+
+
+def _cases_of(path: Path, count: int, parity: Parity) -> list[Case]:
+    images = read_images(path)
+    labels = read_labels(path, images.shape[:3])
+    filled = [i for i in range(len(images)) if _objects(labels[i], parity)]
+    chosen = [filled[i * len(filled) // count] for i in range(min(count, len(filled)))]
+    rng = np.random.default_rng(zlib.crc32(path.name.encode()))
+    return [_case(f"{path.stem}[{i}]", images[i], labels[i], parity, rng) for i in chosen]
+
+
+def _objects(labels: npt.NDArray[Any], parity: Parity) -> list[int]:
+    ids, sizes = np.unique(labels, return_counts=True)
+    return [int(i) for i, n in zip(ids, sizes, strict=True) if i and n >= parity.min_object_px]
+
+
+def _case(
+    name: str,
+    image: npt.NDArray[Any],
+    labels: npt.NDArray[Any],
+    parity: Parity,
+    rng: np.random.Generator,
+) -> Case:
+    if image.dtype != np.uint8:
+        raise InputError(f"{name}: imgs are {image.dtype}, expected uint8 (0–255)")
+    ids = _objects(labels, parity)
+    ids = sorted(rng.permutation(ids)[: parity.boxes_per_image].tolist())
+    truth = np.stack([labels == i for i in ids])
+    rgb = image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
+    jitter = parity.box_jitter_px * max(labels.shape) / 1024
+    boxes = np.stack([_grown_box(mask, jitter, rng) for mask in truth])
+    return Case(name, np.ascontiguousarray(rgb), boxes, truth)
+
+
+def _grown_box(mask: npt.NDArray[np.bool_], jitter: float, rng: np.random.Generator) -> FloatArray:
+    """Box around the mask's pixels, each side grown by uniform 0–`jitter` px, kept in the image."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    box = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float64)
+    box += rng.uniform(0, jitter, 4) * (-1, -1, 1, 1)
+    height, width = mask.shape
+    return np.clip(box, 0, (width, height, width, height)).astype(np.float32)

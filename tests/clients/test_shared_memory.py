@@ -1,0 +1,78 @@
+"""A client's shared memory and the layout of a request in it, without a server."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dbsam_deploy.clients import calls as client_requests
+from dbsam_deploy.clients import shared_memory as client_memory
+from dbsam_deploy.clients.shared_memory import RegionPool, SharedRegion, region_size
+from dbsam_deploy.core.contract import TensorSpec
+from dbsam_deploy.core.errors import ServingError
+
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Linux keeps POSIX shared memory
+
+
+def regions() -> set[str]:
+    return {path.name for path in SHARED_MEMORY.glob("dbsam_client_*")}
+
+
+def test_region_sizes_are_powers_of_two():
+    assert [region_size(n) for n in (1, 2**20, 2**20 + 1, 200_000_000)] == [
+        2**20,
+        2**20,
+        2**21,
+        2**28,
+    ]
+
+
+def test_a_pool_hands_out_what_fits_and_drops_what_does_not():
+    pool = RegionPool()
+    small, large = SharedRegion(64), SharedRegion(256)
+    pool.idle += [small, large]
+    assert pool.take(128) is large
+    assert pool.take(128) is None
+    assert pool.stale == [small.name]
+    assert large.name in regions()
+    pool.idle.append(large)
+    pool.retire_all()
+    assert pool.stale == [small.name, large.name]
+    assert not {small.name, large.name} & regions()
+
+
+def test_full_shared_memory_is_an_error_not_a_crash(monkeypatch):
+    class Full:
+        f_bavail, f_frsize = 1, 4096
+
+    monkeypatch.setattr(client_memory.os, "statvfs", lambda _: Full)
+    with pytest.raises(ServingError, match="--shm-size"):
+        SharedRegion(8192)
+
+
+def test_tensors_of_a_request_never_overlap_in_their_region():
+    image = np.zeros((33, 17, 3), np.uint8)
+    boxes = np.array([[0, 0, 5, 5], [1, 1, 17, 33], [2, 2, 4, 9]], np.float32)
+    call = client_requests.box_call(image, boxes)
+    offsets, end = call.regions()
+    sizes = {name: array.nbytes for name, array in call.arrays.items()}
+    sizes |= {f"->{spec.name}": call.output_bytes(spec) for spec in call.spec.outputs}
+    spans = sorted((offset, offset + sizes[name]) for name, offset in offsets.items())
+    assert len(spans) == 4
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
+    assert spans[-1][1] <= end
+    assert sizes["->masks"] == 3 * 33 * 17
+
+
+def test_metadata_without_a_mask_input_is_not_ours():
+    with pytest.raises(ServingError, match="repository"):
+        client_requests.mask_side(json.loads('{"inputs": [{"name": "x", "shape": [1]}]}'))
+
+
+def test_output_sizes_follow_the_dtype():
+    spec = TensorSpec("x", "int64", ("n",), "")
+    assert client_requests.Call(None, {}, {"x": (3,)}).output_bytes(spec) == 24

@@ -1,0 +1,116 @@
+"""SAM's attention → `dbsam::RelPosAttention`: its body, its pattern, and what is no match."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from support.fusions import check_fusion, run_body, unfused_when_changed
+from support.references import check_close
+from torch import nn
+
+from dbsam_deploy.fusions import fuse
+from dbsam_deploy.fusions.nodes import DOMAIN, PLUGIN
+from dbsam_deploy.fusions.rel_pos_attention import NAME, body, supports
+from dbsam_deploy.graphs.encoder_decoder import RelPosAttention
+from dbsam_deploy.kernels.torch_ops import rel_pos_attention_reference
+
+DTYPES = {torch.float32: "float32", torch.float16: "float16"}
+
+
+def attention(heads, side, depth=64):
+    """The encoder graph's module without its two Linear layers, and its compact tables."""
+    sam = SimpleNamespace(
+        num_heads=heads,
+        scale=depth**-0.5,
+        qkv=nn.Identity(),
+        proj=nn.Identity(),
+        rel_pos_h=torch.randn(2 * side - 1, depth),
+        rel_pos_w=torch.randn(2 * side - 1, depth),
+    )
+    return Unpacked(RelPosAttention(sam, side)), (sam.rel_pos_h, sam.rel_pos_w)
+
+
+class Unpacked(nn.Module):
+    """`RelPosAttention` where its qkv Linear, which would triple the channels, is left out."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+        self.module.qkv = Packed()
+
+    def forward(self, qkv):
+        self.module.qkv.packed = qkv
+        return self.module(qkv[..., : qkv.shape[-1] // 3])
+
+
+class Packed(nn.Module):
+    """Stands for the Linear: gives what it was told."""
+
+    def forward(self, x):
+        return self.packed
+
+
+@pytest.fixture(scope="module", params=DTYPES, ids=DTYPES.values())
+def graph(request, traced):
+    heads, side, dtype = 2, 5, request.param
+    module, tables = attention(heads, side)
+    qkv = torch.randn(3, side * side, 3 * heads * 64).to(dtype)
+    model = traced(module.to(dtype), {"qkv": qkv})
+    return model, {"qkv": qkv.numpy()}, DTYPES[dtype], tables
+
+
+def test_the_pattern_becomes_one_node_with_the_same_values(graph):
+    model, feed, dtype, tables = graph
+    fused = check_fusion(model, feed, dtype)
+    (node,) = fused.graph
+    assert (node.domain, node.op_type) == (DOMAIN, NAME)
+    assert node.inputs[0].name == "qkv"
+    assert {key: a.value for key, a in node.attributes.items()} == {
+        "num_heads": 2,
+        "side": 5,
+        "scale": 0.125,
+        **PLUGIN,
+    }
+    for value, table in zip(node.inputs[1:], tables, strict=True):
+        assert np.array_equal(value.const_value.numpy(), table.numpy().astype(dtype))
+    assert set(fused.graph.initializers) == {value.name for value in node.inputs[1:]}
+
+
+def test_a_changed_number_is_no_match(graph):
+    model, feed, dtype, _ = graph
+    left = unfused_when_changed(model, feed, dtype)
+    # A table with one other entry is not that of relative positions; another scale is one.
+    scalars = {t.name for t in model.graph.initializer if not t.dims and t.data_type != 7}
+    assert len(scalars) == 1
+    assert {tensor.name for tensor in model.graph.initializer} - scalars <= left
+    assert sum(name.startswith("Transpose") for name in left) == 5
+    assert any(name.startswith("Softmax") for name in left)
+
+
+@pytest.mark.parametrize(("depth", "side"), [(32, 3), (64, 65)])
+def test_sizes_that_the_kernel_does_not_run_are_left_alone(traced, depth, side):
+    assert not supports(depth, side)
+    module, _ = attention(1, side, depth)
+    model = ir.from_proto(traced(module, {"qkv": torch.randn(2, side * side, 3 * depth)}))
+    assert fuse(model).rel_pos_attention == 0
+
+
+@pytest.mark.parametrize(("head_dim", "side"), [(64, 64), (64, 14), (64, 1)])
+def test_sizes_that_the_kernel_runs(head_dim, side):
+    assert supports(head_dim, side)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPES.values())
+@pytest.mark.parametrize(
+    ("windows", "heads", "side", "depth"), [(1, 1, 1, 64), (2, 3, 4, 64), (5, 2, 7, 16)]
+)
+def test_the_body_is_the_reference(windows, heads, side, depth, dtype):
+    tables = [torch.randn(2 * side - 1, depth).to(dtype) for _ in range(2)]
+    qkv = torch.randn(windows, side * side, 3 * heads * depth).to(dtype)
+    sizes = {"num_heads": heads, "side": side, "scale": depth**-0.5}
+    (found,) = run_body(body(), [qkv.numpy(), *(table.numpy() for table in tables)], sizes)
+    expected = rel_pos_attention_reference(qkv, *tables, **sizes)
+    assert found.dtype == expected.numpy().dtype
+    check_close(found, expected.float().numpy(), DTYPES[dtype])

@@ -1,0 +1,87 @@
+"""The graphs against SAM's own modules."""
+
+import numpy as np
+import pytest
+import torch
+from support.references import check_close, prompt_feed, small_model
+
+from dbsam_deploy.core.contract import Geometry, graph_specs
+from dbsam_deploy.core.errors import InputError
+from dbsam_deploy.graphs.encoder_decoder import build_graph, example_inputs
+from dbsam_deploy.sessions.pytorch_session import PytorchSession
+
+
+@pytest.mark.parametrize("image_size", [64, 144, 240])  # grids 4, 9 (padded windows) and 15
+@pytest.mark.parametrize(
+    "variant", ["db_sam", "db_sam_4level", "db_sam_plus", "sam_vit_b", "lite_medsam"]
+)
+def test_encoder_graph_equals_the_model(variant, image_size):
+    model = small_model(variant, image_size)
+    image = torch.randn(2, 3, image_size, image_size)
+    with torch.inference_mode():
+        expected, found = model.encode(image), build_graph(model, "encoder")(image)
+    assert found.shape == (2, 256, model.config.frame.grid, model.config.frame.grid)
+    check_close(found.numpy(), expected.numpy(), "float32", "image_embeddings")
+
+
+@pytest.mark.parametrize("variant", ["db_sam", "lite_medsam"])
+def test_building_a_graph_leaves_the_model_as_it_was(variant):
+    model = small_model(variant, 64)
+    image, before = torch.randn(1, 3, 64, 64), {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.inference_mode():
+        expected = model.encode(image)
+        for name in graph_specs(Geometry(64)):
+            build_graph(model, name).half()
+        assert torch.equal(model.encode(image), expected)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(("batch", "boxes"), [(1, 1), (2, 3), (3, 1)])
+def test_decoder_graph_equals_sam_box_by_box(batch, boxes):
+    model = small_model("sam_vit_b", 64)
+    inputs = example_inputs("decoder", Geometry(64), batch=batch, prompts=boxes)
+    with torch.inference_mode():
+        masks, iou = build_graph(model, "decoder")(**inputs)
+    expected = PytorchSession(model).run("decoder", {k: v.numpy() for k, v in inputs.items()})
+    assert masks.shape == (batch, boxes, 1, 16, 16)
+    check_close(masks.numpy(), expected["low_res_masks"], "float32", "low_res_masks")
+    check_close(iou.numpy(), expected["iou_predictions"], "float32", "iou_predictions")
+
+
+@pytest.mark.parametrize("variant", ["sam_vit_b", "lite_medsam"])
+@pytest.mark.parametrize(("box", "points"), [(True, 0), (False, 1), (False, 4), (True, 3)])
+def test_prompt_decoder_graph_equals_sam_prompt_by_prompt(variant, box, points):
+    model = small_model(variant, 64)
+    size = model.config.frame
+    feed = prompt_feed(np.random.default_rng(), box=box, points=points, size=size)
+    with torch.inference_mode():
+        masks, iou = build_graph(model, "prompt_decoder")(
+            **{k: torch.from_numpy(v) for k, v in feed.items()}
+        )
+    expected = PytorchSession(model).run("prompt_decoder", feed)
+    assert masks.shape == (2, 3, 4, size.mask_side, size.mask_side)
+    check_close(masks.numpy(), expected["low_res_masks"], "float32", "low_res_masks")
+    check_close(iou.numpy(), expected["iou_predictions"], "float32", "iou_predictions")
+
+
+def test_boxes_are_independent_of_each_other():
+    model = small_model("sam_vit_b", 64)
+    inputs = example_inputs("decoder", Geometry(64), batch=1, prompts=4)
+    graph = build_graph(model, "decoder")
+    with torch.inference_mode():
+        together, _ = graph(**inputs)
+        alone, _ = graph(inputs["image_embeddings"], inputs["boxes"][:, 2:3])
+    check_close(alone[0, 0].numpy(), together[0, 2].numpy(), "float32")
+
+
+def test_reference_session_refuses_tokens_that_sam_cannot_express():
+    feed = prompt_feed(np.random.default_rng(), box=False, points=2, size=Geometry(64))
+    feed["point_labels"][..., -1] = 1
+    with pytest.raises(InputError, match="expected a box's corners"):
+        PytorchSession(small_model("sam_vit_b", 64)).run("prompt_decoder", feed)
+
+
+def test_unknown_graph():
+    with pytest.raises(InputError, match="expected one of encoder"):
+        build_graph(small_model("sam_vit_b", 64), "neck")

@@ -1,0 +1,180 @@
+"""Exported files: contract, constant shapes, typed precision, values on ONNX Runtime."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from support.references import check_close, prompt_feed
+
+from dbsam_deploy.core.contract import Geometry, graph_specs
+from dbsam_deploy.core.errors import ExportError
+from dbsam_deploy.graphs.encoder_decoder import build_graph, example_inputs
+from dbsam_deploy.graphs.onnx_export import check_onnx, export_graph, fold_reshapes
+from dbsam_deploy.graphs.precision import apply_precision
+from dbsam_deploy.recipe import load_recipe
+
+SIZE = 64
+SIZES = Geometry(SIZE)
+DTYPES = {"fp32": "float32", "fp16": "float16"}
+
+
+@pytest.fixture(scope="module")
+def model(small_models):
+    return small_models("db_sam")
+
+
+@pytest.fixture(scope="module", params=["fp32", "fp16"])
+def exported(request, exported_graph):
+    paths = {name: exported_graph("db_sam", name, request.param) for name in graph_specs(SIZES)}
+    for path in paths.values():
+        assert list(path.parent.iterdir()) == [path]
+    return request.param, paths
+
+
+def run(path, feed):
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return session.run(None, feed)
+
+
+def feed_of(name: str, batch: int, prompts: int) -> dict[str, np.ndarray]:
+    if name == "prompt_decoder":
+        return prompt_feed(np.random.default_rng(), box=batch == 1, points=prompts, size=SIZES)
+    inputs = example_inputs(name, SIZES, batch=batch, prompts=prompts)
+    return {key: value.numpy() for key, value in inputs.items()}
+
+
+@pytest.mark.parametrize(("batch", "prompts"), [(1, 1), (3, 4)])
+@pytest.mark.parametrize("name", list(graph_specs(SIZES)))
+def test_values_equal_the_graph_at_other_batches_than_traced(exported, model, name, batch, prompts):
+    precision, paths = exported
+    feed = feed_of(name, batch, prompts)
+    with torch.inference_mode():
+        expected = build_graph(model, name)(**{k: torch.from_numpy(v) for k, v in feed.items()})
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    for spec, found, want in zip(
+        graph_specs(SIZES)[name].outputs, run(paths[name], feed), expected, strict=True
+    ):
+        assert found.dtype == spec.dtype
+        check_close(found, want.numpy(), DTYPES[precision], spec.name)
+
+
+@pytest.mark.parametrize("variant", ["db_sam_4level", "db_sam_plus", "lite_medsam"])
+def test_other_variants_export_in_half_precision(variant, small_models, exported_graph):
+    wide, path = small_models(variant), exported_graph(variant, "encoder", "fp16")
+    feed = feed_of("encoder", 2, 1)
+    with torch.inference_mode():
+        expected = wide.encode(torch.from_numpy(feed["image"])).numpy()
+    check_close(run(path, feed)[0], expected, "float16", "image_embeddings")
+
+
+def test_files_say_nothing_of_the_machine_that_made_them(exported):
+    for path in exported[1].values():
+        content = path.read_bytes()
+        assert b"name_scopes" in content  # the paths of modules are kept, nothing else
+        assert b"stack_trace" not in content
+        assert str(Path(torch.__file__).parent).encode() not in content
+
+
+def test_files_hold_the_contract_and_no_shape_arithmetic(exported):
+    _, paths = exported
+    for name, path in paths.items():
+        check_onnx(path, graph_specs(SIZES)[name])
+        ops = Counter(node.op_type for node in onnx.load(path).graph.node)
+        assert not ops.keys() & {"Shape", "Expand", "Tile", "If", "Loop", "ConstantOfShape"}
+        assert ops["LayerNormalization"] > 0
+    encoder = Counter(node.op_type for node in onnx.load(paths["encoder"]).graph.node)
+    assert encoder["GridSample"] == 8  # two directions, four stages
+    assert encoder["BatchNormalization"] == 0
+
+
+def test_precision_is_typed_in_the_graph(exported):
+    precision, paths = exported
+    wide, half = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
+    for name, path in paths.items():
+        graph = onnx.load(path).graph
+        types = Counter(i.data_type for i in graph.initializer if i.data_type in (wide, half))
+        if precision == "fp32":
+            assert half not in types
+        else:
+            numbers = sum(np.prod(i.dims) for i in graph.initializer if i.data_type == wide)
+            assert types[half] > 0
+            assert numbers < 20_000, f"{name} keeps {numbers} float32 weights"
+
+
+def test_wrong_contract_is_refused(exported):
+    _, paths = exported
+    with pytest.raises(ExportError, match="the contract says"):
+        check_onnx(paths["decoder"], graph_specs(Geometry(128))["decoder"])
+
+
+def test_island_that_computes_in_fp32_unnamed_is_refused(model, tmp_path):
+    recipe = replace(load_recipe("fp16"), fp32_islands=("*.attn.sampling",))
+    with pytest.raises(ExportError, match=r"float32 outside the fp32_islands of fp16\.toml"):
+        export_graph(model, "decoder", recipe, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_island_that_is_never_run_is_refused(model, tmp_path):
+    recipe = load_recipe("fp16")
+    islands = (*recipe.fp32_islands, "prompt.mask_downscaling")
+    with pytest.raises(ExportError, match="is never run as a module"):
+        export_graph(model, "decoder", replace(recipe, fp32_islands=islands), tmp_path)
+
+
+def test_named_island_runs_in_fp32(model):
+    recipe = replace(load_recipe("fp16"), fp32_islands=("*.sampling", "image_encoder.neck"))
+    graph = build_graph(model, "encoder")
+    islands = apply_precision(graph, recipe)
+    assert "image_encoder.neck" in islands
+    neck = graph.image_encoder.neck.module
+    assert {p.dtype for p in neck.parameters()} == {torch.float32}
+    assert graph.image_encoder.pos_embed.dtype == torch.float16
+    with torch.inference_mode():
+        found = graph(torch.randn(1, 3, SIZE, SIZE))
+    assert found.dtype == torch.float32
+    assert torch.isfinite(found).all()
+
+
+def test_weights_beyond_half_precision_are_refused(model):
+    graph = build_graph(model, "decoder")
+    with torch.no_grad():
+        graph.prompt.no_mask_embed.weight[0, 0] = 1e5
+    with pytest.raises(ExportError, match=r"no_mask_embed\.weight has values beyond float16"):
+        apply_precision(graph, load_recipe("fp16"))
+
+
+def reshape_model(in_dims, out_dims) -> ir.Model:
+    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, in_dims)
+    y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, out_dims)
+    s = onnx.helper.make_tensor_value_info("s", onnx.TensorProto.INT64, [len(out_dims)])
+    node = onnx.helper.make_node("Reshape", ["x", "s"], ["y"], allowzero=1)
+    graph = onnx.helper.make_graph([node], "g", [x, s], [y])
+    return ir.from_proto(onnx.helper.make_model(graph))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "target"),
+    [
+        (["b", "n", 12], ["b", "n", 3, 4], [0, 0, 3, 4]),
+        (["b", 4, 3], ["b", 12], [0, 12]),
+        (["b", "n", 4], ["bn", 4], [-1, 4]),
+        (["b", "n", 4], ["b", "4n"], [0, -1]),
+    ],
+)
+def test_reshape_targets_become_constants(before, after, target):
+    model = reshape_model(before, after)
+    assert fold_reshapes(model) == 1
+    node = model.graph.node(0)
+    assert node.inputs[1].const_value.numpy().tolist() == target
+    assert "allowzero" not in node.attributes
+
+
+def test_reshape_that_needs_two_unknowns_is_refused():
+    with pytest.raises(ExportError, match="cannot be a constant"):
+        fold_reshapes(reshape_model(["b", "n", 4], ["c", "d", 4]))

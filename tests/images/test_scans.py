@@ -1,0 +1,364 @@
+"""NIfTI and DICOM: axes, geometry, rescaling, order, and what is refused."""
+
+import gzip
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.dicom_series import rotation, write_dicom_series
+
+from dbsam_deploy.core.errors import EngineError, InputError
+from dbsam_deploy.images.scans import Geometry, check_voxels, nifti_bytes, read_dicom, read_nifti
+
+nib = pytest.importorskip("nibabel")
+pydicom = pytest.importorskip("pydicom")
+
+OBLIQUE = np.eye(4)
+OBLIQUE[:3, :3] = rotation(12, -23, 31) @ np.diag([0.7, -0.9, 2.5])
+OBLIQUE[:3, 3] = [-91.25, 33.5, 1042.75]
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng()
+
+
+def save_nifti(path: Path, array: np.ndarray, affine: np.ndarray = OBLIQUE, **codes: int) -> Path:
+    image = nib.Nifti1Image(array, affine)
+    image.set_sform(affine, code=codes.get("sform", 1))
+    image.set_qform(affine, code=codes.get("qform", 1))
+    image.header.set_xyzt_units("mm", "sec")
+    nib.save(image, path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["scan.nii", "scan.nii.gz"])
+def test_nifti_axes(tmp_path: Path, rng: np.random.Generator, name: str) -> None:
+    array = rng.integers(-900, 2000, (7, 5, 4)).astype(np.int16)
+    scan = read_nifti(save_nifti(tmp_path / name, array))
+    assert scan.values.shape == (4, 5, 7)
+    for x, y, z in [(0, 0, 0), (6, 0, 0), (0, 4, 0), (0, 0, 3), (2, 3, 1)]:
+        assert scan.values[z, y, x] == array[x, y, z]
+    assert scan.spacing_mm == pytest.approx((2.5, 0.9, 0.7), rel=1e-5)
+
+
+def test_nifti_scale_factors_are_applied(tmp_path: Path, rng: np.random.Generator) -> None:
+    stored = rng.integers(0, 250, (4, 5, 3)).astype(np.uint8)
+    image = nib.Nifti1Image(stored, OBLIQUE)
+    image.header.set_slope_inter(2.0, -100.0)
+    nib.save(image, tmp_path / "scaled.nii")
+    scan = read_nifti(tmp_path / "scaled.nii")
+    expected = stored.transpose(2, 1, 0).astype(np.float32) * 2 - 100
+    np.testing.assert_array_equal(scan.values, expected)
+
+
+def test_nifti_bytes_without_scaling_stay_uint8(tmp_path: Path, rng: np.random.Generator) -> None:
+    stored = rng.integers(0, 256, (4, 5, 3)).astype(np.uint8)
+    assert read_nifti(save_nifti(tmp_path / "u.nii.gz", stored)).values.dtype == np.uint8
+
+
+@pytest.mark.parametrize("shape", [(6, 5, 4), (6, 5, 4, 1), (6, 5, 1), (6, 5)])
+@pytest.mark.parametrize(("sform", "qform"), [(1, 1), (2, 0), (0, 1), (4, 1)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_label_map_has_the_inputs_geometry(
+    tmp_path: Path,
+    rng: np.random.Generator,
+    shape: tuple[int, ...],
+    sform: int,
+    qform: int,
+    dtype: type,
+) -> None:
+    array = rng.integers(0, 900, shape).astype(np.int16)
+    source = nib.load(save_nifti(tmp_path / "in.nii.gz", array, OBLIQUE, sform=sform, qform=qform))
+    scan = read_nifti(tmp_path / "in.nii.gz")
+    labels = rng.integers(0, np.iinfo(dtype).max + 1, scan.values.shape).astype(dtype)
+    (tmp_path / "out.nii.gz").write_bytes(nifti_bytes(labels, scan.geometry))
+    back = nib.load(tmp_path / "out.nii.gz")
+    np.testing.assert_array_equal(back.affine, source.affine)
+    assert back.shape == source.shape
+    assert back.get_data_dtype() == dtype
+    for field in ("sform_code", "qform_code", "srow_x", "srow_y", "srow_z", "pixdim", "xyzt_units"):
+        np.testing.assert_array_equal(back.header[field], source.header[field])
+    again = read_nifti(tmp_path / "out.nii.gz").values
+    np.testing.assert_array_equal(again.astype(dtype), labels)
+    # The stored array itself, by its own axes.
+    stored = np.asarray(back.dataobj).reshape(labels.shape[::-1])
+    np.testing.assert_array_equal(stored, labels.transpose(2, 1, 0))
+
+
+def test_label_map_of_a_nifti2_is_a_nifti2(tmp_path: Path) -> None:
+    nib.save(nib.Nifti2Image(np.zeros((3, 4, 5), np.int16), OBLIQUE), tmp_path / "two.nii")
+    scan = read_nifti(tmp_path / "two.nii")
+    (tmp_path / "out.nii.gz").write_bytes(nifti_bytes(scan.values.astype(np.uint8), scan.geometry))
+    assert isinstance(nib.load(tmp_path / "out.nii.gz"), nib.Nifti2Image)
+
+
+def test_label_map_drops_what_describes_the_scan(tmp_path: Path) -> None:
+    image = nib.Nifti1Image(np.ones((3, 4, 5), np.int16), OBLIQUE)
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"Jane Doe"))
+    image.header["cal_max"] = 400
+    nib.save(image, tmp_path / "in.nii")
+    scan = read_nifti(tmp_path / "in.nii")
+    content = gzip.decompress(nifti_bytes(np.ones((5, 4, 3), np.uint8), scan.geometry))
+    assert b"Jane Doe" not in content
+    header = nib.Nifti1Image.from_bytes(content).header
+    assert header["cal_max"] == 0
+    assert scan.geometry.header["cal_max"] == 400  # the input's own header is left alone
+
+
+def test_label_map_bytes_are_reproducible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scan = read_nifti(save_nifti(tmp_path / "in.nii", np.ones((3, 4, 5), np.int16)))
+    first = nifti_bytes(scan.values.astype(np.uint8), scan.geometry)
+    monkeypatch.setattr("time.time", lambda: 2e9)
+    assert nifti_bytes(scan.values.astype(np.uint8), scan.geometry) == first
+
+
+# Where a NIfTI-1 header keeps a field, and what is written there.
+HEADER_DAMAGE = {
+    "bad type": (70, b"\x07\x77"),
+    "huge": (40, np.array([3, 32767, 32767, 32767, 1, 1, 1, 1], "<i2").tobytes()),
+    "negative": (40, np.array([3, -3, 4, 5, 1, 1, 1, 1], "<i2").tobytes()),
+    "far offset": (108, np.array([1e30], "<f4").tobytes()),
+    "nan affine": (280, np.array([np.nan], "<f4").tobytes()),
+    "flat affine": (312, bytes(16)),
+}
+WHOLE_DAMAGE = {
+    "text": lambda content: b"this is no scan at all" * 40,
+    "empty": lambda content: b"",
+    "cut header": lambda content: content[:200],
+    "cut data": lambda content: content[:-30],
+}
+
+
+def broken_nifti(tmp_path: Path, kind: str) -> Path:
+    path = save_nifti(tmp_path / "scan.nii", np.arange(60, dtype=np.int16).reshape(3, 4, 5))
+    content = bytearray(path.read_bytes())
+    if kind in HEADER_DAMAGE:
+        place, value = HEADER_DAMAGE[kind]
+        content[place : place + len(value)] = value
+        path.write_bytes(bytes(content))
+    else:
+        path.write_bytes(WHOLE_DAMAGE[kind](bytes(content)))
+    return path
+
+
+@pytest.mark.parametrize("kind", [*HEADER_DAMAGE, *WHOLE_DAMAGE])
+def test_broken_nifti_is_refused(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = broken_nifti(tmp_path, kind)
+    with pytest.raises(InputError, match=r"scan\.nii"):
+        read_nifti(path)
+    assert caplog.records == []  # nibabel would print them on stderr
+
+
+def test_cut_gzip_is_refused(tmp_path: Path, rng: np.random.Generator) -> None:
+    array = rng.integers(0, 900, (20, 20, 20)).astype(np.int16)
+    path = save_nifti(tmp_path / "scan.nii.gz", array)
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(InputError, match="cannot be read to its end"):
+        read_nifti(path)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((3, 4, 5, 2), np.int16), "one NIfTI volume"),
+        (np.zeros((3, 4, 5), np.complex64), "real numbers"),
+        (np.zeros((3, 4, 5), [("R", "u1"), ("G", "u1"), ("B", "u1")]), "real numbers"),
+    ],
+)
+def test_nifti_that_is_no_grey_volume_is_refused(
+    tmp_path: Path, array: np.ndarray, message: str
+) -> None:
+    nib.save(nib.Nifti1Image(array, OBLIQUE), tmp_path / "scan.nii")
+    with pytest.raises(InputError, match=message):
+        read_nifti(tmp_path / "scan.nii")
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 4), (1, 9000, 9000), (600, 1024, 1024)])
+def test_check_voxels_refuses(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match="scan"):
+        check_voxels(shape, Path("scan"))
+
+
+@pytest.mark.parametrize("angles", [(0, 0, 0), (11, -17, 29), (0, 90, 0), (180, 0, 0)])
+def test_dicom_series(
+    tmp_path: Path, rng: np.random.Generator, angles: tuple[float, float, float]
+) -> None:
+    volume = rng.integers(-1000, 2000, (6, 5, 9)).astype(np.int32)
+    directions = rotation(*angles)
+    spacing, origin = (2.5, 0.7, 0.8), (-100.0, -80.0, 30.0)
+    write_dicom_series(
+        tmp_path / "ct", volume, directions=directions, spacing_mm=spacing, origin_mm=origin
+    )
+    (tmp_path / "ct" / "README.txt").write_text("not DICOM")
+    scan = read_dicom(tmp_path / "ct")
+    np.testing.assert_array_equal(scan.values, volume)
+    assert scan.spacing_mm == pytest.approx(spacing)
+    assert len(scan.files) == 6
+    # Each voxel's place in the patient, from the definition of the DICOM attributes.
+    x, y, z = 7, 2, 4
+    left_posterior = np.array(origin) + directions @ (np.array([x, y, z]) * spacing[::-1])
+    right_anterior = left_posterior * [-1, -1, 1]
+    np.testing.assert_allclose((scan.geometry.affine @ [x, y, z, 1])[:3], right_anterior, atol=1e-4)
+
+
+def test_dicom_label_map_in_nifti(tmp_path: Path, rng: np.random.Generator) -> None:
+    volume = rng.integers(-1000, 2000, (4, 5, 9)).astype(np.int32)
+    write_dicom_series(tmp_path / "ct", volume, directions=rotation(10, 20, 30))
+    scan = read_dicom(tmp_path / "ct")
+    labels = rng.integers(0, 4, volume.shape).astype(np.uint8)
+    (tmp_path / "out.nii.gz").write_bytes(nifti_bytes(labels, scan.geometry))
+    back = nib.load(tmp_path / "out.nii.gz")
+    np.testing.assert_allclose(back.affine, scan.geometry.affine, rtol=1e-6)
+    np.testing.assert_array_equal(np.asarray(back.dataobj), labels.transpose(2, 1, 0))
+    assert back.header.get_xyzt_units()[0] == "mm"
+
+
+def test_a_single_dicom_file_is_one_slice(tmp_path: Path, rng: np.random.Generator) -> None:
+    volume = rng.integers(-1000, 2000, (3, 5, 9)).astype(np.int32)
+    files = write_dicom_series(tmp_path / "ct", volume)
+    scan = read_dicom(files[1])
+    np.testing.assert_array_equal(scan.values, volume[1:2])
+    assert scan.spacing_mm == pytest.approx((2.5, 0.7, 0.8))
+
+
+def edit(path: Path, **values: object) -> None:
+    dataset = pydicom.dcmread(path)
+    for name, value in values.items():
+        if value is None:
+            delattr(dataset, name)
+        else:
+            setattr(dataset, name, value)
+    dataset.save_as(path)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"SeriesInstanceUID": "1.2.3"}, "2 DICOM series"),
+        ({"PixelSpacing": ["0.7", "0.9"]}, "PixelSpacing differs"),
+        ({"ImageOrientationPatient": [0, 1, 0, 1, 0, 0]}, "ImageOrientationPatient differs"),
+        ({"ImagePositionPatient": None}, "ImagePositionPatient is missing"),
+        ({"ImageOrientationPatient": None}, "ImageOrientationPatient is missing"),
+        ({"ImagePositionPatient": [-100, -80, 33.5]}, "not evenly spaced"),
+        ({"Rows": 4}, "Rows is 4, 5"),
+        ({"PhotometricInterpretation": "PALETTE COLOR"}, "PhotometricInterpretation is"),
+        ({"NumberOfFrames": 3}, "multi-frame"),
+        ({"PixelData": b"\0\0"}, "not readable DICOM"),
+        ({"RescaleSlope": None, "Rows": None}, "Rows is 5, None"),
+    ],
+)
+def test_dicom_series_that_is_no_even_stack_is_refused(
+    tmp_path: Path, values: dict[str, object], message: str
+) -> None:
+    files = write_dicom_series(tmp_path / "ct", np.zeros((4, 5, 6), int))
+    edit(files[2], **values)
+    with pytest.raises(InputError, match=message):
+        read_dicom(tmp_path / "ct")
+
+
+def test_a_missing_slice_is_noticed(tmp_path: Path) -> None:
+    files = write_dicom_series(tmp_path / "ct", np.zeros((6, 5, 6), int))
+    files[2].unlink()
+    with pytest.raises(InputError, match="one is missing"):
+        read_dicom(tmp_path / "ct")
+
+
+def test_a_slice_stored_twice_is_noticed(tmp_path: Path) -> None:
+    files = write_dicom_series(tmp_path / "ct", np.zeros((3, 5, 6), int))
+    shutil.copy(files[1], tmp_path / "ct" / "copy.dcm")
+    with pytest.raises(InputError, match="stored twice"):
+        read_dicom(tmp_path / "ct")
+
+
+def test_monochrome1_is_mirrored(tmp_path: Path) -> None:
+    volume = np.array([[[0, 1], [65535, 7]]])
+    (file,) = write_dicom_series(tmp_path / "x", volume, intercept=0)
+    edit(file, PhotometricInterpretation="MONOCHROME1")
+    np.testing.assert_array_equal(read_dicom(file).values, 65535 - volume)
+
+
+def test_a_photograph_in_dicom(tmp_path: Path, rng: np.random.Generator) -> None:
+    pixels = rng.integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    (file,) = write_dicom_series(tmp_path / "photo", np.zeros((1, 4, 6), int))
+    edit(
+        file,
+        PhotometricInterpretation="RGB",
+        SamplesPerPixel=3,
+        PlanarConfiguration=0,
+        BitsAllocated=8,
+        BitsStored=8,
+        HighBit=7,
+        PixelData=pixels.tobytes(),
+        ImagePositionPatient=None,
+        ImageOrientationPatient=None,
+    )
+    scan = read_dicom(file)
+    np.testing.assert_array_equal(scan.values, pixels[None])
+    assert scan.geometry is None
+    assert scan.spacing_mm is None
+
+
+@pytest.mark.parametrize("kind", ["text", "cut", "deflated", "empty folder"])
+def test_broken_dicom_is_refused(tmp_path: Path, kind: str) -> None:
+    (file,) = write_dicom_series(tmp_path / "ct", np.zeros((1, 5, 6), int))
+    target = file
+    if kind == "text":
+        file.write_text("no DICOM")
+    elif kind == "cut":
+        file.write_bytes(file.read_bytes()[:300])
+    elif kind == "deflated":
+        dataset = pydicom.dcmread(file)
+        dataset.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+        dataset.save_as(file)
+    else:
+        target = tmp_path / "empty"
+        target.mkdir()
+    with pytest.raises(InputError):
+        read_dicom(target)
+
+
+def test_flipped_bytes_never_escape_as_another_error(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """Damage at random places is read or refused, never anything else."""
+    (dicom,) = write_dicom_series(tmp_path / "ct", np.zeros((1, 5, 6), int))
+    nifti = save_nifti(tmp_path / "scan.nii", np.ones((3, 4, 5), np.int16))
+    refused = 0
+    for path, read, limit in ((dicom, read_dicom, None), (nifti, read_nifti, 352)):
+        content = path.read_bytes()
+        for _ in range(150):
+            damaged = bytearray(content)
+            for place in rng.integers(0, limit or len(content), 4):
+                damaged[place] = rng.integers(0, 256)
+            path.write_bytes(bytes(damaged))
+            try:
+                read(path)
+            except InputError:
+                refused += 1
+    assert refused > 20
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "read"),
+    [
+        ("nibabel", r"pip install 'dbsam-deploy\[nifti\]'", read_nifti),
+        ("pydicom", r"pip install 'dbsam-deploy\[dicom\]'", read_dicom),
+    ],
+)
+def test_a_missing_extra_names_its_pip_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, line: str, read: object
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, module, None)
+    with pytest.raises(EngineError, match=line):
+        read(tmp_path / "scan")  # type: ignore[operator]
+
+
+def test_geometry_without_a_header_makes_a_header() -> None:
+    content = nifti_bytes(np.ones((2, 3, 4), np.uint8), Geometry(OBLIQUE, (4, 3, 2)))
+    image = nib.Nifti1Image.from_bytes(gzip.decompress(content))
+    np.testing.assert_allclose(image.affine, OBLIQUE, rtol=1e-6)
+    assert image.header["sform_code"] == 1

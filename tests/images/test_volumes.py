@@ -1,0 +1,280 @@
+"""Pictures, intensities and the writing of masks; scans and npz files have their own tests."""
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dbsam_deploy.core.errors import InputError
+from dbsam_deploy.images.volumes import (
+    Volume,
+    label_dtype,
+    label_map_bytes,
+    npz_bytes,
+    png_bytes,
+    read_volume,
+    to_uint8,
+    write_atomic,
+)
+
+HERE = Path("scan")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng()
+
+
+def test_colour_png_is_read_exactly(tmp_path: Path, rng: np.random.Generator) -> None:
+    pixels = rng.integers(0, 256, (7, 11, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    volume = read_volume(tmp_path / "a.png")
+    np.testing.assert_array_equal(volume.slice_rgb(0), pixels)
+    assert volume.shape == (1, 7, 11)
+    assert not volume.is_volume
+    assert volume.files == (tmp_path / "a.png",)
+    assert volume.intensity == "0–255 as stored"
+
+
+def test_grey_png_is_repeated_in_three_channels(tmp_path: Path, rng: np.random.Generator) -> None:
+    pixels = rng.integers(0, 256, (7, 11), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "A.PNG")
+    rgb = read_volume(tmp_path / "A.PNG").slice_rgb(0)
+    for channel in range(3):
+        np.testing.assert_array_equal(rgb[..., channel], pixels)
+
+
+def test_jpeg(tmp_path: Path) -> None:
+    Image.new("RGB", (16, 8), (200, 100, 50)).save(tmp_path / "a.jpg", quality=95)
+    rgb = read_volume(tmp_path / "a.jpg").slice_rgb(0)
+    assert np.abs(rgb.astype(int) - [200, 100, 50]).max() <= 3
+
+
+def test_a_jpegs_orientation_tag_is_not_applied(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees
+    Image.new("RGB", (16, 8)).save(tmp_path / "a.jpg", exif=exif)
+    assert read_volume(tmp_path / "a.jpg").shape == (1, 8, 16)
+
+
+def test_transparency_is_laid_over_black(tmp_path: Path) -> None:
+    pixels = np.zeros((2, 2, 4), np.uint8)
+    pixels[..., 0], pixels[..., 3] = 200, [[0, 255], [128, 255]]
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    volume = read_volume(tmp_path / "a.png")
+    assert volume.slice_rgb(0)[..., 0].tolist() == [[0, 200], [100, 200]]
+    assert "transparency over black" in volume.intensity
+
+
+@pytest.mark.parametrize(("mode", "transparency"), [("LA", False), ("P", True), ("P", False)])
+def test_palettes_and_grey_with_alpha(tmp_path: Path, mode: str, transparency: bool) -> None:
+    image = Image.new("RGB", (4, 3), (10, 10, 10))
+    image.putpixel((1, 2), (250, 250, 250))
+    keep = {"transparency": 250} if transparency else {}
+    image.convert("L").convert(mode).save(tmp_path / "a.png", **keep)
+    rgb = read_volume(tmp_path / "a.png").slice_rgb(0)
+    assert rgb.shape == (3, 4, 3)
+    assert rgb[2, 1].tolist() in ([250] * 3, [0] * 3)
+    assert (rgb[2, 1] == 0).all() == transparency
+    assert (rgb[0] == 10).all()
+
+
+def test_black_and_white_png(tmp_path: Path) -> None:
+    bits = np.array([[True, False], [False, True]])
+    Image.fromarray(bits).save(tmp_path / "a.png")
+    assert read_volume(tmp_path / "a.png").pixels[0].tolist() == [[255, 0], [0, 255]]
+
+
+def test_16_bit_grey_png_uses_percentiles_or_the_window(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    pixels = rng.integers(1, 4096, (40, 50)).astype(np.uint16)
+    pixels[:5] = 0
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    volume = read_volume(tmp_path / "a.png")
+    low, high = np.percentile(pixels[pixels > 0], [0.5, 99.5])
+    expected = ((np.clip(pixels, low, high) - low) / (high - low) * 255).astype(np.uint8)
+    expected[pixels == 0] = 0
+    assert np.abs(volume.pixels[0].astype(int) - expected).max() <= 1
+    assert "0.5–99.5 percentile of non-zero voxels" in volume.intensity
+    windowed = read_volume(tmp_path / "a.png", window=(2000, 1000))
+    assert (windowed.pixels[0][pixels <= 1500] == 0).all()
+    assert (windowed.pixels[0][pixels >= 2500] == 255).all()
+    assert "window level 2000 width 1000 (1500 to 2500)" in windowed.intensity
+
+
+def test_16_bit_colour_png_says_what_is_lost(tmp_path: Path) -> None:
+    # Pillow cannot write 16-bit colour, so the file is put together by hand.
+    import struct
+    import zlib
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        check = zlib.crc32(name + body)
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", check)
+
+    header = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)
+    row = b"\0" + struct.pack(">6H", 0x1234, 0xFF00, 0x00FF, 0x8000, 0x7FFF, 0)
+    content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+    content += chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
+    (tmp_path / "a.png").write_bytes(content)
+    volume = read_volume(tmp_path / "a.png")
+    assert volume.slice_rgb(0).tolist() == [[[0x12, 0xFF, 0x00], [0x80, 0x7F, 0x00]]]
+    assert "high byte of 16-bit colour" in volume.intensity
+
+
+@pytest.mark.parametrize("size", [(9000, 9000), (20000, 20000)])
+def test_a_picture_too_large_is_refused_before_decoding(
+    tmp_path: Path, size: tuple[int, int]
+) -> None:
+    # One announces more pixels than we accept, one more than Pillow itself does.
+    import struct
+    import zlib
+
+    stream = io.BytesIO()
+    Image.new("L", (1, 1)).save(stream, "PNG")
+    content = bytearray(stream.getvalue())
+    content[16:24] = struct.pack(">II", *size)
+    content[29:33] = struct.pack(">I", zlib.crc32(bytes(content[12:29])))
+    (tmp_path / "a.png").write_bytes(bytes(content))
+    with pytest.raises(InputError, match="more than 67108864 pixels"):
+        read_volume(tmp_path / "a.png")
+
+
+def test_broken_pictures_are_refused(tmp_path: Path, rng: np.random.Generator) -> None:
+    good = png_bytes(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8))
+    path = tmp_path / "a.png"
+    for broken in (good[:-2000], good[:20], b"", b"GIF89a" + good[6:], b"text"):
+        path.write_bytes(broken)
+        with pytest.raises(InputError, match="not a readable PNG or JPEG"):
+            read_volume(path)
+
+
+def test_a_picture_of_another_format_is_not_decoded(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.tiff")
+    (tmp_path / "a.tiff").rename(tmp_path / "a.png")
+    with pytest.raises(InputError, match="not a readable PNG or JPEG"):
+        read_volume(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("name", ["nothing.png", "nothing", "x" * 5000 + ".png", "a\0b.png"])
+def test_no_such_file(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match="no such file"):
+        read_volume(tmp_path / name)
+
+
+def test_unknown_suffix(tmp_path: Path) -> None:
+    (tmp_path / "a.bmp").write_bytes(b"BM")
+    with pytest.raises(InputError, match="unknown kind of file"):
+        read_volume(tmp_path / "a.bmp")
+
+
+def test_negative_values_count_all_voxels_and_keep_zero() -> None:
+    values = np.linspace(-1000, 1000, 2001, dtype=np.float32).reshape(1, 3, 667)
+    pixels, text = to_uint8(values, None, HERE)
+    assert pixels.ravel()[0] == 0
+    assert pixels.ravel()[-1] == 255
+    assert pixels.ravel()[1000] in (126, 127, 128)  # 0 HU is in the middle, not black
+    assert "of all voxels" in text
+    assert "--window 40 400" in text
+
+
+def test_window_equals_the_formula(rng: np.random.Generator) -> None:
+    hu = rng.integers(-1200, 1500, (3, 8, 9)).astype(np.float32)
+    pixels, _ = to_uint8(hu, (40, 400), HERE)
+    expected = ((np.clip(hu.astype(float), -160, 240) + 160) / 400 * 255).astype(np.uint8)
+    np.testing.assert_array_equal(pixels, expected)
+
+
+def test_a_window_applies_to_bytes_too() -> None:
+    pixels, _ = to_uint8(np.array([[[0, 50, 100, 200]]], np.uint8), (75, 50), HERE)
+    assert pixels.tolist() == [[[0, 0, 255, 255]]]
+
+
+def test_bytes_are_taken_as_they_are(rng: np.random.Generator) -> None:
+    values = rng.integers(0, 90, (2, 4, 5), dtype=np.uint8)
+    np.testing.assert_array_equal(to_uint8(values, None, HERE)[0], values)
+
+
+@pytest.mark.parametrize(
+    ("values", "window", "message"),
+    [
+        (np.array([[[1, np.nan]]]), None, "NaN"),
+        (np.array([[[1, np.inf]]]), (1, 2), "NaN or infinity"),
+        (np.zeros((1, 4, 4), np.float32), None, "all values are 0"),
+        (np.full((1, 4, 4), 7, np.int16), None, "all values are 7"),
+        (np.zeros((1, 4, 4), bool), None, "real numbers"),
+        (np.zeros((1, 4, 4), np.complex64), None, "real numbers"),
+        (np.arange(4).reshape(1, 2, 2), (40, 0), "width > 0"),
+        (np.arange(4).reshape(1, 2, 2), (40, -5), "width > 0"),
+        (np.arange(4).reshape(1, 2, 2), (np.nan, 5), "finite level"),
+    ],
+)
+def test_intensities_that_cannot_be_shown(
+    values: np.ndarray, window: tuple[float, float] | None, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        to_uint8(values, window, HERE)
+
+
+def test_label_types() -> None:
+    assert label_dtype(255) is np.uint8
+    assert label_dtype(256) is np.uint16
+    with pytest.raises(InputError, match="65535"):
+        label_dtype(65536)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_png_label_maps_keep_their_values(rng: np.random.Generator, dtype: type) -> None:
+    labels = rng.integers(0, np.iinfo(dtype).max + 1, (9, 8)).astype(dtype)
+    with Image.open(io.BytesIO(png_bytes(labels))) as image:
+        np.testing.assert_array_equal(np.asarray(image), labels)
+
+
+def test_npz_bytes(rng: np.random.Generator) -> None:
+    labels = rng.integers(0, 9, (3, 4, 5)).astype(np.uint16)
+    with np.load(io.BytesIO(npz_bytes(segs=labels)), allow_pickle=False) as back:
+        assert back.files == ["segs"]
+        np.testing.assert_array_equal(back["segs"], labels)
+
+
+def test_nifti_needs_a_geometry() -> None:
+    volume = Volume(HERE, "npz", np.zeros((2, 3, 4), np.uint8), "")
+    with pytest.raises(InputError, match="--mask-format npz"):
+        label_map_bytes(np.zeros((2, 3, 4), np.uint8), volume)
+
+
+def test_write_atomic_makes_folders_and_replaces(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "mask.png"
+    assert write_atomic(path, b"one") == path
+    write_atomic(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert list(path.parent.iterdir()) == [path]
+    old = os.umask(0o027)
+    try:
+        assert write_atomic(path, b"x").stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(old)
+
+
+def test_write_atomic_leaves_the_old_file_when_it_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_atomic(tmp_path / "mask.png", b"old")
+
+    def full_disk(source: object, target: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full_disk)
+    with pytest.raises(InputError, match="No space left"):
+        write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_write_atomic_into_a_file_as_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        write_atomic(tmp_path / "file" / "mask.png", b"")

@@ -1,0 +1,300 @@
+"""Quickly deployable plugins: their kernels on the CPU emulation, and TensorRT's own registration.
+
+The real Python bindings run here over lean TensorRT's registry; the functions that lean TensorRT
+lacks (builder and parser, unused here) are stubs.
+"""
+
+import ctypes
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from support.references import check_close
+
+from dbsam_deploy.core.errors import EngineError
+from dbsam_deploy.engines import worker
+from dbsam_deploy.engines.layers import Attention
+from dbsam_deploy.engines.manifest import Flags
+from dbsam_deploy.engines.network import Job
+from dbsam_deploy.kernels import quick_plugins, torch_ops
+from dbsam_deploy.kernels.build import build_library
+from dbsam_deploy.kernels.quick_plugins import (
+    compile_kernel,
+    ms_deform_attn_source,
+    rel_pos_attention_source,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+DEFORM: dict[str, Any] = {
+    "num_heads": 2,
+    "num_points": 3,
+    "level_shapes": [9, 13, 2, 3],
+    "query_shapes": [3, 5, 10, 9],
+}
+REL_POS: dict[str, Any] = {"num_heads": 2, "side": 9, "scale": 0.125}
+RUN = """
+extern "C" int run(const void* first, const void* second, const void* third, void* out, int batch) {
+  return DBSAM_LAUNCH(dbsam_quick, GRID, dim3(kLaunch.threads), kLaunch.shared_bytes, nullptr,
+                      static_cast<const T*>(first), static_cast<const T*>(second),
+                      static_cast<const T*>(third), static_cast<T*>(out));
+}
+"""
+
+
+def _run_on_cpu(source: str, grid: str, folder: Path, tensors: list[torch.Tensor]) -> None:
+    """Launch a quick kernel on the emulation; the last tensor is the output."""
+    path = folder / "quick.cu"
+    path.write_text(source + RUN.replace("GRID", grid))
+    flags = ("-std=c++17", "-O1", "-x", "c++", "-DDBSAM_HOST", "-fPIC", "-shared", "-pthread")
+    flags += ("-fno-gnu-unique", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
+    library = ctypes.CDLL(str(build_library("quick", "g++", (path,), flags, folder)))
+    addresses = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+    assert library.run(*addresses, tensors[0].shape[0]) == 0
+
+
+@pytest.mark.parametrize("element", ["float32", "float16"])
+def test_the_deformable_kernel_computes_the_operator(element: str, tmp_path: Path) -> None:
+    dtype = getattr(torch, element)
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((2, 123, 48), (2, 105, 24), (2, 105, 12))
+    given = [torch.randn(s, generator=generator).to(dtype) for s in sizes]
+    out = torch.full((2, 105, 48), torch.nan, dtype=dtype)
+    source = ms_deform_attn_source(element, head_dim=24, **DEFORM)
+    _run_on_cpu(source, "dim3(kLaunch.x, kLaunch.y, batch)", tmp_path, [*given, out])
+    expected = torch_ops.ms_deform_attn_reference(*(x.float() for x in given), **DEFORM)
+    check_close(out.float().numpy(), expected.numpy(), element)
+
+
+@pytest.mark.parametrize("element", ["float32", "float16"])
+def test_the_attention_kernel_computes_the_operator(element: str, tmp_path: Path) -> None:
+    dtype = getattr(torch, element)
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((3, 81, 384), (17, 64), (17, 64))
+    given = [torch.randn(s, generator=generator).to(dtype) for s in sizes]
+    out = torch.full((3, 81, 128), torch.nan, dtype=dtype)
+    source = rel_pos_attention_source(element, **REL_POS)
+    _run_on_cpu(source, "dim3(kLaunch.x * batch)", tmp_path, [*given, out])
+    expected = torch_ops.rel_pos_attention_reference(*(x.float() for x in given), **REL_POS)
+    check_close(out.float().numpy(), expected.numpy(), element)
+
+
+@pytest.mark.nvcc
+@pytest.mark.parametrize("operator", ["ms_deform_attn", "rel_pos_attention"])
+def test_the_ptx_takes_inputs_then_the_output(operator: str) -> None:
+    if operator == "ms_deform_attn":
+        source = ms_deform_attn_source("float16", head_dim=64, **DEFORM)
+    else:
+        source = rel_pos_attention_source("float16", **REL_POS)
+    kernel = compile_kernel(source, "sm_80")
+    text = kernel.ptx.decode()
+    assert text.count(".visible .entry") == 1
+    assert [f"dbsam_quick_param_{i}" in text for i in range(5)] == [True] * 4 + [False]
+    assert ".target sm_80" in text
+    assert min(kernel.blocks) >= 1
+    assert kernel.threads % 32 == 0
+    assert 0 < kernel.shared_bytes <= 99 * 1024  # what every GPU from sm_80 on has for a block
+    assert compile_kernel(source, "sm_80") is kernel
+
+
+# --- TensorRT's registration
+
+STUBS = {
+    "libnvinfer.so.11": (
+        "void* createInferBuilder_INTERNAL(void) { return 0; }"
+        "void* getBuilderPluginRegistry(int kind) { return 0; }"
+    ),
+    "libnvinfer_plugin.so.11": "int initLibNvInferPlugins(void* log, const char* n) { return 1; }",
+    "libnvonnxparser.so.11": (
+        "void* createNvOnnxParserRefitter_INTERNAL(void) { return 0; }"
+        "void* createNvOnnxParser_INTERNAL(void) { return 0; }"
+        "int getNvOnnxParserVersion(void) { return 0; }"
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def bindings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Environment in which `import tensorrt` gives the real bindings over lean TensorRT."""
+    if shutil.which("gcc") is None:
+        pytest.skip("no gcc on the PATH")
+    places = {}
+    wheels = {
+        "tensorrt_bindings": "tensorrt-cu13-bindings",
+        "tensorrt_lean_libs": "tensorrt-lean-cu13-libs",
+    }
+    for name, wheel in wheels.items():
+        found = importlib.util.find_spec(name)
+        if found is None or not found.submodule_search_locations:
+            pytest.skip(f"no {name}: pip install {wheel}")
+        places[name] = Path(found.submodule_search_locations[0])
+    folder, lean = tmp_path_factory.mktemp("bindings"), places["tensorrt_lean_libs"]
+    for name, code in STUBS.items():
+        command = ["gcc", "-shared", "-fPIC", f"-Wl,-soname,{name}", "-xc", "-"]
+        command += ["-o", str(folder / name), "-Wl,--no-as-needed", f"-L{lean}"]
+        command += ["-l:libnvinfer_lean.so.11", f"-Wl,-rpath,{lean}"]
+        subprocess.run(command, input=code, text=True, check=True)
+    package = folder / "tensorrt" / "plugin"
+    package.mkdir(parents=True)
+    names = "from tensorrt_bindings{} import *\n"
+    package.joinpath("__init__.py").write_text(names.format(".plugin"))
+    version = "from tensorrt_bindings import __version__\n"
+    package.parent.joinpath("__init__.py").write_text(names.format("") + version)
+    return {
+        **os.environ,
+        "LD_LIBRARY_PATH": os.pathsep.join((str(folder), os.environ.get("LD_LIBRARY_PATH", ""))),
+        "PYTHONPATH": os.pathsep.join((str(folder), str(ROOT))),
+    }
+
+
+DRIVE = """
+import json, sys
+from types import SimpleNamespace
+import numpy as np
+import tensorrt as trt
+from dbsam_deploy.errors import EngineError
+from dbsam_deploy.kernels.quick_plugins import register_quick_plugins
+
+class Size:  # stands for IDimensionExpr; -1 is known only at run time
+    def __init__(self, value): self.value = value
+    def is_constant(self): return self.value >= 0
+    def get_constant_value(self): return self.value
+
+class Builder:  # stands for IExprBuilder
+    constant = Size
+    def operation(self, op, first, second):
+        assert op == trt.DimensionOperation.PROD, op
+        known = first.is_constant() and second.is_constant()
+        return Size(first.value * second.value if known else -second.value)
+
+class Extra(list):
+    nbSymExprs = None
+
+trt.IDimensionExpr, trt.DimsExprs = Size, lambda length: [None] * length
+import tensorrt_bindings.plugin._tensor as symbolic
+symbolic.SymExprImpl = lambda expr: expr._expr.value
+
+def drive(op, attributes, shapes):
+    creator = trt.get_plugin_registry().get_creator(op, "1", "dbsam")
+    names = [field.name for field in creator.field_names]
+    # As the ONNX parser gives them: INT32 and FLOAT32, in the order of the creator's fields.
+    kinds = [("FLOAT32", np.float32) if name == "scale" else ("INT32", np.int32) for name in names]
+    # A field only points to its numbers.
+    values = [np.array(attributes[n], t).reshape(-1) for n, (_, t) in zip(names, kinds)]
+    fields = trt.PluginFieldCollection([
+        trt.PluginField(name, value, getattr(trt.PluginFieldType, kind))
+        for name, value, (kind, _) in zip(names, values, kinds)])
+    phase, request = trt.TensorRTPhase.BUILD, trt.QuickPluginCreationRequest.STRICT_AOT
+    plugin = creator.create_plugin(op, "dbsam", fields, phase, request)
+    types = plugin.get_output_data_types([trt.float16] * len(shapes), [len(s) for s in shapes])
+    (out,) = plugin.get_output_shapes(shapes, [], Builder())
+    tensors = []
+    for shape in [*shapes, [size.value for size in out]]:
+        tensor, desc = trt.DynamicPluginTensorDesc(), trt.PluginTensorDesc()
+        desc.dims, desc.type, desc.format = trt.Dims(shape), trt.float16, trt.TensorFormat.LINEAR
+        tensor.desc = desc
+        tensors.append(tensor)
+    plugin.set_tactic(0)
+    launch, extra = SimpleNamespace(), Extra()
+    plugin.get_launch_params(shapes, tensors, len(shapes), launch, extra, Builder())
+    descs = [tensor.desc for tensor in tensors]
+    name, ptx = plugin.get_kernel(descs[:-1], descs[-1:])
+    return {"fields": names, "types": [t.name for t in types], "out": [s.value for s in out],
+            "launch": vars(launch), "extra": extra.nbSymExprs, "kernel": name,
+            "ptx": ptx.decode()}
+
+answers = []
+register_quick_plugins("sm_80")
+for given in [None, *json.loads(sys.argv[1])]:
+    try:
+        if given is None:
+            register_quick_plugins("sm_80")
+        answers.append(drive(*given))
+    except EngineError as error:
+        answers.append(str(error))
+print(json.dumps(answers))
+"""
+
+
+@pytest.mark.nvcc
+def test_tensorrt_registers_and_describes_the_plugins(bindings: dict[str, str]) -> None:
+    given = [
+        ("MsDeformAttn", DEFORM, [[-1, 123, 128], [-1, 105, 24], [-1, 105, 12]]),
+        ("RelPosAttention", REL_POS, [[-1, 81, 384], [17, 64], [17, 64]]),
+        ("MsDeformAttn", DEFORM, [[-1, 122, 128], [-1, 105, 24], [-1, 105, 12]]),
+        ("RelPosAttention", REL_POS, [[-1, -1, 384], [17, 64], [17, 64]]),
+    ]
+    result = subprocess.run(
+        [sys.executable, "-c", DRIVE, json.dumps(given)],
+        env=bindings,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    again, first, second, wrong, dynamic = json.loads(result.stdout.splitlines()[-1])
+    assert "already: use the plugin library or the quickly deployable plugins" in again
+    assert "value has sizes (122,) behind its attributes' (123,)" in wrong
+    assert "need static shapes but for the batch" in dynamic
+    expected = compile_kernel(ms_deform_attn_source("float16", head_dim=64, **DEFORM), "sm_80")
+    assert first["fields"] == ["num_heads", "num_points", "level_shapes", "query_shapes"]
+    assert first["out"] == [-1, 105, 128]
+    x, y = expected.blocks
+    assert (first["launch"]["grid_x"], first["launch"]["grid_y"]) == (x, y)
+    assert first["launch"]["grid_z"] == -1  # the batch
+    assert first["launch"]["block_x"] == expected.threads
+    assert first["launch"]["shared_mem"] == expected.shared_bytes
+    assert first["ptx"] == expected.ptx.decode()
+    expected = compile_kernel(rel_pos_attention_source("float16", **REL_POS), "sm_80")
+    assert second["fields"] == ["num_heads", "side", "scale"]
+    assert second["out"] == [-1, 81, 128]
+    assert second["launch"]["grid_x"] == -expected.blocks[0]  # times the windows
+    assert second["launch"]["grid_y"] == second["launch"]["grid_z"] == 1
+    for answer in (first, second):
+        assert answer["types"] == ["HALF"]
+        assert answer["kernel"] == "dbsam_quick"
+        assert answer["extra"] == 0
+
+
+def test_registering_without_tensorrt_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(EngineError, match=r"TensorRT is not installed.*pip install 'dbsam-deploy"):
+        quick_plugins.register_quick_plugins()
+
+
+def test_a_tensorrt_without_the_interface_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("tensorrt")
+    module.__dict__["__version__"] = "10.3.0"
+    monkeypatch.setitem(sys.modules, "tensorrt", module)
+    monkeypatch.setitem(sys.modules, "tensorrt.plugin", ModuleType("tensorrt.plugin"))
+    with pytest.raises(EngineError, match=r"TensorRT 10.3.0 has no ahead-of-time plugins"):
+        quick_plugins.register_quick_plugins()
+
+
+def test_a_plan_with_quick_plugins_is_held_to_the_operators_that_have_one() -> None:
+    operators = {"a": "ChannelAttention", "b": "RelPosAttention", "c": "MsDeformAttn"}
+    kept = Attention(operators, softmax=2).of_quick_plugins()
+    assert kept == Attention({"b": "RelPosAttention", "c": "MsDeformAttn"}, softmax=2)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_builder_registers_them_for_its_gpu(
+    asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registered: list[str] = []
+    logger = type("Logger", (), {"WARNING": 2, "__init__": lambda self, level: None})
+    monkeypatch.setattr(worker, "import_kind", lambda kind: SimpleNamespace(Logger=logger))
+    monkeypatch.setattr(worker, "build_plan", lambda *arguments: 7)
+    monkeypatch.setattr(worker, "find_gpu", lambda: SimpleNamespace(target="sm_90"))
+    monkeypatch.setattr(quick_plugins, "register_quick_plugins", registered.append)
+    job = Job("tensorrt", "encoder.onnx", "encoder.plan", flags=Flags(quick_plugins=asked))
+    assert worker.build(Job.from_json(job.to_json()))["network_layers"] == 7
+    assert registered == (["sm_90"] if asked else [])

@@ -1,0 +1,55 @@
+"""A choice made by putting layers back is the graph that quantising the choice gives."""
+
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+from support.fusions import run_onnx
+
+from dbsam_deploy.core.imaging import Preprocessing, preprocess
+from dbsam_deploy.quantization.put_back import put_back
+from dbsam_deploy.quantization.qdq import calibrate, chosen_layers, quantize_graph, weight_bytes
+from dbsam_deploy.recipe import load_recipe
+from dbsam_deploy.verification.cases import bundled_examples
+
+
+@pytest.fixture(scope="module")
+def feed():
+    (path,) = bundled_examples().glob("*_0e21d7b3eea8.npz")
+    return {"image": preprocess(np.load(path)["imgs"].reshape(256, 320, 3), Preprocessing(64))}
+
+
+@pytest.mark.parametrize(
+    ("precision", "outputs", "exclude"),
+    [
+        ("int8", (), ("*.mlp.*", "*.neck.0")),
+        ("int8", (), ("*.attn.*",)),
+        ("int8", ("Conv",), ("*.neck.2",)),
+        ("int8", ("MatMul",), ("*.blocks.1.*",)),
+        ("fp8", (), ("*.attn.*",)),
+    ],
+)
+def test_same_values_and_pairs_as_quantising_the_choice(
+    exported_graph, feed, tmp_path, precision, outputs, exclude
+):
+    path = exported_graph("db_sam_tiny", "encoder", "fp8" if precision == "fp8" else "fp32")
+    plan = replace(load_recipe(precision).quantization, outputs=outputs)
+    ready = calibrate(path, plan, lambda: [feed], tmp_path)
+    direct = onnx.load(quantize_graph(ready, plan, tmp_path / "q.onnx", exclude=exclude).path)
+    whole = onnx.load(quantize_graph(ready, plan, tmp_path / "w.onnx").path)
+    before = whole.SerializeToString(deterministic=True)
+    chosen = chosen_layers(ready, plan, exclude)
+    assert 0 < len(chosen) < len(chosen_layers(ready, plan))
+    found = put_back(whole, onnx.load(ready.path), ready.layers, chosen, plan.outputs)
+    assert whole.SerializeToString(deterministic=True) == before
+    onnx.checker.check_model(found, full_check=True)
+    for op in ("QuantizeLinear", "DequantizeLinear"):
+        assert _count(found, op) == _count(direct, op) < _count(whole, op)
+    sizes = [weight_bytes(model).get("INT8", 0) for model in (found, direct)]
+    assert sizes[0] == sizes[1]
+    np.testing.assert_array_equal(run_onnx(found, feed)[0], run_onnx(direct, feed)[0])
+
+
+def _count(model, op):
+    return sum(node.op_type == op for node in model.graph.node)

@@ -1,0 +1,315 @@
+"""The Triton repository: rendered configurations, self-contained models, safe replacement."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dbsam_deploy.artefact import graph_file, load_artefact, sha256_of, write_artefact
+from dbsam_deploy.core.contract import (
+    Geometry,
+    decoder_spec,
+    encoder_spec,
+    ensemble_spec,
+    postprocess_spec,
+    preprocess_spec,
+    prompts_ensemble_spec,
+)
+from dbsam_deploy.core.errors import InputError, ServingError
+from dbsam_deploy.core.imaging import Preprocessing
+from dbsam_deploy.resources import resource_dir
+from dbsam_deploy.serving import repository as module
+from dbsam_deploy.serving.repository import (
+    REPOSITORY_NAME,
+    build_repository,
+    committed_configs,
+    load_repository,
+    main,
+    refresh_configs,
+)
+from dbsam_deploy.serving.triton_config import render_configs
+
+MODELS = {
+    "dbsam",
+    "dbsam_preprocess",
+    "dbsam_encoder",
+    "dbsam_decoder",
+    "dbsam_postprocess",
+    "dbsam_prompts",
+    "dbsam_preprocess_prompts",
+    "dbsam_prompt_decoder",
+    "dbsam_postprocess_prompts",
+}
+
+
+def tensors(config: str, kind: str) -> dict[str, tuple[str, list[int]]]:
+    """Name → (type, dims) of a configuration's `input` or `output` block."""
+    block = re.search(rf"^{kind} \[\n(.*?)^\]", config, re.DOTALL | re.MULTILINE)
+    rows = re.findall(r'name: "(\w+)" data_type: TYPE_(\w+) dims: \[ ([-\d, ]+) \]', block.group(1))
+    return {name: (dtype, [int(d) for d in dims.split(",")]) for name, dtype, dims in rows}
+
+
+def test_committed_configurations_are_what_the_contract_renders():
+    root = resource_dir("triton_models")
+    committed = {path.parent.name: path.read_text() for path in root.glob("*/config.pbtxt")}
+    assert committed == committed_configs()
+
+
+def test_check_notices_a_stale_configuration(tmp_path):
+    assert len(refresh_configs(tmp_path)) == len(MODELS)
+    assert refresh_configs(tmp_path, check=True) == []
+    stale = tmp_path / "dbsam_encoder" / "config.pbtxt"
+    stale.write_text(stale.read_text().replace("1024", "512"))
+    assert refresh_configs(tmp_path, check=True) == [stale]
+    assert "512" in stale.read_text()
+    assert refresh_configs(tmp_path) == [stale]
+    assert "512" not in stale.read_text()
+
+
+def test_the_check_command_passes_on_the_committed_files(capsys):
+    assert main(["--check"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("size", "stride"), [(64, 16), (256, 16), (1024, 16), (256, 4)])
+def test_graph_models_drop_the_batch_axis_and_the_rest_keep_every_axis(size, stride):
+    platforms = dict.fromkeys(("encoder", "decoder", "prompt_decoder"), "onnxruntime")
+    configs = render_configs(Preprocessing(size, embedding_stride=stride), platforms)
+    grid = size // stride
+    assert tensors(configs["dbsam_encoder"], "input") == {"image": ("FP32", [3, size, size])}
+    assert tensors(configs["dbsam_decoder"], "input") == {
+        "image_embeddings": ("FP32", [256, grid, grid]),
+        "boxes": ("FP32", [-1, 4]),
+    }
+    assert tensors(configs["dbsam_decoder"], "output")["low_res_masks"] == (
+        "FP32",
+        [-1, 1, 4 * grid, 4 * grid],
+    )
+    assert tensors(configs["dbsam"], "input") == {
+        "raw_image": ("UINT8", [-1, -1, 3]),
+        "boxes": ("FP32", [-1, 4]),
+    }
+    assert tensors(configs["dbsam"], "output")["masks"] == ("UINT8", [-1, -1, -1])
+    assert tensors(configs["dbsam_prompts"], "output")["masks"] == ("UINT8", [-1, 4, -1, -1])
+    for name in ("dbsam_encoder", "dbsam_decoder", "dbsam_prompt_decoder"):
+        assert int(re.search(r"max_batch_size: (\d+)", configs[name]).group(1)) > 1
+        assert "dynamic_batching { }" in configs[name]
+    for name in MODELS - {"dbsam_encoder", "dbsam_decoder", "dbsam_prompt_decoder"}:
+        assert "max_batch_size: 0" in configs[name]
+
+
+def test_configurations_avoid_what_the_server_handles_badly():
+    for text in committed_configs().values():
+        for trap in ("queue_policy", "preferred_batch_size", "kind:"):
+            assert trap not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "ensemble"),
+    [("dbsam", ensemble_spec()), ("dbsam_prompts", prompts_ensemble_spec(256))],
+)
+def test_every_ensemble_tensor_has_one_source_and_every_step_input_has_one(name, ensemble):
+    configs = committed_configs()
+    made = set(ensemble.input_names)
+    for block in configs[name].split("model_name:")[1:]:
+        model = re.match(r' "(\w+)"', block).group(1)
+        inputs = dict(re.findall(r'input_map \{ key: "(\w+)" value: "(\w+)" \}', block))
+        outputs = dict(re.findall(r'output_map \{ key: "(\w+)" value: "(\w+)" \}', block))
+        assert set(inputs) == set(tensors(configs[model], "input"))
+        assert set(outputs) == set(tensors(configs[model], "output"))
+        assert set(inputs.values()) <= made, "a step reads what no earlier step made"
+        assert not made & set(outputs.values()), "two sources for one tensor"
+        made |= set(outputs.values())
+    assert set(ensemble.output_names) <= made
+
+
+def test_box_path_specs_fit_together():
+    size = Geometry(128)
+    pre, post = preprocess_spec(size), postprocess_spec(size)
+    assert pre.outputs[0].axes == (1, *encoder_spec(size).inputs[0].axes[1:])
+    assert pre.outputs[1].axes == (1, *decoder_spec(size).inputs[1].axes[1:])
+    assert post.inputs[0].axes == (1, *decoder_spec(size).outputs[0].axes[1:])
+
+
+def test_a_repository_holds_models_code_and_true_hashes(tiny_repository, tiny_artefact):
+    root = tiny_repository.folder
+    assert {path.name for path in root.iterdir() if path.is_dir()} == MODELS
+    assert all((root / name / "1").is_dir() for name in MODELS)
+    assert sha256_of(root / "dbsam_encoder/1/model.onnx") == tiny_artefact.graphs["encoder"].sha256
+    found = {
+        path.relative_to(root).as_posix(): sha256_of(path)
+        for path in root.rglob("*")
+        if path.is_file() and path.name != REPOSITORY_NAME and path.suffix != ".pyc"
+    }
+    assert found == tiny_repository.files
+    body = json.loads((root / REPOSITORY_NAME).read_text())
+    assert body["files"] == found
+    assert body["preprocessing"] == {"image_size": 128, "embedding_stride": 16, "mode": "sam"}
+    assert (
+        'key: "image_size" value { string_value: "128" }'
+        in (root / "dbsam_preprocess/config.pbtxt").read_text()
+    )
+    assert load_repository(root) == tiny_repository
+
+
+def test_the_copied_runtime_needs_nothing_of_this_package(tiny_repository):
+    """In a fresh interpreter that can import neither dbsam_deploy nor torch."""
+    version = tiny_repository.folder / "dbsam_preprocess_prompts" / "1"
+    code = (
+        f"import sys; sys.path.insert(0, {str(version)!r})\n"
+        "sys.modules.update({'dbsam_deploy': None, 'torch': None, 'onnx': None})\n"
+        "import dbsam_runtime.steps as steps\n"
+        "print(sorted(name for name in sys.modules if name.startswith('dbsam')))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert "dbsam_runtime.steps" in result.stdout
+
+
+def test_replacing_leaves_nothing_of_the_earlier_repository(make_artefact, tmp_path):
+    output = tmp_path / "build" / "model_repository"
+    build_repository(make_artefact(tmp_path / "a", 128), output)
+    (output / "dbsam" / "stray.txt").write_text("from before")
+    (output / "old_model").mkdir()
+    second = build_repository(make_artefact(tmp_path / "b", 64, "medsam", seed=1), output)
+    assert load_repository(output) == second
+    assert not (output / "old_model").exists()
+    assert not (output / "dbsam" / "stray.txt").exists()
+    assert sorted(path.name for path in output.parent.iterdir()) == ["model_repository"]
+    assert output.stat().st_mode & 0o777 == 0o755
+
+
+def test_a_failure_keeps_the_earlier_repository(make_artefact, tmp_path, monkeypatch):
+    output = tmp_path / "build" / "model_repository"
+    first = build_repository(make_artefact(tmp_path / "a", 128), output)
+    damaged = make_artefact(tmp_path / "b", 64)
+    damaged.path("decoder").write_bytes(b"changed after the export")
+    with pytest.raises(ServingError, match="not what the export published"):
+        build_repository(damaged, output)
+    assert load_repository(output) == first
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(module, "_hashes", fail)
+    with pytest.raises(OSError, match="disk full"):
+        build_repository(make_artefact(tmp_path / "c", 64), output)
+    assert load_repository(output) == first
+    assert sorted(path.name for path in output.parent.iterdir()) == ["model_repository"]
+
+
+def test_foreign_files_are_never_deleted(tiny_artefact, tmp_path):
+    thesis = tmp_path / "documents" / "thesis.txt"
+    thesis.parent.mkdir()
+    thesis.write_text("precious")
+    with pytest.raises(InputError, match="left alone"):
+        build_repository(tiny_artefact, thesis.parent)
+    with pytest.raises(InputError, match="not a folder"):
+        build_repository(tiny_artefact, thesis)
+    link = tmp_path / "link"
+    link.symlink_to(thesis.parent)
+    with pytest.raises(InputError, match="not a folder"):
+        build_repository(tiny_artefact, link)
+    assert thesis.read_text() == "precious"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert build_repository(tiny_artefact, empty).folder == empty
+
+
+def test_an_export_without_prompt_decoder_serves_boxes_only(make_artefact, tmp_path):
+    artefact = make_artefact(tmp_path / "a", 64)
+    graphs = {k: v for k, v in artefact.graphs.items() if k != "prompt_decoder"}
+    repository = build_repository(dataclasses.replace(artefact, graphs=graphs), tmp_path / "r")
+    assert not repository.has_prompts
+    assert {p.name for p in (tmp_path / "r").iterdir() if p.is_dir()} == {
+        name for name in MODELS if "prompt" not in name
+    }
+    del graphs["decoder"]
+    with pytest.raises(InputError, match="serving needs decoder"):
+        build_repository(dataclasses.replace(artefact, graphs=graphs), tmp_path / "r2")
+
+
+def as_plans(artefact):
+    """The same export with `.plan` files in place of the graphs, which stay beside them."""
+    graphs = {}
+    for name in artefact.graphs:
+        plan = artefact.folder / f"{name}.plan"
+        plan.write_bytes(f"not a real engine: {name}".encode())
+        graphs[name] = graph_file(plan, artefact.folder)
+    write_artefact(dataclasses.replace(artefact, graphs=graphs))
+    return load_artefact(artefact.folder)
+
+
+def test_plans_are_served_by_the_tensorrt_platform(make_artefact, tmp_path):
+    repository = build_repository(as_plans(make_artefact(tmp_path / "a", 64)), tmp_path / "r")
+    assert set(repository.platforms.values()) == {"tensorrt"}
+    encoder = (tmp_path / "r/dbsam_encoder/config.pbtxt").read_text()
+    assert 'platform: "tensorrt_plan"' in encoder
+    assert "graphs: true" in encoder
+    assert "onnxruntime" not in encoder
+    names = {path.name for path in (tmp_path / "r/dbsam_encoder/1").iterdir()}
+    assert names == {"model.plan", "model.onnx"}
+
+
+def test_another_kind_of_graph_file_is_refused(make_artefact, tmp_path):
+    artefact = make_artefact(tmp_path / "a", 64)
+    artefact.path("encoder").rename(artefact.folder / "encoder.pt")
+    item = dataclasses.replace(artefact.graphs["encoder"], file="encoder.pt")
+    broken = dataclasses.replace(artefact, graphs={**artefact.graphs, "encoder": item})
+    with pytest.raises(InputError, match=r"expected an \.onnx or a \.plan"):
+        build_repository(broken, tmp_path / "r")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: (r / REPOSITORY_NAME).unlink(), "no repository.json"),
+        (lambda r: (r / REPOSITORY_NAME).write_text("[]"), "not a repository"),
+        (lambda r: (r / REPOSITORY_NAME).write_text('{"format": 99}'), "another format"),
+        (lambda r: (r / "dbsam_decoder/1/model.onnx").unlink(), "not there"),
+        (lambda r: (r / "dbsam_decoder/1/model.onnx").write_bytes(b"x"), "was changed"),
+        (lambda r: (r / "dbsam_preprocess/1/model.py").write_text("import os"), "was changed"),
+    ],
+)
+def test_loading_refuses_what_is_damaged(tiny_artefact, tmp_path, change, message):
+    root = tmp_path / "r"
+    build_repository(tiny_artefact, root)
+    change(root)
+    with pytest.raises(InputError, match=message):
+        load_repository(root)
+
+
+def test_loading_refuses_paths_outside_the_repository(tiny_artefact, tmp_path):
+    root = tmp_path / "r"
+    build_repository(tiny_artefact, root)
+    body = json.loads((root / REPOSITORY_NAME).read_text())
+    outside = tmp_path / "outside"
+    outside.write_text("x")
+    body["files"]["../outside"] = sha256_of(outside)
+    (root / REPOSITORY_NAME).write_text(json.dumps(body))
+    with pytest.raises(InputError, match="export again"):
+        load_repository(root)
+
+
+def test_operators_may_tune_a_configuration(tiny_artefact, tmp_path):
+    root = tmp_path / "r"
+    build_repository(tiny_artefact, root)
+    config = root / "dbsam_encoder" / "config.pbtxt"
+    config.write_text(config.read_text().replace("count: 1", "count: 2"))
+    assert load_repository(root).variant == "tiny_test"
+
+
+def test_the_command_builds_from_an_artefact(tiny_artefact, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert main(["--artefact", str(tiny_artefact.folder), "--output", str(output)]) == 0
+    assert "fp32" in capsys.readouterr().out
+    assert load_repository(output).has_prompts
+    assert Path(output / "dbsam" / "1").is_dir()

@@ -1,0 +1,228 @@
+"""What `--backend` names, for `predict` and `evaluate` alike."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dbsam_deploy.artefact import Artefact
+from dbsam_deploy.cli import HelpFormatter
+from dbsam_deploy.core.errors import DbsamError, EngineError, InputError
+from dbsam_deploy.sessions import (
+    engine_session,
+    fused_session,
+    openvino_session,
+)
+from dbsam_deploy.sessions import (
+    onnxruntime_tensorrt_session as onnxruntime_tensorrt,
+)
+from dbsam_deploy.sessions.backends import (
+    BACKENDS,
+    LOCAL_BACKENDS,
+    MODEL_OPTIONS,
+    Backend,
+    add_model_options,
+    find_backend,
+    load_engine,
+    refuse_model_options,
+    untrained_note,
+)
+from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
+from dbsam_deploy.sessions.pytorch_session import PytorchSession
+
+
+def options(*words: object, backends: tuple[str, ...] = ()) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_model_options(parser, *((backends,) if backends else ()))
+    return parser.parse_args([str(word) for word in words])
+
+
+def test_an_artefact_on_onnx_runtime(tiny_artefact: Artefact) -> None:
+    engine = load_engine(options("--artefact", tiny_artefact.folder))
+    assert engine.session.backend == "onnxruntime-cpu"
+    assert engine.preprocessing == tiny_artefact.preprocessing
+    assert engine.name == "tiny_test fp32"
+    assert engine.warning == "test graphs"
+
+
+def test_a_variant_in_pytorch_with_another_preprocessing() -> None:
+    words = ("--backend", "pytorch", "--variant", "db_sam_tiny", "--image-size", 64)
+    engine = load_engine(options(*words, "--preprocess", "medsam"))
+    assert engine.session.backend == "pytorch-cpu"
+    assert (engine.preprocessing.image_size, engine.preprocessing.mode) == (64, "medsam")
+    assert engine.name == "db_sam_tiny"
+
+
+class Opened:
+    """Stands for a session that needs a GPU; keeps what it was made of."""
+
+    def __init__(self, source: Any, **options: Any) -> None:
+        self.backend = "opened"
+        self.source, self.options = source, options
+
+
+ARTEFACT_SESSIONS = {
+    "onnxruntime-tensorrt": (onnxruntime_tensorrt, "OnnxRuntimeTensorrtSession"),
+    "tensorrt": (engine_session, "TensorrtSession"),
+    "tensorrt-rtx": (engine_session, "TensorrtRtxSession"),
+}
+
+
+@pytest.mark.parametrize("name", ARTEFACT_SESSIONS)
+def test_a_backend_opens_its_own_session_on_an_artefact(
+    tiny_artefact: Artefact, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(*ARTEFACT_SESSIONS[name], Opened)
+    engine = load_engine(options("--backend", name, "--artefact", tiny_artefact.folder))
+    assert isinstance(engine.session, Opened)
+    assert engine.session.source == tiny_artefact
+    assert engine.session.options == ({"engine_cache": None} if name.startswith("onnx") else {})
+    assert (engine.name, engine.warning) == ("tiny_test fp32", "test graphs")
+
+
+@pytest.mark.parametrize("words", [(), ("--runtime-precision", "bfloat16")])
+def test_openvino_gets_its_precision(
+    tiny_artefact: Artefact, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(openvino_session, "OpenvinoSession", Opened)
+    artefact = ("--artefact", tiny_artefact.folder, "--engine-cache", "x")
+    engine = load_engine(options("--backend", "openvino", *artefact, *words))
+    assert isinstance(engine.session, Opened)
+    assert engine.session.source == tiny_artefact
+    precision = "bfloat16" if words else "float32"
+    assert engine.session.options == {"precision": precision, "cache": Path("x")}
+
+
+def test_an_engine_cache_reaches_the_tensorrt_provider(
+    tiny_artefact: Artefact, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(*ARTEFACT_SESSIONS["onnxruntime-tensorrt"], Opened)
+    words = ("--backend", "onnxruntime-tensorrt", "--artefact", tiny_artefact.folder)
+    engine = load_engine(options(*words, "--engine-cache", tmp_path))
+    assert isinstance(engine.session, Opened)
+    assert engine.session.options == {"engine_cache": tmp_path}
+
+
+def test_fused_pytorch_gets_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_session, "FusedPytorchSession", Opened)
+    words = ("--backend", "pytorch-fused", "--variant", "db_sam_tiny", "--image-size", 64)
+    engine = load_engine(options(*words))
+    assert isinstance(engine.session, Opened)
+    assert engine.session.source.config.frame.image_size == 64
+    assert engine.session.options == {"device": "cuda"}
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+def test_the_table_of_backends(backend: Backend) -> None:
+    assert find_backend(backend.name) is backend
+    assert set(backend.devices) <= {"cpu", "cuda"}
+    assert set(backend.options) < set(MODEL_OPTIONS) - {"device"}
+    assert backend.needs
+
+
+def test_one_name_a_backend() -> None:
+    assert len(set(LOCAL_BACKENDS)) == len(LOCAL_BACKENDS) == len(BACKENDS)
+    with pytest.raises(InputError, match="expected one of onnxruntime, "):
+        find_backend("tensorflow")
+
+
+def test_help_says_what_each_backend_needs() -> None:
+    parser = argparse.ArgumentParser(formatter_class=HelpFormatter)
+    add_model_options(parser, (*LOCAL_BACKENDS, "triton"))
+    text = parser.format_help()
+    for backend in BACKENDS:
+        assert re.search(rf"^  {backend.name} +{re.escape(backend.needs)}$", text, re.M)
+    assert re.search(r"^  triton +\w", text, re.M)
+    assert "python -m dbsam_deploy.doctor" in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_devices_are_chosen_or_refused(
+    tiny_artefact: Artefact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[str] = []
+    for session in (OnnxRuntimeSession, PytorchSession):
+        monkeypatch.setattr(
+            session, "__init__", lambda self, source, *, device: chosen.append(device)
+        )
+    artefact = ("--artefact", tiny_artefact.folder)
+    load_engine(options(*artefact))
+    load_engine(options(*artefact, "--device", "cuda"))
+    load_engine(options("--backend", "pytorch", "--variant", "db_sam_tiny", "--image-size", 64))
+    assert chosen == ["cpu", "cuda", "cpu"]
+    for backend in BACKENDS:
+        if "cpu" not in backend.devices:
+            with pytest.raises(InputError, match=f"--device cpu: backend {backend.name} runs on"):
+                load_engine(options("--backend", backend.name, "--device", "cpu"))
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "message"),
+    [
+        ("--backend tensorrt --artefact {tiny}", EngineError, "no TensorRT engine of"),
+        ("--backend tensorrt-rtx --artefact {tiny}", EngineError, "no TensorRT-RTX engine of"),
+        ("--variant db_sam", InputError, "--backend pytorch, pytorch-fused, not onnxruntime"),
+        ("--backend tensorrt --checkpoint x", InputError, "an artefact has its own weights"),
+        ("--backend pytorch --artefact x", InputError, "--backend onnxruntime"),
+        ("--backend pytorch-fused --artefact x", InputError, "--backend onnxruntime"),
+        (
+            "--engine-cache x",
+            InputError,
+            "--backend onnxruntime-tensorrt, openvino, not onnxruntime",
+        ),
+        ("--runtime-precision bfloat16", InputError, "--backend openvino, not onnxruntime"),
+        ("--artefact missing-folder", InputError, "no manifest.json"),
+    ],
+)
+def test_mistakes(
+    tiny_artefact: Artefact, words: str, kind: type[DbsamError], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        load_engine(options(*words.format(tiny=tiny_artefact.folder).split()))
+
+
+@pytest.mark.parametrize("backend", ["pytorch-fused", "onnxruntime-tensorrt"])
+def test_no_gpu_backend_falls_back_to_the_cpu(tiny_artefact: Artefact, backend: str) -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    built = ("--variant", "db_sam_tiny", "--image-size", 64)
+    words = built if backend == "pytorch-fused" else ("--artefact", tiny_artefact.folder)
+    with pytest.raises(EngineError):
+        load_engine(options("--backend", backend, *words))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--variant x",
+        "--image-size 64",
+        "--device cuda",
+        "--device cpu",
+        "--artefact x",
+        "--engine-cache x",
+        "--runtime-precision float32",
+        "--preprocess sam",
+    ],
+)
+def test_a_server_has_its_own_model(words: str) -> None:
+    backends = ("onnxruntime", "triton")
+    with pytest.raises(InputError, match=words.split()[0]):
+        refuse_model_options(options("--backend", "triton", *words.split(), backends=backends))
+    refuse_model_options(options("--backend", "triton", backends=backends))
+
+
+@pytest.mark.parametrize(
+    ("weights", "note"),
+    [
+        ({"trained": True, "note": "x"}, ""),
+        ({"trained": False, "note": "x"}, "x"),
+        ({}, "these weights are not stated to be trained"),
+    ],
+)
+def test_the_note_of_untrained_weights(weights: dict[str, Any], note: str) -> None:
+    assert untrained_note(weights) == note

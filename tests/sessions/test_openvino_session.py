@@ -1,0 +1,183 @@
+"""The graphs on OpenVINO: the values of ONNX Runtime, batch by batch."""
+
+from __future__ import annotations
+
+import builtins
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from support.fusions import run_onnx
+from support.references import check_close, prompt_feed
+
+from dbsam_deploy.artefact import Artefact, graph_file, load_artefact, write_artefact
+from dbsam_deploy.core.contract import graph_specs
+from dbsam_deploy.core.errors import EngineError, InputError, MissingError
+from dbsam_deploy.core.imaging import Preprocessing
+from dbsam_deploy.fusions import fuse_file
+from dbsam_deploy.model import DbSam
+from dbsam_deploy.quantization.qdq import calibrate, quantize_graph
+from dbsam_deploy.recipe import load_recipe
+from dbsam_deploy.sessions.float_head import split_head
+from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
+from dbsam_deploy.sessions.openvino_session import OpenvinoSession
+from dbsam_deploy.sessions.pytorch_session import PytorchSession
+from dbsam_deploy.verification.parity import cosine
+
+pytestmark = pytest.mark.openvino
+
+SIZE = 64
+
+
+def image(batch: int, size: int = SIZE) -> dict[str, np.ndarray]:
+    return {"image": np.random.default_rng().standard_normal((batch, 3, size, size), np.float32)}
+
+
+def boxes(batch: int, count: int, grid: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng()
+    return {
+        "image_embeddings": rng.standard_normal((batch, 256, grid, grid), np.float32),
+        "boxes": rng.random((batch, count, 4), np.float32) * SIZE,
+    }
+
+
+@pytest.fixture(scope="module")
+def fused(
+    small_models: Callable[[str], DbSam],
+    exported_graph: Callable[[str, str, str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Artefact, PytorchSession]:
+    """A small db_sam whose encoder has all three fused operators, exported, and its reference."""
+    folder, model = tmp_path_factory.mktemp("fused"), small_models("db_sam")
+    names = ("encoder", "decoder", "prompt_decoder")
+    for name in names:
+        shutil.copy(exported_graph("db_sam", name, "fp32"), folder)
+    counts = fuse_file(folder / "encoder.onnx", model.config)
+    assert all(counts.as_dict().values())
+    graphs = {name: graph_file(folder / f"{name}.onnx", folder) for name in names}
+    write_artefact(Artefact(folder, "db_sam", "fp32", Preprocessing(SIZE, "sam"), graphs))
+    return load_artefact(folder), PytorchSession(model)
+
+
+def test_the_encoder_with_functions_equals_pytorch(fused, tmp_path: Path) -> None:
+    artefact, reference = fused
+    session = OpenvinoSession(artefact, cache=tmp_path)
+    assert session.backend == "openvino-cpu-float32"
+    for batch in (2, 1):
+        feed = image(batch)
+        found = session.run("encoder", feed)
+        expected = reference.run("encoder", feed)
+        assert list(found) == list(expected)
+        check_close(found["image_embeddings"], expected["image_embeddings"], "float32")
+
+
+def test_bfloat16_is_near_and_not_float32(fused, tmp_path: Path) -> None:
+    artefact, reference = fused
+    feed = image(1)
+    expected = reference.run("encoder", feed)["image_embeddings"]
+    found = OpenvinoSession(artefact, precision="bfloat16", cache=tmp_path).run("encoder", feed)
+    check_close(found["image_embeddings"], expected, "bfloat16")
+    assert found["image_embeddings"].dtype == np.float32
+
+
+def test_what_lies_before_int8_stays_float32_in_bfloat16(
+    exported_graph: Callable[[str, str, str], Path], tmp_path: Path
+) -> None:
+    plan = load_recipe("int8").quantization
+    feed = image(1)
+    source = exported_graph("lite_medsam", "encoder", "fp32")
+    ready = calibrate(source, plan, lambda: [feed], tmp_path)
+    path = quantize_graph(ready, plan, tmp_path / "encoder.onnx").path
+    graphs = {"encoder": graph_file(path, tmp_path)}
+    how = Preprocessing(SIZE, "lite_medsam", embedding_stride=4)
+    write_artefact(Artefact(tmp_path, "lite_medsam", "int8", how, graphs))
+    artefact = load_artefact(tmp_path)
+    embeddings, parts = {}, {}
+    for precision in ("float32", "bfloat16"):
+        session = OpenvinoSession(artefact, precision=precision, cache=tmp_path / "cache")
+        embeddings[precision] = session.run("encoder", feed)["image_embeddings"]
+        parts[precision] = session._compiled["encoder", 1]
+    assert [len(found) for found in parts.values()] == [1, 2]
+    split = split_head(onnx.load(path), graph_specs(how)["encoder"])
+    assert split is not None
+    (between,) = run_onnx(split.head, feed)
+    head, rest = parts["bfloat16"]
+    check_close(head(feed)[0], between, "float32")
+    np.testing.assert_array_equal(rest({split.tensor: head(feed)[0]})[0], embeddings["bfloat16"])
+    assert not np.array_equal(embeddings["float32"], embeddings["bfloat16"])
+    assert cosine(embeddings["float32"], embeddings["bfloat16"]) > 0.9
+
+
+def test_both_decoders_equal_onnx_runtime(fused, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    artefact, _ = fused
+    ours, theirs = OpenvinoSession(artefact, cache=tmp_path), OnnxRuntimeSession(artefact)
+    grid = artefact.preprocessing.grid
+    rng = np.random.default_rng()
+    feeds = [("decoder", boxes(1, 1, grid)), ("decoder", boxes(1, 5, grid))]
+    feeds += [("decoder", boxes(2, 3, grid))]
+    feeds += [
+        ("prompt_decoder", prompt_feed(rng, box=box, points=points, size=artefact.preprocessing))
+        for box, points in ((True, 2), (False, 1))
+    ]
+    for graph, feed in feeds:
+        found, expected = ours.run(graph, feed), theirs.run(graph, feed)
+        assert list(found) == list(expected)
+        for name, value in expected.items():
+            check_close(found[name], value, "float32", name)
+
+
+def test_compiled_models_are_kept_in_the_folder(tiny_artefact: Artefact, tmp_path: Path) -> None:
+    feed = image(1, tiny_artefact.preprocessing.image_size)
+    cache = tmp_path / "cache"
+    first = OpenvinoSession(tiny_artefact, cache=cache).run("encoder", feed)
+    (blob,) = cache.glob("*.blob")
+    written = blob.stat().st_mtime_ns
+    again = OpenvinoSession(tiny_artefact, cache=cache).run("encoder", feed)
+    assert [path.stat().st_mtime_ns for path in cache.glob("*.blob")] == [written]
+    np.testing.assert_array_equal(first["image_embeddings"], again["image_embeddings"])
+
+
+def test_mistakes(tiny_artefact: Artefact, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="expected float32 or bfloat16"):
+        OpenvinoSession(tiny_artefact, precision="float16")
+    session = OpenvinoSession(tiny_artefact, cache=tmp_path)
+    with pytest.raises(InputError, match="image: shape"):
+        session.run("encoder", image(1, 256))
+
+
+def test_a_graph_that_openvino_does_not_read(tiny_artefact: Artefact, tmp_path: Path) -> None:
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Unheard", ["image"], ["image_embeddings"], domain="nowhere")],
+        "encoder",
+        [onnx.helper.make_tensor_value_info("image", onnx.TensorProto.FLOAT, [1, 3, 128, 128])],
+        [
+            onnx.helper.make_tensor_value_info(
+                "image_embeddings", onnx.TensorProto.FLOAT, [1, 256, 8, 8]
+            )
+        ],
+    )
+    path = tmp_path / "encoder.onnx"
+    onnx.save(onnx.helper.make_model(graph), path)
+    graphs = {"encoder": graph_file(path, tmp_path)}
+    broken = Artefact(tmp_path, "x", "fp32", tiny_artefact.preprocessing, graphs)
+    with pytest.raises(EngineError, match="does not compile encoder"):
+        OpenvinoSession(broken, cache=tmp_path).run("encoder", image(1, 128))
+
+
+def test_missing_openvino_names_the_extra(
+    tiny_artefact: Artefact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name == "openvino":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(MissingError, match=r"pip install 'dbsam-deploy\[openvino\]'"):
+        OpenvinoSession(tiny_artefact)

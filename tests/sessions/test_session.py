@@ -1,0 +1,88 @@
+"""Sessions check their feed by the contract before a runtime sees it."""
+
+import builtins
+
+import numpy as np
+import pytest
+from support.references import check_close, small_model
+
+from dbsam_deploy.core.contract import Geometry, decoder_spec
+from dbsam_deploy.core.errors import EngineError, InputError
+from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
+from dbsam_deploy.sessions.pytorch_session import PytorchSession
+from dbsam_deploy.sessions.session import check_feed
+
+SIZE = 128
+
+
+def feed(batch: int = 2, boxes: int = 3) -> dict:
+    rng = np.random.default_rng()
+    return {
+        "image_embeddings": rng.standard_normal((batch, 256, 8, 8)).astype(np.float32),
+        "boxes": (rng.random((batch, boxes, 4)) * SIZE).astype(np.float32),
+    }
+
+
+def test_a_good_feed_passes():
+    check_feed(decoder_spec(Geometry(SIZE)), feed())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"boxes": None}, "got inputs"),
+        ({"extra": np.zeros(1)}, "got inputs"),
+        ({"boxes": np.zeros((2, 3, 4))}, "boxes: dtype float64, expected float32"),
+        ({"boxes": np.zeros((2, 4), np.float32)}, "boxes: shape"),
+        ({"boxes": np.zeros((1, 3, 4), np.float32)}, "boxes: shape"),  # another batch
+        ({"boxes": np.zeros((2, 0, 4), np.float32)}, "boxes: shape"),
+        ({"image_embeddings": np.zeros((2, 256, 64, 64), np.float32)}, "image_embeddings: shape"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["onnxruntime", "pytorch"])
+def test_a_wrong_feed_is_named(tiny_artefact, backend, change, message):
+    if backend == "onnxruntime":
+        session = OnnxRuntimeSession(tiny_artefact)
+    else:
+        session = PytorchSession(small_model("sam_vit_b", SIZE))
+    values = {k: v for k, v in {**feed(), **change}.items() if v is not None}
+    with pytest.raises(InputError, match=message):
+        session.run("decoder", values)
+
+
+def test_unknown_device(tiny_artefact):
+    with pytest.raises(InputError, match="expected cpu or cuda"):
+        OnnxRuntimeSession(tiny_artefact, device="tpu")
+    with pytest.raises(InputError, match="expected cpu or cuda"):
+        PytorchSession(small_model("sam_vit_b", SIZE), device="tpu")
+
+
+def test_cuda_without_a_cuda_runtime_is_refused_not_replaced(tiny_artefact):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has CUDA")
+    with pytest.raises(EngineError, match=r"dbsam-deploy\[gpu\]"):
+        OnnxRuntimeSession(tiny_artefact, device="cuda")
+
+
+def test_missing_onnxruntime_names_the_extra(tiny_artefact, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name == "onnxruntime":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(EngineError, match=r"pip install 'dbsam-deploy\[cpu\]'"):
+        OnnxRuntimeSession(tiny_artefact)
+
+
+def test_reference_masks_do_not_depend_on_the_batch():
+    session = PytorchSession(small_model("sam_vit_b", SIZE))
+    values = feed(batch=2, boxes=2)
+    together = session.run("decoder", values)
+    alone = session.run("decoder", {k: v[1:] for k, v in values.items()})
+    assert together["low_res_masks"].shape == (2, 2, 1, 32, 32)
+    for name, value in alone.items():
+        check_close(together[name][1:], value, "float32", name)

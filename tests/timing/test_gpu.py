@@ -1,0 +1,212 @@
+"""The arithmetic of the GPU benchmarks, and how they end on a machine without a GPU."""
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from support.references import small_model
+from timing import gpu as gpu_benchmarking
+from timing.gpu import Ceilings, Work
+
+from dbsam_deploy.core.errors import AccuracyError, EngineError
+from dbsam_deploy.sessions.cuda_graphs import Recording
+
+ROOT = Path(__file__).resolve().parents[2]
+WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+KERNEL_BENCHMARKS = ("ms_deform_attn", "channel_attention", "rel_pos_attention")
+
+
+def test_variants_take_turns_and_the_order_rotates():
+    log: list[str] = []
+    variants = {name: (lambda name=name: log.append(name)) for name in "abc"}
+    clock = iter(range(1000))
+
+    def stopwatch(work) -> float:
+        work()
+        return float(next(clock))
+
+    seconds = gpu_benchmarking.take_turns(variants, stopwatch, rounds=3)
+    warm = 3 * gpu_benchmarking.WARM_UP_ROUNDS
+    assert "".join(log[warm:]) == "abcbcacab"
+    # The n-th timed call took warm + n seconds: a was 1st, 6th and 8th, b 2nd, 4th and 9th.
+    assert seconds == {"a": warm + 5, "b": warm + 3, "c": warm + 4}
+
+
+def test_one_slow_call_does_not_move_the_median():
+    calls = []
+
+    def stopwatch(work) -> float:
+        calls.append(work)
+        return 100.0 if len(calls) == gpu_benchmarking.WARM_UP_ROUNDS + 2 else 1.0
+
+    assert gpu_benchmarking.take_turns({"a": print}, stopwatch, rounds=5) == {"a": 1.0}
+
+
+def test_ceilings_count_both_directions_of_a_copy_and_both_halves_of_a_multiply_add():
+    found = gpu_benchmarking.measure_ceilings(
+        lambda work: work() is None or 0.5, device="cpu", divide=64
+    )
+    size, side = gpu_benchmarking.COPY_BYTES // 64, gpu_benchmarking.GEMM_SIDE // 64
+    assert found.copy_gb_s == pytest.approx(4 * size / 1e9)
+    assert found.gemm_tflop_s == pytest.approx(4 * side**3 / 1e12)
+
+
+def test_a_row_says_what_was_reached_of_the_ceilings():
+    seconds = {"ours": 2e-6, "eager": 9e-6}
+    facts = gpu_benchmarking.row_facts(seconds, "ours", Work(6000, 8 * 10**6), Ceilings(4.0, 16.0))
+    assert facts == pytest.approx(
+        {
+            "us": 2.0,
+            "GB/s": 3.0,
+            "of copy": 0.75,
+            "TFLOP/s": 4.0,
+            "of GEMM": 0.25,
+            "vs eager": 4.5,
+        }
+    )
+    assert "TFLOP/s" not in gpu_benchmarking.row_facts(
+        seconds, "ours", Work(6000), Ceilings(4.0, 16.0)
+    )
+
+
+@pytest.mark.parametrize(
+    ("bytes_per_call", "sets"), [(1, 64), (10**6, 30), (14 * 10**6, 4), (10**9, 4)]
+)
+def test_the_inputs_of_a_benchmark_exceed_the_cache(bytes_per_call, sets):
+    assert gpu_benchmarking.sets_needed(bytes_per_call, 10**7) == sets
+
+
+def test_the_gpu_reference_workload_is_the_same_every_time():
+    first, second = (gpu_benchmarking.gpu_reference_workload("cpu", 64)() for _ in range(2))
+    assert torch.equal(first, second)
+    assert first.abs().max() > 0
+
+
+@WITHOUT_GPU
+def test_without_a_gpu_one_line_says_so():
+    with pytest.raises(EngineError, match="bench needs a CUDA device") as error:
+        gpu_benchmarking.require_cuda("bench")
+    assert len(str(error.value).splitlines()) == 1
+
+
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+
+
+@WITHOUT_GPU
+def test_without_a_gpu_the_kernel_benchmarks_are_collected_and_skipped(tmp_path):
+    files = [f"benchmarks/bench_{name}.py" for name in KERNEL_BENCHMARKS]
+    result = _run("-m", "pytest", "--benchmark", f"--baselines={tmp_path}", "-rs", *files)
+    assert "14 skipped" in result.stdout, result.stdout + result.stderr
+    assert "gpu: torch sees no CUDA device" in result.stdout
+    assert "error" not in result.stdout.lower()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def compare_gpu(monkeypatch) -> ModuleType:
+    """benchmarks/compare_gpu.py as a module."""
+    path = ROOT / "benchmarks" / "compare_gpu.py"
+    spec = importlib.util.spec_from_file_location("compare_gpu", path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "compare_gpu", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@WITHOUT_GPU
+def test_the_comparison_ends_in_one_line_without_a_gpu(compare_gpu, capsys):
+    assert compare_gpu.run(compare_gpu.main, []) == 2
+    printed = capsys.readouterr()
+    (line,) = printed.err.strip().splitlines()
+    assert line.startswith("error: benchmarks/compare_gpu.py needs a CUDA device")
+    assert printed.out == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rows", "fastest"], "row 'fastest': expected one of eager-fp32"),
+        (["--variants", "sam"], "variant 'sam': expected one of"),
+        (["--batches", "1", "0"], "expected numbers of at least 1"),
+        (["--rounds", "0"], "expected numbers of at least 1"),
+        (["--fast"], "unrecognized arguments: --fast"),
+    ],
+)
+def test_mistaken_options_end_in_one_line(compare_gpu, capsys, options, message):
+    assert compare_gpu.run(compare_gpu.main, options) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line
+
+
+def test_help_teaches_by_example(compare_gpu, capsys):
+    with pytest.raises(SystemExit) as ended:
+        compare_gpu.main(["--help"])
+    assert ended.value.code == 0
+    assert "python benchmarks/compare_gpu.py --variants db_sam" in capsys.readouterr().out
+
+
+class _Rerun:
+    """Stands in for CUDA graphs."""
+
+    def __call__(self, function, inputs) -> Recording:
+        buffers = tuple(tensor.clone() for tensor in inputs)
+        outputs = tuple(tensor.clone() for tensor in function(*buffers))
+
+        def replay() -> None:
+            for buffer, value in zip(outputs, function(*buffers), strict=True):
+                buffer.copy_(value)
+
+        return Recording(buffers, outputs, replay)
+
+
+@pytest.fixture
+def on_cpu(compare_gpu, monkeypatch) -> Iterator[ModuleType]:
+    """The comparison on the CPU with a small model: all but the device and the compiler is real."""
+    loaded = SimpleNamespace(model=small_model("sam_vit_b", 64))
+    monkeypatch.setattr(gpu_benchmarking, "WARM_UP_ROUNDS", 0)
+    monkeypatch.setattr(compare_gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(compare_gpu, "load_model", lambda **_: loaded)
+    monkeypatch.setattr(compare_gpu, "require_cuda", lambda what: None)
+    monkeypatch.setattr(compare_gpu, "CudaGraphRecorder", _Rerun)
+    monkeypatch.setattr(compare_gpu, "peak_bytes", lambda function, image: 10**9)
+    monkeypatch.setattr(compare_gpu, "synchronized", lambda work: work)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny operators: a second thread only waits
+    yield compare_gpu
+    torch.set_num_threads(threads)
+
+
+def test_every_row_of_the_comparison_computes_the_embedding(on_cpu, capsys):
+    assert on_cpu.main(["--variants", "db_sam", "--batches", "2", "--rounds", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line for line in lines if "float" in line]
+    assert len(rows) == len(on_cpu.ROWS)
+    cosines = [float(line.split("│")[6]) for line in rows]
+    assert min(cosines) > 0.999
+    assert all("1.00" in line.split("│")[5] for line in rows)
+
+
+def test_a_row_with_another_embedding_is_not_timed(on_cpu, monkeypatch):
+    row = on_cpu.Row("wrong", torch.float32, lambda model, dtype: lambda x: model.encode(-x))
+    monkeypatch.setitem(on_cpu.ROWS, "eager-fp16", row)
+    with pytest.raises(AccuracyError, match=r"eager-fp16: cosine .*; not timed"):
+        on_cpu.main(["--variants", "db_sam", "--rows", "eager-fp16", "--rounds", "1"])
+
+
+def test_a_row_that_does_not_fit_the_memory_is_named(on_cpu, monkeypatch, capsys):
+    def build(model, dtype):
+        raise torch.OutOfMemoryError("too much")
+
+    monkeypatch.setitem(on_cpu.ROWS, "ours-fp16", on_cpu.Row("ours", torch.float16, build))
+    options = ["--variants", "db_sam", "--batches", "1", "--rounds", "1", "--rows"]
+    assert on_cpu.main([*options, "eager-fp32", "ours-fp16"]) == 0
+    assert "out of memory" in capsys.readouterr().out

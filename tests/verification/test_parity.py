@@ -1,0 +1,117 @@
+"""Figures on real images, and a gate that really closes."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from dbsam_deploy.core.errors import AccuracyError
+from dbsam_deploy.core.imaging import Preprocessing
+from dbsam_deploy.model.weights import load_model
+from dbsam_deploy.recipe import Parity, load_recipe
+from dbsam_deploy.sessions.pytorch_session import PytorchSession
+from dbsam_deploy.verification.cases import bundled_examples, load_cases
+from dbsam_deploy.verification.parity import check_gate, compare, cosine, dice
+
+PARITY = Parity(images=3, boxes_per_image=2, box_jitter_px=20, min_object_px=16)
+GATE = load_recipe("fp16").gate
+
+
+class Noisy:
+    """A session whose outputs are off by a fraction of their spread."""
+
+    backend = "noisy"
+
+    def __init__(self, session, graph: str, noise: float) -> None:
+        self.session, self.graph, self.noise = session, graph, noise
+
+    def run(self, graph, feed):
+        out = self.session.run(graph, feed)
+        if graph == self.graph:
+            rng = np.random.default_rng(0)
+            for name, value in out.items():
+                off = rng.standard_normal(value.shape) * value.std() * self.noise
+                out[name] = (value + off).astype(np.float32)
+        return out
+
+
+@pytest.fixture(scope="module")
+def reference() -> PytorchSession:
+    model = load_model(image_size=64).model
+    with torch.no_grad():  # blobs instead of empty masks: a small bias towards the foreground
+        model.mask_decoder.output_upscaling[3].bias.add_(0.05)
+    return PytorchSession(model)
+
+
+@pytest.fixture(scope="module")
+def cases():
+    return load_cases(bundled_examples(), PARITY)
+
+
+def run(reference, cases, deployed):
+    return compare(reference, deployed, Preprocessing(64), cases)
+
+
+def test_a_session_agrees_with_itself(reference, cases):
+    seen = []
+    figures = compare(reference, reference, Preprocessing(64), cases, progress=seen.append)
+    assert seen == [case.name for case in cases]
+    assert figures.images == 3
+    assert figures.objects == sum(len(case.boxes) for case in cases)
+    assert figures.embedding_cosine == pytest.approx(1, abs=1e-9)
+    assert figures.mask_agreement_mean == figures.mask_agreement_p5 == 1
+    assert figures.prompt_agreement_mean == 1
+    assert figures.dice == figures.dice_reference
+    check_gate(figures, load_recipe("fp32").gate, "itself")
+
+
+@pytest.mark.parametrize(
+    ("graph", "missed"),
+    [
+        ("encoder", "embedding cosine"),
+        ("decoder", "decoder cosine"),
+        ("prompt_decoder", "prompt agreement"),
+    ],
+)
+def test_a_broken_graph_misses_the_gate_with_its_figures(reference, cases, graph, missed):
+    figures = run(reference, cases, Noisy(reference, graph, 0.5))
+    with pytest.raises(AccuracyError, match=rf"{missed}.*0\.\d+ < .*Nothing was published"):
+        check_gate(figures, GATE, "noisy")
+
+
+def test_small_noise_passes_fp16_and_not_fp32(reference, cases):
+    figures = run(reference, cases, Noisy(reference, "encoder", 0.01))
+    assert 0.999 < figures.embedding_cosine < 0.99999
+    with pytest.raises(AccuracyError, match="embedding cosine"):
+        check_gate(figures, load_recipe("fp32").gate, "noisy")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"embedding_cosine": float("nan")},
+        {"mask_agreement_mean": 0.9799},
+        {"mask_agreement_p5": 0.9499},
+        {"dice": 0.5, "dice_reference": 0.5021},
+        {"dice": float("nan")},
+    ],
+)
+def test_each_figure_can_close_the_gate(reference, cases, change):
+    good = run(reference, cases[:1], reference)
+    with pytest.raises(AccuracyError):
+        check_gate(replace(good, **change), GATE, "changed")
+
+
+def test_dice_and_cosine():
+    a, b = np.zeros((2, 3), bool), np.zeros((2, 3), bool)
+    assert dice(a, b) == 1
+    a[0, :2] = True
+    assert dice(a, b) == 0
+    b[0, 1:] = True
+    assert dice(a, b) == 0.5
+    x = np.random.default_rng().standard_normal(50).astype(np.float32)
+    assert cosine(x, 3 * x) == pytest.approx(1)
+    assert cosine(x, -x) == pytest.approx(-1)
+    assert cosine(x, np.full(50, np.nan, np.float32)) == 0
+    assert cosine(x, 0 * x) == 0
