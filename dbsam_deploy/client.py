@@ -18,7 +18,7 @@ from .clients.calls import (
     Segmentation,
 )
 from .clients.client import DbsamClient
-from .clients.one_image import add_image_options, read_request, report, segment_image
+from .prediction.one_image import add_image_options, read_request, report, segment_image
 
 __all__ = ["AsyncDbsamClient", "DbsamClient", "Segmentation"]
 

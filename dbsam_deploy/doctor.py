@@ -22,13 +22,13 @@ from rich.text import Text
 from .cli import HelpFormatter, Parser, run
 from .core.errors import DbsamError, EngineError, InputError
 from .diagnosis.inspections import EXTRA_PREFIX, Answer, inspect_runtime
-from .diagnosis.probes import Ask, Finding, Probe
+from .diagnosis.probes import BACKEND_PROBES, Ask, Finding, Probe
 from .extras import EXTRAS, GXX_LINE, NVCC_LINE, Extra, pip_line
 from .hardware import Hardware, describe_hardware, memory_gib
 from .kernels.library import ARCHITECTURES
 from .kernels.plugin_build import DEFAULT_OUTPUT, LIBRARY_NAME, find_headers, read_library
 from .serving.environment import DEFAULT_FOLDER, WHEEL, find_environment, install_hint
-from .sessions.backends import BACKENDS, LOCAL_BACKENDS
+from .sessions.backends import LOCAL_BACKENDS
 
 WORKERS = 4
 TOOL_TIMEOUT_S = 20.0
@@ -159,7 +159,7 @@ def probe_extra(extra: Extra, ask: Ask) -> Finding:
 
 
 CHECKS = (
-    *(Check(backend.name, "backend", backend.probe) for backend in BACKENDS),
+    *(Check(name, "backend", BACKEND_PROBES[name]) for name in LOCAL_BACKENDS),
     Check("g++", "build", probe_gxx, "kernels on the CPU"),
     Check("nvcc", "build", probe_nvcc, "kernels and plugins on CUDA"),
     Check("TensorRT headers", "build", probe_headers, "to compile plugins"),

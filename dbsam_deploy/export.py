@@ -294,7 +294,7 @@ def main(argv: list[str] | None = None) -> int:
     closing_table(
         published.artefact,
         published.figures,
-        published.repository,
+        published.repository.folder,
         console,
         engines=published.engines,
         engine_note=published.engine_note,

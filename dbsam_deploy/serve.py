@@ -17,14 +17,14 @@ from rich.console import Console
 
 from .cli import HelpFormatter, Parser, run
 from .clients.client import DbsamClient
-from .clients.one_image import (
+from .core.errors import InputError
+from .prediction.one_image import (
     ImageRequest,
     add_image_options,
     read_request,
     report,
     segment_image,
 )
-from .core.errors import InputError
 from .serving.environment import (
     DEFAULT_FOLDER,
     find_environment,

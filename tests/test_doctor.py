@@ -22,12 +22,12 @@ from dbsam_deploy.cli import run
 from dbsam_deploy.core.errors import EngineError
 from dbsam_deploy.diagnosis import probes
 from dbsam_deploy.diagnosis.inspections import Answer
-from dbsam_deploy.diagnosis.probes import Finding
+from dbsam_deploy.diagnosis.probes import BACKEND_PROBES, Finding
 from dbsam_deploy.doctor import CHECKS, INSTALL_LINES, Check, examine
 from dbsam_deploy.engines.device import find_gpu
 from dbsam_deploy.extras import EXTRAS
 from dbsam_deploy.hardware import memory_gib
-from dbsam_deploy.sessions.backends import BACKENDS, LOCAL_BACKENDS
+from dbsam_deploy.sessions.backends import LOCAL_BACKENDS
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("backend", "build", "serving", "extra")
@@ -66,8 +66,8 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Answer]:
 def test_every_backend_has_a_row_and_every_row_a_backend() -> None:
     rows = [check for check in CHECKS if check.kind == "backend"]
     assert [check.name for check in rows] == list(LOCAL_BACKENDS)
-    assert [check.probe for check in rows] == [backend.probe for backend in BACKENDS]
-    assert len({backend.probe for backend in BACKENDS}) == len(BACKENDS)
+    assert {check.name: check.probe for check in rows} == BACKEND_PROBES
+    assert len({check.probe for check in rows}) == len(LOCAL_BACKENDS)
 
 
 def test_every_extra_for_users_has_a_row() -> None:

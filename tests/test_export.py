@@ -152,7 +152,11 @@ def test_closing_table_shows_every_stage_and_the_state_of_the_weights(published_
     console = Console(record=True, width=110)
     note = "to build engines: pip install 'dbsam-deploy[rtx]'"
     closing_table(
-        published.artefact, published.figures, published.repository, console, engine_note=note
+        published.artefact,
+        published.figures,
+        published.repository.folder,
+        console,
+        engine_note=note,
     )
     text = console.export_text()
     assert f"note: {note}\n" in text  # rich would take the brackets for its own

@@ -84,7 +84,7 @@ def test_the_encoder_is_small_and_typed_in_the_graph(published_int8, float_graph
 def test_the_closing_table_has_a_row_for_each_quantised_graph(published_int8):
     _, published = published_int8
     console = Console(record=True, width=120)
-    closing_table(published.artefact, published.figures, published.repository, console)
+    closing_table(published.artefact, published.figures, published.repository.folder, console)
     text = console.export_text()
     graph = published.artefact.quantization["graphs"]["encoder"]
     (row,) = (line for line in text.splitlines() if ", 8 images" in line)

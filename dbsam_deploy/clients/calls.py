@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from ..core.contract import (
     NUM_MASK_TOKENS,
+    TRITON_TYPES,
     GraphSpec,
     TensorSpec,
     ensemble_spec,
@@ -24,7 +25,6 @@ from ..core.contract import (
 from ..core.errors import DbsamError, EngineError, InputError, ServingError
 from ..core.imaging import ByteArray, FloatArray, check_boxes, check_image
 from ..core.prompts import check_mask_input, check_mask_pixels, join_prompts
-from ..serving.triton_config import TRITON_TYPES
 from .shared_memory import SharedRegion
 
 Protocol = Literal["grpc", "http"]

@@ -37,6 +37,14 @@ MAX_POINTS = 64
 DType = Literal["float32", "int32", "int64", "uint8"]
 Frame = Literal["image", "model", "mask grid", "none"]
 
+TRITON_TYPES = {
+    "float32": "FP32",
+    "int32": "INT32",
+    "int64": "INT64",
+    "uint8": "UINT8",
+}
+"""Contract dtype → Triton's datatype on the wire; `TYPE_` in front of it in a configuration."""
+
 BATCH, NUM_BOXES, NUM_PROMPTS, NUM_POINTS = "batch", "num_boxes", "num_prompts", "num_points"
 HEIGHT, WIDTH = "height", "width"
 

@@ -162,3 +162,15 @@ def _too_old(kind: Kind, version: str) -> str:
     except EngineError as error:
         return error.message
     return ""
+
+
+BACKEND_PROBES: dict[str, Probe] = {
+    "onnxruntime": probe_onnxruntime,
+    "onnxruntime-tensorrt": probe_onnxruntime_tensorrt,
+    "openvino": probe_openvino,
+    "pytorch": probe_pytorch,
+    "pytorch-fused": probe_pytorch_fused,
+    "tensorrt": probe_tensorrt,
+    "tensorrt-rtx": probe_tensorrt_rtx,
+}
+"""Backend → what finds out whether it can be used here."""

@@ -2,8 +2,8 @@
 
 Coordinates: every format becomes slices of H×W pixels, (D, H, W) in memory; a box is
 (x0, y0, x1, y1) with x along W and y along H, and slice k is `pixels[k]`. A 2D image has D = 1. For
-NIfTI, x and y are the stored array's first and second axis (see `dbsam_deploy.images.scans`). Pictures
-are read as stored: an EXIF orientation is not applied, so a mask lies on the file's own pixel grid.
+NIfTI, x and y are the stored array's first and second axis (see `scans`). Pictures are read as
+stored: an EXIF orientation is not applied, so a mask lies on the file's own pixel grid.
 
 A 3D box is (x0, y0, z0, x1, y1, z1) and covers the slices z0 … z1 - 1. The `boxes` of a 3D npz in
 MedSAM's challenge format name their last slice instead; they are converted when read.

@@ -19,10 +19,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from ..core.contract import IOU_SCORES, MASKS, RAW_BOXES, RAW_IMAGE, ensemble_spec
+from ..core.contract import IOU_SCORES, MASKS, RAW_BOXES, RAW_IMAGE, TRITON_TYPES, ensemble_spec
 from ..core.errors import InputError, ServingError
 from .environment import ServerEnvironment
-from .triton_config import TRITON_TYPES
 
 LOOPBACK = "127.0.0.1"
 STANDINS = Path(__file__).parent / "standin_backends"

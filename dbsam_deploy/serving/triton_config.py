@@ -8,6 +8,7 @@ from typing import Literal
 
 from ..core.contract import (
     BATCH,
+    TRITON_TYPES,
     Geometry,
     GraphSpec,
     TensorSpec,
@@ -26,17 +27,7 @@ from ..engines.profiles import MAX_BATCH
 
 Platform = Literal["onnxruntime", "tensorrt"]
 
-TRITON_TYPES = {
-    "float32": "FP32",
-    "int32": "INT32",
-    "int64": "INT64",
-    "uint8": "UINT8",
-}
-"""Contract dtype → Triton's datatype on the wire; `TYPE_` in front of it in a configuration."""
-
-_HEAD = (
-    "# Rendered from dbsam_deploy/core/contract.py by dbsam_deploy.serving.repository: do not edit."
-)
+_HEAD = "# Rendered from dbsam_deploy/core/contract.py; do not edit by hand."
 
 _BACKENDS = {"onnxruntime": 'backend: "onnxruntime"', "tensorrt": 'platform: "tensorrt_plan"'}
 

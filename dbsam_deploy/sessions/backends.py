@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from ..artefact import Artefact, load_artefact
 from ..core.errors import InputError
 from ..core.imaging import MODES, Preprocessing
-from ..diagnosis import probes
 from .onnxruntime_session import OnnxRuntimeSession
 from .pytorch_session import PytorchSession
 from .session import Session
@@ -68,7 +67,6 @@ class Backend:
         devices: where it can run, the default first.
         options: those of `MODEL_OPTIONS` that it obeys, besides `device`.
         open: makes its session from the command line and the device.
-        probe: whether it can be used here, for `python -m dbsam_deploy.doctor`.
     """
 
     name: str
@@ -76,7 +74,6 @@ class Backend:
     devices: tuple[str, ...]
     options: tuple[str, ...]
     open: Callable[[argparse.Namespace, str], Engine]
-    probe: probes.Probe
 
 
 def _pytorch(args: argparse.Namespace, device: str) -> Engine:
@@ -145,7 +142,6 @@ BACKENDS = (
         ("cpu", "cuda"),
         ("artefact",),
         _onnxruntime,
-        probes.probe_onnxruntime,
     ),
     Backend(
         "onnxruntime-tensorrt",
@@ -153,7 +149,6 @@ BACKENDS = (
         ("cuda",),
         ("artefact", "engine_cache"),
         _onnxruntime_tensorrt,
-        probes.probe_onnxruntime_tensorrt,
     ),
     Backend(
         "openvino",
@@ -161,7 +156,6 @@ BACKENDS = (
         ("cpu",),
         ("artefact", "engine_cache", "runtime_precision"),
         _openvino,
-        probes.probe_openvino,
     ),
     Backend(
         "pytorch",
@@ -169,7 +163,6 @@ BACKENDS = (
         ("cpu", "cuda"),
         PYTORCH_OPTIONS,
         _pytorch,
-        probes.probe_pytorch,
     ),
     Backend(
         "pytorch-fused",
@@ -177,7 +170,6 @@ BACKENDS = (
         ("cuda",),
         PYTORCH_OPTIONS,
         _pytorch_fused,
-        probes.probe_pytorch_fused,
     ),
     Backend(
         "tensorrt",
@@ -185,7 +177,6 @@ BACKENDS = (
         ("cuda",),
         ("artefact",),
         _tensorrt,
-        probes.probe_tensorrt,
     ),
     Backend(
         "tensorrt-rtx",
@@ -193,7 +184,6 @@ BACKENDS = (
         ("cuda",),
         ("artefact",),
         _tensorrt_rtx,
-        probes.probe_tensorrt_rtx,
     ),
 )
 """Every runtime in this process; the only list of them."""

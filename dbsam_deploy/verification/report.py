@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from ..artefact import Artefact
 from ..engines.manifest import EngineRecord
-from ..serving.repository import Repository
 from .parity import Figures
 
 NOT_RUN = "not run: no GPU"
@@ -87,7 +87,7 @@ def quantization_table(artefact: Artefact) -> Table:
 def closing_table(
     artefact: Artefact,
     figures: Figures,
-    repository: Repository,
+    repository: Path,
     console: Console,
     *,
     engines: Mapping[str, EngineRecord] | None = None,
@@ -98,7 +98,7 @@ def closing_table(
     Args:
         artefact: what was published.
         figures: its comparison with PyTorch.
-        repository: what serves it.
+        repository: folder of the Triton repository that serves it.
         console: where to print.
         engines: plans that were built from it.
         engine_note: which were not built, and how to build them.
@@ -116,7 +116,7 @@ def closing_table(
     for name, figures_of_graph in _rows(figures).items():
         item = artefact.graphs[name]
         table.add_row(name, item.file, f"{item.size_bytes / 2**20:.1f}", *figures_of_graph)
-    table.add_row("repository", repository.folder.name)
+    table.add_row("repository", repository.name)
     console.print(table)
     if artefact.quantization:
         console.print(quantization_table(artefact))
@@ -127,7 +127,7 @@ def closing_table(
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     console.print(
         f"next: python -m dbsam_deploy.predict IMAGE --box x0 y0 x1 y1 --artefact "
-        f"{artefact.folder}\n      python -m dbsam_deploy.serve --repository {repository.folder}",
+        f"{artefact.folder}\n      python -m dbsam_deploy.serve --repository {repository}",
         highlight=False,
         markup=False,
         soft_wrap=True,

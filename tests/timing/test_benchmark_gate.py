@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -19,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 BENCHMARK = """
 import os
-from dbsam_deploy.benchmarking import reference_workload
+from timing.ratios import reference_workload
 
 def test_{name}(benchmark_ratio):
     # The reference itself: its ratio is 1 on any machine, however busy.
@@ -143,7 +144,7 @@ def test_the_reference_workload_is_the_same_every_time() -> None:
 @pytest.fixture
 def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
     """A small project with this repository's conftest.py, one test and one benchmark."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}")
     for name in ("WORK", "ANSWER"):
         monkeypatch.delenv(name, raising=False)
     shutil.copy(ROOT / "conftest.py", pytester.path / "conftest.py")

@@ -13,11 +13,11 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
+from ..clients.calls import Segmentation as Answer
 from ..core.errors import InputError
 from ..images.volumes import Volume, label_dtype, read_volume
-from ..prediction.results import planned_files, write_results
-from ..prediction.segment import Finding, Prompts, Segmentation, check_prompts
-from .calls import Segmentation as Answer
+from .results import planned_files, write_results
+from .segment import Finding, Prompts, Segmentation, check_prompts
 
 
 class Segmenter(Protocol):
