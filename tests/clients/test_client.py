@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dbsam_deploy import client as client_module
 from dbsam_deploy.cli import run
 from dbsam_deploy.clients import calls as client_requests
+from dbsam_deploy.clients import client as client_module
 from dbsam_deploy.clients.async_client import AsyncDbsamClient
 from dbsam_deploy.clients.client import DbsamClient
 from dbsam_deploy.core.errors import InputError, ServingError

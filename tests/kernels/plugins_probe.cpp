@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "../kernels/entry_points.h"
+#include "../../kernels/entry_points.h"
 
 extern "C" void setLoggerFinder(nvinfer1::ILoggerFinder* finder);
 extern "C" nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count);
