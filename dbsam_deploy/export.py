@@ -16,20 +16,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from .artefact import (
-    MANIFEST_NAME,
-    Artefact,
-    graph_file,
-    load_artefact,
-    sha256_of,
-    write_artefact,
-)
+from .artefact import MANIFEST_NAME, Artefact, graph_file, load_artefact, write_artefact
 from .cli import progress_bars, run
 from .core.contract import graph_specs
 from .core.errors import InputError
 from .engines.build import Request, build_engines, choose_engines
 from .engines.manifest import EngineRecord
 from .export_options import Options, build_parser
+from .files.atomic import sha256_of
 from .fusions import fuse_file
 from .graphs.onnx_export import check_onnx, export_graph
 from .hardware import installed_versions

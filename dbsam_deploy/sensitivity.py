@@ -15,10 +15,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from .artefact import write_atomically
 from .cli import HelpFormatter, Parser, progress_bars, run
 from .core.errors import InputError
 from .evaluation.metrics import load_library
+from .files.atomic import write_atomically
 from .graphs.onnx_export import export_graph
 from .model.weights import load_model
 from .quantization.calibration_images import CalibrationSet

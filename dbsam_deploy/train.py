@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from rich.console import Console
 
-from .artefact import write_atomically
 from .cli import HelpFormatter, Parser, run
 from .core.errors import EngineError, InputError
 from .evaluation import build_protocol, evaluate, find_cases, read_cases
+from .files.atomic import write_atomically
 from .hardware import installed_versions
 from .model import DbSam
 from .model.checkpoint import write_checkpoint

@@ -11,11 +11,12 @@ import pytest
 from rich.console import Console
 
 from dbsam_deploy import export as export_module
-from dbsam_deploy.artefact import load_artefact, sha256_of
+from dbsam_deploy.artefact import load_artefact
 from dbsam_deploy.cli import run
 from dbsam_deploy.core.contract import Geometry, graph_specs
 from dbsam_deploy.core.errors import AccuracyError, InputError
 from dbsam_deploy.export import export, main
+from dbsam_deploy.files.atomic import sha256_of
 from dbsam_deploy.serving.repository import load_repository
 from dbsam_deploy.verification.report import closing_table
 
