@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from dbsam_deploy.cli import run
+from dbsam_deploy.client import main
 from dbsam_deploy.clients import calls as client_requests
 from dbsam_deploy.clients import client as client_module
 from dbsam_deploy.clients.async_client import AsyncDbsamClient
@@ -310,7 +311,7 @@ def test_the_command_writes_mask_and_overlay(triton, predictor, tmp_path, capsys
     options = [str(tmp_path / "a.png"), *more, url, "--output", str(tmp_path / "out")]
     for box in boxes:
         options += ["--box", *map(str, box)]
-    assert run(client_module.main, options) == 0
+    assert run(main, options) == 0
     assert "request ms" in capsys.readouterr().out
     found = np.asarray(Image.open(tmp_path / "out" / "a_mask.png"))
     np.testing.assert_array_equal(found, expected)
