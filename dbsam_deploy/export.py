@@ -160,6 +160,7 @@ def export(
     if artefact is None:
         artefact = _make_artefact(job, (key, parity_key), folder, bars)
     else:
+        (folder / MANIFEST_NAME).touch()  # the newest is what predict and the others take
         console.print(f"{folder} is up to date; nothing was exported again", highlight=False)
     figures = Figures(**{k: v for k, v in artefact.figures.items() if k != "dice_drop"})
     engines = {}
