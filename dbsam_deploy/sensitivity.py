@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -20,11 +21,12 @@ from .core.errors import InputError
 from .evaluation.metrics import load_library
 from .files.atomic import write_atomically
 from .graphs.onnx_export import export_graph
+from .model import DbSam
 from .model.weights import load_model
 from .quantization.calibration_images import CalibrationSet
 from .quantization.quantizer import Quantizer, calibration_images
 from .quantization.sweep import Sweep
-from .recipe import available_precisions, load_recipe
+from .recipe import Recipe, available_precisions, load_recipe
 
 DESCRIPTION = """\
 Quantise an encoder block by block and in groups, measure each choice on held-back calibration
@@ -64,12 +66,23 @@ class Options:
     output: Path = Path("build/sensitivity")
 
 
-def find_exclusions(options: Options, console: Console) -> tuple[Sweep, CalibrationSet]:
+@dataclass(frozen=True)
+class Stages:
+    """The functions that a sweep calls in turn; a test gives its own for what it is not about."""
+
+    load_recipe: Callable[[str], Recipe] = load_recipe
+    export_graph: Callable[[DbSam, str, Recipe, Path], object] = export_graph
+
+
+def find_exclusions(
+    options: Options, console: Console, *, stages: Stages | None = None
+) -> tuple[Sweep, CalibrationSet]:
     """Export the float encoder, sweep, and write the results.
 
     Args:
         options: what to sweep.
         console: where progress goes.
+        stages: the steps, by default the real ones.
 
     Returns:
         The result and the images it was found on.
@@ -79,7 +92,8 @@ def find_exclusions(options: Options, console: Console) -> tuple[Sweep, Calibrat
         ExportError: the encoder cannot be exported or quantised.
         AccuracyError: no choice keeps to the budget.
     """
-    recipe = load_recipe(options.precision)
+    stages = stages or Stages()
+    recipe = stages.load_recipe(options.precision)
     images = calibration_images(recipe, options.calibration, options.budget)
     if images is None or recipe.quantization is None:
         raise InputError(
@@ -97,7 +111,7 @@ def find_exclusions(options: Options, console: Console) -> tuple[Sweep, Calibrat
     key = f"{loaded.weights['sha256']} {loaded.model.config} {recipe}"
     if not (path.is_file() and key_file.is_file() and key_file.read_text() == key):
         console.print("exporting the float encoder", highlight=False)
-        export_graph(loaded.model, "encoder", replace(recipe, quantization=None), scratch)
+        stages.export_graph(loaded.model, "encoder", replace(recipe, quantization=None), scratch)
         key_file.write_text(key)
     with bars:
         found = quantizer.sweep(path, scratch)
@@ -227,11 +241,11 @@ def _parser() -> Parser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, *, stages: Stages | None = None) -> int:
     """Command line entry point; returns the exit status."""
     options = Options(**vars(_parser().parse_args(argv)))
     load_library("matplotlib")  # before hours of work
-    found, _ = find_exclusions(options, Console(stderr=True))
+    found, _ = find_exclusions(options, Console(stderr=True), stages=stages)
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(ranked_table(found))
     for pattern in found.exclude:

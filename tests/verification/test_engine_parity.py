@@ -107,8 +107,8 @@ def test_a_plan_with_other_numbers_misses_the_gate_and_stays_unsigned(
 
 
 def test_fused_operators_that_are_no_plugins_are_refused(copied, cases, monkeypatch, tmp_path):
-    from dbsam_deploy import plugins
     from dbsam_deploy.engines.layers import Attention
+    from dbsam_deploy.kernels import plugin_registry
     from dbsam_deploy.verification import engine_parity
 
     library = engine_folder(copied, TENSORRT) / "libdbsam_plugins.so"
@@ -116,7 +116,7 @@ def test_fused_operators_that_are_no_plugins_are_refused(copied, cases, monkeypa
     library.write_bytes(b"a library")
     put_engines(copied, TENSORRT, plugins=graph_file(library, library.parent))
     loaded = []
-    monkeypatch.setattr(plugins, "load_plugins", lambda path, runtime: loaded.append(path))
+    monkeypatch.setattr(plugin_registry, "load_plugins", lambda path, runtime: loaded.append(path))
     attention = Attention({"RelPosAttention_0": "RelPosAttention"}, 2)
     monkeypatch.setattr(engine_parity, "read_attention", lambda path: attention)
     reference = OnnxRuntimeSession(copied)
