@@ -9,7 +9,8 @@ import csv
 import io
 import json
 import sys
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -25,11 +26,12 @@ if __name__ == "__main__":  # --help and a mistyped option need no PyTorch
 from .core.errors import InputError
 from .evaluation.metrics import load_library
 from .graphs.onnx_export import export_graph
+from .model import DbSam
 from .model.weights import load_model
 from .quantization.calibration_images import CalibrationSet
 from .quantization.quantizer import Quantizer, calibration_images
 from .quantization.sweep import Sweep
-from .recipe import load_recipe
+from .recipe import Recipe, load_recipe
 
 _COLUMNS = (
     *("group", "layers", "macs"),
@@ -39,12 +41,23 @@ _COLUMNS = (
 )
 
 
-def find_exclusions(options: Options, console: Console) -> tuple[Sweep, CalibrationSet]:
+@dataclass(frozen=True)
+class Stages:
+    """The functions that a sweep calls in turn; a test gives its own for what it is not about."""
+
+    load_recipe: Callable[[str], Recipe] = load_recipe
+    export_graph: Callable[[DbSam, str, Recipe, Path], object] = export_graph
+
+
+def find_exclusions(
+    options: Options, console: Console, *, stages: Stages | None = None
+) -> tuple[Sweep, CalibrationSet]:
     """Export the float encoder, sweep, and write the results.
 
     Args:
         options: what to sweep.
         console: where progress goes.
+        stages: the steps, by default the real ones.
 
     Returns:
         The result and the images it was found on.
@@ -54,7 +67,8 @@ def find_exclusions(options: Options, console: Console) -> tuple[Sweep, Calibrat
         ExportError: the encoder cannot be exported or quantised.
         AccuracyError: no choice keeps to the budget.
     """
-    recipe = load_recipe(options.precision)
+    stages = stages or Stages()
+    recipe = stages.load_recipe(options.precision)
     images = calibration_images(recipe, options.calibration, options.budget)
     if images is None or recipe.quantization is None:
         raise InputError(
@@ -72,7 +86,7 @@ def find_exclusions(options: Options, console: Console) -> tuple[Sweep, Calibrat
     key = f"{loaded.weights['sha256']} {loaded.model.config} {recipe}"
     if not (path.is_file() and key_file.is_file() and key_file.read_text() == key):
         console.print("exporting the float encoder", highlight=False)
-        export_graph(loaded.model, "encoder", replace(recipe, quantization=None), scratch)
+        stages.export_graph(loaded.model, "encoder", replace(recipe, quantization=None), scratch)
         key_file.write_text(key)
     with bars:
         found = quantizer.sweep(path, scratch)
@@ -173,11 +187,11 @@ def ranked_table(found: Sweep) -> Table:
     return table
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, *, stages: Stages | None = None) -> int:
     """Command line entry point; returns the exit status."""
     options = Options(**vars(build_parser().parse_args(argv)))
     load_library("matplotlib")  # before hours of work
-    found, _ = find_exclusions(options, Console(stderr=True))
+    found, _ = find_exclusions(options, Console(stderr=True), stages=stages)
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(ranked_table(found))
     for pattern in found.exclude:
