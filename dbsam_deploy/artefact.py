@@ -106,8 +106,8 @@ def find_export(folder: Path | None = None) -> Path:
     found = find_exports()
     if not found:
         raise InputError(
-            f"no export below {BUILD_FOLDER}/: run `python -m dbsam_deploy.export --precision fp16` "
-            "first, or name the folder of one with --artefact"
+            f"no export below {BUILD_FOLDER}/: run `python -m dbsam_deploy.export --precision "
+            "fp16` first, or name the folder of one with --artefact"
         )
     return found[0]
 

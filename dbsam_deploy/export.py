@@ -13,16 +13,26 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from .cli import check_words, progress_bars, run
+from .export_options import Options, build_parser
+
+if __name__ == "__main__":  # --help and a mistyped option need no PyTorch
+    check_words(build_parser)
+
 from rich.console import Console
 from rich.progress import Progress
 
-from .artefact import MANIFEST_NAME, Artefact, graph_file, load_artefact, write_artefact
-from .cli import progress_bars, run
+from .artefact import (
+    MANIFEST_NAME,
+    Artefact,
+    graph_file,
+    load_artefact,
+    write_artefact,
+)
 from .core.contract import graph_specs
 from .core.errors import InputError
 from .engines.build import Choice, Request, build_engines, choose_engines
 from .engines.manifest import EngineRecord
-from .export_options import Options, build_parser
 from .files.atomic import sha256_of
 from .fusions import fuse_file
 from .graphs.onnx_export import check_onnx, export_graph

@@ -16,7 +16,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from .cli import HelpFormatter, Parser, progress_bars, run
+from .cli import check_words, progress_bars, run
+from .sensitivity_options import Options, build_parser
+
+if __name__ == "__main__":  # --help and a mistyped option need no PyTorch
+    check_words(build_parser)
+
 from .core.errors import InputError
 from .evaluation.metrics import load_library
 from .files.atomic import write_atomically
@@ -26,24 +31,7 @@ from .model.weights import load_model
 from .quantization.calibration_images import CalibrationSet
 from .quantization.quantizer import Quantizer, calibration_images
 from .quantization.sweep import Sweep
-from .recipe import Recipe, available_precisions, load_recipe
-
-DESCRIPTION = """\
-Quantise an encoder block by block and in groups, measure each choice on held-back calibration
-images, and write a ranked table, a plot, and the layers to leave out so that the rest keeps to the
-recipe's gate and a budget with as much work quantised as possible.
-
-An interrupted sweep goes on where it stopped when it is started again with the same options.
-
-examples:
-  the bundled tiny model
-    python -m dbsam_deploy.sensitivity --precision int8 --calibration images/
-  LiteMedSAM, at most 0.01 less Dice
-    python -m dbsam_deploy.sensitivity --precision int8 --checkpoint lite_medsam.pth \\
-        --calibration images/ --budget 0.01
-"""
-
-DEFAULT_BUDGET = 0.005
+from .recipe import Recipe, load_recipe
 
 _COLUMNS = (
     *("group", "layers", "macs"),
@@ -51,19 +39,6 @@ _COLUMNS = (
     *("error_without", "agreement_without", "agreement_p5_without", "dice_drop_without"),
     "excluded",
 )
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a sweep is asked for; see the command's help."""
-
-    precision: str
-    calibration: Path | None
-    budget: float = DEFAULT_BUDGET
-    checkpoint: Path | None = None
-    variant: str | None = None
-    image_size: int | None = None
-    output: Path = Path("build/sensitivity")
 
 
 @dataclass(frozen=True)
@@ -212,38 +187,9 @@ def ranked_table(found: Sweep) -> Table:
     return table
 
 
-def _parser() -> Parser:
-    parser = Parser(
-        prog="python -m dbsam_deploy.sensitivity",
-        description=DESCRIPTION,
-        formatter_class=HelpFormatter,
-    )
-    recipes = {name: load_recipe(name).quantization for name in available_precisions()}
-    quantising = [name for name, plan in recipes.items() if plan and plan.calibration]
-    parser.add_argument("--precision", default="int8", choices=quantising, help="recipe")
-    parser.add_argument(
-        "--calibration",
-        type=Path,
-        metavar="PATH",
-        help="folder or file of real images (npz, NIfTI, PNG, JPEG)",
-    )
-    parser.add_argument(
-        "--budget",
-        type=float,
-        default=DEFAULT_BUDGET,
-        metavar="LOSS",
-        help="largest loss of Dice with the truth on held-back images; the gate holds as well",
-    )
-    parser.add_argument("--checkpoint", type=Path, help="weights: .pth or .safetensors")
-    parser.add_argument("--variant", help="model variant; by default the checkpoint's")
-    parser.add_argument("--image-size", type=int, help="side of the model frame")
-    parser.add_argument("--output", type=Path, default=Options.output, help="where to write")
-    return parser
-
-
 def main(argv: list[str] | None = None, *, stages: Stages | None = None) -> int:
     """Command line entry point; returns the exit status."""
-    options = Options(**vars(_parser().parse_args(argv)))
+    options = Options(**vars(build_parser().parse_args(argv)))
     load_library("matplotlib")  # before hours of work
     found, _ = find_exclusions(options, Console(stderr=True), stages=stages)
     console = Console(width=None if sys.stdout.isatty() else 120)

@@ -270,8 +270,8 @@ def refresh_configs(root: Path, *, check: bool = False) -> list[Path]:
     return stale
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line: build a repository, or refresh the committed configurations."""
+def build_parser() -> cli.Parser:
+    """The command line."""
     parser = cli.Parser(
         prog="python -m dbsam_deploy.serving.repository",
         formatter_class=cli.HelpFormatter,
@@ -293,7 +293,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--output", type=Path, default=DEFAULT_REPOSITORY, help="repository to fill"
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line: build a repository, or refresh the committed configurations."""
+    args = build_parser().parse_args(argv)
     if args.artefact is not None:
         repository = build_repository(load_artefact(args.artefact), args.output)
         print(f"{repository.folder}: {len(repository.files)} files, {repository.precision}")
