@@ -10,13 +10,14 @@ from typing import Any, Self
 import numpy.typing as npt
 
 from ..core.errors import ServingError
+from ..core.masks import Prediction
 from .calls import (
-    PROMPTS_MODEL,
+    BOX_MODEL,
     Arrays,
     Call,
     Protocol,
-    Segmentation,
     box_call,
+    box_result,
     check_options,
     load_library,
     mask_side,
@@ -70,12 +71,17 @@ class AsyncDbsamClient:
             self._client = transport.InferenceServerClient(url, conn_timeout=timeout_s)
 
     async def segment(
-        self, image: npt.NDArray[Any], boxes: npt.NDArray[Any], *, check: bool = True
-    ) -> Segmentation:
+        self,
+        image: npt.NDArray[Any],
+        boxes: npt.NDArray[Any],
+        *,
+        logits: bool = False,
+        check: bool = True,
+    ) -> Prediction:
         """See `DbsamClient.segment`."""
-        call = box_call(image, boxes, check=check)
-        arrays = await self._run(call)
-        return Segmentation(*(arrays[name] for name in call.spec.output_names))
+        side = await self._mask_side() if logits else None
+        call = box_call(image, boxes, side=side, check=check)
+        return box_result(await self._run(call), call.spec)
 
     async def segment_prompts(
         self,
@@ -86,21 +92,24 @@ class AsyncDbsamClient:
         point_labels: npt.NDArray[Any] | None = None,
         mask_input: npt.NDArray[Any] | None = None,
         multimask: bool = False,
-    ) -> Segmentation:
+    ) -> Prediction:
         """See `DbsamClient.segment_prompts`."""
-        if self._side is None:
-            with translated(self.url, *self._errors):
-                metadata = await self._client.get_model_metadata(PROMPTS_MODEL, **self._timeout)
-            self._side = mask_side(metadata)
         call = prompt_call(
             image,
-            self._side,
+            await self._mask_side(),
             boxes=boxes,
             point_coords=point_coords,
             point_labels=point_labels,
             mask_input=mask_input,
         )
         return prompt_result(await self._run(call), call.spec, multimask=multimask)
+
+    async def _mask_side(self) -> int:
+        if self._side is None:
+            with translated(self.url, *self._errors):
+                metadata = await self._client.get_model_metadata(BOX_MODEL, **self._timeout)
+            self._side = mask_side(metadata)
+        return self._side
 
     async def _run(self, call: Call) -> Arrays:
         with translated(self.url, *self._errors):

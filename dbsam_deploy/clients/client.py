@@ -9,13 +9,14 @@ from typing import Any, Self
 import numpy.typing as npt
 
 from ..core.errors import ServingError
+from ..core.masks import Prediction
 from .calls import (
-    PROMPTS_MODEL,
+    BOX_MODEL,
     Arrays,
     Call,
     Protocol,
-    Segmentation,
     box_call,
+    box_result,
     check_options,
     load_library,
     mask_side,
@@ -78,25 +79,31 @@ class DbsamClient:
             )
 
     def segment(
-        self, image: npt.NDArray[Any], boxes: npt.NDArray[Any], *, check: bool = True
-    ) -> Segmentation:
+        self,
+        image: npt.NDArray[Any],
+        boxes: npt.NDArray[Any],
+        *,
+        logits: bool = False,
+        check: bool = True,
+    ) -> Prediction:
         """One independent mask for each box.
 
         Args:
             image: (H, W, 3) uint8 RGB.
             boxes: (N, 4) x0, y0, x1, y1 in the image frame.
+            logits: ask for the low-resolution logits too, to prompt again with.
             check: look for mistakes before sending; the server checks again in any case.
 
         Returns:
-            masks (N, H, W) and iou_scores (N,).
+            masks (N, 1, H, W), ious (N, 1) and, if asked for, logits (N, 1, 4G, 4G).
 
         Raises:
             InputError: an unusable image or box, found here or by the server.
             ServingError: no server, a timeout, or an error inside the server.
         """
-        call = box_call(image, boxes, check=check)
-        arrays = self._run(call)
-        return Segmentation(*(arrays[name] for name in call.spec.output_names))
+        side = self._mask_side() if logits else None
+        call = box_call(image, boxes, side=side, check=check)
+        return box_result(self._run(call), call.spec)
 
     def segment_prompts(
         self,
@@ -107,7 +114,7 @@ class DbsamClient:
         point_labels: npt.NDArray[Any] | None = None,
         mask_input: npt.NDArray[Any] | None = None,
         multimask: bool = False,
-    ) -> Segmentation:
+    ) -> Prediction:
         """Masks for N prompt sets: box, points and an earlier mask, combined.
 
         Args:
@@ -115,29 +122,32 @@ class DbsamClient:
             boxes: (N, 4) in the image frame.
             point_coords: (N, P, 2) x, y in the image frame.
             point_labels: (N, P) 1 foreground, 0 background, -1 no point.
-            mask_input: (N, 4G, 4G) float logits, from an earlier answer's `low_res_logits[:, m]`.
+            mask_input: (N, 4G, 4G) float logits, from an earlier answer's `logits[:, m]`.
             multimask: return the three alternatives instead of the single mask.
 
         Returns:
-            masks (N, M, H, W), iou_scores (N, M) and low_res_logits (N, M, 4G, 4G).
+            masks (N, M, H, W), ious (N, M) and logits (N, M, 4G, 4G).
 
         Raises:
             InputError: an unusable image or prompt, found here or by the server.
             ServingError: no server, a timeout, or an error inside the server.
         """
-        if self._side is None:
-            with translated(self.url):
-                metadata = self._client.get_model_metadata(PROMPTS_MODEL, **self._timeout)
-            self._side = mask_side(metadata)
         call = prompt_call(
             image,
-            self._side,
+            self._mask_side(),
             boxes=boxes,
             point_coords=point_coords,
             point_labels=point_labels,
             mask_input=mask_input,
         )
         return prompt_result(self._run(call), call.spec, multimask=multimask)
+
+    def _mask_side(self) -> int:
+        if self._side is None:
+            with translated(self.url):
+                metadata = self._client.get_model_metadata(BOX_MODEL, **self._timeout)
+            self._side = mask_side(metadata)
+        return self._side
 
     def _run(self, call: Call) -> Arrays:
         with translated(self.url):

@@ -13,7 +13,8 @@ import numpy.typing as npt
 from ..clients.calls import Segmentation
 from ..core.errors import InputError
 from ..core.imaging import ByteArray, FloatArray, check_boxes, preprocess
-from ..prediction.predictor import Prediction, Predictor
+from ..core.masks import Prediction
+from ..prediction.predictor import Predictor
 from ..prediction.segment import prompts_at_once
 
 BoxSegmenter = Callable[[ByteArray, FloatArray], Prediction]
@@ -83,13 +84,13 @@ def remote_segmenter(client: Client, *, logits: bool) -> BoxSegmenter:
     def boxes_only(image: ByteArray, boxes: FloatArray) -> Prediction:
         answer = client.segment(image, boxes)
         none = np.empty((len(boxes), 1, 0, 0), np.float32)
-        return Prediction(answer.masks[:, None], answer.iou_scores[:, None], none)
+        return Prediction(answer.masks[:, None], answer.ious[:, None], none)
 
     def with_logits(image: ByteArray, boxes: FloatArray) -> Prediction:
         answer = client.segment_prompts(image, boxes=boxes)
-        if answer.low_res_logits is None:
+        if answer.logits is None:
             raise InputError("the server answered without low-resolution logits")
-        return Prediction(answer.masks, answer.iou_scores, answer.low_res_logits)
+        return Prediction(answer.masks, answer.ious, answer.logits)
 
     return with_logits if logits else boxes_only
 
@@ -112,6 +113,6 @@ def segment_boxes(segmenter: BoxSegmenter, image: ByteArray, boxes: FloatArray) 
         )
     return Prediction(
         masks,
-        np.concatenate([part.iou_predictions for part in parts]),
-        np.concatenate([part.low_res_masks for part in parts]),
+        np.concatenate([part.ious for part in parts]),
+        np.concatenate([part.logits for part in parts]),
     )

@@ -113,7 +113,7 @@ def segment_image(client: Segmenter, request: ImageRequest, note: str = "") -> S
     latency_ms = (time.perf_counter() - start) * 1e3
     labels = np.zeros(volume.shape, label_dtype(len(boxes)))
     findings = []
-    for label, (mask, iou) in enumerate(zip(answer.masks, answer.iou_scores, strict=True), start=1):
+    for label, (mask, iou) in enumerate(zip(answer.masks, answer.ious, strict=True), start=1):
         labels[index][mask == 1] = label
         name = "box " + " ".join(f"{value:g}" for value in boxes[label - 1])
         findings.append(Finding(label, name, int(mask.sum()), float(iou)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,23 +19,9 @@ from ..core.imaging import (
     preprocess,
     to_model_frame,
 )
+from ..core.masks import Prediction
 from ..core.prompts import check_mask_input, join_prompts
 from ..sessions.session import Session
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """Masks of N prompts of one image.
-
-    Attributes:
-        masks: (N, M, H, W) uint8 in the image frame, 1 inside; M is 1, or 3 with multimask.
-        iou_predictions: (N, M) float32, the decoder's estimate.
-        low_res_masks: (N, M, 4G, 4G) float32 logits on the mask grid.
-    """
-
-    masks: ByteArray
-    iou_predictions: FloatArray
-    low_res_masks: FloatArray
 
 
 class Predictor:
@@ -94,7 +79,7 @@ class Predictor:
             boxes: (N, 4) in the image frame.
             point_coords: (N, P, 2) x, y in the image frame.
             point_labels: (N, P) 1 foreground, 0 background, -1 no point.
-            mask_input: (N, 4G, 4G) float logits, as in `Prediction.low_res_masks`.
+            mask_input: (N, 4G, 4G) float logits, as in `Prediction.logits`.
             multimask: return the three alternatives instead of the single mask.
 
         Raises:

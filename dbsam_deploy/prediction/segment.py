@@ -17,8 +17,9 @@ import numpy.typing as npt
 from ..core.contract import MAX_PROMPTS
 from ..core.errors import InputError
 from ..core.imaging import FloatArray, check_boxes, check_points
+from ..core.masks import Prediction
 from ..images.volumes import Volume, label_dtype
-from .predictor import Prediction, Predictor
+from .predictor import Predictor
 
 _MASK_BYTES_AT_ONCE = 256 * 1024 * 1024
 
@@ -191,7 +192,7 @@ def _segment_slice(
     for start in range(0, len(names), batch):
         prediction = _predict(predictor, prompts, slice(start, start + batch))
         for row, (masks, ious) in enumerate(
-            zip(prediction.masks, prediction.iou_predictions, strict=True)
+            zip(prediction.masks, prediction.ious, strict=True)
         ):
             label, best = start + row + 1, int(np.argmax(ious))
             for alternative, mask in enumerate(masks):
@@ -263,7 +264,7 @@ def _segment_boxes_3d(
                 mask = prediction.masks[row, 0]
                 labels[z][mask == 1] = prompt + 1
                 pixels[prompt] += int(mask.sum())
-                ious[prompt] += float(prediction.iou_predictions[row, 0])
+                ious[prompt] += float(prediction.ious[row, 0])
     progress(len(slices), len(slices))
     ious /= ends - firsts
     findings = tuple(

@@ -65,7 +65,7 @@ def test_ensemble_masks_equal_local_prediction_bit_for_bit(
     with DbsamClient(url_of(triton, protocol), protocol, shared_memory=shared) as client:
         answer = client.segment(image, boxes)
     np.testing.assert_array_equal(answer.masks, expected.masks[:, 0])
-    np.testing.assert_array_equal(answer.iou_scores, expected.iou_predictions[:, 0])
+    np.testing.assert_array_equal(answer.ious, expected.ious[:, 0])
     assert answer.masks.dtype == np.uint8
     assert answer.masks.flags.writeable
 
@@ -114,8 +114,8 @@ def prompt_cases(size):
 
 def assert_same_prompts(answer, expected):
     np.testing.assert_array_equal(answer.masks, expected.masks)
-    np.testing.assert_array_equal(answer.iou_scores, expected.iou_predictions)
-    np.testing.assert_array_equal(answer.low_res_logits, expected.low_res_masks)
+    np.testing.assert_array_equal(answer.ious, expected.ious)
+    np.testing.assert_array_equal(answer.logits, expected.logits)
 
 
 @pytest.mark.triton
@@ -150,12 +150,12 @@ def test_an_answer_refines_the_next_one(triton, predictor):
     image, boxes = random_case(90, 90, 1)
     predictor.set_image(image)
     first = predictor.predict_prompts(boxes=boxes, multimask=True)
-    expected = predictor.predict_prompts(boxes=boxes, mask_input=first.low_res_masks[:, 2])
+    expected = predictor.predict_prompts(boxes=boxes, mask_input=first.logits[:, 2])
     with DbsamClient(triton.grpc_url) as client:
         answer = client.segment_prompts(image, boxes=boxes, multimask=True)
-        refined = client.segment_prompts(image, boxes=boxes, mask_input=answer.low_res_logits[:, 2])
+        refined = client.segment_prompts(image, boxes=boxes, mask_input=answer.logits[:, 2])
     assert_same_prompts(refined, expected)
-    assert not np.array_equal(refined.low_res_logits, first.low_res_masks[:, :1])
+    assert not np.array_equal(refined.logits, first.logits[:, :1])
 
 
 @pytest.mark.triton
@@ -239,7 +239,7 @@ def test_a_timeout_is_an_error_and_the_server_lives_on(triton, protocol, shared)
         ):
             client.segment(image, boxes)
     with DbsamClient(url, protocol, shared_memory=shared) as client:
-        assert client.segment(image[:50, :50], boxes).masks.shape == (1, 50, 50)
+        assert client.segment(image[:50, :50], boxes).masks.shape == (1, 1, 50, 50)
 
 
 @pytest.mark.triton
@@ -258,16 +258,16 @@ def test_a_cancelled_task_leaves_no_shared_memory(triton):
             assert regions() == before
             return await client.segment(image[:50, :50], boxes)
 
-    assert asyncio.run(ask()).masks.shape == (1, 50, 50)
+    assert asyncio.run(ask()).masks.shape == (1, 1, 50, 50)
     assert set(registered(triton)) <= already
 
 
 @pytest.mark.triton
 def test_an_unknown_model_is_a_serving_error(triton, monkeypatch):
     image, boxes = random_case(20, 20)
-    spec = client_requests.ensemble_spec()
+    spec = client_requests.ensemble_spec(1)
     other = type(spec)("no_such_model", spec.inputs, spec.outputs)
-    monkeypatch.setattr(client_requests, "ensemble_spec", lambda: other)
+    monkeypatch.setattr(client_requests, "ensemble_spec", lambda side: other)
     for protocol in ("grpc", "http"):
         with (
             DbsamClient(url_of(triton, protocol), protocol) as client,

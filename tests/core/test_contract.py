@@ -40,7 +40,7 @@ def test_the_ensemble_passes_each_tensor_on_as_it_is_expected():
             wanted.dtype,
             wanted.axes[1:],
         )
-    ensemble = ensemble_spec()
+    ensemble = ensemble_spec(Geometry(512).mask_side)
     assert ensemble.inputs == pre.inputs
     assert ensemble.outputs == post.outputs
 

@@ -15,7 +15,7 @@ from support.references import (
 from dbsam_deploy.evaluation import build_protocol, evaluate
 from dbsam_deploy.evaluation.medsam import resize_image, resize_labels
 from dbsam_deploy.evaluation.metrics import surface_dice
-from dbsam_deploy.prediction.predictor import Prediction
+from dbsam_deploy.core.masks import Prediction
 
 
 @pytest.fixture

@@ -28,7 +28,8 @@ from dbsam_deploy.evaluation import (
 )
 from dbsam_deploy.evaluation.boxes import BoxGrowth
 from dbsam_deploy.evaluation.metrics import dice, surface_dice
-from dbsam_deploy.prediction.predictor import Prediction, Predictor
+from dbsam_deploy.core.masks import Prediction
+from dbsam_deploy.prediction.predictor import Predictor
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
 from dbsam_deploy.verification.cases import bundled_examples
 

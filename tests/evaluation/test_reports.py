@@ -24,7 +24,7 @@ from dbsam_deploy.evaluation.published import AVERAGES, OUR_LABELS, PAPER_ROWS, 
 from dbsam_deploy.evaluation.tables import our_average, print_result
 from dbsam_deploy.images.overlays import COLOURS
 from dbsam_deploy.images.volumes import Volume
-from dbsam_deploy.prediction.predictor import Prediction
+from dbsam_deploy.core.masks import Prediction
 
 MODEL = {"name": "a <model> & more", "backend": "test"}
 HEART = "left ventricle (endocardial)"

@@ -10,7 +10,7 @@ from dbsam_deploy.core.contract import MAX_PROMPTS
 from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.images.volumes import Volume
 from dbsam_deploy.prediction import segment as module
-from dbsam_deploy.prediction.predictor import Prediction
+from dbsam_deploy.core.masks import Prediction
 from dbsam_deploy.prediction.segment import Prompts, check_prompts, segment
 
 

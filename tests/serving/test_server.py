@@ -355,11 +355,11 @@ def test_the_exported_tiny_model_is_served_bit_for_bit(
             expected = predictor.predict_boxes(case.boxes)
             answer = client.segment(case.image, case.boxes)
             np.testing.assert_array_equal(answer.masks, expected.masks[:, 0])
-            np.testing.assert_array_equal(answer.iou_scores, expected.iou_predictions[:, 0])
+            np.testing.assert_array_equal(answer.ious, expected.ious[:, 0])
             expected = predictor.predict_prompts(boxes=case.boxes, multimask=True)
             answer = client.segment_prompts(case.image, boxes=case.boxes, multimask=True)
             np.testing.assert_array_equal(answer.masks, expected.masks)
-            np.testing.assert_array_equal(answer.low_res_logits, expected.low_res_masks)
+            np.testing.assert_array_equal(answer.logits, expected.logits)
 
 
 @pytest.mark.triton

@@ -17,7 +17,7 @@ from dbsam_deploy.evaluation import LabelledCase
 from dbsam_deploy.evaluation.boxes import fill_box
 from dbsam_deploy.images.volumes import Volume
 from dbsam_deploy.model import DbSam, variant_config
-from dbsam_deploy.prediction.predictor import Prediction
+from dbsam_deploy.core.masks import Prediction
 
 
 @dataclass(frozen=True)
