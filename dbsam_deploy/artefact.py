@@ -15,6 +15,8 @@ from .core.errors import InputError
 from .core.imaging import Preprocessing
 
 MANIFEST_NAME = "manifest.json"
+BUILD_FOLDER = Path("build")
+"""Where an export writes, and where the others look, unless they are told."""
 FORMAT_VERSION = 1
 
 
@@ -107,6 +109,45 @@ def write_artefact(artefact: Artefact) -> Path:
     return path
 
 
+def find_exports(build: Path = BUILD_FOLDER) -> tuple[Path, ...]:
+    """Folders of the exports one or two levels below `build`, the one published last first."""
+    published = [
+        (path.stat().st_mtime_ns, path.parent)
+        for pattern in ("*", "*/*")
+        for path in build.glob(f"{pattern}/{MANIFEST_NAME}")
+        if not any(part.startswith(".") for part in path.relative_to(build).parts)
+    ]
+    return tuple(folder for _, folder in sorted(published, reverse=True))
+
+
+def find_export(folder: Path | None = None) -> Path:
+    """The export that a command takes: `folder`, or else the newest below `./build`.
+
+    The newest is the one whose manifest was written last; an export that is found up to date writes
+    it anew. `export_note` says which one was taken where there are several.
+
+    Raises:
+        InputError: none was named and there is none.
+    """
+    if folder is not None:
+        return folder
+    found = find_exports()
+    if not found:
+        raise InputError(
+            f"no export below {BUILD_FOLDER}/: run `python -m dbsam_deploy.export --precision fp16` "
+            "first, or name the folder of one with --artefact"
+        )
+    return found[0]
+
+
+def export_note(chosen: Path) -> str:
+    """One line on why `find_export` took `chosen`, naming the others; empty if it is alone."""
+    others = [str(folder) for folder in find_exports() if folder != chosen]
+    if not others:
+        return ""
+    return f"{chosen} is the newest export; --artefact takes another: {', '.join(others)}"
+
+
 def load_artefact(folder: Path) -> Artefact:
     """Read a published export and check every graph file against its hash.
 
@@ -119,8 +160,8 @@ def load_artefact(folder: Path) -> Artefact:
     path = folder / MANIFEST_NAME
     if not path.is_file():
         raise InputError(
-            f"no {MANIFEST_NAME} in {folder}: run `python -m dbsam_deploy.export` first, or name "
-            "the folder it wrote (for example build/fp16)"
+            f"no {MANIFEST_NAME} in {folder}: run `python -m dbsam_deploy.export --precision fp16` "
+            "first, or name the folder it wrote (for example build/fp16)"
         )
     try:
         body = json.loads(path.read_text())

@@ -33,6 +33,12 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see `{self.prog} --help`")
 
 
+def say_on_stderr(text: str) -> None:
+    """A line beside the results, for whoever watches; nothing if `text` is empty."""
+    if text:
+        print(text, file=sys.stderr, flush=True)
+
+
 def progress_bars(console: Console) -> Progress:
     """Bars with a text, a count and the time; silent where there is no terminal to draw on.
 

@@ -120,6 +120,7 @@ def export(options: Options, console: Console | None = None) -> Published:
     if artefact is None:
         artefact = _make_artefact(loaded, recipe, quantizer, cases, (key, parity_key), folder, bars)
     else:
+        (folder / MANIFEST_NAME).touch()  # the newest is what predict and the others take
         console.print(f"{folder} is up to date; nothing was exported again", highlight=False)
     figures = Figures(**{k: v for k, v in artefact.figures.items() if k != "dice_drop"})
     engines = {}

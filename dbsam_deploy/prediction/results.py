@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..core.contract import IOU_PREDICTIONS
 from ..core.errors import InputError
 from ..images.overlays import Panel, draw_overlay, evenly_spaced
 from ..images.scans import require_nibabel
@@ -60,7 +61,7 @@ def write_results(
     if "npz" in paths:
         arrays: dict[str, Any] = {
             "segs": labels,
-            "iou_predictions": np.array([f.iou for f in result.findings], np.float32),
+            IOU_PREDICTIONS: np.array([f.iou for f in result.findings], np.float32),
         }
         if result.alternatives is not None:
             arrays["alternatives"] = result.alternatives
