@@ -19,7 +19,7 @@ from rich.table import Table
 from .cli import HelpFormatter, Parser, run
 from .images.volumes import (
     Volume,
-    read_volume,
+    read_image,
 )
 from .prediction import segment as segmenting
 from .prediction.predictor import Predictor
@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     window = None if args.window is None else (args.window[0], args.window[1])
     prompted = args.box or args.box3d or args.point
-    volume = read_volume(args.image, window=window, with_boxes=not prompted)
+    volume = read_image(args.image, window=window, with_boxes=not prompted)
     prompts = prompts_from(args, volume)
     paths = planned_files(volume, args.mask_format, args.output, args.overlay)
     engine = load_engine(args)

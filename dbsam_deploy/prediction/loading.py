@@ -1,0 +1,151 @@
+"""An export, a weights file or a server → one opened `Model`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from ..artefact import MANIFEST_NAME
+from ..clients.client import DbsamClient
+from ..core.errors import InputError
+from ..core.imaging import Mode
+from ..sessions.backends import ModelOptions, open_backend
+from .model import Model
+from .predictor import Predictor, ServedPredictor
+
+KEPT_EMBEDDINGS = 8
+"""Images whose embedding a model keeps: 32 MiB at SAM's size."""
+WEIGHTS_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
+SCHEMES = {"triton": ("grpc", 8001), "triton+http": ("http", 8000)}
+"""Scheme of a server's address → protocol and usual port."""
+TIMEOUT_S = 60.0
+
+
+def load(
+    source: str | Path | None = None,
+    *,
+    backend: str | None = None,
+    device: str | None = None,
+    variant: str | None = None,
+    image_size: int | None = None,
+    decoder_weights: str | Path | None = None,
+    preprocess: Mode | None = None,
+    runtime_precision: str | None = None,
+    engine_cache: str | Path | None = None,
+    shared_memory: bool = False,
+    timeout_s: float = TIMEOUT_S,
+) -> Model:
+    """Open a model: an export, a weights file or a server.
+
+    Args:
+        source: folder of an export (`build/fp16`), a `.pth` or `.safetensors` file, or a server
+            (`triton://host:8001`, `triton+http://host:8000`). Without it the newest export below
+            `build/`, or the shipped weights for `backend="pytorch"`.
+        backend: runtime in this process, see `dbsam_deploy.sessions.backends.BACKENDS`; by default
+            `onnxruntime` for an export and `pytorch` for weights.
+        device: `cpu` or `cuda`; by default the backend's own.
+        variant: of a weights file whose keys do not tell it.
+        image_size: side of the model frame, for weights.
+        decoder_weights: prompt encoder and mask decoder of their own, for weights.
+        preprocess: another mode than the model's own: `sam`, `medsam` or `lite_medsam`.
+        runtime_precision: `float32` or `bfloat16`, for OpenVINO.
+        engine_cache: folder that keeps engines and compiled models.
+        shared_memory: for a server on this machine.
+        timeout_s: how long one request to a server may take.
+
+    Raises:
+        InputError: no such source, or options that do not go with it.
+        CheckpointError: weights that do not fit.
+        EngineError: a runtime or device that is missing.
+    """
+    options = ModelOptions(
+        backend=backend or "onnxruntime",
+        device=device,
+        variant=variant,
+        image_size=image_size,
+        decoder_weights=_path(decoder_weights),
+        engine_cache=_path(engine_cache),
+        runtime_precision=runtime_precision,
+        preprocess=preprocess,
+    )
+    scheme, _, address = "" if source is None else str(source).partition("://")
+    if address or scheme in SCHEMES:
+        if scheme not in SCHEMES:
+            raise InputError(f"{source}: expected {' or '.join(f'{s}://' for s in SCHEMES)}")
+        wrong = options.given() + ["backend"] * (backend not in (None, "triton"))
+        if wrong:
+            raise InputError(f"{wrong[0]}: {source} has its own, fixed when its server was filled")
+        return open_server(address, scheme, shared_memory=shared_memory, timeout_s=timeout_s)
+    if backend == "triton":
+        raise InputError('a server needs its address: load("triton://localhost:8001")')
+    if source is not None:
+        options = _with_source(Path(source), options, backend)
+    return open_model(options)
+
+
+def _path(value: str | Path | None) -> Path | None:
+    return None if value is None else Path(value)
+
+
+def _with_source(source: Path, options: ModelOptions, backend: str | None) -> ModelOptions:
+    """`options` with the export or weights file that `source` is.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if source.is_file() and source.name == MANIFEST_NAME:
+        source = source.parent
+    if source.is_dir() or source.suffix not in WEIGHTS_SUFFIXES:
+        if not source.exists():
+            raise InputError(
+                f"{source}: no such folder; run `python -m dbsam_deploy.export --precision fp16`, "
+                "or name a weights file or triton://host:port"
+            )
+        return dataclasses.replace(options, artefact=source)
+    return dataclasses.replace(options, checkpoint=source, backend=backend or "pytorch")
+
+
+def open_model(options: ModelOptions) -> Model:
+    """Open a model in this process; errors are those of `backends.open_backend`."""
+    opened = open_backend(options)
+    how = opened.preprocessing
+    return Model(
+        Predictor(opened.session, how, kept_embeddings=KEPT_EMBEDDINGS),
+        name=opened.name,
+        backend=opened.session.backend,
+        preprocessing=how,
+        weights=opened.weights,
+        note=opened.warning,
+        reopen=lambda device: open_model(dataclasses.replace(options, device=device)),
+    )
+
+
+def open_server(
+    address: str,
+    scheme: str = "triton",
+    *,
+    shared_memory: bool = False,
+    timeout_s: float = TIMEOUT_S,
+    logits: bool = True,
+    note: str = "",
+) -> Model:
+    """Open the model that a Triton server serves; nothing is sent yet.
+
+    Args:
+        address: host, or host:port.
+        scheme: one of `SCHEMES`.
+        shared_memory: for a server on this machine.
+        timeout_s: how long one request may take.
+        logits: ask for the logits of boxes too, which a label map does not need.
+        note: what the user must know of the model.
+
+    Raises:
+        InputError: an unusable address or timeout.
+        EngineError: `tritonclient` is not installed.
+    """
+    protocol, port = SCHEMES[scheme]
+    address = address.rstrip("/") or "localhost"
+    url = address if ":" in address else f"{address}:{port}"
+    client = DbsamClient(url, protocol, shared_memory=shared_memory, timeout_s=timeout_s)
+    predictor = ServedPredictor(client, logits=logits)
+    return Model(predictor, name=f"server {url}", backend=f"triton-{protocol}", note=note)
