@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .errors import InputError
 from .imaging import ByteArray, FloatArray
 
 
@@ -21,3 +22,13 @@ class Prediction:
     masks: ByteArray
     ious: FloatArray
     logits: FloatArray | None = None
+
+    def known_logits(self) -> FloatArray:
+        """The logits, where they are needed.
+
+        Raises:
+            InputError: they were not asked for.
+        """
+        if self.logits is None:
+            raise InputError("these masks came without logits: ask the model for them too")
+        return self.logits

@@ -124,7 +124,7 @@ def cut_logits(prediction: Prediction) -> BoolArray:
 
     Another model's logits are enlarged or reduced to the image, as `Prediction.masks` are.
     """
-    logits = prediction.logits[:, 0]
+    logits = prediction.known_logits()[:, 0]
     same = logits.shape[1:] == _SIZE
     return np.asarray(logits > 0 if same else prediction.masks[:, 0] != 0)
 

@@ -50,13 +50,16 @@ def as_volume(image: ImageLike, *, window: tuple[float, float] | None = None) ->
 
 
 def _numbers(image: Any) -> npt.NDArray[Any]:
-    """(H, W), (H, W, C) or (D, H, W) of whatever NumPy can read."""
+    """(H, W), (H, W, C) or (D, H, W) of whatever NumPy can read.
+
+    Raises:
+        InputError: not real numbers of such a shape, or too many.
+    """
     channels_first = hasattr(image, "detach")  # a torch tensor, which need not be imported here
     if channels_first:
         image = image.detach().cpu()
-        if str(image.dtype) == "torch.bfloat16":  # NumPy has no such type
-            image = image.float()
-        image = image.numpy()
+        # NumPy has no bfloat16.
+        image = (image.float() if str(image.dtype) == "torch.bfloat16" else image).numpy()
     try:
         values = np.asarray(image)
     except ValueError as error:
@@ -66,11 +69,7 @@ def _numbers(image: Any) -> npt.NDArray[Any]:
             f"an image of {type(image).__name__} with values of type {values.dtype}: expected a "
             "path, a PIL image, or real numbers of shape (H, W), (H, W, 3) or (H, W, 4)"
         )
-    if channels_first:
-        if values.ndim == 4 and len(values) == 1:
-            values = values[0]
-        if values.ndim == 3 and values.shape[0] in (1, 3, 4) and values.shape[2] not in (3, 4):
-            values = values.transpose(1, 2, 0)
+    values = _channels_last(values) if channels_first else values
     if values.ndim == 3 and values.shape[2] == 1:
         values = values[..., 0]
     if values.ndim not in (2, 3) or 0 in values.shape:
@@ -78,17 +77,28 @@ def _numbers(image: Any) -> npt.NDArray[Any]:
             f"image of shape {values.shape}: expected (H, W), (H, W, 3), (H, W, 4) or slices "
             "(D, H, W), none of them 0"
         )
-    if values.shape[-1 if values.ndim == 2 else -2] * values.shape[0] > MAX_IMAGE_PIXELS and (
-        values.ndim == 2 or values.shape[2] in (3, 4)
-    ):
+    height, width = values.shape[:2] if _is_colour(values) else values.shape[-2:]
+    if height * width > MAX_IMAGE_PIXELS:
         raise InputError(f"image of shape {values.shape}: at most {MAX_IMAGE_PIXELS} pixels")
     return values
+
+
+def _channels_last(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """(C, H, W) or (1, C, H, W), as torch has it, as (H, W, C); other shapes as they are."""
+    if values.ndim == 4 and len(values) == 1:
+        values = values[0]
+    first = values.ndim == 3 and values.shape[0] in (1, 3, 4) and values.shape[2] not in (3, 4)
+    return values.transpose(1, 2, 0) if first else values
+
+
+def _is_colour(values: npt.NDArray[Any]) -> bool:
+    return values.ndim == 3 and values.shape[2] in (3, 4)
 
 
 def _from_numbers(
     values: npt.NDArray[Any], window: tuple[float, float] | None, whole: bool
 ) -> Volume:
-    path, colour = Path("array"), values.ndim == 3 and values.shape[2] in (3, 4)
+    path, colour = Path("array"), _is_colour(values)
     note = ""
     if window is None:
         values, note = _known_range(values, whole or colour)

@@ -150,9 +150,7 @@ def read_nifti(path: Path) -> Scan:
     return Scan(values.reshape(sizes).transpose(2, 1, 0), (dz, dy, dx), geometry, (path,))
 
 
-def nifti_bytes(
-    labels: npt.NDArray[Any], geometry: Geometry, *, compressed: bool = True
-) -> bytes:
+def nifti_bytes(labels: npt.NDArray[Any], geometry: Geometry, *, compressed: bool = True) -> bytes:
     """A label map as the content of a `.nii.gz` or `.nii` file with the input's geometry.
 
     Args:

@@ -204,9 +204,7 @@ def _read_picture(path: Path, window: tuple[float, float] | None) -> Volume:
     return Volume(path, "picture", pixels, intensity + note, files=(path,))
 
 
-def picture_values(
-    image: Image.Image, path: Path | None = None
-) -> tuple[npt.NDArray[Any], str]:
+def picture_values(image: Image.Image, path: Path | None = None) -> tuple[npt.NDArray[Any], str]:
     """(H, W) or (H, W, 3) values of an open picture, and a remark on what was converted.
 
     Args:
@@ -260,9 +258,7 @@ def npz_bytes(**arrays: Any) -> bytes:
     return stream.getvalue()
 
 
-def label_map_bytes(
-    labels: npt.NDArray[Any], volume: Volume, *, compressed: bool = True
-) -> bytes:
+def label_map_bytes(labels: npt.NDArray[Any], volume: Volume, *, compressed: bool = True) -> bytes:
     """(D, H, W) labels as `.nii.gz` or `.nii` content with the geometry of `volume`.
 
     Raises:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from pathlib import Path
 
 from ..artefact import MANIFEST_NAME
+from ..clients.calls import Transport
 from ..clients.client import DbsamClient
 from ..core.errors import InputError
 from ..core.imaging import Mode
 from ..sessions.backends import ModelOptions, open_backend
+from ..sessions.options import TRITON, model_options
 from .model import Model
 from .predictor import Predictor, ServedPredictor
 
 KEPT_EMBEDDINGS = 8
 """Images whose embedding a model keeps: 32 MiB at SAM's size."""
 WEIGHTS_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
-SCHEMES = {"triton": ("grpc", 8001), "triton+http": ("http", 8000)}
+SCHEMES: dict[str, tuple[Transport, int]] = {
+    "triton": ("grpc", 8001),
+    "triton+http": ("http", 8000),
+}
 """Scheme of a server's address → protocol and usual port."""
 TIMEOUT_S = 60.0
 
@@ -68,7 +74,7 @@ def load(
         runtime_precision=runtime_precision,
         preprocess=preprocess,
     )
-    scheme, _, address = "" if source is None else str(source).partition("://")
+    scheme, _, address = ("" if source is None else str(source)).partition("://")
     if address or scheme in SCHEMES:
         if scheme not in SCHEMES:
             raise InputError(f"{source}: expected {' or '.join(f'{s}://' for s in SCHEMES)}")
@@ -105,12 +111,12 @@ def _with_source(source: Path, options: ModelOptions, backend: str | None) -> Mo
     return dataclasses.replace(options, checkpoint=source, backend=backend or "pytorch")
 
 
-def open_model(options: ModelOptions) -> Model:
+def open_model(options: ModelOptions, *, kept_embeddings: int = KEPT_EMBEDDINGS) -> Model:
     """Open a model in this process; errors are those of `backends.open_backend`."""
     opened = open_backend(options)
     how = opened.preprocessing
     return Model(
-        Predictor(opened.session, how, kept_embeddings=KEPT_EMBEDDINGS),
+        Predictor(opened.session, how, kept_embeddings=kept_embeddings),
         name=opened.name,
         backend=opened.session.backend,
         preprocessing=how,
@@ -149,3 +155,30 @@ def open_server(
     client = DbsamClient(url, protocol, shared_memory=shared_memory, timeout_s=timeout_s)
     predictor = ServedPredictor(client, logits=logits)
     return Model(predictor, name=f"server {url}", backend=f"triton-{protocol}", note=note)
+
+
+def open_named(
+    args: argparse.Namespace, *, logits: bool = True, kept_embeddings: int = KEPT_EMBEDDINGS
+) -> Model:
+    """Open the model that a command line names, see `sessions.options`.
+
+    Args:
+        args: with the options of a model and of a server.
+        logits: see `open_server`.
+        kept_embeddings: see `Predictor`.
+
+    Raises:
+        InputError, CheckpointError, EngineError: as `load`.
+    """
+    options = model_options(args)
+    if args.backend != TRITON:
+        return open_model(options, kept_embeddings=kept_embeddings)
+    protocol = args.protocol or "grpc"
+    scheme = next(name for name, (known, _) in SCHEMES.items() if known == protocol)
+    return open_server(
+        args.url or "localhost",
+        scheme,
+        shared_memory=bool(args.shared_memory),
+        timeout_s=TIMEOUT_S if args.timeout is None else args.timeout,
+        logits=logits,
+    )

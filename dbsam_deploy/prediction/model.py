@@ -10,6 +10,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from ..core.contract import MASK_INPUT, POINT_COORDS, POINT_LABELS
 from ..core.errors import InputError
 from ..core.imaging import Preprocessing
 from ..images.arrays import ImageLike, as_volume
@@ -18,6 +19,7 @@ from .predictor import Promptable, ServedPredictor
 from .prompts import Prompts
 from .results import Result
 from .segment import Progress, segment
+
 
 class Model:
     """An opened model; a context manager that frees what it holds. Not for several threads at once.
@@ -129,8 +131,8 @@ class Model:
         assert volume is not None  # noqa: S101 - said above, for the type checker
         prompts = _prompts(
             _one_of("boxes", boxes, "box", box),
-            _one_of("points", points, "point_coords", point_coords),
-            _one_of("labels", labels, "point_labels", point_labels),
+            _one_of("points", points, POINT_COORDS, point_coords),
+            _one_of("labels", labels, POINT_LABELS, point_labels),
             mask_input,
             boxes_3d,
         )
@@ -222,8 +224,9 @@ def own_boxes(prompts: Prompts, volume: Volume) -> Prompts:
     """`prompts` with the boxes that the image's own file holds, if there are any."""
     if volume.boxes is None:
         return prompts
-    name = "boxes_3d" if volume.boxes.shape[1] == 6 else "boxes"
-    return dataclasses.replace(prompts, **{name: volume.boxes})
+    if volume.boxes.shape[1] == 6:
+        return dataclasses.replace(prompts, boxes_3d=volume.boxes)
+    return dataclasses.replace(prompts, boxes=volume.boxes)
 
 
 def _one_of(name: str, value: Any, sam_name: str, sam_value: Any) -> Any:
@@ -242,7 +245,7 @@ def _prompts(boxes: Any, points: Any, labels: Any, mask_input: Any, boxes_3d: An
         boxes_3d=_array("boxes_3d", boxes_3d, 2),
         point_coords=coords,
         point_labels=_array("labels", labels, 2),
-        mask_input=_array("mask_input", mask_input, 3),
+        mask_input=_array(MASK_INPUT, mask_input, 3),
     )
 
 

@@ -70,10 +70,17 @@ class Prompts:
 
     def part(self, start: int, stop: int) -> Prompts:
         """Prompts `start` to `stop - 1` of a slice."""
-        names = ("boxes", "point_coords", "point_labels", "mask_input")
-        arrays = {name: getattr(self, name) for name in names}
-        cut = {name: a[start:stop] for name, a in arrays.items() if a is not None}
-        return replace(self, **cut)
+
+        def cut(array: npt.NDArray[Any] | None) -> npt.NDArray[Any] | None:
+            return None if array is None else array[start:stop]
+
+        return replace(
+            self,
+            boxes=cut(self.boxes),
+            point_coords=cut(self.point_coords),
+            point_labels=cut(self.point_labels),
+            mask_input=cut(self.mask_input),
+        )
 
 
 def _numbers(values: npt.NDArray[Any]) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from ..core.contract import IOU_PREDICTIONS
 from ..core.errors import InputError
 from ..core.imaging import ByteArray, FloatArray
 from ..images.overlays import Panel, draw_overlay, evenly_spaced
@@ -148,7 +149,7 @@ class Result:
         best = np.argmax(self.ious, axis=1)
         arrays: dict[str, Any] = {
             "segs": self.labels if self.image.is_volume else self.labels[0],
-            "iou_predictions": np.take_along_axis(self.ious, best[:, None], axis=1)[:, 0],
+            IOU_PREDICTIONS: np.take_along_axis(self.ious, best[:, None], axis=1)[:, 0],
         }
         if self.alternatives is not None:
             arrays["alternatives"] = self.alternatives
@@ -193,6 +194,7 @@ class Result:
         return (
             f'<img alt="masks on {html.escape(self.image.path.name)}" '
             f'src="data:image/png;base64,{picture}"/>'
-            "<table><tr><th>label</th><th>prompt</th><th>mask pixels</th><th>predicted IoU</th></tr>"
+            "<table><tr><th>label</th><th>prompt</th><th>mask pixels</th>"
+            "<th>predicted IoU</th></tr>"
             f"{cells}</table>"
         )

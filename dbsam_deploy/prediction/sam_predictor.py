@@ -1,11 +1,11 @@
 """segment-anything's names on this library's models, so that its code runs by another import.
 
-    from dbsam_deploy import SamPredictor, sam_model_registry
+from dbsam_deploy import SamPredictor, sam_model_registry
 
-    sam = sam_model_registry["vit_b"](checkpoint="medsam_vit_b.pth")
-    predictor = SamPredictor(sam)
-    predictor.set_image(image)
-    masks, scores, logits = predictor.predict(box=box, multimask_output=False)
+sam = sam_model_registry["vit_b"](checkpoint="medsam_vit_b.pth")
+predictor = SamPredictor(sam)
+predictor.set_image(image)
+masks, scores, logits = predictor.predict(box=box, multimask_output=False)
 """
 
 from __future__ import annotations

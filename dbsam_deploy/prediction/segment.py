@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from ..core.contract import MAX_PROMPTS
-from ..core.errors import InputError
 from ..core.masks import Prediction
 from ..core.prompts import check_mask_pixels
 from ..images.volumes import Volume, label_dtype

@@ -130,9 +130,9 @@ def _onnxruntime_tensorrt(options: ModelOptions, device: str) -> Opened:
 def _openvino(options: ModelOptions, device: str) -> Opened:
     from .openvino_session import OpenvinoSession
 
-    precision = options.runtime_precision or RUNTIME_PRECISIONS[0]
+    precision, cache = options.runtime_precision or RUNTIME_PRECISIONS[0], options.engine_cache
     return _published(
-        options, lambda found: OpenvinoSession(found, precision=precision, cache=options.engine_cache)
+        options, lambda found: OpenvinoSession(found, precision=precision, cache=cache)
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from ..artefact import BUILD_FOLDER
 from ..core.errors import InputError
@@ -13,7 +14,7 @@ from .backends import BACKENDS, LOCAL_BACKENDS, RUNTIME_PRECISIONS, ModelOptions
 
 TRITON = "triton"
 """The backend that is a running server, with options of its own."""
-_SERVER_NEEDS = "a running Triton server (extra client; python -m dbsam_deploy.serve starts one)"
+_SERVER_NEEDS = "a running Triton server (extra client)"
 SERVER_OPTIONS = ("url", "protocol", "shared_memory", "timeout")
 
 
@@ -104,7 +105,8 @@ def model_options(args: argparse.Namespace) -> ModelOptions:
         InputError: options of a model in this process for a server, or the other way round.
     """
     names = [field.name for field in dataclasses.fields(ModelOptions)]
-    options = ModelOptions(**{name: getattr(args, name) for name in names})
+    named: dict[str, Any] = {name: getattr(args, name, None) for name in names}
+    options = ModelOptions(**named)
     given = options.given() if args.backend == TRITON else []
     if given:
         raise InputError(

@@ -92,7 +92,7 @@ def _tensor_names() -> set[str]:
         *graph_specs(size).values(),
         preprocess_spec(size),
         postprocess_spec(size),
-        ensemble_spec(),
+        ensemble_spec(size.mask_side),
         preprocess_prompts_spec(size),
         postprocess_prompts_spec(size),
         prompts_ensemble_spec(size.mask_side),
