@@ -25,8 +25,8 @@ examples:
 """
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; see the module's `--help`."""
+def build_parser() -> Parser:
+    """The command line."""
     parser = Parser(
         prog="python -m dbsam_deploy.client", description=DESCRIPTION, formatter_class=HelpFormatter
     )
@@ -37,7 +37,12 @@ def main(argv: list[str] | None = None) -> int:
     add_image_options(parser.add_argument_group("image and output"))
     add_server_options(parser)
     parser.set_defaults(backend=TRITON, overlay=True)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; see the module's `--help`."""
+    args = build_parser().parse_args(argv)
     return predict_image(args, lambda: open_named(args, logits=False))
 
 

@@ -41,7 +41,8 @@ examples:
 """
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
+    """The command line."""
     parser = Parser(
         prog="python -m dbsam_deploy.predict",
         description=DESCRIPTION,
@@ -59,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; see the module's `--help`."""
-    args = _parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     return predict_image(args, lambda: open_named(args, logits=False))
 
 

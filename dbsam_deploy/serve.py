@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import signal
 import sys
@@ -51,7 +50,8 @@ examples:
 """
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
+    """The command line."""
     parser = Parser(
         prog="python -m dbsam_deploy.serve", description=DESCRIPTION, formatter_class=HelpFormatter
     )
@@ -176,7 +176,7 @@ def _try(server: TritonServer, repository: Repository, args: argparse.Namespace)
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; see the module's `--help`."""
-    args = _parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     if args.install:
         install_environment(args.server_env, report=_say)
         return 0

@@ -272,7 +272,7 @@ def label_map_bytes(labels: npt.NDArray[Any], volume: Volume, *, compressed: boo
     return nifti_bytes(labels, volume.geometry, compressed=compressed)
 
 
-def write_atomic(path: Path, content: bytes) -> Path:
+def write_file(path: Path, content: bytes) -> Path:
     """Write a whole file or none, and return its path.
 
     Raises:

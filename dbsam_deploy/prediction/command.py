@@ -16,8 +16,9 @@ from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
 from ..core.errors import InputError
+from ..files.atomic import write_file
 from ..images.scans import require_nibabel
-from ..images.volumes import Volume, png_bytes, read_image, write_atomic
+from ..images.volumes import Volume, png_bytes, read_image
 from .model import Model, own_boxes
 from .prompts import Prompts, check_prompts
 from .results import Result
@@ -191,7 +192,7 @@ def predict_image(args: argparse.Namespace, open_model: Callable[[], Model]) -> 
             latency_ms = (time.perf_counter() - start) * 1e3
     for kind, path in paths.items():
         if kind == "overlay":
-            write_atomic(path, png_bytes(np.asarray(result.plot())))
+            write_file(path, png_bytes(np.asarray(result.plot())))
         else:
             result.save(path)
     _report(console, result, paths, latency_ms)

@@ -17,8 +17,9 @@ from PIL import Image
 from ..core.contract import IOU_PREDICTIONS
 from ..core.errors import InputError
 from ..core.imaging import ByteArray, FloatArray
+from ..files.atomic import write_file
 from ..images.overlays import Panel, draw_overlay, evenly_spaced
-from ..images.volumes import Volume, label_map_bytes, npz_bytes, png_bytes, write_atomic
+from ..images.volumes import Volume, label_map_bytes, npz_bytes, png_bytes
 from .prompts import Prompts
 
 SUFFIXES = (".png", ".npz", ".nii.gz", ".nii")
@@ -134,7 +135,7 @@ class Result:
         content = self._content(path)
         if path.exists() and any(path.samefile(source) for source in self.image.files):
             raise InputError(f"{path} is the input itself: choose another name or folder")
-        return write_atomic(path, content)
+        return write_file(path, content)
 
     def _content(self, path: Path) -> bytes:
         name = path.name.lower()
