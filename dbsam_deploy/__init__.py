@@ -6,6 +6,10 @@
     result = model.predict("cells.png", boxes=[[155, 47, 193, 74]])
 
 Every public name below is imported when it is first used: `import dbsam_deploy` loads nothing else.
+
+>>> import dbsam_deploy as db
+>>> db.build_model("db_sam_tiny", image_size=64).config.name
+'db_sam_tiny'
 """
 
 from __future__ import annotations

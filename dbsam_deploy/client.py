@@ -21,7 +21,7 @@ examples:
     python -m dbsam_deploy.client skin.png --box 120 80 410 333 --output out/
   one slice of a CT over HTTP
     python -m dbsam_deploy.client ct.nii.gz --slice 40 --box 60 70 130 150 --window 40 400 \\
-        --protocol http --url localhost:8000
+        --transport http --url localhost:8000
 """
 
 

@@ -274,7 +274,7 @@ def mask_side(metadata: Any) -> int:
     """
     name = ensemble_spec(1).outputs[-1].name
     is_dict = isinstance(metadata, dict)
-    for item in metadata["outputs"] if is_dict else metadata.outputs:
+    for item in metadata.get("outputs", ()) if is_dict else metadata.outputs:
         if (item["name"] if is_dict else item.name) == name:
             return int((item["shape"] if is_dict else item.shape)[-1])
     raise ServingError(

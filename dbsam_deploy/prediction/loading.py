@@ -44,11 +44,10 @@ def load(
     """Open a model: an export, a weights file or a server.
 
     Args:
-        source: folder of an export (`build/fp16`), a `.pth` or `.safetensors` file, or a server
-            (`triton://host:8001`, `triton+http://host:8000`). Without it the newest export below
-            `build/`, or the shipped weights for `backend="pytorch"`.
-        backend: runtime in this process, see `dbsam_deploy.sessions.backends.BACKENDS`; by default
-            `onnxruntime` for an export and `pytorch` for weights.
+        source: folder of an export, a weights file, `triton://host:8001` or
+            `triton+http://host:8000`; the newest export below `build/` if none is named.
+        backend: runtime, see `sessions.backends.BACKENDS`; by default `onnxruntime` for an export
+            and `pytorch` for weights.
         device: `cpu` or `cuda`; by default the backend's own.
         variant: of a weights file whose keys do not tell it.
         image_size: side of the model frame, for weights.
@@ -60,9 +59,8 @@ def load(
         timeout_s: how long one request to a server may take.
 
     Raises:
-        InputError: no such source, or options that do not go with it.
-        CheckpointError: weights that do not fit.
-        EngineError: a runtime or device that is missing.
+        InputError, CheckpointError, EngineError: no such source, options that do not go with it,
+            weights that do not fit, or a runtime or device that is missing.
     """
     options = ModelOptions(
         backend=backend or "onnxruntime",
@@ -76,39 +74,51 @@ def load(
     )
     scheme, _, address = ("" if source is None else str(source)).partition("://")
     if address or scheme in SCHEMES:
-        if scheme not in SCHEMES:
-            raise InputError(f"{source}: expected {' or '.join(f'{s}://' for s in SCHEMES)}")
-        wrong = options.given() + ["backend"] * (backend not in (None, "triton"))
-        if wrong:
-            raise InputError(f"{wrong[0]}: {source} has its own, fixed when its server was filled")
+        _check_address(str(source), options, backend)
         return open_server(address, scheme, shared_memory=shared_memory, timeout_s=timeout_s)
-    if backend == "triton":
-        raise InputError('a server needs its address: load("triton://localhost:8001")')
-    if source is not None:
-        options = _with_source(Path(source), options, backend)
-    return open_model(options)
+    return open_model(_with_source(source, options, backend))
+
+
+def _check_address(source: str, options: ModelOptions, backend: str | None) -> None:
+    """Refuse an address of another kind, and options that a server has of its own.
+
+    Raises:
+        InputError: one of them is given.
+    """
+    if source.partition("://")[0] not in SCHEMES:
+        raise InputError(f"{source}: expected {' or '.join(f'{s}://' for s in SCHEMES)}")
+    wrong = options.given() + ["backend"] * (backend not in (None, TRITON))
+    if wrong:
+        raise InputError(f"{wrong[0]}: {source} has its own, fixed when its server was filled")
 
 
 def _path(value: str | Path | None) -> Path | None:
     return None if value is None else Path(value)
 
 
-def _with_source(source: Path, options: ModelOptions, backend: str | None) -> ModelOptions:
+def _with_source(
+    source: str | Path | None, options: ModelOptions, backend: str | None
+) -> ModelOptions:
     """`options` with the export or weights file that `source` is.
 
     Raises:
         InputError: it is neither.
     """
-    if source.is_file() and source.name == MANIFEST_NAME:
-        source = source.parent
-    if source.is_dir() or source.suffix not in WEIGHTS_SUFFIXES:
-        if not source.exists():
-            raise InputError(
-                f"{source}: no such folder; run `python -m dbsam_deploy.export --precision fp16`, "
-                "or name a weights file or triton://host:port"
-            )
-        return dataclasses.replace(options, artefact=source)
-    return dataclasses.replace(options, checkpoint=source, backend=backend or "pytorch")
+    if backend == TRITON:
+        raise InputError('a server needs its address: load("triton://localhost:8001")')
+    if source is None:
+        return options
+    path = Path(source)
+    if path.name == MANIFEST_NAME and path.is_file():
+        path = path.parent
+    if path.is_file() or path.suffix in WEIGHTS_SUFFIXES:
+        return dataclasses.replace(options, checkpoint=path, backend=backend or "pytorch")
+    if not path.exists():
+        raise InputError(
+            f"{path}: no such folder; run `python -m dbsam_deploy.export --precision fp16`, or "
+            "name a weights file or triton://host:port"
+        )
+    return dataclasses.replace(options, artefact=path)
 
 
 def open_model(options: ModelOptions, *, kept_embeddings: int = KEPT_EMBEDDINGS) -> Model:
@@ -173,8 +183,8 @@ def open_named(
     options = model_options(args)
     if args.backend != TRITON:
         return open_model(options, kept_embeddings=kept_embeddings)
-    protocol = args.protocol or "grpc"
-    scheme = next(name for name, (known, _) in SCHEMES.items() if known == protocol)
+    transport = args.transport or "grpc"
+    scheme = next(name for name, (known, _) in SCHEMES.items() if known == transport)
     return open_server(
         args.url or "localhost",
         scheme,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,22 @@ from .predictor import Promptable, ServedPredictor
 from .prompts import Prompts
 from .results import Result
 from .segment import Progress, segment
+
+
+class SamNames(TypedDict, total=False):
+    """What `segment_anything.SamPredictor.predict` calls the prompts of `Model.predict`.
+
+    Attributes:
+        box: `boxes`.
+        point_coords: `points`.
+        point_labels: `labels`.
+        multimask_output: `multimask`.
+    """
+
+    box: Any
+    point_coords: Any
+    point_labels: Any
+    multimask_output: bool | None
 
 
 class Model:
@@ -59,19 +75,26 @@ class Model:
         text = f"{self.name} on {self.backend}"
         return text if how is None else f"{text}, {how.mode} at {how.image_size} pixels"
 
-    def set_image(self, image: ImageLike, image_format: str = "RGB") -> None:
+    def set_image(
+        self,
+        image: ImageLike,
+        image_format: str = "RGB",
+        *,
+        window: tuple[float, float] | None = None,
+    ) -> None:
         """Take an image for the `predict` calls that name none, and encode it.
 
         Args:
             image: see `predict`; of one slice.
             image_format: `RGB`, or `BGR` for colours as OpenCV reads them.
+            window: (level, width) that maps values to 0–255.
 
         Raises:
             InputError: not one image, or another format.
         """
         if image_format not in ("RGB", "BGR"):
             raise InputError(f"image_format {image_format!r}: expected RGB or BGR")
-        volume = as_volume(image)
+        volume = as_volume(image, window=window)
         if volume.is_volume:
             raise InputError(f"{volume.path} has {volume.shape[0]} slices: expected one image")
         if image_format == "BGR":
@@ -94,15 +117,12 @@ class Model:
         boxes_3d: Any = None,
         slice_index: int | None = None,
         window: tuple[float, float] | None = None,
-        box: Any = None,
-        point_coords: Any = None,
-        point_labels: Any = None,
-        multimask_output: bool | None = None,
+        **sam: Unpack[SamNames],
     ) -> Result:
         """Masks of an image, each prompt's own, with their IoU and logits.
 
-        An image that comes back is not encoded again. All coordinates are pixels of the image as it
-        is stored: x to the right, y down, from the top-left pixel's top-left corner.
+        An image that comes back is not encoded again. Coordinates are pixels of the stored image:
+        x to the right, y down, from the top-left pixel's top-left corner.
 
         Args:
             image: path, PIL image, NumPy array, list, torch tensor or `Volume`, see `as_volume`;
@@ -116,29 +136,34 @@ class Model:
             boxes_3d: (N, 6) x0, y0, z0, x1, y1, z1 in a volume: slices z0 … z1 - 1.
             slice_index: which slice of a volume.
             window: (level, width) that maps stored values to 0–255.
-            box: SAM's name of `boxes`.
-            point_coords: SAM's name of `points`.
-            point_labels: SAM's name of `labels`.
-            multimask_output: SAM's name of `multimask`.
+            sam: SAM's names of the same, see `SamNames`.
 
         Raises:
             InputError: no image or prompt, or one that is not usable.
             ServingError: a server that does not answer.
         """
-        if image is None and self._image is None:
-            raise InputError("no image: give one, or call set_image before")
-        volume = self._image if image is None else as_volume(image, window=window)
-        assert volume is not None  # noqa: S101 - said above, for the type checker
         prompts = _prompts(
-            _one_of("boxes", boxes, "box", box),
-            _one_of("points", points, POINT_COORDS, point_coords),
-            _one_of("labels", labels, POINT_LABELS, point_labels),
+            _one_of("boxes", boxes, "box", sam.get("box")),
+            _one_of("points", points, POINT_COORDS, sam.get(POINT_COORDS)),
+            _one_of("labels", labels, POINT_LABELS, sam.get(POINT_LABELS)),
             mask_input,
             boxes_3d,
         )
-        multimask = bool(multimask or multimask_output)
-        prompts = dataclasses.replace(prompts, multimask=multimask, slice_index=slice_index)
-        return self.run(volume, prompts, keep_masks=True)
+        prompts = dataclasses.replace(
+            prompts,
+            multimask=bool(multimask or sam.get("multimask_output")),
+            slice_index=slice_index,
+        )
+        return self.run(self._taken(image, window), prompts, keep_masks=True)
+
+    def _taken(self, image: ImageLike, window: tuple[float, float] | None) -> Volume:
+        if image is not None:
+            return as_volume(image, window=window)
+        if self._image is None:
+            raise InputError("no image: give one, or call set_image before")
+        if window is not None:
+            raise InputError("a window goes with an image: give it to set_image")
+        return self._image
 
     def segment(
         self,

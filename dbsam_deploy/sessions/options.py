@@ -15,7 +15,7 @@ from .backends import BACKENDS, LOCAL_BACKENDS, RUNTIME_PRECISIONS, ModelOptions
 TRITON = "triton"
 """The backend that is a running server, with options of its own."""
 _SERVER_NEEDS = "a running Triton server (extra client)"
-SERVER_OPTIONS = ("url", "protocol", "shared_memory", "timeout")
+SERVER_OPTIONS = ("url", "transport", "shared_memory", "timeout")
 
 
 def add_model_options(
@@ -87,7 +87,7 @@ def add_server_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGro
     """Add the options of `--backend triton`, and return their group."""
     server = parser.add_argument_group("server (triton)")
     server.add_argument("--url", help="host:port (default: localhost:8001, over HTTP 8000)")
-    server.add_argument("--protocol", choices=("grpc", "http"), help="default: grpc")
+    server.add_argument("--transport", choices=("grpc", "http"), help="default: grpc")
     server.add_argument(
         "--shared-memory",
         action="store_true",

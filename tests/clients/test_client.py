@@ -297,7 +297,7 @@ def test_an_answer_of_another_shape_is_refused(triton, monkeypatch):
 
 @pytest.mark.triton
 @pytest.mark.parametrize(
-    "more", [["--url"], ["--shared-memory", "--url"], ["--protocol", "http", "--url"]]
+    "more", [["--url"], ["--shared-memory", "--url"], ["--transport", "http", "--url"]]
 )
 def test_the_command_writes_mask_and_overlay(triton, predictor, tmp_path, capsys, more):
     image, _ = random_case(48, 56)

@@ -224,7 +224,7 @@ def test_a_server_has_its_own_model(words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", ["--url localhost:8001", "--protocol http", "--shared-memory", "--timeout 3"]
+    "words", ["--url localhost:8001", "--transport http", "--shared-memory", "--timeout 3"]
 )
 def test_server_options_go_with_a_server(words: str) -> None:
     with pytest.raises(InputError, match=f"{words.split()[0]} goes with --backend triton"):
