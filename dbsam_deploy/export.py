@@ -27,13 +27,13 @@ from .artefact import (
     Artefact,
     graph_file,
     load_artefact,
-    sha256_of,
     write_artefact,
 )
 from .core.contract import graph_specs
 from .core.errors import InputError
 from .engines.build import Choice, Request, build_engines, choose_engines
 from .engines.manifest import EngineRecord
+from .files.atomic import sha256_of
 from .fusions import fuse_file
 from .graphs.onnx_export import check_onnx, export_graph
 from .hardware import installed_versions

@@ -16,7 +16,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from .artefact import write_atomically
 from .cli import check_words, progress_bars, run
 from .sensitivity_options import Options, build_parser
 
@@ -25,6 +24,7 @@ if __name__ == "__main__":  # --help and a mistyped option need no PyTorch
 
 from .core.errors import InputError
 from .evaluation.metrics import load_library
+from .files.atomic import write_atomically
 from .graphs.onnx_export import export_graph
 from .model import DbSam
 from .model.weights import load_model

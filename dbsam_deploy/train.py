@@ -20,9 +20,9 @@ if __name__ == "__main__":  # --help and a mistyped option need no PyTorch
 import torch
 from rich.console import Console
 
-from .artefact import write_atomically
 from .core.errors import EngineError, InputError
 from .evaluation import build_protocol, evaluate, find_cases, read_cases
+from .files.atomic import write_atomically
 from .hardware import installed_versions
 from .model import DbSam
 from .model.checkpoint import write_checkpoint

@@ -15,11 +15,11 @@ from dbsam_deploy.artefact import (
     find_exports,
     graph_file,
     load_artefact,
-    sha256_of,
     write_artefact,
 )
 from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.core.imaging import Preprocessing
+from dbsam_deploy.files.atomic import sha256_of
 
 
 @pytest.fixture

@@ -10,11 +10,12 @@ import onnxruntime
 import pytest
 from rich.console import Console
 
-from dbsam_deploy.artefact import load_artefact, sha256_of
+from dbsam_deploy.artefact import load_artefact
 from dbsam_deploy.cli import run
 from dbsam_deploy.core.contract import Geometry, graph_specs
 from dbsam_deploy.core.errors import AccuracyError, InputError
 from dbsam_deploy.export import Stages, export, main
+from dbsam_deploy.files.atomic import sha256_of
 from dbsam_deploy.recipe import load_recipe
 from dbsam_deploy.serving.repository import load_repository
 from dbsam_deploy.verification.report import closing_table

@@ -17,6 +17,7 @@ PACKAGE = ROOT / "dbsam_deploy"
 ORDER = (
     # what every room may use
     "core",
+    "files",
     "cli",
     "extras",
     "resources",

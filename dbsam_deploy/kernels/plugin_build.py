@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..artefact import sha256_of, write_atomically
 from ..core.errors import EngineError
+from ..files.atomic import sha256_of, write_atomically
 from ..resources import resource_dir
 from .build import architecture_number
 

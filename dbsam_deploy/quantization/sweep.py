@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from ..artefact import sha256_of, write_atomically
 from ..core.contract import IMAGE
 from ..core.errors import AccuracyError, ExportError, InputError
+from ..files.atomic import sha256_of, write_atomically
 from ..hardware import installed_versions
 from ..recipe import Gate, Quantization
 from ..sessions.onnxruntime_providers import CPU, import_onnxruntime, open_session
