@@ -5,11 +5,12 @@ derived from the specs below; no other module writes a tensor name as a string o
 (tests/core/test_contract.py reads them all).
 
 Coordinate frames:
-    image frame   pixels of the image as the user has it, (x, y), origin at the top-left pixel's
-                  top-left corner as in SAM; boxes are (x0, y0, x1, y1).
-    model frame   pixels of the S×S array the encoder sees, after resizing and padding.
-    mask grid     the 4G×4G grid of low-resolution logits that covers the model frame; G is the
-                  side of the image embedding, see `Geometry`.
+
+- image frame: pixels of the image as the user has it, (x, y), origin at the top-left pixel's
+  top-left corner as in SAM; boxes are (x0, y0, x1, y1).
+- model frame: pixels of the S×S array the encoder sees, after resizing and padding.
+- mask grid: the 4G×4G grid of low-resolution logits that covers the model frame; G is the side of
+  the image embedding, see `Geometry`.
 """
 
 from __future__ import annotations
