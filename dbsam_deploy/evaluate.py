@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
 
-from .cli import HelpFormatter, Parser, run
+from .cli import HelpFormatter, Parser, run, say_on_stderr
 from .clients.client import DbsamClient
 from .core.errors import InputError
 from .core.imaging import Preprocessing
@@ -31,8 +31,8 @@ from .evaluation.published import compare
 from .evaluation.segmenters import BoxSegmenter, PredictorSegmenter, remote_segmenter
 from .evaluation.tables import print_result
 from .prediction.predictor import Predictor
+from .serving.choice import choose_repository
 from .serving.environment import DEFAULT_FOLDER, find_environment
-from .serving.repository import DEFAULT_REPOSITORY, load_repository
 from .serving.server import Ports, TritonServer
 from .sessions.backends import (
     LOCAL_BACKENDS,
@@ -124,7 +124,7 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
         "--repository",
         type=Path,
         help="without --url: start a server on this repository and stop it at the end "
-        f"(default: {DEFAULT_REPOSITORY})",
+        "(default: that of the newest export)",
     )
     server.add_argument(
         "--server-env",
@@ -197,7 +197,7 @@ def _local_model(engine: Engine) -> Model:
 
 @contextmanager
 def _started(args: argparse.Namespace, protocol: Protocol) -> Iterator[Model]:
-    repository = load_repository(args.repository or DEFAULT_REPOSITORY)
+    repository = choose_repository(args.repository, None, say_on_stderr)
     how = repository.preprocessing
     environment = find_environment(args.server_env or DEFAULT_FOLDER, medsam=how.mode == "medsam")
     name = f"{repository.variant} {repository.precision}"
