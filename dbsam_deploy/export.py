@@ -142,12 +142,7 @@ def export(
     folder = options.output / options.precision
     choice = stages.choose_engines(options.engine, options.targets, folder)
     images = calibration_images(recipe, options.calibration, options.budget)
-    parity = recipe.parity
-    if options.data_images is not None:
-        if options.data_images < 1:
-            raise InputError(f"--data-images {options.data_images}: expected at least 1")
-        parity = replace(parity, images=options.data_images)
-    cases = load_cases(options.data or bundled_examples(), parity)
+    cases = _cases(options, recipe)
     loaded = stages.load_model(
         variant=options.variant,
         checkpoint=options.checkpoint,
@@ -172,6 +167,16 @@ def export(
         engines = _engine_stage(job, artefact, choice.request, console)
     repository = build_repository(artefact, options.output / "model_repository")
     return Published(artefact, figures, repository, engines, choice.note)
+
+
+def _cases(options: Options, recipe: Recipe) -> list[Case]:
+    """Images of the comparison with PyTorch."""
+    parity = recipe.parity
+    if options.data_images is not None:
+        if options.data_images < 1:
+            raise InputError(f"--data-images {options.data_images}: expected at least 1")
+        parity = replace(parity, images=options.data_images)
+    return load_cases(options.data or bundled_examples(), parity)
 
 
 def _make_artefact(job: _Job, keys: tuple[str, str], folder: Path, bars: Progress) -> Artefact:
