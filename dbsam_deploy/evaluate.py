@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
 
-from .cli import HelpFormatter, Parser, run
+from .cli import HelpFormatter, Parser, run, say_on_stderr
 from .core.errors import InputError
 from .evaluation import PROTOCOLS, Protocol, build_protocol, evaluate, find_cases, read_cases
 from .evaluation.boxes import BoxGrowth
@@ -29,8 +29,8 @@ from .evaluation.segmenters import KEPT_EMBEDDINGS
 from .evaluation.tables import print_result
 from .prediction.loading import open_named, open_server
 from .prediction.model import Model
+from .serving.choice import choose_repository
 from .serving.environment import DEFAULT_FOLDER, find_environment
-from .serving.repository import DEFAULT_REPOSITORY, load_repository
 from .serving.server import Ports, TritonServer
 from .sessions.backends import untrained_note
 from .sessions.options import TRITON, add_model_options, add_server_options, model_options
@@ -113,7 +113,7 @@ def _add_started_options(server: argparse._ArgumentGroup) -> None:
         "--repository",
         type=Path,
         help="without --url: start a server on this repository and stop it at the end "
-        f"(default: {DEFAULT_REPOSITORY})",
+        "(default: that of the newest export)",
     )
     server.add_argument(
         "--server-env",
@@ -172,7 +172,7 @@ def about_model(model: Model) -> dict[str, Any]:
 def _started(
     args: argparse.Namespace, protocol: Protocol
 ) -> Iterator[tuple[Model, dict[str, Any]]]:
-    repository = load_repository(args.repository or DEFAULT_REPOSITORY)
+    repository = choose_repository(args.repository, None, say_on_stderr)
     how = repository.preprocessing
     environment = find_environment(args.server_env or DEFAULT_FOLDER, medsam=how.mode == "medsam")
     log = repository.folder.absolute().parent / "triton-server.log"
