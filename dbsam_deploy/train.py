@@ -17,8 +17,9 @@ from rich.console import Console
 
 from .artefact import write_atomically
 from .cli import HelpFormatter, Parser, run
-from .core.errors import EngineError, InputError
+from .core.errors import InputError
 from .evaluation import build_protocol, evaluate, find_cases, read_cases
+from .extras import require
 from .hardware import installed_versions
 from .model import DbSam
 from .model.checkpoint import write_checkpoint
@@ -239,12 +240,11 @@ def _with_options(
 
 
 def _accelerator(recipe: TrainingRecipe, options: Options) -> Accelerator:
-    try:
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-        from accelerate.utils import DistributedDataParallelKwargs
-    except ImportError as error:
-        raise EngineError("training needs accelerate: pip install 'dbsam-deploy[train]'") from error
+    require("accelerate", extra="train", what_for="training")
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedDataParallelKwargs
+
     if options.micro_batch < 1 or options.workers < 0:
         raise InputError("--micro-batch must be at least 1 and --workers at least 0")
     # an earlier training in this process may have had another precision; the process group stays

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib
 import json
 import os
 import subprocess
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import EngineError
-from ..extras import pip_line
+from ..extras import LEAN_LINE, pip_line, require
 from .plugin_build import DEFAULT_OUTPUT, LIBRARY_NAME, PluginLibrary, read_library
 
 NAMESPACE, VERSION = "dbsam", "1"
@@ -45,10 +44,7 @@ def load_plugins(path: Path, *, runtime: Any = None) -> PluginLibrary:
     """
     library = read_library(path)
     if runtime is None:
-        try:
-            runtime = importlib.import_module("tensorrt")
-        except ImportError as error:
-            raise EngineError(f"TensorRT is not installed ({error}): {pip_line('gpu')}") from None
+        runtime = require("tensorrt", extra="gpu", what_for="a plugin")
     version = runtime.__version__
     if library.tensorrt_headers.split(".")[0] != version.split(".")[0]:
         raise EngineError(
@@ -153,8 +149,8 @@ def list_creators(path: Path) -> dict[str, Any]:
         lines = answer.stderr.strip().splitlines() or [f"status {answer.returncode}"]
         if lines[-1] == "no TensorRT":
             raise EngineError(
-                "no TensorRT with a plugin registry: `pip install tensorrt-lean-cu13-bindings "
-                f"tensorrt-lean-cu13-libs` (no GPU needed), or `{pip_line('gpu')}`"
+                f"no TensorRT with a plugin registry: `{LEAN_LINE}` (no GPU needed), or "
+                f"`{pip_line('gpu')}`"
             )
         raise EngineError(f"{path} cannot be shown: {lines[-1].split('EngineError: ')[-1]}")
     shown: dict[str, Any] = json.loads(answer.stdout)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..artefact import Artefact, load_artefact
 from ..core.errors import InputError
 from ..core.imaging import MODES, Preprocessing
+from ..extras import require
 from .onnxruntime_session import OnnxRuntimeSession
 from .pytorch_session import PytorchSession
 from .session import Session
@@ -81,6 +82,7 @@ def _pytorch(args: argparse.Namespace, device: str) -> Engine:
 
 
 def _pytorch_fused(args: argparse.Namespace, device: str) -> Engine:
+    require("torch", extra="export", what_for="backend pytorch-fused")
     from .fused_session import FusedPytorchSession
 
     return _built(args, lambda model: FusedPytorchSession(model, device=device))
@@ -99,6 +101,7 @@ def _onnxruntime_tensorrt(args: argparse.Namespace, device: str) -> Engine:
 
 
 def _openvino(args: argparse.Namespace, device: str) -> Engine:
+    require("onnx", extra="openvino", what_for="an export on OpenVINO")
     from .openvino_session import OpenvinoSession
 
     precision = args.runtime_precision or RUNTIME_PRECISIONS[0]
