@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from .core.errors import InputError
 from .core.imaging import Preprocessing
+from .files.atomic import sha256_of
+from .files.manifests import Body, ManifestKind
 
 MANIFEST_NAME = "manifest.json"
-FORMAT_VERSION = 1
+BUILD_FOLDER = Path("build")
+"""Where an export writes, and where the others look, unless they are told."""
+
+_MANIFEST = ManifestKind("a manifest of this library", "export again", InputError)
 
 
 @dataclass(frozen=True)
@@ -69,42 +69,55 @@ class Artefact:
         return self.folder / self.graphs[graph].file
 
 
-def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file's content."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def graph_file(path: Path, folder: Path) -> GraphFile:
     """Describe `path` for a manifest that lies in `folder`."""
     return GraphFile(path.relative_to(folder).as_posix(), sha256_of(path), path.stat().st_size)
 
 
-@contextmanager
-def write_atomically(path: Path) -> Iterator[BinaryIO]:
-    """A stream whose content appears at `path` when the block ends well, and not at all otherwise.
-
-    A reader, or a run that is killed, sees the earlier file or the whole new one.
-    """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def write_artefact(artefact: Artefact) -> Path:
     """Write the manifest (atomically) and return its path."""
-    body = {"format": FORMAT_VERSION, **asdict(artefact)}
+    body = asdict(artefact)
     del body["folder"]
-    path = artefact.folder / MANIFEST_NAME
-    with write_atomically(path) as stream:
-        stream.write(json.dumps(body, indent=2, sort_keys=True).encode() + b"\n")
-    return path
+    return _MANIFEST.write(artefact.folder / MANIFEST_NAME, body)
+
+
+def find_exports(build: Path = BUILD_FOLDER) -> tuple[Path, ...]:
+    """Folders of the exports one or two levels below `build`, the one published last first."""
+    published = [
+        (path.stat().st_mtime_ns, path.parent)
+        for pattern in ("*", "*/*")
+        for path in build.glob(f"{pattern}/{MANIFEST_NAME}")
+        if not any(part.startswith(".") for part in path.relative_to(build).parts)
+    ]
+    return tuple(folder for _, folder in sorted(published, reverse=True))
+
+
+def find_export(folder: Path | None = None) -> Path:
+    """The export that a command takes: `folder`, or else the newest below `./build`.
+
+    The newest is the one whose manifest was written last; an export that is found up to date writes
+    it anew. `export_note` says which one was taken where there are several.
+
+    Raises:
+        InputError: none was named and there is none.
+    """
+    if folder is not None:
+        return folder
+    found = find_exports()
+    if not found:
+        raise InputError(
+            f"no export below {BUILD_FOLDER}/: run `python -m dbsam_deploy.export --precision "
+            "fp16` first, or name the folder of one with --artefact"
+        )
+    return found[0]
+
+
+def export_note(chosen: Path) -> str:
+    """One line on why `find_export` took `chosen`, naming the others; empty if it is alone."""
+    others = [str(folder) for folder in find_exports() if folder != chosen]
+    if not others:
+        return ""
+    return f"{chosen} is the newest export; --artefact takes another: {', '.join(others)}"
 
 
 def load_artefact(folder: Path) -> Artefact:
@@ -119,30 +132,17 @@ def load_artefact(folder: Path) -> Artefact:
     path = folder / MANIFEST_NAME
     if not path.is_file():
         raise InputError(
-            f"no {MANIFEST_NAME} in {folder}: run `python -m dbsam_deploy.export` first, or name "
-            "the folder it wrote (for example build/fp16)"
+            f"no {MANIFEST_NAME} in {folder}: run `python -m dbsam_deploy.export --precision fp16` "
+            "first, or name the folder it wrote (for example build/fp16)"
         )
-    try:
-        body = json.loads(path.read_text())
-        if body.pop("format") != FORMAT_VERSION:
-            raise InputError(f"{path}: another manifest format; export again with this version")
-        body["preprocessing"] = Preprocessing(**body["preprocessing"])
-        body["graphs"] = {name: GraphFile(**item) for name, item in body["graphs"].items()}
-        artefact = Artefact(folder=folder, **body)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            f"{path} is not a manifest of this library ({error}); export again"
-        ) from error
-    for name, item in artefact.graphs.items():
-        file = folder / item.file
-        if not file.resolve().is_relative_to(folder.resolve()) or not file.is_file():
-            raise InputError(
-                f"{path} names {item.file} for {name}, which is not there; export again"
-            )
-        if sha256_of(file) != item.sha256:
-            raise InputError(
-                f"{file} was changed after its export (its hash differs); export again"
-            )
+    artefact = _MANIFEST.read(path, lambda body: _artefact(folder, body))
+    for item in artefact.graphs.values():
+        file = _MANIFEST.find(path, item.file)
+        _MANIFEST.compare(path, file, sha256_of(file), item.sha256)
     return artefact
+
+
+def _artefact(folder: Path, body: Body) -> Artefact:
+    body["preprocessing"] = Preprocessing(**body["preprocessing"])
+    body["graphs"] = {name: GraphFile(**item) for name, item in body["graphs"].items()}
+    return Artefact(folder=folder, **body)

@@ -1,16 +1,89 @@
-"""What every command line of the library shares: how an error ends and how progress looks."""
+"""What every command line of the library shares: its name, its errors, its tables and progress."""
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .core.errors import DbsamError, InputError
+from .extras import check_installed
+
+
+@dataclass(frozen=True)
+class Door:
+    """A sub-command of `dbsam`.
+
+    Attributes:
+        module: below `dbsam_deploy`; `python -m` runs it, and its `main` is called.
+        about: one line for `--help`.
+        options: module whose `build_parser` makes the command line, "" for `module`.
+        extra: extra without which the module does not load, or "".
+    """
+
+    module: str
+    about: str
+    options: str = ""
+    extra: str = ""
+
+
+DOORS = {
+    "export": Door(
+        "export",
+        "a model as checked ONNX graphs and a Triton repository",
+        "export_options",
+        "export",
+    ),
+    "predict": Door("predict", "segment an image or volume with boxes or points"),
+    "serve": Door("serve", "install, start and try the Triton server"),
+    "client": Door("client", "segment an image through a running server"),
+    "evaluate": Door("evaluate", "Dice and NSD of a model on a folder of labelled images"),
+    "train": Door("train", "train a model by a recipe", "train_options", "train"),
+    "engine": Door("engine", "build, verify and inspect TensorRT engines"),
+    "plugins": Door("plugins", "compile the TensorRT plugins, or look into them"),
+    "sensitivity": Door(
+        "sensitivity",
+        "what each block of an encoder loses by quantisation",
+        "sensitivity_options",
+        "export",
+    ),
+    "doctor": Door("doctor", "what can be used on this machine, and how to get the rest"),
+    "repository": Door("serving.repository", "fill a Triton model repository from an export"),
+    "collect": Door("training.collect", "gather images without labels for distillation"),
+    "completion": Door("completion", "print the script that completes `dbsam` in a shell"),
+}
+"""Sub-command → where it is; none is imported before it is called."""
+
+_TYPED = re.compile(r"python -m dbsam_deploy\.([a-z_.]*[a-z_])")
+_NAMES = {door.module: name for name, door in DOORS.items()}
+
+
+def as_called(text: str) -> str:
+    """`text` with our command lines in the form in which the user called this process.
+
+    `python -m dbsam_deploy.predict` becomes `dbsam predict` in a process that was started as
+    `dbsam`, and stays as it is otherwise. Both work wherever the package is installed.
+    """
+    called = Path(sys.argv[0])
+    if called.stem == "dbsam":
+        start = "dbsam"
+    elif (called.parent.name, called.name) == ("dbsam_deploy", "__main__.py"):
+        start = "python -m dbsam_deploy"
+    else:
+        return text
+
+    def short(match: re.Match[str]) -> str:
+        name = _NAMES.get(match.group(1))
+        return match.group() if name is None else f"{start} {name}"
+
+    return _TYPED.sub(short, text)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -22,7 +95,19 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose mistakes end as one line, like every other mistake of a user."""
+    """An ArgumentParser that names its command as it was called, and whose mistakes are one line.
+
+    Args:
+        prog: `python -m dbsam_deploy.NAME`.
+        **options: of `ArgumentParser`.
+    """
+
+    def __init__(self, prog: str | None = None, **options: Any) -> None:
+        super().__init__(prog if prog is None else as_called(prog), **options)
+
+    def format_help(self) -> str:
+        """The help, with examples in the form in which this process was called."""
+        return as_called(super().format_help())
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage.
@@ -31,6 +116,12 @@ class Parser(argparse.ArgumentParser):
             InputError: always.
         """
         raise InputError(f"{message}; see `{self.prog} --help`")
+
+
+def say_on_stderr(text: str) -> None:
+    """A line beside the results, for whoever watches; nothing if `text` is empty."""
+    if text:
+        print(as_called(text), file=sys.stderr, flush=True)
 
 
 def progress_bars(console: Console) -> Progress:
@@ -47,6 +138,25 @@ def progress_bars(console: Console) -> Progress:
     )
 
 
+def check_words(build_parser: Callable[[], Parser], extra: str = "") -> None:
+    """End the process if its words ask for help or are a mistake; for before slow imports.
+
+    Args:
+        build_parser: makes the command line.
+        extra: what must be installed as well, so that the imports can follow.
+    """
+
+    def parse(argv: list[str] | None) -> int:
+        parser = build_parser()
+        parser.parse_args(argv)
+        if extra:
+            check_installed(extra, what_for=f"`{parser.prog}`")
+        return 0
+
+    if status := run(parse):
+        sys.exit(status)
+
+
 def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> int:
     """Run a command's `main` and turn a `DbsamError` into one line on stderr.
 
@@ -58,7 +168,7 @@ def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) 
         return main(argv)
     except DbsamError as error:
         lines = (f"error: {' '.join(error.message.split())}", *error.details)
-        print("\n  ".join(lines), file=sys.stderr)
+        print(as_called("\n  ".join(lines)), file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

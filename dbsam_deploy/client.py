@@ -36,8 +36,8 @@ examples:
 """
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; see the module's `--help`."""
+def build_parser() -> Parser:
+    """The command line."""
     parser = Parser(
         prog="python -m dbsam_deploy.client", description=DESCRIPTION, formatter_class=HelpFormatter
     )
@@ -52,7 +52,12 @@ def main(argv: list[str] | None = None) -> int:
         "--shared-memory", action="store_true", help="for a server on this machine: no copies"
     )
     server.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds to wait")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; see the module's `--help`."""
+    args = build_parser().parse_args(argv)
     request = read_request(args, args.image)
     client = DbsamClient(
         args.url, args.protocol, shared_memory=args.shared_memory, timeout_s=args.timeout

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import re
@@ -277,7 +276,8 @@ def _report_one(check: Check, finding: Finding, device: str | None, *, as_json: 
     return 0 if usable else 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
+    """The command line."""
     parser = Parser(
         prog="python -m dbsam_deploy.doctor",
         description=DESCRIPTION,
@@ -293,7 +293,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; see the module's `--help`."""
-    args = _parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     if args.device is not None and args.backend is None:
         raise InputError("--device goes with --backend NAME")
     if args.backend is not None:

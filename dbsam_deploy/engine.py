@@ -23,7 +23,6 @@ from .engines.cuda import open_device
 from .engines.device import find_gpu
 from .engines.kinds import KINDS, TENSORRT, Kind, kind_named
 from .engines.manifest import EngineRecord, Flags, engine_folder, read_records, record_path
-from .model.weights import load_model
 from .recipe import load_recipe
 from .sessions.pytorch_session import PytorchSession
 from .verification.cases import bundled_examples, load_cases
@@ -49,6 +48,8 @@ examples:
 
 def _verify(artefact: Artefact, kind: Kind, args: argparse.Namespace) -> dict[str, EngineRecord]:
     """The gate on this GPU, against PyTorch with the artefact's own weights."""
+    from .model.weights import load_model  # PyTorch, which nothing else here needs
+
     device = open_device()  # first: all else takes longer
     recipe = load_recipe(artefact.precision)
     cases = load_cases(args.data or bundled_examples(), recipe.parity)
@@ -131,7 +132,8 @@ def _add_reference_options(parser: Parser) -> None:
     group.add_argument("--data", type=Path, help="folder of npz cases; default: bundled")
 
 
-def _parser() -> Parser:
+def build_parser() -> Parser:
+    """The command line."""
     name = "python -m dbsam_deploy.engine"
     parser = Parser(prog=name, description=DESCRIPTION, formatter_class=HelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="build|verify|inspect")
@@ -190,7 +192,7 @@ def _add_build_options(sub: Parser) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line entry point; returns the exit status."""
-    args = _parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 160)
     if args.verb == "inspect":
         _inspect(load_artefact(args.artefact), console)

@@ -75,7 +75,8 @@ examples:
 """
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
+    """The command line."""
     parser = Parser(
         prog="python -m dbsam_deploy.evaluate",
         description=DESCRIPTION,
@@ -248,7 +249,7 @@ def _protocol(args: argparse.Namespace) -> Protocol:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; see the module's `--help`."""
-    args = _parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     protocol = _protocol(args)
     if args.max_slices is not None and args.max_slices < 1:
         raise InputError(f"--max-slices {args.max_slices}: expected at least 1")

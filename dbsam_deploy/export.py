@@ -13,6 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from .cli import check_words, progress_bars, run
+from .export_options import Options, build_parser
+
+if __name__ == "__main__":  # --help and a mistyped option need no PyTorch
+    check_words(build_parser, extra="export")
+
 from rich.console import Console
 from rich.progress import Progress
 
@@ -21,18 +27,17 @@ from .artefact import (
     Artefact,
     graph_file,
     load_artefact,
-    sha256_of,
     write_artefact,
 )
-from .cli import progress_bars, run
 from .core.contract import graph_specs
 from .core.errors import InputError
-from .engines.build import Request, build_engines, choose_engines
+from .engines.build import Choice, Request, build_engines, choose_engines
 from .engines.manifest import EngineRecord
-from .export_options import Options, build_parser
+from .files.atomic import sha256_of
 from .fusions import fuse_file
 from .graphs.onnx_export import check_onnx, export_graph
 from .hardware import installed_versions
+from .model import DbSam
 from .model.weights import LoadedModel, load_model
 from .quantization.quantizer import Quantizer, calibration_images
 from .recipe import Recipe, load_recipe
@@ -64,6 +69,41 @@ class Published:
     engine_note: str = ""
 
 
+@dataclass(frozen=True)
+class Stages:
+    """The functions that an export puts in order; a test gives its own for what it is not about.
+
+    Each one has the arguments, the result and the errors of its default.
+    """
+
+    load_recipe: Callable[[str], Recipe] = load_recipe
+    choose_engines: Callable[[str, tuple[str, ...], Path], Choice] = choose_engines
+    load_model: Callable[..., LoadedModel] = load_model
+    export_graph: Callable[[DbSam, str, Recipe, Path], object] = export_graph
+    compare: Callable[..., Figures] = compare
+    build_engines: Callable[..., dict[str, EngineRecord]] = build_engines
+    verify_engines: Callable[..., dict[str, EngineRecord]] = verify_engines
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the stages of one export work on.
+
+    Attributes:
+        stages: the steps.
+        loaded: the model.
+        recipe: the precision.
+        quantizer: what the recipe does with a graph after its export.
+        cases: images of the comparison.
+    """
+
+    stages: Stages
+    loaded: LoadedModel
+    recipe: Recipe
+    quantizer: Quantizer
+    cases: list[Case]
+
+
 class _Steps:
     """A progress bar over the export's steps."""
 
@@ -79,12 +119,15 @@ class _Steps:
         self._progress.stop()
 
 
-def export(options: Options, console: Console | None = None) -> Published:
+def export(
+    options: Options, console: Console | None = None, *, stages: Stages | None = None
+) -> Published:
     """Run every stage and publish the result.
 
     Args:
         options: what to export.
         console: where progress and notes go; stderr by default.
+        stages: the steps, by default the real ones.
 
     Returns:
         The published artefact. An artefact that misses its gate is not published.
@@ -94,18 +137,13 @@ def export(options: Options, console: Console | None = None) -> Published:
         ExportError, AccuracyError: a stage failed; an earlier publication is left as it was.
         EngineError: engines that were asked for cannot be built.
     """
-    console = console or Console(stderr=True)
-    recipe = load_recipe(options.precision)
+    console, stages = console or Console(stderr=True), stages or Stages()
+    recipe = stages.load_recipe(options.precision)
     folder = options.output / options.precision
-    choice = choose_engines(options.engine, options.targets, folder)
+    choice = stages.choose_engines(options.engine, options.targets, folder)
     images = calibration_images(recipe, options.calibration, options.budget)
-    parity = recipe.parity
-    if options.data_images is not None:
-        if options.data_images < 1:
-            raise InputError(f"--data-images {options.data_images}: expected at least 1")
-        parity = replace(parity, images=options.data_images)
-    cases = load_cases(options.data or bundled_examples(), parity)
-    loaded = load_model(
+    cases = _cases(options, recipe)
+    loaded = stages.load_model(
         variant=options.variant,
         checkpoint=options.checkpoint,
         image_size=options.image_size,
@@ -114,87 +152,79 @@ def export(options: Options, console: Console | None = None) -> Published:
     console.print(f"weights: {loaded.weights['note']}", highlight=False, soft_wrap=True)
     bars = progress_bars(console)
     quantizer = Quantizer.of(loaded, recipe, images, options.budget, bars)
+    job = _Job(stages, loaded, recipe, quantizer, cases)
     key = _export_key(loaded, recipe, quantizer.key)
     parity_key = _hash(key, *(c.name + _hash(c.image.tobytes(), c.boxes.tobytes()) for c in cases))
     artefact = _published(folder, parity_key)
     if artefact is None:
-        artefact = _make_artefact(loaded, recipe, quantizer, cases, (key, parity_key), folder, bars)
+        artefact = _make_artefact(job, (key, parity_key), folder, bars)
     else:
+        (folder / MANIFEST_NAME).touch()  # the newest is what predict and the others take
         console.print(f"{folder} is up to date; nothing was exported again", highlight=False)
     figures = Figures(**{k: v for k, v in artefact.figures.items() if k != "dice_drop"})
     engines = {}
     if choice.request is not None:
-        engines = _engine_stage(artefact, choice.request, loaded, recipe, cases, console)
+        engines = _engine_stage(job, artefact, choice.request, console)
     repository = build_repository(artefact, options.output / "model_repository")
     return Published(artefact, figures, repository, engines, choice.note)
 
 
-def _make_artefact(
-    loaded: LoadedModel,
-    recipe: Recipe,
-    quantizer: Quantizer,
-    cases: list[Case],
-    keys: tuple[str, str],
-    folder: Path,
-    bars: Progress,
-) -> Artefact:
+def _cases(options: Options, recipe: Recipe) -> list[Case]:
+    """Images of the comparison with PyTorch."""
+    parity = recipe.parity
+    if options.data_images is not None:
+        if options.data_images < 1:
+            raise InputError(f"--data-images {options.data_images}: expected at least 1")
+        parity = replace(parity, images=options.data_images)
+    return load_cases(options.data or bundled_examples(), parity)
+
+
+def _make_artefact(job: _Job, keys: tuple[str, str], folder: Path, bars: Progress) -> Artefact:
     """Export the graphs, compare them with PyTorch and publish them in `folder`.
 
     Args:
-        loaded: the model.
-        recipe: the precision.
-        quantizer: what the recipe does with a graph after its export.
-        cases: images of the comparison.
+        job: what is exported.
         keys: of the ONNX files, and of the comparison.
         folder: the artefact's public place.
         bars: where progress goes.
     """
+    loaded = job.loaded
     graphs = list(graph_specs(loaded.preprocessing))
-    with _Steps(bars, len(graphs) + len(cases) + 1) as step:
-        work = _export_stage(loaded, recipe, quantizer, keys[0], folder.parent, step)
-        draft = _draft(loaded, recipe, work, graphs, keys[1])
-        draft = replace(draft, quantization=quantizer.describe(work))
+    with _Steps(bars, len(graphs) + len(job.cases) + 1) as step:
+        work = _export_stage(job, keys[0], folder.parent, step)
+        draft = _draft(loaded, job.recipe, work, graphs, keys[1])
+        draft = replace(draft, quantization=job.quantizer.describe(work))
         step("comparing with PyTorch")
-        figures = compare(
+        figures = job.stages.compare(
             PytorchSession(loaded.model),
             OnnxRuntimeSession(draft),
             loaded.preprocessing,
-            cases,
+            job.cases,
             progress=lambda name: step(f"compared {name}"),
         )
-    check_gate(figures, recipe.gate, f"{recipe.precision} {draft.variant}")
+    check_gate(figures, job.recipe.gate, f"{job.recipe.precision} {draft.variant}")
     return _publish(replace(draft, figures=figures.as_dict()), folder)
 
 
 def _engine_stage(
-    artefact: Artefact,
-    request: Request,
-    loaded: LoadedModel,
-    recipe: Recipe,
-    cases: list[Case],
-    console: Console,
+    job: _Job, artefact: Artefact, request: Request, console: Console
 ) -> dict[str, EngineRecord]:
     """Build the engines; verify them where this machine's GPU can run them."""
     kind = request.options.kind
     with _Steps(progress_bars(console), len(artefact.graphs)) as step:
-        records = build_engines(artefact, request, step)
+        records = job.stages.build_engines(artefact, request, step)
     if unverified_here(records, request.builder.gpu):
-        with _Steps(progress_bars(console), len(cases)) as step:
-            records = verify_engines(
-                artefact, kind, PytorchSession(loaded.model), cases, recipe.gate, progress=step
+        reference = PytorchSession(job.loaded.model)
+        with _Steps(progress_bars(console), len(job.cases)) as step:
+            records = job.stages.verify_engines(
+                artefact, kind, reference, job.cases, job.recipe.gate, progress=step
             )
     return records
 
 
-def _export_stage(
-    loaded: LoadedModel,
-    recipe: Recipe,
-    quantizer: Quantizer,
-    key: str,
-    output: Path,
-    step: Callable[[str], None],
-) -> Path:
+def _export_stage(job: _Job, key: str, output: Path, step: Callable[[str], None]) -> Path:
     """ONNX files in a work folder named by what went in; files already there are kept."""
+    loaded, recipe = job.loaded, job.recipe
     work = output / ".work" / f"{recipe.precision}-{key[:16]}"
     work.mkdir(parents=True, exist_ok=True)
     for stale in work.parent.glob(f"{recipe.precision}-*"):
@@ -206,8 +236,8 @@ def _export_stage(
         path = work / f"{name}.onnx"
         if not (path.is_file() and done.get(name) == sha256_of(path)):
             step(f"exporting {name}")
-            export_graph(loaded.model, name, recipe, work)
-            quantized = quantizer.run(name, path)
+            job.stages.export_graph(loaded.model, name, recipe, work)
+            quantized = job.quantizer.run(name, path)
             if quantized:
                 check_onnx(path, spec)
             if name == "encoder":
@@ -285,10 +315,10 @@ def _hash(*parts: str | bytes) -> str:
     return digest.hexdigest()
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, *, stages: Stages | None = None) -> int:
     """Command line entry point; returns the exit status."""
     options = Options(**vars(build_parser().parse_args(argv)))
-    published = export(options)
+    published = export(options, stages=stages)
     # In a file or a pipe there is no screen to fit.
     console = Console(width=None if sys.stdout.isatty() else 120)
     closing_table(

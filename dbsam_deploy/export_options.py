@@ -7,9 +7,8 @@ from pathlib import Path
 
 from .cli import HelpFormatter, Parser
 from .engines.build import CHOICES, parse_targets
-from .model.weights import DEFAULT_VARIANT
 from .recipe import available_precisions, load_recipe
-from .resources import resource_dir
+from .resources import DEFAULT_VARIANT, resource_dir
 
 DESCRIPTION = """\
 Export a model as two graphs (encoder + fusion, prompt + decoder), compare them with PyTorch on real

@@ -8,9 +8,11 @@ for the one about scikit-image in `core.imaging`: Triton's models have a copy of
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import re
 import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -123,6 +125,7 @@ EXTRAS = (
         ),
         ("monai", "scipy.ndimage", "skimage.transform", "matplotlib", "jinja2"),
     ),
+    Extra("completion", "completion of `dbsam` in a shell", ("shtab>=1.7",), ("shtab",)),
     Extra(
         "train",
         "training",
@@ -188,6 +191,30 @@ def quoted(word: str) -> str:
     if re.fullmatch(r"[\w./:\\-]+", word):
         return word
     return shlex.quote(word) if re.search(r"[\"$`!\\]", word) else f'"{word}"'
+
+
+def check_installed(extra: str, *, what_for: str) -> None:
+    """Refuse a missing package of an extra without importing any, which takes seconds.
+
+    Args:
+        extra: see `EXTRAS`; with those that it includes.
+        what_for: what needs it, as the subject of the message.
+
+    Raises:
+        MissingError: one is not installed; with the line that installs them all.
+    """
+    for name in (extra, *find_extra(extra).includes):
+        for module in find_extra(name).modules:
+            package = module.partition(".")[0]
+            if not _is_there(package):
+                what = f"{what_for} needs {package}, which is not installed"
+                raise MissingError(what, pip_line(extra))
+
+
+def _is_there(package: str) -> bool:
+    if package in sys.modules:
+        return sys.modules[package] is not None
+    return importlib.util.find_spec(package) is not None
 
 
 def require(module: str, *, extra: str, what_for: str) -> ModuleType:

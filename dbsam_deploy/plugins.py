@@ -8,7 +8,6 @@ Compiling needs cmake, nvcc and TensorRT's C++ headers, but no GPU and no Tensor
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -48,7 +47,8 @@ def _show(path: Path) -> None:
         print(f"  {title:<24} version {creator['version']}   {attributes}")
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
+    """The command line."""
     parser = Parser(
         prog="python -m dbsam_deploy.plugins",
         description=DESCRIPTION,
@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line entry point; returns the exit status."""
-    options = _parser().parse_args(argv)
+    options = build_parser().parse_args(argv)
     if options.command == "info":
         _show(options.file)
         return 0

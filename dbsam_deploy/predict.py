@@ -54,7 +54,8 @@ examples:
 """
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
+    """The command line."""
     parser = Parser(
         prog="python -m dbsam_deploy.predict",
         description=DESCRIPTION,
@@ -166,7 +167,7 @@ def _report(console: Console, result: Segmentation, paths: dict[str, Path]) -> N
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; see the module's `--help`."""
-    args = _parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     window = None if args.window is None else (args.window[0], args.window[1])
     prompted = args.box or args.box3d or args.point
     volume = read_volume(args.image, window=window, with_boxes=not prompted)

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from .core.errors import InputError
 
+DEFAULT_VARIANT = "db_sam_tiny"
+"""The model variant whose trained weights come with the library, in `export/checkpoints/`."""
+
 _PACKAGE = Path(__file__).resolve().parent
 
 

@@ -9,39 +9,29 @@ import csv
 import io
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from .artefact import write_atomically
-from .cli import HelpFormatter, Parser, progress_bars, run
+from .cli import check_words, progress_bars, run
+from .sensitivity_options import Options, build_parser
+
+if __name__ == "__main__":  # --help and a mistyped option need no PyTorch
+    check_words(build_parser, extra="export")
+
 from .core.errors import InputError
 from .evaluation.metrics import load_library
+from .files.atomic import write_atomically
 from .graphs.onnx_export import export_graph
+from .model import DbSam
 from .model.weights import load_model
 from .quantization.calibration_images import CalibrationSet
 from .quantization.quantizer import Quantizer, calibration_images
 from .quantization.sweep import Sweep
-from .recipe import available_precisions, load_recipe
-
-DESCRIPTION = """\
-Quantise an encoder block by block and in groups, measure each choice on held-back calibration
-images, and write a ranked table, a plot, and the layers to leave out so that the rest keeps to the
-recipe's gate and a budget with as much work quantised as possible.
-
-An interrupted sweep goes on where it stopped when it is started again with the same options.
-
-examples:
-  the bundled tiny model
-    python -m dbsam_deploy.sensitivity --precision int8 --calibration images/
-  LiteMedSAM, at most 0.01 less Dice
-    python -m dbsam_deploy.sensitivity --precision int8 --checkpoint lite_medsam.pth \\
-        --calibration images/ --budget 0.01
-"""
-
-DEFAULT_BUDGET = 0.005
+from .recipe import Recipe, load_recipe
 
 _COLUMNS = (
     *("group", "layers", "macs"),
@@ -52,24 +42,22 @@ _COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Options:
-    """What a sweep is asked for; see the command's help."""
+class Stages:
+    """The functions that a sweep calls in turn; a test gives its own for what it is not about."""
 
-    precision: str
-    calibration: Path | None
-    budget: float = DEFAULT_BUDGET
-    checkpoint: Path | None = None
-    variant: str | None = None
-    image_size: int | None = None
-    output: Path = Path("build/sensitivity")
+    load_recipe: Callable[[str], Recipe] = load_recipe
+    export_graph: Callable[[DbSam, str, Recipe, Path], object] = export_graph
 
 
-def find_exclusions(options: Options, console: Console) -> tuple[Sweep, CalibrationSet]:
+def find_exclusions(
+    options: Options, console: Console, *, stages: Stages | None = None
+) -> tuple[Sweep, CalibrationSet]:
     """Export the float encoder, sweep, and write the results.
 
     Args:
         options: what to sweep.
         console: where progress goes.
+        stages: the steps, by default the real ones.
 
     Returns:
         The result and the images it was found on.
@@ -79,7 +67,8 @@ def find_exclusions(options: Options, console: Console) -> tuple[Sweep, Calibrat
         ExportError: the encoder cannot be exported or quantised.
         AccuracyError: no choice keeps to the budget.
     """
-    recipe = load_recipe(options.precision)
+    stages = stages or Stages()
+    recipe = stages.load_recipe(options.precision)
     images = calibration_images(recipe, options.calibration, options.budget)
     if images is None or recipe.quantization is None:
         raise InputError(
@@ -97,7 +86,7 @@ def find_exclusions(options: Options, console: Console) -> tuple[Sweep, Calibrat
     key = f"{loaded.weights['sha256']} {loaded.model.config} {recipe}"
     if not (path.is_file() and key_file.is_file() and key_file.read_text() == key):
         console.print("exporting the float encoder", highlight=False)
-        export_graph(loaded.model, "encoder", replace(recipe, quantization=None), scratch)
+        stages.export_graph(loaded.model, "encoder", replace(recipe, quantization=None), scratch)
         key_file.write_text(key)
     with bars:
         found = quantizer.sweep(path, scratch)
@@ -198,40 +187,11 @@ def ranked_table(found: Sweep) -> Table:
     return table
 
 
-def _parser() -> Parser:
-    parser = Parser(
-        prog="python -m dbsam_deploy.sensitivity",
-        description=DESCRIPTION,
-        formatter_class=HelpFormatter,
-    )
-    recipes = {name: load_recipe(name).quantization for name in available_precisions()}
-    quantising = [name for name, plan in recipes.items() if plan and plan.calibration]
-    parser.add_argument("--precision", default="int8", choices=quantising, help="recipe")
-    parser.add_argument(
-        "--calibration",
-        type=Path,
-        metavar="PATH",
-        help="folder or file of real images (npz, NIfTI, PNG, JPEG)",
-    )
-    parser.add_argument(
-        "--budget",
-        type=float,
-        default=DEFAULT_BUDGET,
-        metavar="LOSS",
-        help="largest loss of Dice with the truth on held-back images; the gate holds as well",
-    )
-    parser.add_argument("--checkpoint", type=Path, help="weights: .pth or .safetensors")
-    parser.add_argument("--variant", help="model variant; by default the checkpoint's")
-    parser.add_argument("--image-size", type=int, help="side of the model frame")
-    parser.add_argument("--output", type=Path, default=Options.output, help="where to write")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, *, stages: Stages | None = None) -> int:
     """Command line entry point; returns the exit status."""
-    options = Options(**vars(_parser().parse_args(argv)))
+    options = Options(**vars(build_parser().parse_args(argv)))
     load_library("matplotlib")  # before hours of work
-    found, _ = find_exclusions(options, Console(stderr=True))
+    found, _ = find_exclusions(options, Console(stderr=True), stages=stages)
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(ranked_table(found))
     for pattern in found.exclude:

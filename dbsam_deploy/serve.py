@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import signal
 import sys
@@ -57,7 +56,8 @@ examples:
 """
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
+    """The command line."""
     parser = Parser(
         prog="python -m dbsam_deploy.serve", description=DESCRIPTION, formatter_class=HelpFormatter
     )
@@ -175,7 +175,7 @@ def _try(server: TritonServer, repository: Repository, request: ImageRequest) ->
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; see the module's `--help`."""
-    args = _parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     if args.install:
         install_environment(args.server_env, report=_say)
         return 0

@@ -5,21 +5,25 @@ The composition root of training: the only module that knows the order of its ph
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
+
+from .cli import check_words, run
+from .train_options import Options, build_parser
+
+if __name__ == "__main__":  # --help and a mistyped option need no PyTorch
+    check_words(build_parser, extra="train")
 
 import torch
 from rich.console import Console
 
-from .artefact import write_atomically
-from .cli import HelpFormatter, Parser, run
 from .core.errors import InputError
 from .evaluation import build_protocol, evaluate, find_cases, read_cases
 from .extras import require
+from .files.atomic import write_atomically
 from .hardware import installed_versions
 from .model import DbSam
 from .model.checkpoint import write_checkpoint
@@ -32,10 +36,8 @@ from .training.material import Material, gather
 from .training.objectives import EmbeddingObjective, MaskObjective, set_trained
 from .training.preparation import calibrate, prepare_banks, prepare_examples
 from .training.recipe import (
-    Freeze,
     Phase,
     TrainingRecipe,
-    available_training_recipes,
     load_training_recipe,
 )
 from .training.state import Position, TrainingState, load_state, recipe_key
@@ -43,60 +45,9 @@ from .training.state import Position, TrainingState, load_state, recipe_key
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-DESCRIPTION = """\
-Train a model by a recipe (export/training/*.toml): first the embeddings of a teacher on images
-without labels, if the recipe says so, then masks from box prompts on labelled images.
-
-Writes model.safetensors, losses.csv, summary.json and TensorBoard logs into --output. A run that
-was stopped goes on from its last resume point when the same command is given again.
-
-examples:
-  the recipe of the shipped checkpoint
-    python -m dbsam_deploy.train --recipe db_sam_tiny --data cases/ --split split.json
-  the paper's recipe from Meta's checkpoint, on MedSAM npz folders
-    python -m dbsam_deploy.train --recipe db_sam --checkpoint sam_vit_b_01ec64.pth --data train/
-  two processes (GPUs, or CPU with --cpu)
-    accelerate launch --num_processes 2 --module dbsam_deploy.train --recipe db_sam --data train/
-"""
-
 STATE_NAME, MODEL_NAME, SUMMARY_NAME = "state.pt", "model.safetensors", "summary.json"
 VALIDATION_SLICES = 3
 """Slices of a validation file; a full evaluation is `python -m dbsam_deploy.evaluate`."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a training is asked for; everything that changes the weights is in the recipe.
-
-    Attributes:
-        recipe: name, or path of a `.toml`.
-        data: folder of labelled images, None to train on synthetic images alone.
-        split: file with `train` and `validation` lists of files in `data`; None: all is trained on.
-        unlabelled: folder of images for distillation.
-        checkpoint: weights to start from; None: fresh weights.
-        decoder_weights: prompt encoder and mask decoder of a fresh start.
-        teacher_weights: the teacher's file.
-        teacher: None: the recipe's; `none`: leave the distillation out.
-        freeze: what the last phase keeps fixed, None: the recipe's; see `Phase`.
-        output: folder for everything that is written.
-        micro_batch: images in one forward pass of one process.
-        workers: loader processes.
-        cpu: stay on the CPU where there is a GPU.
-    """
-
-    recipe: str
-    data: Path | None = None
-    split: Path | None = None
-    unlabelled: Path | None = None
-    checkpoint: Path | None = None
-    decoder_weights: Path | None = None
-    teacher_weights: Path | None = None
-    teacher: str | None = None
-    freeze: str | None = None
-    output: Path = Path("runs/train")
-    micro_batch: int = 1
-    workers: int = 0
-    cpu: bool = False
 
 
 @dataclass(frozen=True)
@@ -311,36 +262,9 @@ def _publish(run: _Run, state: TrainingState) -> Trained:
     return Trained(path, losses)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m dbsam_deploy.train", description=DESCRIPTION, formatter_class=HelpFormatter
-    )
-    known = ", ".join(available_training_recipes())
-    add = parser.add_argument
-    add("--recipe", required=True, help=f"{known}, or the path of a .toml of your own")
-    add("--data", type=Path, help="folder of labelled images: MedSAM npz, DIR/<task>/*.npz")
-    add("--split", type=Path, help="JSON or TOML: which files of --data are train and validation")
-    add("--unlabelled", type=Path, help="folder of images for distillation (PNG, JPEG, npz)")
-    add("--checkpoint", type=Path, help="start from these weights (SAM ViT-B for the paper's way)")
-    add("--decoder-weights", type=Path, help="lite_medsam.pth: decoder of a fresh start")
-    add("--teacher", help="variant to distil from, or `none`; by default the recipe's")
-    add("--teacher-weights", type=Path, help="the teacher's file, by default as for export")
-    add(
-        "--freeze",
-        choices=get_args(Freeze),
-        help="what stays fixed while masks are learned: the paper's ViT blocks and prompt encoder, "
-        "the official code's ViT blocks alone, or nothing; by default the recipe's",
-    )
-    add("--output", type=Path, default=Path("runs/train"), help="where to write, and to resume")
-    add("--micro-batch", type=int, default=1, help="images in one forward pass of one process")
-    add("--workers", type=int, default=0, help="processes that prepare images")
-    add("--cpu", action="store_true", help="stay on the CPU")
-    return parser
-
-
 def main(argv: list[str] | None = None) -> int:
     """Command line entry point; returns the exit status."""
-    options = Options(**vars(_parser().parse_args(argv)))
+    options = Options(**vars(build_parser().parse_args(argv)))
     train(options)
     return 0
 

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import onnx
@@ -18,12 +17,11 @@ from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 from support.references import small_model
 
-from dbsam_deploy import export as export_module
 from dbsam_deploy.artefact import Artefact, graph_file, load_artefact, write_artefact
 from dbsam_deploy.core.contract import Geometry, GraphSpec, graph_specs
 from dbsam_deploy.core.errors import EngineError
 from dbsam_deploy.core.imaging import Preprocessing
-from dbsam_deploy.export import Options, Published, export
+from dbsam_deploy.export import Options, Published, Stages, export
 from dbsam_deploy.graphs.onnx_export import export_graph, fold_reshapes, simplify, trace
 from dbsam_deploy.kernels.plugin_build import Headers, PluginLibrary, build_plugins, find_headers
 from dbsam_deploy.model import DbSam
@@ -219,43 +217,33 @@ def few_images(recipe: Recipe) -> Recipe:
     return replace(recipe, parity=parity, quantization=plan)
 
 
-def shorten(patch: pytest.MonkeyPatch, module: ModuleType, graphs: Path) -> None:
-    """Make a command take finished float32 graphs, and recipes that want few images."""
+@pytest.fixture(scope="session")
+def quick_stages(float_graphs: Path) -> Stages:
+    """An export's stages that take finished float32 graphs, and recipes that want few images."""
 
     def take(model: DbSam, name: str, recipe: Recipe, folder: Path) -> None:
-        proto = onnx.load(graphs / f"{name}.onnx")
+        proto = onnx.load(float_graphs / f"{name}.onnx")
         proto.opset_import[0].version = recipe.opset  # no operator here differs in opset 19
         onnx.save(proto, folder / f"{name}.onnx")
 
-    patch.setattr(module, "export_graph", take)
-    patch.setattr(module, "load_recipe", lambda precision: few_images(load_recipe(precision)))
-
-
-@pytest.fixture
-def shortened(monkeypatch: pytest.MonkeyPatch, float_graphs: Path) -> Callable[[ModuleType], None]:
-    """`shorten` for the export or the sensitivity command, for one test."""
-    return lambda module: shorten(monkeypatch, module, float_graphs)
-
-
-def _quick_export(options: Options, graphs: Path) -> tuple[Options, Published]:
-    with pytest.MonkeyPatch.context() as patch:
-        shorten(patch, export_module, graphs)
-        return options, export(options, Console(quiet=True))
+    return Stages(
+        load_recipe=lambda precision: few_images(load_recipe(precision)), export_graph=take
+    )
 
 
 @pytest.fixture(scope="session")
 def published_fp32(
-    float_graphs: Path, tmp_path_factory: pytest.TempPathFactory
+    quick_stages: Stages, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Options, Published]:
     """`db_sam_tiny` at 256×256 in float32; not to be changed."""
     output = tmp_path_factory.mktemp("fp32") / "build"
     options = Options("fp32", image_size=256, output=output, engine="none")
-    return _quick_export(options, float_graphs)
+    return options, export(options, Console(quiet=True), stages=quick_stages)
 
 
 @pytest.fixture(scope="session")
 def published_int8(
-    float_graphs: Path, tmp_path_factory: pytest.TempPathFactory
+    quick_stages: Stages, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Options, Published]:
     """`db_sam_tiny` at 256×256 in int8, ranges from the bundled images; not to be changed."""
     options = Options(
@@ -265,7 +253,7 @@ def published_int8(
         output=tmp_path_factory.mktemp("int8") / "build",
         engine="none",
     )
-    return _quick_export(options, float_graphs)
+    return options, export(options, Console(quiet=True), stages=quick_stages)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,16 @@ import pytest
 from dbsam_deploy.artefact import (
     MANIFEST_NAME,
     Artefact,
+    export_note,
+    find_export,
+    find_exports,
     graph_file,
     load_artefact,
-    sha256_of,
     write_artefact,
 )
 from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.core.imaging import Preprocessing
+from dbsam_deploy.files.atomic import sha256_of
 
 
 @pytest.fixture
@@ -127,3 +131,38 @@ def test_a_file_that_is_no_manifest_is_refused(artefact: Artefact, content: byte
     (artefact.folder / MANIFEST_NAME).write_bytes(content)
     with pytest.raises(InputError, match="not a manifest"):
         load_artefact(artefact.folder)
+
+
+def put_exports(root: Path, *names: str) -> None:
+    """Manifests below `root/build`, the last name the newest."""
+    for second, name in enumerate(names):
+        path = root / "build" / name / MANIFEST_NAME
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (second, second))
+
+
+def test_the_newest_export_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    put_exports(tmp_path, "fp32", "int8", "lite/fp16", ".work/fp16-abc", "a/b/c")
+    (tmp_path / "build" / "model_repository").mkdir()
+    expected = tuple(Path("build") / name for name in ("lite/fp16", "int8", "fp32"))
+    assert find_exports() == expected
+    assert find_export() == expected[0]
+    assert export_note(expected[0]) == (
+        "build/lite/fp16 is the newest export; --artefact takes another: build/int8, build/fp32"
+    )
+    (tmp_path / "build" / "fp32" / MANIFEST_NAME).touch()
+    assert find_export() == Path("build/fp32")
+
+
+def test_a_named_export_and_a_single_one_need_no_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_export(Path("missing")) == Path("missing")
+    with pytest.raises(InputError, match=r"run `python -m dbsam_deploy\.export --precision fp16`"):
+        find_export()
+    put_exports(tmp_path, "fp16")
+    assert find_export() == Path("build/fp16")
+    assert export_note(Path("build/fp16")) == ""

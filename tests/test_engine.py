@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from rich.console import Console
@@ -9,7 +10,6 @@ from support.cuda import CpuGpu, stand_in_device
 from support.engines import STAND_IN_GPU, VERSIONS, put_engines
 
 from dbsam_deploy import engine
-from dbsam_deploy import export as export_module
 from dbsam_deploy.artefact import load_artefact
 from dbsam_deploy.cli import run
 from dbsam_deploy.core.errors import AccuracyError, CheckpointError
@@ -19,7 +19,7 @@ from dbsam_deploy.engines.device import Gpu, find_gpu
 from dbsam_deploy.engines.kinds import KINDS, TENSORRT, TENSORRT_RTX
 from dbsam_deploy.engines.manifest import read_records
 from dbsam_deploy.engines.process import Builder
-from dbsam_deploy.export import export
+from dbsam_deploy.export import Stages, export, main
 from dbsam_deploy.extras import pip_line
 from dbsam_deploy.serving.repository import load_repository
 
@@ -116,9 +116,7 @@ def request_for(kind, gpu):
 
 @pytest.mark.parametrize("gpu", [None, Gpu("Another", "sm_90", "13.0"), STAND_IN_GPU])
 @pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
-def test_the_export_builds_engines_and_verifies_them_where_they_run(
-    published, monkeypatch, kind, gpu
-):
+def test_the_export_builds_engines_and_verifies_them_where_they_run(published, kind, gpu):
     options, _ = published
     done = []
 
@@ -133,36 +131,35 @@ def test_the_export_builds_engines_and_verifies_them_where_they_run(
         assert gate.embedding_cosine == 0.999
         return read_records(artefact, kind)
 
-    monkeypatch.setattr(export_module, "build_engines", build)
-    monkeypatch.setattr(export_module, "verify_engines", verify)
     choice = Choice(request_for(kind, gpu))
-    monkeypatch.setattr(export_module, "choose_engines", lambda *asked: choice)
-    result = export(options, Console(quiet=True))
+    stages = Stages(
+        choose_engines=lambda *asked: choice, build_engines=build, verify_engines=verify
+    )
+    result = export(options, Console(quiet=True), stages=stages)
     assert done == ["build", *["verify"] * (gpu is STAND_IN_GPU)]
     assert set(result.engines) == set(result.artefact.graphs)
     assert result.engine_note == ""
 
 
-def test_engines_that_miss_the_gate_are_not_served(published, monkeypatch):
+def test_engines_that_miss_the_gate_are_not_served(published):
     options, made = published
-    monkeypatch.setattr(
-        export_module,
-        "build_engines",
-        lambda artefact, *more: read_records(put_engines(artefact, TENSORRT), TENSORRT),
-    )
+
+    def build(artefact, *more):
+        return read_records(put_engines(artefact, TENSORRT), TENSORRT)
 
     def missed(*arguments, **options):
         raise AccuracyError("missed")
 
-    monkeypatch.setattr(export_module, "verify_engines", missed)
     choice = Choice(request_for(TENSORRT, STAND_IN_GPU))
-    monkeypatch.setattr(export_module, "choose_engines", lambda *asked: choice)
+    stages = Stages(
+        choose_engines=lambda *asked: choice, build_engines=build, verify_engines=missed
+    )
     with pytest.raises(AccuracyError):
-        export(options, Console(quiet=True))
+        export(options, Console(quiet=True), stages=stages)
     repository = load_repository(options.output / "model_repository")
     assert set(repository.platforms.values()) == {"onnxruntime"}
-    monkeypatch.setattr(export_module, "choose_engines", lambda *asked: Choice(None, "a note"))
-    again = export(options, Console(quiet=True))
+    noted = Stages(choose_engines=lambda *asked: Choice(None, "a note"))
+    again = export(options, Console(quiet=True), stages=noted)
     assert again.engine_note == "a note"
     assert set(again.repository.platforms.values()) == {"onnxruntime"}
     assert again.artefact.graphs == made.artefact.graphs
@@ -183,15 +180,12 @@ def test_engines_that_miss_the_gate_are_not_served(published, monkeypatch):
         (["--engine", "onnx"], "invalid choice: 'onnx'"),
     ],
 )
-def test_engines_that_cannot_be_are_refused_before_any_work(
-    arguments, message, monkeypatch, tmp_path, capsys
-):
+def test_engines_that_cannot_be_are_refused_before_any_work(arguments, message, tmp_path, capsys):
     def long_work(**options):
         raise AssertionError("the model was loaded first")
 
-    monkeypatch.setattr(export_module, "load_model", long_work)
     command = ["--precision", "fp16", "--output", str(tmp_path / "build"), *arguments]
-    assert run(export_module.main, command) == 2
+    assert run(partial(main, stages=Stages(load_model=long_work)), command) == 2
     err = capsys.readouterr().err.strip()
     assert message in err
     assert "\n" not in err
@@ -202,7 +196,7 @@ def test_without_tensorrt_the_export_ends_with_one_line_about_it(published, monk
     options, _ = published
     monkeypatch.setattr(engine_build, "find_gpu", lambda: None)
     arguments = ["--precision", "fp16", "--image-size", "256", "--output", str(options.output)]
-    assert run(export_module.main, arguments) == 0
+    assert run(main, arguments) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "engine" in line]
     assert len(lines) == 1
     assert lines[0].startswith("note: no engines were built (there is no NVIDIA GPU here); to bui")

@@ -10,13 +10,14 @@ import onnxruntime
 import pytest
 from rich.console import Console
 
-from dbsam_deploy import export as export_module
-from dbsam_deploy.artefact import load_artefact, sha256_of
+from dbsam_deploy.artefact import load_artefact
 from dbsam_deploy.cli import run
 from dbsam_deploy.core.contract import Geometry, graph_specs
 from dbsam_deploy.core.errors import AccuracyError, InputError
-from dbsam_deploy.export import export, main
+from dbsam_deploy.export import Stages, export, main
 from dbsam_deploy.extras import pip_line
+from dbsam_deploy.files.atomic import sha256_of
+from dbsam_deploy.recipe import load_recipe
 from dbsam_deploy.serving.repository import load_repository
 from dbsam_deploy.verification.report import closing_table
 
@@ -68,36 +69,34 @@ def test_the_files_run_and_are_half_precision(published_export):
     assert sizes[10] > 1000 * sizes[1]
 
 
-def test_a_second_run_exports_nothing_again(copied, monkeypatch):
+def test_a_second_run_exports_nothing_again(copied):
     options, published = copied
-    monkeypatch.setattr(export_module, "export_graph", no_export)
-    monkeypatch.setattr(export_module, "compare", no_export)
-    again = export(options, Console(quiet=True))
+    stages = Stages(export_graph=no_export, compare=no_export)
+    again = export(options, Console(quiet=True), stages=stages)
     assert again.artefact.graphs == published.artefact.graphs
     assert again.figures == published.figures
 
 
-def test_a_damaged_file_is_exported_again(copied, monkeypatch):
+def test_a_damaged_file_is_exported_again(copied):
     options, _ = copied
     path = options.output / "fp16" / "decoder.onnx"
     path.write_bytes(path.read_bytes()[:-1])
     seen = []
-    monkeypatch.setattr(
-        export_module, "export_graph", lambda m, name, r, f: seen.append(name) or 1 / 0
-    )
+    stages = Stages(export_graph=lambda m, name, r, f: seen.append(name) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        export(options, Console(quiet=True))
+        export(options, Console(quiet=True), stages=stages)
     assert seen == ["encoder"]
 
 
-def test_an_interrupted_export_resumes_with_the_finished_graphs(copied, monkeypatch):
+def test_an_interrupted_export_resumes_with_the_finished_graphs(copied):
     """A kill between two graphs keeps the first; the manifest of before stays as it was."""
     options, published = copied
     finished = options.output / "fp16"
     before = (finished / "manifest.json").read_bytes()
-    changed = replace(options, decoder_weights=None, image_size=256, variant="db_sam_tiny")
-    monkeypatch.setattr(export_module, "_published", lambda folder, key: None)
     real, calls = published.artefact, []
+
+    def changed_recipe(precision):
+        return replace(load_recipe(precision), description="another")
 
     def fake_export(model, name, recipe, folder):
         if name == "prompt_decoder" and "prompt_decoder" not in calls:
@@ -106,45 +105,44 @@ def test_an_interrupted_export_resumes_with_the_finished_graphs(copied, monkeypa
         calls.append(name)
         shutil.copy(real.path(name), folder / f"{name}.onnx")
 
-    monkeypatch.setattr(export_module, "export_graph", fake_export)
-    monkeypatch.setattr(export_module, "compare", lambda *a, **k: published.figures)
+    stages = Stages(
+        changed_recipe, export_graph=fake_export, compare=lambda *a, **k: published.figures
+    )
     with pytest.raises(KeyboardInterrupt):
-        export(changed, Console(quiet=True))
+        export(options, Console(quiet=True), stages=stages)
     assert (finished / "manifest.json").read_bytes() == before
-    export(changed, Console(quiet=True))
+    export(options, Console(quiet=True), stages=stages)
+    assert (finished / "manifest.json").read_bytes() != before
     assert calls == ["encoder", "decoder", "prompt_decoder", "prompt_decoder"]
 
 
-def test_a_missed_gate_publishes_nothing(copied, monkeypatch):
+def copying(published, figures):
+    """Stages that take the graphs of a finished export, and these figures for a comparison."""
+
+    def take(model, name, recipe, folder):
+        shutil.copy(published.artefact.path(name), folder)
+
+    return Stages(export_graph=take, compare=lambda *arguments, **options: figures)
+
+
+def test_a_missed_gate_publishes_nothing(copied):
     options, published = copied
     shutil.rmtree(options.output / "fp16")
     shutil.rmtree(options.output / "model_repository")
     bad = replace(published.figures, mask_agreement_p5=0.9)
-    monkeypatch.setattr(
-        export_module,
-        "export_graph",
-        lambda m, name, r, folder: shutil.copy(published.artefact.path(name), folder),
-    )
-    monkeypatch.setattr(export_module, "compare", lambda *a, **k: bad)
     with pytest.raises(AccuracyError, match=r"mask agreement p5 0\.900000 < 0\.95"):
-        export(options, Console(quiet=True))
+        export(options, Console(quiet=True), stages=copying(published, bad))
     assert not (options.output / "fp16").exists()
     assert not (options.output / "model_repository").exists()
 
 
-def test_a_foreign_folder_is_not_replaced(copied, monkeypatch):
+def test_a_foreign_folder_is_not_replaced(copied):
     options, published = copied
     shutil.rmtree(options.output / "fp16")
     (options.output / "fp16").mkdir()
     (options.output / "fp16" / "thesis.tex").write_text("mine")
-    monkeypatch.setattr(
-        export_module,
-        "export_graph",
-        lambda m, name, r, folder: shutil.copy(published.artefact.path(name), folder),
-    )
-    monkeypatch.setattr(export_module, "compare", lambda *a, **k: published.figures)
     with pytest.raises(InputError, match="is not an export of this library"):
-        export(options, Console(quiet=True))
+        export(options, Console(quiet=True), stages=copying(published, published.figures))
     assert (options.output / "fp16" / "thesis.tex").read_text() == "mine"
 
 

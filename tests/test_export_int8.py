@@ -1,6 +1,7 @@
 """Exports in 8 bits: what is published, what is refused, and what makes an export start anew."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,6 @@ import onnxruntime
 import pytest
 from rich.console import Console
 
-from dbsam_deploy import export as export_module
 from dbsam_deploy.artefact import load_artefact
 from dbsam_deploy.cli import run
 from dbsam_deploy.core.errors import AccuracyError, ExportError
@@ -23,13 +23,12 @@ SIZE = 256
 
 
 @pytest.fixture
-def build(shortened, tmp_path):
+def build(quick_stages, tmp_path):
     """`build(precision, **options)`: an export of finished float graphs, with few images."""
-    shortened(export_module)
 
-    def run_export(precision, **options):
+    def run_export(precision, stages=quick_stages, **options):
         chosen = Options(precision, image_size=SIZE, output=tmp_path / "build", engine="none")
-        return export(replace(chosen, **options), Console(quiet=True))
+        return export(replace(chosen, **options), Console(quiet=True), stages=stages)
 
     return run_export
 
@@ -96,32 +95,32 @@ def test_the_closing_table_has_a_row_for_each_quantised_graph(published_int8):
     assert f"{100 * share:.0f} %" in row
 
 
-def test_only_other_images_make_it_start_anew(build, monkeypatch):
-    examples = bundled_examples()
-    first = build("int8", calibration=examples)
-    monkeypatch.setattr(export_module, "export_graph", no_export)
-    assert build("int8", calibration=examples).artefact.key == first.artefact.key
+def test_only_other_images_make_it_start_anew(published_int8, quick_stages, build, tmp_path):
+    options, first = published_int8
+    shutil.copytree(options.output, tmp_path / "build")
+    examples, stages = bundled_examples(), replace(quick_stages, export_graph=no_export)
+    assert build("int8", stages, calibration=examples).artefact.key == first.artefact.key
     (stack,) = examples.glob("MR_*.npz")
     with pytest.raises(AssertionError, match="exported again"):
-        build("int8", calibration=stack)
+        build("int8", stages, calibration=stack)
     with pytest.raises(AssertionError, match="exported again"):
-        build("int8", calibration=examples, budget=0.5)
-    assert load_artefact(first.artefact.folder) == first.artefact
+        build("int8", stages, calibration=examples, budget=0.5)
+    kept = load_artefact(tmp_path / "build" / "int8")
+    assert kept == replace(first.artefact, folder=kept.folder)
 
 
-def test_ranges_that_clip_too_much_are_not_published(build, monkeypatch, tmp_path):
+def test_ranges_that_clip_too_much_are_not_published(build, quick_stages, tmp_path):
     """A real miss: half of every activation is clipped."""
-    load = export_module.load_recipe
 
     def clipping(precision):
-        recipe = load(precision)
+        recipe = quick_stages.load_recipe(precision)
         plan = recipe.quantization
         how = replace(plan.calibration, calibrator="percentile", percentile=50.1)
         return replace(recipe, quantization=replace(plan, calibration=how))
 
-    monkeypatch.setattr(export_module, "load_recipe", clipping)
+    stages = replace(quick_stages, load_recipe=clipping)
     with pytest.raises(AccuracyError, match=r"int8 db_sam_tiny misses its gate .* cosine 0\.\d+ <"):
-        build("int8", calibration=bundled_examples())
+        build("int8", stages, calibration=bundled_examples())
     assert not (tmp_path / "build" / "int8").exists()
     assert not (tmp_path / "build" / "model_repository").exists()
 
@@ -174,11 +173,11 @@ def test_fp8_graphs_hold_float8_weights_and_pairs(build):
     assert artefact.figures["embedding_cosine"] >= 0.995
 
 
-def test_fp8_in_an_old_opset_is_refused(build, monkeypatch):
-    load = export_module.load_recipe
-    monkeypatch.setattr(export_module, "load_recipe", lambda p: replace(load(p), opset=18))
+def test_fp8_in_an_old_opset_is_refused(build, quick_stages):
+    load = quick_stages.load_recipe
+    stages = replace(quick_stages, load_recipe=lambda p: replace(load(p), opset=18))
     with pytest.raises(ExportError, match="fp8 needs opset 19 or later"):
-        build("fp8", calibration=bundled_examples())
+        build("fp8", stages, calibration=bundled_examples())
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "dbsam_deploy"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OFFERED: dict[str, list[str]] = PROJECT["optional-dependencies"]
-SEVERAL = {"all", "test", "dev"}
+OURS = {"docs", "test", "dev"}
+SEVERAL = {"all", *OURS}
 OF_A_MACHINE = {"gpu", "rtx", "modelopt"}
 """Extras that need NVIDIA's hardware, or an environment of their own."""
 PIP_ELSEWHERE = {

@@ -5,28 +5,26 @@ import io
 import json
 import xml.etree.ElementTree as ET
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 
-from dbsam_deploy import sensitivity
 from dbsam_deploy.cli import run
 from dbsam_deploy.quantization import quantizer as quantized_graph
 from dbsam_deploy.quantization import sweep as exclusions
-from dbsam_deploy.sensitivity import main
+from dbsam_deploy.sensitivity import Stages, main
 from dbsam_deploy.verification.cases import bundled_examples
 
 GROUPS = 4
 
 
 @pytest.fixture
-def small_sweep(shortened, monkeypatch, tmp_path):
-    """The command's arguments, for a recipe that leaves four groups to choose between."""
-    shortened(sensitivity)
-    load = sensitivity.load_recipe
+def small_main(quick_stages):
+    """The command, for a recipe that leaves four groups to choose between."""
 
     def load_recipe(precision):
-        recipe = load(precision)
+        recipe = quick_stages.load_recipe(precision)
         plan = recipe.quantization
         if plan is None or plan.calibration is None:
             return recipe
@@ -34,7 +32,11 @@ def small_sweep(shortened, monkeypatch, tmp_path):
         kept = ("image_encoder.adapter*", "*.blocks.[!0].*", "*.patch_embed.*", "*.blocks.1[0-9].*")
         return replace(recipe, quantization=replace(plan, exclude=(*plan.exclude, *kept)))
 
-    monkeypatch.setattr(sensitivity, "load_recipe", load_recipe)
+    return partial(main, stages=Stages(load_recipe, quick_stages.export_graph))
+
+
+@pytest.fixture
+def options(tmp_path):
     return [
         *("--precision", "int8", "--calibration", str(bundled_examples())),
         *("--image-size", "256", "--output", str(tmp_path / "sweep")),
@@ -85,15 +87,15 @@ def check_files(folder, out):
 
 
 def test_a_sweep_goes_on_where_it_stopped_and_writes_its_results(
-    small_sweep, watched, tmp_path, capsys, monkeypatch
+    small_main, options, watched, tmp_path, capsys, monkeypatch
 ):
     folder = tmp_path / "sweep"
     watched.limit = 5
-    assert run(main, [*small_sweep, "--budget", "0.5"]) == 130
+    assert run(small_main, [*options, "--budget", "0.5"]) == 130
     assert not (folder / "sensitivity.json").exists()
     watched.limit = None
     capsys.readouterr()
-    assert run(main, [*small_sweep, "--budget", "0.5"]) == 0
+    assert run(small_main, [*options, "--budget", "0.5"]) == 0
     assert len(watched.made) == len(set(watched.made)) == 1 + 2 * GROUPS
     out = capsys.readouterr().out
     assert "chosen: 0 groups left out" in out
@@ -103,7 +105,7 @@ def test_a_sweep_goes_on_where_it_stopped_and_writes_its_results(
     assert loss > 0
     watched.made.clear()
     monkeypatch.setattr(quantized_graph, "accepts", lambda m, budget, gate: m.loss < 0.999 * loss)
-    status = run(main, [*small_sweep, "--budget", "0.5"])
+    status = run(small_main, [*options, "--budget", "0.5"])
     assert not [made for made in watched.made if len(made) in (0, 1, GROUPS - 1)]
     captured = capsys.readouterr()
     if status == 0:

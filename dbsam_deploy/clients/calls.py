@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,7 @@ from ..core.prompts import check_mask_input, check_mask_pixels, join_prompts
 from ..extras import require
 from .shared_memory import SharedRegion
 
-Protocol = Literal["grpc", "http"]
+Transport = Literal["grpc", "http"]
 Arrays = dict[str, npt.NDArray[Any]]
 
 PROMPTS_MODEL = prompts_ensemble_spec(1).name
@@ -51,6 +51,30 @@ class Segmentation:
     masks: ByteArray
     iou_scores: FloatArray
     low_res_logits: FloatArray | None = None
+
+
+class Places(TypedDict, total=False):
+    """Where N prompt sets point: at boxes, at points, or at both.
+
+    Attributes:
+        boxes: (N, 4) x0, y0, x1, y1 in the image frame.
+        point_coords: (N, P, 2) x, y in the image frame.
+        point_labels: (N, P) 1 foreground, 0 background, -1 no point.
+    """
+
+    boxes: npt.NDArray[Any] | None
+    point_coords: npt.NDArray[Any] | None
+    point_labels: npt.NDArray[Any] | None
+
+
+class Prompts(Places, total=False):
+    """All that a request may say of N prompt sets.
+
+    Attributes:
+        mask_input: (N, 4G, 4G) float logits of an earlier answer.
+    """
+
+    mask_input: npt.NDArray[Any] | None
 
 
 @dataclass(frozen=True)
@@ -101,29 +125,23 @@ def prompt_call(
     image: npt.NDArray[Any],
     side: int,
     *,
-    boxes: npt.NDArray[Any] | None,
-    point_coords: npt.NDArray[Any] | None,
-    point_labels: npt.NDArray[Any] | None,
-    mask_input: npt.NDArray[Any] | None,
+    mask_input: npt.NDArray[Any] | None = None,
+    **places: Unpack[Places],
 ) -> Call:
-    """A request for the four mask tokens of each prompt set; see `DbsamClient.segment_prompts`.
+    """A request for the four mask tokens of each prompt set.
 
     Args:
         image: (H, W, 3) uint8 RGB.
         side: 4G, the side of the server's mask grid.
-        boxes: (N, 4) in the image frame.
-        point_coords: (N, P, 2) in the image frame.
-        point_labels: (N, P).
-        mask_input: (N, 4G, 4G) logits.
+        mask_input: (N, 4G, 4G) float logits of an earlier answer.
+        **places: boxes and points, see `Places`.
 
     Raises:
         InputError: the image or a prompt is not usable.
     """
     image = check_image(np.asarray(image))
     size = _size_of(image)
-    coords, labels = join_prompts(
-        size, boxes=boxes, point_coords=point_coords, point_labels=point_labels
-    )
+    coords, labels = join_prompts(size, **places)
     count = len(coords)
     check_mask_pixels(count * NUM_MASK_TOKENS, size)
     if mask_input is None:

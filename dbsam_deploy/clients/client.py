@@ -8,35 +8,11 @@ from typing import Any, Self
 
 import numpy.typing as npt
 
-from ..core.errors import ServingError
-from .calls import (
-    PROMPTS_MODEL,
-    Arrays,
-    Call,
-    Protocol,
-    Segmentation,
-    box_call,
-    check_options,
-    load_library,
-    mask_side,
-    prompt_call,
-    prompt_result,
-    read_result,
-    tensors,
-    translated,
-)
-from .shared_memory import (
-    CLOSE_WAIT_S,
-    IN_USE_PAUSE_S,
-    RegionPool,
-    SharedRegion,
-    is_in_use,
-    region_size,
-    warn_registered,
-)
+from .calls import Segmentation
+from .exchange import Exchange, Exchanges, Result
 
 
-class DbsamClient:
+class DbsamClient(Exchanges):
     """A blocking client; a context manager that closes its connection.
 
     One client belongs to one thread (the HTTP transport is not thread-safe). Nothing is retried.
@@ -53,29 +29,15 @@ class DbsamClient:
         InputError: an unusable option.
     """
 
-    def __init__(
-        self,
-        url: str,
-        protocol: Protocol = "grpc",
-        *,
-        shared_memory: bool = False,
-        timeout_s: float = 60.0,
-    ) -> None:
-        check_options(url, protocol, timeout_s)
-        self.url, self.protocol = url, protocol
-        self._shared = shared_memory
-        self._pool = RegionPool()
-        self._library = load_library(f"tritonclient.{protocol}")
-        self._refused = load_library("tritonclient.utils").InferenceServerException
-        self._timeout: dict[str, float] = {}
-        self._side: int | None = None
-        if protocol == "grpc":
-            self._timeout = {"client_timeout": timeout_s}
-            self._client = self._library.InferenceServerClient(url)
-        else:
-            self._client = self._library.InferenceServerClient(
-                url, connection_timeout=timeout_s, network_timeout=timeout_s
-            )
+    def _connect(self, timeout_s: float) -> Any:
+        if self.protocol == "grpc":
+            return self._library.InferenceServerClient(self.url)
+        return self._library.InferenceServerClient(
+            self.url, connection_timeout=timeout_s, network_timeout=timeout_s
+        )
+
+    def _pause(self, seconds: float) -> None:
+        time.sleep(seconds)
 
     def segment(
         self, image: npt.NDArray[Any], boxes: npt.NDArray[Any], *, check: bool = True
@@ -94,9 +56,7 @@ class DbsamClient:
             InputError: an unusable image or box, found here or by the server.
             ServingError: no server, a timeout, or an error inside the server.
         """
-        call = box_call(image, boxes, check=check)
-        arrays = self._run(call)
-        return Segmentation(*(arrays[name] for name in call.spec.output_names))
+        return _finish(self._boxes(image, boxes, check=check))
 
     def segment_prompts(
         self,
@@ -125,84 +85,19 @@ class DbsamClient:
             InputError: an unusable image or prompt, found here or by the server.
             ServingError: no server, a timeout, or an error inside the server.
         """
-        if self._side is None:
-            with translated(self.url):
-                metadata = self._client.get_model_metadata(PROMPTS_MODEL, **self._timeout)
-            self._side = mask_side(metadata)
-        call = prompt_call(
+        prompts = self._prompts(
             image,
-            self._side,
             boxes=boxes,
             point_coords=point_coords,
             point_labels=point_labels,
             mask_input=mask_input,
+            multimask=multimask,
         )
-        return prompt_result(self._run(call), call.spec, multimask=multimask)
-
-    def _run(self, call: Call) -> Arrays:
-        with translated(self.url):
-            if not self._shared:
-                return self._infer(call, None)
-            region = self._region(region_size(call.regions()[1]))
-            try:
-                arrays = self._infer(call, region)
-            except BaseException:
-                self._pool.retire(region)
-                raise
-            self._pool.idle.append(region)
-            return arrays
-
-    def _region(self, size: int) -> SharedRegion:
-        region = self._pool.take(size)
-        if region is None:
-            self._unregister(wait_s=0)
-            region = SharedRegion(size)
-            try:
-                self._client.register_system_shared_memory(
-                    region.name, region.key, region.size, **self._timeout
-                )
-            except (self._refused, OSError):
-                region.unlink()
-                raise
-            except BaseException:  # interrupted: the server may have registered it
-                self._pool.retire(region)
-                raise
-        return region
-
-    def _unregister(self, *, wait_s: float) -> None:
-        """Let the server forget retired regions; it refuses while a request still uses one."""
-        names, self._pool.stale = self._pool.stale, []
-        deadline = time.monotonic() + wait_s
-        while names:
-            try:
-                self._client.unregister_system_shared_memory(names[-1], **self._timeout)
-            except self._refused as error:
-                if not is_in_use(error):
-                    raise
-                if time.monotonic() >= deadline:
-                    break
-                time.sleep(IN_USE_PAUSE_S)
-            else:
-                names.pop()
-        self._pool.stale += names
-
-    def _infer(self, call: Call, region: SharedRegion | None) -> Arrays:
-        inputs, outputs = tensors(self._library, call, region)
-        result = self._client.infer(call.spec.name, inputs, outputs=outputs, **self._timeout)
-        return read_result(call, result, region)
+        return _finish(prompts)
 
     def close(self) -> None:
         """Free shared memory and close the connection; stop the server after this, not before."""
-        self._pool.retire_all()
-        try:
-            with translated(self.url):
-                self._unregister(wait_s=CLOSE_WAIT_S)
-        except ServingError as error:
-            warn_registered(str(error))
-        finally:
-            self._client.close()
-        if self._pool.stale:
-            warn_registered("a request still uses it")
+        _finish(self._closing())
 
     def __enter__(self) -> Self:
         return self
@@ -214,3 +109,19 @@ class DbsamClient:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _finish(exchange: Exchange[Result]) -> Result:
+    """Run an exchange to its end by calling what it yields."""
+    try:
+        call = next(exchange)
+        while True:
+            try:
+                answer = call()
+            except BaseException as error:
+                call = exchange.throw(error)
+            else:
+                call = exchange.send(answer)
+    except StopIteration as end:
+        result: Result = end.value
+        return result

@@ -112,5 +112,5 @@ def warn_registered(reason: str) -> None:
     warnings.warn(
         f"the Triton server keeps a shared memory region of this client registered: {reason}",
         ResourceWarning,
-        stacklevel=3,
+        stacklevel=5,
     )

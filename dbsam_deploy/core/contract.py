@@ -1,14 +1,16 @@
 """The one definition of what crosses a graph boundary: names, dtypes, axes and frames.
 
 ONNX input and output names, engine profiles, every `config.pbtxt` and the client's arrays are
-derived from the specs below; no other module writes a tensor name as a string of its own.
+derived from the specs below; no other module writes a tensor name as a string of its own
+(tests/core/test_contract.py reads them all).
 
 Coordinate frames:
-    image frame   pixels of the image as the user has it, (x, y), origin at the top-left pixel's
-                  top-left corner as in SAM; boxes are (x0, y0, x1, y1).
-    model frame   pixels of the S×S array the encoder sees, after resizing and padding.
-    mask grid     the 4G×4G grid of low-resolution logits that covers the model frame; G is the
-                  side of the image embedding, see `Geometry`.
+
+- image frame: pixels of the image as the user has it, (x, y), origin at the top-left pixel's
+  top-left corner as in SAM; boxes are (x0, y0, x1, y1).
+- model frame: pixels of the S×S array the encoder sees, after resizing and padding.
+- mask grid: the 4G×4G grid of low-resolution logits that covers the model frame; G is the side of
+  the image embedding, see `Geometry`.
 """
 
 from __future__ import annotations
@@ -47,6 +49,13 @@ TRITON_TYPES = {
 
 BATCH, NUM_BOXES, NUM_PROMPTS, NUM_POINTS = "batch", "num_boxes", "num_prompts", "num_points"
 HEIGHT, WIDTH = "height", "width"
+
+IMAGE, IMAGE_EMBEDDINGS = "image", "image_embeddings"
+BOXES, MODEL_BOXES = "boxes", "model_boxes"
+POINT_COORDS, POINT_LABELS = "point_coords", "point_labels"
+MASK_INPUT, HAS_MASK_INPUT = "mask_input", "has_mask_input"
+LOW_RES_MASKS, IOU_PREDICTIONS = "low_res_masks", "iou_predictions"
+"""Names of tensors that other modules pick out of a feed or an answer one by one."""
 
 
 @dataclass(frozen=True)
@@ -134,26 +143,26 @@ class Geometry:
 
 def _image(size: Geometry) -> TensorSpec:
     axes = (BATCH, 3, size.image_size, size.image_size)
-    return TensorSpec("image", "float32", axes, "normalised, padded RGB", "model")
+    return TensorSpec(IMAGE, "float32", axes, "normalised, padded RGB", "model")
 
 
 def _image_embeddings(size: Geometry) -> TensorSpec:
     axes = (BATCH, EMBEDDING_CHANNELS, size.grid, size.grid)
-    return TensorSpec("image_embeddings", "float32", axes, "encoder + fusion output")
+    return TensorSpec(IMAGE_EMBEDDINGS, "float32", axes, "encoder + fusion output")
 
 
 def _masks(size: Geometry, prompts: str, count: int) -> tuple[TensorSpec, TensorSpec]:
     side = size.mask_side
     return (
         TensorSpec(
-            "low_res_masks",
+            LOW_RES_MASKS,
             "float32",
             (BATCH, prompts, count, side, side),
             "mask logits, foreground > 0",
             "mask grid",
         ),
         TensorSpec(
-            "iou_predictions",
+            IOU_PREDICTIONS,
             "float32",
             (BATCH, prompts, count),
             "the decoder's own estimate of each mask's IoU",
@@ -168,7 +177,7 @@ def encoder_spec(size: Geometry) -> GraphSpec:
 
 def decoder_spec(size: Geometry) -> GraphSpec:
     """`decoder`: the production path, N independent boxes per image, one mask each."""
-    boxes = TensorSpec("boxes", "float32", (BATCH, NUM_BOXES, 4), "x0, y0, x1, y1", "model")
+    boxes = TensorSpec(BOXES, "float32", (BATCH, NUM_BOXES, 4), "x0, y0, x1, y1", "model")
     return GraphSpec("decoder", (_image_embeddings(size), boxes), _masks(size, NUM_BOXES, 1))
 
 
@@ -182,18 +191,16 @@ def prompt_decoder_spec(size: Geometry) -> GraphSpec:
     side = size.mask_side
     inputs = (
         _image_embeddings(size),
-        TensorSpec("point_coords", "float32", (BATCH, NUM_PROMPTS, NUM_POINTS, 2), "x, y", "model"),
-        TensorSpec("point_labels", "int32", (BATCH, NUM_PROMPTS, NUM_POINTS), "-1, 0, 1, 2 or 3"),
+        TensorSpec(POINT_COORDS, "float32", (BATCH, NUM_PROMPTS, NUM_POINTS, 2), "x, y", "model"),
+        TensorSpec(POINT_LABELS, "int32", (BATCH, NUM_PROMPTS, NUM_POINTS), "-1, 0, 1, 2 or 3"),
         TensorSpec(
-            "mask_input",
+            MASK_INPUT,
             "float32",
             (BATCH, NUM_PROMPTS, 1, side, side),
             "logits of an earlier mask; ignored where has_mask_input is 0",
             "mask grid",
         ),
-        TensorSpec(
-            "has_mask_input", "float32", (BATCH, NUM_PROMPTS), "1 to use mask_input, else 0"
-        ),
+        TensorSpec(HAS_MASK_INPUT, "float32", (BATCH, NUM_PROMPTS), "1 to use mask_input, else 0"),
     )
     return GraphSpec("prompt_decoder", inputs, _masks(size, NUM_PROMPTS, NUM_MASK_TOKENS))
 
@@ -205,7 +212,7 @@ def graph_specs(size: Geometry) -> dict[str, GraphSpec]:
 
 
 RAW_IMAGE = TensorSpec("raw_image", "uint8", (HEIGHT, WIDTH, 3), "RGB, 0–255", "image")
-RAW_BOXES = TensorSpec("boxes", "float32", (NUM_BOXES, 4), "x0, y0, x1, y1", "image")
+RAW_BOXES = TensorSpec(BOXES, "float32", (NUM_BOXES, 4), "x0, y0, x1, y1", "image")
 ORIGINAL_SIZE = TensorSpec("original_size", "int64", (2,), "height, width of raw_image", "image")
 MASKS = TensorSpec("masks", "uint8", (NUM_BOXES, HEIGHT, WIDTH), "1 inside, 0 outside", "image")
 IOU_SCORES = TensorSpec("iou_scores", "float32", (NUM_BOXES,), "iou_predictions of each mask")
@@ -214,10 +221,8 @@ IOU_SCORES = TensorSpec("iou_scores", "float32", (NUM_BOXES,), "iou_predictions 
 def preprocess_spec(size: Geometry) -> GraphSpec:
     """Triton's `dbsam_preprocess`: the user's image and boxes → graph inputs, batch of one."""
     image, boxes = encoder_spec(size).inputs[0], decoder_spec(size).inputs[1]
-    model_boxes = TensorSpec(
-        "model_boxes", boxes.dtype, (1, *boxes.axes[1:]), boxes.meaning, "model"
-    )
-    model_image = TensorSpec("image", image.dtype, (1, *image.axes[1:]), image.meaning, "model")
+    model_boxes = TensorSpec(MODEL_BOXES, boxes.dtype, (1, *boxes.axes[1:]), boxes.meaning, "model")
+    model_image = TensorSpec(IMAGE, image.dtype, (1, *image.axes[1:]), image.meaning, "model")
     return GraphSpec(
         "dbsam_preprocess", (RAW_IMAGE, RAW_BOXES), (model_image, model_boxes, ORIGINAL_SIZE)
     )
@@ -239,13 +244,13 @@ def ensemble_spec() -> GraphSpec:
 
 
 RAW_POINT_COORDS = TensorSpec(
-    "point_coords", "float32", (NUM_PROMPTS, NUM_POINTS, 2), "x, y; box corners included", "image"
+    POINT_COORDS, "float32", (NUM_PROMPTS, NUM_POINTS, 2), "x, y; box corners included", "image"
 )
 RAW_POINT_LABELS = TensorSpec(
-    "point_labels", "int32", (NUM_PROMPTS, NUM_POINTS), "-1, 0, 1, or 2 and 3 for a box's corners"
+    POINT_LABELS, "int32", (NUM_PROMPTS, NUM_POINTS), "-1, 0, 1, or 2 and 3 for a box's corners"
 )
 RAW_HAS_MASK = TensorSpec(
-    "has_mask_input", "float32", (NUM_PROMPTS,), "1 to use the prompt's mask_input, else 0"
+    HAS_MASK_INPUT, "float32", (NUM_PROMPTS,), "1 to use the prompt's mask_input, else 0"
 )
 PROMPT_MASKS = TensorSpec(
     "masks",
@@ -261,7 +266,7 @@ PROMPT_IOU_SCORES = TensorSpec(
 
 def _raw_mask_input(side: int) -> TensorSpec:
     return TensorSpec(
-        "mask_input", "float32", (NUM_PROMPTS, side, side), "logits of an earlier mask", "mask grid"
+        MASK_INPUT, "float32", (NUM_PROMPTS, side, side), "logits of an earlier mask", "mask grid"
     )
 
 

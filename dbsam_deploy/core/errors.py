@@ -1,7 +1,5 @@
 """Everything this library raises on purpose.
 
-::
-
     DbsamError
     ├── InputError        an image, prompt, option or recipe from the caller (exit status 2)
     ├── CheckpointError   a weights file that cannot be read or does not fit  (exit status 2)

@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import onnx
-
 from ..core.errors import EngineError
 from ..kernels.quick_plugins import QUICK_OPERATORS
 
@@ -70,6 +68,8 @@ class LayerReport:
 
 def read_attention(path: Path) -> Attention:
     """Look for attention in an ONNX file's main graph; function bodies are not entered."""
+    import onnx  # here alone: what engines can be asked for is known without it
+
     nodes = onnx.load(path, load_external_data=False).graph.node
     return Attention(
         operators={node.name: node.op_type for node in nodes if node.domain == DOMAIN},

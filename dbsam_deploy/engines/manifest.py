@@ -14,14 +14,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..artefact import Artefact, GraphFile, sha256_of, write_atomically
+from ..artefact import Artefact, GraphFile
 from ..core.errors import EngineError
+from ..files.atomic import sha256_of
+from ..files.manifests import Body, ManifestKind
 from .device import Gpu
 from .kinds import TENSORRT, Kind
 from .profiles import Range
 
-FORMAT_VERSION = 1
 FOLDER = "engines"
+_MANIFEST = ManifestKind("the manifest of an engine", "build the engine again", EngineError)
 
 
 @dataclass(frozen=True)
@@ -124,12 +126,8 @@ def record_path(folder: Path, graph: str) -> Path:
 
 def write_record(folder: Path, record: EngineRecord) -> Path:
     """Write a manifest (atomically) into the folder that holds its plan, and return its path."""
-    body = {"format": FORMAT_VERSION, **asdict(record)}
-    path = record_path(folder, record.graph)
-    text = json.dumps({**body, "seal": _seal(body)}, indent=2, sort_keys=True)
-    with write_atomically(path) as stream:
-        stream.write(text.encode() + b"\n")
-    return path
+    body = asdict(record)
+    return _MANIFEST.write(record_path(folder, record.graph), {**body, "seal": _seal(body)})
 
 
 def _seal(body: Mapping[str, Any]) -> str:
@@ -143,23 +141,12 @@ def read_record(path: Path) -> EngineRecord:
     Raises:
         EngineError: no manifest of this library and version, or one that was edited.
     """
-    try:
-        body = json.loads(path.read_text())
-        if not isinstance(body, dict) or body.get("format") != FORMAT_VERSION:
-            raise EngineError(f"{path}: another manifest format; build the engine again")
-        if body.pop("seal") != _seal(body):
-            raise EngineError(f"{path} was edited after it was written; build the engine again")
-        del body["format"]
-        return _record(body)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        if isinstance(error, EngineError):
-            raise
-        raise EngineError(
-            f"{path} is not the manifest of an engine ({error}); build the engine again"
-        ) from error
+    return _MANIFEST.read(path, lambda body: _record(path, body))
 
 
-def _record(body: dict[str, Any]) -> EngineRecord:
+def _record(path: Path, body: Body) -> EngineRecord:
+    if body.pop("seal") != _seal(body):
+        raise EngineError(f"{path} was edited after it was written; build the engine again")
     flags = dict(body["flags"])
     for fixed in ("tf32", "weight_streaming"):
         if flags.pop(fixed):
@@ -226,7 +213,7 @@ def read_plan(folder: Path, record: EngineRecord) -> bytes:
     Raises:
         EngineError: it is missing or has changed.
     """
-    return _checked(folder, record.plan)
+    return _checked(folder, record, record.plan)
 
 
 def plugin_library(folder: Path, record: EngineRecord) -> Path | None:
@@ -237,21 +224,15 @@ def plugin_library(folder: Path, record: EngineRecord) -> Path | None:
     """
     if record.plugins is None:
         return None
-    _checked(folder, record.plugins)
+    _checked(folder, record, record.plugins)
     return folder / record.plugins.file
 
 
-def _checked(folder: Path, item: GraphFile) -> bytes:
-    path = folder / item.file
-    if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
-        raise EngineError(f"{path} is named by a manifest but not there; build the engine again")
-    content = path.read_bytes()
-    found = hashlib.sha256(content).hexdigest()
-    if found != item.sha256:
-        raise EngineError(
-            f"{path} has SHA-256 {found[:12]}, its manifest says {item.sha256[:12]}: it changed "
-            "after the build; build the engine again"
-        )
+def _checked(folder: Path, record: EngineRecord, item: GraphFile) -> bytes:
+    manifest = record_path(folder, record.graph)
+    file = _MANIFEST.find(manifest, item.file)
+    content = file.read_bytes()
+    _MANIFEST.compare(manifest, file, hashlib.sha256(content).hexdigest(), item.sha256)
     return content
 
 
@@ -344,6 +325,7 @@ def verified_plans(artefact: Artefact) -> dict[str, EngineRecord]:
         if not passed:
             return {}
     for record in records.values():
-        if sha256_of(folder / record.plan.file) != record.plan.sha256:
-            raise EngineError(f"{folder / record.plan.file} changed after it was verified")
+        manifest, plan = record_path(folder, record.graph), record.plan
+        file = _MANIFEST.find(manifest, plan.file)
+        _MANIFEST.compare(manifest, file, sha256_of(file), plan.sha256)
     return records

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..images.volumes import write_atomic
+from ..files.atomic import write_file
 from .metrics import load_library
 from .plots import overlay_png, task_plot
 from .published import AVERAGES, Comparison
@@ -66,7 +66,7 @@ def write_page(
         notes=published_notes(result),
         worst=[_worst(overlay) for overlay in result.worst],
     )
-    return write_atomic(path, page.encode())
+    return write_file(path, page.encode())
 
 
 def _mean_cells(mean: Mean) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..clients.calls import Segmentation
+from ..core.contract import IMAGE, IMAGE_EMBEDDINGS
 from ..core.errors import InputError
 from ..core.imaging import ByteArray, FloatArray, check_boxes, preprocess
 from ..prediction.predictor import Prediction, Predictor
@@ -63,8 +64,8 @@ class PredictorSegmenter:
         return self._predictor.predict_boxes(boxes)
 
     def _encode(self, image: ByteArray) -> FloatArray:
-        feed = {"image": preprocess(image, self._predictor.preprocessing)}
-        return self._predictor.session.run("encoder", feed)["image_embeddings"]
+        feed = {IMAGE: preprocess(image, self._predictor.preprocessing)}
+        return self._predictor.session.run("encoder", feed)[IMAGE_EMBEDDINGS]
 
 
 def as_segmenter(model: Predictor | BoxSegmenter) -> BoxSegmenter:

@@ -16,7 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..core.contract import Geometry, graph_specs
+from ..core.contract import (
+    BATCH,
+    HAS_MASK_INPUT,
+    IMAGE,
+    NUM_BOXES,
+    NUM_POINTS,
+    NUM_PROMPTS,
+    POINT_LABELS,
+    Geometry,
+    graph_specs,
+)
 from ..core.errors import ExportError, InputError
 from ..model import DbSam
 from ..model.blocks import ChannelLayerNorm
@@ -219,15 +229,15 @@ def example_inputs(
     name: str, size: Geometry, *, batch: int = 2, prompts: int = 3
 ) -> dict[str, Tensor]:
     """Random inputs of a graph in the contract's order, with distinct sizes for dynamic axes."""
-    sizes = {"batch": batch, "num_boxes": prompts, "num_prompts": prompts, "num_points": 5}
+    sizes = {BATCH: batch, NUM_BOXES: prompts, NUM_PROMPTS: prompts, NUM_POINTS: 5}
     out = {}
     for spec in graph_specs(size)[name].inputs:
         shape = [sizes[axis] if isinstance(axis, str) else axis for axis in spec.axes]
-        if spec.name == "point_labels":
+        if spec.name == POINT_LABELS:
             out[spec.name] = torch.randint(-1, 4, shape, dtype=torch.int32)
-        elif spec.frame == "model" and spec.name != "image":
+        elif spec.frame == "model" and spec.name != IMAGE:
             out[spec.name] = torch.rand(shape) * size.image_size
-        elif spec.name == "has_mask_input":
+        elif spec.name == HAS_MASK_INPUT:
             out[spec.name] = torch.randint(0, 2, shape).float()
         else:
             out[spec.name] = torch.randn(shape)

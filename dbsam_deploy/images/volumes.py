@@ -266,7 +266,7 @@ def label_map_bytes(labels: npt.NDArray[Any], volume: Volume) -> bytes:
     return nifti_bytes(labels, volume.geometry)
 
 
-def write_atomic(path: Path, content: bytes) -> Path:
+def write_file(path: Path, content: bytes) -> Path:
     """Write a whole file or none, and return its path.
 
     Raises:

@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..artefact import sha256_of, write_atomically
 from ..core.errors import EngineError
 from ..extras import HEADERS_LINE
+from ..files.atomic import sha256_of, write_atomically
 from ..resources import resource_dir
 from .build import architecture_number
 

@@ -1,6 +1,6 @@
 """Channel attention block and bilateral (deformable) cross-attention block.
 
-State-dict names follow the official checkpoints; see docs/model.md for the paper's names.
+State-dict names follow the official checkpoints; see docs/concepts/model.md for the paper's names.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ..artefact import write_atomically
 from ..core.errors import CheckpointError
+from ..files.atomic import write_atomically
 
 StateDict = dict[str, Tensor]
 

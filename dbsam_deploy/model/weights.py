@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from ..core.errors import CheckpointError
 from ..core.imaging import Preprocessing
 from ..extras import LITE_MEDSAM_LINE
-from ..resources import resource_dir
+from ..resources import DEFAULT_VARIANT, resource_dir
 from . import VARIANTS, DbSam, build_model
 from .checkpoint import Checkpoint, StateDict, check_fit, fit_tensors, hash_tensors, read_checkpoint
 from .config import Fusion
 
-DEFAULT_VARIANT = "db_sam_tiny"
 LITE_MEDSAM = "lite_medsam"
 INIT_SEED = 0
 """Seed of fresh weights, so that an export without a checkpoint is the same every time."""

@@ -8,7 +8,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..core.contract import NUM_MASK_TOKENS
+from ..core.contract import (
+    BOXES,
+    HAS_MASK_INPUT,
+    IMAGE,
+    IMAGE_EMBEDDINGS,
+    IOU_PREDICTIONS,
+    LOW_RES_MASKS,
+    MASK_INPUT,
+    NUM_MASK_TOKENS,
+    POINT_COORDS,
+    POINT_LABELS,
+)
 from ..core.errors import InputError
 from ..core.imaging import (
     ByteArray,
@@ -61,7 +72,7 @@ class Predictor:
         """Encode `image` ((H, W, 3) uint8 RGB) for the following `predict` calls."""
         image = check_image(image)
         pixels = preprocess(image, self.preprocessing)
-        embeddings = self.session.run("encoder", {"image": pixels})["image_embeddings"]
+        embeddings = self.session.run("encoder", {IMAGE: pixels})[IMAGE_EMBEDDINGS]
         self.set_embeddings(embeddings, (image.shape[0], image.shape[1]))
 
     def predict_boxes(self, boxes: npt.NDArray[Any]) -> Prediction:
@@ -76,8 +87,8 @@ class Predictor:
         embeddings = self._embeddings()
         values = check_boxes(boxes, self._original_size)
         model_boxes = to_model_frame(values, self._original_size, self.preprocessing)[None]
-        out = self.session.run("decoder", {"image_embeddings": embeddings, "boxes": model_boxes})
-        return self._prediction(out["low_res_masks"][0], out["iou_predictions"][0])
+        out = self.session.run("decoder", {IMAGE_EMBEDDINGS: embeddings, BOXES: model_boxes})
+        return self._prediction(out[LOW_RES_MASKS][0], out[IOU_PREDICTIONS][0])
 
     def predict_prompts(
         self,
@@ -112,16 +123,16 @@ class Predictor:
             masks[0, :, 0] = check_mask_input(mask_input, count, side)
         has_mask = np.full((1, count), mask_input is not None, np.float32)
         feed = {
-            "image_embeddings": embeddings,
-            "point_coords": coords[None],
-            "point_labels": labels[None],
-            "mask_input": masks,
-            "has_mask_input": has_mask,
+            IMAGE_EMBEDDINGS: embeddings,
+            POINT_COORDS: coords[None],
+            POINT_LABELS: labels[None],
+            MASK_INPUT: masks,
+            HAS_MASK_INPUT: has_mask,
         }
         out = self.session.run("prompt_decoder", feed)
         tokens = slice(1, NUM_MASK_TOKENS) if multimask else slice(0, 1)
         return self._prediction(
-            out["low_res_masks"][0, :, tokens], out["iou_predictions"][0, :, tokens]
+            out[LOW_RES_MASKS][0, :, tokens], out[IOU_PREDICTIONS][0, :, tokens]
         )
 
     def _embeddings(self) -> FloatArray:

@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from ..core.contract import IOU_PREDICTIONS
 from ..core.errors import InputError
+from ..files.atomic import write_file
 from ..images.overlays import Panel, draw_overlay, evenly_spaced
 from ..images.scans import require_nibabel
-from ..images.volumes import Volume, label_map_bytes, npz_bytes, png_bytes, write_atomic
+from ..images.volumes import Volume, label_map_bytes, npz_bytes, png_bytes
 from .segment import Prompts, Segmentation
 
 
@@ -54,26 +56,26 @@ def write_results(
     """Write every planned file, each whole or not at all."""
     labels = result.labels if volume.is_volume else result.labels[0]
     if "png" in paths:
-        write_atomic(paths["png"], png_bytes(labels))
+        write_file(paths["png"], png_bytes(labels))
     if "nifti" in paths:
-        write_atomic(paths["nifti"], label_map_bytes(result.labels, volume))
+        write_file(paths["nifti"], label_map_bytes(result.labels, volume))
     if "npz" in paths:
         arrays: dict[str, Any] = {
             "segs": labels,
-            "iou_predictions": np.array([f.iou for f in result.findings], np.float32),
+            IOU_PREDICTIONS: np.array([f.iou for f in result.findings], np.float32),
         }
         if result.alternatives is not None:
             arrays["alternatives"] = result.alternatives
         if volume.spacing_mm is not None:
             arrays["spacing"] = np.array(volume.spacing_mm, np.float64)
-        write_atomic(paths["npz"], npz_bytes(**arrays))
+        write_file(paths["npz"], npz_bytes(**arrays))
     if "overlay" in paths:
         picture = draw_overlay(
             [_panel(volume, result, prompts, index) for index in evenly_spaced(result.slices)],
             [(f.label, f"{f.label}  {f.prompt}  IoU {f.iou:.3f}") for f in result.findings],
             note,
         )
-        write_atomic(paths["overlay"], png_bytes(np.asarray(picture)))
+        write_file(paths["overlay"], png_bytes(np.asarray(picture)))
 
 
 def _panel(volume: Volume, result: Segmentation, prompts: Prompts, index: int) -> Panel:

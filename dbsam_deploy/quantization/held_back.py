@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..core.contract import IMAGE, IMAGE_EMBEDDINGS
 from ..core.imaging import ByteArray, FloatArray, Preprocessing, preprocess
 from ..prediction.predictor import Predictor
 from ..recipe import Parity
@@ -92,7 +93,7 @@ def make_views(
     """
     for image, pixels in read_images(folder, images):
         feed: FloatArray = preprocess(pixels, how)
-        embedding = session.run("encoder", {"image": feed})["image_embeddings"]
+        embedding = session.run("encoder", {IMAGE: feed})[IMAGE_EMBEDDINGS]
         case = _case(folder / image.file, image.slice, pixels, parity)
         boxes = _default_boxes(pixels) if case is None else case.boxes
         truth = None if case is None else case.truth

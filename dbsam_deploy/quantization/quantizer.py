@@ -13,10 +13,10 @@ import numpy as np
 import onnx
 from rich.progress import Progress
 
-from ..artefact import sha256_of, write_atomically
-from ..core.contract import graph_specs
+from ..core.contract import IMAGE, graph_specs
 from ..core.errors import InputError
 from ..core.imaging import FloatArray, Preprocessing, preprocess
+from ..files.atomic import sha256_of, write_atomically
 from ..model.weights import LoadedModel
 from ..recipe import Quantization, Recipe
 from ..sessions.pytorch_session import PytorchSession
@@ -228,4 +228,4 @@ class Quantizer:
             found = read_images(self.images.folder, self.images.images)
             total = len(self.images.images)
             for _, pixels in self.bars.track(found, total=total, description="calibrating"):
-                yield {"image": preprocess(pixels, self.how)}
+                yield {IMAGE: preprocess(pixels, self.how)}

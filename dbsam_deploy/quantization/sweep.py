@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from ..artefact import sha256_of, write_atomically
+from ..core.contract import IMAGE
 from ..core.errors import AccuracyError, ExportError, InputError
+from ..files.atomic import sha256_of, write_atomically
 from ..hardware import installed_versions
 from ..recipe import Gate, Quantization
 from ..sessions.onnxruntime_providers import CPU, import_onnxruntime, open_session
@@ -208,7 +209,7 @@ class Judge:
         agreement: list[float] = []
         drops: list[float] = []
         for view in self._views:
-            (embedding,) = session.run(None, {"image": view.image})
+            (embedding,) = session.run(None, {IMAGE: view.image})
             cosines.append(cosine(embedding, view.embedding))
             norm = float(np.linalg.norm(view.embedding))
             errors.append(float(np.linalg.norm(embedding - view.embedding)) / norm)

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import tempfile
@@ -15,18 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from .. import cli
-from ..artefact import Artefact, load_artefact, sha256_of
+from ..artefact import Artefact, load_artefact
 from ..core import contract
 from ..core.errors import InputError, ServingError
 from ..core.imaging import Preprocessing
 from ..engines.kinds import TENSORRT
 from ..engines.manifest import engine_folder, plugin_library, verified_plans
+from ..files.atomic import sha256_of
+from ..files.manifests import Body, ManifestKind
 from ..resources import resource_dir
 from .triton_config import GRAPH_MODELS, Platform, python_specs, render_configs
 
 DEFAULT_REPOSITORY = Path("build/model_repository")
 REPOSITORY_NAME = "repository.json"
-FORMAT_VERSION = 1
+_MANIFEST = ManifestKind("a repository of this library", "export again", InputError)
 VERSION = "1"
 """The one model version in the repository."""
 COMMITTED = Preprocessing(1024)
@@ -103,9 +104,9 @@ def build_repository(artefact: Artefact, output: Path) -> Repository:
             files=_hashes(partial),
             plugins=plugins,
         )
-        body = {"format": FORMAT_VERSION, **asdict(repository)}
+        body = asdict(repository)
         del body["folder"]
-        (partial / REPOSITORY_NAME).write_text(json.dumps(body, indent=2, sort_keys=True) + "\n")
+        _MANIFEST.write(partial / REPOSITORY_NAME, body)
         _swap(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -230,24 +231,17 @@ def load_repository(folder: Path) -> Repository:
             f"no {REPOSITORY_NAME} in {folder}: run `python -m dbsam_deploy.export` first, or name "
             "the repository it filled with --repository"
         )
-    try:
-        body = json.loads(path.read_text())
-        if body.pop("format") != FORMAT_VERSION:
-            raise InputError(f"{path}: another format; export again with this version")
-        body["preprocessing"] = Preprocessing(**body["preprocessing"])
-        repository = Repository(folder=folder, **body)
-        files = dict(repository.files)
-    except InputError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{path} is not a repository of this library ({error})") from error
-    for name, digest in files.items():
-        file = folder / name
-        if not file.resolve().is_relative_to(folder.resolve()) or not file.is_file():
-            raise InputError(f"{path} names {name}, which is not there; export again")
-        if file.name != "config.pbtxt" and sha256_of(file) != digest:
-            raise InputError(f"{file} was changed after the export (its hash differs)")
+    repository = _MANIFEST.read(path, lambda body: _repository(folder, body))
+    for name, digest in repository.files.items():
+        file = _MANIFEST.find(path, name)
+        if file.name != "config.pbtxt":
+            _MANIFEST.compare(path, file, sha256_of(file), digest)
     return repository
+
+
+def _repository(folder: Path, body: Body) -> Repository:
+    body["preprocessing"] = Preprocessing(**body["preprocessing"])
+    return Repository(folder=folder, **{**body, "files": dict(body["files"])})
 
 
 def committed_configs() -> dict[str, str]:
@@ -276,8 +270,8 @@ def refresh_configs(root: Path, *, check: bool = False) -> list[Path]:
     return stale
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line: build a repository, or refresh the committed configurations."""
+def build_parser() -> cli.Parser:
+    """The command line."""
     parser = cli.Parser(
         prog="python -m dbsam_deploy.serving.repository",
         formatter_class=cli.HelpFormatter,
@@ -299,7 +293,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--output", type=Path, default=DEFAULT_REPOSITORY, help="repository to fill"
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line: build a repository, or refresh the committed configurations."""
+    args = build_parser().parse_args(argv)
     if args.artefact is not None:
         repository = build_repository(load_artefact(args.artefact), args.output)
         print(f"{repository.folder}: {len(repository.files)} files, {repository.precision}")

@@ -8,6 +8,8 @@ from typing import Literal
 
 from ..core.contract import (
     BATCH,
+    BOXES,
+    MODEL_BOXES,
     TRITON_TYPES,
     Geometry,
     GraphSpec,
@@ -76,7 +78,7 @@ def render_configs(how: Preprocessing, platforms: Mapping[str, Platform]) -> dic
     box_steps = (
         _step(preprocess_spec(how)),
         _step(graphs["encoder"]),
-        _step(graphs["decoder"], boxes="model_boxes"),
+        _step(graphs["decoder"], **{BOXES: MODEL_BOXES}),
         _step(postprocess_spec(how)),
     )
     configs["dbsam"] = _ensemble(ensemble_spec(), box_steps)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..artefact import Artefact, load_artefact
+from ..artefact import BUILD_FOLDER, Artefact, export_note, find_export, load_artefact
+from ..cli import say_on_stderr
 from ..core.errors import InputError
 from ..core.imaging import MODES, Preprocessing
 from ..extras import require
@@ -23,7 +24,6 @@ from .session import Session
 if TYPE_CHECKING:
     from ..model import DbSam
 
-DEFAULT_ARTEFACT = Path("build/fp32")
 RUNTIME_PRECISIONS = ("float32", "bfloat16")
 PYTORCH_OPTIONS = ("variant", "checkpoint", "image_size", "decoder_weights")
 MODEL_OPTIONS = ("artefact", *PYTORCH_OPTIONS, "engine_cache", "runtime_precision", "device")
@@ -133,7 +133,10 @@ def _built(args: argparse.Namespace, open_session: Callable[[DbSam], Session]) -
 
 def _published(args: argparse.Namespace, open_session: Callable[[Artefact], Session]) -> Engine:
     """An engine of an export."""
-    artefact = load_artefact(args.artefact)
+    folder = find_export(args.artefact)
+    if args.artefact is None:
+        say_on_stderr(export_note(folder))
+    artefact = load_artefact(folder)
     name = f"{artefact.variant} {artefact.precision}"
     return Engine(open_session(artefact), artefact.preprocessing, artefact.weights, name)
 
@@ -234,8 +237,8 @@ def add_model_options(
     model.add_argument(
         "--artefact",
         type=Path,
-        default=DEFAULT_ARTEFACT,
-        help=f"folder that python -m dbsam_deploy.export wrote ({_names_with('artefact')})",
+        help="folder that python -m dbsam_deploy.export wrote "
+        f"({_names_with('artefact')}; default: the newest below {BUILD_FOLDER}/)",
     )
     _add_weights_options(model)
     model.add_argument(
@@ -277,8 +280,7 @@ def _add_weights_options(model: argparse._ArgumentGroup) -> None:
 
 def _given(args: argparse.Namespace) -> list[str]:
     """Those of `MODEL_OPTIONS` that the command line gives."""
-    absent = {"artefact": DEFAULT_ARTEFACT}
-    return [name for name in MODEL_OPTIONS if getattr(args, name) != absent.get(name)]
+    return [name for name in MODEL_OPTIONS if getattr(args, name) is not None]
 
 
 def load_engine(args: argparse.Namespace) -> Engine:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.contract import graph_specs
+from ..core.contract import IMAGE, IMAGE_EMBEDDINGS, graph_specs
 from ..core.errors import EngineError, InputError
 from ..extras import TORCH_GPU_LINE
 from ..graphs.encoder_decoder import build_graph
@@ -16,7 +16,7 @@ from ..kernels.torch_ops import kernel_library
 from ..model import DbSam
 from .cuda_graphs import CudaGraphRecorder, RecordedFunction, Recorder
 from .fused_model import FusedEncoder
-from .session import IMAGE_EMBEDDINGS, Feed, FloatArray, check_feed
+from .session import Feed, FloatArray, check_feed
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -98,7 +98,7 @@ class RecordedSession:
         spec = self._specs[graph]
         check_feed(spec, feed)
         inputs = {name: torch.from_numpy(feed[name]) for name in spec.input_names}
-        prompts = [name for name in spec.input_names if name not in ("image", IMAGE_EMBEDDINGS)]
+        prompts = [name for name in spec.input_names if name not in (IMAGE, IMAGE_EMBEDDINGS)]
         count = inputs[prompts[0]].shape[1] if prompts else 0
         for name in prompts:
             inputs[name] = _pad_prompts(inputs[name], next_power_of_two(count) - count)

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..core.contract import graph_specs
+from ..core.contract import (
+    BOXES,
+    HAS_MASK_INPUT,
+    IMAGE,
+    IMAGE_EMBEDDINGS,
+    MASK_INPUT,
+    POINT_COORDS,
+    POINT_LABELS,
+    graph_specs,
+)
 from ..core.errors import EngineError, InputError
 from ..core.prompts import BOTTOM_RIGHT, NO_POINT, TOP_LEFT
 from ..extras import TORCH_GPU_LINE
-from .session import IMAGE_EMBEDDINGS, Feed, FloatArray, check_feed
+from .session import Feed, FloatArray, check_feed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +60,7 @@ class PytorchSession:
         inputs = {name: torch.from_numpy(array).to(self._device) for name, array in feed.items()}
         with torch.inference_mode():
             if graph == "encoder":
-                outputs = [self._model.encode(inputs["image"])]
+                outputs = [self._model.encode(inputs[IMAGE])]
             else:
                 rows = [self._decode(graph, inputs, i) for i in range(len(feed[IMAGE_EMBEDDINGS]))]
                 outputs = [torch.stack(column) for column in zip(*rows, strict=True)]
@@ -64,12 +73,12 @@ class PytorchSession:
 
         embeddings = inputs[IMAGE_EMBEDDINGS][index : index + 1]
         if graph == "decoder":
-            return self._model.decode(embeddings, boxes=inputs["boxes"][index])
+            return self._model.decode(embeddings, boxes=inputs[BOXES][index])
         prompts = zip(
-            inputs["point_coords"][index],
-            inputs["point_labels"][index],
-            inputs["mask_input"][index],
-            inputs["has_mask_input"][index],
+            inputs[POINT_COORDS][index],
+            inputs[POINT_LABELS][index],
+            inputs[MASK_INPUT][index],
+            inputs[HAS_MASK_INPUT][index],
             strict=True,
         )
         rows = [self._decode_prompt(embeddings, *prompt) for prompt in prompts]

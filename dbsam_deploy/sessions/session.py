@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 FloatArray = npt.NDArray[np.float32]
 Feed = dict[str, npt.NDArray[Any]]
-IMAGE_EMBEDDINGS = "image_embeddings"
 
 
 class Session(Protocol):

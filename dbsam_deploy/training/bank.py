@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..artefact import write_atomically
 from ..core.contract import EMBEDDING_CHANNELS
 from ..core.errors import InputError
 from ..core.imaging import ByteArray, FloatArray, preprocess
+from ..files.atomic import write_atomically
 from ..model.weights import LoadedModel
 from .augmentation import Augmentation, augment
 from .samples import Mixture

@@ -9,7 +9,6 @@ image can turn up in a test set. `FOLDER/SOURCES.txt` says where each PNG came f
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import subprocess
 import sys
@@ -292,15 +291,20 @@ def collect(folder: Path) -> int:
     return len(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
+def build_parser() -> Parser:
+    """The command line."""
     parser = Parser(
         prog="python -m dbsam_deploy.training.collect",
         description=DESCRIPTION,
         formatter_class=HelpFormatter,
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the PNG files go")
-    options: argparse.Namespace = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    options = build_parser().parse_args(argv)
     print(f"{collect(options.folder)} images in {options.folder}")
     return 0
 

@@ -15,8 +15,8 @@ from ..core.errors import InputError
 from ..recipe import build_table
 from ..resources import resource_dir
 from .augmentation import Augmentation
+from .choices import Freeze, available_training_recipes
 
-Freeze = Literal["paper", "as_coded", "none"]
 Precision = Literal["no", "bf16", "fp16"]
 
 PHASES = ("distill", "tune")
@@ -118,11 +118,6 @@ class TrainingRecipe:
     def phases(self) -> list[tuple[str, Phase]]:
         """(name, phase) in the order they run."""
         return [(name, phase) for name in PHASES if (phase := getattr(self, name)) is not None]
-
-
-def available_training_recipes() -> list[str]:
-    """Stems of all training recipes."""
-    return sorted(path.stem for path in (resource_dir("export") / "training").glob("*.toml"))
 
 
 def load_training_recipe(name: str) -> TrainingRecipe:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..artefact import write_atomically
 from ..core.errors import CheckpointError
+from ..files.atomic import write_atomically
 from ..model.checkpoint import StateDict, read_training_state
 from .recipe import TrainingRecipe
 

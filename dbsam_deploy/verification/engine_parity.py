@@ -7,11 +7,12 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-from ..artefact import Artefact, write_atomically
+from ..artefact import Artefact
 from ..engines.device import Gpu
 from ..engines.kinds import TENSORRT, TENSORRT_RTX, Kind
 from ..engines.layers import check_plugins, read_attention, read_layers
 from ..engines.manifest import EngineRecord, Parity, engine_folder, read_records, sign
+from ..files.atomic import write_atomically
 from ..recipe import Gate
 from ..sessions.engine_session import EngineSession, TensorrtRtxSession, TensorrtSession
 from ..sessions.session import Session

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..core.contract import IMAGE, IMAGE_EMBEDDINGS
 from ..core.errors import AccuracyError
 from ..core.imaging import FloatArray, Preprocessing, preprocess
 from ..prediction.predictor import Predictor
@@ -157,9 +158,9 @@ def compare(
 
 
 def _compare_case(ours: _Timed, theirs: _Timed, how: Preprocessing, case: Case) -> _CaseFigures:
-    feed: Feed = {"image": preprocess(case.image, how)}
+    feed: Feed = {IMAGE: preprocess(case.image, how)}
     size = (case.image.shape[0], case.image.shape[1])
-    embeddings = [s.run("encoder", feed)["image_embeddings"] for s in (ours, theirs)]
+    embeddings = [s.run("encoder", feed)[IMAGE_EMBEDDINGS] for s in (ours, theirs)]
     predictors = [Predictor(session, how) for session in (ours, theirs)]
     for predictor, embedding in zip(predictors, embeddings, strict=True):
         predictor.set_embeddings(embedding, size)
@@ -185,11 +186,19 @@ def _prompt_agreement(
     centre = (case.boxes[:, :2] + case.boxes[:, 2:]) / 2
     coords = np.stack([centre, case.boxes[:, :2]], axis=1)
     labels = np.tile(np.array([1, 0], np.int32), (len(coords), 1))
-    points = {"point_coords": coords, "point_labels": labels}
     out: list[float] = []
-    for prompts in (points, {**points, "boxes": case.boxes, "mask_input": low_res_masks}):
+    for boxes, earlier in ((None, None), (case.boxes, low_res_masks)):
         for multimask in (False, True):
-            a, b = (p.predict_prompts(multimask=multimask, **prompts).masks for p in predictors)
+            a, b = (
+                predictor.predict_prompts(
+                    boxes=boxes,
+                    point_coords=coords,
+                    point_labels=labels,
+                    mask_input=earlier,
+                    multimask=multimask,
+                ).masks
+                for predictor in predictors
+            )
             out += [dice(a[i], b[i]) for i in np.ndindex(*a.shape[:2])]
     return out
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dbsam_deploy import client as client_door
 from dbsam_deploy.cli import run
 from dbsam_deploy.clients import calls as client_requests
-from dbsam_deploy.clients import client as client_module
+from dbsam_deploy.clients import exchange
 from dbsam_deploy.clients.async_client import AsyncDbsamClient
 from dbsam_deploy.clients.client import DbsamClient
 from dbsam_deploy.core.errors import InputError, ServingError
@@ -285,7 +286,7 @@ def test_an_answer_of_another_shape_is_refused(triton, monkeypatch):
         call = honest(*args, **options)
         return client_requests.Call(call.spec, call.arrays, {**call.shapes, "masks": (9, 20, 20)})
 
-    monkeypatch.setattr(client_module, "box_call", expects_other_shapes)
+    monkeypatch.setattr(exchange, "box_call", expects_other_shapes)
     for shared in (False, True):
         with (
             DbsamClient(triton.grpc_url, shared_memory=shared) as client,
@@ -310,7 +311,7 @@ def test_the_command_writes_mask_and_overlay(triton, predictor, tmp_path, capsys
     options = [str(tmp_path / "a.png"), *more, url, "--output", str(tmp_path / "out")]
     for box in boxes:
         options += ["--box", *map(str, box)]
-    assert run(client_module.main, options) == 0
+    assert run(client_door.main, options) == 0
     assert "request ms" in capsys.readouterr().out
     found = np.asarray(Image.open(tmp_path / "out" / "a_mask.png"))
     np.testing.assert_array_equal(found, expected)

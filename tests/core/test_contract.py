@@ -1,13 +1,21 @@
-"""The contract is consistent, and nothing else spells its names differently."""
+"""The contract is consistent, and no other module writes its tensors' names."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+import dbsam_deploy
 from dbsam_deploy.core.contract import (
     Geometry,
     ensemble_spec,
     graph_specs,
+    postprocess_prompts_spec,
     postprocess_spec,
+    preprocess_prompts_spec,
     preprocess_spec,
+    prompts_ensemble_spec,
 )
 from dbsam_deploy.core.errors import InputError
 
@@ -69,3 +77,51 @@ def test_impossible_image_sizes(size):
 def test_impossible_embedding_strides(stride):
     with pytest.raises(InputError, match=r"embedding stride .*: expected one of \(4, 16\)"):
         Geometry(256, embedding_stride=stride)
+
+
+PACKAGE = Path(dbsam_deploy.__file__).parent
+WORDS = {"image", "boxes", "masks"}
+"""Tensors whose names are everyday words: only what picks one out of a dictionary is meant."""
+OWN_KEYS = {"images", "training"}
+"""Rooms whose dictionaries are the arrays of a file or of a training batch, not of a graph."""
+
+
+def _tensor_names() -> set[str]:
+    size = Geometry(64)
+    specs = [
+        *graph_specs(size).values(),
+        preprocess_spec(size),
+        postprocess_spec(size),
+        ensemble_spec(),
+        preprocess_prompts_spec(size),
+        postprocess_prompts_spec(size),
+        prompts_ensemble_spec(size.mask_side),
+    ]
+    return {tensor.name for spec in specs for tensor in (*spec.inputs, *spec.outputs)}
+
+
+def _written(source: str, names: set[str]) -> Iterator[str]:
+    """Every string of `source` that is a tensor's name; of `WORDS` those used as a key."""
+    tree = ast.parse(source)
+    keys = {id(key) for node in ast.walk(tree) if isinstance(node, ast.Dict) for key in node.keys}
+    keys |= {id(node.slice) for node in ast.walk(tree) if isinstance(node, ast.Subscript)}
+    for node in ast.walk(tree):
+        found = isinstance(node, ast.Constant) and node.value in names
+        if found and (node.value not in WORDS or id(node) in keys):
+            yield f"{node.lineno}: {node.value}"
+
+
+def test_no_other_module_writes_a_tensor_name():
+    wrong = []
+    for path in PACKAGE.rglob("*.py"):
+        name = path.relative_to(PACKAGE).as_posix()
+        if name != "core/contract.py":
+            names = _tensor_names() - (WORDS if name.split("/")[0] in OWN_KEYS else set())
+            wrong += [f"{name}:{found}" for found in _written(path.read_text(), names)]
+    assert wrong == []
+
+
+def test_the_reader_of_names_sees_strings_and_keys():
+    source = 'f("boxes", "mask_input")\nfeed["image"], {"masks": 1}, other["figure"]'
+    found = sorted(_written(source, _tensor_names()))
+    assert found == ["1: mask_input", "2: image", "2: masks"]

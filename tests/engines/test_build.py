@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from dbsam_deploy.artefact import Artefact, graph_file, sha256_of, write_artefact
+from dbsam_deploy.artefact import Artefact, graph_file, write_artefact
 from dbsam_deploy.core.contract import graph_specs
 from dbsam_deploy.core.errors import EngineError, InputError
 from dbsam_deploy.core.imaging import Preprocessing, preprocess
@@ -28,6 +28,7 @@ from dbsam_deploy.engines.kinds import TENSORRT, TENSORRT_RTX
 from dbsam_deploy.engines.manifest import Flags, engine_folder, read_records, write_record
 from dbsam_deploy.engines.process import Builder
 from dbsam_deploy.engines.profiles import plan_ranges
+from dbsam_deploy.files.atomic import sha256_of
 from dbsam_deploy.fusions import fuse_file
 from dbsam_deploy.model import variant_config
 from dbsam_deploy.quantization.qdq import calibrate, quantize_graph

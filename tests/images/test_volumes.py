@@ -1,7 +1,6 @@
 """Pictures, intensities and the writing of masks; scans and npz files have their own tests."""
 
 import io
-import os
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,6 @@ from dbsam_deploy.images.volumes import (
     png_bytes,
     read_volume,
     to_uint8,
-    write_atomic,
 )
 
 HERE = Path("scan")
@@ -244,37 +242,3 @@ def test_nifti_needs_a_geometry() -> None:
     volume = Volume(HERE, "npz", np.zeros((2, 3, 4), np.uint8), "")
     with pytest.raises(InputError, match="--mask-format npz"):
         label_map_bytes(np.zeros((2, 3, 4), np.uint8), volume)
-
-
-def test_write_atomic_makes_folders_and_replaces(tmp_path: Path) -> None:
-    path = tmp_path / "a" / "b" / "mask.png"
-    assert write_atomic(path, b"one") == path
-    write_atomic(path, b"two")
-    assert path.read_bytes() == b"two"
-    assert list(path.parent.iterdir()) == [path]
-    old = os.umask(0o027)
-    try:
-        assert write_atomic(path, b"x").stat().st_mode & 0o777 == 0o640
-    finally:
-        os.umask(old)
-
-
-def test_write_atomic_leaves_the_old_file_when_it_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = write_atomic(tmp_path / "mask.png", b"old")
-
-    def full_disk(source: object, target: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.replace", full_disk)
-    with pytest.raises(InputError, match="No space left"):
-        write_atomic(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_write_atomic_into_a_file_as_folder(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot be written"):
-        write_atomic(tmp_path / "file" / "mask.png", b"")

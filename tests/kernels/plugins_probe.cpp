@@ -1,4 +1,4 @@
-// What tests/test_plugins.py calls through ctypes: the plugins, linked into this library, driven as
+// What tests/kernels/test_plugin_calls.py calls through ctypes: the plugins, linked into this library, driven as
 // TensorRT drives them (getCreators, createPlugin, shape inference, enqueue), without TensorRT.
 // The kernels' entry points forward to the CPU emulation that the test loaded (`probe_bind`).
 

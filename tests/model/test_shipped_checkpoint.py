@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dbsam_deploy.artefact import sha256_of
 from dbsam_deploy.evaluation import (
     EvaluationResult,
     build_protocol,
@@ -14,6 +13,7 @@ from dbsam_deploy.evaluation import (
     find_cases,
     read_cases,
 )
+from dbsam_deploy.files.atomic import sha256_of
 from dbsam_deploy.model.weights import load_model, shipped_checkpoint
 from dbsam_deploy.prediction.predictor import Predictor
 from dbsam_deploy.resources import resource_dir

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dbsam_deploy.artefact import graph_file, load_artefact, sha256_of, write_artefact
+from dbsam_deploy.artefact import graph_file, load_artefact, write_artefact
 from dbsam_deploy.core.contract import (
     Geometry,
     decoder_spec,
@@ -23,6 +23,7 @@ from dbsam_deploy.core.contract import (
 )
 from dbsam_deploy.core.errors import InputError, ServingError
 from dbsam_deploy.core.imaging import Preprocessing
+from dbsam_deploy.files.atomic import sha256_of
 from dbsam_deploy.resources import resource_dir
 from dbsam_deploy.serving import repository as module
 from dbsam_deploy.serving.repository import (

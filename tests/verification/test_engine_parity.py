@@ -107,8 +107,8 @@ def test_a_plan_with_other_numbers_misses_the_gate_and_stays_unsigned(
 
 
 def test_fused_operators_that_are_no_plugins_are_refused(copied, cases, monkeypatch, tmp_path):
-    from dbsam_deploy import plugins
     from dbsam_deploy.engines.layers import Attention
+    from dbsam_deploy.kernels import plugin_registry
     from dbsam_deploy.verification import engine_parity
 
     library = engine_folder(copied, TENSORRT) / "libdbsam_plugins.so"
@@ -116,7 +116,7 @@ def test_fused_operators_that_are_no_plugins_are_refused(copied, cases, monkeypa
     library.write_bytes(b"a library")
     put_engines(copied, TENSORRT, plugins=graph_file(library, library.parent))
     loaded = []
-    monkeypatch.setattr(plugins, "load_plugins", lambda path, runtime: loaded.append(path))
+    monkeypatch.setattr(plugin_registry, "load_plugins", lambda path, runtime: loaded.append(path))
     attention = Attention({"RelPosAttention_0": "RelPosAttention"}, 2)
     monkeypatch.setattr(engine_parity, "read_attention", lambda path: attention)
     reference = OnnxRuntimeSession(copied)
@@ -137,7 +137,7 @@ def test_fused_operators_that_are_no_plugins_are_refused(copied, cases, monkeypa
     command = docker_command(repository, Ports())
     assert f"--backend-config=tensorrt,plugins=/models/{repository.plugins}" in command
     library.write_bytes(b"changed")
-    with pytest.raises(EngineError, match="it changed after the build"):
+    with pytest.raises(EngineError, match="was changed after"):
         plugin_library(library.parent, records["encoder"])
 
 
@@ -156,7 +156,7 @@ def test_verified_plans_are_served_and_unverified_ones_are_not(copied, cases, tm
     assert "max_batch_size: 1\n" in (folder / "config.pbtxt").read_text()
     assert "--backend-config" not in docker_command(repository, Ports())
     (engine_folder(copied, TENSORRT) / "decoder.plan").write_bytes(b"changed")
-    with pytest.raises(EngineError, match="changed after it was verified"):
+    with pytest.raises(EngineError, match="was changed after"):
         build_repository(copied, tmp_path / "repository")
 
 

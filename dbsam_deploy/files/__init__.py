@@ -1,0 +1,1 @@
+"""How this library writes a file and knows one again: whole, hashed, described, checked."""

@@ -1,0 +1,69 @@
+"""Options of `python -m dbsam_deploy.sensitivity` and its command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .cli import HelpFormatter, Parser
+from .recipe import available_precisions, load_recipe
+
+DESCRIPTION = """\
+Quantise an encoder block by block and in groups, measure each choice on held-back calibration
+images, and write a ranked table, a plot, and the layers to leave out so that the rest keeps to the
+recipe's gate and a budget with as much work quantised as possible.
+
+An interrupted sweep goes on where it stopped when it is started again with the same options.
+
+examples:
+  the bundled tiny model
+    python -m dbsam_deploy.sensitivity --precision int8 --calibration images/
+  LiteMedSAM, at most 0.01 less Dice
+    python -m dbsam_deploy.sensitivity --precision int8 --checkpoint lite_medsam.pth \\
+        --calibration images/ --budget 0.01
+"""
+
+DEFAULT_BUDGET = 0.005
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a sweep is asked for; see the command's help."""
+
+    precision: str
+    calibration: Path | None
+    budget: float = DEFAULT_BUDGET
+    checkpoint: Path | None = None
+    variant: str | None = None
+    image_size: int | None = None
+    output: Path = Path("build/sensitivity")
+
+
+def build_parser() -> Parser:
+    """The command line; its names are those of `Options`."""
+    parser = Parser(
+        prog="python -m dbsam_deploy.sensitivity",
+        description=DESCRIPTION,
+        formatter_class=HelpFormatter,
+    )
+    recipes = {name: load_recipe(name).quantization for name in available_precisions()}
+    quantising = [name for name, plan in recipes.items() if plan and plan.calibration]
+    parser.add_argument("--precision", default="int8", choices=quantising, help="recipe")
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="PATH",
+        help="folder or file of real images (npz, NIfTI, PNG, JPEG)",
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=DEFAULT_BUDGET,
+        metavar="LOSS",
+        help="largest loss of Dice with the truth on held-back images; the gate holds as well",
+    )
+    parser.add_argument("--checkpoint", type=Path, help="weights: .pth or .safetensors")
+    parser.add_argument("--variant", help="model variant; by default the checkpoint's")
+    parser.add_argument("--image-size", type=int, help="side of the model frame")
+    parser.add_argument("--output", type=Path, default=Options.output, help="where to write")
+    return parser

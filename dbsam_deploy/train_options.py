@@ -1,0 +1,89 @@
+"""Options of `python -m dbsam_deploy.train` and its command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from .cli import HelpFormatter, Parser
+from .training.choices import Freeze, available_training_recipes
+
+DESCRIPTION = """\
+Train a model by a recipe (export/training/*.toml): first the embeddings of a teacher on images
+without labels, if the recipe says so, then masks from box prompts on labelled images.
+
+Writes model.safetensors, losses.csv, summary.json and TensorBoard logs into --output. A run that
+was stopped goes on from its last resume point when the same command is given again.
+
+examples:
+  the recipe of the shipped checkpoint
+    python -m dbsam_deploy.train --recipe db_sam_tiny --data cases/ --split split.json
+  the paper's recipe from Meta's checkpoint, on MedSAM npz folders
+    python -m dbsam_deploy.train --recipe db_sam --checkpoint sam_vit_b_01ec64.pth --data train/
+  two processes (GPUs, or CPU with --cpu)
+    accelerate launch --num_processes 2 --module dbsam_deploy.train --recipe db_sam --data train/
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a training is asked for; everything that changes the weights is in the recipe.
+
+    Attributes:
+        recipe: name, or path of a `.toml`.
+        data: folder of labelled images, None to train on synthetic images alone.
+        split: file with `train` and `validation` lists of files in `data`; None: all is trained on.
+        unlabelled: folder of images for distillation.
+        checkpoint: weights to start from; None: fresh weights.
+        decoder_weights: prompt encoder and mask decoder of a fresh start.
+        teacher_weights: the teacher's file.
+        teacher: None: the recipe's; `none`: leave the distillation out.
+        freeze: what the last phase keeps fixed, None: the recipe's; see `Phase`.
+        output: folder for everything that is written.
+        micro_batch: images in one forward pass of one process.
+        workers: loader processes.
+        cpu: stay on the CPU where there is a GPU.
+    """
+
+    recipe: str
+    data: Path | None = None
+    split: Path | None = None
+    unlabelled: Path | None = None
+    checkpoint: Path | None = None
+    decoder_weights: Path | None = None
+    teacher_weights: Path | None = None
+    teacher: str | None = None
+    freeze: str | None = None
+    output: Path = Path("runs/train")
+    micro_batch: int = 1
+    workers: int = 0
+    cpu: bool = False
+
+
+def build_parser() -> Parser:
+    """The command line; its names are those of `Options`."""
+    parser = Parser(
+        prog="python -m dbsam_deploy.train", description=DESCRIPTION, formatter_class=HelpFormatter
+    )
+    known = ", ".join(available_training_recipes())
+    add = parser.add_argument
+    add("--recipe", required=True, help=f"{known}, or the path of a .toml of your own")
+    add("--data", type=Path, help="folder of labelled images: MedSAM npz, DIR/<task>/*.npz")
+    add("--split", type=Path, help="JSON or TOML: which files of --data are train and validation")
+    add("--unlabelled", type=Path, help="folder of images for distillation (PNG, JPEG, npz)")
+    add("--checkpoint", type=Path, help="start from these weights (SAM ViT-B for the paper's way)")
+    add("--decoder-weights", type=Path, help="lite_medsam.pth: decoder of a fresh start")
+    add("--teacher", help="variant to distil from, or `none`; by default the recipe's")
+    add("--teacher-weights", type=Path, help="the teacher's file, by default as for export")
+    add(
+        "--freeze",
+        choices=get_args(Freeze),
+        help="what stays fixed while masks are learned: the paper's ViT blocks and prompt encoder, "
+        "the official code's ViT blocks alone, or nothing; by default the recipe's",
+    )
+    add("--output", type=Path, default=Path("runs/train"), help="where to write, and to resume")
+    add("--micro-batch", type=int, default=1, help="images in one forward pass of one process")
+    add("--workers", type=int, default=0, help="processes that prepare images")
+    add("--cpu", action="store_true", help="stay on the CPU")
+    return parser

@@ -1,0 +1,105 @@
+"""Every command line: help that teaches, and mistakes that end in one line with status 2."""
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dbsam_deploy import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "dbsam_deploy"
+
+COMMANDS = sorted(
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    for path in PACKAGE.rglob("*.py")
+    if re.search(r'^if __name__ == "__main__":', path.read_text(), re.M)
+    and path.name != "__main__.py"  # tests/test_main.py
+)
+"""Modules that `python -m` runs, below `dbsam_deploy`."""
+
+
+def check_refusal(status: int, out: str, err: str) -> None:
+    assert status == 2, err
+    assert len(err.strip().splitlines()) == 1, err
+    assert err.startswith("error: ")
+    assert out == ""
+
+
+def test_the_commands_are_found() -> None:
+    assert {"export", "predict", "serving.repository", "engines.worker"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_teaches_by_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main = importlib.import_module(f"dbsam_deploy.{name}").main
+    with pytest.raises(SystemExit) as ended:
+        cli.run(main, ["--help"])
+    out, err = capsys.readouterr()
+    assert (ended.value.code, err) == (0, "")
+    usage, _, rest = out.partition("\n\n")
+    assert usage.startswith(f"usage: python -m dbsam_deploy.{name}")
+    assert re.search(r"^examples?:", rest, re.M)
+    assert f"python -m dbsam_deploy.{name} " in rest
+
+
+def test_a_process_ends_in_one_line_and_status_2() -> None:
+    """Each command as its user starts it; all at once, since what they do is import."""
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", f"dbsam_deploy.{name}", "--no-such-option"],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name in COMMANDS
+    ]
+    for process in started:
+        out, err = process.communicate(timeout=120)
+        check_refusal(process.returncode, out, err)
+
+
+MISTAKES = [
+    ("export", "--precision", "fp13"),
+    ("export", "--precision", "fp32", "--variant", "db_sam_huge"),
+    ("export", "--precision", "fp32", "--image-size", "100"),
+    ("export", "--precision", "fp32", "--image-size", "big"),
+    ("export", "--precision", "fp32", "--checkpoint", "missing.pth"),
+    ("predict", "missing.png", "--box", "1", "2", "3", "4"),
+    ("serve", "--repository", "missing-folder"),
+    ("client", "missing.png", "--box", "1", "2", "3", "4"),
+    ("evaluate", "--data", "missing-folder"),
+    ("evaluate",),
+    ("plugins", "info", "missing.so"),
+    ("plugins", "build", "--arch", "90"),
+    ("plugins", "build", "--tensorrt-include", "missing-folder"),
+    ("plugins",),
+    ("engine",),
+    ("engine", "build", "--artefact", "missing-folder"),
+    ("engine", "inspect", "--artefact", "missing-folder"),
+    ("export", "--precision", "fp32", "--engine", "tensorrt-rtx", "--target", "ada"),
+    ("train", "--recipe", "db_sam_huge"),
+    ("train",),
+    ("export", "--precision", "int8"),
+    ("sensitivity",),
+    ("doctor", "--backend", "tensorrt9"),
+    ("doctor", "--device", "cuda"),
+]
+"""Commands with what a user might mistype, each refused in one line with status 2."""
+
+
+@pytest.mark.parametrize("case", MISTAKES, ids=" ".join)
+def test_a_mistake_ends_in_one_line_and_status_2(
+    case: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main = importlib.import_module(f"dbsam_deploy.{case[0]}").main
+    check_refusal(cli.run(main, list(case[1:])), *capsys.readouterr())
+    assert not list(tmp_path.iterdir())
