@@ -71,7 +71,7 @@ def test_ensemble(
 
     def predict() -> np.ndarray:
         predictor.set_image(case.image)
-        return predictor.predict_boxes(case.boxes).masks[:, 0]
+        return predictor.predict_boxes(case.boxes).masks
 
     def ensemble() -> np.ndarray:
         return client.segment(case.image, case.boxes).masks

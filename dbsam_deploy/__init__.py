@@ -1,9 +1,87 @@
 """DB-SAM and SAM ViT-B for medical images: model, ONNX export, prediction and Triton serving.
 
->>> from dbsam_deploy.model import build_model
->>> model = build_model("db_sam_tiny", image_size=64)
->>> model.config.name
+    import dbsam_deploy as db
+
+    model = db.load("build/fp16")
+    result = model.predict("cells.png", boxes=[[155, 47, 193, 74]])
+
+Every public name below is imported when it is first used: `import dbsam_deploy` loads nothing else.
+
+>>> import dbsam_deploy as db
+>>> db.build_model("db_sam_tiny", image_size=64).config.name
 'db_sam_tiny'
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .artefact import load_artefact
+    from .clients.async_client import AsyncDbsamClient
+    from .clients.client import DbsamClient
+    from .core.errors import (
+        AccuracyError,
+        CheckpointError,
+        DbsamError,
+        EngineError,
+        ExportError,
+        InputError,
+        ServingError,
+    )
+    from .core.masks import Prediction
+    from .images.volumes import Volume, read_image
+    from .model import build_model
+    from .prediction.loading import load
+    from .prediction.model import Model
+    from .prediction.results import Result
+    from .prediction.sam_predictor import SamPredictor, sam_model_registry
+
 __version__ = "0.1.0"
+__all__ = [
+    "AccuracyError",
+    "AsyncDbsamClient",
+    "CheckpointError",
+    "DbsamClient",
+    "DbsamError",
+    "EngineError",
+    "ExportError",
+    "InputError",
+    "Model",
+    "Prediction",
+    "Result",
+    "SamPredictor",
+    "ServingError",
+    "Volume",
+    "build_model",
+    "load",
+    "load_artefact",
+    "read_image",
+    "sam_model_registry",
+]
+
+_MODULES = {
+    "artefact": ("load_artefact",),
+    "clients.async_client": ("AsyncDbsamClient",),
+    "clients.client": ("DbsamClient",),
+    "core.errors": tuple(name for name in __all__ if name.endswith("Error")),
+    "core.masks": ("Prediction",),
+    "images.volumes": ("Volume", "read_image"),
+    "model": ("build_model",),
+    "prediction.loading": ("load",),
+    "prediction.model": ("Model",),
+    "prediction.results": ("Result",),
+    "prediction.sam_predictor": ("SamPredictor", "sam_model_registry"),
+}
+_WHERE = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

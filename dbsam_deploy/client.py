@@ -1,29 +1,18 @@
-"""Image and prompts in, masks out, through a Triton server's ensembles.
-
-`DbsamClient` and `AsyncDbsamClient` speak gRPC or HTTP and can move images and masks through system
-shared memory when the server is on the same machine. `python -m dbsam_deploy.client` segments one
-image file.
-"""
+"""`python -m dbsam_deploy.client`: `predict` through a running Triton server."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from .cli import HelpFormatter, Parser, run
-from .clients.async_client import AsyncDbsamClient
-from .clients.calls import (
-    Segmentation,
-)
-from .clients.client import DbsamClient
-from .prediction.one_image import add_image_options, read_request, report, segment_image
-
-__all__ = ["AsyncDbsamClient", "DbsamClient", "Segmentation"]
+from .prediction.command import add_image_options, add_prompt_options, predict_image
+from .prediction.loading import open_named
+from .sessions.options import TRITON, add_server_options
 
 DESCRIPTION = """\
-Segment one image with boxes through a running Triton server (python -m dbsam_deploy.serve).
+Segment one image or volume through a running Triton server (python -m dbsam_deploy.serve): the same
+as python -m dbsam_deploy.predict --backend triton.
 
 Coordinates are pixels of the stored image, x to the right, y down, from the top-left corner.
 
@@ -32,7 +21,7 @@ examples:
     python -m dbsam_deploy.client skin.png --box 120 80 410 333 --output out/
   one slice of a CT over HTTP
     python -m dbsam_deploy.client ct.nii.gz --slice 40 --box 60 70 130 150 --window 40 400 \\
-        --protocol http --url localhost:8000
+        --transport http --url localhost:8000
 """
 
 
@@ -42,30 +31,19 @@ def build_parser() -> Parser:
         prog="python -m dbsam_deploy.client", description=DESCRIPTION, formatter_class=HelpFormatter
     )
     parser.add_argument("image", type=Path, metavar="IMAGE", help="file, or folder with DICOM")
-    add_image_options(parser)
-    server = parser.add_argument_group("server")
-    server.add_argument("--url", default="localhost:8001", help="host:port of the server")
-    server.add_argument(
-        "--protocol", choices=("grpc", "http"), default="grpc", help="port 8001 is gRPC, 8000 HTTP"
+    add_prompt_options(
+        parser.add_argument_group("prompts (without any, the boxes of an npz are used)")
     )
-    server.add_argument(
-        "--shared-memory", action="store_true", help="for a server on this machine: no copies"
-    )
-    server.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds to wait")
+    add_image_options(parser.add_argument_group("image and output"))
+    add_server_options(parser)
+    parser.set_defaults(backend=TRITON, overlay=True)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; see the module's `--help`."""
     args = build_parser().parse_args(argv)
-    request = read_request(args, args.image)
-    client = DbsamClient(
-        args.url, args.protocol, shared_memory=args.shared_memory, timeout_s=args.timeout
-    )
-    with client:
-        served = segment_image(client, request)
-    report(Console(), request, served)
-    return 0
+    return predict_image(args, lambda: open_named(args, logits=False))
 
 
 if __name__ == "__main__":

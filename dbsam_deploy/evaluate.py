@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
 
-from .cli import HelpFormatter, Parser, run
-from .clients.client import DbsamClient
+from .cli import HelpFormatter, Parser, run, say_on_stderr
 from .core.errors import InputError
-from .core.imaging import Preprocessing
 from .evaluation import PROTOCOLS, Protocol, build_protocol, evaluate, find_cases, read_cases
 from .evaluation.boxes import BoxGrowth
 from .evaluation.data import CaseFile
@@ -28,23 +25,17 @@ from .evaluation.html import write_page
 from .evaluation.metrics import load_library
 from .evaluation.plots import check_libraries
 from .evaluation.published import compare
-from .evaluation.segmenters import BoxSegmenter, PredictorSegmenter, remote_segmenter
+from .evaluation.segmenters import KEPT_EMBEDDINGS
 from .evaluation.tables import print_result
-from .prediction.predictor import Predictor
+from .prediction.loading import open_named, open_server
+from .prediction.model import Model
+from .serving.choice import choose_repository
 from .serving.environment import DEFAULT_FOLDER, find_environment
-from .serving.repository import DEFAULT_REPOSITORY, load_repository
 from .serving.server import Ports, TritonServer
-from .sessions.backends import (
-    LOCAL_BACKENDS,
-    Engine,
-    add_model_options,
-    load_engine,
-    refuse_model_options,
-    untrained_note,
-)
+from .sessions.backends import untrained_note
+from .sessions.options import TRITON, add_model_options, add_server_options, model_options
 
-BACKENDS = (*LOCAL_BACKENDS, "triton")
-SERVER_OPTIONS = ("url", "repository", "server_env")
+STARTED_OPTIONS = ("repository", "server_env")
 PAGE_NAME = "evaluation.html"
 WORST = 12
 TIMEOUT_S = 300.0
@@ -109,22 +100,20 @@ def build_parser() -> Parser:
     measure.add_argument(
         "--nsd-mm", action="store_true", help="medsam: NSD within 1 mm where a file has a spacing"
     )
-    add_model_options(parser, BACKENDS)
-    _add_server_options(parser)
+    add_model_options(parser)
+    _add_started_options(add_server_options(parser))
     parser.add_argument(
         "--output", type=Path, help="folder for evaluation.html, evaluation.json and CSV tables"
     )
     return parser
 
 
-def _add_server_options(parser: argparse.ArgumentParser) -> None:
-    server = parser.add_argument_group("server (triton)")
-    server.add_argument("--url", help="host:port of a running server, gRPC")
+def _add_started_options(server: argparse._ArgumentGroup) -> None:
     server.add_argument(
         "--repository",
         type=Path,
         help="without --url: start a server on this repository and stop it at the end "
-        f"(default: {DEFAULT_REPOSITORY})",
+        "(default: that of the newest export)",
     )
     server.add_argument(
         "--server-env",
@@ -133,24 +122,13 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-@dataclass(frozen=True)
-class Model:
-    """What is evaluated.
-
-    Attributes:
-        segmenter: the model.
-        about: name → value for reports: name, backend, preprocessing, weights.
-        warning: what the user must know about the weights, or empty.
-    """
-
-    segmenter: BoxSegmenter
-    about: dict[str, Any]
-    warning: str
-
-
 @contextmanager
-def open_model(args: argparse.Namespace, protocol: Protocol) -> Iterator[Model]:
-    """The model that the command line names; a server that was started ends with it.
+def open_evaluated(
+    args: argparse.Namespace, protocol: Protocol
+) -> Iterator[tuple[Model, dict[str, Any]]]:
+    """The model that the command line names, and what reports say of it.
+
+    A server that was started here ends with it.
 
     Raises:
         InputError: options of another backend, or an artefact or repository that is not one.
@@ -158,57 +136,53 @@ def open_model(args: argparse.Namespace, protocol: Protocol) -> Iterator[Model]:
         EngineError: a runtime that is missing.
         ServingError: the server does not start.
     """
-    if args.backend != "triton":
-        given = [name for name in SERVER_OPTIONS if getattr(args, name) is not None]
-        if given:
-            option = given[0].replace("_", "-")
-            raise InputError(f"--{option} goes with --backend triton; drop one of them")
-        yield _local_model(load_engine(args))
+    started = [name for name in STARTED_OPTIONS if getattr(args, name) is not None]
+    option = started[0].replace("_", "-") if started else ""
+    if started and args.backend != TRITON:
+        raise InputError(f"--{option} goes with --backend triton; drop one of them")
+    if started and args.url is not None:
+        raise InputError("--url names a running server; drop --repository and --server-env")
+    args.timeout = TIMEOUT_S if args.timeout is None and args.backend == TRITON else args.timeout
+    if args.backend == TRITON and args.url is None:
+        model_options(args)  # refuses those of a model in this process
+        with _started(args, protocol) as served:
+            yield served
         return
-    refuse_model_options(args)
-    if args.url is not None:
-        if args.repository is not None or args.server_env is not None:
-            raise InputError("--url names a running server; drop --repository and --server-env")
-        about = {"name": f"server {args.url}", "backend": "triton"}
-        with DbsamClient(args.url, timeout_s=TIMEOUT_S) as client:
-            segmenter = remote_segmenter(client, logits=protocol.needs_logits)
-            yield Model(segmenter, about, "")
-        return
-    with _started(args, protocol) as model:
-        yield model
+    with open_named(args, logits=protocol.needs_logits, kept_embeddings=KEPT_EMBEDDINGS) as model:
+        yield model, about_model(model)
 
 
-def _about(name: str, backend: str, how: Preprocessing, weights: dict[str, Any]) -> dict[str, Any]:
+def about_model(model: Model) -> dict[str, Any]:
+    """Name → value for reports: name, backend, preprocessing, weights."""
+    about = {"name": model.name, "backend": model.backend}
+    how = model.preprocessing
+    if how is None:
+        return about
+    weights = {name: model.weights.get(name) for name in ("source", "sha256", "trained")}
     return {
-        "name": name,
-        "backend": backend,
+        **about,
         "preprocessing": f"{how.mode} at {how.image_size} pixels",
-        "weights": weights.get("source"),
-        "weights sha256": weights.get("sha256"),
-        "trained": weights.get("trained"),
+        "weights": weights["source"],
+        "weights sha256": weights["sha256"],
+        "trained": weights["trained"],
     }
 
 
-def _local_model(engine: Engine) -> Model:
-    how = engine.preprocessing
-    about = _about(engine.name, engine.session.backend, how, engine.weights)
-    return Model(PredictorSegmenter(Predictor(engine.session, how)), about, engine.warning)
-
-
 @contextmanager
-def _started(args: argparse.Namespace, protocol: Protocol) -> Iterator[Model]:
-    repository = load_repository(args.repository or DEFAULT_REPOSITORY)
+def _started(
+    args: argparse.Namespace, protocol: Protocol
+) -> Iterator[tuple[Model, dict[str, Any]]]:
+    repository = choose_repository(args.repository, None, say_on_stderr)
     how = repository.preprocessing
     environment = find_environment(args.server_env or DEFAULT_FOLDER, medsam=how.mode == "medsam")
-    name = f"{repository.variant} {repository.precision}"
-    about = _about(name, "triton", how, repository.weights)
     log = repository.folder.absolute().parent / "triton-server.log"
-    with (
-        TritonServer(repository.folder, environment, log=log, ports=Ports(0, 0, 0)) as server,
-        DbsamClient(server.grpc_url, timeout_s=TIMEOUT_S) as client,
-    ):
-        segmenter = remote_segmenter(client, logits=protocol.needs_logits)
-        yield Model(segmenter, about, untrained_note(repository.weights))
+    with TritonServer(repository.folder, environment, log=log, ports=Ports(0, 0, 0)) as server:
+        model = open_server(server.grpc_url, timeout_s=args.timeout, logits=protocol.needs_logits)
+        model.name = f"{repository.variant} {repository.precision}"
+        model.preprocessing, model.weights = how, repository.weights
+        model.note = untrained_note(repository.weights)
+        with model:
+            yield model, about_model(model)
 
 
 @contextmanager
@@ -263,15 +237,15 @@ def main(argv: list[str] | None = None) -> int:
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    with open_model(args, protocol) as model:
+    with open_evaluated(args, protocol) as (model, about):
         _check_files(files)
         say(f"data: {args.data}, {len(files)} files, protocol {protocol.name}")
-        say("model: " + ", ".join(str(v) for v in list(model.about.values())[:3]))
-        if model.warning:
-            say(f"NOTE: {model.warning}")
+        say("model: " + ", ".join(str(v) for v in list(about.values())[:3]))
+        if model.note:
+            say(f"NOTE: {model.note}")
         with _bar("evaluating", len(files)) as progress:
             result = evaluate(
-                model.segmenter,
+                model.predictor,
                 read_cases(files),
                 protocol,
                 max_slices=args.max_slices,
@@ -281,8 +255,8 @@ def main(argv: list[str] | None = None) -> int:
     comparisons = compare(result)
     print_result(console, result, comparisons)
     if args.output is not None:
-        paths = write_files(args.output, result, comparisons, model.about)
-        paths.append(write_page(args.output / PAGE_NAME, result, comparisons, model.about))
+        paths = write_files(args.output, result, comparisons, about)
+        paths.append(write_page(args.output / PAGE_NAME, result, comparisons, about))
         for path in paths:
             say(f"wrote {path}")
     return 0

@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
+import argparse
 import shlex
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from rich.console import Console
-
-from .cli import HelpFormatter, Parser, run
-from .clients.client import DbsamClient
+from .artefact import BUILD_FOLDER
+from .cli import HelpFormatter, Parser, run, say_on_stderr
 from .core.errors import InputError
-from .prediction.one_image import (
-    ImageRequest,
-    add_image_options,
-    read_request,
-    report,
-    segment_image,
-)
+from .prediction.command import add_image_options, add_prompt_options, predict_image
+from .prediction.loading import open_server
+from .prediction.model import Model
+from .serving.choice import choose_repository
 from .serving.environment import (
     DEFAULT_FOLDER,
     find_environment,
     has_gpu_driver,
     install_environment,
 )
-from .serving.repository import DEFAULT_REPOSITORY, Repository, load_repository
+from .serving.repository import Repository
 from .serving.server import LOOPBACK, Ports, TritonServer
 from .sessions.backends import untrained_note
 
+TRY_TIMEOUT_S = 300.0
 DOCKER_IMAGE = "nvcr.io/nvidia/tritonserver:24.10-py3"
 """The container of the server release that the wheel carries (2.51.0)."""
 
@@ -68,7 +65,13 @@ def build_parser() -> Parser:
         "--try", dest="image", type=Path, metavar="IMAGE", help="start, segment IMAGE, stop"
     )
     parser.add_argument(
-        "--repository", type=Path, default=DEFAULT_REPOSITORY, help="model repository to serve"
+        "--artefact",
+        type=Path,
+        help="folder of the export to serve; its repository lies beside it and is filled anew if "
+        f"it holds something else (default: the newest below {BUILD_FOLDER}/)",
+    )
+    parser.add_argument(
+        "--repository", type=Path, help="model repository to serve as it is, without its export"
     )
     parser.add_argument(
         "--server-env", type=Path, default=DEFAULT_FOLDER, help="the server's virtual environment"
@@ -82,7 +85,10 @@ def build_parser() -> Parser:
     server.add_argument(
         "--log", type=Path, help="file for the server's log (default: beside the repository)"
     )
-    add_image_options(parser.add_argument_group("--try"))
+    attempt = parser.add_argument_group("--try")
+    add_prompt_options(attempt)
+    add_image_options(attempt)
+    parser.set_defaults(overlay=True)
     return parser
 
 
@@ -160,17 +166,21 @@ def _serve(server: TritonServer) -> int:
     return 0
 
 
-def _try(server: TritonServer, repository: Repository, request: ImageRequest) -> int:
+def _try(server: TritonServer, repository: Repository, args: argparse.Namespace) -> int:
     """Start, send one request, write its results, stop."""
-    _say("starting the Triton server ...")
-    start = time.monotonic()
-    with _stoppable(), server:
-        _announce(server, time.monotonic() - start)
-        with DbsamClient(server.grpc_url, timeout_s=300.0) as client:
-            served = segment_image(client, request, untrained_note(repository.weights))
-    report(Console(), request, served)
+    with _stoppable(), ExitStack() as stack:
+
+        def start() -> Model:
+            _say("starting the Triton server ...")
+            began = time.monotonic()
+            stack.enter_context(server)
+            _announce(server, time.monotonic() - began)
+            note = untrained_note(repository.weights)
+            return open_server(server.grpc_url, timeout_s=TRY_TIMEOUT_S, logits=False, note=note)
+
+        status = predict_image(args, start)
     _say("server stopped")
-    return 0
+    return status
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -179,23 +189,23 @@ def main(argv: list[str] | None = None) -> int:
     if args.install:
         install_environment(args.server_env, report=_say)
         return 0
-    if args.image is None and (args.box or args.slice is not None):
-        raise InputError("--box and --slice go with --try IMAGE")
-    repository = load_repository(args.repository)
+    prompted = args.box or args.box3d or args.point or args.slice is not None
+    if args.image is None and prompted:
+        raise InputError("prompts and --slice go with --try IMAGE")
+    repository = choose_repository(args.repository, args.artefact, say_on_stderr)
     ports = Ports(args.http_port, args.grpc_port, args.metrics_port)
     if args.docker:
         _say(docker_command(repository, ports, args.host))
         return 0
-    request = None if args.image is None else read_request(args, args.image)
     medsam = repository.preprocessing.mode == "medsam"
     environment = find_environment(args.server_env, medsam=medsam)
     _say(_describe(repository))
     if has_gpu_driver():
         _say("this machine has a GPU; the server below uses the CPU only. For the GPU:")
         _say(docker_command(repository, ports, args.host))
-    log = args.log or args.repository.absolute().parent / "triton-server.log"
+    log = args.log or repository.folder.absolute().parent / "triton-server.log"
     server = TritonServer(repository.folder, environment, log=log, ports=ports, host=args.host)
-    return _serve(server) if request is None else _try(server, repository, request)
+    return _serve(server) if args.image is None else _try(server, repository, args)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
 import shutil
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 from support.cuda import CpuGpu, stand_in_device
-from support.engines import STAND_IN_GPU, VERSIONS, put_engines
+from support.engines import STAND_IN_GPU, VERSIONS, fake_runtime, put_engines
 
 from dbsam_deploy import engine
 from dbsam_deploy.artefact import load_artefact
@@ -21,7 +22,9 @@ from dbsam_deploy.engines.manifest import read_records
 from dbsam_deploy.engines.process import Builder
 from dbsam_deploy.export import Stages, export, main
 from dbsam_deploy.extras import pip_line
-from dbsam_deploy.serving.repository import load_repository
+from dbsam_deploy.serving.repository import build_repository, load_repository
+from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
+from dbsam_deploy.verification.engine_parity import verify_engines
 
 needs_no_gpu = pytest.mark.skipif(find_gpu() is not None, reason="this machine has a GPU")
 
@@ -41,6 +44,7 @@ def test_build_and_inspect_on_a_machine_without_a_gpu(copied, capsys):
     assert "building tensorrt-rtx decoder" in text.err
     assert "built, not verified, and refused until then" in text.out
     assert "python -m dbsam_deploy.engine verify --artefact" in text.out
+    assert "model_repository is unchanged: a Triton server runs TensorRT engines, not" in text.out
     records = read_records(copied, TENSORRT_RTX)
     assert records["encoder"].targets == ("sm_86", "sm_120")
     assert run(engine.main, ["inspect", "--artefact", str(copied.folder)]) == 0
@@ -69,6 +73,21 @@ def test_a_users_mistake_is_one_line_and_status_2(copied, arguments, message, ca
     err = capsys.readouterr().err.strip()
     assert message in err
     assert "\n" not in err
+
+
+def test_verified_engines_reach_the_server(copied, monkeypatch, capsys):
+    put_engines(copied, TENSORRT)
+    place = copied.folder.parent / "model_repository"
+    build_repository(copied, place)
+    gpu, loaded = CpuGpu(), SimpleNamespace(weights=copied.weights, model=None)
+    runtime = fake_runtime(gpu, VERSIONS["tensorrt"])
+    monkeypatch.setattr("dbsam_deploy.model.weights.load_model", lambda **options: loaded)
+    monkeypatch.setattr(engine, "PytorchSession", lambda model: OnnxRuntimeSession(copied))
+    monkeypatch.setattr(engine, "open_device", lambda: stand_in_device(gpu))
+    monkeypatch.setattr(engine, "verify_engines", partial(verify_engines, runtime=runtime))
+    assert run(engine.main, ["verify", "--artefact", str(copied.folder)]) == 0
+    assert capsys.readouterr().out.endswith(f"{place} now serves these engines\n")
+    assert set(load_repository(place).platforms.values()) == {"tensorrt"}
 
 
 def test_verifying_with_other_weights_is_refused(copied, monkeypatch):

@@ -83,7 +83,9 @@ CHECKPOINT, MAX_CHECKPOINT_BYTES = "export/checkpoints/db_sam_tiny.safetensors",
 def _files(*suffixes: str) -> list[Path]:
     """Files of the project with these suffixes (all of them if none is named), caches left out."""
     found = [path for name in FOLDERS for path in (ROOT / name).rglob("*") if path.is_file()]
-    found += [path for path in ROOT.iterdir() if path.is_file()] + [ROOT / ".ci" / "run"]
+    found += [path for path in ROOT.iterdir() if path.is_file() and path.name != ".git"] + [
+        ROOT / ".ci" / "run"
+    ]
     return [
         path
         for path in found

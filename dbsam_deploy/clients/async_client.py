@@ -8,8 +8,9 @@ from typing import Any, Self, Unpack
 
 import numpy.typing as npt
 
-from .calls import Prompts, Segmentation, load_library
-from .exchange import Exchange, Exchanges, Result
+from ..core.masks import Prediction
+from .calls import PromptArrays, load_library
+from .exchange import Answer, Exchange, Exchanges
 
 
 class AsyncDbsamClient(Exchanges):
@@ -30,14 +31,19 @@ class AsyncDbsamClient(Exchanges):
         await asyncio.sleep(seconds)
 
     async def segment(
-        self, image: npt.NDArray[Any], boxes: npt.NDArray[Any], *, check: bool = True
-    ) -> Segmentation:
+        self,
+        image: npt.NDArray[Any],
+        boxes: npt.NDArray[Any],
+        *,
+        logits: bool = False,
+        check: bool = True,
+    ) -> Prediction:
         """See `DbsamClient.segment`."""
-        return await _finish(self._boxes(image, boxes, check=check))
+        return await _finish(self._boxes(image, boxes, logits=logits, check=check))
 
     async def segment_prompts(
-        self, image: npt.NDArray[Any], *, multimask: bool = False, **prompts: Unpack[Prompts]
-    ) -> Segmentation:
+        self, image: npt.NDArray[Any], *, multimask: bool = False, **prompts: Unpack[PromptArrays]
+    ) -> Prediction:
         """See `DbsamClient.segment_prompts`."""
         return await _finish(self._prompts(image, multimask=multimask, **prompts))
 
@@ -57,7 +63,7 @@ class AsyncDbsamClient(Exchanges):
         await self.close()
 
 
-async def _finish(exchange: Exchange[Result]) -> Result:
+async def _finish(exchange: Exchange[Answer]) -> Answer:
     """Run an exchange to its end by awaiting what it yields."""
     try:
         call = next(exchange)
@@ -69,5 +75,5 @@ async def _finish(exchange: Exchange[Result]) -> Result:
             else:
                 call = exchange.send(answer)
     except StopIteration as end:
-        result: Result = end.value
+        result: Answer = end.value
         return result

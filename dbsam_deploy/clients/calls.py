@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from types import ModuleType
 from typing import Any, Literal, TypedDict, Unpack
@@ -22,7 +22,8 @@ from ..core.contract import (
     prompts_ensemble_spec,
 )
 from ..core.errors import DbsamError, InputError, ServingError
-from ..core.imaging import ByteArray, FloatArray, check_boxes, check_image
+from ..core.imaging import check_boxes, check_image
+from ..core.masks import Prediction
 from ..core.prompts import check_mask_input, check_mask_pixels, join_prompts
 from ..extras import require
 from .shared_memory import SharedRegion
@@ -30,27 +31,10 @@ from .shared_memory import SharedRegion
 Transport = Literal["grpc", "http"]
 Arrays = dict[str, npt.NDArray[Any]]
 
-PROMPTS_MODEL = prompts_ensemble_spec(1).name
-"""The prompt ensemble; its name does not depend on the mask grid."""
+BOX_MODEL = ensemble_spec(1).name
+"""The box ensemble; its name does not depend on the mask grid."""
 
 _ALIGNMENT = 64
-
-
-@dataclass(frozen=True)
-class Segmentation:
-    """The server's answer for N prompts of one image.
-
-    Attributes:
-        masks: (N, H, W) uint8 for boxes, (N, M, H, W) for prompts (M = 1, or 3 with multimask); 1
-            inside, in the image frame.
-        iou_scores: (N,) or (N, M) float32, the decoder's estimate of each mask's IoU.
-        low_res_logits: (N, M, 4G, 4G) float32 logits of prompts, usable as a later `mask_input`;
-            None for boxes.
-    """
-
-    masks: ByteArray
-    iou_scores: FloatArray
-    low_res_logits: FloatArray | None = None
 
 
 class Places(TypedDict, total=False):
@@ -67,7 +51,7 @@ class Places(TypedDict, total=False):
     point_labels: npt.NDArray[Any] | None
 
 
-class Prompts(Places, total=False):
+class PromptArrays(Places, total=False):
     """All that a request may say of N prompt sets.
 
     Attributes:
@@ -100,12 +84,19 @@ class Call:
         return prod(self.shapes[spec.name]) * np.dtype(spec.dtype).itemsize
 
 
-def box_call(image: npt.NDArray[Any], boxes: npt.NDArray[Any], *, check: bool = True) -> Call:
+def box_call(
+    image: npt.NDArray[Any],
+    boxes: npt.NDArray[Any],
+    *,
+    side: int | None = None,
+    check: bool = True,
+) -> Call:
     """A request for one mask per box.
 
     Args:
         image: (H, W, 3) uint8 RGB.
         boxes: (N, 4) x0, y0, x1, y1 in the image frame.
+        side: 4G, the side of the server's mask grid, to ask for the logits too.
         check: refuse here what the server would refuse; without it arrays are sent as they are.
 
     Raises:
@@ -116,9 +107,19 @@ def box_call(image: npt.NDArray[Any], boxes: npt.NDArray[Any], *, check: bool = 
         image = check_image(image)
         boxes = check_boxes(boxes, _size_of(image))
         check_mask_pixels(len(boxes), _size_of(image))
-    spec = ensemble_spec()
-    shapes = ((len(boxes), *_size_of(image)), (len(boxes),))
+    spec, count = ensemble_spec(side or 1), len(boxes)
+    shapes: list[tuple[int, ...]] = [(count, *_size_of(image)), (count,)]
+    if side is None:
+        spec = replace(spec, outputs=spec.outputs[: len(shapes)])
+    else:
+        shapes.append((count, 1, side, side))
     return Call(spec, _named(spec, image, boxes), dict(zip(spec.output_names, shapes, strict=True)))
+
+
+def box_result(arrays: Arrays, spec: GraphSpec) -> Prediction:
+    """The box ensemble's outputs; the logits are there if they were asked for."""
+    masks, ious, *logits = (arrays[name] for name in spec.output_names)
+    return Prediction(masks[:, None], ious[:, None], *logits)
 
 
 def prompt_call(
@@ -156,11 +157,11 @@ def prompt_call(
     return Call(spec, arrays, dict(zip(spec.output_names, shapes, strict=True)))
 
 
-def prompt_result(arrays: Arrays, spec: GraphSpec, *, multimask: bool) -> Segmentation:
+def prompt_result(arrays: Arrays, spec: GraphSpec, *, multimask: bool) -> Prediction:
     """Keep token 0, or tokens 1–3 with `multimask`, of the prompt ensemble's outputs."""
-    masks, iou_scores, logits = (arrays[name] for name in spec.output_names)
+    masks, ious, logits = (arrays[name] for name in spec.output_names)
     kept = slice(1, NUM_MASK_TOKENS) if multimask else slice(0, 1)
-    return Segmentation(masks[:, kept], iou_scores[:, kept], logits[:, kept])
+    return Prediction(masks[:, kept], ious[:, kept], logits[:, kept])
 
 
 def _named(spec: GraphSpec, *arrays: npt.NDArray[Any]) -> Arrays:
@@ -263,13 +264,20 @@ def _triton_type(name: str, array: npt.NDArray[Any]) -> str:
 
 
 def mask_side(metadata: Any) -> int:
-    """4G from the prompt ensemble's metadata (gRPC message or HTTP dictionary)."""
-    name = prompts_ensemble_spec(1).inputs[3].name
+    """4G from the box ensemble's metadata (gRPC message or HTTP dictionary).
+
+    Raises:
+        ServingError: the model is not this library's, or an earlier version's.
+    """
+    name = ensemble_spec(1).outputs[-1].name
     is_dict = isinstance(metadata, dict)
-    for item in metadata["inputs"] if is_dict else metadata.inputs:
+    for item in metadata.get("outputs", ()) if is_dict else metadata.outputs:
         if (item["name"] if is_dict else item.name) == name:
             return int((item["shape"] if is_dict else item.shape)[-1])
-    raise ServingError(f"the server's model has no {name}: is it this library's repository?")
+    raise ServingError(
+        f"the server's model {BOX_MODEL} gives no {name}: is its repository of this library's "
+        "version? export again, or name the right server"
+    )
 
 
 @contextmanager

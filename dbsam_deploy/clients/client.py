@@ -8,8 +8,8 @@ from typing import Any, Self
 
 import numpy.typing as npt
 
-from .calls import Segmentation
-from .exchange import Exchange, Exchanges, Result
+from ..core.masks import Prediction
+from .exchange import Answer, Exchange, Exchanges
 
 
 class DbsamClient(Exchanges):
@@ -40,23 +40,29 @@ class DbsamClient(Exchanges):
         time.sleep(seconds)
 
     def segment(
-        self, image: npt.NDArray[Any], boxes: npt.NDArray[Any], *, check: bool = True
-    ) -> Segmentation:
+        self,
+        image: npt.NDArray[Any],
+        boxes: npt.NDArray[Any],
+        *,
+        logits: bool = False,
+        check: bool = True,
+    ) -> Prediction:
         """One independent mask for each box.
 
         Args:
             image: (H, W, 3) uint8 RGB.
             boxes: (N, 4) x0, y0, x1, y1 in the image frame.
+            logits: ask for the low-resolution logits too, to prompt again with.
             check: look for mistakes before sending; the server checks again in any case.
 
         Returns:
-            masks (N, H, W) and iou_scores (N,).
+            masks (N, 1, H, W), ious (N, 1) and, if asked for, logits (N, 1, 4G, 4G).
 
         Raises:
             InputError: an unusable image or box, found here or by the server.
             ServingError: no server, a timeout, or an error inside the server.
         """
-        return _finish(self._boxes(image, boxes, check=check))
+        return _finish(self._boxes(image, boxes, logits=logits, check=check))
 
     def segment_prompts(
         self,
@@ -67,7 +73,7 @@ class DbsamClient(Exchanges):
         point_labels: npt.NDArray[Any] | None = None,
         mask_input: npt.NDArray[Any] | None = None,
         multimask: bool = False,
-    ) -> Segmentation:
+    ) -> Prediction:
         """Masks for N prompt sets: box, points and an earlier mask, combined.
 
         Args:
@@ -75,11 +81,11 @@ class DbsamClient(Exchanges):
             boxes: (N, 4) in the image frame.
             point_coords: (N, P, 2) x, y in the image frame.
             point_labels: (N, P) 1 foreground, 0 background, -1 no point.
-            mask_input: (N, 4G, 4G) float logits, from an earlier answer's `low_res_logits[:, m]`.
+            mask_input: (N, 4G, 4G) float logits, from an earlier answer's `logits[:, m]`.
             multimask: return the three alternatives instead of the single mask.
 
         Returns:
-            masks (N, M, H, W), iou_scores (N, M) and low_res_logits (N, M, 4G, 4G).
+            masks (N, M, H, W), ious (N, M) and logits (N, M, 4G, 4G).
 
         Raises:
             InputError: an unusable image or prompt, found here or by the server.
@@ -111,7 +117,7 @@ class DbsamClient(Exchanges):
         self.close()
 
 
-def _finish(exchange: Exchange[Result]) -> Result:
+def _finish(exchange: Exchange[Answer]) -> Answer:
     """Run an exchange to its end by calling what it yields."""
     try:
         call = next(exchange)
@@ -123,5 +129,5 @@ def _finish(exchange: Exchange[Result]) -> Result:
             else:
                 call = exchange.send(answer)
     except StopIteration as end:
-        result: Result = end.value
+        result: Answer = end.value
         return result

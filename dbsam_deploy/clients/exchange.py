@@ -15,14 +15,15 @@ from typing import Any, TypeVar, Unpack
 import numpy.typing as npt
 
 from ..core.errors import ServingError
+from ..core.masks import Prediction
 from .calls import (
-    PROMPTS_MODEL,
+    BOX_MODEL,
     Arrays,
     Call,
-    Prompts,
-    Segmentation,
+    PromptArrays,
     Transport,
     box_call,
+    box_result,
     check_options,
     load_library,
     mask_side,
@@ -42,8 +43,8 @@ from .shared_memory import (
     warn_registered,
 )
 
-Result = TypeVar("Result")
-Exchange = Generator[Callable[[], Any], Any, Result]
+Answer = TypeVar("Answer")
+Exchange = Generator[Callable[[], Any], Any, Answer]
 
 
 class Exchanges:
@@ -90,24 +91,29 @@ class Exchanges:
         raise NotImplementedError
 
     def _boxes(
-        self, image: npt.NDArray[Any], boxes: npt.NDArray[Any], *, check: bool
-    ) -> Exchange[Segmentation]:
-        call = box_call(image, boxes, check=check)
+        self, image: npt.NDArray[Any], boxes: npt.NDArray[Any], *, logits: bool, check: bool
+    ) -> Exchange[Prediction]:
+        side = (yield from self._mask_side()) if logits else None
+        call = box_call(image, boxes, side=side, check=check)
         arrays = yield from self._run(call)
-        return Segmentation(*(arrays[name] for name in call.spec.output_names))
+        return box_result(arrays, call.spec)
 
     def _prompts(
-        self, image: npt.NDArray[Any], *, multimask: bool, **prompts: Unpack[Prompts]
-    ) -> Exchange[Segmentation]:
+        self, image: npt.NDArray[Any], *, multimask: bool, **prompts: Unpack[PromptArrays]
+    ) -> Exchange[Prediction]:
+        side = yield from self._mask_side()
+        call = prompt_call(image, side, **prompts)
+        arrays = yield from self._run(call)
+        return prompt_result(arrays, call.spec, multimask=multimask)
+
+    def _mask_side(self) -> Exchange[int]:
         if self._side is None:
             with translated(self.url, *self._errors):
                 metadata = yield partial(
-                    self._client.get_model_metadata, PROMPTS_MODEL, **self._timeout
+                    self._client.get_model_metadata, BOX_MODEL, **self._timeout
                 )
             self._side = mask_side(metadata)
-        call = prompt_call(image, self._side, **prompts)
-        arrays = yield from self._run(call)
-        return prompt_result(arrays, call.spec, multimask=multimask)
+        return self._side
 
     def _run(self, call: Call) -> Exchange[Arrays]:
         with translated(self.url, *self._errors):

@@ -235,12 +235,18 @@ def postprocess_spec(size: Geometry) -> GraphSpec:
         TensorSpec(spec.name, spec.dtype, (1, *spec.axes[1:]), spec.meaning, spec.frame)
         for spec in (low, iou)
     )
-    return GraphSpec("dbsam_postprocess", (*fixed, ORIGINAL_SIZE), (MASKS, IOU_SCORES))
+    outputs = ensemble_spec(size.mask_side).outputs
+    return GraphSpec("dbsam_postprocess", (*fixed, ORIGINAL_SIZE), outputs)
 
 
-def ensemble_spec() -> GraphSpec:
-    """Triton's `dbsam`: image + boxes → masks, one call."""
-    return GraphSpec("dbsam", (RAW_IMAGE, RAW_BOXES), (MASKS, IOU_SCORES))
+def ensemble_spec(mask_side: int) -> GraphSpec:
+    """Triton's `dbsam`: image + boxes → masks, one call; ask for the logits to prompt again.
+
+    Args:
+        mask_side: side 4G of the mask grid.
+    """
+    outputs = (MASKS, IOU_SCORES, _low_res_logits(mask_side, NUM_BOXES, 1))
+    return GraphSpec("dbsam", (RAW_IMAGE, RAW_BOXES), outputs)
 
 
 RAW_POINT_COORDS = TensorSpec(
@@ -270,8 +276,8 @@ def _raw_mask_input(side: int) -> TensorSpec:
     )
 
 
-def _low_res_logits(side: int) -> TensorSpec:
-    axes = (NUM_PROMPTS, NUM_MASK_TOKENS, side, side)
+def _low_res_logits(side: int, prompts: str, count: int) -> TensorSpec:
+    axes = (prompts, count, side, side)
     meaning = "mask logits, usable as a later mask_input"
     return TensorSpec("low_res_logits", "float32", axes, meaning, "mask grid")
 
@@ -317,5 +323,6 @@ def prompts_ensemble_spec(mask_side: int) -> GraphSpec:
         _raw_mask_input(mask_side),
         RAW_HAS_MASK,
     )
-    outputs = (PROMPT_MASKS, PROMPT_IOU_SCORES, _low_res_logits(mask_side))
+    logits = _low_res_logits(mask_side, NUM_PROMPTS, NUM_MASK_TOKENS)
+    outputs = (PROMPT_MASKS, PROMPT_IOU_SCORES, logits)
     return GraphSpec("dbsam_prompts", inputs, outputs)

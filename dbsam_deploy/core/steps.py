@@ -66,7 +66,8 @@ def postprocess_boxes(arrays: Arrays, how: Preprocessing) -> Arrays:
     low_res_masks, iou_predictions, original_size = _take(spec, arrays)
     logits = _check_logits(low_res_masks[0, :, 0])
     size = _check_original_size(original_size, len(logits))
-    return _give(spec, postprocess(logits, size, how), iou_predictions[0, :, 0])
+    masks = postprocess(logits, size, how)
+    return _give(spec, masks, iou_predictions[0, :, 0], logits[:, None])
 
 
 def preprocess_prompts(arrays: Arrays, how: Preprocessing) -> Arrays:

@@ -207,6 +207,11 @@ def build_command(artefact: Artefact, kind: Kind) -> str:
     )
 
 
+def verify_command(artefact: Artefact, kind: Kind) -> str:
+    """The command that compares an artefact's engines with PyTorch on the GPU of its machine."""
+    return f"python -m dbsam_deploy.engine verify --artefact {artefact.folder} --engine {kind.name}"
+
+
 def read_plan(folder: Path, record: EngineRecord) -> bytes:
     """A plan's content, checked against its manifest.
 

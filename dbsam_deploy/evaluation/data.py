@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from ..core.errors import InputError
 from ..images.npz_files import read_label_names, read_labels
-from ..images.volumes import Volume, read_volume
+from ..images.volumes import Volume, read_image
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def read_case(file: CaseFile) -> LabelledCase:
         InputError: a damaged or pickled file, missing arrays, images that are not finite, labels
             of another size, or labels without a single object.
     """
-    volume = read_volume(file.path)
+    volume = read_image(file.path)
     labels = read_labels(file.path, volume.shape)
     if labels.min() < 0:
         raise InputError(f"{file.path}: gts holds {labels.min()}; expected labels from 0 upwards")

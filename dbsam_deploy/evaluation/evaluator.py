@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from ..core.errors import InputError
-from ..prediction.predictor import Predictor
+from ..prediction.predictor import Promptable
 from .cvpr24 import evaluate_labels
 from .data import LabelledCase
 from .medsam import evaluate_volumes
@@ -51,7 +51,7 @@ _PASSES: dict[str, Callable[[LabelledCase, Run], CaseOutcome]] = {
 
 
 def evaluate(
-    model: Predictor | BoxSegmenter,
+    model: Promptable | BoxSegmenter,
     cases: Iterable[LabelledCase],
     protocol: Protocol,
     *,

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..core.imaging import ByteArray, FloatArray
+from ..core.masks import Prediction
 from ..extras import require
-from ..prediction.predictor import Prediction
 from .boxes import file_generator, fill_box, grow_box, tight_box
 from .data import LabelledCase
 from .metrics import BoolArray
@@ -124,7 +124,7 @@ def cut_logits(prediction: Prediction) -> BoolArray:
 
     Another model's logits are enlarged or reduced to the image, as `Prediction.masks` are.
     """
-    logits = prediction.low_res_masks[:, 0]
+    logits = prediction.known_logits()[:, 0]
     same = logits.shape[1:] == _SIZE
     return np.asarray(logits > 0 if same else prediction.masks[:, 0] != 0)
 

@@ -66,7 +66,7 @@ def propagate(
 
     Upwards from each label's middle slice, then downwards; all labels that are active on a slice
     are decoded in one call. A slice that is on the way of one label upwards and of another
-    downwards comes up twice; `PredictorSegmenter` encodes it once.
+    downwards comes up twice; a `Predictor` that keeps it encodes it once.
 
     Args:
         volume: slices.

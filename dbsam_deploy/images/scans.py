@@ -152,12 +152,13 @@ def read_nifti(path: Path) -> Scan:
     return Scan(values.reshape(sizes).transpose(2, 1, 0), (dz, dy, dx), geometry, (path,))
 
 
-def nifti_bytes(labels: npt.NDArray[Any], geometry: Geometry) -> bytes:
-    """A label map as the content of a `.nii.gz` file with the input's geometry.
+def nifti_bytes(labels: npt.NDArray[Any], geometry: Geometry, *, compressed: bool = True) -> bytes:
+    """A label map as the content of a `.nii.gz` or `.nii` file with the input's geometry.
 
     Args:
         labels: (D, H, W) uint8 or uint16.
         geometry: the input's; affine, shape, units and orientation codes are kept as they are.
+        compressed: `.nii.gz`, else `.nii`.
 
     Raises:
         EngineError: nibabel is not installed.
@@ -178,6 +179,8 @@ def nifti_bytes(labels: npt.NDArray[Any], geometry: Geometry) -> bytes:
         image.header.set_xyzt_units("mm")
         image.set_sform(geometry.affine, code="scanner")
         image.set_qform(None, code="unknown")
+    if not compressed:
+        return bytes(image.to_bytes())
     # mtime 0: the same labels give the same file
     return gzip.compress(image.to_bytes(), compresslevel=6, mtime=0)
 

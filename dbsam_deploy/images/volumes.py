@@ -79,8 +79,8 @@ class Volume:
         return pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)
 
 
-def read_volume(
-    path: Path, *, window: tuple[float, float] | None = None, with_boxes: bool = True
+def read_image(
+    path: str | Path, *, window: tuple[float, float] | None = None, with_boxes: bool = True
 ) -> Volume:
     """Read any supported image.
 
@@ -95,6 +95,7 @@ def read_volume(
         InputError: no such file; an unknown, damaged or too large one; values that are not finite.
         EngineError: the format's extra is not installed.
     """
+    path = Path(path)
     if not os.path.exists(path):  # unlike Path.exists, False for an impossible name
         raise InputError(f"{path}: no such file or folder")
     name = path.name.lower()
@@ -192,7 +193,7 @@ def _read_picture(path: Path, window: tuple[float, float] | None) -> Volume:
                 if image.width * image.height > MAX_IMAGE_PIXELS:
                     raise Image.DecompressionBombError
                 image.load()
-                values, note = _picture_values(image, path)
+                values, note = picture_values(image, path)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(
             f"{path}: more than {MAX_IMAGE_PIXELS} pixels; crop or downsample it"
@@ -203,8 +204,13 @@ def _read_picture(path: Path, window: tuple[float, float] | None) -> Volume:
     return Volume(path, "picture", pixels, intensity + note, files=(path,))
 
 
-def _picture_values(image: Image.Image, path: Path) -> tuple[npt.NDArray[Any], str]:
-    """(H, W) or (H, W, 3) values of an open picture, and a remark on what was converted."""
+def picture_values(image: Image.Image, path: Path | None = None) -> tuple[npt.NDArray[Any], str]:
+    """(H, W) or (H, W, 3) values of an open picture, and a remark on what was converted.
+
+    Args:
+        image: a loaded picture.
+        path: its file, if it has one.
+    """
     if image.mode.startswith("I") or image.mode == "F":
         return np.asarray(image), ""
     if image.has_transparency_data:
@@ -213,7 +219,7 @@ def _picture_values(image: Image.Image, path: Path) -> tuple[npt.NDArray[Any], s
             Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")
         ), "; transparency over black"
     note = ""
-    if image.format == "PNG":
+    if image.format == "PNG" and path is not None:
         with path.open("rb") as stream:
             bit_depth = stream.read(26)[24]
         # Pillow keeps 16 bits of a grey PNG (mode I;16) but only the high byte of a colour one.
@@ -252,8 +258,8 @@ def npz_bytes(**arrays: Any) -> bytes:
     return stream.getvalue()
 
 
-def label_map_bytes(labels: npt.NDArray[Any], volume: Volume) -> bytes:
-    """(D, H, W) labels as `.nii.gz` content with the geometry of `volume`.
+def label_map_bytes(labels: npt.NDArray[Any], volume: Volume, *, compressed: bool = True) -> bytes:
+    """(D, H, W) labels as `.nii.gz` or `.nii` content with the geometry of `volume`.
 
     Raises:
         InputError: `volume` has no geometry.
@@ -263,7 +269,7 @@ def label_map_bytes(labels: npt.NDArray[Any], volume: Volume) -> bytes:
         raise InputError(
             f"{volume.path} has no position in space, which NIfTI needs; use --mask-format npz"
         )
-    return nifti_bytes(labels, volume.geometry)
+    return nifti_bytes(labels, volume.geometry, compressed=compressed)
 
 
 def write_file(path: Path, content: bytes) -> Path:

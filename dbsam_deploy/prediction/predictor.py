@@ -1,13 +1,15 @@
-"""Image and prompts in, masks out, on any `Session`."""
+"""Image and prompts in, masks out: on a session in this process, or through a Triton server."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import hashlib
+from collections import OrderedDict
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from ..clients.client import DbsamClient
 from ..core.contract import (
     BOXES,
     HAS_MASK_INPUT,
@@ -31,36 +33,54 @@ from ..core.imaging import (
     preprocess,
     to_model_frame,
 )
+from ..core.masks import Prediction
 from ..core.prompts import check_mask_input, join_prompts
 from ..sessions.session import Session
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """Masks of N prompts of one image.
+class Promptable(Protocol):
+    """What segments an image with prompts, wherever its model runs."""
 
-    Attributes:
-        masks: (N, M, H, W) uint8 in the image frame, 1 inside; M is 1, or 3 with multimask.
-        iou_predictions: (N, M) float32, the decoder's estimate.
-        low_res_masks: (N, M, 4G, 4G) float32 logits on the mask grid.
-    """
+    def set_image(self, image: npt.NDArray[Any]) -> None:
+        """Take `image` ((H, W, 3) uint8 RGB) for the following calls."""
+        ...
 
-    masks: ByteArray
-    iou_predictions: FloatArray
-    low_res_masks: FloatArray
+    def predict_boxes(self, boxes: npt.NDArray[Any]) -> Prediction:
+        """One independent mask for each of (N, 4) boxes in the image frame."""
+        ...
+
+    def predict_prompts(
+        self,
+        *,
+        boxes: npt.NDArray[Any] | None = None,
+        point_coords: npt.NDArray[Any] | None = None,
+        point_labels: npt.NDArray[Any] | None = None,
+        mask_input: npt.NDArray[Any] | None = None,
+        multimask: bool = False,
+    ) -> Prediction:
+        """One prediction for each of N prompt sets, see `Predictor.predict_prompts`."""
+        ...
 
 
 class Predictor:
-    """Segments images with one session; the last image's embedding is kept for further prompts.
+    """Segments images with one session, and encodes an image once, however often it comes back.
 
     Args:
         session: runtime with the graphs.
         preprocessing: how images enter the model; must match the graphs' image size.
+        kept_embeddings: images whose embedding is kept, by their content; the least recently used
+            goes first. One is 4 MiB at SAM's size.
     """
 
-    def __init__(self, session: Session, preprocessing: Preprocessing) -> None:
+    def __init__(
+        self, session: Session, preprocessing: Preprocessing, *, kept_embeddings: int = 1
+    ) -> None:
+        if kept_embeddings < 1:
+            raise InputError(f"kept_embeddings {kept_embeddings}: expected at least 1")
         self.session = session
         self.preprocessing = preprocessing
+        self._kept = kept_embeddings
+        self._embeddings: OrderedDict[bytes, FloatArray] = OrderedDict()
         self._image_embeddings: FloatArray | None = None
         self._original_size = (0, 0)
 
@@ -69,11 +89,25 @@ class Predictor:
         self._image_embeddings, self._original_size = image_embeddings, original_size
 
     def set_image(self, image: npt.NDArray[Any]) -> None:
-        """Encode `image` ((H, W, 3) uint8 RGB) for the following `predict` calls."""
+        """Encode `image` ((H, W, 3) uint8 RGB) for the following `predict` calls.
+
+        Raises:
+            InputError: see `check_image`.
+        """
         image = check_image(image)
-        pixels = preprocess(image, self.preprocessing)
-        embeddings = self.session.run("encoder", {IMAGE: pixels})[IMAGE_EMBEDDINGS]
-        self.set_embeddings(embeddings, (image.shape[0], image.shape[1]))
+        size = (image.shape[0], image.shape[1])
+        key = hashlib.blake2b(image.tobytes(), key=repr(size).encode()).digest()
+        if key in self._embeddings:
+            self._embeddings.move_to_end(key)
+        else:
+            self._embeddings[key] = self._encode(image)
+            if len(self._embeddings) > self._kept:
+                self._embeddings.popitem(last=False)
+        self.set_embeddings(self._embeddings[key], size)
+
+    def _encode(self, image: ByteArray) -> FloatArray:
+        feed = {IMAGE: preprocess(image, self.preprocessing)}
+        return self.session.run("encoder", feed)[IMAGE_EMBEDDINGS]
 
     def predict_boxes(self, boxes: npt.NDArray[Any]) -> Prediction:
         """One independent mask for each box.
@@ -84,7 +118,7 @@ class Predictor:
         Raises:
             InputError: no image was set, or see `check_boxes`.
         """
-        embeddings = self._embeddings()
+        embeddings = self._current()
         values = check_boxes(boxes, self._original_size)
         model_boxes = to_model_frame(values, self._original_size, self.preprocessing)[None]
         out = self.session.run("decoder", {IMAGE_EMBEDDINGS: embeddings, BOXES: model_boxes})
@@ -105,13 +139,13 @@ class Predictor:
             boxes: (N, 4) in the image frame.
             point_coords: (N, P, 2) x, y in the image frame.
             point_labels: (N, P) 1 foreground, 0 background, -1 no point.
-            mask_input: (N, 4G, 4G) float logits, as in `Prediction.low_res_masks`.
+            mask_input: (N, 4G, 4G) float logits, as in `Prediction.logits`.
             multimask: return the three alternatives instead of the single mask.
 
         Raises:
             InputError: no image, neither boxes nor points, or arrays that do not fit together.
         """
-        embeddings = self._embeddings()
+        embeddings = self._current()
         size, how = self._original_size, self.preprocessing
         tokens_xy, labels = join_prompts(
             size, boxes=boxes, point_coords=point_coords, point_labels=point_labels
@@ -135,11 +169,61 @@ class Predictor:
             out[LOW_RES_MASKS][0, :, tokens], out[IOU_PREDICTIONS][0, :, tokens]
         )
 
-    def _embeddings(self) -> FloatArray:
+    def _current(self) -> FloatArray:
         if self._image_embeddings is None:
             raise InputError("no image: call set_image before asking for masks")
         return self._image_embeddings
 
-    def _prediction(self, low_res_masks: FloatArray, iou_predictions: FloatArray) -> Prediction:
-        masks = postprocess(low_res_masks, self._original_size, self.preprocessing)
-        return Prediction(masks, iou_predictions, low_res_masks)
+    def _prediction(self, logits: FloatArray, ious: FloatArray) -> Prediction:
+        masks = postprocess(logits, self._original_size, self.preprocessing)
+        return Prediction(masks, ious, logits)
+
+
+class ServedPredictor:
+    """A Triton server's ensembles as a `Promptable`; the server encodes the image at each call.
+
+    Args:
+        client: connected, of one thread.
+        logits: ask for the logits of boxes too; those of other prompts always come.
+    """
+
+    def __init__(self, client: DbsamClient, *, logits: bool = True) -> None:
+        self.client = client
+        self._logits = logits
+        self._image: ByteArray | None = None
+
+    def set_image(self, image: npt.NDArray[Any]) -> None:
+        """See `Promptable`; nothing is sent yet.
+
+        Raises:
+            InputError: see `check_image`.
+        """
+        self._image = check_image(image)
+
+    def predict_boxes(self, boxes: npt.NDArray[Any]) -> Prediction:
+        """See `Predictor.predict_boxes`; errors are those of `DbsamClient.segment`."""
+        return self.client.segment(self._current(), boxes, logits=self._logits)
+
+    def predict_prompts(
+        self,
+        *,
+        boxes: npt.NDArray[Any] | None = None,
+        point_coords: npt.NDArray[Any] | None = None,
+        point_labels: npt.NDArray[Any] | None = None,
+        mask_input: npt.NDArray[Any] | None = None,
+        multimask: bool = False,
+    ) -> Prediction:
+        """See `Predictor.predict_prompts`; errors are those of `DbsamClient.segment_prompts`."""
+        return self.client.segment_prompts(
+            self._current(),
+            boxes=boxes,
+            point_coords=point_coords,
+            point_labels=point_labels,
+            mask_input=mask_input,
+            multimask=multimask,
+        )
+
+    def _current(self) -> ByteArray:
+        if self._image is None:
+            raise InputError("no image: call set_image before asking for masks")
+        return self._image

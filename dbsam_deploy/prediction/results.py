@@ -1,91 +1,201 @@
-"""Masks and overlay of one segmentation as files."""
+"""What a model found in an image or volume: masks, label map, files and pictures."""
 
 from __future__ import annotations
 
+import base64
+import html
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+from PIL import Image
 
 from ..core.contract import IOU_PREDICTIONS
 from ..core.errors import InputError
+from ..core.imaging import ByteArray, FloatArray
 from ..files.atomic import write_file
 from ..images.overlays import Panel, draw_overlay, evenly_spaced
-from ..images.scans import require_nibabel
 from ..images.volumes import Volume, label_map_bytes, npz_bytes, png_bytes
-from .segment import Prompts, Segmentation
+from .prompts import Prompts
+
+SUFFIXES = (".png", ".npz", ".nii.gz", ".nii")
+"""Endings of the files that `Result.save` can write."""
 
 
-def planned_files(volume: Volume, mask_format: str, folder: Path, overlay: bool) -> dict[str, Path]:
-    """What will be written: `png`, `npz`, `nifti`, `overlay` → path.
+@dataclass(frozen=True)
+class Row:
+    """One mask in a table.
 
-    Raises:
-        InputError: a format that cannot hold this volume, or a file that was read as input.
-        EngineError: NIfTI without nibabel.
+    Attributes:
+        label: its value in the label map, the prompt's position from 1.
+        prompt: the prompt in words.
+        pixels: pixels (voxels) of the mask, before any later prompt covered some.
+        iou: predicted IoU; for a 3D box the mean over its slices.
+        kept: whether this mask is the one in the label map.
     """
-    stem = volume.path.resolve().name
-    for suffix in (".nii.gz", ".nii", volume.path.suffix):
-        stem = stem.removesuffix(suffix)
-    kinds: tuple[str, ...] = (mask_format,)
-    if mask_format == "auto":
-        if volume.geometry is not None:
-            kinds = ("nifti",)
-        else:
-            kinds = ("npz",) if volume.is_volume else ("png", "npz")
-    if "png" in kinds and volume.is_volume:
-        raise InputError(f"{volume.path} is a volume: PNG holds one slice; use --mask-format npz")
-    if "nifti" in kinds:
-        if volume.geometry is None:
+
+    label: int
+    prompt: str
+    pixels: int
+    iou: float
+    kept: bool = True
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Result:
+    """Masks of N prompts on one image or volume of D slices of H×W pixels.
+
+    `masks, ious, logits = result` unpacks the masks of one prompt as SAM's predictor returns them.
+
+    Attributes:
+        image: what was segmented, with the mapping of its intensities.
+        prompts: what was asked.
+        labels: (D, H, W) uint8, or uint16 above 255 prompts: prompt i has label i + 1, a later one
+            covers an earlier, 0 is outside. Of three alternatives the one with the best IoU counts.
+        ious: (N, M) float32, the decoder's own estimate of each mask's IoU; M is 1, or 3 with
+            multimask. For a 3D box the mean over its slices.
+        pixels: (N, M) int64 pixels (voxels) of each mask, before a later prompt covered some.
+        slices: indices of the slices that were segmented.
+        logits: (N, M, 4G, 4G) float32, `mask_input` of a later prompt; None for 3D boxes and where
+            only the label map was asked for.
+        alternatives: (3, H, W) label maps of the multimask alternatives, else None.
+        own_masks: (N, M, H, W), if they were kept; see `masks`.
+        note: what the user must know of the model, for example untrained weights; else empty.
+    """
+
+    image: Volume
+    prompts: Prompts
+    labels: npt.NDArray[Any]
+    ious: FloatArray
+    pixels: npt.NDArray[np.int64]
+    slices: tuple[int, ...]
+    logits: FloatArray | None = None
+    alternatives: npt.NDArray[Any] | None = None
+    own_masks: ByteArray | None = None
+    note: str = ""
+
+    @property
+    def masks(self) -> ByteArray:
+        """(N, M, H, W) uint8 of an image or slice, (N, 1, D, H, W) of 3D boxes; 1 inside.
+
+        Where only the label map was kept, a mask lacks what a later prompt covered.
+        """
+        if self.own_masks is not None:
+            return self.own_masks
+        labels = self.labels if self.prompts.boxes_3d is not None else self.labels[self.slices[0]]
+        return np.stack([labels == label for label in range(1, len(self.ious) + 1)]).astype(
+            np.uint8
+        )[:, None]
+
+    def __iter__(self) -> Iterator[npt.NDArray[Any]]:
+        """Masks (M, H, W) bool, IoU (M,) and logits (M, 4G, 4G) of one prompt, as in SAM.
+
+        Raises:
+            InputError: several prompts, or no logits.
+        """
+        if len(self.ious) != 1 or self.logits is None:
             raise InputError(
-                f"{volume.path} has no position in space, which NIfTI needs: use --mask-format npz"
+                f"a result of {len(self.ious)} prompts cannot be unpacked as SAM's three arrays: "
+                "use .masks, .ious and .logits"
             )
-        require_nibabel()
-    endings = {"png": "_mask.png", "npz": "_mask.npz", "nifti": "_mask.nii.gz"}
-    paths = {kind: folder / f"{stem}{endings[kind]}" for kind in kinds}
-    if overlay:
-        paths["overlay"] = folder / f"{stem}_overlay.png"
-    for path in paths.values():
-        if path.exists() and any(path.samefile(source) for source in volume.files):
-            raise InputError(f"{path} is the input itself: choose another --output folder")
-    return paths
+        return iter((self.masks[0].astype(bool), self.ious[0], self.logits[0]))
 
+    def rows(self) -> list[Row]:
+        """Every mask, in the order of prompts and alternatives."""
+        return [
+            Row(i + 1, name, int(self.pixels[i, m]), float(iou), m == int(np.argmax(ious)))
+            for i, (name, ious) in enumerate(zip(self.prompts.names, self.ious, strict=True))
+            for m, iou in enumerate(ious)
+        ]
 
-def write_results(
-    paths: dict[str, Path], volume: Volume, result: Segmentation, prompts: Prompts, note: str
-) -> None:
-    """Write every planned file, each whole or not at all."""
-    labels = result.labels if volume.is_volume else result.labels[0]
-    if "png" in paths:
-        write_file(paths["png"], png_bytes(labels))
-    if "nifti" in paths:
-        write_file(paths["nifti"], label_map_bytes(result.labels, volume))
-    if "npz" in paths:
+    def __repr__(self) -> str:
+        depth, height, width = self.labels.shape
+        kept = [row for row in self.rows() if row.kept]
+        text = ", ".join(f"{row.prompt}: {row.pixels} px, IoU {row.iou:.3f}" for row in kept[:3])
+        more = f", and {len(kept) - 3} more" if len(kept) > 3 else ""
+        return f"Result({depth}×{height}×{width}, {text}{more})"
+
+    def save(self, path: str | Path) -> Path:
+        """Write the label map, whole or not at all; the folder is made.
+
+        Args:
+            path: `.png` (an image), `.npz` (also IoU, alternatives, spacing) or `.nii.gz`, `.nii`
+                (NIfTI and DICOM input, with its position in space).
+
+        Raises:
+            InputError: another ending, a kind that cannot hold this result, a file that was read as
+                input, or a folder that cannot be written.
+            EngineError: NIfTI without nibabel.
+        """
+        path = Path(path)
+        content = self._content(path)
+        if path.exists() and any(path.samefile(source) for source in self.image.files):
+            raise InputError(f"{path} is the input itself: choose another name or folder")
+        return write_file(path, content)
+
+    def _content(self, path: Path) -> bytes:
+        name = path.name.lower()
+        if name.endswith(".png"):
+            if self.image.is_volume:
+                raise InputError(f"{self.image.path} is a volume and PNG holds one slice: use npz")
+            return png_bytes(self.labels[0])
+        if name.endswith((".nii.gz", ".nii")):
+            return label_map_bytes(self.labels, self.image, compressed=name.endswith(".gz"))
+        if not name.endswith(".npz"):
+            raise InputError(f"{path}: unknown ending; expected {', '.join(SUFFIXES)}")
+        best = np.argmax(self.ious, axis=1)
         arrays: dict[str, Any] = {
-            "segs": labels,
-            IOU_PREDICTIONS: np.array([f.iou for f in result.findings], np.float32),
+            "segs": self.labels if self.image.is_volume else self.labels[0],
+            IOU_PREDICTIONS: np.take_along_axis(self.ious, best[:, None], axis=1)[:, 0],
         }
-        if result.alternatives is not None:
-            arrays["alternatives"] = result.alternatives
-        if volume.spacing_mm is not None:
-            arrays["spacing"] = np.array(volume.spacing_mm, np.float64)
-        write_file(paths["npz"], npz_bytes(**arrays))
-    if "overlay" in paths:
-        picture = draw_overlay(
-            [_panel(volume, result, prompts, index) for index in evenly_spaced(result.slices)],
-            [(f.label, f"{f.label}  {f.prompt}  IoU {f.iou:.3f}") for f in result.findings],
-            note,
+        if self.alternatives is not None:
+            arrays["alternatives"] = self.alternatives
+        if self.image.spacing_mm is not None:
+            arrays["spacing"] = np.array(self.image.spacing_mm, np.float64)
+        return npz_bytes(**arrays)
+
+    def plot(self) -> Image.Image:
+        """A picture: contours, prompts and a legend on the image, or on at most nine slices."""
+        return draw_overlay(
+            [self._panel(index) for index in evenly_spaced(self.slices)],
+            [(r.label, f"{r.label}  {r.prompt}  IoU {r.iou:.3f}") for r in self.rows() if r.kept],
+            self.note,
         )
-        write_file(paths["overlay"], png_bytes(np.asarray(picture)))
 
+    def _panel(self, index: int) -> Panel:
+        boxes: list[tuple[int, tuple[float, float, float, float]]] = []
+        if self.prompts.boxes_3d is not None:
+            for label, (x0, y0, z0, x1, y1, z1) in enumerate(self.prompts.boxes_3d.tolist(), 1):
+                if z0 <= index < z1:
+                    boxes.append((label, (x0, y0, x1, y1)))
+        elif self.prompts.boxes is not None:
+            boxes = [(i, (x0, y0, x1, y1)) for i, (x0, y0, x1, y1) in enumerate(self._boxes(), 1)]
+        points = [(x, y, sign == "+") for each in self.prompts.points() for x, y, sign in each]
+        caption = f"slice {index}" if self.image.is_volume else ""
+        return Panel(self.image.slice_rgb(index), self.labels[index], boxes, points, caption)
 
-def _panel(volume: Volume, result: Segmentation, prompts: Prompts, index: int) -> Panel:
-    boxes: list[tuple[int, tuple[float, float, float, float]]] = []
-    if prompts.boxes_3d is not None:
-        for label, (x0, y0, z0, x1, y1, z1) in enumerate(prompts.boxes_3d.tolist(), start=1):
-            if z0 <= index < z1:
-                boxes.append((label, (x0, y0, x1, y1)))
-    elif prompts.boxes is not None:
-        boxes = [(i, (b[0], b[1], b[2], b[3])) for i, b in enumerate(prompts.boxes.tolist(), 1)]
-    points = [(x, y, label == 1) for x, y, label in prompts.points]
-    caption = f"slice {index}" if volume.is_volume else ""
-    return Panel(volume.slice_rgb(index), result.labels[index], boxes, points, caption)
+    def _boxes(self) -> list[list[float]]:
+        return [] if self.prompts.boxes is None else self.prompts.boxes.tolist()
+
+    def _repr_html_(self) -> str:
+        """The picture and a table, for notebooks."""
+        stream = io.BytesIO()
+        self.plot().save(stream, format="PNG")
+        picture = base64.b64encode(stream.getvalue()).decode("ascii")
+        cells = "".join(
+            f"<tr><td>{row.label}</td><td>{html.escape(row.prompt)}</td><td>{row.pixels}</td>"
+            f"<td>{row.iou:.3f}</td></tr>"
+            for row in self.rows()
+            if row.kept
+        )
+        return (
+            f'<img alt="masks on {html.escape(self.image.path.name)}" '
+            f'src="data:image/png;base64,{picture}"/>'
+            "<table><tr><th>label</th><th>prompt</th><th>mask pixels</th>"
+            "<th>predicted IoU</th></tr>"
+            f"{cells}</table>"
+        )

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from ..core.errors import InputError
 from ..core.imaging import ByteArray
-from ..images.volumes import PICTURE_SUFFIXES, Volume, read_volume
+from ..images.volumes import PICTURE_SUFFIXES, Volume, read_image
 from ..recipe import CalibrationPlan
 
 SUFFIXES = (".npz", ".nii", ".nii.gz", *PICTURE_SUFFIXES)
@@ -146,7 +146,7 @@ def _pick(
 def _slices_of(
     path: Path, folder: Path, limit: int, rng: np.random.Generator, seen: set[str]
 ) -> list[CalibrationImage]:
-    volume = read_volume(path, with_boxes=False)
+    volume = read_image(path, with_boxes=False)
     found: list[CalibrationImage] = []
     for index in rng.permutation(len(volume.pixels)).tolist():
         if len(found) >= limit:
@@ -202,7 +202,7 @@ def read_images(
         InputError: a file that changed since the images were chosen.
     """
     for name, group in groupby(sorted(images, key=lambda i: (i.file, i.slice)), lambda i: i.file):
-        volume = read_volume(folder / name, with_boxes=False)
+        volume = read_image(folder / name, with_boxes=False)
         for image in group:
             yield image, _slice(volume, image)
 

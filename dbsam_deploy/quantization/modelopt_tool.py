@@ -25,6 +25,7 @@ import onnx
 from ..core.errors import EngineError, ExportError, InputError, MissingError
 from ..core.imaging import FloatArray
 from ..extras import pip_line
+from ..files.onnx_files import save_onnx
 from ..recipe import Quantization
 from .qdq_types import check_float8_opset
 
@@ -180,7 +181,7 @@ def _quantize(
             format=plan.format,
             calibrator=calibrator,
         )
-        onnx.save(model, job.graph)
+        save_onnx(model, Path(job.graph))
         _run(python, job, folder, log)
         found = onnx.load(job.output)
     log.unlink()

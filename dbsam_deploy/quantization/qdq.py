@@ -8,7 +8,6 @@ no constant weight and are never touched.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from onnx import numpy_helper
 from ..core.errors import ExportError
 from ..core.imaging import FloatArray
 from ..extras import require
+from ..files.onnx_files import check_valid, save_onnx
 from ..recipe import Quantization
 from .layers import Layer, find_layers, is_excluded
 from .modelopt_tool import place_modelopt_pairs
@@ -114,7 +114,7 @@ def calibrate(
         largest = {name: h.channels for name, h in seen.items() if h.channels is not None}
         if smooth(model, [layer.node for layer in kept], largest, plan.smoothing):
             path = folder / f"{source.stem}.smooth.onnx"
-            onnx.save(model, path)
+            save_onnx(model, path)
     seen = observe(path, axes, feeds(), watch=moments.add)
     how = plan.calibration
     return Calibrated(
@@ -194,7 +194,7 @@ def quantize_graph(
     if plan.format == "fp8":
         keep_relus(model)
     share_tables(model)
-    save_checked(model, destination)
+    save_onnx(model, destination, check_valid)
     modules = tuple(layer.module for layer in chosen)
     left = tuple(x.module for x in calibrated.layers if x.module not in set(modules))
     partly = tuple(x.module for x in chosen if x.node in set(half))
@@ -295,22 +295,6 @@ def spare_other_readers(model: onnx.ModelProto, layers: list[Layer], outputs: se
         for index, name in enumerate(node.input):
             if name in dequantized and dequantized[name] not in kept:
                 node.input[index] = dequantized[name]
-
-
-def save_checked(model: onnx.ModelProto, path: Path) -> None:
-    """Write a graph; the file appears only if onnx's checker and shape inference accept it.
-
-    Raises:
-        ExportError: they refuse it.
-    """
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        partial = Path(scratch) / path.name
-        onnx.save(model, partial)
-        try:
-            onnx.checker.check_model(partial, full_check=True)
-        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-            raise ExportError(f"{path.name}: onnx refuses it quantised: {error}") from error
-        partial.replace(path)
 
 
 def describe(quantized: Quantized, plan: Quantization) -> dict[str, Any]:

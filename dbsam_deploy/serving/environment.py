@@ -76,8 +76,7 @@ def find_environment(folder: Path = DEFAULT_FOLDER, *, medsam: bool = False) -> 
         medsam: the repository uses MedSAM's preprocessing, which needs scikit-image.
 
     Raises:
-        EngineError: another operating system; or it is missing, incomplete, has NumPy 2, or no stub
-            for its Python version.
+        EngineError: not Linux, or it is missing, incomplete, has NumPy 2, or no stub for its Python.
     """
     _check_system()
     python = folder / "bin" / "python3"

@@ -258,10 +258,12 @@ def probe(http_url: str, *, timeout_s: float = 120.0) -> None:
         {"name": name, "shape": shape, "datatype": TRITON_TYPES[spec.dtype], "data": data}
         for name, (shape, spec, data) in values.items()
     ]
-    model = ensemble_spec().name
+    model = ensemble_spec(1).name
+    expected = {MASKS.name: [1, side, side], IOU_SCORES.name: [1]}
+    outputs = [{"name": name} for name in expected]
     request = urllib.request.Request(
         f"http://{http_url}/v2/models/{model}/infer",
-        data=json.dumps({"inputs": inputs}).encode(),
+        data=json.dumps({"inputs": inputs, "outputs": outputs}).encode(),
         headers={"Content-Type": "application/json"},
     )
     try:
@@ -273,7 +275,6 @@ def probe(http_url: str, *, timeout_s: float = 120.0) -> None:
     except (OSError, ValueError) as error:
         raise ServingError(f"{model} on {http_url} did not answer ({error})") from error
     shapes = {item["name"]: item["shape"] for item in body["outputs"]}
-    expected = {MASKS.name: [1, side, side], IOU_SCORES.name: [1]}
     if shapes != expected:
         raise ServingError(f"{model} on {http_url} answered {shapes}, expected {expected}")
 

@@ -81,7 +81,7 @@ def render_configs(how: Preprocessing, platforms: Mapping[str, Platform]) -> dic
         _step(graphs["decoder"], **{BOXES: MODEL_BOXES}),
         _step(postprocess_spec(how)),
     )
-    configs["dbsam"] = _ensemble(ensemble_spec(), box_steps)
+    configs["dbsam"] = _ensemble(ensemble_spec(how.mask_side), box_steps)
     if prompts:
         # The graph's prompt inputs are the preprocessing's outputs of the name `model_…`.
         renames = {name: f"model_{name}" for name in graphs["prompt_decoder"].input_names[1:]}

@@ -1,21 +1,17 @@
-"""What `--backend` names: the command line's model options → a session that runs the graphs.
-
-`predict` and `evaluate` share these options, so that a model is named the same way in both.
-"""
+"""The runtimes in this process by name, and what each needs to open a model."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..artefact import BUILD_FOLDER, Artefact, export_note, find_export, load_artefact
+from ..artefact import Artefact, export_note, find_export, load_artefact
 from ..cli import say_on_stderr
 from ..core.errors import InputError
-from ..core.imaging import MODES, Preprocessing
+from ..core.imaging import Mode, Preprocessing
 from ..extras import require
 from .onnxruntime_session import OnnxRuntimeSession
 from .pytorch_session import PytorchSession
@@ -26,11 +22,44 @@ if TYPE_CHECKING:
 
 RUNTIME_PRECISIONS = ("float32", "bfloat16")
 PYTORCH_OPTIONS = ("variant", "checkpoint", "image_size", "decoder_weights")
-MODEL_OPTIONS = ("artefact", *PYTORCH_OPTIONS, "engine_cache", "runtime_precision", "device")
 
 
 @dataclass(frozen=True)
-class Engine:
+class ModelOptions:
+    """Which model is opened, and how; None is a backend's own default.
+
+    Attributes:
+        backend: one of `LOCAL_BACKENDS`.
+        device: `cpu` or `cuda`.
+        artefact: folder of an export; None is the newest below `build/`.
+        variant: model variant, see `dbsam_deploy.model.VARIANTS`.
+        checkpoint: weights file.
+        image_size: side of the model frame in pixels.
+        decoder_weights: weights of the prompt encoder and mask decoder alone.
+        engine_cache: folder that keeps engines and compiled models.
+        runtime_precision: one of `RUNTIME_PRECISIONS`.
+        preprocess: a mode of `imaging.MODES` in place of the model's own.
+    """
+
+    backend: str = "onnxruntime"
+    device: str | None = None
+    artefact: Path | None = None
+    variant: str | None = None
+    checkpoint: Path | None = None
+    image_size: int | None = None
+    decoder_weights: Path | None = None
+    engine_cache: Path | None = None
+    runtime_precision: str | None = None
+    preprocess: Mode | None = None
+
+    def given(self) -> list[str]:
+        """Names of the options that are not None, besides the backend."""
+        names = [field.name for field in dataclasses.fields(self)]
+        return [name for name in names if name != "backend" and getattr(self, name) is not None]
+
+
+@dataclass(frozen=True)
+class Opened:
     """A session with all that is known about its model.
 
     Attributes:
@@ -66,79 +95,79 @@ class Backend:
         name: the value.
         needs: what it runs and what it needs, for `--help`.
         devices: where it can run, the default first.
-        options: those of `MODEL_OPTIONS` that it obeys, besides `device`.
-        open: makes its session from the command line and the device.
+        options: those of `ModelOptions` that it obeys, besides `device` and `preprocess`.
+        open: makes its session from the options and the device.
     """
 
     name: str
     needs: str
     devices: tuple[str, ...]
     options: tuple[str, ...]
-    open: Callable[[argparse.Namespace, str], Engine]
+    open: Callable[[ModelOptions, str], Opened]
 
 
-def _pytorch(args: argparse.Namespace, device: str) -> Engine:
-    return _built(args, lambda model: PytorchSession(model, device=device))
+def _pytorch(options: ModelOptions, device: str) -> Opened:
+    return _built(options, lambda model: PytorchSession(model, device=device))
 
 
-def _pytorch_fused(args: argparse.Namespace, device: str) -> Engine:
+def _pytorch_fused(options: ModelOptions, device: str) -> Opened:
     require("torch", extra="export", what_for="backend pytorch-fused")
     from .fused_session import FusedPytorchSession
 
-    return _built(args, lambda model: FusedPytorchSession(model, device=device))
+    return _built(options, lambda model: FusedPytorchSession(model, device=device))
 
 
-def _onnxruntime(args: argparse.Namespace, device: str) -> Engine:
-    return _published(args, lambda artefact: OnnxRuntimeSession(artefact, device=device))
+def _onnxruntime(options: ModelOptions, device: str) -> Opened:
+    return _published(options, lambda artefact: OnnxRuntimeSession(artefact, device=device))
 
 
-def _onnxruntime_tensorrt(args: argparse.Namespace, device: str) -> Engine:
+def _onnxruntime_tensorrt(options: ModelOptions, device: str) -> Opened:
     from .onnxruntime_tensorrt_session import OnnxRuntimeTensorrtSession
 
     return _published(
-        args, lambda found: OnnxRuntimeTensorrtSession(found, engine_cache=args.engine_cache)
+        options, lambda found: OnnxRuntimeTensorrtSession(found, engine_cache=options.engine_cache)
     )
 
 
-def _openvino(args: argparse.Namespace, device: str) -> Engine:
+def _openvino(options: ModelOptions, device: str) -> Opened:
     require("onnx", extra="openvino", what_for="an export on OpenVINO")
     from .openvino_session import OpenvinoSession
 
-    precision = args.runtime_precision or RUNTIME_PRECISIONS[0]
+    precision, cache = options.runtime_precision or RUNTIME_PRECISIONS[0], options.engine_cache
     return _published(
-        args, lambda found: OpenvinoSession(found, precision=precision, cache=args.engine_cache)
+        options, lambda found: OpenvinoSession(found, precision=precision, cache=cache)
     )
 
 
-def _tensorrt(args: argparse.Namespace, device: str) -> Engine:
+def _tensorrt(options: ModelOptions, device: str) -> Opened:
     from .engine_session import TensorrtSession
 
-    return _published(args, TensorrtSession)
+    return _published(options, TensorrtSession)
 
 
-def _tensorrt_rtx(args: argparse.Namespace, device: str) -> Engine:
+def _tensorrt_rtx(options: ModelOptions, device: str) -> Opened:
     from .engine_session import TensorrtRtxSession
 
-    return _published(args, TensorrtRtxSession)
+    return _published(options, TensorrtRtxSession)
 
 
-def _built(args: argparse.Namespace, open_session: Callable[[DbSam], Session]) -> Engine:
-    """An engine of a model that is built here from its weights."""
+def _built(options: ModelOptions, open_session: Callable[[DbSam], Session]) -> Opened:
+    """A session of a model that is built here from its weights."""
     from ..model.weights import load_model
 
-    loaded = load_model(**{name: getattr(args, name) for name in PYTORCH_OPTIONS})
+    loaded = load_model(**{name: getattr(options, name) for name in PYTORCH_OPTIONS})
     session = open_session(loaded.model)
-    return Engine(session, loaded.preprocessing, loaded.weights, loaded.model.config.name)
+    return Opened(session, loaded.preprocessing, loaded.weights, loaded.model.config.name)
 
 
-def _published(args: argparse.Namespace, open_session: Callable[[Artefact], Session]) -> Engine:
-    """An engine of an export."""
-    folder = find_export(args.artefact)
-    if args.artefact is None:
+def _published(options: ModelOptions, open_session: Callable[[Artefact], Session]) -> Opened:
+    """A session of an export."""
+    folder = find_export(options.artefact)
+    if options.artefact is None:
         say_on_stderr(export_note(folder))
     artefact = load_artefact(folder)
     name = f"{artefact.variant} {artefact.precision}"
-    return Engine(open_session(artefact), artefact.preprocessing, artefact.weights, name)
+    return Opened(open_session(artefact), artefact.preprocessing, artefact.weights, name)
 
 
 BACKENDS = (
@@ -209,125 +238,45 @@ def find_backend(name: str) -> Backend:
     raise InputError(f"backend {name!r}: expected one of {', '.join(LOCAL_BACKENDS)}")
 
 
-def _names_with(option: str) -> str:
+def names_with(option: str) -> str:
+    """The backends that obey an option, in words."""
     return ", ".join(backend.name for backend in BACKENDS if option in backend.options)
 
 
-def add_model_options(
-    parser: argparse.ArgumentParser, backends: tuple[str, ...] = LOCAL_BACKENDS
-) -> argparse._ArgumentGroup:
-    """Add the options that name a model, and return their group."""
-    needs = {backend.name: backend.needs for backend in BACKENDS}
-    width = max(map(len, backends))
-    rows = [f"{name:{width}}  {needs.get(name, 'its own options are below')}" for name in backends]
-    rows.append("python -m dbsam_deploy.doctor shows which of them can be used here")
-    model = parser.add_argument_group("model", "\n".join(rows))
-    model.add_argument(
-        "--backend",
-        choices=backends,
-        default="onnxruntime",
-        metavar="NAME",
-        help="one of the above",
-    )
-    model.add_argument(
-        "--device",
-        choices=("cpu", "cuda"),
-        help="cpu, unless the backend runs on a GPU only",
-    )
-    model.add_argument(
-        "--artefact",
-        type=Path,
-        help="folder that python -m dbsam_deploy.export wrote "
-        f"({_names_with('artefact')}; default: the newest below {BUILD_FOLDER}/)",
-    )
-    _add_weights_options(model)
-    model.add_argument(
-        "--engine-cache",
-        type=Path,
-        metavar="DIR",
-        help="folder that keeps engines and compiled models "
-        f"({_names_with('engine_cache')}; default: inside the artefact)",
-    )
-    model.add_argument(
-        "--runtime-precision",
-        choices=RUNTIME_PRECISIONS,
-        help="what the runtime computes in where the artefact is not quantised "
-        f"({_names_with('runtime_precision')}; default: {RUNTIME_PRECISIONS[0]})",
-    )
-    model.add_argument(
-        "--preprocess",
-        choices=MODES,
-        help="override the model's own preprocessing: sam keeps the aspect and z-scores, medsam "
-        "(MedSAM 1.0) squeezes to a square and scales to 0-1, lite_medsam keeps the aspect and "
-        "scales to 0-1",
-    )
-    return model
-
-
-def _add_weights_options(model: argparse._ArgumentGroup) -> None:
-    """Options of a model that is built here."""
-    weights = _names_with("variant")
-    model.add_argument(
-        "--variant",
-        help=f"model variant ({weights}): db_sam_tiny, db_sam, sam_vit_b, lite_medsam, ...",
-    )
-    model.add_argument("--checkpoint", type=Path, help=f"weights file ({weights})")
-    model.add_argument("--image-size", type=int, help=f"side of the model frame ({weights})")
-    model.add_argument(
-        "--decoder-weights", type=Path, help=f"prompt encoder and mask decoder weights ({weights})"
-    )
-
-
-def _given(args: argparse.Namespace) -> list[str]:
-    """Those of `MODEL_OPTIONS` that the command line gives."""
-    return [name for name in MODEL_OPTIONS if getattr(args, name) is not None]
-
-
-def load_engine(args: argparse.Namespace) -> Engine:
-    """Build the session that the command line names.
+def open_backend(options: ModelOptions) -> Opened:
+    """Open the model that the options name.
 
     Raises:
-        InputError: options of another backend, or an artefact that is missing or changed.
+        InputError: an unknown backend, options of another backend, or an artefact that is missing
+            or changed.
         CheckpointError: weights that do not fit.
         EngineError: a runtime or device that is missing.
     """
-    backend = find_backend(args.backend)
-    _refuse_other_options(backend, args)
-    engine = backend.open(args, args.device or backend.devices[0])
-    if args.preprocess is not None:
-        how = dataclasses.replace(engine.preprocessing, mode=args.preprocess)
-        engine = dataclasses.replace(engine, preprocessing=how)
-    return engine
+    backend = find_backend(options.backend)
+    _refuse_other_options(backend, options)
+    opened = backend.open(options, options.device or backend.devices[0])
+    if options.preprocess is not None:
+        how = dataclasses.replace(opened.preprocessing, mode=options.preprocess)
+        opened = dataclasses.replace(opened, preprocessing=how)
+    return opened
 
 
-def _refuse_other_options(backend: Backend, args: argparse.Namespace) -> None:
+def _refuse_other_options(backend: Backend, options: ModelOptions) -> None:
     """Refuse options that this backend does not obey.
 
     Raises:
         InputError: one of them is given.
     """
-    if args.device not in (None, *backend.devices):
+    if options.device not in (None, *backend.devices):
         raise InputError(
-            f"--device {args.device}: backend {backend.name} runs on {' or '.join(backend.devices)}"
+            f"--device {options.device}: backend {backend.name} runs on "
+            f"{' or '.join(backend.devices)}"
         )
-    wrong = [name for name in _given(args) if name not in (*backend.options, "device")]
+    obeyed = (*backend.options, "device", "preprocess")
+    wrong = [name for name in options.given() if name not in obeyed]
     if wrong:
         why = "; an artefact has its own weights" if wrong[0] in PYTORCH_OPTIONS else ""
         raise InputError(
-            f"--{wrong[0].replace('_', '-')} goes with --backend {_names_with(wrong[0])}, not "
+            f"--{wrong[0].replace('_', '-')} goes with --backend {names_with(wrong[0])}, not "
             f"{backend.name}{why}"
-        )
-
-
-def refuse_model_options(args: argparse.Namespace) -> None:
-    """Refuse every option of `add_model_options` but the backend: a server has its own model.
-
-    Raises:
-        InputError: one of them is given.
-    """
-    given = _given(args) + ["preprocess"] * (args.preprocess is not None)
-    if given:
-        raise InputError(
-            f"--{given[0].replace('_', '-')} goes with a model in this process; a Triton server "
-            "has its own, fixed when its repository was filled"
         )

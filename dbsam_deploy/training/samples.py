@@ -25,7 +25,7 @@ from ..images.npz_files import (
     read_labels,
     stack_shape,
 )
-from ..images.volumes import PICTURE_SUFFIXES, Volume, read_volume
+from ..images.volumes import PICTURE_SUFFIXES, Volume, read_image
 
 LabelMap = npt.NDArray[np.int32]
 
@@ -243,7 +243,7 @@ class Images:
 
 @lru_cache(maxsize=_CACHED_FILES)
 def _load_volume(path: Path) -> Volume:
-    return read_volume(path, with_boxes=False)
+    return read_image(path, with_boxes=False)
 
 
 def _find_stacks(path: Path) -> list[Path]:

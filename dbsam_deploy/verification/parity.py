@@ -167,12 +167,12 @@ def _compare_case(ours: _Timed, theirs: _Timed, how: Preprocessing, case: Case) 
     got, want = (predictor.predict_boxes(case.boxes) for predictor in predictors)
     alone = Predictor(ours.session, how)
     alone.set_embeddings(embeddings[1], size)
-    logits = alone.predict_boxes(case.boxes).low_res_masks
+    logits = alone.predict_boxes(case.boxes).known_logits()
     return _CaseFigures(
         embedding_cosine=cosine(*embeddings),
-        decoder_cosines=list(map(cosine, logits, want.low_res_masks)),
+        decoder_cosines=list(map(cosine, logits, want.known_logits())),
         agreement=list(map(dice, got.masks, want.masks)),
-        prompted=_prompt_agreement(predictors, case, want.low_res_masks[:, 0]),
+        prompted=_prompt_agreement(predictors, case, want.known_logits()[:, 0]),
         dice=list(map(dice, got.masks[:, 0], case.truth)),
         dice_reference=list(map(dice, want.masks[:, 0], case.truth)),
         empty_masks=sum(not mask.any() for mask in want.masks),

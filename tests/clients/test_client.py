@@ -65,8 +65,8 @@ def test_ensemble_masks_equal_local_prediction_bit_for_bit(
     expected = predictor.predict_boxes(boxes)
     with DbsamClient(url_of(triton, protocol), protocol, shared_memory=shared) as client:
         answer = client.segment(image, boxes)
-    np.testing.assert_array_equal(answer.masks, expected.masks[:, 0])
-    np.testing.assert_array_equal(answer.iou_scores, expected.iou_predictions[:, 0])
+    np.testing.assert_array_equal(answer.masks, expected.masks)
+    np.testing.assert_array_equal(answer.ious, expected.ious)
     assert answer.masks.dtype == np.uint8
     assert answer.masks.flags.writeable
 
@@ -95,7 +95,7 @@ def test_asyncio_answers_equal_local_prediction(triton, predictor, protocol, sha
     answers = asyncio.run(ask())
     for (image, boxes), answer in zip(cases, answers, strict=True):
         predictor.set_image(image)
-        np.testing.assert_array_equal(answer.masks, predictor.predict_boxes(boxes).masks[:, 0])
+        np.testing.assert_array_equal(answer.masks, predictor.predict_boxes(boxes).masks)
 
 
 def prompt_cases(size):
@@ -115,8 +115,8 @@ def prompt_cases(size):
 
 def assert_same_prompts(answer, expected):
     np.testing.assert_array_equal(answer.masks, expected.masks)
-    np.testing.assert_array_equal(answer.iou_scores, expected.iou_predictions)
-    np.testing.assert_array_equal(answer.low_res_logits, expected.low_res_masks)
+    np.testing.assert_array_equal(answer.ious, expected.ious)
+    np.testing.assert_array_equal(answer.logits, expected.logits)
 
 
 @pytest.mark.triton
@@ -151,12 +151,12 @@ def test_an_answer_refines_the_next_one(triton, predictor):
     image, boxes = random_case(90, 90, 1)
     predictor.set_image(image)
     first = predictor.predict_prompts(boxes=boxes, multimask=True)
-    expected = predictor.predict_prompts(boxes=boxes, mask_input=first.low_res_masks[:, 2])
+    expected = predictor.predict_prompts(boxes=boxes, mask_input=first.logits[:, 2])
     with DbsamClient(triton.grpc_url) as client:
         answer = client.segment_prompts(image, boxes=boxes, multimask=True)
-        refined = client.segment_prompts(image, boxes=boxes, mask_input=answer.low_res_logits[:, 2])
+        refined = client.segment_prompts(image, boxes=boxes, mask_input=answer.logits[:, 2])
     assert_same_prompts(refined, expected)
-    assert not np.array_equal(refined.low_res_logits, first.low_res_masks[:, :1])
+    assert not np.array_equal(refined.logits, first.logits[:, :1])
 
 
 @pytest.mark.triton
@@ -240,7 +240,7 @@ def test_a_timeout_is_an_error_and_the_server_lives_on(triton, protocol, shared)
         ):
             client.segment(image, boxes)
     with DbsamClient(url, protocol, shared_memory=shared) as client:
-        assert client.segment(image[:50, :50], boxes).masks.shape == (1, 50, 50)
+        assert client.segment(image[:50, :50], boxes).masks.shape == (1, 1, 50, 50)
 
 
 @pytest.mark.triton
@@ -259,16 +259,16 @@ def test_a_cancelled_task_leaves_no_shared_memory(triton):
             assert regions() == before
             return await client.segment(image[:50, :50], boxes)
 
-    assert asyncio.run(ask()).masks.shape == (1, 50, 50)
+    assert asyncio.run(ask()).masks.shape == (1, 1, 50, 50)
     assert set(registered(triton)) <= already
 
 
 @pytest.mark.triton
 def test_an_unknown_model_is_a_serving_error(triton, monkeypatch):
     image, boxes = random_case(20, 20)
-    spec = client_requests.ensemble_spec()
+    spec = client_requests.ensemble_spec(1)
     other = type(spec)("no_such_model", spec.inputs, spec.outputs)
-    monkeypatch.setattr(client_requests, "ensemble_spec", lambda: other)
+    monkeypatch.setattr(client_requests, "ensemble_spec", lambda side: other)
     for protocol in ("grpc", "http"):
         with (
             DbsamClient(url_of(triton, protocol), protocol) as client,
@@ -297,7 +297,7 @@ def test_an_answer_of_another_shape_is_refused(triton, monkeypatch):
 
 @pytest.mark.triton
 @pytest.mark.parametrize(
-    "more", [["--url"], ["--shared-memory", "--url"], ["--protocol", "http", "--url"]]
+    "more", [["--url"], ["--shared-memory", "--url"], ["--transport", "http", "--url"]]
 )
 def test_the_command_writes_mask_and_overlay(triton, predictor, tmp_path, capsys, more):
     image, _ = random_case(48, 56)
@@ -312,7 +312,7 @@ def test_the_command_writes_mask_and_overlay(triton, predictor, tmp_path, capsys
     for box in boxes:
         options += ["--box", *map(str, box)]
     assert run(client_door.main, options) == 0
-    assert "request ms" in capsys.readouterr().out
+    assert "slices in" in capsys.readouterr().out
     found = np.asarray(Image.open(tmp_path / "out" / "a_mask.png"))
     np.testing.assert_array_equal(found, expected)
     assert (tmp_path / "out" / "a_overlay.png").is_file()

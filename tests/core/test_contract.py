@@ -48,7 +48,7 @@ def test_the_ensemble_passes_each_tensor_on_as_it_is_expected():
             wanted.dtype,
             wanted.axes[1:],
         )
-    ensemble = ensemble_spec()
+    ensemble = ensemble_spec(Geometry(512).mask_side)
     assert ensemble.inputs == pre.inputs
     assert ensemble.outputs == post.outputs
 
@@ -92,7 +92,7 @@ def _tensor_names() -> set[str]:
         *graph_specs(size).values(),
         preprocess_spec(size),
         postprocess_spec(size),
-        ensemble_spec(),
+        ensemble_spec(size.mask_side),
         preprocess_prompts_spec(size),
         postprocess_prompts_spec(size),
         prompts_ensemble_spec(size.mask_side),

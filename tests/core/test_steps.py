@@ -56,7 +56,7 @@ def test_box_steps_around_the_graphs_equal_the_predictor(make_artefact, tmp_path
     answer = steps.postprocess_boxes({**decoded, "original_size": given["original_size"]}, how)
     assert 0 < expected.masks.mean() < 1
     np.testing.assert_array_equal(answer["masks"], expected.masks[:, 0])
-    np.testing.assert_array_equal(answer["iou_scores"], expected.iou_predictions[:, 0])
+    np.testing.assert_array_equal(answer["iou_scores"], expected.ious[:, 0])
     assert answer["masks"].dtype == np.uint8
     assert answer["masks"].shape == (2, *SIZE)
 

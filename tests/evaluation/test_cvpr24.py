@@ -10,10 +10,10 @@ import pytest
 from support.references import as_prediction, bright_in_box, labelled_case, labelled_squares
 
 from dbsam_deploy.core.errors import InputError
+from dbsam_deploy.core.masks import Prediction
 from dbsam_deploy.evaluation import build_protocol, evaluate
 from dbsam_deploy.evaluation.boxes import fill_box
 from dbsam_deploy.evaluation.metrics import dice, surface_dice
-from dbsam_deploy.prediction.predictor import Prediction
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from support.references import (
     repeat_box,
 )
 
+from dbsam_deploy.core.masks import Prediction
 from dbsam_deploy.evaluation import build_protocol, evaluate
 from dbsam_deploy.evaluation.medsam import resize_image, resize_labels
 from dbsam_deploy.evaluation.metrics import surface_dice
-from dbsam_deploy.prediction.predictor import Prediction
 
 
 @pytest.fixture

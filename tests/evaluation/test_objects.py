@@ -17,6 +17,7 @@ from support.references import (
 )
 
 from dbsam_deploy.core.errors import InputError
+from dbsam_deploy.core.masks import Prediction
 from dbsam_deploy.evaluation import (
     EvaluationResult,
     LabelledCase,
@@ -28,7 +29,7 @@ from dbsam_deploy.evaluation import (
 )
 from dbsam_deploy.evaluation.boxes import BoxGrowth
 from dbsam_deploy.evaluation.metrics import dice, surface_dice
-from dbsam_deploy.prediction.predictor import Prediction, Predictor
+from dbsam_deploy.prediction.predictor import Predictor
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
 from dbsam_deploy.verification.cases import bundled_examples
 

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from dbsam_deploy.core.masks import Prediction
 from dbsam_deploy.evaluation import EvaluationResult, LabelledCase, build_protocol, evaluate
 from dbsam_deploy.evaluation.boxes import fill_box
 from dbsam_deploy.evaluation.files import write_files
@@ -24,7 +25,6 @@ from dbsam_deploy.evaluation.published import AVERAGES, OUR_LABELS, PAPER_ROWS, 
 from dbsam_deploy.evaluation.tables import our_average, print_result
 from dbsam_deploy.images.overlays import COLOURS
 from dbsam_deploy.images.volumes import Volume
-from dbsam_deploy.prediction.predictor import Prediction
 
 MODEL = {"name": "a <model> & more", "backend": "test"}
 HEART = "left ventricle (endocardial)"

@@ -16,8 +16,9 @@ from onnxscript.rewriter.pattern import RewriteRuleSet
 from support.references import check_close
 
 from dbsam_deploy.core.errors import ExportError
+from dbsam_deploy.files.onnx_files import SCOPES
 from dbsam_deploy.fusions import FusionCounts, expected_counts, fuse, fuse_file, layout
-from dbsam_deploy.fusions.nodes import DOMAIN, PLUGIN, SCOPES
+from dbsam_deploy.fusions.nodes import DOMAIN, PLUGIN
 from dbsam_deploy.model import VARIANTS, variant_config
 
 ENCODERS = {

@@ -14,7 +14,7 @@ from dbsam_deploy.images.volumes import (
     label_map_bytes,
     npz_bytes,
     png_bytes,
-    read_volume,
+    read_image,
     to_uint8,
 )
 
@@ -29,7 +29,7 @@ def rng() -> np.random.Generator:
 def test_colour_png_is_read_exactly(tmp_path: Path, rng: np.random.Generator) -> None:
     pixels = rng.integers(0, 256, (7, 11, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    volume = read_volume(tmp_path / "a.png")
+    volume = read_image(tmp_path / "a.png")
     np.testing.assert_array_equal(volume.slice_rgb(0), pixels)
     assert volume.shape == (1, 7, 11)
     assert not volume.is_volume
@@ -40,14 +40,14 @@ def test_colour_png_is_read_exactly(tmp_path: Path, rng: np.random.Generator) ->
 def test_grey_png_is_repeated_in_three_channels(tmp_path: Path, rng: np.random.Generator) -> None:
     pixels = rng.integers(0, 256, (7, 11), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "A.PNG")
-    rgb = read_volume(tmp_path / "A.PNG").slice_rgb(0)
+    rgb = read_image(tmp_path / "A.PNG").slice_rgb(0)
     for channel in range(3):
         np.testing.assert_array_equal(rgb[..., channel], pixels)
 
 
 def test_jpeg(tmp_path: Path) -> None:
     Image.new("RGB", (16, 8), (200, 100, 50)).save(tmp_path / "a.jpg", quality=95)
-    rgb = read_volume(tmp_path / "a.jpg").slice_rgb(0)
+    rgb = read_image(tmp_path / "a.jpg").slice_rgb(0)
     assert np.abs(rgb.astype(int) - [200, 100, 50]).max() <= 3
 
 
@@ -55,14 +55,14 @@ def test_a_jpegs_orientation_tag_is_not_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned by 90 degrees
     Image.new("RGB", (16, 8)).save(tmp_path / "a.jpg", exif=exif)
-    assert read_volume(tmp_path / "a.jpg").shape == (1, 8, 16)
+    assert read_image(tmp_path / "a.jpg").shape == (1, 8, 16)
 
 
 def test_transparency_is_laid_over_black(tmp_path: Path) -> None:
     pixels = np.zeros((2, 2, 4), np.uint8)
     pixels[..., 0], pixels[..., 3] = 200, [[0, 255], [128, 255]]
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    volume = read_volume(tmp_path / "a.png")
+    volume = read_image(tmp_path / "a.png")
     assert volume.slice_rgb(0)[..., 0].tolist() == [[0, 200], [100, 200]]
     assert "transparency over black" in volume.intensity
 
@@ -73,7 +73,7 @@ def test_palettes_and_grey_with_alpha(tmp_path: Path, mode: str, transparency: b
     image.putpixel((1, 2), (250, 250, 250))
     keep = {"transparency": 250} if transparency else {}
     image.convert("L").convert(mode).save(tmp_path / "a.png", **keep)
-    rgb = read_volume(tmp_path / "a.png").slice_rgb(0)
+    rgb = read_image(tmp_path / "a.png").slice_rgb(0)
     assert rgb.shape == (3, 4, 3)
     assert rgb[2, 1].tolist() in ([250] * 3, [0] * 3)
     assert (rgb[2, 1] == 0).all() == transparency
@@ -83,7 +83,7 @@ def test_palettes_and_grey_with_alpha(tmp_path: Path, mode: str, transparency: b
 def test_black_and_white_png(tmp_path: Path) -> None:
     bits = np.array([[True, False], [False, True]])
     Image.fromarray(bits).save(tmp_path / "a.png")
-    assert read_volume(tmp_path / "a.png").pixels[0].tolist() == [[255, 0], [0, 255]]
+    assert read_image(tmp_path / "a.png").pixels[0].tolist() == [[255, 0], [0, 255]]
 
 
 def test_16_bit_grey_png_uses_percentiles_or_the_window(
@@ -92,13 +92,13 @@ def test_16_bit_grey_png_uses_percentiles_or_the_window(
     pixels = rng.integers(1, 4096, (40, 50)).astype(np.uint16)
     pixels[:5] = 0
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    volume = read_volume(tmp_path / "a.png")
+    volume = read_image(tmp_path / "a.png")
     low, high = np.percentile(pixels[pixels > 0], [0.5, 99.5])
     expected = ((np.clip(pixels, low, high) - low) / (high - low) * 255).astype(np.uint8)
     expected[pixels == 0] = 0
     assert np.abs(volume.pixels[0].astype(int) - expected).max() <= 1
     assert "0.5–99.5 percentile of non-zero voxels" in volume.intensity
-    windowed = read_volume(tmp_path / "a.png", window=(2000, 1000))
+    windowed = read_image(tmp_path / "a.png", window=(2000, 1000))
     assert (windowed.pixels[0][pixels <= 1500] == 0).all()
     assert (windowed.pixels[0][pixels >= 2500] == 255).all()
     assert "window level 2000 width 1000 (1500 to 2500)" in windowed.intensity
@@ -118,7 +118,7 @@ def test_16_bit_colour_png_says_what_is_lost(tmp_path: Path) -> None:
     content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
     content += chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
     (tmp_path / "a.png").write_bytes(content)
-    volume = read_volume(tmp_path / "a.png")
+    volume = read_image(tmp_path / "a.png")
     assert volume.slice_rgb(0).tolist() == [[[0x12, 0xFF, 0x00], [0x80, 0x7F, 0x00]]]
     assert "high byte of 16-bit colour" in volume.intensity
 
@@ -138,7 +138,7 @@ def test_a_picture_too_large_is_refused_before_decoding(
     content[29:33] = struct.pack(">I", zlib.crc32(bytes(content[12:29])))
     (tmp_path / "a.png").write_bytes(bytes(content))
     with pytest.raises(InputError, match="more than 67108864 pixels"):
-        read_volume(tmp_path / "a.png")
+        read_image(tmp_path / "a.png")
 
 
 def test_broken_pictures_are_refused(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -147,26 +147,26 @@ def test_broken_pictures_are_refused(tmp_path: Path, rng: np.random.Generator) -
     for broken in (good[:-2000], good[:20], b"", b"GIF89a" + good[6:], b"text"):
         path.write_bytes(broken)
         with pytest.raises(InputError, match="not a readable PNG or JPEG"):
-            read_volume(path)
+            read_image(path)
 
 
 def test_a_picture_of_another_format_is_not_decoded(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.tiff")
     (tmp_path / "a.tiff").rename(tmp_path / "a.png")
     with pytest.raises(InputError, match="not a readable PNG or JPEG"):
-        read_volume(tmp_path / "a.png")
+        read_image(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("name", ["nothing.png", "nothing", "x" * 5000 + ".png", "a\0b.png"])
 def test_no_such_file(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match="no such file"):
-        read_volume(tmp_path / name)
+        read_image(tmp_path / name)
 
 
 def test_unknown_suffix(tmp_path: Path) -> None:
     (tmp_path / "a.bmp").write_bytes(b"BM")
     with pytest.raises(InputError, match="unknown kind of file"):
-        read_volume(tmp_path / "a.bmp")
+        read_image(tmp_path / "a.bmp")
 
 
 def test_negative_values_count_all_voxels_and_keep_zero() -> None:

@@ -84,10 +84,10 @@ def test_boxes_reach_the_decoder_in_the_model_frame(
     scale = np.array([64 / 45, 43 / 30, 64 / 45, 43 / 30])
     np.testing.assert_allclose(session.feeds[1][1]["boxes"][0], boxes * scale, rtol=1e-6)
     expected = np.stack([box_logits(b) for b in to_model_frame(boxes, (30, 45), how)])[:, None]
-    np.testing.assert_array_equal(prediction.low_res_masks, expected)
+    np.testing.assert_array_equal(prediction.logits, expected)
     np.testing.assert_array_equal(prediction.masks, postprocess(expected, (30, 45), how))
     assert prediction.masks.shape == (2, 1, 30, 45)
-    assert prediction.iou_predictions.shape == (2, 1)
+    assert prediction.ious.shape == (2, 1)
 
 
 def test_masks_lie_where_the_box_is(predictor: Predictor) -> None:
@@ -126,7 +126,7 @@ def test_points_end_with_no_point(predictor: Predictor, session: RecordingSessio
     assert (feed["has_mask_input"] == 0).all()
     assert (feed["mask_input"] == 0).all()
     # token 0 is the single mask
-    np.testing.assert_array_equal(prediction.low_res_masks, np.full((2, 1, SIDE, SIDE), -1.5))
+    np.testing.assert_array_equal(prediction.logits, np.full((2, 1, SIDE, SIDE), -1.5))
     assert not prediction.masks.any()
 
 
@@ -145,13 +145,13 @@ def test_box_corners_follow_the_points(predictor: Predictor, session: RecordingS
 def test_multimask_returns_tokens_1_to_3(predictor: Predictor) -> None:
     prediction = predictor.predict_prompts(boxes=np.array([[1, 2, 20, 25]]), multimask=True)
     assert prediction.masks.shape == (1, 3, 30, 45)
-    np.testing.assert_allclose(prediction.iou_predictions, [[0.1, 0.2, 0.3]])
+    np.testing.assert_allclose(prediction.ious, [[0.1, 0.2, 0.3]])
     # logits -0.5, 0.5 and 1.5
     assert prediction.masks.any(axis=(2, 3)).tolist() == [[False, True, True]]
 
 
 def test_an_earlier_mask_is_passed_on(predictor: Predictor, session: RecordingSession) -> None:
-    earlier = predictor.predict_boxes(np.array([[1, 2, 20, 25]])).low_res_masks[:, 0]
+    earlier = predictor.predict_boxes(np.array([[1, 2, 20, 25]])).logits[:, 0]
     predictor.predict_prompts(boxes=np.array([[1, 2, 20, 25]]), mask_input=earlier)
     feed = session.feeds[-1][1]
     np.testing.assert_array_equal(feed["mask_input"][0, :, 0], earlier)

@@ -8,10 +8,12 @@ import pytest
 
 from dbsam_deploy.core.contract import MAX_PROMPTS
 from dbsam_deploy.core.errors import InputError
+from dbsam_deploy.core.masks import Prediction
 from dbsam_deploy.images.volumes import Volume
 from dbsam_deploy.prediction import segment as module
-from dbsam_deploy.prediction.predictor import Prediction
-from dbsam_deploy.prediction.segment import Prompts, check_prompts, segment
+from dbsam_deploy.prediction.prompts import Prompts, check_prompts
+from dbsam_deploy.prediction.results import Result
+from dbsam_deploy.prediction.segment import segment
 
 
 class BoxPredictor:
@@ -55,9 +57,15 @@ def volume(depth: int, height: int = 12, width: int = 15) -> Volume:
     return Volume(Path("scan"), "npz", np.broadcast_to(pixels, (depth, height, width)).copy(), "")
 
 
-def run(volume: Volume, prompts: Prompts) -> tuple[module.Segmentation, BoxPredictor]:
+def clicks(*points: tuple[float, float, float]) -> dict[str, np.ndarray]:
+    """One prompt set of (x, y, label)."""
+    array = np.array(points)[None]
+    return {"point_coords": array[..., :2], "point_labels": array[..., 2]}
+
+
+def run(volume: Volume, prompts: Prompts) -> tuple[Result, BoxPredictor]:
     predictor = BoxPredictor()
-    return segment(predictor, volume, prompts), predictor  # type: ignore[arg-type]
+    return segment(predictor, volume, prompts), predictor
 
 
 def test_boxes_of_an_image() -> None:
@@ -68,9 +76,9 @@ def test_boxes_of_an_image() -> None:
     expected[0, 4:12, 4:15] = 2  # the later prompt covers the earlier
     np.testing.assert_array_equal(result.labels, expected)
     assert result.labels.dtype == np.uint8
-    assert [f.pixels for f in result.findings] == [30, 88]
-    assert [f.label for f in result.findings] == [1, 2]
-    assert result.findings[0].prompt == "box 1 2 6 8"
+    assert result.pixels.tolist() == [[30], [88]]
+    assert [row.label for row in result.rows()] == [1, 2]
+    assert result.rows()[0].prompt == "box 1 2 6 8"
     assert result.slices == (0,)
     assert len(predictor.images) == 1
 
@@ -81,7 +89,7 @@ def test_a_slice_of_a_volume() -> None:
     assert (predictor.images[0] == 13).all()
     assert result.labels[3].sum() == 30
     assert np.delete(result.labels, 3, axis=0).sum() == 0
-    assert result.findings[0].iou == pytest.approx(0.13)
+    assert result.ious[0, 0] == pytest.approx(0.13)
 
 
 def test_3d_boxes_cover_z0_to_z1_minus_1() -> None:
@@ -89,7 +97,7 @@ def test_3d_boxes_cover_z0_to_z1_minus_1() -> None:
     progress: list[tuple[int, int]] = []
     predictor = BoxPredictor()
     result = segment(
-        predictor,  # type: ignore[arg-type]
+        predictor,
         volume(8),
         Prompts(boxes_3d=boxes),
         lambda done, total: progress.append((done, total)),
@@ -101,8 +109,8 @@ def test_3d_boxes_cover_z0_to_z1_minus_1() -> None:
     assert result.slices == (1, 2, 3, 4, 5)
     assert [image.flat[0] for image in predictor.images] == [11, 12, 13, 14, 15]
     assert predictor.calls == [1, 1, 2, 1, 1]  # one encoding a slice, its boxes together
-    assert [f.pixels for f in result.findings] == [90, 264]
-    assert [f.iou for f in result.findings] == pytest.approx([0.12, 0.14])
+    assert result.pixels.tolist() == [[90], [264]]
+    assert result.ious[:, 0].tolist() == pytest.approx([0.12, 0.14])
     assert progress == [(0, 5), (1, 5), (2, 5), (3, 5), (4, 5), (5, 5)]
 
 
@@ -124,29 +132,28 @@ def test_large_images_are_decoded_in_smaller_batches(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(module, "_MASK_BYTES_AT_ONCE", 2 * 12 * 15)
     result, predictor = run(volume(1), Prompts(boxes))
     assert predictor.calls == [2, 2, 1]
-    assert [f.label for f in result.findings] == [1, 2, 3, 4, 5]
+    assert [row.label for row in result.rows()] == [1, 2, 3, 4, 5]
 
 
 def test_points_make_one_prompt_set_with_the_box() -> None:
-    points = ((3.0, 4.0, 1.0), (9.0, 2.0, 0.0))
-    result, predictor = run(volume(1), Prompts(np.array([[1, 2, 6, 8]]), points=points))
+    points = clicks((3.0, 4.0, 1), (9.0, 2.0, 0))
+    result, predictor = run(volume(1), Prompts(np.array([[1, 2, 6, 8]]), **points))
     (prompted,) = predictor.prompted
     np.testing.assert_array_equal(prompted["point_coords"], [[[3, 4], [9, 2]]])
     np.testing.assert_array_equal(prompted["point_labels"], [[1, 0]])
     np.testing.assert_array_equal(prompted["boxes"], [[1, 2, 6, 8]])
-    assert result.findings[0].prompt == "box 1 2 6 8 points +(3, 4) -(9, 2)"
+    assert result.rows()[0].prompt == "box 1 2 6 8 points +(3, 4) -(9, 2)"
     assert result.labels.sum() == 30
-    alone, predictor = run(volume(1), Prompts(points=points))
+    alone, predictor = run(volume(1), Prompts(**points))
     assert predictor.prompted[0]["boxes"] is None
-    assert alone.findings[0].prompt == "points +(3, 4) -(9, 2)"
+    assert alone.rows()[0].prompt == "points +(3, 4) -(9, 2)"
 
 
 def test_multimask_keeps_the_best_and_returns_all() -> None:
     result, _ = run(volume(4), Prompts(np.array([[1, 2, 6, 8]]), slice_index=1, multimask=True))
-    (finding,) = result.findings
-    assert [pixels for pixels, _ in finding.alternatives] == [30, 0, 150]
-    assert [iou for _, iou in finding.alternatives] == pytest.approx([0.3, 0.2, 0.9])
-    assert (finding.pixels, finding.iou) == pytest.approx((150, 0.9))
+    assert result.pixels.tolist() == [[30, 0, 150]]
+    assert result.ious[0].tolist() == pytest.approx([0.3, 0.2, 0.9])
+    assert [row.kept for row in result.rows()] == [False, False, True]
     assert result.alternatives is not None
     assert result.alternatives.shape == (3, 12, 15)
     assert result.alternatives.sum(axis=(1, 2)).tolist() == [30, 0, 150]
@@ -163,13 +170,13 @@ BOX_3D = np.array([[1, 2, 0, 6, 8, 3]])
     [
         (1, Prompts(), "no prompt"),
         (5, Prompts(BOX), "--slice"),
-        (5, Prompts(points=((1, 1, 1),)), "--slice"),
+        (5, Prompts(**clicks((1, 1, 1))), "--slice"),
         (5, Prompts(BOX, slice_index=5), "slices 0–4"),
         (5, Prompts(BOX, slice_index=-1), "slices 0–4"),
         (1, Prompts(BOX, slice_index=1), "slices 0–0"),
         (1, Prompts(boxes_3d=BOX_3D), "2D image"),
         (5, Prompts(BOX, boxes_3d=BOX_3D), "stands alone"),
-        (5, Prompts(boxes_3d=BOX_3D, points=((1, 1, 1),)), "stands alone"),
+        (5, Prompts(boxes_3d=BOX_3D, **clicks((1, 1, 1))), "stands alone"),
         (5, Prompts(boxes_3d=BOX_3D, slice_index=1), "not with 3D boxes"),
         (5, Prompts(boxes_3d=BOX_3D, multimask=True), "not with 3D boxes"),
         (5, Prompts(boxes_3d=np.array([[1, 2, 0, 6, 8, 6]])), "z1 <= 5"),
@@ -182,17 +189,19 @@ BOX_3D = np.array([[1, 2, 0, 6, 8, 3]])
         (5, Prompts(boxes_3d=np.zeros((0, 6))), "at least one"),
         (1, Prompts(np.zeros((0, 4))), "0 boxes"),
         (1, Prompts(np.array([[6, 2, 1, 8]])), "x0 < x1"),
-        (1, Prompts(np.tile(BOX, (2, 1)), points=((1, 1, 1),)), "one --box, not with 2"),
-        (1, Prompts(points=((1, 1, 2),)), "point labels"),
-        (1, Prompts(points=((1, 1, -1),)), "point labels"),
-        (1, Prompts(points=((1, 1, 0.5),)), "point labels"),
-        (1, Prompts(points=((16, 1, 1),)), "outside the image"),
+        (1, Prompts(np.tile(BOX, (2, 1)), **clicks((1, 1, 1))), "one box each"),
+        (1, Prompts(**clicks((1, 1, 2))), "point labels"),
+        (1, Prompts(mask_input=np.zeros((1, 4, 4))), "alone is no prompt"),
+        (1, Prompts(point_coords=np.zeros((1, 1, 2))), "one is missing"),
+        (5, Prompts(boxes_3d=BOX_3D, mask_input=np.zeros((1, 4, 4))), "not with 3D boxes"),
+        (1, Prompts(**clicks((1, 1, 0.5))), "point labels"),
+        (1, Prompts(**clicks((16, 1, 1))), "outside the image"),
     ],
 )
 def test_prompts_that_do_not_fit(depth: int, prompts: Prompts, message: str) -> None:
     predictor = BoxPredictor()
     with pytest.raises(InputError, match=message):
-        segment(predictor, volume(depth), prompts)  # type: ignore[arg-type]
+        segment(predictor, volume(depth), prompts)
     assert predictor.images == []
 
 

@@ -113,7 +113,7 @@ def test_configurations_avoid_what_the_server_handles_badly():
 
 @pytest.mark.parametrize(
     ("name", "ensemble"),
-    [("dbsam", ensemble_spec()), ("dbsam_prompts", prompts_ensemble_spec(256))],
+    [("dbsam", ensemble_spec(256)), ("dbsam_prompts", prompts_ensemble_spec(256))],
 )
 def test_every_ensemble_tensor_has_one_source_and_every_step_input_has_one(name, ensemble):
     configs = committed_configs()

@@ -43,7 +43,7 @@ def random_image(*size: int) -> np.ndarray:
 def local_masks(artefact, image, boxes):
     predictor = Predictor(OnnxRuntimeSession(artefact), artefact.preprocessing)
     predictor.set_image(image)
-    return predictor.predict_boxes(boxes).masks[:, 0]
+    return predictor.predict_boxes(boxes).masks
 
 
 def processes_of(group: int) -> list[str]:
@@ -304,7 +304,7 @@ def test_a_huge_image_is_refused_by_the_server_itself(triton):
     with DbsamClient(triton.grpc_url, shared_memory=True) as client:
         with pytest.raises(InputError, match=f"at most {MAX_IMAGE_PIXELS} pixels"):
             client.segment(image, BOX, check=False)
-        assert client.segment(random_image(40, 40), BOX).masks.shape == (1, 40, 40)
+        assert client.segment(random_image(40, 40), BOX).masks.shape == (1, 1, 40, 40)
 
 
 @pytest.mark.triton
@@ -354,12 +354,12 @@ def test_the_exported_tiny_model_is_served_bit_for_bit(
             predictor.set_image(case.image)
             expected = predictor.predict_boxes(case.boxes)
             answer = client.segment(case.image, case.boxes)
-            np.testing.assert_array_equal(answer.masks, expected.masks[:, 0])
-            np.testing.assert_array_equal(answer.iou_scores, expected.iou_predictions[:, 0])
+            np.testing.assert_array_equal(answer.masks, expected.masks)
+            np.testing.assert_array_equal(answer.ious, expected.ious)
             expected = predictor.predict_prompts(boxes=case.boxes, multimask=True)
             answer = client.segment_prompts(case.image, boxes=case.boxes, multimask=True)
             np.testing.assert_array_equal(answer.masks, expected.masks)
-            np.testing.assert_array_equal(answer.low_res_logits, expected.low_res_masks)
+            np.testing.assert_array_equal(answer.logits, expected.logits)
 
 
 @pytest.mark.triton
@@ -384,7 +384,7 @@ def test_int8_masks_of_the_ensemble_pass_the_gate_against_pytorch(
     ):
         for case in load_cases(bundled_examples(), recipe.parity):
             reference.set_image(case.image)
-            expected = reference.predict_boxes(case.boxes).masks[:, 0]
+            expected = reference.predict_boxes(case.boxes).masks
             masks = client.segment(case.image, case.boxes).masks
             agreement += [dice(*pair) for pair in zip(masks, expected, strict=True)]
             prompts = {"boxes": case.boxes, "multimask": True}

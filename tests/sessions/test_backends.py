@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -23,41 +24,46 @@ from dbsam_deploy.sessions import (
 from dbsam_deploy.sessions.backends import (
     BACKENDS,
     LOCAL_BACKENDS,
-    MODEL_OPTIONS,
     Backend,
-    add_model_options,
+    ModelOptions,
+    Opened,
     find_backend,
-    load_engine,
-    refuse_model_options,
+    open_backend,
     untrained_note,
 )
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
+from dbsam_deploy.sessions.options import add_model_options, add_server_options, model_options
 from dbsam_deploy.sessions.pytorch_session import PytorchSession
 
 
 def options(*words: object, backends: tuple[str, ...] = ()) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_model_options(parser, *((backends,) if backends else ()))
+    add_server_options(parser)
     return parser.parse_args([str(word) for word in words])
 
 
+def opened(*words: object) -> Opened:
+    return open_backend(model_options(options(*words)))
+
+
 def test_an_artefact_on_onnx_runtime(tiny_artefact: Artefact) -> None:
-    engine = load_engine(options("--artefact", tiny_artefact.folder))
-    assert engine.session.backend == "onnxruntime-cpu"
-    assert engine.preprocessing == tiny_artefact.preprocessing
-    assert engine.name == "tiny_test fp32"
-    assert engine.warning == "test graphs"
+    found = opened("--artefact", tiny_artefact.folder)
+    assert found.session.backend == "onnxruntime-cpu"
+    assert found.preprocessing == tiny_artefact.preprocessing
+    assert found.name == "tiny_test fp32"
+    assert found.warning == "test graphs"
 
 
 def test_a_variant_in_pytorch_with_another_preprocessing() -> None:
     words = ("--backend", "pytorch", "--variant", "db_sam_tiny", "--image-size", 64)
-    engine = load_engine(options(*words, "--preprocess", "medsam"))
-    assert engine.session.backend == "pytorch-cpu"
-    assert (engine.preprocessing.image_size, engine.preprocessing.mode) == (64, "medsam")
-    assert engine.name == "db_sam_tiny"
+    found = opened(*words, "--preprocess", "medsam")
+    assert found.session.backend == "pytorch-cpu"
+    assert (found.preprocessing.image_size, found.preprocessing.mode) == (64, "medsam")
+    assert found.name == "db_sam_tiny"
 
 
-class Opened:
+class Played:
     """Stands for a session that needs a GPU; keeps what it was made of."""
 
     def __init__(self, source: Any, **options: Any) -> None:
@@ -76,51 +82,53 @@ ARTEFACT_SESSIONS = {
 def test_a_backend_opens_its_own_session_on_an_artefact(
     tiny_artefact: Artefact, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(*ARTEFACT_SESSIONS[name], Opened)
-    engine = load_engine(options("--backend", name, "--artefact", tiny_artefact.folder))
-    assert isinstance(engine.session, Opened)
-    assert engine.session.source == tiny_artefact
-    assert engine.session.options == ({"engine_cache": None} if name.startswith("onnx") else {})
-    assert (engine.name, engine.warning) == ("tiny_test fp32", "test graphs")
+    monkeypatch.setattr(*ARTEFACT_SESSIONS[name], Played)
+    found = opened("--backend", name, "--artefact", tiny_artefact.folder)
+    assert isinstance(found.session, Played)
+    assert found.session.source == tiny_artefact
+    assert found.session.options == ({"engine_cache": None} if name.startswith("onnx") else {})
+    assert (found.name, found.warning) == ("tiny_test fp32", "test graphs")
 
 
 @pytest.mark.parametrize("words", [(), ("--runtime-precision", "bfloat16")])
 def test_openvino_gets_its_precision(
     tiny_artefact: Artefact, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr(openvino_session, "OpenvinoSession", Opened)
+    monkeypatch.setattr(openvino_session, "OpenvinoSession", Played)
     artefact = ("--artefact", tiny_artefact.folder, "--engine-cache", "x")
-    engine = load_engine(options("--backend", "openvino", *artefact, *words))
-    assert isinstance(engine.session, Opened)
-    assert engine.session.source == tiny_artefact
+    found = opened("--backend", "openvino", *artefact, *words)
+    assert isinstance(found.session, Played)
+    assert found.session.source == tiny_artefact
     precision = "bfloat16" if words else "float32"
-    assert engine.session.options == {"precision": precision, "cache": Path("x")}
+    assert found.session.options == {"precision": precision, "cache": Path("x")}
 
 
 def test_an_engine_cache_reaches_the_tensorrt_provider(
     tiny_artefact: Artefact, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(*ARTEFACT_SESSIONS["onnxruntime-tensorrt"], Opened)
+    monkeypatch.setattr(*ARTEFACT_SESSIONS["onnxruntime-tensorrt"], Played)
     words = ("--backend", "onnxruntime-tensorrt", "--artefact", tiny_artefact.folder)
-    engine = load_engine(options(*words, "--engine-cache", tmp_path))
-    assert isinstance(engine.session, Opened)
-    assert engine.session.options == {"engine_cache": tmp_path}
+    found = opened(*words, "--engine-cache", tmp_path)
+    assert isinstance(found.session, Played)
+    assert found.session.options == {"engine_cache": tmp_path}
 
 
 def test_fused_pytorch_gets_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_session, "FusedPytorchSession", Opened)
+    monkeypatch.setattr(fused_session, "FusedPytorchSession", Played)
     words = ("--backend", "pytorch-fused", "--variant", "db_sam_tiny", "--image-size", 64)
-    engine = load_engine(options(*words))
-    assert isinstance(engine.session, Opened)
-    assert engine.session.source.config.frame.image_size == 64
-    assert engine.session.options == {"device": "cuda"}
+    found = opened(*words)
+    assert isinstance(found.session, Played)
+    assert found.session.source.config.frame.image_size == 64
+    assert found.session.options == {"device": "cuda"}
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
 def test_the_table_of_backends(backend: Backend) -> None:
     assert find_backend(backend.name) is backend
     assert set(backend.devices) <= {"cpu", "cuda"}
-    assert set(backend.options) < set(MODEL_OPTIONS) - {"device"}
+    assert set(backend.options) < {field.name for field in dataclasses.fields(ModelOptions)} - {
+        "device"
+    }
     assert backend.needs
 
 
@@ -150,14 +158,14 @@ def test_devices_are_chosen_or_refused(
             session, "__init__", lambda self, source, *, device: chosen.append(device)
         )
     artefact = ("--artefact", tiny_artefact.folder)
-    load_engine(options(*artefact))
-    load_engine(options(*artefact, "--device", "cuda"))
-    load_engine(options("--backend", "pytorch", "--variant", "db_sam_tiny", "--image-size", 64))
+    opened(*artefact)
+    opened(*artefact, "--device", "cuda")
+    opened("--backend", "pytorch", "--variant", "db_sam_tiny", "--image-size", 64)
     assert chosen == ["cpu", "cuda", "cpu"]
     for backend in BACKENDS:
         if "cpu" not in backend.devices:
             with pytest.raises(InputError, match=f"--device cpu: backend {backend.name} runs on"):
-                load_engine(options("--backend", backend.name, "--device", "cpu"))
+                opened("--backend", backend.name, "--device", "cpu")
 
 
 @pytest.mark.parametrize(
@@ -182,7 +190,7 @@ def test_mistakes(
     tiny_artefact: Artefact, words: str, kind: type[DbsamError], message: str
 ) -> None:
     with pytest.raises(kind, match=message):
-        load_engine(options(*words.format(tiny=tiny_artefact.folder).split()))
+        opened(*words.format(tiny=tiny_artefact.folder).split())
 
 
 @pytest.mark.parametrize("backend", ["pytorch-fused", "onnxruntime-tensorrt"])
@@ -193,7 +201,7 @@ def test_no_gpu_backend_falls_back_to_the_cpu(tiny_artefact: Artefact, backend: 
     built = ("--variant", "db_sam_tiny", "--image-size", 64)
     words = built if backend == "pytorch-fused" else ("--artefact", tiny_artefact.folder)
     with pytest.raises(EngineError):
-        load_engine(options("--backend", backend, *words))
+        opened("--backend", backend, *words)
 
 
 @pytest.mark.parametrize(
@@ -210,10 +218,18 @@ def test_no_gpu_backend_falls_back_to_the_cpu(tiny_artefact: Artefact, backend: 
     ],
 )
 def test_a_server_has_its_own_model(words: str) -> None:
-    backends = ("onnxruntime", "triton")
     with pytest.raises(InputError, match=words.split()[0]):
-        refuse_model_options(options("--backend", "triton", *words.split(), backends=backends))
-    refuse_model_options(options("--backend", "triton", backends=backends))
+        model_options(options("--backend", "triton", *words.split()))
+    model_options(options("--backend", "triton"))
+
+
+@pytest.mark.parametrize(
+    "words", ["--url localhost:8001", "--transport http", "--shared-memory", "--timeout 3"]
+)
+def test_server_options_go_with_a_server(words: str) -> None:
+    with pytest.raises(InputError, match=f"{words.split()[0]} goes with --backend triton"):
+        model_options(options(*words.split()))
+    model_options(options("--backend", "triton", *words.split()))
 
 
 @pytest.mark.parametrize(

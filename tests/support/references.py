@@ -13,11 +13,11 @@ from torch import nn
 from dbsam_deploy.core.contract import Geometry
 from dbsam_deploy.core.errors import AccuracyError
 from dbsam_deploy.core.imaging import ByteArray, FloatArray
+from dbsam_deploy.core.masks import Prediction
 from dbsam_deploy.evaluation import LabelledCase
 from dbsam_deploy.evaluation.boxes import fill_box
 from dbsam_deploy.images.volumes import Volume
 from dbsam_deploy.model import DbSam, variant_config
-from dbsam_deploy.prediction.predictor import Prediction
 
 
 @dataclass(frozen=True)

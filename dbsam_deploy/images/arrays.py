@@ -1,0 +1,144 @@
+"""Pictures and arrays that a program already holds, as the `Volume` that a file would give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from ..core.contract import MAX_IMAGE_PIXELS
+from ..core.errors import InputError
+from .volumes import Volume, picture_values, read_image, to_uint8
+
+ImageLike = Any
+"""A path, a `Volume`, a PIL image, or numbers: NumPy, nested lists or a torch tensor."""
+
+
+def as_volume(image: ImageLike, *, window: tuple[float, float] | None = None) -> Volume:
+    """An image in any form as slices of 0–255.
+
+    Numbers are (H, W) grey, (H, W, 3) RGB, (H, W, 4) RGBA (laid over black) or (D, H, W) slices; a
+    torch tensor may be (C, H, W) or (1, C, H, W) too. uint8 is taken as it is; so are other colours
+    and lists whose values are whole and within 0–255. Floats within 0–1 become 0–255. Everything
+    else goes the way of a file, see `volumes.to_uint8`; `Volume.intensity` says what was done.
+
+    Args:
+        image: see `ImageLike`.
+        window: (level, width) that maps values to 0–255, as for a file.
+
+    Raises:
+        InputError: not an image, or see `read_image`.
+        EngineError: a file whose format's extra is not installed.
+    """
+    if isinstance(image, Volume):
+        if window is not None:
+            raise InputError("this image was read before: give the window to read_image")
+        return image
+    if isinstance(image, str | Path):
+        return read_image(Path(image), window=window)
+    if isinstance(image, Image.Image):
+        if image.width * image.height > MAX_IMAGE_PIXELS:
+            raise InputError(f"{image.width * image.height} pixels: at most {MAX_IMAGE_PIXELS}")
+        values, note = picture_values(image)
+        pixels, text = to_uint8(values[None], window, Path("picture"))
+        return Volume(Path("picture"), "picture", pixels, text + note)
+    whole = isinstance(image, list | tuple)
+    return _from_numbers(_numbers(image), window, whole)
+
+
+def _numbers(image: Any) -> npt.NDArray[Any]:
+    """(H, W), (H, W, C) or (D, H, W) of whatever NumPy can read.
+
+    Raises:
+        InputError: not real numbers of such a shape, or too many.
+    """
+    channels_first = hasattr(image, "detach")  # a torch tensor, which need not be imported here
+    if channels_first:
+        image = image.detach().cpu()
+        # NumPy has no bfloat16.
+        image = (image.float() if str(image.dtype) == "torch.bfloat16" else image).numpy()
+    try:
+        values = np.asarray(image)
+    except ValueError as error:
+        raise InputError(f"an image of {type(image).__name__} is no array: {error}") from error
+    if values.dtype.kind not in "buif":
+        raise InputError(
+            f"an image of {type(image).__name__} with values of type {values.dtype}: expected a "
+            "path, a PIL image, or real numbers of shape (H, W), (H, W, 3) or (H, W, 4)"
+        )
+    values = _channels_last(values) if channels_first else values
+    if values.ndim == 3 and values.shape[2] == 1:
+        values = values[..., 0]
+    if values.ndim not in (2, 3) or 0 in values.shape:
+        raise InputError(
+            f"image of shape {values.shape}: expected (H, W), (H, W, 3), (H, W, 4) or slices "
+            "(D, H, W), none of them 0"
+        )
+    height, width = values.shape[:2] if _is_colour(values) else values.shape[-2:]
+    if height * width > MAX_IMAGE_PIXELS:
+        raise InputError(f"image of shape {values.shape}: at most {MAX_IMAGE_PIXELS} pixels")
+    return values
+
+
+def _channels_last(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """(C, H, W) or (1, C, H, W), as torch has it, as (H, W, C); other shapes as they are."""
+    if values.ndim == 4 and len(values) == 1:
+        values = values[0]
+    first = values.ndim == 3 and values.shape[0] in (1, 3, 4) and values.shape[2] not in (3, 4)
+    return values.transpose(1, 2, 0) if first else values
+
+
+def _is_colour(values: npt.NDArray[Any]) -> bool:
+    return values.ndim == 3 and values.shape[2] in (3, 4)
+
+
+def _from_numbers(
+    values: npt.NDArray[Any], window: tuple[float, float] | None, whole: bool
+) -> Volume:
+    path, colour = Path("array"), _is_colour(values)
+    note = ""
+    if window is None:
+        values, note = _known_range(values, whole or colour)
+    if colour and values.shape[2] == 4:
+        values, note = _over_black(values, note)
+    stack = values if values.ndim == 3 and not colour else values[None]
+    pixels, text = to_uint8(stack, window, path)
+    return Volume(path, "array", pixels, note or text)
+
+
+def _known_range(values: npt.NDArray[Any], whole: bool) -> tuple[npt.NDArray[Any], str]:
+    """Values whose range is known by convention, as uint8, and in words how; others as they are.
+
+    Args:
+        values: any shape.
+        whole: whole numbers within 0–255 are meant as such.
+    """
+    if values.dtype == np.bool_:
+        return values.astype(np.uint8) * np.uint8(255), "false 0, true 255"
+    if values.dtype == np.uint8 or not np.isfinite(values).all():
+        return values, ""
+    low, high = float(values.min()), float(values.max())
+    if values.dtype.kind == "f" and low >= 0 and 0 < high <= 1:
+        return np.rint(values.astype(np.float64) * 255).astype(np.uint8), "0–1 to 0–255"
+    if whole and low >= 0 and high <= 255 and (values == np.rint(values)).all():
+        return values.astype(np.uint8), "0–255 as given"
+    return values, ""
+
+
+def _over_black(values: npt.NDArray[Any], note: str) -> tuple[npt.NDArray[Any], str]:
+    """(H, W, 4) RGBA laid over black.
+
+    Raises:
+        InputError: a range in which opaque has no known value.
+    """
+    if values.dtype != np.uint8:
+        raise InputError(
+            f"RGBA values of type {values.dtype}: expected uint8, or floats within 0–1; or drop "
+            "the fourth channel"
+        )
+    picture = Image.fromarray(np.ascontiguousarray(values))
+    flat, over = picture_values(picture)
+    return flat, (note or "0–255 as given") + over

@@ -1,0 +1,199 @@
+"""What `predict`, `client` and `serve --try` share: options, one run, its files and its table."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress as ProgressBar
+from rich.table import Table
+
+from ..core.errors import InputError
+from ..files.atomic import write_file
+from ..images.scans import require_nibabel
+from ..images.volumes import Volume, png_bytes, read_image
+from .model import Model, own_boxes
+from .prompts import Prompts, check_prompts
+from .results import Result
+from .segment import Progress
+
+
+def add_prompt_options(parser: argparse._ActionsContainer) -> None:
+    """Options that say what is looked for in an image."""
+    parser.add_argument(
+        "--box",
+        nargs=4,
+        type=float,
+        action="append",
+        metavar=("X0", "Y0", "X1", "Y1"),
+        help="a box in image pixels; repeat it for more objects",
+    )
+    parser.add_argument(
+        "--box3d",
+        nargs=6,
+        type=float,
+        action="append",
+        metavar=("X0", "Y0", "Z0", "X1", "Y1", "Z1"),
+        help="a box in a volume, put on each of the slices Z0 to Z1 - 1 (counted from 0)",
+    )
+    parser.add_argument(
+        "--point",
+        nargs=3,
+        type=float,
+        action="append",
+        metavar=("X", "Y", "LABEL"),
+        help="a point inside (LABEL 1) or outside (0) the object; all points describe one object, "
+        "together with the --box if there is one",
+    )
+    parser.add_argument("--slice", type=int, metavar="K", help="slice of --box and --point, from 0")
+    parser.add_argument(
+        "--multimask",
+        action="store_true",
+        help="three alternatives for each prompt; the one with the best predicted IoU is kept",
+    )
+
+
+def add_image_options(parser: argparse._ActionsContainer) -> None:
+    """Options that say how an image is read and what is written."""
+    parser.add_argument(
+        "--window",
+        nargs=2,
+        type=float,
+        metavar=("LEVEL", "WIDTH"),
+        help="stored values shown as black to white, HU for CT: 40 400 soft tissue, -600 1500 lung",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("predictions"), help="folder for results"
+    )
+    parser.add_argument(
+        "--mask-format",
+        choices=("auto", "png", "npz", "nifti"),
+        default="auto",
+        help="auto: PNG and npz for 2D images, npz for npz volumes, NIfTI for NIfTI and DICOM",
+    )
+    parser.add_argument(
+        "--overlay", action="store_true", help="also draw contours, prompts and a legend as PNG"
+    )
+
+
+def prompts_from(args: argparse.Namespace, volume: Volume) -> Prompts:
+    """The command line's prompts, or else the file's own boxes, checked against `volume`.
+
+    Raises:
+        InputError: see `check_prompts`.
+    """
+    points = None if args.point is None else np.array(args.point)
+    prompts = Prompts(
+        boxes=None if args.box is None else np.array(args.box),
+        boxes_3d=None if args.box3d is None else np.array(args.box3d),
+        point_coords=None if points is None else points[None, :, :2],
+        point_labels=None if points is None else points[None, :, 2],
+        slice_index=args.slice,
+        multimask=args.multimask,
+    )
+    if points is not None and not np.isin(points[:, 2], (0, 1)).all():
+        raise InputError(
+            f"point labels {points[:, 2].tolist()}: expected 1 (inside) or 0 (outside)"
+        )
+    return check_prompts(prompts if len(prompts) else own_boxes(prompts, volume), volume)
+
+
+def planned_files(volume: Volume, mask_format: str, folder: Path, overlay: bool) -> dict[str, Path]:
+    """What will be written: `png`, `npz`, `nifti`, `overlay` → path.
+
+    Raises:
+        InputError: a format that cannot hold this volume, or a file that was read as input.
+        EngineError: NIfTI without nibabel.
+    """
+    stem = volume.path.resolve().name
+    for suffix in (".nii.gz", ".nii", volume.path.suffix):
+        stem = stem.removesuffix(suffix)
+    kinds: tuple[str, ...] = (mask_format,)
+    if mask_format == "auto":
+        if volume.geometry is not None:
+            kinds = ("nifti",)
+        else:
+            kinds = ("npz",) if volume.is_volume else ("png", "npz")
+    if "png" in kinds and volume.is_volume:
+        raise InputError(f"{volume.path} is a volume: PNG holds one slice; use --mask-format npz")
+    if "nifti" in kinds:
+        if volume.geometry is None:
+            raise InputError(
+                f"{volume.path} has no position in space, which NIfTI needs: use --mask-format npz"
+            )
+        require_nibabel()
+    endings = {"png": "_mask.png", "npz": "_mask.npz", "nifti": "_mask.nii.gz"}
+    paths = {kind: folder / f"{stem}{endings[kind]}" for kind in kinds}
+    if overlay:
+        paths["overlay"] = folder / f"{stem}_overlay.png"
+    for path in paths.values():
+        if path.exists() and any(path.samefile(source) for source in volume.files):
+            raise InputError(f"{path} is the input itself: choose another --output folder")
+    return paths
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Progress]:
+    with ProgressBar(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("segmenting slices", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _report(console: Console, result: Result, paths: dict[str, Path], latency_ms: float) -> None:
+    table = Table("label", "prompt", "mask pixels", "predicted IoU", "kept")
+    several = result.ious.shape[1] > 1
+    for index, row in enumerate(result.rows()):
+        alternative = f" (alternative {index % result.ious.shape[1] + 1})" if several else ""
+        table.add_row(
+            str(row.label),
+            escape(row.prompt) + alternative,
+            str(row.pixels),
+            f"{row.iou:.3f}",
+            "yes" if row.kept else "no",
+        )
+    console.print(table)
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    say(f"{len(result.slices)} slices in {latency_ms:.1f} ms")
+    for path in paths.values():
+        say(f"wrote {path}")
+
+
+def predict_image(args: argparse.Namespace, open_model: Callable[[], Model]) -> int:
+    """Read and check what the command line names, then open the model, segment and write.
+
+    Args:
+        args: the options of this command but those of the model.
+        open_model: called once the image, the prompts and the output are known to be usable.
+    """
+    window = None if args.window is None else (args.window[0], args.window[1])
+    prompted = args.box or args.box3d or args.point
+    volume = read_image(args.image, window=window, with_boxes=not prompted)
+    prompts = prompts_from(args, volume)
+    paths = planned_files(volume, args.mask_format, args.output, args.overlay)
+    console = Console()
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    with open_model() as model:
+        depth, height, width = volume.shape
+        say(f"image: {volume.path}, {depth} × {height} × {width} (slices × height × width)")
+        say(f"intensities: {volume.intensity}")
+        say(f"model: {model.describe()}")
+        if model.note:
+            say(f"NOTE: {model.note}")
+        with _progress(Console(stderr=True)) as progress:
+            start = time.perf_counter()
+            result = model.run(volume, prompts, progress)
+            latency_ms = (time.perf_counter() - start) * 1e3
+    for kind, path in paths.items():
+        if kind == "overlay":
+            write_file(path, png_bytes(np.asarray(result.plot())))
+        else:
+            result.save(path)
+    _report(console, result, paths, latency_ms)
+    return 0

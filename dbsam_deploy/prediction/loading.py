@@ -1,0 +1,194 @@
+"""An export, a weights file or a server → one opened `Model`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from ..artefact import MANIFEST_NAME
+from ..clients.calls import Transport
+from ..clients.client import DbsamClient
+from ..core.errors import InputError
+from ..core.imaging import Mode
+from ..sessions.backends import ModelOptions, open_backend
+from ..sessions.options import TRITON, model_options
+from .model import Model
+from .predictor import Predictor, ServedPredictor
+
+KEPT_EMBEDDINGS = 8
+"""Images whose embedding a model keeps: 32 MiB at SAM's size."""
+WEIGHTS_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
+SCHEMES: dict[str, tuple[Transport, int]] = {
+    "triton": ("grpc", 8001),
+    "triton+http": ("http", 8000),
+}
+"""Scheme of a server's address → protocol and usual port."""
+TIMEOUT_S = 60.0
+
+
+def load(
+    source: str | Path | None = None,
+    *,
+    backend: str | None = None,
+    device: str | None = None,
+    variant: str | None = None,
+    image_size: int | None = None,
+    decoder_weights: str | Path | None = None,
+    preprocess: Mode | None = None,
+    runtime_precision: str | None = None,
+    engine_cache: str | Path | None = None,
+    shared_memory: bool = False,
+    timeout_s: float = TIMEOUT_S,
+) -> Model:
+    """Open a model: an export, a weights file or a server.
+
+    Args:
+        source: folder of an export, a weights file, `triton://host:8001` or
+            `triton+http://host:8000`; the newest export below `build/` if none is named.
+        backend: runtime, see `sessions.backends.BACKENDS`; by default `onnxruntime` for an export
+            and `pytorch` for weights.
+        device: `cpu` or `cuda`; by default the backend's own.
+        variant: of a weights file whose keys do not tell it.
+        image_size: side of the model frame, for weights.
+        decoder_weights: prompt encoder and mask decoder of their own, for weights.
+        preprocess: another mode than the model's own: `sam`, `medsam` or `lite_medsam`.
+        runtime_precision: `float32` or `bfloat16`, for OpenVINO.
+        engine_cache: folder that keeps engines and compiled models.
+        shared_memory: for a server on this machine.
+        timeout_s: how long one request to a server may take.
+
+    Raises:
+        InputError, CheckpointError, EngineError: no such source, options that do not go with it,
+            weights that do not fit, or a runtime or device that is missing.
+    """
+    options = ModelOptions(
+        backend=backend or "onnxruntime",
+        device=device,
+        variant=variant,
+        image_size=image_size,
+        decoder_weights=_path(decoder_weights),
+        engine_cache=_path(engine_cache),
+        runtime_precision=runtime_precision,
+        preprocess=preprocess,
+    )
+    scheme, _, address = ("" if source is None else str(source)).partition("://")
+    if address or scheme in SCHEMES:
+        _check_address(str(source), options, backend)
+        return open_server(address, scheme, shared_memory=shared_memory, timeout_s=timeout_s)
+    return open_model(_with_source(source, options, backend))
+
+
+def _check_address(source: str, options: ModelOptions, backend: str | None) -> None:
+    """Refuse an address of another kind, and options that a server has of its own.
+
+    Raises:
+        InputError: one of them is given.
+    """
+    if source.partition("://")[0] not in SCHEMES:
+        raise InputError(f"{source}: expected {' or '.join(f'{s}://' for s in SCHEMES)}")
+    wrong = options.given() + ["backend"] * (backend not in (None, TRITON))
+    if wrong:
+        raise InputError(f"{wrong[0]}: {source} has its own, fixed when its server was filled")
+
+
+def _path(value: str | Path | None) -> Path | None:
+    return None if value is None else Path(value)
+
+
+def _with_source(
+    source: str | Path | None, options: ModelOptions, backend: str | None
+) -> ModelOptions:
+    """`options` with the export or weights file that `source` is.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if backend == TRITON:
+        raise InputError('a server needs its address: load("triton://localhost:8001")')
+    if source is None:
+        return options
+    path = Path(source)
+    if path.name == MANIFEST_NAME and path.is_file():
+        path = path.parent
+    if path.is_file() or path.suffix in WEIGHTS_SUFFIXES:
+        return dataclasses.replace(options, checkpoint=path, backend=backend or "pytorch")
+    if not path.exists():
+        raise InputError(
+            f"{path}: no such folder; run `python -m dbsam_deploy.export --precision fp16`, or "
+            "name a weights file or triton://host:port"
+        )
+    return dataclasses.replace(options, artefact=path)
+
+
+def open_model(options: ModelOptions, *, kept_embeddings: int = KEPT_EMBEDDINGS) -> Model:
+    """Open a model in this process; errors are those of `backends.open_backend`."""
+    opened = open_backend(options)
+    how = opened.preprocessing
+    return Model(
+        Predictor(opened.session, how, kept_embeddings=kept_embeddings),
+        name=opened.name,
+        backend=opened.session.backend,
+        preprocessing=how,
+        weights=opened.weights,
+        note=opened.warning,
+        reopen=lambda device: open_model(dataclasses.replace(options, device=device)),
+    )
+
+
+def open_server(
+    address: str,
+    scheme: str = "triton",
+    *,
+    shared_memory: bool = False,
+    timeout_s: float = TIMEOUT_S,
+    logits: bool = True,
+    note: str = "",
+) -> Model:
+    """Open the model that a Triton server serves; nothing is sent yet.
+
+    Args:
+        address: host, or host:port.
+        scheme: one of `SCHEMES`.
+        shared_memory: for a server on this machine.
+        timeout_s: how long one request may take.
+        logits: ask for the logits of boxes too, which a label map does not need.
+        note: what the user must know of the model.
+
+    Raises:
+        InputError: an unusable address or timeout.
+        EngineError: `tritonclient` is not installed.
+    """
+    protocol, port = SCHEMES[scheme]
+    address = address.rstrip("/") or "localhost"
+    url = address if ":" in address else f"{address}:{port}"
+    client = DbsamClient(url, protocol, shared_memory=shared_memory, timeout_s=timeout_s)
+    predictor = ServedPredictor(client, logits=logits)
+    return Model(predictor, name=f"server {url}", backend=f"triton-{protocol}", note=note)
+
+
+def open_named(
+    args: argparse.Namespace, *, logits: bool = True, kept_embeddings: int = KEPT_EMBEDDINGS
+) -> Model:
+    """Open the model that a command line names, see `sessions.options`.
+
+    Args:
+        args: with the options of a model and of a server.
+        logits: see `open_server`.
+        kept_embeddings: see `Predictor`.
+
+    Raises:
+        InputError, CheckpointError, EngineError: as `load`.
+    """
+    options = model_options(args)
+    if args.backend != TRITON:
+        return open_model(options, kept_embeddings=kept_embeddings)
+    transport = args.transport or "grpc"
+    scheme = next(name for name, (known, _) in SCHEMES.items() if known == transport)
+    return open_server(
+        args.url or "localhost",
+        scheme,
+        shared_memory=bool(args.shared_memory),
+        timeout_s=TIMEOUT_S if args.timeout is None else args.timeout,
+        logits=logits,
+    )

@@ -1,0 +1,296 @@
+"""One opened model, wherever it runs, and what a program asks of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Self, TypedDict, Unpack
+
+import numpy as np
+import numpy.typing as npt
+
+from ..core.contract import MASK_INPUT, POINT_COORDS, POINT_LABELS
+from ..core.errors import InputError
+from ..core.imaging import Preprocessing
+from ..images.arrays import ImageLike, as_volume
+from ..images.volumes import Volume
+from .predictor import Promptable, ServedPredictor
+from .prompts import Prompts
+from .results import Result
+from .segment import Progress, segment
+
+
+class SamNames(TypedDict, total=False):
+    """What `segment_anything.SamPredictor.predict` calls the prompts of `Model.predict`."""
+
+    box: Any
+    """`boxes`."""
+    point_coords: Any
+    """`points`."""
+    point_labels: Any
+    """`labels`."""
+    multimask_output: bool | None
+    """`multimask`."""
+
+
+class Model:
+    """An opened model; a context manager that frees what it holds. Not for several threads at once.
+
+    Attributes:
+        name: variant and precision, or the server, in words.
+        backend: the runtime.
+        preprocessing: how images enter the model; None where only the server knows.
+        note: what the user must know, for example that the weights are untrained; else empty.
+        predictor: what is asked in the end.
+    """
+
+    def __init__(
+        self,
+        predictor: Promptable,
+        *,
+        name: str,
+        backend: str,
+        preprocessing: Preprocessing | None = None,
+        weights: dict[str, Any] | None = None,
+        note: str = "",
+        reopen: Callable[[str], Model] | None = None,
+    ) -> None:
+        self.predictor = predictor
+        self.name, self.backend, self.note = name, backend, note
+        self.preprocessing = preprocessing
+        self.weights = weights or {}
+        self._reopen = reopen
+        self._image: Volume | None = None
+
+    def __repr__(self) -> str:
+        return f"Model({self.name} on {self.backend})"
+
+    def describe(self) -> str:
+        """Name, runtime and preprocessing in one line."""
+        how = self.preprocessing
+        text = f"{self.name} on {self.backend}"
+        return text if how is None else f"{text}, {how.mode} at {how.image_size} pixels"
+
+    def set_image(
+        self,
+        image: ImageLike,
+        image_format: str = "RGB",
+        *,
+        window: tuple[float, float] | None = None,
+    ) -> None:
+        """Take an image for the `predict` calls that name none, and encode it.
+
+        Args:
+            image: see `predict`; of one slice.
+            image_format: `RGB`, or `BGR` for colours as OpenCV reads them.
+            window: (level, width) that maps values to 0–255.
+
+        Raises:
+            InputError: not one image, or another format.
+        """
+        if image_format not in ("RGB", "BGR"):
+            raise InputError(f"image_format {image_format!r}: expected RGB or BGR")
+        volume = as_volume(image, window=window)
+        if volume.is_volume:
+            raise InputError(f"{volume.path} has {volume.shape[0]} slices: expected one image")
+        if image_format == "BGR":
+            turned = np.ascontiguousarray(volume.pixels[..., ::-1])
+            volume = dataclasses.replace(
+                volume, pixels=turned if volume.pixels.ndim == 4 else volume.pixels
+            )
+        self.predictor.set_image(volume.slice_rgb(0))
+        self._image = volume
+
+    def predict(
+        self,
+        image: ImageLike = None,
+        *,
+        boxes: Any = None,
+        points: Any = None,
+        labels: Any = None,
+        mask_input: Any = None,
+        multimask: bool = False,
+        boxes_3d: Any = None,
+        slice_index: int | None = None,
+        window: tuple[float, float] | None = None,
+        **sam: Unpack[SamNames],
+    ) -> Result:
+        """Masks of an image, each prompt's own, with their IoU and logits.
+
+        An image that comes back is not encoded again. Coordinates are pixels of the stored image:
+        x to the right, y down, from the top-left pixel's top-left corner.
+
+        Args:
+            image: path, PIL image, NumPy array, list, torch tensor or `Volume`, see `as_volume`;
+                without it that of `set_image`.
+            boxes: (N, 4) or (4,) x0, y0, x1, y1, one object each; without any prompt the boxes that
+                the image's own file holds.
+            points: (P, 2) x, y of one object, or (N, P, 2) of N.
+            labels: of the points, 1 inside and 0 outside; without it all are inside.
+            mask_input: (N, 4G, 4G) or (4G, 4G), an earlier result's `logits[:, m]`.
+            multimask: three alternatives for each prompt.
+            boxes_3d: (N, 6) x0, y0, z0, x1, y1, z1 in a volume: slices z0 … z1 - 1.
+            slice_index: which slice of a volume.
+            window: (level, width) that maps stored values to 0–255.
+            sam: SAM's names of the same, see `SamNames`.
+
+        Raises:
+            InputError: no image or prompt, or one that is not usable.
+            ServingError: a server that does not answer.
+        """
+        _refuse_unknown(sam)
+        prompts = _prompts(
+            _one_of("boxes", boxes, "box", sam.get("box")),
+            _one_of("points", points, POINT_COORDS, sam.get(POINT_COORDS)),
+            _one_of("labels", labels, POINT_LABELS, sam.get(POINT_LABELS)),
+            mask_input,
+            boxes_3d,
+        )
+        three = bool(multimask or sam.get("multimask_output"))
+        prompts = dataclasses.replace(prompts, multimask=three, slice_index=slice_index)
+        return self.run(self._taken(image, window), prompts, keep_masks=True)
+
+    def _taken(self, image: ImageLike, window: tuple[float, float] | None) -> Volume:
+        if image is not None:
+            return as_volume(image, window=window)
+        if self._image is None:
+            raise InputError("no image: give one, or call set_image before")
+        if window is not None:
+            raise InputError("a window goes with an image: give it to set_image")
+        return self._image
+
+    def segment(
+        self,
+        image: ImageLike,
+        *,
+        boxes: Any = None,
+        points: Any = None,
+        labels: Any = None,
+        boxes_3d: Any = None,
+        multimask: bool = False,
+        slice_index: int | None = None,
+        window: tuple[float, float] | None = None,
+        progress: Progress | None = None,
+    ) -> Result:
+        """One label map of an image or volume; memory does not grow with the number of prompts.
+
+        Args:
+            image: see `predict`.
+            boxes: see `predict`.
+            points: see `predict`.
+            labels: see `predict`.
+            boxes_3d: (N, 6) x0, y0, z0, x1, y1, z1 in a volume: slices z0 … z1 - 1.
+            multimask: three alternatives for each prompt, of which the best is kept.
+            slice_index: which slice of a volume, for all but 3D boxes.
+            window: (level, width) that maps stored values to 0–255.
+            progress: called with slices done and slices in all.
+
+        Raises:
+            InputError: no prompt, or an image or prompt that is not usable.
+            ServingError: a server that does not answer.
+        """
+        prompts = _prompts(boxes, points, labels, None, boxes_3d)
+        prompts = dataclasses.replace(prompts, multimask=multimask, slice_index=slice_index)
+        return self.run(as_volume(image, window=window), prompts, progress)
+
+    def run(
+        self,
+        volume: Volume,
+        prompts: Prompts,
+        progress: Progress | None = None,
+        *,
+        keep_masks: bool = False,
+    ) -> Result:
+        """Segment a volume that was read, with prompts that were made; see `segment.segment`."""
+        if not len(prompts) and prompts.mask_input is None:
+            prompts = own_boxes(prompts, volume)
+        told = {} if progress is None else {"progress": progress}
+        result = segment(self.predictor, volume, prompts, **told, keep_masks=keep_masks)
+        return dataclasses.replace(result, note=self.note)
+
+    def to(self, device: Any) -> Self:
+        """This model on another device (`cpu` or `cuda`), as in SAM's code; opens it anew.
+
+        Raises:
+            InputError: a server's model, or a device that its backend does not have.
+            EngineError: the device is not there.
+        """
+        name = str(device).split(":")[0]
+        if self._reopen is None:
+            raise InputError(f"{self.name}: where a server's model runs is the server's business")
+        if not self.backend.endswith(f"-{name}"):
+            self.__dict__.update(self._reopen(name).__dict__)
+        return self
+
+    def close(self) -> None:
+        """Close the connection to a server; nothing for a model in this process."""
+        if isinstance(self.predictor, ServedPredictor):
+            self.predictor.client.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def own_boxes(prompts: Prompts, volume: Volume) -> Prompts:
+    """`prompts` with the boxes that the image's own file holds, if there are any."""
+    if volume.boxes is None:
+        return prompts
+    if volume.boxes.shape[1] == 6:
+        return dataclasses.replace(prompts, boxes_3d=volume.boxes)
+    return dataclasses.replace(prompts, boxes=volume.boxes)
+
+
+def _refuse_unknown(given: Mapping[str, Any]) -> None:
+    """Raise a TypeError, as Python does, for a keyword that is none of `SamNames`."""
+    if unknown := sorted(given.keys() - SamNames.__annotations__.keys()):
+        raise TypeError(f"predict() got an unexpected keyword argument {unknown[0]!r}")
+
+
+def _one_of(name: str, value: Any, sam_name: str, sam_value: Any) -> Any:
+    if value is not None and sam_value is not None:
+        raise InputError(f"{name} and {sam_name} are the same: give one of them")
+    return sam_value if value is None else value
+
+
+def _prompts(boxes: Any, points: Any, labels: Any, mask_input: Any, boxes_3d: Any) -> Prompts:
+    """Prompts of arrays, or of what NumPy makes arrays of, with the axes that may be left out."""
+    coords = _array("points", points, 3)
+    if coords is not None and labels is None:
+        labels = np.ones(coords.shape[:2], np.int64)
+    return Prompts(
+        boxes=_array("boxes", boxes, 2),
+        boxes_3d=_array("boxes_3d", boxes_3d, 2),
+        point_coords=coords,
+        point_labels=_array("labels", labels, 2),
+        mask_input=_array(MASK_INPUT, mask_input, 3),
+    )
+
+
+def _array(name: str, value: Any, axes: int) -> npt.NDArray[Any] | None:
+    """`value` as an array of `axes` axes; one more may be missing in front.
+
+    Raises:
+        InputError: not numbers of one of these shapes.
+    """
+    if value is None:
+        return None
+    if hasattr(value, "detach"):  # a torch tensor
+        value = value.detach().cpu().numpy()
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise InputError(f"{name}: {error}; expected numbers of {axes} axes") from error
+    if array.dtype.kind not in "fiu" or array.ndim not in (axes - 1, axes):
+        raise InputError(
+            f"{name} {array.dtype}{array.shape}: expected numbers of {axes - 1} or {axes} axes"
+        )
+    return array[None] if array.ndim == axes - 1 else array

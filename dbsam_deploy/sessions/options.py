@@ -1,0 +1,121 @@
+"""The options that name a model on a command line, the same in every command."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from ..artefact import BUILD_FOLDER
+from ..core.errors import InputError
+from ..core.imaging import MODES
+from .backends import BACKENDS, LOCAL_BACKENDS, RUNTIME_PRECISIONS, ModelOptions, names_with
+
+TRITON = "triton"
+"""The backend that is a running server, with options of its own."""
+_SERVER_NEEDS = "a running Triton server (extra client)"
+SERVER_OPTIONS = ("url", "transport", "shared_memory", "timeout")
+
+
+def add_model_options(
+    parser: argparse.ArgumentParser, backends: tuple[str, ...] = (*LOCAL_BACKENDS, TRITON)
+) -> argparse._ArgumentGroup:
+    """Add the options that name a model, and return their group."""
+    needs = {backend.name: backend.needs for backend in BACKENDS} | {TRITON: _SERVER_NEEDS}
+    width = max(map(len, backends))
+    rows = [f"{name:{width}}  {needs[name]}" for name in backends]
+    rows.append("python -m dbsam_deploy.doctor shows which of them can be used here")
+    model = parser.add_argument_group("model", "\n".join(rows))
+    model.add_argument(
+        "--backend",
+        choices=backends,
+        default="onnxruntime",
+        metavar="NAME",
+        help="one of the above",
+    )
+    model.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="cpu, unless the backend runs on a GPU only",
+    )
+    model.add_argument(
+        "--artefact",
+        type=Path,
+        help="folder that python -m dbsam_deploy.export wrote "
+        f"({names_with('artefact')}; default: the newest below {BUILD_FOLDER}/)",
+    )
+    _add_weights_options(model)
+    model.add_argument(
+        "--engine-cache",
+        type=Path,
+        metavar="DIR",
+        help="folder that keeps engines and compiled models "
+        f"({names_with('engine_cache')}; default: inside the artefact)",
+    )
+    model.add_argument(
+        "--runtime-precision",
+        choices=RUNTIME_PRECISIONS,
+        help="what the runtime computes in where the artefact is not quantised "
+        f"({names_with('runtime_precision')}; default: {RUNTIME_PRECISIONS[0]})",
+    )
+    model.add_argument(
+        "--preprocess",
+        choices=MODES,
+        help="override the model's own preprocessing: sam keeps the aspect and z-scores, medsam "
+        "(MedSAM 1.0) squeezes to a square and scales to 0-1, lite_medsam keeps the aspect and "
+        "scales to 0-1",
+    )
+    return model
+
+
+def _add_weights_options(model: argparse._ArgumentGroup) -> None:
+    """Options of a model that is built here."""
+    weights = names_with("variant")
+    model.add_argument(
+        "--variant",
+        help=f"model variant ({weights}): db_sam_tiny, db_sam, sam_vit_b, lite_medsam, ...",
+    )
+    model.add_argument("--checkpoint", type=Path, help=f"weights file ({weights})")
+    model.add_argument("--image-size", type=int, help=f"side of the model frame ({weights})")
+    model.add_argument(
+        "--decoder-weights", type=Path, help=f"prompt encoder and mask decoder weights ({weights})"
+    )
+
+
+def add_server_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the options of `--backend triton`, and return their group."""
+    server = parser.add_argument_group("server (triton)")
+    server.add_argument("--url", help="host:port (default: localhost:8001, over HTTP 8000)")
+    server.add_argument("--transport", choices=("grpc", "http"), help="default: grpc")
+    server.add_argument(
+        "--shared-memory",
+        action="store_true",
+        default=None,
+        help="for a server on this machine: no copies",
+    )
+    server.add_argument("--timeout", type=float, metavar="S", help="seconds to wait (default: 60)")
+    return server
+
+
+def model_options(args: argparse.Namespace) -> ModelOptions:
+    """What the command line says of the model.
+
+    Raises:
+        InputError: options of a model in this process for a server, or the other way round.
+    """
+    names = [field.name for field in dataclasses.fields(ModelOptions)]
+    named: dict[str, Any] = {name: getattr(args, name, None) for name in names}
+    options = ModelOptions(**named)
+    given = options.given() if args.backend == TRITON else []
+    if given:
+        raise InputError(
+            f"--{given[0].replace('_', '-')} goes with a model in this process; a Triton server "
+            "has its own, fixed when its repository was filled"
+        )
+    served = [name for name in SERVER_OPTIONS if getattr(args, name, None) is not None]
+    if served and args.backend != TRITON:
+        raise InputError(
+            f"--{served[0].replace('_', '-')} goes with --backend triton; drop one of them"
+        )
+    return options
