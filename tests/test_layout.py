@@ -18,6 +18,7 @@ ORDER = (
     # what every room may use
     "core",
     "files",
+    "child_process",
     "extras",
     "cli",
     "resources",

@@ -14,15 +14,12 @@ import io
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ..child_process import run_python
 from ..core.errors import DbsamError, EngineError, MissingError
 from ..engines.device import DRIVER_LIBRARY, find_gpu
 from ..extras import EXTRAS
@@ -73,42 +70,19 @@ class _AbsentError(Exception):
 
 def inspect_runtime(name: str, timeout_s: float = TIMEOUT_S) -> Answer:
     """Put the question `name` (a key of `INSPECTIONS`) to a fresh Python."""
-    root = str(Path(__file__).resolve().parents[2])
-    code = (
-        f"import sys; {root!r} in sys.path or sys.path.insert(0, {root!r}); "
-        f"from dbsam_deploy.diagnosis.inspections import answer; answer({name!r})"
-    )
+    code = f"from dbsam_deploy.diagnosis.inspections import answer; answer({name!r})"
     try:
-        result = subprocess.run(
-            [sys.executable, "-c", code],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=timeout_s,
-        )
-    except subprocess.TimeoutExpired:
-        return Answer(error=f"no answer within {timeout_s:g} s")
-    except OSError as error:
-        return Answer(error=f"no process to ask in: {error}")
-    lines = [line for line in result.stdout.splitlines() if line.startswith(_MARK)]
+        ended = run_python(["-c", code], timeout_s=timeout_s)
+    except EngineError as error:
+        return Answer(error=error.message)
+    lines = [line for line in ended.output.splitlines() if line.startswith(_MARK)]
     if not lines:
-        return Answer(error=_last_words(result))
+        return Answer(error=ended.reason())
     found = Answer(**json.loads(lines[-1].removeprefix(_MARK)))
-    logged = re.search(r"with error: (.+)", result.stderr)  # ONNX Runtime's log of a library
+    logged = re.search(r"with error: (.+)", ended.log)  # ONNX Runtime's log of a library
     if found.error and logged:
         return replace(found, error=f"{found.error} ({logged.group(1).strip()})")
     return found
-
-
-def _last_words(result: subprocess.CompletedProcess[str]) -> str:
-    """What a process that gave no answer left: its last line, and how it ended."""
-    lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
-    last = re.sub(r"\x1b\[[0-9;]*m", "", lines[-1]) if lines else ""
-    if result.returncode < 0:
-        ended = f"the process was ended by {signal.Signals(-result.returncode).name}"
-        return f"{ended} ({last})" if last else ended
-    return last or f"the process ended with status {result.returncode} and no word"
 
 
 def answer(name: str) -> None:

