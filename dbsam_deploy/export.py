@@ -34,6 +34,7 @@ from .core.errors import InputError
 from .engines.build import Choice, Request, build_engines, choose_engines
 from .engines.manifest import EngineRecord
 from .files.atomic import sha256_of
+from .files.sources import closure
 from .fusions import fuse_file
 from .graphs.onnx_export import check_onnx, export_graph
 from .hardware import installed_versions
@@ -154,7 +155,7 @@ def export(
     quantizer = Quantizer.of(loaded, recipe, images, options.budget, bars)
     job = _Job(stages, loaded, recipe, quantizer, cases)
     key = _export_key(loaded, recipe, quantizer.key)
-    parity_key = _hash(key, *(c.name + _hash(c.image.tobytes(), c.boxes.tobytes()) for c in cases))
+    parity_key = _parity_key(key, cases)
     artefact = _published(folder, parity_key)
     if artefact is None:
         artefact = _make_artefact(job, (key, parity_key), folder, bars)
@@ -294,17 +295,37 @@ def _published(folder: Path, key: str) -> Artefact | None:
     return artefact if artefact.key == key else None
 
 
+GRAPH_MODULES = ("model.weights", "graphs.onnx_export", "quantization.quantizer", "fusions")
+"""What the ONNX files come from, with all that these modules import."""
+GATE_MODULES = (
+    "sessions.pytorch_session",
+    "sessions.onnxruntime_session",
+    "verification.cases",
+    "verification.parity",
+)
+"""What the figures come from, likewise."""
+
+
 def _export_key(loaded: LoadedModel, recipe: Recipe, quantizer_key: str) -> str:
-    """Hash of all that determines the ONNX files: weights, recipe, versions and this library."""
-    sources = sorted(Path(__file__).parent.rglob("*.py"))
+    """Hash of all that determines the ONNX files: weights, recipe, versions and the code."""
     return _hash(
         loaded.weights["sha256"],
         repr(loaded.model.config),
         repr(recipe),
         quantizer_key,
         json.dumps(installed_versions(), sort_keys=True),
-        *(path.read_bytes() for path in sources),
+        _code_hash(GRAPH_MODULES),
     )
+
+
+def _parity_key(export_key: str, cases: list[Case]) -> str:
+    """Hash of all that determines an artefact: the ONNX files, the images, and their comparison."""
+    images = (c.name + _hash(c.image.tobytes(), c.boxes.tobytes()) for c in cases)
+    return _hash(export_key, _code_hash(GATE_MODULES), *images)
+
+
+def _code_hash(modules: tuple[str, ...]) -> str:
+    return _hash(*(path.read_bytes() for path in closure(modules)))
 
 
 def _hash(*parts: str | bytes) -> str:

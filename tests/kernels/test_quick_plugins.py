@@ -159,7 +159,7 @@ import json, sys
 from types import SimpleNamespace
 import numpy as np
 import tensorrt as trt
-from dbsam_deploy.errors import EngineError
+from dbsam_deploy.core.errors import EngineError
 from dbsam_deploy.kernels.quick_plugins import register_quick_plugins
 
 class Size:  # stands for IDimensionExpr; -1 is known only at run time
