@@ -123,20 +123,20 @@ def test_every_room_is_on_the_list_and_the_other_way_round() -> None:
 
 def test_imports_go_one_way() -> None:
     wrong = []
-    for name, imported in IMPORTS.items():
+    for name, targets in IMPORTS.items():
         own = _room(name)
         if own not in ORDER:
             continue  # a door may call any room; test_no_room_knows_a_door has the other direction
         allowed = {*ORDER[: ORDER.index(own)], own, "__version__"}
-        wrong += [f"{name}: {one}" for one in imported if _room(one) not in allowed]
+        wrong += [f"{name}: {one}" for one in targets if _room(one) not in allowed]
     assert wrong == []
 
 
 def test_no_room_knows_a_door() -> None:
     knowing = {
         (name, _room(one))
-        for name, imported in IMPORTS.items()
-        for one in imported
+        for name, targets in IMPORTS.items()
+        for one in targets
         if _room(one) in DOORS and name != "__main__"
     }
     assert knowing == {(name, f"{name}_options") for name in ("export", "sensitivity", "train")}
@@ -149,12 +149,12 @@ def _within(name: str, stage: str) -> bool:
 def test_a_stage_knows_no_other_stage() -> None:
     wrong = []
     for stage in STAGES:
-        own = {n: imported for n, imported in IMPORTS.items() if _within(n, stage)}
+        own = {n: targets for n, targets in IMPORTS.items() if _within(n, stage)}
         assert own, stage
         wrong += [
             f"{name}: {one}"
-            for name, imported in own.items()
-            for one in imported
+            for name, targets in own.items()
+            for one in targets
             for other in STAGES - {stage}
             if _within(one, other)
         ]

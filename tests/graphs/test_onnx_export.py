@@ -147,7 +147,7 @@ def test_weights_beyond_half_precision_are_refused(model):
         graph.prompt.no_mask_embed.weight[0, 0] = 1e5
     with pytest.raises(
         EngineError,
-        match=r"no_mask_embed\.weight has values beyond the range of float16; use --prec",
+        match=r"no_mask_embed\.weight has values beyond the range of float16; use",
     ):
         apply_precision(graph, load_recipe("fp16"))
 

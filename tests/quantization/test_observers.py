@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, save
 
-from dbsam_deploy.core.errors import ExportError, InputError
+from dbsam_deploy.core.errors import EngineError, ExportError, InputError
 from dbsam_deploy.quantization.observers import BINS, Histogram, observe
 
 
