@@ -5,11 +5,9 @@ import doctest
 import importlib
 import re
 import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
+from dbsam_deploy.files.sources import imported
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "dbsam_deploy"
@@ -113,22 +111,7 @@ def _room(name: str) -> str:
     return name.split(".")[0]
 
 
-def _imports(path: Path) -> Iterator[str]:
-    """Dotted names below `dbsam_deploy` that `path` imports, lazily or not."""
-    package = ["dbsam_deploy", *path.relative_to(PACKAGE).parent.parts]
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            targets = [alias.name.split(".") for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            base = base + (node.module.split(".") if node.module else [])
-            targets = [[*base, alias.name] for alias in node.names]
-        else:
-            continue
-        yield from (".".join(t[1:]) for t in targets if t[0] == "dbsam_deploy" and len(t) > 1)
-
-
-IMPORTS = {_name(path): set(_imports(path)) for path in MODULES}
+IMPORTS = {_name(path): set(imported(path)) for path in MODULES}
 """Module → what it imports of this package."""
 
 
@@ -185,20 +168,6 @@ def test_only_export_composes_the_stages() -> None:
     assert stages("export") == STAGES - {"quantization.qdq"}  # the quantizer calls it
     exporters = {name for name in IMPORTS if "graphs.onnx_export" in stages(name)}
     assert exporters == {"export", "sensitivity"}  # a sweep needs the float encoder alone
-
-
-def test_the_import_reader_sees_every_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
-    source = (
-        "import dbsam_deploy.a\nfrom dbsam_deploy import b\nfrom dbsam_deploy.c import x\n"
-        "from .. import d\nfrom ..e import y\nfrom . import z\nimport numpy\n"
-        "def f():\n    from ..g.h import w\n"
-    )
-    (tmp_path / "model").mkdir()
-    path = tmp_path / "model" / "part.py"
-    path.write_text(source)
-    expected = ["a", "b", "c.x", "d", "e.y", "model.z", "g.h.w"]
-    assert list(_imports(path)) == expected
 
 
 def test_modules_and_functions_stay_short() -> None:

@@ -9,13 +9,18 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
-def imported(path: Path, package: Path = PACKAGE) -> Iterator[str]:
-    """Dotted names below `package` that a module of it imports when it runs, lazily or not.
+def imported(path: Path, package: Path = PACKAGE, *, typing: bool = True) -> Iterator[str]:
+    """Dotted names below `package` that a module of it imports, lazily or not.
 
     Of `from .room import x` it is `room.x`, whether `x` is a module or something in one.
+
+    Args:
+        path: the module's source.
+        package: its package's folder.
+        typing: whether to name what is imported for a type checker alone.
     """
     here = [package.name, *path.relative_to(package).parent.parts]
-    for node in _statements(ast.parse(path.read_bytes())):
+    for node in _statements(ast.parse(path.read_bytes()), typing=typing):
         if isinstance(node, ast.Import):
             targets = [alias.name.split(".") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -27,17 +32,16 @@ def imported(path: Path, package: Path = PACKAGE) -> Iterator[str]:
         yield from (".".join(t[1:]) for t in targets if t[0] == package.name and len(t) > 1)
 
 
-def _statements(node: ast.AST) -> Iterator[ast.AST]:
-    """Everything below `node` but what is there for a type checker alone."""
+def _statements(node: ast.AST, *, typing: bool) -> Iterator[ast.AST]:
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
-            continue
-        yield child
-        yield from _statements(child)
+        checked = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
+        if typing or not checked:
+            yield child
+            yield from _statements(child, typing=typing)
 
 
 def closure(names: Iterable[str], package: Path = PACKAGE) -> list[Path]:
-    """The source files of modules, of all that they import, and so on, in a fixed order.
+    """The source files of modules, of all that they import when they run, and so on, sorted.
 
     Args:
         names: dotted, below `package`.
@@ -55,7 +59,7 @@ def closure(names: Iterable[str], package: Path = PACKAGE) -> list[Path]:
         path = _file(waiting.pop(), package)
         if path is not None and path not in found:
             found.add(path)
-            waiting += imported(path, package)
+            waiting += imported(path, package, typing=False)
     return sorted(found)
 
 

@@ -95,7 +95,8 @@ def calibrate(
         progress: of rounding the weights, see `round_layers`.
 
     Raises:
-        ExportError: the graph has no such layer, or an activation is not finite.
+        ExportError: the graph has no such layer.
+        EngineError: an activation is not finite.
         InputError: no image.
     """
     model = onnx.load(source)

@@ -6,11 +6,26 @@ from pathlib import Path
 import pytest
 
 from dbsam_deploy import export
-from dbsam_deploy.files.sources import PACKAGE, closure
+from dbsam_deploy.files.sources import PACKAGE, closure, imported
 
 
 def names(paths: list[Path], package: Path = PACKAGE) -> set[str]:
     return {path.relative_to(package).as_posix() for path in paths}
+
+
+def test_every_form_of_import_is_read(tmp_path: Path) -> None:
+    package = tmp_path / "dbsam_deploy"
+    source = (
+        "import dbsam_deploy.a\nfrom dbsam_deploy import b\nfrom dbsam_deploy.c import x\n"
+        "from .. import d\nfrom ..e import y\nfrom . import z\nimport numpy\n"
+        "def f():\n    from ..g.h import w\nif TYPE_CHECKING:\n    from ..i import v\n"
+    )
+    path = package / "model" / "part.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(source)
+    running = ["a", "b", "c.x", "d", "e.y", "model.z", "g.h.w"]
+    assert list(imported(path, package)) == [*running, "i.v"]
+    assert list(imported(path, package, typing=False)) == running
 
 
 def test_imports_are_followed_through_every_form(tmp_path: Path) -> None:
