@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .cli import check_words, progress_bars, run
-from .export_options import Options, build_parser
+from .export_options import ExportOptions, build_parser
 
 if __name__ == "__main__":  # --help and a mistyped option need no PyTorch
     check_words(build_parser, extra="export")
@@ -121,7 +121,7 @@ class _Steps:
 
 
 def export(
-    options: Options, console: Console | None = None, *, stages: Stages | None = None
+    options: ExportOptions, console: Console | None = None, *, stages: Stages | None = None
 ) -> Published:
     """Run every stage and publish the result.
 
@@ -170,7 +170,7 @@ def export(
     return Published(artefact, figures, repository, engines, choice.note)
 
 
-def _cases(options: Options, recipe: Recipe) -> list[Case]:
+def _cases(options: ExportOptions, recipe: Recipe) -> list[Case]:
     """Images of the comparison with PyTorch."""
     parity = recipe.parity
     if options.data_images is not None:
@@ -338,7 +338,7 @@ def _hash(*parts: str | bytes) -> str:
 
 def main(argv: list[str] | None = None, *, stages: Stages | None = None) -> int:
     """Command line entry point; returns the exit status."""
-    options = Options(**vars(build_parser().parse_args(argv)))
+    options = ExportOptions(**vars(build_parser().parse_args(argv)))
     published = export(options, stages=stages)
     # In a file or a pipe there is no screen to fit.
     console = Console(width=None if sys.stdout.isatty() else 120)

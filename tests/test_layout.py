@@ -244,3 +244,16 @@ def test_the_readme_has_the_two_commands_that_ci_reads() -> None:
         assert len(blocks) == 1, name
         check = subprocess.run(["bash", "-n"], input=blocks[0], capture_output=True, text=True)
         assert check.returncode == 0, check.stderr
+
+
+def test_one_name_stands_for_one_thing() -> None:
+    places: dict[str, list[str]] = {}
+    for path in MODULES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(_relative(path))
+            elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                name = node.targets[0].id
+                if name[0].isupper() and not name.isupper():  # an alias of a type
+                    places.setdefault(name, []).append(_relative(path))
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}

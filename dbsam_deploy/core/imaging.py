@@ -37,6 +37,8 @@ SCIKIT_IMAGE_LINE = 'pip install "scikit-image>=0.24"'
 
 FloatArray = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]
+Arrays = dict[str, npt.NDArray[Any]]
+"""Arrays by the names of the contract's tensors."""
 
 
 @dataclass(frozen=True)

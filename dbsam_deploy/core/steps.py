@@ -26,6 +26,7 @@ from .contract import (
 )
 from .errors import DbsamError, InputError
 from .imaging import (
+    Arrays,
     Preprocessing,
     check_boxes,
     check_image,
@@ -35,7 +36,6 @@ from .imaging import (
 )
 from .prompts import check_mask_input, check_mask_pixels, check_tokens
 
-Arrays = dict[str, npt.NDArray[Any]]
 Step = Callable[[Arrays, Preprocessing], Arrays]
 
 

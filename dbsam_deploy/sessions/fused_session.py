@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..core.contract import IMAGE, IMAGE_EMBEDDINGS, graph_specs
 from ..core.errors import EngineError, InputError
+from ..core.imaging import FloatArray
 from ..extras import TORCH_GPU_LINE
 from ..graphs.encoder_decoder import build_graph
 from ..graphs.precision import check_range
@@ -17,7 +18,7 @@ from ..kernels.torch_ops import kernel_library
 from ..model import DbSam
 from .cuda_graphs import CudaGraphRecorder, RecordedFunction, Recorder
 from .fused_model import FusedEncoder
-from .session import Feed, FloatArray, check_feed
+from .session import Feed, check_feed
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
