@@ -231,12 +231,12 @@ def load_repository(folder: Path) -> Repository:
         InputError: no repository of this library, another format, or a missing or changed file.
     """
     path = folder / REPOSITORY_NAME
-    if not path.is_file():
-        raise InputError(
-            f"no {REPOSITORY_NAME} in {folder}: run `python -m dbsam_deploy.export` first, or name "
-            "the repository it filled with --repository"
-        )
-    repository = _MANIFEST.read(path, lambda body: _repository(folder, body))
+    repository = _MANIFEST.read(
+        path,
+        lambda body: _repository(folder, body),
+        absent="run `python -m dbsam_deploy.export` first, or name the repository it filled with "
+        "--repository",
+    )
     for name, digest in repository.files.items():
         file = _MANIFEST.find(path, name)
         if file.name != "config.pbtxt":
