@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from .artefact import Artefact, load_artefact
-from .cli import HelpFormatter, Parser, run
+from .artefact import BUILD_FOLDER, Artefact, export_note, find_export, load_artefact
+from .cli import HelpFormatter, Parser, as_called, run, say_on_stderr
 from .core.errors import CheckpointError, InputError
 from .engines.build import (
     COMPATIBILITY,
@@ -22,8 +22,16 @@ from .engines.build import (
 from .engines.cuda import open_device
 from .engines.device import find_gpu
 from .engines.kinds import KINDS, TENSORRT, Kind, kind_named
-from .engines.manifest import EngineRecord, Flags, engine_folder, read_records, record_path
+from .engines.manifest import (
+    EngineRecord,
+    Flags,
+    engine_folder,
+    read_records,
+    record_path,
+    verify_command,
+)
 from .recipe import load_recipe
+from .serving.choice import refresh_repository
 from .sessions.pytorch_session import PytorchSession
 from .verification.cases import bundled_examples, load_cases
 from .verification.engine_parity import unverified_here, verify_engines
@@ -31,7 +39,8 @@ from .verification.report import engine_table
 
 DESCRIPTION = """\
 Build TensorRT or TensorRT-RTX engines from an export, compare them with PyTorch on this machine's
-GPU, or show what engines an export has. Only engines that passed the comparison are used.
+GPU, or show what engines an export has. Only engines that passed the comparison are used; TensorRT
+engines that passed it are then put into the Triton repository beside the export.
 
 examples:
   on the GPU machine that will run them: build, compare, publish
@@ -70,10 +79,9 @@ def _verify(artefact: Artefact, kind: Kind, args: argparse.Namespace) -> dict[st
     return verify_engines(artefact, kind, reference, cases, recipe.gate, device=device)
 
 
-def _build(args: argparse.Namespace, console: Console) -> dict[str, EngineRecord]:
-    kind = kind_named(args.engine)
-    options = EngineOptions(
-        kind=kind,
+def _engine_options(args: argparse.Namespace) -> EngineOptions:
+    return EngineOptions(
+        kind=kind_named(args.engine),
         targets=args.target,
         flags=Flags(
             version_compatible=args.version_compatible,
@@ -84,8 +92,11 @@ def _build(args: argparse.Namespace, console: Console) -> dict[str, EngineRecord
         plugins=args.plugins,
         take_apart=args.take_apart,
     )
-    request = check_options(options)
-    artefact = load_artefact(args.artefact)
+
+
+def _build(artefact: Artefact, args: argparse.Namespace) -> dict[str, EngineRecord]:
+    kind = kind_named(args.engine)
+    request = check_options(_engine_options(args))
     notes = Console(stderr=True)
     records = build_engines(
         artefact, request, lambda text: notes.print(text, highlight=False, markup=False)
@@ -94,9 +105,8 @@ def _build(args: argparse.Namespace, console: Console) -> dict[str, EngineRecord
         return _verify(artefact, kind, args)
     if not all(record.parity for record in records.values()):
         print(
-            f"built, not verified, and refused until then: on a machine with one of these GPUs run "
-            f"python -m dbsam_deploy.engine verify --artefact {artefact.folder} "
-            f"--engine {kind.name}"
+            "built, not verified, and refused until then: on a machine with one of these GPUs run "
+            + as_called(verify_command(artefact, kind))
         )
     return records
 
@@ -144,7 +154,11 @@ def build_parser() -> Parser:
     }
     for verb, text in about.items():
         sub = verbs.add_parser(verb, help=text, description=text, formatter_class=HelpFormatter)
-        sub.add_argument("--artefact", type=Path, required=True, help="folder of an export")
+        sub.add_argument(
+            "--artefact",
+            type=Path,
+            help=f"folder of an export (default: the newest below {BUILD_FOLDER}/)",
+        )
         if verb == "inspect":
             continue
         sub.add_argument("--engine", choices=list(KINDS), default=TENSORRT.name, help="which kind")
@@ -194,14 +208,18 @@ def main(argv: list[str] | None = None) -> int:
     """Command line entry point; returns the exit status."""
     args = build_parser().parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 160)
-    if args.verb == "inspect":
-        _inspect(load_artefact(args.artefact), console)
-        return 0
     if args.verb == "build":
-        records = _build(args, console)
-    else:
-        records = _verify(load_artefact(args.artefact), kind_named(args.engine), args)
-    console.print(engine_table(records, f"{args.artefact}: {args.engine}"))
+        check_options(_engine_options(args))  # before an export is looked for
+    artefact = load_artefact(find_export(args.artefact))
+    if args.artefact is None:
+        say_on_stderr(export_note(artefact.folder))
+    if args.verb == "inspect":
+        _inspect(artefact, console)
+        return 0
+    kind = kind_named(args.engine)
+    records = _build(artefact, args) if args.verb == "build" else _verify(artefact, kind, args)
+    console.print(engine_table(records, f"{artefact.folder}: {args.engine}"))
+    print(as_called(refresh_repository(artefact, kind)))
     return 0
 
 

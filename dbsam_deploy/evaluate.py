@@ -14,12 +14,19 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
 
-from .cli import HelpFormatter, Parser, run
+from .cli import HelpFormatter, Parser, run, say_on_stderr
 from .core.errors import InputError
-from .evaluation import PROTOCOLS, Protocol, build_protocol, evaluate, find_cases, read_cases
+from .evaluation import (
+    PROTOCOLS,
+    EvaluationProtocol,
+    build_protocol,
+    evaluate,
+    find_cases,
+    read_cases,
+)
 from .evaluation.boxes import BoxGrowth
 from .evaluation.data import CaseFile
-from .evaluation.evaluator import Progress
+from .evaluation.evaluator import FileProgress
 from .evaluation.files import write_files
 from .evaluation.html import write_page
 from .evaluation.metrics import load_library
@@ -29,8 +36,8 @@ from .evaluation.segmenters import KEPT_EMBEDDINGS
 from .evaluation.tables import print_result
 from .prediction.loading import open_named, open_server
 from .prediction.model import Model
+from .serving.choice import choose_repository
 from .serving.environment import DEFAULT_FOLDER, find_environment
-from .serving.repository import DEFAULT_REPOSITORY, load_repository
 from .serving.server import Ports, TritonServer
 from .sessions.backends import untrained_note
 from .sessions.options import TRITON, add_model_options, add_server_options, model_options
@@ -113,7 +120,7 @@ def _add_started_options(server: argparse._ArgumentGroup) -> None:
         "--repository",
         type=Path,
         help="without --url: start a server on this repository and stop it at the end "
-        f"(default: {DEFAULT_REPOSITORY})",
+        "(default: that of the newest export)",
     )
     server.add_argument(
         "--server-env",
@@ -124,7 +131,7 @@ def _add_started_options(server: argparse._ArgumentGroup) -> None:
 
 @contextmanager
 def open_evaluated(
-    args: argparse.Namespace, protocol: Protocol
+    args: argparse.Namespace, protocol: EvaluationProtocol
 ) -> Iterator[tuple[Model, dict[str, Any]]]:
     """The model that the command line names, and what reports say of it.
 
@@ -170,9 +177,9 @@ def about_model(model: Model) -> dict[str, Any]:
 
 @contextmanager
 def _started(
-    args: argparse.Namespace, protocol: Protocol
+    args: argparse.Namespace, protocol: EvaluationProtocol
 ) -> Iterator[tuple[Model, dict[str, Any]]]:
-    repository = load_repository(args.repository or DEFAULT_REPOSITORY)
+    repository = choose_repository(args.repository, None, say_on_stderr)
     how = repository.preprocessing
     environment = find_environment(args.server_env or DEFAULT_FOLDER, medsam=how.mode == "medsam")
     log = repository.folder.absolute().parent / "triton-server.log"
@@ -186,7 +193,7 @@ def _started(
 
 
 @contextmanager
-def _bar(text: str, files: int) -> Iterator[Progress]:
+def _bar(text: str, files: int) -> Iterator[FileProgress]:
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -216,7 +223,7 @@ def _check_output(folder: Path) -> None:
         raise InputError(f"{folder} cannot be written: {existing} is no folder that can be written")
 
 
-def _protocol(args: argparse.Namespace) -> Protocol:
+def _protocol(args: argparse.Namespace) -> EvaluationProtocol:
     growth = None if args.box_growth_px is None else BoxGrowth(*args.box_growth_px)
     return build_protocol(args.protocol, growth=growth, millimetres=args.nsd_mm, seed=args.seed)
 

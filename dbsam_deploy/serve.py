@@ -13,18 +13,20 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from .cli import HelpFormatter, Parser, run
+from .artefact import BUILD_FOLDER
+from .cli import HelpFormatter, Parser, run, say_on_stderr
 from .core.errors import InputError
 from .prediction.command import add_image_options, add_prompt_options, predict_image
 from .prediction.loading import open_server
 from .prediction.model import Model
+from .serving.choice import choose_repository
 from .serving.environment import (
     DEFAULT_FOLDER,
     find_environment,
     has_gpu_driver,
     install_environment,
 )
-from .serving.repository import DEFAULT_REPOSITORY, Repository, load_repository
+from .serving.repository import Repository
 from .serving.server import LOOPBACK, Ports, TritonServer
 from .sessions.backends import untrained_note
 
@@ -63,7 +65,13 @@ def build_parser() -> Parser:
         "--try", dest="image", type=Path, metavar="IMAGE", help="start, segment IMAGE, stop"
     )
     parser.add_argument(
-        "--repository", type=Path, default=DEFAULT_REPOSITORY, help="model repository to serve"
+        "--artefact",
+        type=Path,
+        help="folder of the export to serve; its repository lies beside it and is filled anew if "
+        f"it holds something else (default: the newest below {BUILD_FOLDER}/)",
+    )
+    parser.add_argument(
+        "--repository", type=Path, help="model repository to serve as it is, without its export"
     )
     parser.add_argument(
         "--server-env", type=Path, default=DEFAULT_FOLDER, help="the server's virtual environment"
@@ -170,7 +178,7 @@ def _server(args: argparse.Namespace, repository: Repository, ports: Ports) -> T
     if has_gpu_driver():
         _say("this machine has a GPU; the server below uses the CPU only. For the GPU:")
         _say(docker_command(repository, ports, args.host))
-    log = args.log or args.repository.absolute().parent / "triton-server.log"
+    log = args.log or repository.folder.absolute().parent / "triton-server.log"
     return TritonServer(repository.folder, environment, log=log, ports=ports, host=args.host)
 
 
@@ -201,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
     prompted = args.box or args.box3d or args.point or args.slice is not None
     if args.image is None and prompted:
         raise InputError("prompts and --slice go with --try IMAGE")
-    repository = load_repository(args.repository)
+    repository = choose_repository(args.repository, args.artefact, say_on_stderr)
     ports = Ports(args.http_port, args.grpc_port, args.metrics_port)
     if args.docker:
         _say(docker_command(repository, ports, args.host))

@@ -3,11 +3,12 @@
 import shutil
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 from support.cuda import CpuGpu, stand_in_device
-from support.engines import STAND_IN_GPU, VERSIONS, put_engines
+from support.engines import STAND_IN_GPU, VERSIONS, fake_runtime, put_engines
 
 from dbsam_deploy import engine
 from dbsam_deploy.artefact import load_artefact
@@ -20,7 +21,10 @@ from dbsam_deploy.engines.kinds import KINDS, TENSORRT, TENSORRT_RTX
 from dbsam_deploy.engines.manifest import read_records
 from dbsam_deploy.engines.process import Builder
 from dbsam_deploy.export import Stages, export, main
-from dbsam_deploy.serving.repository import load_repository
+from dbsam_deploy.extras import pip_line
+from dbsam_deploy.serving.repository import build_repository, load_repository
+from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
+from dbsam_deploy.verification.engine_parity import verify_engines
 
 needs_no_gpu = pytest.mark.skipif(find_gpu() is not None, reason="this machine has a GPU")
 
@@ -40,6 +44,7 @@ def test_build_and_inspect_on_a_machine_without_a_gpu(copied, capsys):
     assert "building tensorrt-rtx decoder" in text.err
     assert "built, not verified, and refused until then" in text.out
     assert "python -m dbsam_deploy.engine verify --artefact" in text.out
+    assert "model_repository is unchanged: a Triton server runs TensorRT engines, not" in text.out
     records = read_records(copied, TENSORRT_RTX)
     assert records["encoder"].targets == ("sm_86", "sm_120")
     assert run(engine.main, ["inspect", "--artefact", str(copied.folder)]) == 0
@@ -70,6 +75,21 @@ def test_a_users_mistake_is_one_line_and_status_2(copied, arguments, message, ca
     assert "\n" not in err
 
 
+def test_verified_engines_reach_the_server(copied, monkeypatch, capsys):
+    put_engines(copied, TENSORRT)
+    place = copied.folder.parent / "model_repository"
+    build_repository(copied, place)
+    gpu, loaded = CpuGpu(), SimpleNamespace(weights=copied.weights, model=None)
+    runtime = fake_runtime(gpu, VERSIONS["tensorrt"])
+    monkeypatch.setattr("dbsam_deploy.model.weights.load_model", lambda **options: loaded)
+    monkeypatch.setattr(engine, "PytorchSession", lambda model: OnnxRuntimeSession(copied))
+    monkeypatch.setattr(engine, "open_device", lambda: stand_in_device(gpu))
+    monkeypatch.setattr(engine, "verify_engines", partial(verify_engines, runtime=runtime))
+    assert run(engine.main, ["verify", "--artefact", str(copied.folder)]) == 0
+    assert capsys.readouterr().out.endswith(f"{place} now serves these engines\n")
+    assert set(load_repository(place).platforms.values()) == {"tensorrt"}
+
+
 def test_verifying_with_other_weights_is_refused(copied, monkeypatch):
     put_engines(copied, TENSORRT)
     artefact = replace(copied, variant="db_sam_tiny", weights={**copied.weights, "sha256": "abc"})
@@ -81,7 +101,7 @@ def test_verifying_with_other_weights_is_refused(copied, monkeypatch):
 
 
 def test_what_was_measured_is_shown(copied, capsys):
-    from dbsam_deploy.engines.manifest import Parity, engine_folder, sign
+    from dbsam_deploy.engines.manifest import PassedGate, engine_folder, sign
 
     put_engines(
         copied,
@@ -92,7 +112,7 @@ def test_what_was_measured_is_shown(copied, capsys):
         "default": {"embedding_cosine": 0.99951, "mask_agreement_p5": 0.97},
         "other": {"embedding_cosine": 0.99942, "mask_agreement_p5": 0.98},
     }
-    parity = Parity(STAND_IN_GPU, figures, {}, {})
+    parity = PassedGate(STAND_IN_GPU, figures, {}, {})
     sign(engine_folder(copied, TENSORRT), read_records(copied, TENSORRT), parity)
     assert run(engine.main, ["inspect", "--artefact", str(copied.folder)]) == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
@@ -199,4 +219,4 @@ def test_without_tensorrt_the_export_ends_with_one_line_about_it(published, monk
     lines = [line for line in capsys.readouterr().out.splitlines() if "engine" in line]
     assert len(lines) == 1
     assert lines[0].startswith("note: no engines were built (there is no NVIDIA GPU here); to bui")
-    assert "pip install 'dbsam-deploy[rtx]'" in lines[0]
+    assert pip_line("rtx") in lines[0]

@@ -119,7 +119,7 @@ def test_a_door_is_named_as_it_was_called(dbsam: Path, way: str) -> None:
     text = call(*words, "--help").stdout
     assert text.startswith(f"usage: {name} [-h]")
     assert f"\n    {name} --artefact build/fp16\n" in text
-    assert call(*words).stderr.endswith(f"see `{name} --help`\n")
+    assert call(*words, "--what").stderr.endswith(f"see `{name} --help`\n")
     advice = call(*words, "--artefact", "missing").stderr
     assert f"run `{name.replace('repository', 'export').replace('.serving', '')} --prec" in advice
 

@@ -13,6 +13,7 @@ import pytest
 
 from dbsam_deploy import fusions, plugins
 from dbsam_deploy.core.errors import EngineError
+from dbsam_deploy.kernels import plugin_registry
 from dbsam_deploy.kernels.plugin_build import PluginLibrary
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,7 +148,7 @@ def test_info_shows_what_a_registry_finds(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith(plugin_library.sha256)
     assert re.match(r"loaded by tensorrt\w* \d+\.\d+", lines[2])
-    shown = plugins.list_creators(plugin_library.path)["creators"]
+    shown = plugin_registry.list_creators(plugin_library.path)["creators"]
     assert {c["name"]: c["attributes"] for c in shown} == ATTRIBUTES
     assert {(c["namespace"], c["version"]) for c in shown} == {("dbsam", "1")}
     for line, operator in zip(lines[3:], ATTRIBUTES, strict=True):
@@ -159,12 +160,12 @@ def test_info_of_a_broken_library_says_why(plugin_library: PluginLibrary, tmp_pa
     broken = tmp_path / "broken.so"
     broken.write_bytes(b"not ELF" + plugin_library.path.read_bytes())
     with pytest.raises(EngineError, match=r"cannot load .*broken.so: .*invalid ELF header"):
-        plugins.list_creators(broken)
+        plugin_registry.list_creators(broken)
 
 
 LOAD = """
 import importlib, pathlib, sys
-from dbsam_deploy.errors import EngineError
+from dbsam_deploy.core.errors import EngineError
 from dbsam_deploy.kernels.plugin_registry import load_plugins
 runtime = importlib.import_module("tensorrt_lean_bindings")
 if sys.argv[2]:
@@ -197,7 +198,7 @@ def test_a_library_of_another_major_version_is_refused(plugin_library: PluginLib
 def test_the_fused_nodes_have_what_the_plugins_ask_for() -> None:
     # The parser hands over the attributes that a creator names, and takes the inputs in order.
     bodies = {op.NAME: op.body() for op in fusions._OPS}
-    assert set(bodies) == set(plugins.OPERATORS) == set(ATTRIBUTES)
+    assert set(bodies) == set(plugin_registry.OPERATORS) == set(ATTRIBUTES)
     inputs = {name: len(body.inputs) for name, body in bodies.items()}
     assert inputs == {"MsDeformAttn": 3, "ChannelAttention": 7, "RelPosAttention": 3}
     for name, body in bodies.items():
@@ -231,18 +232,18 @@ def _runtime(registry: _Registry) -> ModuleType:
 def test_a_library_must_have_all_plugins(tmp_path: Path) -> None:
     runtime = _runtime(_Registry(("MsDeformAttn", "RelPosAttention")))
     with pytest.raises(EngineError, match="has no plugin dbsam::ChannelAttention of version 1"):
-        plugins.register_library(tmp_path / "x.so", "0" * 64, runtime)
+        plugin_registry.register_library(tmp_path / "x.so", "0" * 64, runtime)
 
 
 def test_plugins_of_somebody_else_are_not_taken_for_ours(tmp_path: Path) -> None:
-    runtime = _runtime(_Registry(plugins.OPERATORS, there=("RelPosAttention",)))
+    runtime = _runtime(_Registry(plugin_registry.OPERATORS, there=("RelPosAttention",)))
     with pytest.raises(EngineError, match="other plugins named dbsam::RelPosAttention"):
-        plugins.register_library(tmp_path / "x.so", "0" * 64, runtime)
+        plugin_registry.register_library(tmp_path / "x.so", "0" * 64, runtime)
 
 
 def test_loading_without_tensorrt_says_what_to_install(
     plugin_library: PluginLibrary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(EngineError, match=r"TensorRT is not installed.*pip install 'dbsam-deploy"):
-        plugins.load_plugins(plugin_library.path)
+    with pytest.raises(EngineError, match="needs tensorrt, which"):
+        plugin_registry.load_plugins(plugin_library.path)

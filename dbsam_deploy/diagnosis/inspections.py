@@ -14,15 +14,12 @@ import io
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ..child_process import run_python
 from ..core.errors import DbsamError, EngineError, MissingError
 from ..engines.device import DRIVER_LIBRARY, find_gpu
 from ..extras import EXTRAS
@@ -36,10 +33,18 @@ from ..sessions.onnxruntime_providers import (
 
 TIMEOUT_S = 30.0
 """Only a process that hangs takes this long; the usual answer comes within three seconds."""
-SLOW_IMPORTS = frozenset({"monai", "accelerate"})
-"""Found but not imported: they take longer than all other questions together."""
+NOT_IMPORTED = frozenset({"accelerate", "monai", "onnxscript", "segment_anything", "torch"})
+"""Found but not imported: they take longer than all other questions together (torch has a question
+of its own), and segment_anything's top needs torchvision, which we do without."""
 _MARK = "dbsam-inspection:"
 _SIDE = 4
+ONE_NODE_MODEL = (
+    b'\x08\t:G\n\x11\n\x01x\n\x01x\x12\x01y"\x06MatMul\x12\x08one_node'
+    b"Z\x13\n\x01x\x12\x0e\n\x0c\x08\x01\x12\x08\n\x02\x08\x04\n\x02\x08\x04"
+    b"b\x13\n\x01y\x12\x0e\n\x0c\x08\x01\x12\x08\n\x02\x08\x04\n\x02\x08\x04B\x04\n\x00\x10\x11"
+)
+"""ONNX model that multiplies `x`, (4, 4) float32, with itself; as a file, since a machine that runs
+models need not have the package onnx, which makes them."""
 
 
 @dataclass(frozen=True)
@@ -65,42 +70,19 @@ class _AbsentError(Exception):
 
 def inspect_runtime(name: str, timeout_s: float = TIMEOUT_S) -> Answer:
     """Put the question `name` (a key of `INSPECTIONS`) to a fresh Python."""
-    root = str(Path(__file__).resolve().parents[2])
-    code = (
-        f"import sys; {root!r} in sys.path or sys.path.insert(0, {root!r}); "
-        f"from dbsam_deploy.diagnosis.inspections import answer; answer({name!r})"
-    )
+    code = f"from dbsam_deploy.diagnosis.inspections import answer; answer({name!r})"
     try:
-        result = subprocess.run(
-            [sys.executable, "-c", code],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=timeout_s,
-        )
-    except subprocess.TimeoutExpired:
-        return Answer(error=f"no answer within {timeout_s:g} s")
-    except OSError as error:
-        return Answer(error=f"no process to ask in: {error}")
-    lines = [line for line in result.stdout.splitlines() if line.startswith(_MARK)]
+        ended = run_python(["-c", code], timeout_s=timeout_s)
+    except EngineError as error:
+        return Answer(error=error.message)
+    lines = [line for line in ended.output.splitlines() if line.startswith(_MARK)]
     if not lines:
-        return Answer(error=_last_words(result))
+        return Answer(error=ended.reason())
     found = Answer(**json.loads(lines[-1].removeprefix(_MARK)))
-    logged = re.search(r"with error: (.+)", result.stderr)  # ONNX Runtime's log of a library
+    logged = re.search(r"with error: (.+)", ended.log)  # ONNX Runtime's log of a library
     if found.error and logged:
         return replace(found, error=f"{found.error} ({logged.group(1).strip()})")
     return found
-
-
-def _last_words(result: subprocess.CompletedProcess[str]) -> str:
-    """What a process that gave no answer left: its last line, and how it ended."""
-    lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
-    last = re.sub(r"\x1b\[[0-9;]*m", "", lines[-1]) if lines else ""
-    if result.returncode < 0:
-        ended = f"the process was ended by {signal.Signals(-result.returncode).name}"
-        return f"{ended} ({last})" if last else ended
-    return last or f"the process ended with status {result.returncode} and no word"
 
 
 def answer(name: str) -> None:
@@ -165,23 +147,12 @@ def _inspect_provider(label: str) -> dict[str, Any]:
     runtime = import_onnxruntime()
     facts = {"version": runtime.__version__, "offers": runtime.get_available_providers()}
     require_provider(runtime, PROVIDERS[label])
-    session = open_session(runtime, one_node_model(), PROVIDERS[label])
+    session = open_session(runtime, ONE_NODE_MODEL, PROVIDERS[label])
     ones = np.ones((_SIDE, _SIDE), np.float32)
     (out,) = session.run(None, {"x": ones})
     if not np.array_equal(out, ones @ ones):
         raise EngineError(f"onnxruntime on {label}: a product of ones is not {_SIDE} everywhere")
     return facts
-
-
-def one_node_model() -> bytes:
-    """The ONNX model that multiplies `x` with itself."""
-    from onnx import TensorProto, helper
-
-    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [_SIDE, _SIDE]) for name in "xy")
-    node = helper.make_node("MatMul", ["x", "x"], ["y"])
-    graph = helper.make_graph([node], "one_node", [x], [y])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    return bytes(model.SerializeToString())
 
 
 def inspect_onnxruntime() -> dict[str, Any]:
@@ -205,7 +176,7 @@ def inspect_openvino() -> dict[str, Any]:
 
     openvino = _module("openvino")
     core = openvino.Core()
-    compiled = core.compile_model(core.read_model(io.BytesIO(one_node_model())), "CPU")
+    compiled = core.compile_model(core.read_model(io.BytesIO(ONE_NODE_MODEL)), "CPU")
     ones = np.ones((_SIDE, _SIDE), np.float32)
     if not np.array_equal(compiled([ones])[0], ones @ ones):
         raise EngineError(f"openvino: a product of ones is not {_SIDE} everywhere")
@@ -243,7 +214,7 @@ def _inspect_extra(name: str) -> Callable[[], dict[str, Any]]:
 
     def inspect() -> dict[str, Any]:
         for module in extra.modules:
-            if module in SLOW_IMPORTS:
+            if module in NOT_IMPORTED:
                 if importlib.util.find_spec(module) is None:
                     raise _AbsentError(module)
             else:

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..child_process import run_python
 from ..core.errors import EngineError
 from .device import Gpu
 from .kinds import Kind
-from .network import Job
+from .network import BuildJob
 
 _WORKER = f"{__package__}.worker"
-_PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 _LAST_LINES = 4
 _DESCRIBE_TIMEOUT_S = 300.0
 
@@ -67,7 +63,7 @@ def describe_builder(kind: Kind) -> Builder:
     )
 
 
-def run_job(job: Job, folder: Path, graph: str) -> dict[str, Any]:
+def run_job(job: BuildJob, folder: Path, graph: str) -> dict[str, Any]:
     """Build one engine in a process of its own; see `worker.build` for the answer.
 
     Args:
@@ -103,41 +99,17 @@ def _run(
     keep: str = "",
     timeout_s: float | None = None,
 ) -> dict[str, Any]:
-    command = [sys.executable, "-m", _WORKER, *arguments, "--answer", str(answer)]
-    paths = [str(_PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    with log.open("wb") as stream:
-        try:
-            status = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                timeout=timeout_s,
-                check=False,
-            ).returncode
-        except subprocess.TimeoutExpired as error:
-            raise EngineError(f"{failure}: no answer after {timeout_s:g} s") from error
-    if status == 0 and answer.is_file():
+    command = ["-m", _WORKER, *arguments, "--answer", str(answer)]
+    try:
+        ended = run_python(command, log=log, timeout_s=timeout_s)
+    except EngineError as error:
+        raise EngineError(f"{failure}: {error.message}") from error
+    if ended.status == 0 and answer.is_file():
         body: dict[str, Any] = json.loads(answer.read_text())
         return body
-    details = [keep] if keep else []
-    raise EngineError(f"{failure}: {_reason(status, log.read_text(errors='replace'))}", *details)
-
-
-def _reason(status: int, log: str) -> str:
-    """The worker's own error line, or how its process ended and what it said last."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    builder = [_message(line) for line in lines if "[E]" in line or "[F]" in line]
-    if said:
-        return " | ".join([said[-1], *builder[-_LAST_LINES:]])
-    last = " | ".join(builder[-_LAST_LINES:] or lines[-_LAST_LINES:]) or "it said nothing"
-    if status < 0:
-        name = signal.Signals(-status).name
-        return f"the builder's process was ended by {name}; its last words: {last}"
-    return f"the builder's process ended with status {status}: {last}"
+    builder = [_message(line) for line in ended.lines if "[E]" in line or "[F]" in line]
+    reason = ended.reason(_LAST_LINES, telling=builder[-_LAST_LINES:])
+    raise EngineError(f"{failure}: {reason}", *filter(None, [keep]))
 
 
 def _message(line: str) -> str:

@@ -9,14 +9,13 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
+from ..files.onnx_files import SCOPES
+
 DOMAIN, VERSION = "dbsam", 1
 """Domain of the fused ops and its opset version."""
 
 PLUGIN = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}
 """Attributes by which TensorRT's parser finds the plugin instead of inlining the function body."""
-
-SCOPES = "pkg.torch.onnx.name_scopes"
-"""Metadata of a node: the modules it was traced in, outermost first, then its own name."""
 
 
 def parse_body(text: str) -> ir.Function:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import logging
 import math
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 
 from ..core.contract import Geometry, GraphSpec, graph_specs
 from ..core.errors import ExportError
+from ..files.onnx_files import SCOPES, check_valid, save_onnx
 from ..model import DbSam
 from ..recipe import Recipe
 from .encoder_decoder import build_graph, example_inputs
@@ -39,9 +39,6 @@ FOLDED_BYTES = 64 * 2**20
 
 _LAYOUT_OPS = {"Cast", "Reshape", "Squeeze", "Unsqueeze"}
 """Ops at a graph's float32 edges that move data without computing."""
-
-SCOPES = "pkg.torch.onnx.name_scopes"
-"""Where the exporter notes the modules that a node was traced in."""
 
 
 @dataclass(frozen=True)
@@ -76,14 +73,9 @@ def export_graph(model: DbSam, name: str, recipe: Recipe, folder: Path) -> Expor
     _name_axes(program.model, spec)
     fold_reshapes(program.model)
     check_precision(program.model, recipe, islands)
-    strip_metadata(program.model)
     program.model.producer_name = "dbsam_deploy"
     path = folder / f"{name}.onnx"
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        partial = Path(scratch) / path.name
-        ir.save(program.model, partial)
-        check_onnx(partial, spec)
-        partial.replace(path)
+    save_onnx(program.model, path, lambda partial: check_onnx(partial, spec))
     return ExportedGraph(name, path, len(program.model.graph), path.stat().st_size)
 
 
@@ -300,29 +292,13 @@ def _module_paths(node: ir.Node) -> list[str]:
     return [str(scope) for scope in scopes]
 
 
-def strip_metadata(model: ir.Model) -> None:
-    """Drop the exporter's notes but for module paths: stack traces name this machine's files."""
-    for node in model.graph:
-        scopes = node.metadata_props.get(SCOPES)
-        node.metadata_props.clear()
-        if scopes is not None:
-            node.metadata_props[SCOPES] = scopes
-    for value in (*_values(model.graph), *model.graph.initializers.values()):
-        value.metadata_props.clear()
-    model.graph.metadata_props.clear()
-    model.metadata_props.clear()
-
-
 def check_onnx(path: Path, spec: GraphSpec) -> None:
     """Check a file with onnx's checker and shape inference, and its inputs and outputs.
 
     Raises:
         ExportError: invalid, or names, dtypes or axes differ from the contract.
     """
-    try:
-        onnx.checker.check_model(path, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"{path.name}: onnx's checker refuses it: {error}") from error
+    check_valid(path)
     graph = onnx.load(path, load_external_data=False).graph
     for values, tensors in ((graph.input, spec.inputs), (graph.output, spec.outputs)):
         found = [

@@ -6,14 +6,13 @@ import ctypes
 import functools
 import importlib
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from ..child_process import run_python
 from ..core.errors import EngineError
-from ..extras import pip_line
+from ..extras import LEAN_LINE, pip_line, require
 from .plugin_build import DEFAULT_OUTPUT, LIBRARY_NAME, PluginLibrary, read_library
 
 NAMESPACE, VERSION = "dbsam", "1"
@@ -45,10 +44,7 @@ def load_plugins(path: Path, *, runtime: Any = None) -> PluginLibrary:
     """
     library = read_library(path)
     if runtime is None:
-        try:
-            runtime = importlib.import_module("tensorrt")
-        except ImportError as error:
-            raise EngineError(f"TensorRT is not installed ({error}): {pip_line('gpu')}") from None
+        runtime = require("tensorrt", extra="gpu", what_for="a plugin")
     version = runtime.__version__
     if library.tensorrt_headers.split(".")[0] != version.split(".")[0]:
         raise EngineError(
@@ -111,22 +107,38 @@ def _why_unloadable(path: Path) -> str:
     )
 
 
-_LIST = """
-import importlib, json, pathlib, sys
-from dbsam_deploy.kernels.plugin_registry import RUNTIMES, register_library
-for name in RUNTIMES:
-    try:
-        runtime = importlib.import_module(name)
-        break
-    except ImportError:
-        continue
-else:
-    sys.exit("no TensorRT")
-creators = register_library(pathlib.Path(sys.argv[1]), sys.argv[2], runtime)
-print(json.dumps({"runtime": f"{name} {runtime.__version__}", "creators": [
-    {"name": c.name, "version": c.plugin_version, "namespace": c.plugin_namespace,
-     "attributes": {f.name: f.type.name for f in c.field_names}} for c in creators]}))
-"""
+def show_creators(argv: list[str] | None = None) -> int:
+    """In the process of `list_creators`: print what the registry shows of a library as JSON."""
+    path, sha256 = sys.argv[1:] if argv is None else argv
+    for name in RUNTIMES:
+        try:
+            runtime = importlib.import_module(name)
+            break
+        except ImportError:
+            continue
+    else:
+        raise EngineError(
+            f"no TensorRT with a plugin registry: `{LEAN_LINE}` (no GPU needed), or "
+            f"`{pip_line('gpu')}`"
+        )
+    creators = [
+        {
+            "name": creator.name,
+            "version": creator.plugin_version,
+            "namespace": creator.plugin_namespace,
+            "attributes": {field.name: field.type.name for field in creator.field_names},
+        }
+        for creator in register_library(Path(path), sha256, runtime)
+    ]
+    print(json.dumps({"runtime": f"{name} {runtime.__version__}", "creators": creators}))
+    return 0
+
+
+_SHOW = (
+    "import sys; from dbsam_deploy.cli import run; "
+    "from dbsam_deploy.kernels.plugin_registry import show_creators; "
+    "sys.exit(run(show_creators))"
+)
 
 
 def list_creators(path: Path) -> dict[str, Any]:
@@ -140,22 +152,8 @@ def list_creators(path: Path) -> dict[str, Any]:
         EngineError: no file, no TensorRT module with a registry, or it cannot be loaded.
     """
     library = read_library(path)
-    root = str(Path(__file__).resolve().parents[2])
-    search = os.pathsep.join((root, *filter(None, [os.environ.get("PYTHONPATH")])))
-    answer = subprocess.run(
-        [sys.executable, "-c", _LIST, str(path), library.sha256],
-        env={**os.environ, "PYTHONPATH": search},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if answer.returncode:
-        lines = answer.stderr.strip().splitlines() or [f"status {answer.returncode}"]
-        if lines[-1] == "no TensorRT":
-            raise EngineError(
-                "no TensorRT with a plugin registry: `pip install tensorrt-lean-cu13-bindings "
-                f"tensorrt-lean-cu13-libs` (no GPU needed), or `{pip_line('gpu')}`"
-            )
-        raise EngineError(f"{path} cannot be shown: {lines[-1].split('EngineError: ')[-1]}")
-    shown: dict[str, Any] = json.loads(answer.stdout)
+    ended = run_python(["-c", _SHOW, str(path), library.sha256])
+    if ended.status:
+        raise EngineError(f"{path} cannot be shown: {ended.reason()}")
+    shown: dict[str, Any] = json.loads(ended.output)
     return shown

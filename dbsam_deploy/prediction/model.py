@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self, TypedDict, Unpack
 
@@ -22,19 +22,16 @@ from .segment import Progress, segment
 
 
 class SamNames(TypedDict, total=False):
-    """What `segment_anything.SamPredictor.predict` calls the prompts of `Model.predict`.
-
-    Attributes:
-        box: `boxes`.
-        point_coords: `points`.
-        point_labels: `labels`.
-        multimask_output: `multimask`.
-    """
+    """What `segment_anything.SamPredictor.predict` calls the prompts of `Model.predict`."""
 
     box: Any
+    """`boxes`."""
     point_coords: Any
+    """`points`."""
     point_labels: Any
+    """`labels`."""
     multimask_output: bool | None
+    """`multimask`."""
 
 
 class Model:
@@ -142,6 +139,7 @@ class Model:
             InputError: no image or prompt, or one that is not usable.
             ServingError: a server that does not answer.
         """
+        _refuse_unknown(sam)
         prompts = _prompts(
             _one_of("boxes", boxes, "box", sam.get("box")),
             _one_of("points", points, POINT_COORDS, sam.get(POINT_COORDS)),
@@ -149,11 +147,8 @@ class Model:
             mask_input,
             boxes_3d,
         )
-        prompts = dataclasses.replace(
-            prompts,
-            multimask=bool(multimask or sam.get("multimask_output")),
-            slice_index=slice_index,
-        )
+        three = bool(multimask or sam.get("multimask_output"))
+        prompts = dataclasses.replace(prompts, multimask=three, slice_index=slice_index)
         return self.run(self._taken(image, window), prompts, keep_masks=True)
 
     def _taken(self, image: ImageLike, window: tuple[float, float] | None) -> Volume:
@@ -252,6 +247,12 @@ def own_boxes(prompts: Prompts, volume: Volume) -> Prompts:
     if volume.boxes.shape[1] == 6:
         return dataclasses.replace(prompts, boxes_3d=volume.boxes)
     return dataclasses.replace(prompts, boxes=volume.boxes)
+
+
+def _refuse_unknown(given: Mapping[str, Any]) -> None:
+    """Raise a TypeError, as Python does, for a keyword that is none of `SamNames`."""
+    if unknown := sorted(given.keys() - SamNames.__annotations__.keys()):
+        raise TypeError(f"predict() got an unexpected keyword argument {unknown[0]!r}")
 
 
 def _one_of(name: str, value: Any, sam_name: str, sam_value: Any) -> Any:

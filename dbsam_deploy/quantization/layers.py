@@ -13,8 +13,7 @@ import numpy as np
 import onnx
 
 from ..core.errors import ExportError
-
-_SCOPES = "pkg.torch.onnx.name_scopes"
+from ..files.onnx_files import SCOPES
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def _size(dim: onnx.TensorShapeProto.Dimension) -> int:
 
 
 def _module_of(node: onnx.NodeProto) -> str:
-    scopes = next((p.value for p in node.metadata_props if p.key == _SCOPES), "['']")
+    scopes = next((p.value for p in node.metadata_props if p.key == SCOPES), "['']")
     paths = [str(path) for path in ast.literal_eval(scopes)]
     return paths[-2] if len(paths) > 1 else node.name
 

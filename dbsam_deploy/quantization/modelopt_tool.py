@@ -11,8 +11,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -22,9 +20,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from ..child_process import run_python
 from ..core.errors import EngineError, ExportError, InputError, MissingError
 from ..core.imaging import FloatArray
 from ..extras import pip_line
+from ..files.onnx_files import save_onnx
 from ..recipe import Quantization
 from .qdq_types import check_float8_opset
 
@@ -40,7 +40,7 @@ _TYPES = {"int8": onnx.TensorProto.INT8, "fp8": onnx.TensorProto.FLOAT8E4M3FN}
 
 
 @dataclass(frozen=True)
-class Job:
+class ModelOptJob:
     """What the worker is asked for.
 
     Attributes:
@@ -171,7 +171,7 @@ def _quantize(
     with tempfile.TemporaryDirectory(dir=source.parent) as scratch:
         folder = Path(scratch)
         _write_images(folder / "images", feeds)
-        job = Job(
+        job = ModelOptJob(
             graph=str(folder / "graph.onnx"),
             output=str(folder / "quantized.onnx"),
             nodes=nodes,
@@ -180,7 +180,7 @@ def _quantize(
             format=plan.format,
             calibrator=calibrator,
         )
-        onnx.save(model, job.graph)
+        save_onnx(model, Path(job.graph))
         _run(python, job, folder, log)
         found = onnx.load(job.output)
     log.unlink()
@@ -196,7 +196,7 @@ def _write_images(folder: Path, feeds: Iterable[dict[str, FloatArray]]) -> None:
         raise InputError("no calibration image; modelopt finds its ranges on images")
 
 
-def _run(python: str, job: Job, folder: Path, log: Path) -> None:
+def _run(python: str, job: ModelOptJob, folder: Path, log: Path) -> None:
     """Run the worker; its log stays if it fails.
 
     Raises:
@@ -204,38 +204,19 @@ def _run(python: str, job: Job, folder: Path, log: Path) -> None:
     """
     job_file, answer = folder / "job.json", folder / "answer.json"
     job_file.write_text(json.dumps(asdict(job)))
-    # PYTHONPATH is for this Python; and modelopt leaves files behind where temporary ones go.
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    environment["TMPDIR"] = str(folder)
     # -P: the worker's own folder is this package, whose modules are not to be found by bare names.
-    command = [python, "-P", str(_WORKER), "--job", str(job_file), "--answer", str(answer)]
-    with log.open("wb") as stream:
-        try:
-            status = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                check=False,
-            ).returncode
-        except OSError as error:
-            raise EngineError(f"{PYTHON_VARIABLE}={python} does not start: {error}") from error
-    if status != 0 or not answer.is_file() or not Path(job.output).is_file():
+    command = ["-P", str(_WORKER), "--job", str(job_file), "--answer", str(answer)]
+    try:
+        # modelopt leaves files behind where temporary ones go.
+        ended = run_python(command, python=python, log=log, variables={"TMPDIR": str(folder)})
+    except EngineError as error:
+        raise EngineError(f"{PYTHON_VARIABLE}={error.message}") from error
+    if ended.status != 0 or not answer.is_file() or not Path(job.output).is_file():
         raise EngineError(
-            f"modelopt did not quantise the graph ({_reason(status, log)}); the Python that runs "
-            f"it is {python}, and needs: {pip_line('modelopt')}",
+            f"modelopt did not quantise the graph ({ended.reason(_LAST_LINES)}); the Python that "
+            f"runs it is {python}, and needs: {pip_line('modelopt')}",
             f"whole log: {log}",
         )
-
-
-def _reason(status: int, log: Path) -> str:
-    lines = [x.strip() for x in log.read_text(errors="replace").splitlines() if x.strip()]
-    said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    last = said[-1] if said else " | ".join(lines[-_LAST_LINES:]) or "it said nothing"
-    if status < 0:
-        return f"its process was ended by {signal.Signals(-status).name}; its last words: {last}"
-    return last if said else f"its process ended with status {status}: {last}"
 
 
 def _take_pairs(

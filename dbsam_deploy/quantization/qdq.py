@@ -8,7 +8,6 @@ no constant weight and are never touched.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,16 +17,17 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from ..core.errors import ExportError, InputError
+from ..core.errors import ExportError
 from ..core.imaging import FloatArray
-from ..extras import pip_line
+from ..extras import require
+from ..files.onnx_files import check_valid, save_onnx
 from ..recipe import Quantization
 from .layers import Layer, find_layers, is_excluded
 from .modelopt_tool import place_modelopt_pairs
 from .observers import observe
 from .one_sided import find_centres, recentre
 from .qdq_types import keep_relus, keep_weights_only, to_float8
-from .rounding import Codes, Moments, Progress, round_layers, use_codes
+from .rounding import Codes, Moments, TextProgress, round_layers, use_codes
 from .shared_tables import share_tables
 from .smoothing import smooth
 
@@ -83,7 +83,7 @@ def calibrate(
     feeds: Feeds,
     folder: Path,
     *,
-    progress: Progress = lambda text, done, total: None,
+    progress: TextProgress = lambda text, done, total: None,
 ) -> Calibrated:
     """Observe the activations of every layer on real images, and smooth if the recipe says so.
 
@@ -95,7 +95,8 @@ def calibrate(
         progress: of rounding the weights, see `round_layers`.
 
     Raises:
-        ExportError: the graph has no such layer, or an activation is not finite.
+        ExportError: the graph has no such layer.
+        EngineError: an activation is not finite.
         InputError: no image.
     """
     model = onnx.load(source)
@@ -114,7 +115,7 @@ def calibrate(
         largest = {name: h.channels for name, h in seen.items() if h.channels is not None}
         if smooth(model, [layer.node for layer in kept], largest, plan.smoothing):
             path = folder / f"{source.stem}.smooth.onnx"
-            onnx.save(model, path)
+            save_onnx(model, path)
     seen = observe(path, axes, feeds(), watch=moments.add)
     how = plan.calibration
     return Calibrated(
@@ -194,7 +195,7 @@ def quantize_graph(
     if plan.format == "fp8":
         keep_relus(model)
     share_tables(model)
-    save_checked(model, destination)
+    save_onnx(model, destination, check_valid)
     modules = tuple(layer.module for layer in chosen)
     left = tuple(x.module for x in calibrated.layers if x.module not in set(modules))
     partly = tuple(x.module for x in chosen if x.node in set(half))
@@ -236,14 +237,11 @@ def place_pairs(
     Raises:
         InputError: ONNX Runtime's tools are not installed.
     """
-    try:
-        from onnxruntime.quantization import CalibrationMethod, QuantType
-        from onnxruntime.quantization.calibrate import TensorsData
-        from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
-    except ImportError as error:
-        raise InputError(
-            f"ONNX Runtime's quantisation tools do not load ({error}): {pip_line('cpu')}"
-        ) from error
+    require("onnxruntime.quantization.qdq_quantizer", extra="cpu", what_for="quantisation")
+    from onnxruntime.quantization import CalibrationMethod, QuantType
+    from onnxruntime.quantization.calibrate import TensorsData
+    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+
     half = any(t.data_type == onnx.TensorProto.FLOAT16 for t in model.graph.initializer)
     kind: Any = np.float16 if half else np.float32
     tensors = {t for layer in layers for t in (layer.source, layer.output)}
@@ -298,22 +296,6 @@ def spare_other_readers(model: onnx.ModelProto, layers: list[Layer], outputs: se
         for index, name in enumerate(node.input):
             if name in dequantized and dequantized[name] not in kept:
                 node.input[index] = dequantized[name]
-
-
-def save_checked(model: onnx.ModelProto, path: Path) -> None:
-    """Write a graph; the file appears only if onnx's checker and shape inference accept it.
-
-    Raises:
-        ExportError: they refuse it.
-    """
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        partial = Path(scratch) / path.name
-        onnx.save(model, partial)
-        try:
-            onnx.checker.check_model(partial, full_check=True)
-        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-            raise ExportError(f"{path.name}: onnx refuses it quantised: {error}") from error
-        partial.replace(path)
 
 
 def describe(quantized: Quantized, plan: Quantization) -> dict[str, Any]:

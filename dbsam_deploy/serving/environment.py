@@ -11,12 +11,12 @@ import importlib.metadata
 import json
 import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..child_process import run_python
 from ..core.errors import EngineError
 
 DEFAULT_FOLDER = Path(".triton-server")
@@ -76,8 +76,9 @@ def find_environment(folder: Path = DEFAULT_FOLDER, *, medsam: bool = False) -> 
         medsam: the repository uses MedSAM's preprocessing, which needs scikit-image.
 
     Raises:
-        EngineError: it is missing, incomplete, has NumPy 2, or no stub for its Python version.
+        EngineError: not Linux, or it is missing, incomplete, with NumPy 2 or no fitting stub.
     """
+    _check_system()
     python = folder / "bin" / "python3"
     if not python.is_file():
         raise EngineError(
@@ -85,11 +86,8 @@ def find_environment(folder: Path = DEFAULT_FOLDER, *, medsam: bool = False) -> 
             "(about 550 MB on disk), or name another one with --server-env"
         )
     try:
-        text = subprocess.run(
-            [str(python), "-I", "-c", _INSPECT], capture_output=True, text=True, check=True
-        ).stdout
-        found = json.loads(text)
-    except (OSError, subprocess.CalledProcessError, ValueError) as error:
+        found = json.loads(run_python(["-I", "-c", _INSPECT], python=str(python)).output)
+    except (EngineError, ValueError) as error:
         raise EngineError(
             f"the Python in {folder} does not run ({error}): delete the folder and run "
             f"`{install_hint(folder)}`"
@@ -133,11 +131,7 @@ def install_environment(
     Raises:
         EngineError: another operating system or Python, no `venv`, or pip failed.
     """
-    if sys.platform != "linux" or platform.machine() != "x86_64":
-        raise EngineError(
-            f"the Triton wheel runs on Linux x86-64, not {sys.platform} {platform.machine()}: use "
-            "the container instead (python -m dbsam_deploy.serve --docker)"
-        )
+    _check_system()
     if not (3, 11) <= sys.version_info[:2] <= (3, 12):
         raise EngineError(
             f"the server needs NumPy 1, which Python {platform.python_version()} cannot have: run "
@@ -148,18 +142,26 @@ def install_environment(
     python = folder / "bin" / "python3"
     if not python.is_file():
         report(f"[1/3] virtual environment in {folder}")
-        _call([sys.executable, "-m", "venv", str(folder)], "making the virtual environment")
+        _call(sys.executable, ["-m", "venv", str(folder)], "making the virtual environment")
     else:
         report(f"[1/3] virtual environment in {folder}: there already")
     packages = [NUMPY, *(f"{name}=={_version(name)}" for name in _FALLBACKS), _SCIKIT_IMAGE]
-    pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
+    pip = ["-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
     report(f"[2/3] pip install {' '.join(packages)}")
-    _call([*pip, *packages], "installing the server's packages")
+    _call(str(python), [*pip, *packages], "installing the server's packages")
     report(f"[3/3] pip install --no-deps {WHEEL}   (145 MB, the Triton server itself)")
-    _call([*pip, "--no-deps", WHEEL], f"installing {WHEEL}")
+    _call(str(python), [*pip, "--no-deps", WHEEL], f"installing {WHEEL}")
     environment = find_environment(folder, medsam=True)
     report(f"ready: {environment.binary}")
     return environment
+
+
+def _check_system() -> None:
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        raise EngineError(
+            f"the Triton wheel runs on Linux x86-64, not {sys.platform} {platform.machine()}: use "
+            "the container instead (python -m dbsam_deploy.serve --docker)"
+        )
 
 
 def has_gpu_driver() -> bool:
@@ -175,8 +177,8 @@ def _version(package: str) -> str:
         return _FALLBACKS[package]
 
 
-def _call(command: list[str], what: str) -> None:
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode:
-        lines = (result.stderr or result.stdout).strip().splitlines() or ["no output"]
-        raise EngineError(f"{what} failed: {lines[-1].strip()} (command: {' '.join(command)})")
+def _call(python: str, arguments: list[str], what: str) -> None:
+    ended = run_python(arguments, python=python)
+    if ended.status:
+        command = " ".join([python, *arguments])
+        raise EngineError(f"{what} failed: {ended.reason()} (command: {command})")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import cli
-from ..artefact import Artefact, load_artefact
+from ..artefact import BUILD_FOLDER, Artefact, export_note, find_export, load_artefact
 from ..core import contract
 from ..core.errors import InputError, ServingError
 from ..core.imaging import Preprocessing
@@ -67,6 +67,11 @@ class Repository:
     def has_prompts(self) -> bool:
         """Whether the ensemble for points and earlier masks is there beside the one for boxes."""
         return "prompt_decoder" in self.platforms
+
+
+def repository_beside(folder: Path) -> Path:
+    """The repository that an export in `folder` fills unless it is told otherwise."""
+    return folder.parent / DEFAULT_REPOSITORY.name
 
 
 def build_repository(artefact: Artefact, output: Path) -> Repository:
@@ -286,12 +291,18 @@ def build_parser() -> cli.Parser:
             "    python -m dbsam_deploy.serving.repository --check"
         ),
     )
-    action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--artefact", type=Path, help="folder of an export, with its manifest.json")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument(
+        "--artefact",
+        type=Path,
+        help=f"folder of an export (default: the newest below {BUILD_FOLDER}/)",
+    )
     action.add_argument("--refresh", action="store_true", help="write triton_models/*/config.pbtxt")
     action.add_argument("--check", action="store_true", help="compare them only")
     parser.add_argument(
-        "--output", type=Path, default=DEFAULT_REPOSITORY, help="repository to fill"
+        "--output",
+        type=Path,
+        help=f"repository to fill (default: {DEFAULT_REPOSITORY.name} beside the export)",
     )
     return parser
 
@@ -299,8 +310,13 @@ def build_parser() -> cli.Parser:
 def main(argv: list[str] | None = None) -> int:
     """Command line: build a repository, or refresh the committed configurations."""
     args = build_parser().parse_args(argv)
-    if args.artefact is not None:
-        repository = build_repository(load_artefact(args.artefact), args.output)
+    if not (args.refresh or args.check):
+        folder = find_export(args.artefact)
+        if args.artefact is None:
+            cli.say_on_stderr(export_note(folder))
+        repository = build_repository(
+            load_artefact(folder), args.output or repository_beside(folder)
+        )
         print(f"{repository.folder}: {len(repository.files)} files, {repository.precision}")
         return 0
     stale = refresh_configs(resource_dir("triton_models"), check=args.check)

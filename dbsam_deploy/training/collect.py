@@ -10,7 +10,6 @@ image can turn up in a test set. `FOLDER/SOURCES.txt` says where each PNG came f
 from __future__ import annotations
 
 import hashlib
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -23,9 +22,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from ..child_process import run_python
 from ..cli import HelpFormatter, Parser, run
-from ..core.errors import EngineError, InputError
+from ..core.errors import InputError
 from ..core.imaging import ByteArray
+from ..extras import require
 from ..images.scans import require_nibabel
 from ..images.volumes import to_uint8
 
@@ -187,13 +188,12 @@ def fetch(package: Package, folder: Path) -> Path:
         InputError: pip fails, or another file than the named one was served.
     """
     options = [f"--platform={name}" for name in PLATFORMS]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input"]
+    command = ["-m", "pip", "download", "--quiet", "--no-deps", "--no-input"]
     command += ["--only-binary=:all:", "--python-version=3.11", "--implementation=cp", *options]
     command += ["--dest", str(folder), f"{package.name}=={package.version}"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode != 0:
-        last = (result.stderr.strip().splitlines() or ["no message"])[-1]
-        raise InputError(f"pip cannot fetch {package.name} {package.version}: {last}")
+    ended = run_python(command)
+    if ended.status:
+        raise InputError(f"pip cannot fetch {package.name} {package.version}: {ended.reason()}")
     stem = f"{package.name.replace('-', '_')}-{package.version}"
     wheel = next(folder.glob(f"{stem}-*.whl"))
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
@@ -230,18 +230,15 @@ def _spread(length: int, count: int) -> list[int]:
 
 def _dicom_frames(path: Path) -> npt.NDArray[Any]:
     """(N, H, W) rescaled values, or (N, H, W, 3) uint8 RGB."""
-    try:
-        import pydicom
-        from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
-    except ImportError as error:
-        raise EngineError("DICOM needs pydicom: pip install 'dbsam-deploy[dicom]'") from error
+    pydicom = require("pydicom", extra="dicom", what_for="DICOM")
+    pixels = require("pydicom.pixels", extra="dicom", what_for="DICOM")
     dataset = pydicom.dcmread(path)
-    values = pixel_array(dataset)  # YBR becomes RGB
+    values = pixels.pixel_array(dataset)  # YBR becomes RGB
     if dataset.PhotometricInterpretation == "PALETTE COLOR":
-        values = apply_color_lut(values, dataset)
+        values = pixels.apply_color_lut(values, dataset)
         values = (values >> 8).astype(np.uint8) if values.dtype == np.uint16 else values
     elif dataset.SamplesPerPixel == 1:
-        values = np.asarray(apply_modality_lut(values, dataset))
+        values = np.asarray(pixels.apply_modality_lut(values, dataset))
         if dataset.PhotometricInterpretation == "MONOCHROME1":
             values = values.max() - values
     single = int(dataset.get("NumberOfFrames", 1) or 1) == 1
