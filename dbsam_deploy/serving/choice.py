@@ -83,8 +83,8 @@ def choose_repository(
 
     Returns:
         `folder`, or the repository beside the export, which is filled anew where it holds another
-        export, other engines or another version of this library. Without any export, `build/model_repository` if it is there: a
-        server needs nothing else.
+        export, other engines or another version of this library. Without any export,
+        `build/model_repository` if it is there: a server needs nothing else.
 
     Raises:
         InputError: both were named, there is nothing to serve, or a repository that would have to
