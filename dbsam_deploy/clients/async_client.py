@@ -20,8 +20,8 @@ class AsyncDbsamClient(Exchanges):
     """
 
     def _connect(self, timeout_s: float) -> Any:
-        transport = load_library(f"tritonclient.{self.protocol}.aio")
-        if self.protocol == "grpc":
+        transport = load_library(f"tritonclient.{self.transport}.aio")
+        if self.transport == "grpc":
             return transport.InferenceServerClient(self.url)
         self._errors = (load_library("aiohttp").ClientError,)
         return transport.InferenceServerClient(self.url, conn_timeout=timeout_s)
