@@ -25,7 +25,7 @@ from dbsam_deploy.artefact import Artefact, graph_file, load_artefact, write_art
 from dbsam_deploy.core.contract import Geometry, GraphSpec, graph_specs
 from dbsam_deploy.core.errors import EngineError
 from dbsam_deploy.core.imaging import Preprocessing
-from dbsam_deploy.export import Options, Published, Stages, export
+from dbsam_deploy.export import ExportOptions, Published, Stages, export
 from dbsam_deploy.graphs.onnx_export import export_graph, fold_reshapes, simplify, trace
 from dbsam_deploy.kernels.plugin_build import Headers, PluginLibrary, build_plugins, find_headers
 from dbsam_deploy.model import DbSam
@@ -219,14 +219,16 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
     return call
 
 
-def _publish(options: Options, stages: Stages | None = None) -> tuple[Options, Published]:
+def _publish(
+    options: ExportOptions, stages: Stages | None = None
+) -> tuple[ExportOptions, Published]:
     return options, export(options, Console(quiet=True), stages=stages)
 
 
 @pytest.fixture(scope="session")
-def published_export(once: Once) -> tuple[Options, Published]:
+def published_export(once: Once) -> tuple[ExportOptions, Published]:
     """`db_sam_tiny` at 256×256 in fp16 through the whole export; not to be changed."""
-    options = Options("fp16", image_size=256, engine="none")
+    options = ExportOptions("fp16", image_size=256, engine="none")
     return once("fp16", lambda folder: _publish(replace(options, output=folder / "build")))
 
 
@@ -274,18 +276,18 @@ def quick_stages(float_graphs: Path) -> Stages:
 
 
 @pytest.fixture(scope="session")
-def published_fp32(quick_stages: Stages, once: Once) -> tuple[Options, Published]:
+def published_fp32(quick_stages: Stages, once: Once) -> tuple[ExportOptions, Published]:
     """`db_sam_tiny` at 256×256 in float32; not to be changed."""
-    options = Options("fp32", image_size=256, engine="none")
+    options = ExportOptions("fp32", image_size=256, engine="none")
     return once(
         "fp32", lambda folder: _publish(replace(options, output=folder / "build"), quick_stages)
     )
 
 
 @pytest.fixture(scope="session")
-def published_int8(quick_stages: Stages, once: Once) -> tuple[Options, Published]:
+def published_int8(quick_stages: Stages, once: Once) -> tuple[ExportOptions, Published]:
     """`db_sam_tiny` at 256×256 in int8, ranges from the bundled images; not to be changed."""
-    options = Options("int8", image_size=256, calibration=bundled_examples(), engine="none")
+    options = ExportOptions("int8", image_size=256, calibration=bundled_examples(), engine="none")
     return once(
         "int8", lambda folder: _publish(replace(options, output=folder / "build"), quick_stages)
     )

@@ -99,6 +99,14 @@ def test_commands_are_found() -> None:
     ]
 
 
+def test_tables_and_tree_name_every_room() -> None:
+    rooms = {path.parent.name for path in (ROOT / "dbsam_deploy").glob("*/__init__.py")}
+    readme, contributing = (path.read_text() for path in TOP[:2])
+    assert set(re.findall(r"^\| `([a-z]+)/` \|", readme, re.M)) == rooms
+    tree = contributing.partition("dbsam_deploy/ ")[2].partition("\nexport/")[0]
+    assert set(re.findall(r"^  ([a-z]+)/ ", tree, re.M)) == rooms
+
+
 def _anchors(path: Path) -> set[str]:
     slugify = pytest.importorskip("markdown.extensions.toc").slugify
     headings = re.findall(r"^#+ (.+)$", path.read_text(), re.M)

@@ -21,6 +21,7 @@ from dbsam_deploy.engines.kinds import KINDS, TENSORRT, TENSORRT_RTX
 from dbsam_deploy.engines.manifest import read_records
 from dbsam_deploy.engines.process import Builder
 from dbsam_deploy.export import Stages, export, main
+from dbsam_deploy.extras import pip_line
 from dbsam_deploy.serving.repository import build_repository, load_repository
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
 from dbsam_deploy.verification.engine_parity import verify_engines
@@ -100,7 +101,7 @@ def test_verifying_with_other_weights_is_refused(copied, monkeypatch):
 
 
 def test_what_was_measured_is_shown(copied, capsys):
-    from dbsam_deploy.engines.manifest import Parity, engine_folder, sign
+    from dbsam_deploy.engines.manifest import PassedGate, engine_folder, sign
 
     put_engines(
         copied,
@@ -111,7 +112,7 @@ def test_what_was_measured_is_shown(copied, capsys):
         "default": {"embedding_cosine": 0.99951, "mask_agreement_p5": 0.97},
         "other": {"embedding_cosine": 0.99942, "mask_agreement_p5": 0.98},
     }
-    parity = Parity(STAND_IN_GPU, figures, {}, {})
+    parity = PassedGate(STAND_IN_GPU, figures, {}, {})
     sign(engine_folder(copied, TENSORRT), read_records(copied, TENSORRT), parity)
     assert run(engine.main, ["inspect", "--artefact", str(copied.folder)]) == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
@@ -218,4 +219,4 @@ def test_without_tensorrt_the_export_ends_with_one_line_about_it(published, monk
     lines = [line for line in capsys.readouterr().out.splitlines() if "engine" in line]
     assert len(lines) == 1
     assert lines[0].startswith("note: no engines were built (there is no NVIDIA GPU here); to bui")
-    assert "pip install 'dbsam-deploy[rtx]'" in lines[0]
+    assert pip_line("rtx") in lines[0]

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from .contract import MAX_IMAGE_PIXELS, MAX_POINTS, MAX_PROMPTS, Geometry
-from .errors import EngineError, InputError
+from .errors import EngineError, InputError, MissingError
 
 Mode = Literal["sam", "medsam", "lite_medsam"]
 MODES: tuple[Mode, ...] = ("sam", "medsam", "lite_medsam")
@@ -32,8 +32,13 @@ MODES: tuple[Mode, ...] = ("sam", "medsam", "lite_medsam")
 PIXEL_MEAN = np.array([123.675, 116.28, 103.53], np.float32)
 PIXEL_STD = np.array([58.395, 57.12, 57.375], np.float32)
 
+SCIKIT_IMAGE_LINE = 'pip install "scikit-image>=0.24"'
+"""Right both for a user of the library and inside Triton's environment."""
+
 FloatArray = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]
+Arrays = dict[str, npt.NDArray[Any]]
+"""Arrays by the names of the contract's tensors."""
 
 
 @dataclass(frozen=True)
@@ -182,8 +187,8 @@ def _medsam_pixels(image: ByteArray, size: int) -> FloatArray:
     try:
         from skimage.transform import resize
     except ImportError as error:
-        raise EngineError(
-            "MedSAM's preprocessing needs scikit-image: pip install 'dbsam-deploy[medsam]'"
+        raise MissingError(
+            "MedSAM's preprocessing needs scikit-image, which is not installed", SCIKIT_IMAGE_LINE
         ) from error
     pixels = resize(image, (size, size), order=3, preserve_range=True, anti_aliasing=True).astype(
         np.uint8
@@ -254,7 +259,8 @@ def postprocess(
         (..., H, W) uint8, 1 inside the mask.
 
     Raises:
-        InputError: not square logits of the mask grid, or values that are not finite.
+        InputError: not square logits of the mask grid.
+        EngineError: logits that are not finite.
     """
     side = how.mask_side
     if low_res_masks.shape[-2:] != (side, side):
@@ -264,8 +270,9 @@ def postprocess(
     for index in np.ndindex(*lead):
         logits = np.asarray(low_res_masks[index], np.float32)
         if not np.isfinite(logits).all():
-            raise InputError(
-                "low_res_masks holds NaN or infinity: the encoder or decoder overflowed"
+            raise EngineError(
+                "the model returned NaN or infinity: its precision is too low for this image, or "
+                "its file is damaged; export again and compare with --precision fp32"
             )
         out[index] = upscale_logits(logits, original_size, how) > 0
     return out

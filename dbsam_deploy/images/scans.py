@@ -17,13 +17,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..core.contract import MAX_IMAGE_PIXELS
-from ..core.errors import EngineError, InputError
+from ..core.errors import InputError
+from ..extras import require
 
 MAX_VOXELS = 512 * 1024 * 1024
 """Largest volume that is read (512 Mi voxels: 2 GiB as float32)."""
@@ -45,7 +47,7 @@ _DAMAGED_DICOM = (
 
 
 @dataclass(frozen=True)
-class Geometry:
+class ScanGeometry:
     """Where voxels lie in the patient.
 
     Attributes:
@@ -72,7 +74,7 @@ class Scan:
 
     values: npt.NDArray[Any]
     spacing_mm: tuple[float, float, float] | None
-    geometry: Geometry | None
+    geometry: ScanGeometry | None
     files: tuple[Path, ...]
 
 
@@ -92,13 +94,13 @@ def check_voxels(shape: tuple[int, ...], path: Path) -> None:
         )
 
 
-def require_nibabel() -> Any:
-    """nibabel, or an `EngineError` with the line that installs it."""
-    try:
-        import nibabel
-    except ImportError as error:
-        raise EngineError("NIfTI files need nibabel: pip install 'dbsam-deploy[nifti]'") from error
-    return nibabel
+def require_nibabel() -> ModuleType:
+    """The package nibabel.
+
+    Raises:
+        MissingError: it is not installed.
+    """
+    return require("nibabel", extra="nifti", what_for="a NIfTI file")
 
 
 def read_nifti(path: Path) -> Scan:
@@ -146,11 +148,13 @@ def read_nifti(path: Path) -> Scan:
     except damaged as error:
         raise InputError(f"{path} cannot be read to its end: {error}") from error
     dx, dy, dz = (float(step) for step in np.linalg.norm(affine[:3, :3], axis=0))
-    geometry = Geometry(affine, shape, image.header.copy())
+    geometry = ScanGeometry(affine, shape, image.header.copy())
     return Scan(values.reshape(sizes).transpose(2, 1, 0), (dz, dy, dx), geometry, (path,))
 
 
-def nifti_bytes(labels: npt.NDArray[Any], geometry: Geometry, *, compressed: bool = True) -> bytes:
+def nifti_bytes(
+    labels: npt.NDArray[Any], geometry: ScanGeometry, *, compressed: bool = True
+) -> bytes:
     """A label map as the content of a `.nii.gz` or `.nii` file with the input's geometry.
 
     Args:
@@ -186,10 +190,7 @@ def nifti_bytes(labels: npt.NDArray[Any], geometry: Geometry, *, compressed: boo
 @contextmanager
 def _reading_dicom(path: Path) -> Iterator[Any]:
     """pydicom, with its warnings muted and its errors turned into one `InputError`."""
-    try:
-        import pydicom
-    except ImportError as error:
-        raise EngineError("DICOM needs pydicom: pip install 'dbsam-deploy[dicom]'") from error
+    pydicom = require("pydicom", extra="dicom", what_for="DICOM")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -278,7 +279,7 @@ def _check_alike(headers: list[Any], path: Path) -> None:
 
 def _arrange(
     slices: list[tuple[Path, Any]], path: Path
-) -> tuple[list[tuple[Path, Any]], Geometry | None, tuple[float, float, float] | None]:
+) -> tuple[list[tuple[Path, Any]], ScanGeometry | None, tuple[float, float, float] | None]:
     """Slices in order along the normal, their geometry, and the spacing (z, y, x) in mm."""
     first = slices[0][1]
     placed = [header.get("ImagePositionPatient") for _, header in slices]
@@ -312,7 +313,7 @@ def _arrange(
     affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # left, posterior → right, anterior
     if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
         raise InputError(f"{path}: its position and spacing do not place voxels in space")
-    geometry = Geometry(affine, (int(first.Columns), int(first.Rows), len(slices)))
+    geometry = ScanGeometry(affine, (int(first.Columns), int(first.Rows), len(slices)))
     ordered = [slices[index] for index in order]
     return ordered, geometry, (float(np.linalg.norm(step)), row_mm, column_mm)
 

@@ -17,9 +17,9 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from ..core.errors import ExportError, InputError
+from ..core.errors import ExportError
 from ..core.imaging import FloatArray
-from ..extras import pip_line
+from ..extras import require
 from ..files.onnx_files import check_valid, save_onnx
 from ..recipe import Quantization
 from .layers import Layer, find_layers, is_excluded
@@ -27,7 +27,7 @@ from .modelopt_tool import place_modelopt_pairs
 from .observers import observe
 from .one_sided import find_centres, recentre
 from .qdq_types import keep_relus, keep_weights_only, to_float8
-from .rounding import Codes, Moments, Progress, round_layers, use_codes
+from .rounding import Codes, Moments, TextProgress, round_layers, use_codes
 from .shared_tables import share_tables
 from .smoothing import smooth
 
@@ -83,7 +83,7 @@ def calibrate(
     feeds: Feeds,
     folder: Path,
     *,
-    progress: Progress = lambda text, done, total: None,
+    progress: TextProgress = lambda text, done, total: None,
 ) -> Calibrated:
     """Observe the activations of every layer on real images, and smooth if the recipe says so.
 
@@ -95,7 +95,8 @@ def calibrate(
         progress: of rounding the weights, see `round_layers`.
 
     Raises:
-        ExportError: the graph has no such layer, or an activation is not finite.
+        ExportError: the graph has no such layer.
+        EngineError: an activation is not finite.
         InputError: no image.
     """
     model = onnx.load(source)
@@ -236,14 +237,11 @@ def place_pairs(
     Raises:
         InputError: ONNX Runtime's tools are not installed.
     """
-    try:
-        from onnxruntime.quantization import CalibrationMethod, QuantType
-        from onnxruntime.quantization.calibrate import TensorsData
-        from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
-    except ImportError as error:
-        raise InputError(
-            f"ONNX Runtime's quantisation tools do not load ({error}): {pip_line('cpu')}"
-        ) from error
+    require("onnxruntime.quantization.qdq_quantizer", extra="cpu", what_for="quantisation")
+    from onnxruntime.quantization import CalibrationMethod, QuantType
+    from onnxruntime.quantization.calibrate import TensorsData
+    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+
     half = any(t.data_type == onnx.TensorProto.FLOAT16 for t in model.graph.initializer)
     kind: Any = np.float16 if half else np.float32
     tensors = {t for layer in layers for t in (layer.source, layer.output)}
