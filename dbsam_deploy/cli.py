@@ -81,7 +81,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Keeps a description's examples as typed and shows each option's default, if there is one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        plain = action.default is None or action.default is False
+        plain = action.default is False or action.default in (None, ())
         return action.help if plain else super()._get_help_string(action)
 
 

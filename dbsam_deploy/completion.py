@@ -64,7 +64,7 @@ def _complete_files(parser: argparse.ArgumentParser) -> None:
 
 def whole_parser() -> argparse.ArgumentParser:
     """One parser with those of all sub-commands."""
-    parser = argparse.ArgumentParser("dbsam")
+    parser = Parser("dbsam")
     parser.add_argument("--version", action="store_true", help="print the version")
     commands = parser.add_subparsers()
     for name, door in DOORS.items():

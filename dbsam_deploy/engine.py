@@ -106,7 +106,7 @@ def _build(artefact: Artefact, args: argparse.Namespace) -> dict[str, EngineReco
     if not all(record.parity for record in records.values()):
         print(
             "built, not verified, and refused until then: on a machine with one of these GPUs run "
-            + as_called(verify_command(artefact, kind))
+            + as_called(verify_command(artefact.folder, kind))
         )
     return records
 

@@ -50,8 +50,8 @@ every run uses the same. Beside each figure stands the box's own: the score of a
 repeats its prompt. With --output: CSV tables, JSON and one HTML page.
 
 examples:
-  an export (python -m dbsam_deploy.export) on ONNX Runtime, with a page in evaluation/
-    python -m dbsam_deploy.evaluate --data DIR --backend onnxruntime --artefact build/fp32 \\
+  an export on ONNX Runtime, with a page in evaluation/
+    python -m dbsam_deploy.evaluate --data DIR --backend onnxruntime --artefact build/fp16 \\
         --output evaluation
   weights in PyTorch, on the part of the files that training never saw
     python -m dbsam_deploy.evaluate --data DIR --backend pytorch --checkpoint model.safetensors \\

@@ -16,8 +16,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from .cli import check_words, progress_bars, run
-from .sensitivity_options import Options, build_parser
+from .cli import as_called, check_words, progress_bars, run
+from .sensitivity_options import Options, build_parser, export_command
 
 if __name__ == "__main__":  # --help and a mistyped option need no PyTorch
     check_words(build_parser)
@@ -197,10 +197,10 @@ def main(argv: list[str] | None = None, *, stages: Stages | None = None) -> int:
     for pattern in found.exclude:
         console.print(f'  "{pattern}",', highlight=False, markup=False)
     console.print(
-        f"wrote {options.output}/sensitivity.json, .csv and .svg; to use the choice: export with "
-        f"--precision {options.precision} --budget {options.budget:g}, or put the lines above into "
-        "the recipe's exclude",
+        f"wrote {options.output}/sensitivity.json, .csv and .svg; to use the choice, put the lines "
+        f"above into the recipe's exclude, or run\n{as_called(export_command(options))}",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
     return 0

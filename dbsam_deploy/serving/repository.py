@@ -233,8 +233,8 @@ def load_repository(folder: Path) -> Repository:
     path = folder / REPOSITORY_NAME
     if not path.is_file():
         raise InputError(
-            f"no {REPOSITORY_NAME} in {folder}: run `python -m dbsam_deploy.export` first, or name "
-            "the repository it filled with --repository"
+            f"no {REPOSITORY_NAME} in {folder}: run `python -m dbsam_deploy.export --precision "
+            "fp16` first, or name the repository it filled with --repository"
         )
     repository = _MANIFEST.read(path, lambda body: _repository(folder, body))
     for name, digest in repository.files.items():
