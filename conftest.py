@@ -24,6 +24,7 @@ import pytest
 from timing import ratios as benchmarking
 
 from dbsam_deploy.core.errors import InputError, MissingError
+from dbsam_deploy.extras import pip_line
 from dbsam_deploy.hardware import Hardware, describe_hardware, installed_versions
 from dbsam_deploy.quantization.modelopt_tool import find_python
 from dbsam_deploy.serving.environment import DEFAULT_FOLDER, ServerEnvironment, find_environment
@@ -44,7 +45,7 @@ def _missing_gpu() -> str:
 
 def _missing_trt() -> str:
     if importlib.util.find_spec("tensorrt") is None:
-        return "tensorrt is not installed: pip install 'dbsam-deploy[gpu]'"
+        return f"tensorrt is not installed: {pip_line('gpu')}"
     return _missing_gpu()
 
 
@@ -56,12 +57,12 @@ def _missing_triton() -> str:
 
 def _missing_rtx() -> str:
     there = importlib.util.find_spec("tensorrt_rtx") is not None
-    return "" if there else "no tensorrt_rtx: pip install 'dbsam-deploy[test]'"
+    return "" if there else "no tensorrt_rtx, which the extra `test` installs"
 
 
 def _missing_openvino() -> str:
     there = importlib.util.find_spec("openvino") is not None
-    return "" if there else "no openvino: pip install 'dbsam-deploy[openvino]'"
+    return "" if there else f"no openvino: {pip_line('openvino')}"
 
 
 def _missing_modelopt() -> str:

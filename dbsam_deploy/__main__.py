@@ -9,6 +9,7 @@ import sys
 from . import __version__
 from .cli import DOORS, Door, HelpFormatter, Parser, as_called, run
 from .core.errors import InputError
+from .extras import check_installed
 
 DESCRIPTION = """\
 Deploy segment-anything models for medical images: export, check, serve, predict.
@@ -66,6 +67,8 @@ def _dispatch(argv: list[str] | None) -> int:
     if door.options:  # the door itself imports PyTorch: a mistake is told before that
         options = importlib.import_module(f".{door.options}", __package__)
         options.build_parser().parse_args(words[1:])
+    if door.extra:
+        check_installed(door.extra, what_for=f"`{as_called('python -m dbsam_deploy')} {words[0]}`")
     status: int = importlib.import_module(f".{door.module}", __package__).main(words[1:])
     return status
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .core.errors import DbsamError, InputError
+from .extras import check_installed
 
 
 @dataclass(frozen=True)
@@ -24,26 +25,34 @@ class Door:
         module: below `dbsam_deploy`; `python -m` runs it, and its `main` is called.
         about: one line for `--help`.
         options: module whose `build_parser` makes the command line, "" for `module`.
+        extra: extra without which the module does not load, or "".
     """
 
     module: str
     about: str
     options: str = ""
+    extra: str = ""
 
 
 DOORS = {
     "export": Door(
-        "export", "a model as checked ONNX graphs and a Triton repository", "export_options"
+        "export",
+        "a model as checked ONNX graphs and a Triton repository",
+        "export_options",
+        "export",
     ),
     "predict": Door("predict", "segment an image or volume with boxes or points"),
     "serve": Door("serve", "install, start and try the Triton server"),
     "client": Door("client", "segment an image through a running server"),
     "evaluate": Door("evaluate", "Dice and NSD of a model on a folder of labelled images"),
-    "train": Door("train", "train a model by a recipe", "train_options"),
+    "train": Door("train", "train a model by a recipe", "train_options", "train"),
     "engine": Door("engine", "build, verify and inspect TensorRT engines"),
     "plugins": Door("plugins", "compile the TensorRT plugins, or look into them"),
     "sensitivity": Door(
-        "sensitivity", "what each block of an encoder loses by quantisation", "sensitivity_options"
+        "sensitivity",
+        "what each block of an encoder loses by quantisation",
+        "sensitivity_options",
+        "export",
     ),
     "doctor": Door("doctor", "what can be used on this machine, and how to get the rest"),
     "repository": Door("serving.repository", "fill a Triton model repository from an export"),
@@ -129,11 +138,19 @@ def progress_bars(console: Console) -> Progress:
     )
 
 
-def check_words(build_parser: Callable[[], Parser]) -> None:
-    """End the process if its words ask for help or are a mistake; for before slow imports."""
+def check_words(build_parser: Callable[[], Parser], extra: str = "") -> None:
+    """End the process if its words ask for help or are a mistake; for before slow imports.
+
+    Args:
+        build_parser: makes the command line.
+        extra: what must be installed as well, so that the imports can follow.
+    """
 
     def parse(argv: list[str] | None) -> int:
-        build_parser().parse_args(argv)
+        parser = build_parser()
+        parser.parse_args(argv)
+        if extra:
+            check_installed(extra, what_for=f"`{parser.prog}`")
         return 0
 
     if status := run(parse):

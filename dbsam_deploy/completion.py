@@ -6,10 +6,10 @@ import argparse
 import importlib
 import sys
 from pathlib import Path
-
-import shtab
+from types import ModuleType
 
 from .cli import DOORS, HelpFormatter, Parser, run
+from .extras import require
 
 DESCRIPTION = """\
 Print the script with which a shell completes the commands, options and files of `dbsam`. Switch it
@@ -33,6 +33,10 @@ examples:
 """
 
 
+def _shtab() -> ModuleType:
+    return require("shtab", extra="completion", what_for="`dbsam completion`")
+
+
 def build_parser() -> Parser:
     """The command line."""
     parser = Parser(
@@ -40,7 +44,9 @@ def build_parser() -> Parser:
         description=DESCRIPTION,
         formatter_class=HelpFormatter,
     )
-    parser.add_argument("shell", choices=shtab.SUPPORTED_SHELLS, metavar="SHELL", help="which one")
+    parser.add_argument(
+        "shell", choices=_shtab().SUPPORTED_SHELLS, metavar="SHELL", help="which one"
+    )
     return parser
 
 
@@ -59,7 +65,7 @@ def _complete_files(parser: argparse.ArgumentParser) -> None:
             for sub in action.choices.values():
                 _complete_files(sub)
         elif action.type is Path:
-            action.complete = shtab.FILE  # type: ignore[attr-defined]
+            action.complete = _shtab().FILE  # type: ignore[attr-defined]
 
 
 def whole_parser() -> argparse.ArgumentParser:
@@ -77,7 +83,7 @@ def whole_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; see the module's `--help`."""
     args = build_parser().parse_args(argv)
-    print(shtab.complete(whole_parser(), args.shell))
+    print(_shtab().complete(whole_parser(), args.shell))
     return 0
 
 

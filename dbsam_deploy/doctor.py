@@ -22,7 +22,7 @@ from .cli import HelpFormatter, Parser, run
 from .core.errors import DbsamError, EngineError, InputError
 from .diagnosis.inspections import EXTRA_PREFIX, Answer, inspect_runtime
 from .diagnosis.probes import BACKEND_PROBES, Ask, Finding, Probe
-from .extras import EXTRAS, GXX_LINE, NVCC_LINE, Extra, pip_line
+from .extras import EXTRAS, GXX_LINE, HEADERS_LINE, NVCC_LINE, Extra, pip_line
 from .hardware import Hardware, describe_hardware, memory_gib
 from .kernels.library import ARCHITECTURES
 from .kernels.plugin_build import DEFAULT_OUTPUT, LIBRARY_NAME, find_headers, read_library
@@ -34,7 +34,6 @@ TOOL_TIMEOUT_S = 20.0
 RUNTIME_EXTRAS = ("cpu", "gpu", "openvino", "rtx")
 """Extras that have no row of their own: the backends' rows say more."""
 PLUGINS_LINE = "python -m dbsam_deploy.plugins build"
-HEADERS_LINE = "pip install --no-deps kernel-lens==2.0.1"
 
 DESCRIPTION = """\
 Show which backends, build tools and optional parts can be used on this machine, what is missing,

@@ -17,7 +17,7 @@ from .cli import check_words, progress_bars, run
 from .export_options import Options, build_parser
 
 if __name__ == "__main__":  # --help and a mistyped option need no PyTorch
-    check_words(build_parser)
+    check_words(build_parser, extra="export")
 
 from rich.console import Console
 from rich.progress import Progress

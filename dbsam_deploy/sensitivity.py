@@ -20,7 +20,7 @@ from .cli import as_called, check_words, progress_bars, run
 from .sensitivity_options import Options, build_parser, export_command
 
 if __name__ == "__main__":  # --help and a mistyped option need no PyTorch
-    check_words(build_parser)
+    check_words(build_parser, extra="export")
 
 from .core.errors import InputError
 from .evaluation.metrics import load_library

@@ -15,13 +15,14 @@ from .cli import check_words, run
 from .train_options import Options, build_parser
 
 if __name__ == "__main__":  # --help and a mistyped option need no PyTorch
-    check_words(build_parser)
+    check_words(build_parser, extra="train")
 
 import torch
 from rich.console import Console
 
-from .core.errors import EngineError, InputError
+from .core.errors import InputError
 from .evaluation import build_protocol, evaluate, find_cases, read_cases
+from .extras import require
 from .files.atomic import write_atomically
 from .hardware import installed_versions
 from .model import DbSam
@@ -190,12 +191,11 @@ def _with_options(
 
 
 def _accelerator(recipe: TrainingRecipe, options: Options) -> Accelerator:
-    try:
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-        from accelerate.utils import DistributedDataParallelKwargs
-    except ImportError as error:
-        raise EngineError("training needs accelerate: pip install 'dbsam-deploy[train]'") from error
+    require("accelerate", extra="train", what_for="training")
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedDataParallelKwargs
+
     if options.micro_batch < 1 or options.workers < 0:
         raise InputError("--micro-batch must be at least 1 and --workers at least 0")
     # an earlier training in this process may have had another precision; the process group stays

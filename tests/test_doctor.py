@@ -142,7 +142,7 @@ def test_tools_of_this_machine(report: dict[str, Any]) -> None:
 
 
 def pip_requirements(line: str) -> list[str]:
-    return re.findall(r"'([^']+)'", line) if "pip install" in line else []
+    return re.findall(r'"([^"]+)"', line) if "pip install" in line else []
 
 
 def test_every_pip_line_of_a_backend_or_extra_names_an_extra_of_pyproject(
@@ -154,9 +154,7 @@ def test_every_pip_line_of_a_backend_or_extra_names_an_extra_of_pyproject(
     for check, finding in zip(checks, examine(checks), strict=True):
         assert not finding.usable
         assert "pip install" in finding.install, check.name
-        named = [
-            re.fullmatch(r"dbsam-deploy\[(\w+)\]", r) for r in pip_requirements(finding.install)
-        ]
+        named = [re.fullmatch(r"\S*\[(\w[\w-]*)\]", r) for r in pip_requirements(finding.install)]
         (extra,) = (match.group(1) for match in named if match)
         assert extra in extras
 

@@ -21,6 +21,7 @@ from dbsam_deploy.engines.kinds import KINDS, TENSORRT, TENSORRT_RTX
 from dbsam_deploy.engines.manifest import read_records
 from dbsam_deploy.engines.process import Builder
 from dbsam_deploy.export import Stages, export, main
+from dbsam_deploy.extras import pip_line
 from dbsam_deploy.serving.repository import build_repository, load_repository
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
 from dbsam_deploy.verification.engine_parity import verify_engines
@@ -218,4 +219,4 @@ def test_without_tensorrt_the_export_ends_with_one_line_about_it(published, monk
     lines = [line for line in capsys.readouterr().out.splitlines() if "engine" in line]
     assert len(lines) == 1
     assert lines[0].startswith("note: no engines were built (there is no NVIDIA GPU here); to bui")
-    assert "pip install 'dbsam-deploy[rtx]'" in lines[0]
+    assert pip_line("rtx") in lines[0]

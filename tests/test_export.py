@@ -15,6 +15,7 @@ from dbsam_deploy.cli import run
 from dbsam_deploy.core.contract import Geometry, graph_specs
 from dbsam_deploy.core.errors import AccuracyError, InputError
 from dbsam_deploy.export import Stages, export, main
+from dbsam_deploy.extras import pip_line
 from dbsam_deploy.files.atomic import sha256_of
 from dbsam_deploy.recipe import load_recipe
 from dbsam_deploy.serving.repository import load_repository
@@ -148,7 +149,7 @@ def test_a_foreign_folder_is_not_replaced(copied):
 def test_closing_table_shows_every_stage_and_the_state_of_the_weights(published_export):
     _, published = published_export
     console = Console(record=True, width=110)
-    note = "to build engines: pip install 'dbsam-deploy[rtx]'"
+    note = f"to build engines: {pip_line('rtx')}"
     closing_table(
         published.artefact,
         published.figures,

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dbsam_deploy.core.errors import EngineError, InputError
+from dbsam_deploy.core.errors import InputError
+from dbsam_deploy.extras import require
 from dbsam_deploy.hardware import Hardware, installed_versions
 
 ROUNDS = 40
@@ -132,12 +133,7 @@ def reference_workload(threads: int = 1) -> Workload:
     Raises:
         EngineError: onnxruntime is missing.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise EngineError(
-            "benchmarks need ONNX Runtime: pip install 'dbsam-deploy[cpu]'"
-        ) from error
+    onnxruntime = require("onnxruntime", extra="cpu", what_for="a benchmark")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(

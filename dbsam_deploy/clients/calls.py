@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,10 +21,11 @@ from ..core.contract import (
     ensemble_spec,
     prompts_ensemble_spec,
 )
-from ..core.errors import DbsamError, EngineError, InputError, ServingError
+from ..core.errors import DbsamError, InputError, ServingError
 from ..core.imaging import check_boxes, check_image
 from ..core.masks import Prediction
 from ..core.prompts import check_mask_input, check_mask_pixels, join_prompts
+from ..extras import require
 from .shared_memory import SharedRegion
 
 Transport = Literal["grpc", "http"]
@@ -189,17 +189,14 @@ def check_options(url: str, protocol: str, timeout_s: float) -> None:
 
 
 def load_library(name: str) -> ModuleType:
-    """Import a part of `tritonclient`.
+    """Import a part of `tritonclient`, or what it needs.
 
     Raises:
-        EngineError: it is not installed.
+        MissingError: it is not installed.
     """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise EngineError(
-            f"the Triton client is not installed ({error}): pip install 'dbsam-deploy[client]'"
-        ) from error
+    http = name == "aiohttp" or name.startswith("tritonclient.http")
+    extra = "client-http" if http else "client"
+    return require(name, extra=extra, what_for="the client of a Triton server")
 
 
 def tensors(

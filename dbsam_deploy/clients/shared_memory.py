@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import uuid
 import warnings
 from dataclasses import dataclass, field
@@ -30,10 +31,15 @@ class SharedRegion:
         size: bytes.
 
     Raises:
-        ServingError: this machine's shared memory has less room than that.
+        ServingError: not on Linux, or this machine's shared memory has less room than that.
     """
 
     def __init__(self, size: int) -> None:
+        if sys.platform != "linux":
+            raise ServingError(
+                f"shared memory with the server works on Linux, not on {sys.platform}: use "
+                "shared_memory=False"
+            )
         # Writing past the room of a full tmpfs would kill this process with SIGBUS.
         status = os.statvfs(_SHARED_MEMORY)
         free = status.f_bavail * status.f_frsize

@@ -24,13 +24,16 @@ import numpy.typing as npt
 from PIL import Image
 
 from .contract import MAX_IMAGE_PIXELS, MAX_POINTS, MAX_PROMPTS, Geometry
-from .errors import EngineError, InputError
+from .errors import InputError, MissingError
 
 Mode = Literal["sam", "medsam", "lite_medsam"]
 MODES: tuple[Mode, ...] = ("sam", "medsam", "lite_medsam")
 
 PIXEL_MEAN = np.array([123.675, 116.28, 103.53], np.float32)
 PIXEL_STD = np.array([58.395, 57.12, 57.375], np.float32)
+
+SCIKIT_IMAGE_LINE = 'pip install "scikit-image>=0.24"'
+"""Right both for a user of the library and inside Triton's environment."""
 
 FloatArray = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]
@@ -182,8 +185,8 @@ def _medsam_pixels(image: ByteArray, size: int) -> FloatArray:
     try:
         from skimage.transform import resize
     except ImportError as error:
-        raise EngineError(
-            "MedSAM's preprocessing needs scikit-image: pip install 'dbsam-deploy[medsam]'"
+        raise MissingError(
+            "MedSAM's preprocessing needs scikit-image, which is not installed", SCIKIT_IMAGE_LINE
         ) from error
     pixels = resize(image, (size, size), order=3, preserve_range=True, anti_aliasing=True).astype(
         np.uint8

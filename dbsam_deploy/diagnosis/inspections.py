@@ -33,10 +33,18 @@ from ..sessions.onnxruntime_providers import (
 
 TIMEOUT_S = 30.0
 """Only a process that hangs takes this long; the usual answer comes within three seconds."""
-SLOW_IMPORTS = frozenset({"monai", "accelerate"})
-"""Found but not imported: they take longer than all other questions together."""
+NOT_IMPORTED = frozenset({"accelerate", "monai", "onnxscript", "segment_anything", "torch"})
+"""Found but not imported: they take longer than all other questions together (torch has a question
+of its own), and segment_anything's top needs torchvision, which we do without."""
 _MARK = "dbsam-inspection:"
 _SIDE = 4
+ONE_NODE_MODEL = (
+    b'\x08\t:G\n\x11\n\x01x\n\x01x\x12\x01y"\x06MatMul\x12\x08one_node'
+    b"Z\x13\n\x01x\x12\x0e\n\x0c\x08\x01\x12\x08\n\x02\x08\x04\n\x02\x08\x04"
+    b"b\x13\n\x01y\x12\x0e\n\x0c\x08\x01\x12\x08\n\x02\x08\x04\n\x02\x08\x04B\x04\n\x00\x10\x11"
+)
+"""ONNX model that multiplies `x`, (4, 4) float32, with itself; as a file, since a machine that runs
+models need not have the package onnx, which makes them."""
 
 
 @dataclass(frozen=True)
@@ -139,23 +147,12 @@ def _inspect_provider(label: str) -> dict[str, Any]:
     runtime = import_onnxruntime()
     facts = {"version": runtime.__version__, "offers": runtime.get_available_providers()}
     require_provider(runtime, PROVIDERS[label])
-    session = open_session(runtime, one_node_model(), PROVIDERS[label])
+    session = open_session(runtime, ONE_NODE_MODEL, PROVIDERS[label])
     ones = np.ones((_SIDE, _SIDE), np.float32)
     (out,) = session.run(None, {"x": ones})
     if not np.array_equal(out, ones @ ones):
         raise EngineError(f"onnxruntime on {label}: a product of ones is not {_SIDE} everywhere")
     return facts
-
-
-def one_node_model() -> bytes:
-    """The ONNX model that multiplies `x` with itself."""
-    from onnx import TensorProto, helper
-
-    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [_SIDE, _SIDE]) for name in "xy")
-    node = helper.make_node("MatMul", ["x", "x"], ["y"])
-    graph = helper.make_graph([node], "one_node", [x], [y])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    return bytes(model.SerializeToString())
 
 
 def inspect_onnxruntime() -> dict[str, Any]:
@@ -179,7 +176,7 @@ def inspect_openvino() -> dict[str, Any]:
 
     openvino = _module("openvino")
     core = openvino.Core()
-    compiled = core.compile_model(core.read_model(io.BytesIO(one_node_model())), "CPU")
+    compiled = core.compile_model(core.read_model(io.BytesIO(ONE_NODE_MODEL)), "CPU")
     ones = np.ones((_SIDE, _SIDE), np.float32)
     if not np.array_equal(compiled([ones])[0], ones @ ones):
         raise EngineError(f"openvino: a product of ones is not {_SIDE} everywhere")
@@ -217,7 +214,7 @@ def _inspect_extra(name: str) -> Callable[[], dict[str, Any]]:
 
     def inspect() -> dict[str, Any]:
         for module in extra.modules:
-            if module in SLOW_IMPORTS:
+            if module in NOT_IMPORTED:
                 if importlib.util.find_spec(module) is None:
                     raise _AbsentError(module)
             else:

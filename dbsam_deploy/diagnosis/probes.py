@@ -52,7 +52,7 @@ def probe_pytorch(ask: Ask) -> Finding:
     """PyTorch on the CPU, and on CUDA where there is a GPU."""
     torch, driver = ask("torch"), ask("driver")
     if torch.error:
-        return _refused([torch.error], pip_line("cpu"))
+        return _refused([torch.error], pip_line("export"))
     if "device" in torch.facts:
         return Finding(True, _version(torch), ("cpu", "cuda"))
     reason, line = _no_cuda(torch, driver)
@@ -75,7 +75,7 @@ def probe_pytorch_fused(ask: Ask) -> Finding:
     """PyTorch on CUDA with the fused kernels, which nvcc builds on their first use."""
     torch, driver = ask("torch"), ask("driver")
     if torch.error:
-        return _refused([torch.error], pip_line("gpu"))
+        return _refused([torch.error], pip_line("export"))
     reasons, line = [], ""
     if "device" not in torch.facts:
         reason, line = _no_cuda(torch, driver)

@@ -6,7 +6,6 @@ PyCUDA has no CUDA graphs, so recording and replaying them calls the driver's ow
 from __future__ import annotations
 
 import ctypes
-import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..core.errors import EngineError, MissingError
+from ..core.errors import EngineError
+from ..extras import require
 from .device import DRIVER_LIBRARY, Gpu, find_gpu, target_name
 
 Bytes = npt.NDArray[np.uint8]
@@ -154,8 +154,11 @@ def _checked(status: int, what: str) -> None:
         )
 
 
-def open_device() -> CudaDevice:
+def open_device(extra: str = "gpu") -> CudaDevice:
     """The first GPU.
+
+    Args:
+        extra: what installs PyCUDA, `gpu` or `rtx`.
 
     Raises:
         EngineError: there is no GPU.
@@ -163,11 +166,5 @@ def open_device() -> CudaDevice:
     """
     if find_gpu() is None:
         raise EngineError(_NO_GPU)
-    try:
-        pycuda = importlib.import_module("pycuda.driver")
-    except (ImportError, OSError) as error:
-        raise MissingError(
-            f"sessions on engines use PyCUDA, which cannot be imported ({error})",
-            "pip install pycuda (it is compiled with nvcc while it is installed)",
-        ) from error
-    return CudaDevice(pycuda)
+    # pip compiles it with nvcc, so that a CUDA toolkit must be there first
+    return CudaDevice(require("pycuda.driver", extra=extra, what_for="a session on engines"))

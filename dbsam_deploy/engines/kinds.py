@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from ..core.errors import EngineError, InputError, MissingError
-from ..extras import pip_line
+from ..core.errors import EngineError, InputError
+from ..extras import pip_line, require
 
 
 @dataclass(frozen=True)
@@ -86,10 +85,7 @@ def import_kind(kind: Kind) -> Any:
         MissingError: it is not installed or cannot be loaded.
         EngineError: it is too old.
     """
-    try:
-        module = importlib.import_module(kind.module)
-    except (ImportError, OSError) as error:
-        raise MissingError(f"{kind.title} cannot be imported ({error})", kind.install) from error
+    module = require(kind.module, extra=kind.extra, what_for=f"an engine of {kind.title}")
     check_version(kind, str(module.__version__))
     return module
 

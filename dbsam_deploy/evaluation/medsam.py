@@ -8,9 +8,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ..core.errors import EngineError
 from ..core.imaging import ByteArray, FloatArray
 from ..core.masks import Prediction
+from ..extras import require
 from .boxes import file_generator, fill_box, grow_box, tight_box
 from .data import LabelledCase
 from .metrics import BoolArray
@@ -196,15 +196,9 @@ def resize_labels(labels: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _resize(pixels: npt.NDArray[Any], *, order: int, anti_aliasing: bool) -> npt.NDArray[Any]:
-    try:
-        from skimage.transform import resize
-    except ImportError as error:
-        raise EngineError(
-            "the protocol medsam resizes slices to 256×256 with scikit-image: "
-            "pip install 'dbsam-deploy[eval]'"
-        ) from error
+    transform = require("skimage.transform", extra="eval", what_for="the protocol medsam")
     return np.asarray(
-        resize(
+        transform.resize(
             pixels,
             (*_SIZE, *pixels.shape[2:]),
             order=order,

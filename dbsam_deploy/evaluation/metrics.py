@@ -8,7 +8,6 @@ definition (the one of the Medical Segmentation Decathlon, MedSAM and the CVPR 2
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Sequence
 from types import ModuleType
@@ -17,7 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..core.errors import EngineError, InputError
+from ..core.errors import InputError
+from ..extras import require
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -31,14 +31,9 @@ def load_library(name: str) -> ModuleType:
     """Import a package of the `eval` extra.
 
     Raises:
-        EngineError: it is not installed.
+        MissingError: it is not installed.
     """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise EngineError(
-            f"evaluation needs {name.partition('.')[0]} ({error}): pip install 'dbsam-deploy[eval]'"
-        ) from error
+    return require(name, extra="eval", what_for="evaluation")
 
 
 def dice(prediction: npt.NDArray[Any], truth: npt.NDArray[Any]) -> float:

@@ -12,19 +12,22 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import onnx
-import onnx.inliner
+from ..core.errors import ExportError
+from ..extras import require
+
+for _name in ("onnx", "onnx_ir", "onnxscript"):
+    require(_name, extra="export", what_for="the export")
+
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 from onnxscript.rewriter.pattern import RewriteRuleSet
 
-from ..core.errors import ExportError
 from ..files.onnx_files import check_valid, save_onnx
 from ..model import ModelConfig, TwoBranchConfig
 from . import channel_attention, layout, ms_deform_attn, rel_pos_attention
 from .nodes import DOMAIN, VERSION
 
-__all__ = ["FusionCounts", "expected_counts", "fuse", "fuse_file", "inlined"]
+__all__ = ["FusionCounts", "expected_counts", "fuse", "fuse_file"]
 
 _OPS = (ms_deform_attn, channel_attention, rel_pos_attention)
 
@@ -121,13 +124,3 @@ def expected_counts(config: ModelConfig, quantized: Collection[str] = ()) -> Fus
         attended = local * rel_pos_attention.supports(head_dim, config.window_size)
         attended += 4 * rel_pos_attention.supports(head_dim, config.frame.grid)
     return FusionCounts(sampled, gated, attended)
-
-
-def inlined(model: onnx.ModelProto | Path) -> onnx.ModelProto:
-    """The same graph in standard ops only, for runtimes without functions.
-
-    Args:
-        model: a fused graph, or its file.
-    """
-    proto = onnx.load(model) if isinstance(model, Path) else model
-    return onnx.inliner.inline_local_functions(proto)

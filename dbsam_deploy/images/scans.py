@@ -17,13 +17,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..core.contract import MAX_IMAGE_PIXELS
-from ..core.errors import EngineError, InputError
+from ..core.errors import InputError
+from ..extras import require
 
 MAX_VOXELS = 512 * 1024 * 1024
 """Largest volume that is read (512 Mi voxels: 2 GiB as float32)."""
@@ -92,13 +94,13 @@ def check_voxels(shape: tuple[int, ...], path: Path) -> None:
         )
 
 
-def require_nibabel() -> Any:
-    """nibabel, or an `EngineError` with the line that installs it."""
-    try:
-        import nibabel
-    except ImportError as error:
-        raise EngineError("NIfTI files need nibabel: pip install 'dbsam-deploy[nifti]'") from error
-    return nibabel
+def require_nibabel() -> ModuleType:
+    """The package nibabel.
+
+    Raises:
+        MissingError: it is not installed.
+    """
+    return require("nibabel", extra="nifti", what_for="a NIfTI file")
 
 
 def read_nifti(path: Path) -> Scan:
@@ -186,10 +188,7 @@ def nifti_bytes(labels: npt.NDArray[Any], geometry: Geometry, *, compressed: boo
 @contextmanager
 def _reading_dicom(path: Path) -> Iterator[Any]:
     """pydicom, with its warnings muted and its errors turned into one `InputError`."""
-    try:
-        import pydicom
-    except ImportError as error:
-        raise EngineError("DICOM needs pydicom: pip install 'dbsam-deploy[dicom]'") from error
+    pydicom = require("pydicom", extra="dicom", what_for="DICOM")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..core.errors import EngineError
+from ..extras import HEADERS_LINE
 from ..files.atomic import sha256_of, write_atomically
 from ..resources import resource_dir
 from .build import architecture_number
@@ -27,7 +28,7 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 HEADER = "NvInferRuntime.h"
 _HEADER_HELP = (
     "give --tensorrt-include DIR, the `include` folder of TensorRT's archive, or install them: "
-    "`apt install libnvinfer-headers-dev`, or `pip install --no-deps kernel-lens==2.0.1` (10.14)"
+    f"`apt install libnvinfer-headers-dev`, or `{HEADERS_LINE}` (10.14)"
 )
 _BUILD = re.compile(
     rb"dbsam_plugins_build: tensorrt=([\d.]+) cuda=([\d.]+) architectures=([\w,-]+)\0"

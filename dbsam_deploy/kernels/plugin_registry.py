@@ -12,7 +12,7 @@ from typing import Any
 
 from ..child_process import run_python
 from ..core.errors import EngineError
-from ..extras import pip_line
+from ..extras import LEAN_LINE, pip_line, require
 from .plugin_build import DEFAULT_OUTPUT, LIBRARY_NAME, PluginLibrary, read_library
 
 NAMESPACE, VERSION = "dbsam", "1"
@@ -44,10 +44,7 @@ def load_plugins(path: Path, *, runtime: Any = None) -> PluginLibrary:
     """
     library = read_library(path)
     if runtime is None:
-        try:
-            runtime = importlib.import_module("tensorrt")
-        except ImportError as error:
-            raise EngineError(f"TensorRT is not installed ({error}): {pip_line('gpu')}") from None
+        runtime = require("tensorrt", extra="gpu", what_for="a plugin")
     version = runtime.__version__
     if library.tensorrt_headers.split(".")[0] != version.split(".")[0]:
         raise EngineError(
@@ -121,8 +118,8 @@ def show_creators(argv: list[str] | None = None) -> int:
             continue
     else:
         raise EngineError(
-            "no TensorRT with a plugin registry: `pip install tensorrt-lean-cu13-bindings "
-            f"tensorrt-lean-cu13-libs` (no GPU needed), or `{pip_line('gpu')}`"
+            f"no TensorRT with a plugin registry: `{LEAN_LINE}` (no GPU needed), or "
+            f"`{pip_line('gpu')}`"
         )
     creators = [
         {

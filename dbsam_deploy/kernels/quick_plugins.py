@@ -15,7 +15,6 @@ quickly deployable plugin hands a kernel only addresses and integers.
 # TensorRT reads the annotations of the registered functions: they are set below, as objects.
 
 import functools
-import importlib
 import re
 import struct
 import tempfile
@@ -28,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..core.errors import EngineError
-from ..extras import pip_line
+from ..extras import require
 from ..kernels.plugin_registry import NAMESPACE, VERSION
 from ..resources import resource_dir
 from .build import ptx_text
@@ -139,10 +138,10 @@ def register_quick_plugins(architecture: str = "sm_80") -> None:
     Raises:
         EngineError: no TensorRT with this interface, or plugins of these names are there already.
     """
-    try:
-        trt, trtp = importlib.import_module("tensorrt"), importlib.import_module("tensorrt.plugin")
-    except ImportError as error:
-        raise EngineError(f"TensorRT is not installed ({error}): {pip_line('gpu')}") from None
+    trt, trtp = (
+        require(name, extra="gpu", what_for="a quickly deployable plugin")
+        for name in ("tensorrt", "tensorrt.plugin")
+    )
     if not hasattr(trtp, "aot_impl"):
         raise EngineError(
             f"TensorRT {trt.__version__} has no ahead-of-time plugins in Python, expected 10.10 or "

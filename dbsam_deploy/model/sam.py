@@ -16,7 +16,8 @@ from typing import Any
 from torch import nn
 
 from ..core.contract import EMBEDDING_CHANNELS, PATCH_SIZE
-from ..core.errors import EngineError
+from ..core.errors import EngineError, MissingError
+from ..extras import pip_line
 from .config import ModelConfig
 
 _PRIVATE_NAME = "dbsam_deploy.model._segment_anything_modeling"
@@ -27,7 +28,9 @@ def _load_modeling() -> ModuleType:
         return sys.modules[_PRIVATE_NAME]
     found = importlib.util.find_spec("segment_anything")
     if found is None or not found.submodule_search_locations:
-        raise EngineError("segment-anything is not installed: pip install segment-anything")
+        raise MissingError(
+            "the model needs segment_anything, which is not installed", pip_line("export")
+        )
     folder = Path(next(iter(found.submodule_search_locations))) / "modeling"
     spec = importlib.util.spec_from_file_location(
         _PRIVATE_NAME, folder / "__init__.py", submodule_search_locations=[str(folder)]

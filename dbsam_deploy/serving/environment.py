@@ -76,8 +76,9 @@ def find_environment(folder: Path = DEFAULT_FOLDER, *, medsam: bool = False) -> 
         medsam: the repository uses MedSAM's preprocessing, which needs scikit-image.
 
     Raises:
-        EngineError: it is missing, incomplete, has NumPy 2, or no stub for its Python version.
+        EngineError: not Linux, or it is missing, incomplete, with NumPy 2 or no fitting stub.
     """
+    _check_system()
     python = folder / "bin" / "python3"
     if not python.is_file():
         raise EngineError(
@@ -130,11 +131,7 @@ def install_environment(
     Raises:
         EngineError: another operating system or Python, no `venv`, or pip failed.
     """
-    if sys.platform != "linux" or platform.machine() != "x86_64":
-        raise EngineError(
-            f"the Triton wheel runs on Linux x86-64, not {sys.platform} {platform.machine()}: use "
-            "the container instead (python -m dbsam_deploy.serve --docker)"
-        )
+    _check_system()
     if not (3, 11) <= sys.version_info[:2] <= (3, 12):
         raise EngineError(
             f"the server needs NumPy 1, which Python {platform.python_version()} cannot have: run "
@@ -157,6 +154,14 @@ def install_environment(
     environment = find_environment(folder, medsam=True)
     report(f"ready: {environment.binary}")
     return environment
+
+
+def _check_system() -> None:
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        raise EngineError(
+            f"the Triton wheel runs on Linux x86-64, not {sys.platform} {platform.machine()}: use "
+            "the container instead (python -m dbsam_deploy.serve --docker)"
+        )
 
 
 def has_gpu_driver() -> bool:

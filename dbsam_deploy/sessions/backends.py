@@ -12,6 +12,7 @@ from ..artefact import Artefact, export_note, find_export, load_artefact
 from ..cli import say_on_stderr
 from ..core.errors import InputError
 from ..core.imaging import Mode, Preprocessing
+from ..extras import require
 from .onnxruntime_session import OnnxRuntimeSession
 from .pytorch_session import PytorchSession
 from .session import Session
@@ -110,6 +111,7 @@ def _pytorch(options: ModelOptions, device: str) -> Opened:
 
 
 def _pytorch_fused(options: ModelOptions, device: str) -> Opened:
+    require("torch", extra="export", what_for="backend pytorch-fused")
     from .fused_session import FusedPytorchSession
 
     return _built(options, lambda model: FusedPytorchSession(model, device=device))
@@ -128,6 +130,7 @@ def _onnxruntime_tensorrt(options: ModelOptions, device: str) -> Opened:
 
 
 def _openvino(options: ModelOptions, device: str) -> Opened:
+    require("onnx", extra="openvino", what_for="an export on OpenVINO")
     from .openvino_session import OpenvinoSession
 
     precision, cache = options.runtime_precision or RUNTIME_PRECISIONS[0], options.engine_cache

@@ -69,7 +69,7 @@ class EngineSession(ABC):
         self._specs = graph_specs(artefact.preprocessing)
         self._records = read_records(artefact, kind)
         self._trt = import_kind(kind) if runtime is None else runtime
-        self._device = open_device() if device is None else device
+        self._device = open_device(kind.extra) if device is None else device
         for record in self._records.values():
             check_runs_here(record, str(self._trt.__version__), self.gpu)
         if verified:

@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import Any
 
 from ..core.errors import EngineError, MissingError
-from ..extras import ONNXRUNTIME_GPU_LINE, ONNXRUNTIME_TENSORRT_LINE, TENSORRT_10, pip_line
+from ..extras import ONNXRUNTIME_GPU_LINE, ONNXRUNTIME_TENSORRT_LINE, TENSORRT_10, pip_line, require
 from ..hardware import cpuinfo, has_vnni
 
 DRIVER_LIBRARY = "libcuda.so.1"
@@ -91,13 +91,7 @@ def import_onnxruntime() -> ModuleType:
     Raises:
         MissingError: there is none, or it does not load.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingError(
-            f"ONNX Runtime is not installed or does not load ({error})", pip_line("cpu")
-        ) from error
-    return onnxruntime
+    return require("onnxruntime", extra="cpu", what_for="an export on ONNX Runtime")
 
 
 def require_provider(runtime: ModuleType, provider: Provider) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from ..artefact import Artefact
 from ..core.contract import GraphSpec, graph_specs
 from ..core.errors import InputError
+from ..extras import require
 from .onnxruntime_providers import (
     CPU,
     PROVIDERS,
@@ -61,7 +62,8 @@ class OnnxRuntimeSession:
         """The file, or what stands for it on the CPU."""
         path = self._artefact.path(graph)
         if self._provider is CPU and graph in self._artefact.quantization.get("graphs", ()):
-            from .cpu_graph import read_cpu_graph  # onnx takes a while to import
+            require("onnx", extra="cpu", what_for="an int8 export on ONNX Runtime's CPU provider")
+            from .cpu_graph import read_cpu_graph
 
             return read_cpu_graph(path)
         return str(path)

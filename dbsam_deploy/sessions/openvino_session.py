@@ -15,12 +15,12 @@ from types import ModuleType
 from typing import Any
 
 import onnx
+import onnx.inliner
 
 from ..artefact import Artefact
 from ..core.contract import BATCH, GraphSpec, graph_specs
-from ..core.errors import EngineError, InputError, MissingError
-from ..extras import pip_line
-from ..fusions import inlined
+from ..core.errors import EngineError, InputError
+from ..extras import require
 from .float_head import Split, split_head
 from .session import Feed, FloatArray, check_feed
 
@@ -35,13 +35,7 @@ def import_openvino() -> ModuleType:
     Raises:
         MissingError: there is none, or it does not load.
     """
-    try:
-        import openvino
-    except ImportError as error:
-        raise MissingError(
-            f"OpenVINO is not installed or does not load ({error})", pip_line("openvino")
-        ) from error
-    return openvino
+    return require("openvino", extra="openvino", what_for="an export on OpenVINO")
 
 
 class OpenvinoSession:
@@ -131,7 +125,7 @@ class OpenvinoSession:
     def _split(self, path: Path, spec: GraphSpec) -> Split | None:
         if self._settings[HINT] == PRECISIONS["float32"]:
             return None
-        return split_head(inlined(path), spec)
+        return split_head(_inlined(path), spec)
 
     def _compile_part(
         self,
@@ -148,8 +142,13 @@ class OpenvinoSession:
 def _source(path: Path) -> str | io.BytesIO:
     """What OpenVINO reads: the file, or its copy without functions, which it does not know."""
     if onnx.load(path, load_external_data=False).functions:
-        return _bytes(inlined(path))
+        return _bytes(_inlined(path))
     return str(path)
+
+
+def _inlined(path: Path) -> onnx.ModelProto:
+    """The graph in standard ops only: each function's body in the place of its calls."""
+    return onnx.inliner.inline_local_functions(onnx.load(path))
 
 
 def _bytes(model: onnx.ModelProto) -> io.BytesIO:

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 import numpy.typing as npt
 
-from ..core.errors import EngineError
 from ..core.imaging import FloatArray
+from ..extras import require
 
 IntMap = npt.NDArray[np.int32]
 
 
-def require_scipy() -> Any:
-    """scipy, or an `EngineError` with the line that installs it."""
-    try:
-        import scipy
-    except ImportError as error:
-        raise EngineError("training needs SciPy: pip install 'dbsam-deploy[train]'") from error
-    return scipy
+def require_scipy() -> ModuleType:
+    """The package scipy, whose parts load when they are first used.
+
+    Raises:
+        MissingError: it is not installed.
+    """
+    return require("scipy", extra="train", what_for="a synthetic image")
 
 
 def spline_basis(size: int, cells: int) -> FloatArray:

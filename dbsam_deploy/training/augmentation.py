@@ -17,8 +17,9 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from ..core.errors import EngineError, InputError
+from ..core.errors import InputError
 from ..core.imaging import ByteArray, FloatArray
+from ..extras import require
 from ..synthetic.fields import smooth_noise
 from .samples import LabelMap, Sample, objects_in
 
@@ -231,10 +232,7 @@ def _other_colours(
 @lru_cache(maxsize=4)
 def _monai_chain(settings: Augmentation) -> Any:
     """MONAI's intensity transforms for (C, H, W) tensors of 0–1."""
-    try:
-        from monai import transforms
-    except ImportError as error:
-        raise EngineError("augmentation needs MONAI: pip install 'dbsam-deploy[train]'") from error
+    transforms = require("monai.transforms", extra="train", what_for="augmentation")
     return transforms.Compose(
         [
             transforms.RandHistogramShift(prob=settings.histogram_shift, num_control_points=(4, 8)),

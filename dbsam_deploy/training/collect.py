@@ -24,8 +24,9 @@ from PIL import Image
 
 from ..child_process import run_python
 from ..cli import HelpFormatter, Parser, run
-from ..core.errors import EngineError, InputError
+from ..core.errors import InputError
 from ..core.imaging import ByteArray
+from ..extras import require
 from ..images.scans import require_nibabel
 from ..images.volumes import to_uint8
 
@@ -229,18 +230,15 @@ def _spread(length: int, count: int) -> list[int]:
 
 def _dicom_frames(path: Path) -> npt.NDArray[Any]:
     """(N, H, W) rescaled values, or (N, H, W, 3) uint8 RGB."""
-    try:
-        import pydicom
-        from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
-    except ImportError as error:
-        raise EngineError("DICOM needs pydicom: pip install 'dbsam-deploy[dicom]'") from error
+    pydicom = require("pydicom", extra="dicom", what_for="DICOM")
+    pixels = require("pydicom.pixels", extra="dicom", what_for="DICOM")
     dataset = pydicom.dcmread(path)
-    values = pixel_array(dataset)  # YBR becomes RGB
+    values = pixels.pixel_array(dataset)  # YBR becomes RGB
     if dataset.PhotometricInterpretation == "PALETTE COLOR":
-        values = apply_color_lut(values, dataset)
+        values = pixels.apply_color_lut(values, dataset)
         values = (values >> 8).astype(np.uint8) if values.dtype == np.uint16 else values
     elif dataset.SamplesPerPixel == 1:
-        values = np.asarray(apply_modality_lut(values, dataset))
+        values = np.asarray(pixels.apply_modality_lut(values, dataset))
         if dataset.PhotometricInterpretation == "MONOCHROME1":
             values = values.max() - values
     single = int(dataset.get("NumberOfFrames", 1) or 1) == 1

@@ -18,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ..core.errors import EngineError
+from ..extras import require
 from .recipe import TrainingRecipe
 from .state import TrainingState
 
@@ -85,12 +85,9 @@ class Journal:
             self._board.close()
 
     def _open(self) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise EngineError(
-                "training logs need TensorBoard: pip install 'dbsam-deploy[train]'"
-            ) from error
+        require("tensorboard", extra="train", what_for="the training log")
+        from torch.utils.tensorboard import SummaryWriter
+
         kept = _kept_rows(self._path, self._resumed)
         self._file = self._path.open("w", newline="")
         self._rows = csv.DictWriter(self._file, _COLUMNS, extrasaction="ignore")

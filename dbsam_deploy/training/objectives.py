@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.errors import EngineError
+from ..extras import require
 from ..model import DbSam
 from .crops import CropEncoder
 
@@ -116,10 +116,9 @@ def mask_loss() -> DiceCELoss:
     Raises:
         EngineError: MONAI is not installed.
     """
-    try:
-        from monai.losses import DiceCELoss
-    except ImportError as error:
-        raise EngineError("training needs MONAI: pip install 'dbsam-deploy[train]'") from error
+    require("monai.losses", extra="train", what_for="training")
+    from monai.losses import DiceCELoss
+
     return DiceCELoss(include_background=True, sigmoid=True, squared_pred=True)
 
 

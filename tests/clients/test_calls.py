@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import re
 import socket
 import threading
 
@@ -13,6 +14,7 @@ import pytest
 from dbsam_deploy.clients.async_client import AsyncDbsamClient
 from dbsam_deploy.clients.client import DbsamClient
 from dbsam_deploy.core.errors import EngineError, InputError, ServingError
+from dbsam_deploy.extras import pip_line
 
 WAYS = [("grpc", False), ("grpc", True), ("http", False), ("http", True)]
 
@@ -115,5 +117,5 @@ def test_a_missing_library_names_the_extra(monkeypatch):
         raise ModuleNotFoundError(f"No module named {name!r}")
 
     monkeypatch.setattr(importlib, "import_module", missing)
-    with pytest.raises(EngineError, match=r"pip install 'dbsam-deploy\[client\]'"):
+    with pytest.raises(EngineError, match=re.escape(pip_line("client"))):
         DbsamClient("localhost:8001")

@@ -13,6 +13,7 @@ import pytest
 from dbsam_deploy.diagnosis import inspections
 from dbsam_deploy.diagnosis.inspections import INSPECTIONS, Answer, inspect_runtime
 from dbsam_deploy.engines.device import find_gpu
+from dbsam_deploy.extras import pip_line
 
 Install = Callable[[str, str], None]
 
@@ -106,7 +107,7 @@ def test_an_onnxruntime_that_does_not_load(install: Install) -> None:
     install("onnxruntime", "raise ImportError('libonnxruntime.so.1: wrong ELF class')")
     answer = inspect_runtime("onnxruntime")
     assert "wrong ELF class" in answer.error
-    assert answer.install == "pip install 'dbsam-deploy[cpu]'"
+    assert answer.install == pip_line("cpu")
 
 
 def test_a_provider_that_onnxruntime_drops_with_a_word_in_its_log(install: Install) -> None:

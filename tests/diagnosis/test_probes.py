@@ -10,7 +10,7 @@ import pytest
 from dbsam_deploy.diagnosis import probes
 from dbsam_deploy.diagnosis.inspections import Answer
 from dbsam_deploy.diagnosis.probes import Finding
-from dbsam_deploy.extras import NVCC_LINE, TORCH_GPU_LINE
+from dbsam_deploy.extras import NVCC_LINE, TORCH_GPU_LINE, pip_line
 
 NO_GPU = Answer(error="no NVIDIA GPU, or no driver for it")
 GPU = Answer({"name": "NVIDIA H200", "target": "sm_90", "cuda": "13.0"})
@@ -107,8 +107,8 @@ def test_a_cpu_machine() -> None:
     assert all(finding.devices == ("cpu",) for finding in found.values() if finding.usable)
     for finding in found.values():
         assert "no NVIDIA GPU" in finding.missing
-    assert found["tensorrt"].install == "pip install 'dbsam-deploy[gpu]'"
-    assert found["tensorrt_rtx"].install == "pip install 'dbsam-deploy[rtx]'"
+    assert found["tensorrt"].install == pip_line("gpu")
+    assert found["tensorrt_rtx"].install == pip_line("rtx")
     assert found["onnxruntime_tensorrt"].install == "pip install TensorrtExecutionProvider"
     assert found["pytorch"].install == found["onnxruntime"].install == ""  # no GPU to install for
     for module in ("tensorrt is not installed", "pycuda is not installed"):
@@ -122,7 +122,7 @@ def test_openvino_runs_on_the_cpu_whatever_the_gpu() -> None:
     assert finding == Finding(
         False,
         missing="openvino is not installed",
-        install="pip install 'dbsam-deploy[openvino]'",
+        install=pip_line("openvino"),
     )
 
 
@@ -156,7 +156,7 @@ def test_a_broken_pytorch() -> None:
         finding = probe(machine)
         assert not finding.usable
         assert "undefined symbol" in finding.missing
-        assert finding.install.startswith("pip install 'dbsam-deploy[")
+        assert finding.install == pip_line("export")
 
 
 def test_fused_kernels_need_nvcc_and_sm_80(monkeypatch: pytest.MonkeyPatch) -> None:

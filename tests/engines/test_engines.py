@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -46,6 +47,7 @@ from dbsam_deploy.engines.profiles import (
     plan_ranges,
     profile_shapes,
 )
+from dbsam_deploy.extras import pip_line
 from dbsam_deploy.serving.triton_config import GRAPH_MODELS, render_configs
 
 SIZE = Geometry(1024)
@@ -177,7 +179,7 @@ def test_versions_that_work():
 
 def test_a_missing_package_names_its_install_line(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tensorrt_rtx", None)
-    with pytest.raises(MissingError, match=r"pip install 'dbsam-deploy\[rtx\]'"):
+    with pytest.raises(MissingError, match=re.escape(pip_line("rtx"))):
         import_kind(TENSORRT_RTX)
     with pytest.raises(InputError, match="expected one of tensorrt, tensorrt-rtx"):
         kind_named("trt")

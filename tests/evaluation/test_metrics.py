@@ -1,5 +1,7 @@
 """Dice, surface Dice and intervals against masks whose figures are known."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -18,6 +20,7 @@ from dbsam_deploy.evaluation.metrics import (
     load_library,
     surface_dice,
 )
+from dbsam_deploy.extras import pip_line
 from dbsam_deploy.verification.parity import dice as counted_dice
 
 
@@ -101,7 +104,7 @@ def test_masks_that_do_not_fit_are_refused() -> None:
 
 
 def test_a_missing_library_names_the_extra() -> None:
-    with pytest.raises(EngineError, match=r"pip install 'dbsam-deploy\[eval\]'"):
+    with pytest.raises(EngineError, match=re.escape(pip_line("eval"))):
         load_library("no_such_library_anywhere")
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import onnx
+import onnx.inliner
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -16,7 +17,7 @@ from support.references import check_close
 
 from dbsam_deploy.core.errors import ExportError
 from dbsam_deploy.files.onnx_files import SCOPES
-from dbsam_deploy.fusions import FusionCounts, expected_counts, fuse, fuse_file, inlined, layout
+from dbsam_deploy.fusions import FusionCounts, expected_counts, fuse, fuse_file, layout
 from dbsam_deploy.fusions.nodes import DOMAIN, PLUGIN
 from dbsam_deploy.model import VARIANTS, variant_config
 
@@ -72,7 +73,7 @@ def test_values_are_those_of_the_exported_file(encoder, batch):
     image = np.random.default_rng().standard_normal((batch, 3, 64, 64)).astype(np.float32)
     expected = run(before, image)
     check_close(run(after, image), expected, DTYPES[precision])
-    plain = inlined(after)
+    plain = onnx.inliner.inline_local_functions(after)
     assert not plain.functions
     assert {node.domain for node in plain.graph.node} == {""}
     check_close(run(plain.SerializeToString(), image), expected, DTYPES[precision])

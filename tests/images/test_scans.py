@@ -1,6 +1,7 @@
 """NIfTI and DICOM: axes, geometry, rescaling, order, and what is refused."""
 
 import gzip
+import re
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from support.dicom_series import rotation, write_dicom_series
 
 from dbsam_deploy.core.errors import EngineError, InputError
+from dbsam_deploy.extras import pip_line
 from dbsam_deploy.images.scans import Geometry, check_voxels, nifti_bytes, read_dicom, read_nifti
 
 nib = pytest.importorskip("nibabel")
@@ -345,8 +347,8 @@ def test_flipped_bytes_never_escape_as_another_error(
 @pytest.mark.parametrize(
     ("module", "line", "read"),
     [
-        ("nibabel", r"pip install 'dbsam-deploy\[nifti\]'", read_nifti),
-        ("pydicom", r"pip install 'dbsam-deploy\[dicom\]'", read_dicom),
+        ("nibabel", re.escape(pip_line("nifti")), read_nifti),
+        ("pydicom", re.escape(pip_line("dicom")), read_dicom),
     ],
 )
 def test_a_missing_extra_names_its_pip_line(

@@ -207,7 +207,7 @@ class PycudaMemory:
 
 @pytest.fixture
 def memory() -> PycudaMemory:
-    pytest.importorskip("pycuda", reason="pycuda is not installed: pip install 'dbsam-deploy[gpu]'")
+    pytest.importorskip("pycuda", reason="pycuda is not installed")
     torch.cuda.init()
     import pycuda.autoprimaryctx  # the context that the CUDA runtime uses
     import pycuda.driver

@@ -266,7 +266,7 @@ def test_tensorrt_registers_and_describes_the_plugins(bindings: dict[str, str]) 
 
 def test_registering_without_tensorrt_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(EngineError, match=r"TensorRT is not installed.*pip install 'dbsam-deploy"):
+    with pytest.raises(EngineError, match="needs tensorrt, which"):
         quick_plugins.register_quick_plugins()
 
 

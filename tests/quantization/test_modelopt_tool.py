@@ -14,6 +14,7 @@ from support.fusions import run_onnx
 
 from dbsam_deploy.core.errors import EngineError, ExportError, InputError, MissingError
 from dbsam_deploy.core.imaging import Preprocessing, preprocess
+from dbsam_deploy.extras import pip_line
 from dbsam_deploy.fusions import expected_counts, fuse_file
 from dbsam_deploy.quantization import modelopt_tool
 from dbsam_deploy.quantization.layers import find_layers, is_excluded
@@ -97,7 +98,7 @@ def test_without_modelopt_the_message_names_what_to_do(monkeypatch):
     monkeypatch.setattr(modelopt_tool.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingError) as caught:
         check_modelopt(plan_of())
-    assert caught.value.install == "pip install 'dbsam-deploy[modelopt]'"
+    assert caught.value.install == pip_line("modelopt")
     assert PYTHON_VARIABLE in caught.value.what
 
 

@@ -305,7 +305,7 @@ def test_no_gpu_and_no_pycuda_are_told_apart(monkeypatch):
         open_device()
     monkeypatch.setattr(cuda, "find_gpu", lambda: STAND_IN_GPU)
     monkeypatch.setitem(__import__("sys").modules, "pycuda", None)
-    with pytest.raises(MissingError, match=r"PyCUDA.*pip install pycuda"):
+    with pytest.raises(MissingError, match="needs pycuda, which"):
         open_device()
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import builtins
+import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from dbsam_deploy.artefact import Artefact, graph_file, load_artefact, write_art
 from dbsam_deploy.core.contract import graph_specs
 from dbsam_deploy.core.errors import EngineError, InputError, MissingError
 from dbsam_deploy.core.imaging import Preprocessing
+from dbsam_deploy.extras import pip_line
 from dbsam_deploy.fusions import fuse_file
 from dbsam_deploy.model import DbSam
 from dbsam_deploy.quantization.qdq import calibrate, quantize_graph
@@ -171,13 +173,6 @@ def test_a_graph_that_openvino_does_not_read(tiny_artefact: Artefact, tmp_path: 
 def test_missing_openvino_names_the_extra(
     tiny_artefact: Artefact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name == "openvino":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(MissingError, match=r"pip install 'dbsam-deploy\[openvino\]'"):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(MissingError, match=re.escape(pip_line("openvino"))):
         OpenvinoSession(tiny_artefact)

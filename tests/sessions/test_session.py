@@ -1,6 +1,7 @@
 """Sessions check their feed by the contract before a runtime sees it."""
 
-import builtins
+import re
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from support.references import check_close, small_model
 
 from dbsam_deploy.core.contract import Geometry, decoder_spec
 from dbsam_deploy.core.errors import EngineError, InputError
+from dbsam_deploy.extras import ONNXRUNTIME_GPU_LINE, pip_line
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
 from dbsam_deploy.sessions.pytorch_session import PytorchSession
 from dbsam_deploy.sessions.session import check_feed
@@ -61,20 +63,13 @@ def test_cuda_without_a_cuda_runtime_is_refused_not_replaced(tiny_artefact):
     onnxruntime = pytest.importorskip("onnxruntime")
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime has CUDA")
-    with pytest.raises(EngineError, match=r"dbsam-deploy\[gpu\]"):
+    with pytest.raises(EngineError, match=re.escape(ONNXRUNTIME_GPU_LINE)):
         OnnxRuntimeSession(tiny_artefact, device="cuda")
 
 
 def test_missing_onnxruntime_names_the_extra(tiny_artefact, monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name == "onnxruntime":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(EngineError, match=r"pip install 'dbsam-deploy\[cpu\]'"):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(EngineError, match=re.escape(pip_line("cpu"))):
         OnnxRuntimeSession(tiny_artefact)
 
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy.typing as npt
 import onnx
+import onnx.inliner
 import onnx_ir as ir
 from onnx import helper, numpy_helper
 from support.references import check_close
 
 from dbsam_deploy.core.errors import AccuracyError
-from dbsam_deploy.fusions import fuse, inlined
+from dbsam_deploy.fusions import fuse
 from dbsam_deploy.fusions.nodes import PLUGIN
 
 Feed = dict[str, npt.NDArray[Any]]
@@ -82,7 +83,7 @@ def check_fusion(model: onnx.ModelProto, feed: Feed, dtype: str) -> ir.Model:
     after = ir.to_proto(fused)
     onnx.checker.check_model(after, full_check=True)
     (expected,) = run_onnx(model, feed)
-    for proto in (after, inlined(after)):
+    for proto in (after, onnx.inliner.inline_local_functions(after)):
         (found,) = run_onnx(proto, feed)
         if found.dtype != expected.dtype:
             raise AccuracyError(f"fused output is {found.dtype}, expected {expected.dtype}")
