@@ -96,6 +96,8 @@ def _advice(pattern: str) -> list[Advice]:
         for line, text in _texts(ast.parse(path.read_text())):
             for match in re.finditer(pattern, text):
                 command, mention = _span(text, match.start())
+                if not text[match.end() :].strip() and pattern == PIP:
+                    continue  # a part, to which `extras` adds the rest (tests/test_extras.py)
                 if mention and text[match.end() :].startswith(" -"):
                     command, mention = text[match.start() :], False  # with options: is refused
                 mention = mention or bool(re.fullmatch(pattern, text))  # a parser's name
