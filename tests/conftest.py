@@ -21,7 +21,7 @@ from dbsam_deploy.artefact import Artefact, graph_file, load_artefact, write_art
 from dbsam_deploy.core.contract import Geometry, GraphSpec, graph_specs
 from dbsam_deploy.core.errors import EngineError
 from dbsam_deploy.core.imaging import Preprocessing
-from dbsam_deploy.export import Options, Published, Stages, export
+from dbsam_deploy.export import ExportOptions, Published, Stages, export
 from dbsam_deploy.graphs.onnx_export import export_graph, fold_reshapes, simplify, trace
 from dbsam_deploy.kernels.plugin_build import Headers, PluginLibrary, build_plugins, find_headers
 from dbsam_deploy.model import DbSam
@@ -190,10 +190,10 @@ def tiny_artefact(tmp_path_factory: pytest.TempPathFactory) -> Artefact:
 
 
 @pytest.fixture(scope="session")
-def published_export(tmp_path_factory: pytest.TempPathFactory) -> tuple[Options, Published]:
+def published_export(tmp_path_factory: pytest.TempPathFactory) -> tuple[ExportOptions, Published]:
     """`db_sam_tiny` at 256×256 in fp16 through the whole export; not to be changed."""
     output = tmp_path_factory.mktemp("published") / "build"
-    options = Options("fp16", image_size=256, output=output, engine="none")
+    options = ExportOptions("fp16", image_size=256, output=output, engine="none")
     return options, export(options, Console(quiet=True))
 
 
@@ -234,19 +234,19 @@ def quick_stages(float_graphs: Path) -> Stages:
 @pytest.fixture(scope="session")
 def published_fp32(
     quick_stages: Stages, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Options, Published]:
+) -> tuple[ExportOptions, Published]:
     """`db_sam_tiny` at 256×256 in float32; not to be changed."""
     output = tmp_path_factory.mktemp("fp32") / "build"
-    options = Options("fp32", image_size=256, output=output, engine="none")
+    options = ExportOptions("fp32", image_size=256, output=output, engine="none")
     return options, export(options, Console(quiet=True), stages=quick_stages)
 
 
 @pytest.fixture(scope="session")
 def published_int8(
     quick_stages: Stages, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Options, Published]:
+) -> tuple[ExportOptions, Published]:
     """`db_sam_tiny` at 256×256 in int8, ranges from the bundled images; not to be changed."""
-    options = Options(
+    options = ExportOptions(
         "int8",
         image_size=256,
         calibration=bundled_examples(),

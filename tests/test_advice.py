@@ -21,7 +21,7 @@ from dbsam_deploy.cli import DOORS
 from dbsam_deploy.completion import whole_parser
 from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.extras import EXTRAS
-from dbsam_deploy.sensitivity_options import Options, export_command
+from dbsam_deploy.sensitivity_options import SensitivityOptions, export_command
 
 PACKAGE = Path(cli.__file__).parent
 EXPORT, FOLDER = "build/fp16", "'a folder'"
@@ -145,7 +145,9 @@ def test_our_own_command_lines_are_taken() -> None:
 
 
 def test_the_sweeps_advice_names_what_was_swept() -> None:
-    options = Options("int8", Path("a folder"), 0.01, checkpoint=Path("x.pth"), image_size=256)
+    options = SensitivityOptions(
+        "int8", Path("a folder"), 0.01, checkpoint=Path("x.pth"), image_size=256
+    )
     command = export_command(options)
     parsed = whole_parser().parse_args(_words(command))
     for name in ("precision", "calibration", "budget", "checkpoint", "variant", "image_size"):

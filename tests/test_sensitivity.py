@@ -13,7 +13,7 @@ import pytest
 from dbsam_deploy.cli import run
 from dbsam_deploy.quantization import quantizer as quantized_graph
 from dbsam_deploy.quantization import sweep as exclusions
-from dbsam_deploy.sensitivity import Stages, main
+from dbsam_deploy.sensitivity import SweepStages, main
 from dbsam_deploy.verification.cases import bundled_examples
 
 GROUPS = 4
@@ -32,7 +32,7 @@ def small_main(quick_stages):
         kept = ("image_encoder.adapter*", "*.blocks.[!0].*", "*.patch_embed.*", "*.blocks.1[0-9].*")
         return replace(recipe, quantization=replace(plan, exclude=(*plan.exclude, *kept)))
 
-    return partial(main, stages=Stages(load_recipe, quick_stages.export_graph))
+    return partial(main, stages=SweepStages(load_recipe, quick_stages.export_graph))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ..core.masks import Prediction
 from .calls import PromptArrays, load_library
-from .exchange import Answer, Exchange, Exchanges
+from .exchange import Exchange, Exchanges, Returned
 
 
 class AsyncDbsamClient(Exchanges):
@@ -63,7 +63,7 @@ class AsyncDbsamClient(Exchanges):
         await self.close()
 
 
-async def _finish(exchange: Exchange[Answer]) -> Answer:
+async def _finish(exchange: Exchange[Returned]) -> Returned:
     """Run an exchange to its end by awaiting what it yields."""
     try:
         call = next(exchange)
@@ -75,5 +75,5 @@ async def _finish(exchange: Exchange[Answer]) -> Answer:
             else:
                 call = exchange.send(answer)
     except StopIteration as end:
-        result: Answer = end.value
+        result: Returned = end.value
         return result

@@ -22,14 +22,13 @@ from ..core.contract import (
     prompts_ensemble_spec,
 )
 from ..core.errors import DbsamError, InputError, ServingError
-from ..core.imaging import check_boxes, check_image
+from ..core.imaging import Arrays, check_boxes, check_image
 from ..core.masks import Prediction
 from ..core.prompts import check_mask_input, check_mask_pixels, join_prompts
 from ..extras import require
 from .shared_memory import SharedRegion
 
 Transport = Literal["grpc", "http"]
-Arrays = dict[str, npt.NDArray[Any]]
 
 BOX_MODEL = ensemble_spec(1).name
 """The box ensemble; its name does not depend on the mask grid."""

@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy.typing as npt
 
 from ..core.masks import Prediction
-from .exchange import Answer, Exchange, Exchanges
+from .exchange import Exchange, Exchanges, Returned
 
 
 class DbsamClient(Exchanges):
@@ -117,7 +117,7 @@ class DbsamClient(Exchanges):
         self.close()
 
 
-def _finish(exchange: Exchange[Answer]) -> Answer:
+def _finish(exchange: Exchange[Returned]) -> Returned:
     """Run an exchange to its end by calling what it yields."""
     try:
         call = next(exchange)
@@ -129,5 +129,5 @@ def _finish(exchange: Exchange[Answer]) -> Answer:
             else:
                 call = exchange.send(answer)
     except StopIteration as end:
-        result: Answer = end.value
+        result: Returned = end.value
         return result

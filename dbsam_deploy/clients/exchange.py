@@ -15,10 +15,10 @@ from typing import Any, TypeVar, Unpack
 import numpy.typing as npt
 
 from ..core.errors import ServingError
+from ..core.imaging import Arrays
 from ..core.masks import Prediction
 from .calls import (
     BOX_MODEL,
-    Arrays,
     Call,
     PromptArrays,
     Transport,
@@ -43,8 +43,8 @@ from .shared_memory import (
     warn_registered,
 )
 
-Answer = TypeVar("Answer")
-Exchange = Generator[Callable[[], Any], Any, Answer]
+Returned = TypeVar("Returned")
+Exchange = Generator[Callable[[], Any], Any, Returned]
 
 
 class Exchanges:

@@ -24,9 +24,9 @@ from .contract import (
     preprocess_prompts_spec,
     preprocess_spec,
 )
-from .errors import DbsamError, EngineError, InputError
+from .errors import DbsamError, InputError
 from .imaging import (
-    FloatArray,
+    Arrays,
     Preprocessing,
     check_boxes,
     check_image,
@@ -36,7 +36,6 @@ from .imaging import (
 )
 from .prompts import check_mask_input, check_mask_pixels, check_tokens
 
-Arrays = dict[str, npt.NDArray[Any]]
 Step = Callable[[Arrays, Preprocessing], Arrays]
 
 
@@ -64,7 +63,7 @@ def postprocess_boxes(arrays: Arrays, how: Preprocessing) -> Arrays:
     """
     spec = postprocess_spec(how)
     low_res_masks, iou_predictions, original_size = _take(spec, arrays)
-    logits = _check_logits(low_res_masks[0, :, 0])
+    logits = low_res_masks[0, :, 0]
     size = _check_original_size(original_size, len(logits))
     masks = postprocess(logits, size, how)
     return _give(spec, masks, iou_predictions[0, :, 0], logits[:, None])
@@ -106,7 +105,7 @@ def postprocess_prompts(arrays: Arrays, how: Preprocessing) -> Arrays:
     """
     spec = postprocess_prompts_spec(how)
     low_res_masks, iou_predictions, original_size = _take(spec, arrays)
-    logits = _check_logits(low_res_masks[0])
+    logits = low_res_masks[0]
     size = _check_original_size(original_size, len(logits) * NUM_MASK_TOKENS)
     return _give(spec, postprocess(logits, size, how), iou_predictions[0], logits)
 
@@ -121,15 +120,6 @@ def _give(spec: GraphSpec, *arrays: npt.NDArray[Any]) -> Arrays:
 
 def _size_of(image: npt.NDArray[Any]) -> tuple[int, int]:
     return image.shape[0], image.shape[1]
-
-
-def _check_logits(logits: npt.NDArray[Any]) -> FloatArray:
-    if not np.isfinite(logits).all():
-        raise EngineError(
-            "the decoder returned NaN or infinity: its precision is too low for this image, or the "
-            "model file is damaged; export again and compare with --precision fp32"
-        )
-    return logits
 
 
 def _check_original_size(original_size: npt.NDArray[Any], masks: int) -> tuple[int, int]:

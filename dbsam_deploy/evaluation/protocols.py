@@ -46,7 +46,7 @@ CHALLENGE_SIDE, CHALLENGE_MARGIN_PX = 256, 3
 
 
 @dataclass(frozen=True)
-class Protocol:
+class EvaluationProtocol:
     """One protocol with its options; see the module's docstring.
 
     Attributes:
@@ -82,11 +82,13 @@ class Protocol:
         }
 
 
-_DEFAULTS: dict[str, Protocol] = {
-    "objects": Protocol("objects", BoxGrowth(0, 20), tolerance=2, min_object_px=16),
+_DEFAULTS: dict[str, EvaluationProtocol] = {
+    "objects": EvaluationProtocol("objects", BoxGrowth(0, 20), tolerance=2, min_object_px=16),
     # 9 px on the 256 grid
-    "medsam": Protocol("medsam", BoxGrowth(36, 36), tolerance=1, min_object_px=MEDSAM_MIN_PX + 1),
-    "cvpr24": Protocol("cvpr24", BoxGrowth(0, 20), tolerance=2),
+    "medsam": EvaluationProtocol(
+        "medsam", BoxGrowth(36, 36), tolerance=1, min_object_px=MEDSAM_MIN_PX + 1
+    ),
+    "cvpr24": EvaluationProtocol("cvpr24", BoxGrowth(0, 20), tolerance=2),
 }
 PROTOCOLS: tuple[str, ...] = tuple(_DEFAULTS)
 
@@ -97,7 +99,7 @@ def build_protocol(
     growth: BoxGrowth | None = None,
     millimetres: bool = False,
     seed: int = 0,
-) -> Protocol:
+) -> EvaluationProtocol:
     """A protocol with options.
 
     Args:
@@ -116,6 +118,6 @@ def build_protocol(
         raise InputError(f"an NSD in mm goes with the protocol medsam, not with {name}")
     if seed < 0:
         raise InputError(f"seed {seed}: expected 0 or more")
-    return Protocol(
+    return EvaluationProtocol(
         base.name, growth or base.growth, base.tolerance, millimetres, base.min_object_px, seed
     )

@@ -10,7 +10,7 @@ from ..core.contract import PATCH_SIZE, check_image_size
 from ..core.errors import InputError
 from ..core.imaging import Mode, Preprocessing
 
-ConvPyramid = Literal["lfip0", "lfip6"]
+PyramidKind = Literal["lfip0", "lfip6"]
 Fusion = Literal["dane", "dane3", "figure"]
 ChannelAttentionPosition = Literal["before", "after", "none"]
 
@@ -31,7 +31,7 @@ class TwoBranchConfig:
         fusion_reduction: bottleneck factor of the fusion block.
     """
 
-    pyramid: ConvPyramid = "lfip6"
+    pyramid: PyramidKind = "lfip6"
     levels: tuple[int, ...] = (3,)
     stem_channels: tuple[int, ...] = (256, 512)
     fusion: Fusion = "dane"

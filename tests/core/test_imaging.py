@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from dbsam_deploy.core.contract import MAX_IMAGE_PIXELS, MAX_POINTS, MAX_PROMPTS
-from dbsam_deploy.core.errors import InputError
+from dbsam_deploy.core.errors import EngineError, InputError
 from dbsam_deploy.core.imaging import (
     Preprocessing,
     area_resize,
@@ -242,7 +242,7 @@ def test_postprocess_refuses_logits_that_are_not_finite(
 ) -> None:
     low = rng.standard_normal((2, 1, 16, 16)).astype(np.float32)
     low[1, 0, 3, 4] = bad
-    with pytest.raises(InputError, match="NaN or infinity"):
+    with pytest.raises(EngineError, match="NaN or infinity"):
         postprocess(low, (20, 20), Preprocessing(64))
 
 

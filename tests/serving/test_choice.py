@@ -13,7 +13,7 @@ from support.engines import STAND_IN_GPU, put_engines
 from dbsam_deploy.artefact import MANIFEST_NAME, Artefact, load_artefact
 from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.engines.kinds import TENSORRT, TENSORRT_RTX
-from dbsam_deploy.engines.manifest import Parity, engine_folder, read_records, sign
+from dbsam_deploy.engines.manifest import PassedGate, engine_folder, read_records, sign
 from dbsam_deploy.serving.choice import choose_repository, refresh_repository
 from dbsam_deploy.serving.repository import (
     REPOSITORY_NAME,
@@ -37,7 +37,7 @@ def verified(artefact: Artefact) -> Artefact:
     put_engines(artefact, TENSORRT)
     records = read_records(artefact, TENSORRT)
     plans = {graph: record.plan.sha256 for graph, record in records.items()}
-    sign(engine_folder(artefact, TENSORRT), records, Parity(STAND_IN_GPU, {}, {}, plans))
+    sign(engine_folder(artefact, TENSORRT), records, PassedGate(STAND_IN_GPU, {}, {}, plans))
     return artefact
 
 
