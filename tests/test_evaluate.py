@@ -158,7 +158,7 @@ def test_a_server_of_its_own(
         "--repository", tmp_path / "build" / "model_repository",
         "--server-env", server_environment.folder,
     )  # fmt: skip
-    assert "tiny_test fp32, triton, sam at 128 pixels" in out
+    assert "tiny_test fp32, triton-grpc, sam at 128 pixels" in out
     assert "NOTE: test graphs" in out
     assert (tmp_path / "build" / "triton-server.log").is_file()
 
