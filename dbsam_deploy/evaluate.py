@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
 
-from .cli import HelpFormatter, Parser, run, say_on_stderr
+from .cli import HelpFormatter, Parser, run, say_on_stderr, table_console
 from .core.errors import InputError
 from .evaluation import (
     PROTOCOLS,
@@ -239,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
         load_library(library)
     if args.output is not None:
         _check_output(args.output)
-    console = Console()
+    console = table_console()
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from .cli import as_called, check_words, progress_bars, run
+from .cli import as_called, check_words, progress_bars, run, table_console
 from .sensitivity_options import SensitivityOptions, build_parser, export_command
 
 if __name__ == "__main__":  # --help and a mistyped option need no PyTorch
@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None, *, stages: SweepStages | None = None) ->
     options = SensitivityOptions(**vars(build_parser().parse_args(argv)))
     load_library("matplotlib")  # before hours of work
     found, _ = find_exclusions(options, Console(stderr=True), stages=stages)
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = table_console()
     console.print(ranked_table(found))
     for pattern in found.exclude:
         console.print(f'  "{pattern}",', highlight=False, markup=False)

@@ -127,15 +127,15 @@ def closing_table(
         console.print(engine_table(engines, f"engines: {first.kind} {first.version}"))
     for note in _notes(artefact, figures, engine_note):
         console.print(f"note: {as_called(note)}", highlight=False, markup=False, soft_wrap=True)
-    console.print(
-        as_called(
-            f"next: python -m dbsam_deploy.predict IMAGE --box x0 y0 x1 y1 --artefact "
-            f"{shlex.quote(str(artefact.folder))}\n"
-            f"      python -m dbsam_deploy.serve --repository {shlex.quote(str(repository))}"
-        ),
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
+    following = as_called(_next_commands(artefact, repository))
+    console.print(following, highlight=False, markup=False, soft_wrap=True)
+
+
+def _next_commands(artefact: Artefact, repository: Path) -> str:
+    return (
+        f"next: python -m dbsam_deploy.predict IMAGE --box x0 y0 x1 y1 --artefact "
+        f"{shlex.quote(str(artefact.folder))}\n"
+        f"      python -m dbsam_deploy.serve --repository {shlex.quote(str(repository))}"
     )
 
 
