@@ -23,7 +23,7 @@ from dbsam_deploy.core.errors import EngineError
 from dbsam_deploy.engines import worker
 from dbsam_deploy.engines.layers import PlacedAttention
 from dbsam_deploy.engines.manifest import Flags
-from dbsam_deploy.engines.network import Job
+from dbsam_deploy.engines.network import BuildJob
 from dbsam_deploy.kernels import quick_plugins, torch_ops
 from dbsam_deploy.kernels.build import build_library
 from dbsam_deploy.kernels.quick_plugins import (
@@ -295,6 +295,6 @@ def test_the_builder_registers_them_for_its_gpu(
     monkeypatch.setattr(worker, "build_plan", lambda *arguments: 7)
     monkeypatch.setattr(worker, "find_gpu", lambda: SimpleNamespace(target="sm_90"))
     monkeypatch.setattr(quick_plugins, "register_quick_plugins", registered.append)
-    job = Job("tensorrt", "encoder.onnx", "encoder.plan", flags=Flags(quick_plugins=asked))
-    assert worker.build(Job.from_json(job.to_json()))["network_layers"] == 7
+    job = BuildJob("tensorrt", "encoder.onnx", "encoder.plan", flags=Flags(quick_plugins=asked))
+    assert worker.build(BuildJob.from_json(job.to_json()))["network_layers"] == 7
     assert registered == (["sm_90"] if asked else [])
