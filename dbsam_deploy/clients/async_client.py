@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from types import TracebackType
 from typing import Any, Self, Unpack
 
 import numpy.typing as npt
@@ -21,8 +20,8 @@ class AsyncDbsamClient(Exchanges):
     """
 
     def _connect(self, timeout_s: float) -> Any:
-        transport = load_library(f"tritonclient.{self.protocol}.aio")
-        if self.protocol == "grpc":
+        transport = load_library(f"tritonclient.{self.transport}.aio")
+        if self.transport == "grpc":
             return transport.InferenceServerClient(self.url)
         self._errors = (load_library("aiohttp").ClientError,)
         return transport.InferenceServerClient(self.url, conn_timeout=timeout_s)
@@ -54,12 +53,7 @@ class AsyncDbsamClient(Exchanges):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exception: object) -> None:
         await self.close()
 
 

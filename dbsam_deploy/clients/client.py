@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
 from typing import Any, Self
 
 import numpy.typing as npt
@@ -19,7 +18,7 @@ class DbsamClient(Exchanges):
 
     Args:
         url: host:port, by default 8001 for gRPC and 8000 for HTTP.
-        protocol: `grpc` or `http`.
+        transport: `grpc` or `http`.
         shared_memory: move images and masks through shared memory; the server must be on this
             machine (and in a container share its /dev/shm).
         timeout_s: how long one request may take.
@@ -30,7 +29,7 @@ class DbsamClient(Exchanges):
     """
 
     def _connect(self, timeout_s: float) -> Any:
-        if self.protocol == "grpc":
+        if self.transport == "grpc":
             return self._library.InferenceServerClient(self.url)
         return self._library.InferenceServerClient(
             self.url, connection_timeout=timeout_s, network_timeout=timeout_s
@@ -108,12 +107,7 @@ class DbsamClient(Exchanges):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
 

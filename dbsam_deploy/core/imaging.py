@@ -92,6 +92,7 @@ def check_boxes(boxes: npt.NDArray[Any], original_size: tuple[int, int]) -> Floa
     Raises:
         InputError: wrong shape, none or too many, not finite, empty, or outside the image.
     """
+    boxes = np.asarray(boxes)
     if boxes.ndim != 2 or boxes.shape[1] != 4 or boxes.dtype.kind not in "fiu":
         raise InputError(f"boxes {boxes.dtype}{boxes.shape}: expected numbers of shape (N, 4)")
     _check_count(len(boxes), "boxes")
@@ -124,6 +125,7 @@ def check_points(
     Raises:
         InputError: shapes differ, an unknown label, or a point outside the image.
     """
+    point_coords, point_labels = np.asarray(point_coords), np.asarray(point_labels)
     if point_coords.ndim != 3 or point_coords.shape[2] != 2 or point_coords.dtype.kind not in "fiu":
         raise InputError(f"point_coords of shape {point_coords.shape}: expected (N, P, 2) numbers")
     if point_labels.shape != point_coords.shape[:2]:

@@ -27,6 +27,8 @@ from .contract import (
 from .errors import DbsamError, InputError
 from .imaging import (
     Arrays,
+    ByteArray,
+    FloatArray,
     Preprocessing,
     check_boxes,
     check_image,
@@ -62,11 +64,8 @@ def postprocess_boxes(arrays: Arrays, how: Preprocessing) -> Arrays:
         EngineError: logits that are not finite.
     """
     spec = postprocess_spec(how)
-    low_res_masks, iou_predictions, original_size = _take(spec, arrays)
-    logits = low_res_masks[0, :, 0]
-    size = _check_original_size(original_size, len(logits))
-    masks = postprocess(logits, size, how)
-    return _give(spec, masks, iou_predictions[0, :, 0], logits[:, None])
+    masks, ious, logits = _answers(spec, arrays, how)
+    return _give(spec, masks[:, 0], ious[:, 0], logits)
 
 
 def preprocess_prompts(arrays: Arrays, how: Preprocessing) -> Arrays:
@@ -104,10 +103,17 @@ def postprocess_prompts(arrays: Arrays, how: Preprocessing) -> Arrays:
         EngineError: logits that are not finite.
     """
     spec = postprocess_prompts_spec(how)
+    return _give(spec, *_answers(spec, arrays, how))
+
+
+def _answers(
+    spec: GraphSpec, arrays: Arrays, how: Preprocessing
+) -> tuple[ByteArray, FloatArray, FloatArray]:
+    """Masks (N, M, H, W), IoU (N, M) and logits (N, M, 4G, 4G) of a decoder's outputs."""
     low_res_masks, iou_predictions, original_size = _take(spec, arrays)
     logits = low_res_masks[0]
-    size = _check_original_size(original_size, len(logits) * NUM_MASK_TOKENS)
-    return _give(spec, postprocess(logits, size, how), iou_predictions[0], logits)
+    size = _check_original_size(original_size, logits.shape[0] * logits.shape[1])
+    return postprocess(logits, size, how), iou_predictions[0], logits
 
 
 def _take(spec: GraphSpec, arrays: Arrays) -> list[npt.NDArray[Any]]:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from ..core.choices import choose
 from ..core.contract import PATCH_SIZE, check_image_size
 from ..core.errors import InputError
 from ..core.imaging import Mode, Preprocessing
@@ -162,9 +163,7 @@ def variant_config(
     Raises:
         InputError: unknown name, size, or a fusion for a variant without a two-branch adapter.
     """
-    if name not in VARIANTS:
-        raise InputError(f"variant {name!r}: expected one of {', '.join(VARIANTS)}")
-    config = VARIANTS[name]
+    config = choose("variant", name, VARIANTS)
     if image_size is not None:
         config = replace(config, image_size=check_image_size(image_size))
     if fusion is not None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
 from ..artefact import Artefact, export_note, find_export, find_exports, load_artefact
+from ..core import contract
 from ..core.errors import DbsamError, InputError
 from ..engines.kinds import TENSORRT, Kind
 from ..engines.manifest import build_command, verified_plans, verify_command
@@ -13,6 +15,7 @@ from ..files.atomic import sha256_of
 from .repository import (
     DEFAULT_REPOSITORY,
     REPOSITORY_NAME,
+    RUNTIME,
     VERSION,
     Repository,
     build_repository,
@@ -46,6 +49,14 @@ def _serves_its_plans(repository: Repository, artefact: Artefact) -> bool:
     return plans == served
 
 
+def _runs_this_library(repository: Repository) -> bool:
+    """Whether the Python models run this version of `core`, and their contract is its own."""
+    core = Path(contract.__file__).parent
+    copied = {name: digest for name, digest in repository.files.items() if f"/{RUNTIME}/" in name}
+    mine = {path.name: sha256_of(path) for path in core.glob("*.py")}
+    return {(Path(name).name, digest) for name, digest in copied.items()} == set(mine.items())
+
+
 def _edited(repository: Repository) -> list[str]:
     """Configurations that somebody tuned after they were rendered."""
     return [
@@ -57,7 +68,8 @@ def _edited(repository: Repository) -> list[str]:
 
 def _fill_command(artefact: Artefact, output: Path) -> str:
     return (
-        f"python -m dbsam_deploy.serving.repository --artefact {artefact.folder} --output {output}"
+        f"python -m dbsam_deploy.serving.repository --artefact {shlex.quote(str(artefact.folder))} "
+        f"--output {shlex.quote(str(output))}"
     )
 
 
@@ -73,8 +85,8 @@ def choose_repository(
 
     Returns:
         `folder`, or the repository beside the export, which is filled anew where it holds another
-        export or other engines. Without any export, `build/model_repository` if it is there: a
-        server needs nothing else.
+        export, other engines or another version of this library. Without any export,
+        `build/model_repository` if it is there: a server needs nothing else.
 
     Raises:
         InputError: both were named, there is nothing to serve, or a repository that would have to
@@ -93,7 +105,8 @@ def choose_repository(
     artefact, place = load_artefact(chosen), repository_beside(chosen)
     if (place / REPOSITORY_NAME).is_file():
         found = load_repository(place)
-        if is_filled_from(found, artefact) and _serves_its_plans(found, artefact):
+        same = is_filled_from(found, artefact) and _serves_its_plans(found, artefact)
+        if same and _runs_this_library(found):
             return found
         if edited := _edited(found):
             raise InputError(
@@ -121,12 +134,12 @@ def refresh_repository(artefact: Artefact, kind: Kind) -> str:
     if kind is not TENSORRT:
         return (
             f"{place} is unchanged: a Triton server runs TensorRT engines, not {kind.title}'s: "
-            f"{build_command(artefact, TENSORRT)}"
+            f"{build_command(artefact.folder, TENSORRT)}"
         )
     if not verified_plans(artefact):
         return (
             f"{place} is unchanged: engines are served once they passed their comparison: "
-            f"{verify_command(artefact, TENSORRT)}"
+            f"{verify_command(artefact.folder, TENSORRT)}"
         )
     if not (place / REPOSITORY_NAME).is_file():
         return f"no repository in {place} to put the engines into; to fill one: {how}"

@@ -24,11 +24,6 @@ from dbsam_deploy.core.imaging import (
 SIZES = [(256, 256), (181, 258), (427, 640), (100, 37), (1, 300), (300, 1), (1, 1), (129, 128)]
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng()  # fresh input each run
-
-
 def random_image(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
 

@@ -27,11 +27,6 @@ OBLIQUE[:3, :3] = rotation(12, -23, 31) @ np.diag([0.7, -0.9, 2.5])
 OBLIQUE[:3, 3] = [-91.25, 33.5, 1042.75]
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng()
-
-
 def save_nifti(path: Path, array: np.ndarray, affine: np.ndarray = OBLIQUE, **codes: int) -> Path:
     image = nib.Nifti1Image(array, affine)
     image.set_sform(affine, code=codes.get("sform", 1))

@@ -20,11 +20,6 @@ def normal(rng):
     return rng.standard_normal((64, 1000)).astype(np.float32)
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
-
 def test_no_value_is_lost_when_the_range_grows(rng):
     parts = [rng.standard_normal((10, 100)) * scale for scale in (1, 0, 30, 1000, 2)]
     found = histogram(*parts)
