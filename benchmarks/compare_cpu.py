@@ -37,7 +37,7 @@ from dbsam_deploy.artefact import Artefact, load_artefact
 from dbsam_deploy.cli import HelpFormatter, Parser, progress_bars, run
 from dbsam_deploy.core.contract import graph_specs
 from dbsam_deploy.core.errors import InputError
-from dbsam_deploy.core.imaging import preprocess
+from dbsam_deploy.core.imaging import FloatArray, preprocess
 from dbsam_deploy.hardware import describe_hardware
 from dbsam_deploy.model.weights import load_model
 from dbsam_deploy.recipe import load_recipe
@@ -45,7 +45,7 @@ from dbsam_deploy.sessions.onnxruntime_providers import CPU, open_session
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
 from dbsam_deploy.sessions.openvino_session import OpenvinoSession
 from dbsam_deploy.sessions.pytorch_session import PytorchSession
-from dbsam_deploy.sessions.session import Feed, FloatArray, Session
+from dbsam_deploy.sessions.session import Feed, Session
 from dbsam_deploy.verification.cases import Case, bundled_examples, load_cases
 from dbsam_deploy.verification.parity import Figures, compare, misses
 

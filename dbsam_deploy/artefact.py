@@ -20,7 +20,13 @@ _MANIFEST = ManifestKind("a manifest of this library", "export again", InputErro
 
 @dataclass(frozen=True)
 class GraphFile:
-    """One exported graph: file name relative to the manifest, content hash and size."""
+    """One exported graph.
+
+    Attributes:
+        file: name, relative to the manifest.
+        sha256: of its content.
+        size_bytes: its length.
+    """
 
     file: str
     sha256: str
@@ -130,12 +136,12 @@ def load_artefact(folder: Path) -> Artefact:
         InputError: no manifest, another format, a missing file or one that was changed.
     """
     path = folder / MANIFEST_NAME
-    if not path.is_file():
-        raise InputError(
-            f"no {MANIFEST_NAME} in {folder}: run `python -m dbsam_deploy.export --precision fp16` "
-            "first, or name the folder it wrote (for example build/fp16)"
-        )
-    artefact = _MANIFEST.read(path, lambda body: _artefact(folder, body))
+    artefact = _MANIFEST.read(
+        path,
+        lambda body: _artefact(folder, body),
+        absent="run `python -m dbsam_deploy.export --precision fp16` first, or name the folder it "
+        "wrote (for example build/fp16)",
+    )
     for item in artefact.graphs.values():
         file = _MANIFEST.find(path, item.file)
         _MANIFEST.compare(path, file, sha256_of(file), item.sha256)

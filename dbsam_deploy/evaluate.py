@@ -16,10 +16,17 @@ from rich.progress import Progress as ProgressBar
 
 from .cli import HelpFormatter, Parser, run, say_on_stderr
 from .core.errors import InputError
-from .evaluation import PROTOCOLS, Protocol, build_protocol, evaluate, find_cases, read_cases
+from .evaluation import (
+    PROTOCOLS,
+    EvaluationProtocol,
+    build_protocol,
+    evaluate,
+    find_cases,
+    read_cases,
+)
 from .evaluation.boxes import BoxGrowth
 from .evaluation.data import CaseFile
-from .evaluation.evaluator import Progress
+from .evaluation.evaluator import FileProgress
 from .evaluation.files import write_files
 from .evaluation.html import write_page
 from .evaluation.metrics import load_library
@@ -124,7 +131,7 @@ def _add_started_options(server: argparse._ArgumentGroup) -> None:
 
 @contextmanager
 def open_evaluated(
-    args: argparse.Namespace, protocol: Protocol
+    args: argparse.Namespace, protocol: EvaluationProtocol
 ) -> Iterator[tuple[Model, dict[str, Any]]]:
     """The model that the command line names, and what reports say of it.
 
@@ -170,7 +177,7 @@ def about_model(model: Model) -> dict[str, Any]:
 
 @contextmanager
 def _started(
-    args: argparse.Namespace, protocol: Protocol
+    args: argparse.Namespace, protocol: EvaluationProtocol
 ) -> Iterator[tuple[Model, dict[str, Any]]]:
     repository = choose_repository(args.repository, None, say_on_stderr)
     how = repository.preprocessing
@@ -186,7 +193,7 @@ def _started(
 
 
 @contextmanager
-def _bar(text: str, files: int) -> Iterator[Progress]:
+def _bar(text: str, files: int) -> Iterator[FileProgress]:
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -216,7 +223,7 @@ def _check_output(folder: Path) -> None:
         raise InputError(f"{folder} cannot be written: {existing} is no folder that can be written")
 
 
-def _protocol(args: argparse.Namespace) -> Protocol:
+def _protocol(args: argparse.Namespace) -> EvaluationProtocol:
     growth = None if args.box_growth_px is None else BoxGrowth(*args.box_growth_px)
     return build_protocol(args.protocol, growth=growth, millimetres=args.nsd_mm, seed=args.seed)
 

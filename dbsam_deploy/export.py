@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .cli import check_words, progress_bars, run
-from .export_options import Options, build_parser
+from .export_options import ExportOptions, build_parser
 
 if __name__ == "__main__":  # --help and a mistyped option need no PyTorch
     check_words(build_parser, extra="export")
@@ -34,6 +34,7 @@ from .core.errors import InputError
 from .engines.build import Choice, Request, build_engines, choose_engines
 from .engines.manifest import EngineRecord
 from .files.atomic import sha256_of
+from .files.sources import closure
 from .fusions import fuse_file
 from .graphs.onnx_export import check_onnx, export_graph
 from .hardware import installed_versions
@@ -120,7 +121,7 @@ class _Steps:
 
 
 def export(
-    options: Options, console: Console | None = None, *, stages: Stages | None = None
+    options: ExportOptions, console: Console | None = None, *, stages: Stages | None = None
 ) -> Published:
     """Run every stage and publish the result.
 
@@ -154,7 +155,7 @@ def export(
     quantizer = Quantizer.of(loaded, recipe, images, options.budget, bars)
     job = _Job(stages, loaded, recipe, quantizer, cases)
     key = _export_key(loaded, recipe, quantizer.key)
-    parity_key = _hash(key, *(c.name + _hash(c.image.tobytes(), c.boxes.tobytes()) for c in cases))
+    parity_key = _parity_key(key, cases)
     artefact = _published(folder, parity_key)
     if artefact is None:
         artefact = _make_artefact(job, (key, parity_key), folder, bars)
@@ -169,7 +170,7 @@ def export(
     return Published(artefact, figures, repository, engines, choice.note)
 
 
-def _cases(options: Options, recipe: Recipe) -> list[Case]:
+def _cases(options: ExportOptions, recipe: Recipe) -> list[Case]:
     """Images of the comparison with PyTorch."""
     parity = recipe.parity
     if options.data_images is not None:
@@ -294,17 +295,37 @@ def _published(folder: Path, key: str) -> Artefact | None:
     return artefact if artefact.key == key else None
 
 
+GRAPH_MODULES = ("model.weights", "graphs.onnx_export", "quantization.quantizer", "fusions")
+"""What the ONNX files come from, with all that these modules import."""
+GATE_MODULES = (
+    "sessions.pytorch_session",
+    "sessions.onnxruntime_session",
+    "verification.cases",
+    "verification.parity",
+)
+"""What the figures come from, likewise."""
+
+
 def _export_key(loaded: LoadedModel, recipe: Recipe, quantizer_key: str) -> str:
-    """Hash of all that determines the ONNX files: weights, recipe, versions and this library."""
-    sources = sorted(Path(__file__).parent.rglob("*.py"))
+    """Hash of all that determines the ONNX files: weights, recipe, versions and the code."""
     return _hash(
         loaded.weights["sha256"],
         repr(loaded.model.config),
         repr(recipe),
         quantizer_key,
         json.dumps(installed_versions(), sort_keys=True),
-        *(path.read_bytes() for path in sources),
+        _code_hash(GRAPH_MODULES),
     )
+
+
+def _parity_key(export_key: str, cases: list[Case]) -> str:
+    """Hash of all that determines an artefact: the ONNX files, the images, and their comparison."""
+    images = (c.name + _hash(c.image.tobytes(), c.boxes.tobytes()) for c in cases)
+    return _hash(export_key, _code_hash(GATE_MODULES), *images)
+
+
+def _code_hash(modules: tuple[str, ...]) -> str:
+    return _hash(*(path.read_bytes() for path in closure(modules)))
 
 
 def _hash(*parts: str | bytes) -> str:
@@ -317,7 +338,7 @@ def _hash(*parts: str | bytes) -> str:
 
 def main(argv: list[str] | None = None, *, stages: Stages | None = None) -> int:
     """Command line entry point; returns the exit status."""
-    options = Options(**vars(build_parser().parse_args(argv)))
+    options = ExportOptions(**vars(build_parser().parse_args(argv)))
     published = export(options, stages=stages)
     # In a file or a pipe there is no screen to fit.
     console = Console(width=None if sys.stdout.isatty() else 120)

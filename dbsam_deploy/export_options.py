@@ -33,7 +33,7 @@ examples:
 
 
 @dataclass(frozen=True)
-class Options:
+class ExportOptions:
     """What an export is asked for.
 
     Attributes:
@@ -66,7 +66,7 @@ class Options:
 
 
 def build_parser() -> Parser:
-    """The command line; its names are those of `Options`."""
+    """The command line; its names are those of `ExportOptions`."""
     parser = Parser(
         prog="python -m dbsam_deploy.export",
         description=DESCRIPTION,
@@ -129,7 +129,7 @@ def _add_engines(parser: Parser) -> None:
     parser.add_argument(
         "--engine",
         choices=CHOICES,
-        default=Options.engine,
+        default=ExportOptions.engine,
         help="engines to build from the graphs; auto: tensorrt where it and a GPU are there",
     )
     parser.add_argument(

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .cli import check_words, progress_bars, run
-from .sensitivity_options import Options, build_parser
+from .sensitivity_options import SensitivityOptions, build_parser
 
 if __name__ == "__main__":  # --help and a mistyped option need no PyTorch
     check_words(build_parser, extra="export")
@@ -42,7 +42,7 @@ _COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Stages:
+class SweepStages:
     """The functions that a sweep calls in turn; a test gives its own for what it is not about."""
 
     load_recipe: Callable[[str], Recipe] = load_recipe
@@ -50,7 +50,7 @@ class Stages:
 
 
 def find_exclusions(
-    options: Options, console: Console, *, stages: Stages | None = None
+    options: SensitivityOptions, console: Console, *, stages: SweepStages | None = None
 ) -> tuple[Sweep, CalibrationSet]:
     """Export the float encoder, sweep, and write the results.
 
@@ -67,7 +67,7 @@ def find_exclusions(
         ExportError: the encoder cannot be exported or quantised.
         AccuracyError: no choice keeps to the budget.
     """
-    stages = stages or Stages()
+    stages = stages or SweepStages()
     recipe = stages.load_recipe(options.precision)
     images = calibration_images(recipe, options.calibration, options.budget)
     if images is None or recipe.quantization is None:
@@ -187,9 +187,9 @@ def ranked_table(found: Sweep) -> Table:
     return table
 
 
-def main(argv: list[str] | None = None, *, stages: Stages | None = None) -> int:
+def main(argv: list[str] | None = None, *, stages: SweepStages | None = None) -> int:
     """Command line entry point; returns the exit status."""
-    options = Options(**vars(build_parser().parse_args(argv)))
+    options = SensitivityOptions(**vars(build_parser().parse_args(argv)))
     load_library("matplotlib")  # before hours of work
     found, _ = find_exclusions(options, Console(stderr=True), stages=stages)
     console = Console(width=None if sys.stdout.isatty() else 120)

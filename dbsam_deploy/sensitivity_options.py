@@ -27,7 +27,7 @@ DEFAULT_BUDGET = 0.005
 
 
 @dataclass(frozen=True)
-class Options:
+class SensitivityOptions:
     """What a sweep is asked for; see the command's help."""
 
     precision: str
@@ -40,7 +40,7 @@ class Options:
 
 
 def build_parser() -> Parser:
-    """The command line; its names are those of `Options`."""
+    """The command line; its names are those of `SensitivityOptions`."""
     parser = Parser(
         prog="python -m dbsam_deploy.sensitivity",
         description=DESCRIPTION,
@@ -65,5 +65,7 @@ def build_parser() -> Parser:
     parser.add_argument("--checkpoint", type=Path, help="weights: .pth or .safetensors")
     parser.add_argument("--variant", help="model variant; by default the checkpoint's")
     parser.add_argument("--image-size", type=int, help="side of the model frame")
-    parser.add_argument("--output", type=Path, default=Options.output, help="where to write")
+    parser.add_argument(
+        "--output", type=Path, default=SensitivityOptions.output, help="where to write"
+    )
     return parser

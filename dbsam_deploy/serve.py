@@ -166,11 +166,28 @@ def _serve(server: TritonServer) -> int:
     return 0
 
 
-def _try(server: TritonServer, repository: Repository, args: argparse.Namespace) -> int:
-    """Start, send one request, write its results, stop."""
+def _server(args: argparse.Namespace, repository: Repository, ports: Ports) -> TritonServer:
+    """The server that the command line describes, not started.
+
+    Raises:
+        MissingError: its environment is not installed.
+    """
+    medsam = repository.preprocessing.mode == "medsam"
+    environment = find_environment(args.server_env, medsam=medsam)
+    _say(_describe(repository))
+    if has_gpu_driver():
+        _say("this machine has a GPU; the server below uses the CPU only. For the GPU:")
+        _say(docker_command(repository, ports, args.host))
+    log = args.log or repository.folder.absolute().parent / "triton-server.log"
+    return TritonServer(repository.folder, environment, log=log, ports=ports, host=args.host)
+
+
+def _try(args: argparse.Namespace, repository: Repository, ports: Ports) -> int:
+    """Start a server once the image and its prompts are known to be usable, ask it, stop it."""
     with _stoppable(), ExitStack() as stack:
 
         def start() -> Model:
+            server = _server(args, repository, ports)
             _say("starting the Triton server ...")
             began = time.monotonic()
             stack.enter_context(server)
@@ -197,15 +214,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.docker:
         _say(docker_command(repository, ports, args.host))
         return 0
-    medsam = repository.preprocessing.mode == "medsam"
-    environment = find_environment(args.server_env, medsam=medsam)
-    _say(_describe(repository))
-    if has_gpu_driver():
-        _say("this machine has a GPU; the server below uses the CPU only. For the GPU:")
-        _say(docker_command(repository, ports, args.host))
-    log = args.log or repository.folder.absolute().parent / "triton-server.log"
-    server = TritonServer(repository.folder, environment, log=log, ports=ports, host=args.host)
-    return _serve(server) if args.image is None else _try(server, repository, args)
+    if args.image is not None:
+        return _try(args, repository, ports)
+    return _serve(_server(args, repository, ports))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cli import check_words, run
-from .train_options import Options, build_parser
+from .train_options import TrainOptions, build_parser
 
 if __name__ == "__main__":  # --help and a mistyped option need no PyTorch
     check_words(build_parser, extra="train")
@@ -63,7 +63,7 @@ class _Run:
     """What every step of one training shares."""
 
     recipe: TrainingRecipe
-    options: Options
+    options: TrainOptions
     material: Material
     loaded: LoadedModel
     accelerator: Accelerator
@@ -71,7 +71,7 @@ class _Run:
     validate: Validate | None
 
 
-def train(options: Options, console: Console | None = None) -> Trained:
+def train(options: TrainOptions, console: Console | None = None) -> Trained:
     """Run a recipe, or the rest of it.
 
     Raises:
@@ -190,7 +190,7 @@ def _with_options(
     return replace(recipe, teacher=teacher)
 
 
-def _accelerator(recipe: TrainingRecipe, options: Options) -> Accelerator:
+def _accelerator(recipe: TrainingRecipe, options: TrainOptions) -> Accelerator:
     require("accelerate", extra="train", what_for="training")
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -207,7 +207,7 @@ def _accelerator(recipe: TrainingRecipe, options: Options) -> Accelerator:
     )
 
 
-def _start_model(recipe: TrainingRecipe, options: Options) -> LoadedModel:
+def _start_model(recipe: TrainingRecipe, options: TrainOptions) -> LoadedModel:
     if options.checkpoint is None:
         return fresh_model(recipe.variant, recipe.image_size, options.decoder_weights)
     return load_model(
@@ -215,7 +215,7 @@ def _start_model(recipe: TrainingRecipe, options: Options) -> LoadedModel:
     )
 
 
-def _validation(options: Options) -> Validate | None:
+def _validation(options: TrainOptions) -> Validate | None:
     if options.data is None or options.split is None:
         return None
     files = find_cases(options.data, split=options.split, subset="validation")
@@ -264,7 +264,7 @@ def _publish(run: _Run, state: TrainingState) -> Trained:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line entry point; returns the exit status."""
-    options = Options(**vars(build_parser().parse_args(argv)))
+    options = TrainOptions(**vars(build_parser().parse_args(argv)))
     train(options)
     return 0
 

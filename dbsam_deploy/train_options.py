@@ -27,7 +27,7 @@ examples:
 
 
 @dataclass(frozen=True)
-class Options:
+class TrainOptions:
     """What a training is asked for; everything that changes the weights is in the recipe.
 
     Attributes:
@@ -62,7 +62,7 @@ class Options:
 
 
 def build_parser() -> Parser:
-    """The command line; its names are those of `Options`."""
+    """The command line; its names are those of `TrainOptions`."""
     parser = Parser(
         prog="python -m dbsam_deploy.train", description=DESCRIPTION, formatter_class=HelpFormatter
     )

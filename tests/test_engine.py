@@ -101,7 +101,7 @@ def test_verifying_with_other_weights_is_refused(copied, monkeypatch):
 
 
 def test_what_was_measured_is_shown(copied, capsys):
-    from dbsam_deploy.engines.manifest import Parity, engine_folder, sign
+    from dbsam_deploy.engines.manifest import PassedGate, engine_folder, sign
 
     put_engines(
         copied,
@@ -112,7 +112,7 @@ def test_what_was_measured_is_shown(copied, capsys):
         "default": {"embedding_cosine": 0.99951, "mask_agreement_p5": 0.97},
         "other": {"embedding_cosine": 0.99942, "mask_agreement_p5": 0.98},
     }
-    parity = Parity(STAND_IN_GPU, figures, {}, {})
+    parity = PassedGate(STAND_IN_GPU, figures, {}, {})
     sign(engine_folder(copied, TENSORRT), read_records(copied, TENSORRT), parity)
     assert run(engine.main, ["inspect", "--artefact", str(copied.folder)]) == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())

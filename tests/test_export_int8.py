@@ -13,7 +13,7 @@ from rich.console import Console
 from dbsam_deploy.artefact import load_artefact
 from dbsam_deploy.cli import run
 from dbsam_deploy.core.errors import AccuracyError, ExportError
-from dbsam_deploy.export import Options, export, main
+from dbsam_deploy.export import ExportOptions, export, main
 from dbsam_deploy.quantization.qdq import weight_bytes
 from dbsam_deploy.quantization.sweep import Judge, Measured
 from dbsam_deploy.verification.cases import bundled_examples
@@ -27,7 +27,7 @@ def build(quick_stages, tmp_path):
     """`build(precision, **options)`: an export of finished float graphs, with few images."""
 
     def run_export(precision, stages=quick_stages, **options):
-        chosen = Options(precision, image_size=SIZE, output=tmp_path / "build", engine="none")
+        chosen = ExportOptions(precision, image_size=SIZE, output=tmp_path / "build", engine="none")
         return export(replace(chosen, **options), Console(quiet=True), stages=stages)
 
     return run_export

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from dbsam_deploy.export import Options, export
+from dbsam_deploy.export import ExportOptions, export
 from dbsam_deploy.verification.cases import bundled_examples
 
 
@@ -20,7 +20,7 @@ def test_full_size_graphs_pass_their_gate(variant, precision, tmp_path):
     data.mkdir()
     example = min(bundled_examples().glob("*.npz"), key=lambda path: path.stat().st_size)
     shutil.copy(example, data)
-    options = Options(
+    options = ExportOptions(
         precision, variant=variant, data=data, output=tmp_path / "build", engine="none"
     )
     ahead_of_time = variant == "db_sam" and importlib.util.find_spec("tensorrt_rtx") is not None

@@ -5,11 +5,9 @@ import doctest
 import importlib
 import re
 import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
+from dbsam_deploy.files.sources import imported
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "dbsam_deploy"
@@ -113,22 +111,7 @@ def _room(name: str) -> str:
     return name.split(".")[0]
 
 
-def _imports(path: Path) -> Iterator[str]:
-    """Dotted names below `dbsam_deploy` that `path` imports, lazily or not."""
-    package = ["dbsam_deploy", *path.relative_to(PACKAGE).parent.parts]
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            targets = [alias.name.split(".") for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            base = base + (node.module.split(".") if node.module else [])
-            targets = [[*base, alias.name] for alias in node.names]
-        else:
-            continue
-        yield from (".".join(t[1:]) for t in targets if t[0] == "dbsam_deploy" and len(t) > 1)
-
-
-IMPORTS = {_name(path): set(_imports(path)) for path in MODULES}
+IMPORTS = {_name(path): set(imported(path)) for path in MODULES}
 """Module → what it imports of this package."""
 
 
@@ -140,20 +123,20 @@ def test_every_room_is_on_the_list_and_the_other_way_round() -> None:
 
 def test_imports_go_one_way() -> None:
     wrong = []
-    for name, imported in IMPORTS.items():
+    for name, targets in IMPORTS.items():
         own = _room(name)
         if own not in ORDER:
             continue  # a door may call any room; test_no_room_knows_a_door has the other direction
         allowed = {*ORDER[: ORDER.index(own)], own, "__version__"}
-        wrong += [f"{name}: {one}" for one in imported if _room(one) not in allowed]
+        wrong += [f"{name}: {one}" for one in targets if _room(one) not in allowed]
     assert wrong == []
 
 
 def test_no_room_knows_a_door() -> None:
     knowing = {
         (name, _room(one))
-        for name, imported in IMPORTS.items()
-        for one in imported
+        for name, targets in IMPORTS.items()
+        for one in targets
         if _room(one) in DOORS and name != "__main__"
     }
     assert knowing == {(name, f"{name}_options") for name in ("export", "sensitivity", "train")}
@@ -166,12 +149,12 @@ def _within(name: str, stage: str) -> bool:
 def test_a_stage_knows_no_other_stage() -> None:
     wrong = []
     for stage in STAGES:
-        own = {n: imported for n, imported in IMPORTS.items() if _within(n, stage)}
+        own = {n: targets for n, targets in IMPORTS.items() if _within(n, stage)}
         assert own, stage
         wrong += [
             f"{name}: {one}"
-            for name, imported in own.items()
-            for one in imported
+            for name, targets in own.items()
+            for one in targets
             for other in STAGES - {stage}
             if _within(one, other)
         ]
@@ -185,20 +168,6 @@ def test_only_export_composes_the_stages() -> None:
     assert stages("export") == STAGES - {"quantization.qdq"}  # the quantizer calls it
     exporters = {name for name in IMPORTS if "graphs.onnx_export" in stages(name)}
     assert exporters == {"export", "sensitivity"}  # a sweep needs the float encoder alone
-
-
-def test_the_import_reader_sees_every_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
-    source = (
-        "import dbsam_deploy.a\nfrom dbsam_deploy import b\nfrom dbsam_deploy.c import x\n"
-        "from .. import d\nfrom ..e import y\nfrom . import z\nimport numpy\n"
-        "def f():\n    from ..g.h import w\n"
-    )
-    (tmp_path / "model").mkdir()
-    path = tmp_path / "model" / "part.py"
-    path.write_text(source)
-    expected = ["a", "b", "c.x", "d", "e.y", "model.z", "g.h.w"]
-    assert list(_imports(path)) == expected
 
 
 def test_modules_and_functions_stay_short() -> None:
@@ -275,3 +244,16 @@ def test_the_readme_has_the_two_commands_that_ci_reads() -> None:
         assert len(blocks) == 1, name
         check = subprocess.run(["bash", "-n"], input=blocks[0], capture_output=True, text=True)
         assert check.returncode == 0, check.stderr
+
+
+def test_one_name_stands_for_one_thing() -> None:
+    places: dict[str, list[str]] = {}
+    for path in MODULES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(_relative(path))
+            elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                name = node.targets[0].id
+                if name[0].isupper() and not name.isupper():  # an alias of a type
+                    places.setdefault(name, []).append(_relative(path))
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}

@@ -165,7 +165,7 @@ def test_info_of_a_broken_library_says_why(plugin_library: PluginLibrary, tmp_pa
 
 LOAD = """
 import importlib, pathlib, sys
-from dbsam_deploy.errors import EngineError
+from dbsam_deploy.core.errors import EngineError
 from dbsam_deploy.kernels.plugin_registry import load_plugins
 runtime = importlib.import_module("tensorrt_lean_bindings")
 if sys.argv[2]:

@@ -23,11 +23,6 @@ from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
 EXAMPLES = Path(__file__).resolve().parent.parent / "export" / "examples"
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng()
-
-
 class Command:
     """Runs `main` as the shell would, on the test graphs."""
 

@@ -9,11 +9,12 @@ from functools import partial
 
 import numpy as np
 import pytest
+from support.commands import refused
 
 from dbsam_deploy.cli import run
 from dbsam_deploy.quantization import quantizer as quantized_graph
 from dbsam_deploy.quantization import sweep as exclusions
-from dbsam_deploy.sensitivity import Stages, main
+from dbsam_deploy.sensitivity import SweepStages, main
 from dbsam_deploy.verification.cases import bundled_examples
 
 GROUPS = 4
@@ -32,7 +33,7 @@ def small_main(quick_stages):
         kept = ("image_encoder.adapter*", "*.blocks.[!0].*", "*.patch_embed.*", "*.blocks.1[0-9].*")
         return replace(recipe, quantization=replace(plan, exclude=(*plan.exclude, *kept)))
 
-    return partial(main, stages=Stages(load_recipe, quick_stages.export_graph))
+    return partial(main, stages=SweepStages(load_recipe, quick_stages.export_graph))
 
 
 @pytest.fixture
@@ -133,9 +134,5 @@ def test_a_sweep_goes_on_where_it_stopped_and_writes_its_results(
 def test_a_users_mistake_is_one_line_and_status_2(options, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = [text.format(examples=bundled_examples()) for text in options]
-    assert run(main, arguments) == 2
-    err = capsys.readouterr().err.strip()
-    assert message in err
-    assert err.startswith("error: ")
-    assert "\n" not in err
+    assert message in refused(main, arguments, capsys)
     assert not list(tmp_path.iterdir())

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from types import TracebackType
 from typing import Any, Self, Unpack
 
 import numpy.typing as npt
 
 from ..core.masks import Prediction
 from .calls import PromptArrays, load_library
-from .exchange import Answer, Exchange, Exchanges
+from .exchange import Exchange, Exchanges, Returned
 
 
 class AsyncDbsamClient(Exchanges):
@@ -21,8 +20,8 @@ class AsyncDbsamClient(Exchanges):
     """
 
     def _connect(self, timeout_s: float) -> Any:
-        transport = load_library(f"tritonclient.{self.protocol}.aio")
-        if self.protocol == "grpc":
+        transport = load_library(f"tritonclient.{self.transport}.aio")
+        if self.transport == "grpc":
             return transport.InferenceServerClient(self.url)
         self._errors = (load_library("aiohttp").ClientError,)
         return transport.InferenceServerClient(self.url, conn_timeout=timeout_s)
@@ -54,16 +53,11 @@ class AsyncDbsamClient(Exchanges):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exception: object) -> None:
         await self.close()
 
 
-async def _finish(exchange: Exchange[Answer]) -> Answer:
+async def _finish(exchange: Exchange[Returned]) -> Returned:
     """Run an exchange to its end by awaiting what it yields."""
     try:
         call = next(exchange)
@@ -75,5 +69,5 @@ async def _finish(exchange: Exchange[Answer]) -> Answer:
             else:
                 call = exchange.send(answer)
     except StopIteration as end:
-        result: Answer = end.value
+        result: Returned = end.value
         return result

@@ -22,14 +22,13 @@ from ..core.contract import (
     prompts_ensemble_spec,
 )
 from ..core.errors import DbsamError, InputError, ServingError
-from ..core.imaging import check_boxes, check_image
+from ..core.imaging import Arrays, check_boxes, check_image
 from ..core.masks import Prediction
 from ..core.prompts import check_mask_input, check_mask_pixels, join_prompts
 from ..extras import require
 from .shared_memory import SharedRegion
 
 Transport = Literal["grpc", "http"]
-Arrays = dict[str, npt.NDArray[Any]]
 
 BOX_MODEL = ensemble_spec(1).name
 """The box ensemble; its name does not depend on the mask grid."""
@@ -173,17 +172,17 @@ def _size_of(image: npt.NDArray[Any]) -> tuple[int, int]:
     return height, width
 
 
-def check_options(url: str, protocol: str, timeout_s: float) -> None:
+def check_options(url: str, transport: str, timeout_s: float) -> None:
     """Refuse what no connection can be made from.
 
     Raises:
-        InputError: not host:port, an unknown protocol, or no positive timeout.
+        InputError: not host:port, an unknown transport, or no positive timeout.
     """
     host, _, port = url.rpartition(":")
     if not host or "/" in url or not port.isdigit():
         raise InputError(f"url {url!r}: expected host:port, for example localhost:8001")
-    if protocol not in ("grpc", "http"):
-        raise InputError(f"protocol {protocol!r}: expected grpc or http")
+    if transport not in ("grpc", "http"):
+        raise InputError(f"transport {transport!r}: expected grpc or http")
     if not timeout_s > 0:
         raise InputError(f"timeout_s {timeout_s}: expected more than 0 seconds")
 

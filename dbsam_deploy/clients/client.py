@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
 from typing import Any, Self
 
 import numpy.typing as npt
 
 from ..core.masks import Prediction
-from .exchange import Answer, Exchange, Exchanges
+from .exchange import Exchange, Exchanges, Returned
 
 
 class DbsamClient(Exchanges):
@@ -19,7 +18,7 @@ class DbsamClient(Exchanges):
 
     Args:
         url: host:port, by default 8001 for gRPC and 8000 for HTTP.
-        protocol: `grpc` or `http`.
+        transport: `grpc` or `http`.
         shared_memory: move images and masks through shared memory; the server must be on this
             machine (and in a container share its /dev/shm).
         timeout_s: how long one request may take.
@@ -30,7 +29,7 @@ class DbsamClient(Exchanges):
     """
 
     def _connect(self, timeout_s: float) -> Any:
-        if self.protocol == "grpc":
+        if self.transport == "grpc":
             return self._library.InferenceServerClient(self.url)
         return self._library.InferenceServerClient(
             self.url, connection_timeout=timeout_s, network_timeout=timeout_s
@@ -108,16 +107,11 @@ class DbsamClient(Exchanges):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
 
-def _finish(exchange: Exchange[Answer]) -> Answer:
+def _finish(exchange: Exchange[Returned]) -> Returned:
     """Run an exchange to its end by calling what it yields."""
     try:
         call = next(exchange)
@@ -129,5 +123,5 @@ def _finish(exchange: Exchange[Answer]) -> Answer:
             else:
                 call = exchange.send(answer)
     except StopIteration as end:
-        result: Answer = end.value
+        result: Returned = end.value
         return result

@@ -15,10 +15,10 @@ from typing import Any, TypeVar, Unpack
 import numpy.typing as npt
 
 from ..core.errors import ServingError
+from ..core.imaging import Arrays
 from ..core.masks import Prediction
 from .calls import (
     BOX_MODEL,
-    Arrays,
     Call,
     PromptArrays,
     Transport,
@@ -43,8 +43,8 @@ from .shared_memory import (
     warn_registered,
 )
 
-Answer = TypeVar("Answer")
-Exchange = Generator[Callable[[], Any], Any, Answer]
+Returned = TypeVar("Returned")
+Exchange = Generator[Callable[[], Any], Any, Returned]
 
 
 class Exchanges:
@@ -52,7 +52,7 @@ class Exchanges:
 
     Args:
         url: host:port.
-        protocol: `grpc` or `http`.
+        transport: `grpc` or `http`.
         shared_memory: move images and masks through shared memory.
         timeout_s: how long one request may take.
 
@@ -67,23 +67,23 @@ class Exchanges:
     def __init__(
         self,
         url: str,
-        protocol: Transport = "grpc",
+        transport: Transport = "grpc",
         *,
         shared_memory: bool = False,
         timeout_s: float = 60.0,
     ) -> None:
-        check_options(url, protocol, timeout_s)
-        self.url, self.protocol = url, protocol
+        check_options(url, transport, timeout_s)
+        self.url, self.transport = url, transport
         self._shared = shared_memory
         self._pool = RegionPool()
-        self._library = load_library(f"tritonclient.{protocol}")
+        self._library = load_library(f"tritonclient.{transport}")
         self._refused = load_library("tritonclient.utils").InferenceServerException
-        self._timeout = {"client_timeout": timeout_s} if protocol == "grpc" else {}
+        self._timeout = {"client_timeout": timeout_s} if transport == "grpc" else {}
         self._side: int | None = None
         self._client = self._connect(timeout_s)
 
     def _connect(self, timeout_s: float) -> Any:
-        """`tritonclient`'s client of the protocol; its methods are what exchanges yield."""
+        """`tritonclient`'s client of the transport; its methods are what exchanges yield."""
         raise NotImplementedError
 
     def _pause(self, seconds: float) -> Any:

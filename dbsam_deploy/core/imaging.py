@@ -24,7 +24,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from .contract import MAX_IMAGE_PIXELS, MAX_POINTS, MAX_PROMPTS, Geometry
-from .errors import InputError, MissingError
+from .errors import EngineError, InputError, MissingError
 
 Mode = Literal["sam", "medsam", "lite_medsam"]
 MODES: tuple[Mode, ...] = ("sam", "medsam", "lite_medsam")
@@ -37,6 +37,8 @@ SCIKIT_IMAGE_LINE = 'pip install "scikit-image>=0.24"'
 
 FloatArray = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]
+Arrays = dict[str, npt.NDArray[Any]]
+"""Arrays by the names of the contract's tensors."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ def check_boxes(boxes: npt.NDArray[Any], original_size: tuple[int, int]) -> Floa
     Raises:
         InputError: wrong shape, none or too many, not finite, empty, or outside the image.
     """
+    boxes = np.asarray(boxes)
     if boxes.ndim != 2 or boxes.shape[1] != 4 or boxes.dtype.kind not in "fiu":
         raise InputError(f"boxes {boxes.dtype}{boxes.shape}: expected numbers of shape (N, 4)")
     _check_count(len(boxes), "boxes")
@@ -122,6 +125,7 @@ def check_points(
     Raises:
         InputError: shapes differ, an unknown label, or a point outside the image.
     """
+    point_coords, point_labels = np.asarray(point_coords), np.asarray(point_labels)
     if point_coords.ndim != 3 or point_coords.shape[2] != 2 or point_coords.dtype.kind not in "fiu":
         raise InputError(f"point_coords of shape {point_coords.shape}: expected (N, P, 2) numbers")
     if point_labels.shape != point_coords.shape[:2]:
@@ -257,7 +261,8 @@ def postprocess(
         (..., H, W) uint8, 1 inside the mask.
 
     Raises:
-        InputError: not square logits of the mask grid, or values that are not finite.
+        InputError: not square logits of the mask grid.
+        EngineError: logits that are not finite.
     """
     side = how.mask_side
     if low_res_masks.shape[-2:] != (side, side):
@@ -267,8 +272,9 @@ def postprocess(
     for index in np.ndindex(*lead):
         logits = np.asarray(low_res_masks[index], np.float32)
         if not np.isfinite(logits).all():
-            raise InputError(
-                "low_res_masks holds NaN or infinity: the encoder or decoder overflowed"
+            raise EngineError(
+                "the model returned NaN or infinity: its precision is too low for this image, or "
+                "its file is damaged; export again and compare with --precision fp32"
             )
         out[index] = upscale_logits(logits, original_size, how) > 0
     return out

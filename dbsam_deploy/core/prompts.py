@@ -122,7 +122,7 @@ def check_mask_input(mask_input: npt.NDArray[Any], count: int, side: int) -> Flo
     Raises:
         InputError: another shape, or values that are not finite.
     """
-    expected = (count, side, side)
+    mask_input, expected = np.asarray(mask_input), (count, side, side)
     if mask_input.shape != expected or mask_input.dtype.kind != "f":
         raise InputError(
             f"mask_input {mask_input.dtype}{mask_input.shape}: expected float logits {expected}"

@@ -24,8 +24,10 @@ from .contract import (
     preprocess_prompts_spec,
     preprocess_spec,
 )
-from .errors import DbsamError, EngineError, InputError
+from .errors import DbsamError, InputError
 from .imaging import (
+    Arrays,
+    ByteArray,
     FloatArray,
     Preprocessing,
     check_boxes,
@@ -36,7 +38,6 @@ from .imaging import (
 )
 from .prompts import check_mask_input, check_mask_pixels, check_tokens
 
-Arrays = dict[str, npt.NDArray[Any]]
 Step = Callable[[Arrays, Preprocessing], Arrays]
 
 
@@ -63,11 +64,8 @@ def postprocess_boxes(arrays: Arrays, how: Preprocessing) -> Arrays:
         EngineError: logits that are not finite.
     """
     spec = postprocess_spec(how)
-    low_res_masks, iou_predictions, original_size = _take(spec, arrays)
-    logits = _check_logits(low_res_masks[0, :, 0])
-    size = _check_original_size(original_size, len(logits))
-    masks = postprocess(logits, size, how)
-    return _give(spec, masks, iou_predictions[0, :, 0], logits[:, None])
+    masks, ious, logits = _answers(spec, arrays, how)
+    return _give(spec, masks[:, 0], ious[:, 0], logits)
 
 
 def preprocess_prompts(arrays: Arrays, how: Preprocessing) -> Arrays:
@@ -105,10 +103,17 @@ def postprocess_prompts(arrays: Arrays, how: Preprocessing) -> Arrays:
         EngineError: logits that are not finite.
     """
     spec = postprocess_prompts_spec(how)
+    return _give(spec, *_answers(spec, arrays, how))
+
+
+def _answers(
+    spec: GraphSpec, arrays: Arrays, how: Preprocessing
+) -> tuple[ByteArray, FloatArray, FloatArray]:
+    """Masks (N, M, H, W), IoU (N, M) and logits (N, M, 4G, 4G) of a decoder's outputs."""
     low_res_masks, iou_predictions, original_size = _take(spec, arrays)
-    logits = _check_logits(low_res_masks[0])
-    size = _check_original_size(original_size, len(logits) * NUM_MASK_TOKENS)
-    return _give(spec, postprocess(logits, size, how), iou_predictions[0], logits)
+    logits = low_res_masks[0]
+    size = _check_original_size(original_size, logits.shape[0] * logits.shape[1])
+    return postprocess(logits, size, how), iou_predictions[0], logits
 
 
 def _take(spec: GraphSpec, arrays: Arrays) -> list[npt.NDArray[Any]]:
@@ -121,15 +126,6 @@ def _give(spec: GraphSpec, *arrays: npt.NDArray[Any]) -> Arrays:
 
 def _size_of(image: npt.NDArray[Any]) -> tuple[int, int]:
     return image.shape[0], image.shape[1]
-
-
-def _check_logits(logits: npt.NDArray[Any]) -> FloatArray:
-    if not np.isfinite(logits).all():
-        raise EngineError(
-            "the decoder returned NaN or infinity: its precision is too low for this image, or the "
-            "model file is damaged; export again and compare with --precision fp32"
-        )
-    return logits
 
 
 def _check_original_size(original_size: npt.NDArray[Any], masks: int) -> tuple[int, int]:

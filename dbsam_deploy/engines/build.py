@@ -18,7 +18,7 @@ from ..core.errors import EngineError, InputError
 from ..kernels.plugin_build import DEFAULT_OUTPUT, LIBRARY_NAME, read_library
 from .device import find_gpu
 from .kinds import KINDS, TENSORRT, TENSORRT_RTX, Kind
-from .layers import Attention, check_plugins, read_attention, read_layers
+from .layers import PlacedAttention, check_plugins, read_attention, read_layers
 from .manifest import (
     EngineRecord,
     Flags,
@@ -28,7 +28,7 @@ from .manifest import (
     record_path,
     write_record,
 )
-from .network import Job
+from .network import BuildJob
 from .process import Builder, describe_builder, run_job
 from .profiles import plan_ranges, profile_shapes
 
@@ -233,7 +233,9 @@ def build_engines(
     return records
 
 
-def _place_plugins(request: Request, found: dict[str, Attention], folder: Path) -> Path | None:
+def _place_plugins(
+    request: Request, found: dict[str, PlacedAttention], folder: Path
+) -> Path | None:
     """Copy the plugin library beside the plans that need it; None where none does.
 
     Raises:
@@ -294,14 +296,14 @@ def _build(
     request: Request,
     spec: GraphSpec,
     wanted: EngineRecord,
-    attention: Attention,
+    attention: PlacedAttention,
 ) -> EngineRecord:
     folder = engine_folder(artefact, request.options.kind).resolve()
     record_path(folder, spec.name).unlink(missing_ok=True)
     plan, partial = folder / wanted.plan.file, folder / f"{wanted.plan.file}.partial"
     ahead = request.options.kind.ahead_of_time
     layers = folder / f"{spec.name}.layers.json"
-    job = Job(
+    job = BuildJob(
         kind=wanted.kind,
         onnx=str(artefact.path(spec.name).resolve()),
         plan=str(partial),

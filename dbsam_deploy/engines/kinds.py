@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from ..core.errors import EngineError, InputError
+from ..core.choices import choose
+from ..core.errors import EngineError
 from ..extras import pip_line, require
 
 
@@ -73,9 +74,7 @@ def kind_named(name: str) -> Kind:
     Raises:
         InputError: there is none.
     """
-    if name not in KINDS:
-        raise InputError(f"engine {name!r}: expected one of {', '.join(KINDS)}")
-    return KINDS[name]
+    return choose("engine", name, KINDS)
 
 
 def import_kind(kind: Kind) -> Any:

@@ -20,7 +20,7 @@ _NAMING_KEYS = ("Name", "LayerType", "PluginType", "Metadata")
 
 
 @dataclass(frozen=True)
-class Attention:
+class PlacedAttention:
     """What an ONNX graph holds that has to be fused.
 
     Attributes:
@@ -37,7 +37,7 @@ class Attention:
         names = list(self.operators.values())
         return self.softmax + sum(names.count(name) for name in ATTENTION_OPERATORS)
 
-    def of_quick_plugins(self) -> Attention:
+    def of_quick_plugins(self) -> PlacedAttention:
         """Without the operators that have no quickly deployable plugin and are taken apart."""
         kept = {node: name for node, name in self.operators.items() if name in QUICK_OPERATORS}
         return replace(self, operators=kept)
@@ -66,18 +66,18 @@ class LayerReport:
         return asdict(self)
 
 
-def read_attention(path: Path) -> Attention:
+def read_attention(path: Path) -> PlacedAttention:
     """Look for attention in an ONNX file's main graph; function bodies are not entered."""
     import onnx  # here alone: what engines can be asked for is known without it
 
     nodes = onnx.load(path, load_external_data=False).graph.node
-    return Attention(
+    return PlacedAttention(
         operators={node.name: node.op_type for node in nodes if node.domain == DOMAIN},
         softmax=sum(node.op_type == "Softmax" for node in nodes),
     )
 
 
-def read_layers(text: str, attention: Attention) -> LayerReport:
+def read_layers(text: str, attention: PlacedAttention) -> LayerReport:
     """Count in an engine inspector's JSON.
 
     A plugin layer has a type that starts with `Plugin` and carries the name of its node or of its

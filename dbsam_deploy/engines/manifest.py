@@ -51,7 +51,7 @@ class Flags:
 
 
 @dataclass(frozen=True)
-class Parity:
+class PassedGate:
     """A set of plans that passed its gate on one GPU.
 
     Attributes:
@@ -102,7 +102,7 @@ class EngineRecord:
     flags: Flags
     plugins: GraphFile | None = None
     layers: dict[str, Any] | None = None
-    parity: dict[str, Parity] | None = None
+    parity: dict[str, PassedGate] | None = None
 
     def same_build(self, other: EngineRecord) -> bool:
         """Whether `other` would be built from and for the same; its plan may still be missing."""
@@ -154,7 +154,8 @@ def _record(path: Path, body: Body) -> EngineRecord:
     parity = body["parity"]
     if parity is not None:
         parity = {
-            target: Parity(**{**item, "gpu": Gpu(**item["gpu"])}) for target, item in parity.items()
+            target: PassedGate(**{**item, "gpu": Gpu(**item["gpu"])})
+            for target, item in parity.items()
         }
     built_on, plugins = body["built_on"], body["plugins"]
     fields = {
@@ -307,7 +308,7 @@ def require_parity(records: Mapping[str, EngineRecord], gpu: Gpu) -> None:
             )
 
 
-def sign(folder: Path, records: Mapping[str, EngineRecord], parity: Parity) -> None:
+def sign(folder: Path, records: Mapping[str, EngineRecord], parity: PassedGate) -> None:
     """Enter a passed gate in every manifest."""
     for record in records.values():
         entries = {**(record.parity or {}), parity.gpu.target: parity}

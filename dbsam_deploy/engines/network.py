@@ -12,11 +12,11 @@ from typing import Any
 
 from ..core.errors import EngineError
 from .manifest import Flags
-from .profiles import Shapes
+from .profiles import ProfileShapes
 
 
 @dataclass(frozen=True)
-class Job:
+class BuildJob:
     """What a builder process is told; paths are absolute.
 
     Attributes:
@@ -39,7 +39,7 @@ class Job:
     timing_cache: str = ""
     plugins: str = ""
     targets: tuple[str, ...] = ()
-    shapes: dict[str, Shapes] = field(default_factory=dict)
+    shapes: dict[str, ProfileShapes] = field(default_factory=dict)
     dtypes: dict[str, str] = field(default_factory=dict)
     flags: Flags = field(default_factory=Flags)
 
@@ -48,7 +48,7 @@ class Job:
         return json.dumps(asdict(self), indent=2)
 
     @classmethod
-    def from_json(cls, text: str) -> Job:
+    def from_json(cls, text: str) -> BuildJob:
         """The job in `to_json`'s text."""
         body = json.loads(text)
         flags = {k: v for k, v in body["flags"].items() if k not in ("tf32", "weight_streaming")}
@@ -110,7 +110,7 @@ def check_tensors(trt: Any, network: Any, dtypes: dict[str, str]) -> None:
         raise EngineError(f"the network has {found}, the contract says {wanted}; export again")
 
 
-def configure(trt: Any, builder: Any, network: Any, job: Job) -> Any:
+def configure(trt: Any, builder: Any, network: Any, job: BuildJob) -> Any:
     """A builder configuration with the job's profile, flags and targets.
 
     Raises:
@@ -135,7 +135,7 @@ def configure(trt: Any, builder: Any, network: Any, job: Job) -> Any:
     return config
 
 
-def _add_profile(builder: Any, network: Any, config: Any, job: Job) -> None:
+def _add_profile(builder: Any, network: Any, config: Any, job: BuildJob) -> None:
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         name = network.get_input(index).name
@@ -152,7 +152,7 @@ def _set_targets(trt: Any, config: Any, targets: tuple[str, ...]) -> None:
             raise EngineError(f"the builder refuses the target {target}; see its log")
 
 
-def build_plan(trt: Any, logger: Any, job: Job) -> int:
+def build_plan(trt: Any, logger: Any, job: BuildJob) -> int:
     """Build a job's plan and write it; returns the number of layers in the network.
 
     Raises:

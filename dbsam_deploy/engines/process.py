@@ -12,7 +12,7 @@ from ..child_process import run_python
 from ..core.errors import EngineError
 from .device import Gpu
 from .kinds import Kind
-from .network import Job
+from .network import BuildJob
 
 _WORKER = f"{__package__}.worker"
 _LAST_LINES = 4
@@ -63,7 +63,7 @@ def describe_builder(kind: Kind) -> Builder:
     )
 
 
-def run_job(job: Job, folder: Path, graph: str) -> dict[str, Any]:
+def run_job(job: BuildJob, folder: Path, graph: str) -> dict[str, Any]:
     """Build one engine in a process of its own; see `worker.build` for the answer.
 
     Args:

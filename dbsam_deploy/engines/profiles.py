@@ -65,7 +65,7 @@ _PROMPT_RANGES = {
     NUM_POINTS: Range(1, 2, MAX_POINTS),  # a box's corners, or a point and the closing one
 }
 
-Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+ProfileShapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 """Smallest, usual and largest shape of one input."""
 
 
@@ -99,7 +99,7 @@ def _most_prompts(spec: GraphSpec) -> int:
     return MAX_ELEMENTS // (_UPSCALED_CHANNELS * mask_side**2 * MAX_BATCH["tensorrt"][spec.name])
 
 
-def profile_shapes(spec: GraphSpec, ranges: Mapping[str, Range]) -> dict[str, Shapes]:
+def profile_shapes(spec: GraphSpec, ranges: Mapping[str, Range]) -> dict[str, ProfileShapes]:
     """Input name → its smallest, usual and largest shape."""
     return {
         tensor.name: (

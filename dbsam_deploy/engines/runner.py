@@ -12,10 +12,9 @@ import numpy.typing as npt
 
 from ..core.contract import GraphSpec
 from ..core.errors import EngineError
+from ..core.imaging import Arrays
 from .cuda import Bytes, CudaDevice, CudaGraph
 from .shapes import Shape, axis_sizes, check_outputs, concrete_shapes, size_bytes
-
-Feed = dict[str, npt.NDArray[Any]]
 
 MAX_RECORDINGS = 8
 """CUDA graphs kept for each engine; the one used longest ago is dropped for a new shape."""
@@ -86,7 +85,7 @@ class EngineRunner:
             context.set_device_memory(int(self._activations), self._size)
         return context
 
-    def run(self, feed: Feed) -> dict[str, npt.NDArray[Any]]:
+    def run(self, feed: Arrays) -> dict[str, npt.NDArray[Any]]:
         """Run on arrays that `sessions.check_feed` and `profiles.check_sizes` have passed.
 
         Raises:

@@ -15,7 +15,7 @@ from ..cli import HelpFormatter, Parser, run
 from ..core.errors import EngineError, InputError
 from .device import find_gpu
 from .kinds import KINDS, Kind, cuda_of, import_kind, kind_named
-from .network import Job, build_plan, supported_targets
+from .network import BuildJob, build_plan, supported_targets
 
 DESCRIPTION = """\
 Build one engine from a job file, or say what a builder can do; `python -m dbsam_deploy.engine`
@@ -49,7 +49,7 @@ def describe(kind: Kind) -> dict[str, Any]:
     }
 
 
-def build(job: Job) -> dict[str, Any]:
+def build(job: BuildJob) -> dict[str, Any]:
     """Build a job's engine: `network_layers`, `seconds`.
 
     Raises:
@@ -83,7 +83,7 @@ def _parser() -> Parser:
         formatter_class=HelpFormatter,
     )
     action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--job", type=Path, help="JSON of an `engines.network.Job`")
+    action.add_argument("--job", type=Path, help="JSON of an `engines.network.BuildJob`")
     action.add_argument("--describe", choices=list(KINDS), help="only say what a builder is")
     parser.add_argument("--answer", type=Path, required=True, help="JSON file to write")
     return parser
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         answer = describe(kind_named(args.describe))
     else:
         try:
-            job = Job.from_json(args.job.read_text())
+            job = BuildJob.from_json(args.job.read_text())
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise InputError(f"{args.job} is no job of this library: {error}") from error
         try:

@@ -2,14 +2,14 @@
 
 from .data import LabelledCase, find_cases, read_case, read_cases
 from .evaluator import evaluate
-from .protocols import PROTOCOLS, Protocol, build_protocol
+from .protocols import PROTOCOLS, EvaluationProtocol, build_protocol
 from .results import EvaluationResult
 
 __all__ = [
     "PROTOCOLS",
+    "EvaluationProtocol",
     "EvaluationResult",
     "LabelledCase",
-    "Protocol",
     "build_protocol",
     "evaluate",
     "find_cases",

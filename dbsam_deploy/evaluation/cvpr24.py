@@ -13,7 +13,7 @@ from ..images.volumes import label_dtype
 from .boxes import file_generator, fill_box, grow_box, tight_box
 from .data import LabelledCase
 from .metrics import BoolArray
-from .propagation import Box3D, LabelMap, propagate
+from .propagation import Box3D, LabelVolume, propagate
 from .protocols import CHALLENGE_MIN_DSC
 from .results import CaseResult, ObjectResult, Overlay, Score, Skipped, mean_score
 from .run import CaseOutcome, Run, as_bool
@@ -99,7 +99,7 @@ def _evaluate_image(
 ) -> list[ObjectResult]:
     image, labels = case.volume.slice_rgb(index), list(boxes)
     masks = as_bool(segment_boxes(run.segmenter, image, np.stack(list(boxes.values()))).masks[:, 0])
-    found: LabelMap = np.zeros(image.shape[:2], label_dtype(max(labels)))
+    found: LabelVolume = np.zeros(image.shape[:2], label_dtype(max(labels)))
     for label, mask in zip(labels, masks, strict=True):
         found[mask] = label
     results = []

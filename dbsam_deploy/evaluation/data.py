@@ -22,7 +22,13 @@ from ..images.volumes import Volume, read_image
 
 @dataclass(frozen=True)
 class CaseFile:
-    """A file to evaluate: its path, its task, and `name`, its path relative to the data folder."""
+    """A file to evaluate.
+
+    Attributes:
+        path: where it is.
+        task: the folder it lies in.
+        name: its path relative to the data folder.
+    """
 
     path: Path
     task: str

@@ -19,7 +19,7 @@ from .data import LabelledCase
 from .medsam import evaluate_volumes
 from .metrics import LEVEL, bootstrap_grouped, bootstrap_mean
 from .objects import evaluate_objects
-from .protocols import Protocol
+from .protocols import EvaluationProtocol
 from .results import (
     CaseResult,
     Dimensions,
@@ -40,7 +40,7 @@ from .segmenters import BoxSegmenter, as_segmenter
 MIN_FILES = 5
 """From this many files on, a task's interval comes from drawing whole files."""
 
-Progress = Callable[[float, str], None]
+FileProgress = Callable[[float, str], None]
 _Item = TypeVar("_Item", ObjectResult, CaseResult)
 
 _PASSES: dict[str, Callable[[LabelledCase, Run], CaseOutcome]] = {
@@ -53,13 +53,13 @@ _PASSES: dict[str, Callable[[LabelledCase, Run], CaseOutcome]] = {
 def evaluate(
     model: Promptable | BoxSegmenter,
     cases: Iterable[LabelledCase],
-    protocol: Protocol,
+    protocol: EvaluationProtocol,
     *,
     max_slices: int | None = None,
     with_nsd: bool = True,
     intervals: bool = True,
     worst: int = 0,
-    progress: Progress = lambda done, name: None,
+    progress: FileProgress = lambda done, name: None,
 ) -> EvaluationResult:
     """Segment every case with boxes made from its truth (or its own) and score the masks.
 
@@ -98,7 +98,7 @@ def evaluate(
 def _result(
     outcomes: Sequence[CaseOutcome],
     settings: dict[str, Any],
-    protocol: Protocol,
+    protocol: EvaluationProtocol,
     gallery: Gallery,
     intervals: bool,
 ) -> EvaluationResult:
@@ -149,7 +149,7 @@ def _by_file(items: Sequence[ObjectResult] | Sequence[CaseResult]) -> list[list[
 def _task_results(
     objects: Sequence[ObjectResult],
     cases: Sequence[CaseResult],
-    protocol: Protocol,
+    protocol: EvaluationProtocol,
     intervals: bool,
 ) -> tuple[TaskResult, ...]:
     by_task = _by_task(objects)

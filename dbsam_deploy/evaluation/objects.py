@@ -10,7 +10,7 @@ from ..core.imaging import FloatArray
 from .boxes import file_generator, fill_box, grow_box, tight_box
 from .data import LabelledCase
 from .metrics import BoolArray
-from .protocols import Protocol
+from .protocols import EvaluationProtocol
 from .results import CaseResult, ObjectResult, Overlay, Skipped, mean_score
 from .run import CaseOutcome, Run, as_bool
 from .segmenters import segment_boxes
@@ -61,7 +61,7 @@ def evaluate_objects(case: LabelledCase, run: Run) -> CaseOutcome:
     return CaseOutcome(tuple(results), (outcome,), tuple(skipped))
 
 
-def _plan(case: LabelledCase, protocol: Protocol) -> tuple[list[_SliceObjects], int]:
+def _plan(case: LabelledCase, protocol: EvaluationProtocol) -> tuple[list[_SliceObjects], int]:
     """Objects and boxes of all slices, and how many objects are too small.
 
     All boxes are drawn, also those that a limit leaves out, so that a limit changes no box.

@@ -11,13 +11,14 @@ import numpy.typing as npt
 from ..core.errors import InputError
 from ..core.imaging import FloatArray
 from ..images.volumes import Volume, label_dtype
+from ..prediction.segment import Progress
 from .boxes import tight_box
 from .metrics import BoolArray
 from .protocols import CHALLENGE_MARGIN_PX, CHALLENGE_SIDE
-from .run import SliceProgress, as_bool
+from .run import as_bool
 from .segmenters import BoxSegmenter, segment_boxes
 
-LabelMap = npt.NDArray[np.unsignedinteger]
+LabelVolume = npt.NDArray[np.unsignedinteger]
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class Box3D:
 
 
 def propagate(
-    volume: Volume, boxes: dict[int, Box3D], segmenter: BoxSegmenter, progress: SliceProgress
-) -> tuple[LabelMap, int]:
+    volume: Volume, boxes: dict[int, Box3D], segmenter: BoxSegmenter, progress: Progress
+) -> tuple[LabelVolume, int]:
     """Segment a volume with one 3D box a label.
 
     Upwards from each label's middle slice, then downwards; all labels that are active on a slice

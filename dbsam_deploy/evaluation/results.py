@@ -193,7 +193,7 @@ class EvaluationResult:
     """Everything that one run found.
 
     Attributes:
-        settings: protocol, boxes, tolerance, seed and limits, see `Protocol.describe`.
+        settings: protocol, boxes, tolerance, seed and limits, see `EvaluationProtocol.describe`.
         objects: in the order of the files.
         cases: in the order of the files.
         tasks: by name.

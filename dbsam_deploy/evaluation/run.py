@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,14 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ..images.overlays import evenly_spaced
+from ..prediction.segment import Progress
 from .metrics import BoolArray, dice, surface_dice
-from .protocols import Protocol
+from .protocols import EvaluationProtocol
 from .results import CaseResult, ObjectResult, Overlay, Score, Skipped
 from .segmenters import BoxSegmenter
 
 WORST_PER_TASK = 2
-
-SliceProgress = Callable[[int, int], None]
 
 
 @dataclass
@@ -64,11 +63,11 @@ class Run:
     """
 
     segmenter: BoxSegmenter
-    protocol: Protocol
+    protocol: EvaluationProtocol
     max_slices: int | None
     with_nsd: bool
     gallery: Gallery
-    progress: SliceProgress
+    progress: Progress
 
     def choose(self, slices: Sequence[int]) -> list[int]:
         """The slices to segment, spread evenly; a single one is the middle one."""

@@ -38,12 +38,21 @@ class ManifestKind:
             stream.write(text.encode() + b"\n")
         return path
 
-    def read(self, path: Path, parse: Callable[[Body], Described]) -> Described:
+    def read(
+        self, path: Path, parse: Callable[[Body], Described], *, absent: str = ""
+    ) -> Described:
         """What `parse` makes of a manifest's body, the format version taken out.
 
+        Args:
+            path: the manifest.
+            parse: makes something of its body.
+            absent: what to do where there is none.
+
         Raises:
-            DbsamError: unreadable, of another format, or refused by `parse`.
+            DbsamError: absent, unreadable, of another format, or refused by `parse`.
         """
+        if absent and not path.is_file():
+            raise self.error(f"no {path.name} in {path.parent}: {absent}")
         try:
             body = json.loads(path.read_text())
             if body.pop("format") != self.version:

@@ -99,7 +99,7 @@ RelPosAttention <num_heads, side, scale, plugin_namespace, plugin_version>
 
 
 @dataclass(frozen=True)
-class Attention:
+class FoundAttention:
     """Sizes and compact tables (2·side - 1, D) read from a matched graph."""
 
     heads: int
@@ -174,7 +174,7 @@ class RelPosAttentionFusion(pattern.RewriteRuleClassBase):
         return place(fused, out, *out.shape)
 
 
-def read_attention(parts: dict[str, Any]) -> Attention | None:
+def read_attention(parts: dict[str, Any]) -> FoundAttention | None:
     """Read sizes and tables of a matched graph.
 
     Args:
@@ -211,7 +211,7 @@ def read_attention(parts: dict[str, Any]) -> Attention | None:
     )
     if not holds or rel_pos_h is None or rel_pos_w is None:
         return None
-    return Attention(heads, side, float(scale.numpy().item()), rel_pos_h, rel_pos_w)
+    return FoundAttention(heads, side, float(scale.numpy().item()), rel_pos_h, rel_pos_w)
 
 
 def _compact(table: ir.Value, side: int, depth: int) -> npt.NDArray[Any] | None:

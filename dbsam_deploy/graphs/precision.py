@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import ExportError
+from ..core.errors import EngineError
 from ..recipe import Recipe
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -32,6 +32,22 @@ class Fp32Island(nn.Module):
         return self.module(*up).to(self.dtype)
 
 
+def check_range(graph: nn.Module, advice: str) -> None:
+    """Refuse a graph whose weights overflowed when they were cast.
+
+    Args:
+        graph: after the cast.
+        advice: what to do instead.
+
+    Raises:
+        EngineError: naming the weight.
+    """
+    for name, parameter in graph.named_parameters():
+        if not torch.isfinite(parameter).all():
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            raise EngineError(f"{name} has values beyond the range of {dtype}; {advice}")
+
+
 def apply_precision(graph: nn.Module, recipe: Recipe) -> list[str]:
     """Cast `graph` in place to the recipe's dtype.
 
@@ -43,18 +59,13 @@ def apply_precision(graph: nn.Module, recipe: Recipe) -> list[str]:
         Module paths of the islands, so that the exporter can check that each was really used.
 
     Raises:
-        ExportError: the overflow of a weight in float16.
+        EngineError: a weight beyond the range of the dtype.
     """
     dtype = DTYPES[recipe.dtype]
     graph.to(dtype)
     if dtype is torch.float32:
         return []
-    for name, parameter in graph.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise ExportError(
-                f"{name} has values beyond {recipe.dtype}'s range (65504); use --precision fp32 "
-                "or name its module in the recipe's fp32_islands"
-            )
+    check_range(graph, "use --precision fp32, or name its module in the recipe's fp32_islands")
     islands = []
     for path, module in list(graph.named_modules()):
         if any(fnmatchcase(path, pattern) for pattern in recipe.fp32_islands):

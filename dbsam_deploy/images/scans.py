@@ -47,7 +47,7 @@ _DAMAGED_DICOM = (
 
 
 @dataclass(frozen=True)
-class Geometry:
+class ScanGeometry:
     """Where voxels lie in the patient.
 
     Attributes:
@@ -74,7 +74,7 @@ class Scan:
 
     values: npt.NDArray[Any]
     spacing_mm: tuple[float, float, float] | None
-    geometry: Geometry | None
+    geometry: ScanGeometry | None
     files: tuple[Path, ...]
 
 
@@ -148,11 +148,13 @@ def read_nifti(path: Path) -> Scan:
     except damaged as error:
         raise InputError(f"{path} cannot be read to its end: {error}") from error
     dx, dy, dz = (float(step) for step in np.linalg.norm(affine[:3, :3], axis=0))
-    geometry = Geometry(affine, shape, image.header.copy())
+    geometry = ScanGeometry(affine, shape, image.header.copy())
     return Scan(values.reshape(sizes).transpose(2, 1, 0), (dz, dy, dx), geometry, (path,))
 
 
-def nifti_bytes(labels: npt.NDArray[Any], geometry: Geometry, *, compressed: bool = True) -> bytes:
+def nifti_bytes(
+    labels: npt.NDArray[Any], geometry: ScanGeometry, *, compressed: bool = True
+) -> bytes:
     """A label map as the content of a `.nii.gz` or `.nii` file with the input's geometry.
 
     Args:
@@ -277,7 +279,7 @@ def _check_alike(headers: list[Any], path: Path) -> None:
 
 def _arrange(
     slices: list[tuple[Path, Any]], path: Path
-) -> tuple[list[tuple[Path, Any]], Geometry | None, tuple[float, float, float] | None]:
+) -> tuple[list[tuple[Path, Any]], ScanGeometry | None, tuple[float, float, float] | None]:
     """Slices in order along the normal, their geometry, and the spacing (z, y, x) in mm."""
     first = slices[0][1]
     placed = [header.get("ImagePositionPatient") for _, header in slices]
@@ -311,7 +313,7 @@ def _arrange(
     affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # left, posterior → right, anterior
     if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
         raise InputError(f"{path}: its position and spacing do not place voxels in space")
-    geometry = Geometry(affine, (int(first.Columns), int(first.Rows), len(slices)))
+    geometry = ScanGeometry(affine, (int(first.Columns), int(first.Rows), len(slices)))
     ordered = [slices[index] for index in order]
     return ordered, geometry, (float(np.linalg.norm(step)), row_mm, column_mm)
 

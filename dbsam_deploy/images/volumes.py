@@ -29,7 +29,7 @@ from ..core.contract import MAX_IMAGE_PIXELS
 from ..core.errors import InputError
 from ..core.imaging import ByteArray, FloatArray
 from .npz_files import read_npz
-from .scans import Geometry, Scan, nifti_bytes, read_dicom, read_nifti
+from .scans import Scan, ScanGeometry, nifti_bytes, read_dicom, read_nifti
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 PERCENTILES = (0.5, 99.5)
@@ -59,7 +59,7 @@ class Volume:
     intensity: str
     boxes: FloatArray | None = None
     spacing_mm: tuple[float, float, float] | None = None
-    geometry: Geometry | None = None
+    geometry: ScanGeometry | None = None
     files: tuple[Path, ...] = ()
 
     @property

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import EngineError, InputError
+from ..core.choices import choose
+from ..core.errors import EngineError
 from ..resources import resource_dir
 from .build import (
     ResourceUsage,
@@ -133,9 +134,7 @@ def find_operator(name: str) -> Operator:
     Raises:
         InputError: there is none.
     """
-    if name not in OPERATORS:
-        raise InputError(f"operator {name!r}: expected one of {', '.join(OPERATORS)}")
-    return OPERATORS[name]
+    return choose("operator", name, OPERATORS)
 
 
 def build_host_library(operator: str, folder: Path | None = None) -> Path:

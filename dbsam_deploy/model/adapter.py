@@ -12,7 +12,7 @@ from .config import FourBranchConfig, TwoBranchConfig
 from .conv_branch import ConvPyramid
 from .fusion import FUSIONS, MultiConvDane
 
-Stage = Callable[[Tensor], Tensor]
+RunBlocks = Callable[[Tensor], Tensor]
 """Three ViT blocks on tokens (B, G, G, C)."""
 
 
@@ -52,7 +52,7 @@ class TwoBranchAdapter(nn.Module):
         self.aggregation = FUSIONS[config.fusion](dim, config.fusion_reduction)
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, image: Tensor, stages: list[Stage]) -> Tensor:
+    def forward(self, x: Tensor, image: Tensor, stages: list[RunBlocks]) -> Tensor:
         """Run the ViT's stages with the convolution branch beside them.
 
         Args:
@@ -104,7 +104,7 @@ class FourBranchAdapter(nn.Module):
         self.aggregation = MultiConvDane(dim, config.fusion_reduction, config.num_conv_gates)
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, image: Tensor, stages: list[Stage]) -> Tensor:
+    def forward(self, x: Tensor, image: Tensor, stages: list[RunBlocks]) -> Tensor:
         """As `TwoBranchAdapter.forward`."""
         maps = self.spatial_prior_module(image)
         maps = [m + self.level_embed[i][None, :, None, None] for i, m in enumerate(maps)]

@@ -6,11 +6,12 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from ..core.choices import choose
 from ..core.contract import PATCH_SIZE, check_image_size
 from ..core.errors import InputError
 from ..core.imaging import Mode, Preprocessing
 
-ConvPyramid = Literal["lfip0", "lfip6"]
+PyramidKind = Literal["lfip0", "lfip6"]
 Fusion = Literal["dane", "dane3", "figure"]
 ChannelAttentionPosition = Literal["before", "after", "none"]
 
@@ -31,7 +32,7 @@ class TwoBranchConfig:
         fusion_reduction: bottleneck factor of the fusion block.
     """
 
-    pyramid: ConvPyramid = "lfip6"
+    pyramid: PyramidKind = "lfip6"
     levels: tuple[int, ...] = (3,)
     stem_channels: tuple[int, ...] = (256, 512)
     fusion: Fusion = "dane"
@@ -162,9 +163,7 @@ def variant_config(
     Raises:
         InputError: unknown name, size, or a fusion for a variant without a two-branch adapter.
     """
-    if name not in VARIANTS:
-        raise InputError(f"variant {name!r}: expected one of {', '.join(VARIANTS)}")
-    config = VARIANTS[name]
+    config = choose("variant", name, VARIANTS)
     if image_size is not None:
         config = replace(config, image_size=check_image_size(image_size))
     if fusion is not None:

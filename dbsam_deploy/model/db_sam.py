@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import FourBranchAdapter, Stage, TwoBranchAdapter
+from .adapter import FourBranchAdapter, RunBlocks, TwoBranchAdapter
 from .config import FourBranchConfig, Fusion, ModelConfig, TwoBranchConfig, variant_config
 from .sam import build_mask_decoder, build_prompt_encoder, build_vit
 from .tiny_vit import TinyVit
@@ -108,7 +108,7 @@ def encode_with(encoder: Any, stage_depth: int, image: Tensor) -> Tensor:
         return encoder(image)
     x = encoder.patch_embed(image) + encoder.pos_embed
     blocks = list(encoder.blocks)
-    stages: list[Stage] = [
+    stages: list[RunBlocks] = [
         nn.Sequential(*blocks[i : i + stage_depth]) for i in range(0, len(blocks), stage_depth)
     ]
     adapter = getattr(encoder, "adapter", None)

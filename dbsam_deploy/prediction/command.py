@@ -147,20 +147,17 @@ def _progress(console: Console) -> Iterator[Progress]:
 
 
 def _report(console: Console, result: Result, paths: dict[str, Path], latency_ms: float) -> None:
-    table = Table("label", "prompt", "mask pixels", "predicted IoU", "kept")
-    several = result.ious.shape[1] > 1
+    each = result.ious.shape[1]
+    table = Table("label", "prompt", "mask pixels", "predicted IoU", *["kept"] * (each > 1))
     for index, row in enumerate(result.rows()):
-        alternative = f" (alternative {index % result.ious.shape[1] + 1})" if several else ""
-        table.add_row(
-            str(row.label),
-            escape(row.prompt) + alternative,
-            str(row.pixels),
-            f"{row.iou:.3f}",
-            "yes" if row.kept else "no",
-        )
+        alternative = f" (alternative {index % each + 1})" if each > 1 else ""
+        kept = ["yes" if row.kept else "no"] * (each > 1)
+        name = escape(row.prompt) + alternative
+        table.add_row(str(row.label), name, str(row.pixels), f"{row.iou:.3f}", *kept)
     console.print(table)
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
-    say(f"{len(result.slices)} slices in {latency_ms:.1f} ms")
+    count = len(result.slices)
+    say(f"{count} slice{'s' * (count > 1)} in {latency_ms:.1f} ms")
     for path in paths.values():
         say(f"wrote {path}")
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from ..clients.client import DbsamClient
 from ..core.contract import (
     BOXES,
     HAS_MASK_INPUT,
@@ -36,6 +35,9 @@ from ..core.imaging import (
 from ..core.masks import Prediction
 from ..core.prompts import check_mask_input, join_prompts
 from ..sessions.session import Session
+
+if TYPE_CHECKING:  # a local prediction, and an export's key, do without the client
+    from ..clients.client import DbsamClient
 
 
 class Promptable(Protocol):

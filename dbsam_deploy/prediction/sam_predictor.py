@@ -23,7 +23,7 @@ from .loading import load
 from .model import Model
 from .results import Result
 
-Arrays = tuple[npt.NDArray[Any], npt.NDArray[np.float32], npt.NDArray[np.float32]]
+SamAnswer = tuple[npt.NDArray[Any], npt.NDArray[np.float32], npt.NDArray[np.float32]]
 
 
 class SamPredictor:
@@ -54,7 +54,7 @@ class SamPredictor:
         mask_input: npt.NDArray[Any] | None = None,
         multimask_output: bool = True,
         return_logits: bool = False,
-    ) -> Arrays:
+    ) -> SamAnswer:
         """Masks of one object of the image that was set.
 
         Args:

@@ -32,7 +32,13 @@ ADVICE = (
 
 @dataclass(frozen=True)
 class CalibrationImage:
-    """One slice: its file, relative to the folder; its number; and the hash of its RGB pixels."""
+    """One slice.
+
+    Attributes:
+        file: relative to the folder.
+        slice: its number in the file.
+        sha256: of its RGB pixels.
+    """
 
     file: str
     slice: int

@@ -40,7 +40,7 @@ _TYPES = {"int8": onnx.TensorProto.INT8, "fp8": onnx.TensorProto.FLOAT8E4M3FN}
 
 
 @dataclass(frozen=True)
-class Job:
+class ModelOptJob:
     """What the worker is asked for.
 
     Attributes:
@@ -171,7 +171,7 @@ def _quantize(
     with tempfile.TemporaryDirectory(dir=source.parent) as scratch:
         folder = Path(scratch)
         _write_images(folder / "images", feeds)
-        job = Job(
+        job = ModelOptJob(
             graph=str(folder / "graph.onnx"),
             output=str(folder / "quantized.onnx"),
             nodes=nodes,
@@ -196,7 +196,7 @@ def _write_images(folder: Path, feeds: Iterable[dict[str, FloatArray]]) -> None:
         raise InputError("no calibration image; modelopt finds its ranges on images")
 
 
-def _run(python: str, job: Job, folder: Path, log: Path) -> None:
+def _run(python: str, job: ModelOptJob, folder: Path, log: Path) -> None:
     """Run the worker; its log stays if it fails.
 
     Raises:

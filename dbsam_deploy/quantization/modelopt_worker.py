@@ -61,7 +61,7 @@ class _Images:
 
 
 def quantize(job: dict[str, Any]) -> dict[str, Any]:
-    """Run modelopt on a job, see `modelopt_tool.Job`.
+    """Run modelopt on a job, see `modelopt_tool.ModelOptJob`.
 
     Returns:
         `version` of modelopt and `seconds`.
@@ -99,7 +99,9 @@ def main(argv: list[str] | None = None) -> int:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--job", type=Path, required=True, help="JSON of a `modelopt_tool.Job`")
+    parser.add_argument(
+        "--job", type=Path, required=True, help="JSON of a `modelopt_tool.ModelOptJob`"
+    )
     parser.add_argument("--answer", type=Path, required=True, help="JSON file to write")
     try:
         args = parser.parse_args(argv)

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from ..core.errors import ExportError, InputError
+from ..core.errors import EngineError, ExportError, InputError
 from ..core.imaging import FloatArray
 from ..sessions.onnxruntime_providers import import_onnxruntime
 
@@ -48,14 +48,14 @@ class Histogram:
             axis: of the channels.
 
         Raises:
-            ExportError: values that are not finite.
+            EngineError: values that are not finite.
         """
         magnitudes = np.abs(values)
         others = tuple(i for i in range(values.ndim) if i != axis % values.ndim)
         channels = magnitudes.max(axis=others)
         top = float(channels.max())
         if not np.isfinite(top):
-            raise ExportError("an activation is not finite: the float model overflows on an image")
+            raise EngineError("an activation is not finite: the float model overflows on an image")
         self.channels = channels if self.channels is None else np.maximum(channels, self.channels)
         self.largest = max(self.largest, top)
         self.lowest = min(self.lowest, float(values.min()))
@@ -163,7 +163,8 @@ def observe(
         watch: called with the tensors of each image.
 
     Raises:
-        ExportError: a tensor that the graph does not have, or values that are not finite.
+        ExportError: a tensor that the graph does not have.
+        EngineError: values that are not finite.
         InputError: no image.
     """
     runtime = import_onnxruntime()

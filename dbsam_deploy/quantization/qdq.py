@@ -27,7 +27,7 @@ from .modelopt_tool import place_modelopt_pairs
 from .observers import observe
 from .one_sided import find_centres, recentre
 from .qdq_types import keep_relus, keep_weights_only, to_float8
-from .rounding import Codes, Moments, Progress, round_layers, use_codes
+from .rounding import Codes, Moments, TextProgress, round_layers, use_codes
 from .shared_tables import share_tables
 from .smoothing import smooth
 
@@ -83,7 +83,7 @@ def calibrate(
     feeds: Feeds,
     folder: Path,
     *,
-    progress: Progress = lambda text, done, total: None,
+    progress: TextProgress = lambda text, done, total: None,
 ) -> Calibrated:
     """Observe the activations of every layer on real images, and smooth if the recipe says so.
 
@@ -95,7 +95,8 @@ def calibrate(
         progress: of rounding the weights, see `round_layers`.
 
     Raises:
-        ExportError: the graph has no such layer, or an activation is not finite.
+        ExportError: the graph has no such layer.
+        EngineError: an activation is not finite.
         InputError: no image.
     """
     model = onnx.load(source)

@@ -28,7 +28,7 @@ ROWS = 1024
 _BLOCK = 128
 
 Codes = npt.NDArray[np.int8]
-Progress = Callable[[str, int, int], None]
+TextProgress = Callable[[str, int, int], None]
 """Called with a text, how much is done, and of how much."""
 _Float64 = npt.NDArray[np.float64]
 
@@ -127,7 +127,7 @@ def round_layers(
     layers: Sequence[Layer],
     moments: Moments,
     *,
-    progress: Progress = lambda text, done, total: None,
+    progress: TextProgress = lambda text, done, total: None,
 ) -> dict[str, Codes]:
     """Weight's name → codes in its shape; weights that several nodes read are left out.
 

@@ -30,7 +30,7 @@ from .held_back import View
 from .layers import Layer, is_excluded
 from .put_back import put_back
 from .qdq import Calibrated, chosen_layers, mac_share, quantize_graph
-from .rounding import Progress
+from .rounding import TextProgress
 
 WIDTH = 3
 """Parts of a module path that make a block: `image_encoder.blocks.0`."""
@@ -256,7 +256,7 @@ def accepts(found: Measured, budget: float, gate: Gate) -> bool:
 class _Counted:
     """Measures, and tells progress."""
 
-    def __init__(self, measure: Measure, progress: Progress, total: int) -> None:
+    def __init__(self, measure: Measure, progress: TextProgress, total: int) -> None:
         self._measure, self._progress = measure, progress
         self._done, self.total = 0, total
 
@@ -280,7 +280,7 @@ def sweep(
     accept: Callable[[Measured], bool],
     *,
     budget: float,
-    progress: Progress = lambda text, done, total: None,
+    progress: TextProgress = lambda text, done, total: None,
 ) -> Sweep:
     """Measure each group alone and left out, then choose.
 

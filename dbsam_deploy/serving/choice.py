@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..artefact import Artefact, export_note, find_export, find_exports, load_artefact
+from ..core import contract
 from ..core.errors import DbsamError, InputError
 from ..engines.kinds import TENSORRT, Kind
 from ..engines.manifest import build_command, verified_plans, verify_command
@@ -13,6 +14,7 @@ from ..files.atomic import sha256_of
 from .repository import (
     DEFAULT_REPOSITORY,
     REPOSITORY_NAME,
+    RUNTIME,
     VERSION,
     Repository,
     build_repository,
@@ -46,6 +48,14 @@ def _serves_its_plans(repository: Repository, artefact: Artefact) -> bool:
     return plans == served
 
 
+def _runs_this_library(repository: Repository) -> bool:
+    """Whether the Python models run this version of `core`, and their contract is its own."""
+    core = Path(contract.__file__).parent
+    copied = {name: digest for name, digest in repository.files.items() if f"/{RUNTIME}/" in name}
+    mine = {path.name: sha256_of(path) for path in core.glob("*.py")}
+    return {(Path(name).name, digest) for name, digest in copied.items()} == set(mine.items())
+
+
 def _edited(repository: Repository) -> list[str]:
     """Configurations that somebody tuned after they were rendered."""
     return [
@@ -73,8 +83,8 @@ def choose_repository(
 
     Returns:
         `folder`, or the repository beside the export, which is filled anew where it holds another
-        export or other engines. Without any export, `build/model_repository` if it is there: a
-        server needs nothing else.
+        export, other engines or another version of this library. Without any export,
+        `build/model_repository` if it is there: a server needs nothing else.
 
     Raises:
         InputError: both were named, there is nothing to serve, or a repository that would have to
@@ -93,7 +103,8 @@ def choose_repository(
     artefact, place = load_artefact(chosen), repository_beside(chosen)
     if (place / REPOSITORY_NAME).is_file():
         found = load_repository(place)
-        if is_filled_from(found, artefact) and _serves_its_plans(found, artefact):
+        same = is_filled_from(found, artefact) and _serves_its_plans(found, artefact)
+        if same and _runs_this_library(found):
             return found
         if edited := _edited(found):
             raise InputError(

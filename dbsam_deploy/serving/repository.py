@@ -28,6 +28,8 @@ from .triton_config import GRAPH_MODELS, Platform, python_specs, render_configs
 DEFAULT_REPOSITORY = Path("build/model_repository")
 REPOSITORY_NAME = "repository.json"
 _MANIFEST = ManifestKind("a repository of this library", "export again", InputError)
+RUNTIME = "dbsam_runtime"
+"""Name under which a Python model imports its copy of `core`."""
 VERSION = "1"
 """The one model version in the repository."""
 COMMITTED = Preprocessing(1024)
@@ -183,7 +185,7 @@ def _write_models(
         shutil.copyfile(templates / spec.name / VERSION / "model.py", folder / "model.py")
         # The Python models import `core` as `dbsam_runtime`: a server has no dbsam_deploy.
         ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(core, folder / "dbsam_runtime", ignore=ignored)
+        shutil.copytree(core, folder / RUNTIME, ignore=ignored)
 
 
 def _copy_graph(artefact: Artefact, served: Artefact, graph: str, folder: Path) -> None:
@@ -231,12 +233,12 @@ def load_repository(folder: Path) -> Repository:
         InputError: no repository of this library, another format, or a missing or changed file.
     """
     path = folder / REPOSITORY_NAME
-    if not path.is_file():
-        raise InputError(
-            f"no {REPOSITORY_NAME} in {folder}: run `python -m dbsam_deploy.export` first, or name "
-            "the repository it filled with --repository"
-        )
-    repository = _MANIFEST.read(path, lambda body: _repository(folder, body))
+    repository = _MANIFEST.read(
+        path,
+        lambda body: _repository(folder, body),
+        absent="run `python -m dbsam_deploy.export` first, or name the repository it filled with "
+        "--repository",
+    )
     for name, digest in repository.files.items():
         file = _MANIFEST.find(path, name)
         if file.name != "config.pbtxt":

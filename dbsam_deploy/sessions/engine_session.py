@@ -10,6 +10,7 @@ from typing import Any
 from ..artefact import Artefact
 from ..core.contract import graph_specs
 from ..core.errors import EngineError, InputError
+from ..core.imaging import FloatArray
 from ..engines.cuda import CudaDevice, open_device
 from ..engines.device import Gpu
 from ..engines.kinds import TENSORRT, TENSORRT_RTX, Kind, import_kind
@@ -26,7 +27,7 @@ from ..engines.network import inspect_engine, load_engine
 from ..engines.profiles import check_sizes
 from ..engines.runner import EngineRunner
 from ..engines.shapes import axis_sizes
-from .session import Feed, FloatArray, check_feed
+from .session import Feed, check_feed
 
 SPECIALIZATIONS = ("lazy", "eager", "none")
 """When TensorRT-RTX compiles kernels for a new shape: behind its first run, before it, or never."""

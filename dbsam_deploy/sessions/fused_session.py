@@ -10,13 +10,15 @@ from torch import Tensor, nn
 
 from ..core.contract import IMAGE, IMAGE_EMBEDDINGS, graph_specs
 from ..core.errors import EngineError, InputError
+from ..core.imaging import FloatArray
 from ..extras import TORCH_GPU_LINE
 from ..graphs.encoder_decoder import build_graph
+from ..graphs.precision import check_range
 from ..kernels.torch_ops import kernel_library
 from ..model import DbSam
 from .cuda_graphs import CudaGraphRecorder, RecordedFunction, Recorder
 from .fused_model import FusedEncoder
-from .session import Feed, FloatArray, check_feed
+from .session import Feed, check_feed
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -39,11 +41,7 @@ def typed_graph(model: DbSam, name: str, dtype: torch.dtype) -> nn.Module:
     graph.to(dtype)
     if name != "encoder":
         graph.get_submodule("points").float()
-    for path, parameter in graph.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise EngineError(
-                f"{name}: {path} has values beyond {dtype}'s range; use dtype bfloat16 or float32"
-            )
+    check_range(graph, "use dtype bfloat16 or float32")
     return graph
 
 

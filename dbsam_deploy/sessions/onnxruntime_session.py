@@ -7,6 +7,7 @@ from typing import Any
 from ..artefact import Artefact
 from ..core.contract import GraphSpec, graph_specs
 from ..core.errors import InputError
+from ..core.imaging import FloatArray
 from ..extras import require
 from .onnxruntime_providers import (
     CPU,
@@ -15,7 +16,7 @@ from .onnxruntime_providers import (
     open_session,
     require_provider,
 )
-from .session import Feed, FloatArray, check_feed
+from .session import Feed, check_feed
 
 
 class OnnxRuntimeSession:

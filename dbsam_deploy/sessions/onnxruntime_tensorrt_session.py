@@ -12,11 +12,12 @@ from pathlib import Path
 from ..artefact import Artefact
 from ..core.contract import GraphSpec
 from ..core.errors import EngineError
+from ..core.imaging import FloatArray
 from ..engines.profiles import check_sizes, plan_ranges, profile_shapes
 from ..engines.shapes import axis_sizes
 from .onnxruntime_providers import TENSORRT
 from .onnxruntime_session import OnnxRuntimeSession
-from .session import Feed, FloatArray, check_feed
+from .session import Feed, check_feed
 
 
 class OnnxRuntimeTensorrtSession(OnnxRuntimeSession):

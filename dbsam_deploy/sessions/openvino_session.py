@@ -20,9 +20,10 @@ import onnx.inliner
 from ..artefact import Artefact
 from ..core.contract import BATCH, GraphSpec, graph_specs
 from ..core.errors import EngineError, InputError
+from ..core.imaging import FloatArray
 from ..extras import require
 from .float_head import Split, split_head
-from .session import Feed, FloatArray, check_feed
+from .session import Feed, check_feed
 
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 """What is computed in outside quantised layers → OpenVINO's name for it."""

@@ -15,9 +15,10 @@ from ..core.contract import (
     graph_specs,
 )
 from ..core.errors import EngineError, InputError
+from ..core.imaging import FloatArray
 from ..core.prompts import BOTTOM_RIGHT, NO_POINT, TOP_LEFT
 from ..extras import TORCH_GPU_LINE
-from .session import Feed, FloatArray, check_feed
+from .session import Feed, check_feed
 
 if TYPE_CHECKING:
     from torch import Tensor

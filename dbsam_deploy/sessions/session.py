@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
-
-import numpy as np
-import numpy.typing as npt
+from typing import Protocol
 
 from ..core.contract import GraphSpec
 from ..core.errors import InputError
+from ..core.imaging import Arrays, FloatArray
 
-if TYPE_CHECKING:
-    pass
-
-FloatArray = npt.NDArray[np.float32]
-Feed = dict[str, npt.NDArray[Any]]
+Feed = Arrays
+"""A graph's inputs."""
 
 
 class Session(Protocol):

@@ -42,7 +42,7 @@ CODED_GROWTH = Growth(px=20, frame=CODED_FRAME, whole=True)
 
 
 @dataclass(frozen=True)
-class Prompts:
+class TrainingPrompts:
     """N objects to segment.
 
     Attributes:
@@ -56,7 +56,7 @@ class Prompts:
 
 def draw_prompts(
     sample: Sample, count: int, growth: Growth, rng: np.random.Generator, *, split: float = 0.0
-) -> Prompts:
+) -> TrainingPrompts:
     """Choose up to `count` objects of a sample, of various sizes, with a box each.
 
     Args:
@@ -79,7 +79,7 @@ def draw_prompts(
     masks = [sample.labels == label for label in _varied(sample.labels, ids, count, rng)]
     masks = [_one_piece(mask, rng) if rng.random() < split else mask for mask in masks]
     boxes = np.stack([_grown(mask, growth, rng) for mask in masks])
-    return Prompts(boxes, np.stack(masks))
+    return TrainingPrompts(boxes, np.stack(masks))
 
 
 def _varied(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,10 @@ def bundled_examples() -> Path:
 
 
 def load_cases(folder: Path, parity: Parity) -> list[Case]:
-    """Read up to `parity.images` slices, spread evenly over the files of `folder`.
+    """Read `parity.images` slices, spread evenly over the files of `folder`; all if it has fewer.
 
-    The choice and the jitter depend on file names only, so that runs can be compared.
+    Where a file has too few slices with objects, the others give more. The choice and the jitter
+    depend on the files alone, so that runs can be compared.
 
     Args:
         folder: searched for `*.npz` with `imgs` and `gts`, sub-folders included.
@@ -56,13 +58,9 @@ def load_cases(folder: Path, parity: Parity) -> list[Case]:
         raise InputError(
             f"{folder}: no .npz files with imgs and gts; see export/examples/README.md"
         )
-    counts = [
-        parity.images // len(files) + (i < parity.images % len(files)) for i in range(len(files))
+    cases = [
+        case for path, found in _choose(files, parity) for case in _cases_of(path, found, parity)
     ]
-    # What does not fit evenly goes to the last files, which hold stacks in the bundled examples.
-    cases = []
-    for path, count in zip(files, counts, strict=True):
-        cases += _cases_of(path, count, parity) if count else []
     if not cases:
         raise InputError(
             f"{folder}: no object of at least {parity.min_object_px} pixels in {len(files)} files"
@@ -91,11 +89,43 @@ def read_case(path: Path, index: int, image: ByteArray, parity: Parity) -> Case 
     return _case(f"{path.stem}[{index}]", image, labels, parity, rng)
 
 
-def _cases_of(path: Path, count: int, parity: Parity) -> list[Case]:
+def _choose(files: list[Path], parity: Parity) -> Iterator[tuple[Path, list[int]]]:
+    """Files with the indices of their chosen slices; only files that may have to give are read."""
+    filled: dict[int, list[int]] = {}
+    while True:
+        # Until it is read, a file may have as many as are wanted.
+        room = [len(filled[i]) if i in filled else parity.images for i in range(len(files))]
+        counts = even_shares(parity.images, room)
+        new = next((i for i, count in enumerate(counts) if count and i not in filled), None)
+        if new is None:
+            break
+        filled[new] = _filled_slices(files[new], parity)
+    for i, count in enumerate(counts):
+        if count:
+            yield files[i], [filled[i][k * len(filled[i]) // count] for k in range(count)]
+
+
+def even_shares(wanted: int, room: Sequence[int]) -> list[int]:
+    """How many each gives so that `wanted` come together: equal shares as far as there is room.
+
+    >>> even_shares(7, [9, 1, 9]), even_shares(2, [9, 9, 9]), even_shares(9, [1, 2, 0])
+    ([3, 1, 3], [1, 1, 0], [1, 2, 0])
+    """
+    shares = [0] * len(room)
+    for _ in range(min(wanted, sum(room))):
+        _, poorest = min((share, i) for i, share in enumerate(shares) if share < room[i])
+        shares[poorest] += 1
+    return shares
+
+
+def _filled_slices(path: Path, parity: Parity) -> list[int]:
+    labels = read_labels(path, read_image_header(path)[0][:3])
+    return [i for i in range(len(labels)) if _objects(labels[i], parity)]
+
+
+def _cases_of(path: Path, chosen: list[int], parity: Parity) -> list[Case]:
     images = read_images(path)
     labels = read_labels(path, images.shape[:3])
-    filled = [i for i in range(len(images)) if _objects(labels[i], parity)]
-    chosen = [filled[i * len(filled) // count] for i in range(min(count, len(filled)))]
     rng = np.random.default_rng(zlib.crc32(path.name.encode()))
     return [_case(f"{path.stem}[{i}]", images[i], labels[i], parity, rng) for i in chosen]
 

@@ -11,7 +11,7 @@ from ..artefact import Artefact
 from ..engines.device import Gpu
 from ..engines.kinds import TENSORRT, TENSORRT_RTX, Kind
 from ..engines.layers import check_plugins, read_attention, read_layers
-from ..engines.manifest import EngineRecord, Parity, engine_folder, read_records, sign
+from ..engines.manifest import EngineRecord, PassedGate, engine_folder, read_records, sign
 from ..files.atomic import write_atomically
 from ..recipe import Gate
 from ..sessions.engine_session import EngineSession, TensorrtRtxSession, TensorrtSession
@@ -77,7 +77,7 @@ def verify_engines(
         finally:
             session.close()
     plans = {graph: record.plan.sha256 for graph, record in records.items()}
-    parity = Parity(gpu=gpu, figures=figures, gate=asdict(gate), plans=plans)
+    parity = PassedGate(gpu=gpu, figures=figures, gate=asdict(gate), plans=plans)
     sign(engine_folder(artefact, kind), records, parity)
     return read_records(artefact, kind)
 

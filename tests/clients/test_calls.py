@@ -101,7 +101,7 @@ def test_mistakes_are_found_before_anything_is_sent(closed_port):
     [
         ("http://localhost:8000", {}, "expected host:port"),
         ("localhost", {}, "expected host:port"),
-        ("localhost:8001", {"protocol": "ftp"}, "expected grpc or http"),
+        ("localhost:8001", {"transport": "ftp"}, "expected grpc or http"),
         ("localhost:8001", {"timeout_s": 0}, "more than 0 seconds"),
         ("localhost:8001", {"timeout_s": float("nan")}, "more than 0 seconds"),
     ],

@@ -312,7 +312,7 @@ def test_the_command_writes_mask_and_overlay(triton, predictor, tmp_path, capsys
     for box in boxes:
         options += ["--box", *map(str, box)]
     assert run(client_door.main, options) == 0
-    assert "slices in" in capsys.readouterr().out
+    assert "1 slice in" in capsys.readouterr().out
     found = np.asarray(Image.open(tmp_path / "out" / "a_mask.png"))
     np.testing.assert_array_equal(found, expected)
     assert (tmp_path / "out" / "a_overlay.png").is_file()

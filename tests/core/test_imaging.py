@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from dbsam_deploy.core.contract import MAX_IMAGE_PIXELS, MAX_POINTS, MAX_PROMPTS
-from dbsam_deploy.core.errors import InputError
+from dbsam_deploy.core.errors import EngineError, InputError
 from dbsam_deploy.core.imaging import (
     Preprocessing,
     area_resize,
@@ -22,11 +22,6 @@ from dbsam_deploy.core.imaging import (
 
 # Square, both orientations, sides that do not divide, larger and smaller than the frame, one pixel.
 SIZES = [(256, 256), (181, 258), (427, 640), (100, 37), (1, 300), (300, 1), (1, 1), (129, 128)]
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng()  # fresh input each run
 
 
 def random_image(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
@@ -242,7 +237,7 @@ def test_postprocess_refuses_logits_that_are_not_finite(
 ) -> None:
     low = rng.standard_normal((2, 1, 16, 16)).astype(np.float32)
     low[1, 0, 3, 4] = bad
-    with pytest.raises(InputError, match="NaN or infinity"):
+    with pytest.raises(EngineError, match="NaN or infinity"):
         postprocess(low, (20, 20), Preprocessing(64))
 
 

@@ -28,11 +28,6 @@ SIZE = (60, 90)
 
 
 @pytest.fixture
-def rng():
-    return np.random.default_rng()
-
-
-@pytest.fixture
 def image(rng):
     return rng.integers(0, 256, (*SIZE, 3), dtype=np.uint8)
 

@@ -24,7 +24,7 @@ from dbsam_deploy.engines.kinds import (
     kind_named,
 )
 from dbsam_deploy.engines.layers import (
-    Attention,
+    PlacedAttention,
     check_plugins,
     read_attention,
     read_layers,
@@ -36,7 +36,7 @@ from dbsam_deploy.engines.manifest import (
     record_path,
     write_record,
 )
-from dbsam_deploy.engines.network import Job
+from dbsam_deploy.engines.network import BuildJob
 from dbsam_deploy.engines.process import describe_builder, run_job
 from dbsam_deploy.engines.profiles import (
     MAX_BATCH,
@@ -197,7 +197,7 @@ OPERATORS = {"node_RelPosAttention_0": "RelPosAttention", "node_MsDeformAttn_4":
 
 
 def test_plugin_layers_and_fused_attention_are_counted():
-    report = read_layers(json.dumps({"Layers": LAYERS}), Attention(OPERATORS, 3))
+    report = read_layers(json.dumps({"Layers": LAYERS}), PlacedAttention(OPERATORS, 3))
     assert report.as_dict() == {
         "layers": 5,
         "plugins": 2,
@@ -207,13 +207,13 @@ def test_plugin_layers_and_fused_attention_are_counted():
     }
     check_plugins(report, "encoder.plan")
     without = [layer for layer in LAYERS if layer["LayerType"] != "PluginV3"]
-    report = read_layers(json.dumps({"Layers": without}), Attention(OPERATORS, 3))
+    report = read_layers(json.dumps({"Layers": without}), PlacedAttention(OPERATORS, 3))
     assert report.attention == 4  # the fused operator's own attention is left to TensorRT
     with pytest.raises(EngineError, match=r"encoder.plan: 0 plugin layers for 2 fused operators"):
         check_plugins(report, "encoder.plan")
     one = [layer for layer in LAYERS if layer["Name"] != "x"]
     with pytest.raises(EngineError, match="1 plugin layers for 2"):
-        check_plugins(read_layers(json.dumps({"Layers": one}), Attention(OPERATORS, 3)), "e")
+        check_plugins(read_layers(json.dumps({"Layers": one}), PlacedAttention(OPERATORS, 3)), "e")
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_plugin_layers_and_fused_attention_are_counted():
 )
 def test_an_inspector_without_details_is_no_proof(text, message):
     with pytest.raises(EngineError, match=message):
-        read_layers(text, Attention({}, 0))
+        read_layers(text, PlacedAttention({}, 0))
 
 
 def test_attention_is_read_from_the_file(published_export):
@@ -249,7 +249,7 @@ def test_a_manifest_is_read_back_equal(tiny_artefact, tmp_path):
 
 def _record(artefact, folder):
     from dbsam_deploy.artefact import graph_file
-    from dbsam_deploy.engines.manifest import EngineRecord, Flags, Parity
+    from dbsam_deploy.engines.manifest import EngineRecord, Flags, PassedGate
 
     (folder / "decoder.plan").write_bytes(b"a plan")
     item = graph_file(folder / "decoder.plan", folder)
@@ -269,7 +269,9 @@ def _record(artefact, folder):
         plugins=replace(item, file="libdbsam_plugins.so"),
         layers={"layers": 3},
         parity={
-            "sm_120": Parity(gpu, {"default": {"dice": 0.5}}, {"dice_drop": 0.1}, {"decoder": "a"})
+            "sm_120": PassedGate(
+                gpu, {"default": {"dice": 0.5}}, {"dice_drop": 0.1}, {"decoder": "a"}
+            )
         },
     )
     write_record(folder, record)
@@ -324,7 +326,7 @@ def fake_tensorrt(folder, body, monkeypatch):
         "    def __init__(self, severity): pass\n" + body
     )
     monkeypatch.setenv("PYTHONPATH", str(folder))
-    return Job(kind="tensorrt", onnx="none.onnx", plan=str(folder / "x.plan"))
+    return BuildJob(kind="tensorrt", onnx="none.onnx", plan=str(folder / "x.plan"))
 
 
 @pytest.mark.parametrize(
@@ -352,7 +354,7 @@ def test_a_builder_that_ends_its_process_is_an_error_of_the_engine(
     with pytest.raises(EngineError, match=message) as caught:
         run_job(job, tmp_path, "decoder")
     assert "decoder.build.log" in str(caught.value)
-    assert Job.from_json((tmp_path / "decoder.job.json").read_text()) == job
+    assert BuildJob.from_json((tmp_path / "decoder.job.json").read_text()) == job
 
 
 def test_a_builder_is_described_by_its_own_process(tmp_path, monkeypatch):
@@ -372,7 +374,7 @@ def test_tensorrt_rtx_says_what_it_builds_for():
 
 def test_a_job_survives_its_json():
     spec = graph_specs(SIZE)["decoder"]
-    job = Job(
+    job = BuildJob(
         kind="tensorrt",
         onnx="a.onnx",
         plan="a.plan",
@@ -380,5 +382,5 @@ def test_a_job_survives_its_json():
         shapes=profile_shapes(spec, plan_ranges(spec)),
         dtypes={"boxes": "float32"},
     )
-    assert Job.from_json(job.to_json()) == job
+    assert BuildJob.from_json(job.to_json()) == job
     assert np.prod(job.shapes["boxes"][2]) == 256 * 4

@@ -16,11 +16,6 @@ from dbsam_deploy.evaluation.boxes import fill_box
 from dbsam_deploy.evaluation.metrics import dice, surface_dice
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng()
-
-
 def nothing(image: np.ndarray, boxes: np.ndarray) -> Prediction:
     return as_prediction(np.zeros((len(boxes), *image.shape[:2]), bool))
 

@@ -17,12 +17,6 @@ from dbsam_deploy.evaluation import build_protocol, evaluate
 from dbsam_deploy.evaluation.medsam import resize_image, resize_labels
 from dbsam_deploy.evaluation.metrics import surface_dice
 
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng()
-
-
 PROTOCOL = build_protocol("medsam")
 
 

@@ -24,11 +24,6 @@ from dbsam_deploy.extras import pip_line
 from dbsam_deploy.verification.parity import dice as counted_dice
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng()
-
-
 def cube(shape: tuple[int, ...], corner: tuple[int, ...], side: int = 8) -> np.ndarray:
     mask = np.zeros(shape, bool)
     mask[tuple(slice(start, start + side) for start in corner)] = True

@@ -34,11 +34,6 @@ from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
 from dbsam_deploy.verification.cases import bundled_examples
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng()
-
-
 def nothing(image: np.ndarray, boxes: np.ndarray) -> Prediction:
     return as_prediction(np.zeros((len(boxes), *image.shape[:2]), bool))
 

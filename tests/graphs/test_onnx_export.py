@@ -13,7 +13,7 @@ import torch
 from support.references import check_close, prompt_feed
 
 from dbsam_deploy.core.contract import Geometry, graph_specs
-from dbsam_deploy.core.errors import ExportError
+from dbsam_deploy.core.errors import EngineError, ExportError
 from dbsam_deploy.graphs.encoder_decoder import build_graph, example_inputs
 from dbsam_deploy.graphs.onnx_export import check_onnx, export_graph, fold_reshapes
 from dbsam_deploy.graphs.precision import apply_precision
@@ -145,7 +145,10 @@ def test_weights_beyond_half_precision_are_refused(model):
     graph = build_graph(model, "decoder")
     with torch.no_grad():
         graph.prompt.no_mask_embed.weight[0, 0] = 1e5
-    with pytest.raises(ExportError, match=r"no_mask_embed\.weight has values beyond float16"):
+    with pytest.raises(
+        EngineError,
+        match=r"no_mask_embed\.weight has values beyond the range of float16; use",
+    ):
         apply_precision(graph, load_recipe("fp16"))
 
 

@@ -14,11 +14,6 @@ from dbsam_deploy.images.npz_files import read_npz
 from dbsam_deploy.images.scans import MAX_VOXELS
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng()
-
-
 @pytest.mark.parametrize(
     ("shape", "expected"),
     [

@@ -14,11 +14,6 @@ from dbsam_deploy.images.overlays import (
 )
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng()
-
-
 def square(label: int = 1, size: int = 40) -> np.ndarray:
     labels = np.zeros((size, size), np.uint8)
     labels[10:30, 10:30] = label

@@ -11,7 +11,13 @@ from support.dicom_series import rotation, write_dicom_series
 
 from dbsam_deploy.core.errors import EngineError, InputError
 from dbsam_deploy.extras import pip_line
-from dbsam_deploy.images.scans import Geometry, check_voxels, nifti_bytes, read_dicom, read_nifti
+from dbsam_deploy.images.scans import (
+    ScanGeometry,
+    check_voxels,
+    nifti_bytes,
+    read_dicom,
+    read_nifti,
+)
 
 nib = pytest.importorskip("nibabel")
 pydicom = pytest.importorskip("pydicom")
@@ -19,11 +25,6 @@ pydicom = pytest.importorskip("pydicom")
 OBLIQUE = np.eye(4)
 OBLIQUE[:3, :3] = rotation(12, -23, 31) @ np.diag([0.7, -0.9, 2.5])
 OBLIQUE[:3, 3] = [-91.25, 33.5, 1042.75]
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng()
 
 
 def save_nifti(path: Path, array: np.ndarray, affine: np.ndarray = OBLIQUE, **codes: int) -> Path:
@@ -360,7 +361,7 @@ def test_a_missing_extra_names_its_pip_line(
 
 
 def test_geometry_without_a_header_makes_a_header() -> None:
-    content = nifti_bytes(np.ones((2, 3, 4), np.uint8), Geometry(OBLIQUE, (4, 3, 2)))
+    content = nifti_bytes(np.ones((2, 3, 4), np.uint8), ScanGeometry(OBLIQUE, (4, 3, 2)))
     image = nib.Nifti1Image.from_bytes(gzip.decompress(content))
     np.testing.assert_allclose(image.affine, OBLIQUE, rtol=1e-6)
     assert image.header["sform_code"] == 1

@@ -21,11 +21,6 @@ from dbsam_deploy.images.volumes import (
 HERE = Path("scan")
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng()
-
-
 def test_colour_png_is_read_exactly(tmp_path: Path, rng: np.random.Generator) -> None:
     pixels = rng.integers(0, 256, (7, 11, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")

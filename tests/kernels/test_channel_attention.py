@@ -264,6 +264,13 @@ REFUSED = [
 ]
 
 
+def call_kernel(library, addresses, sizes=SIZES, code=0):
+    """Call the entry point as the library does; `code` is the dtype's."""
+    kernels.call(
+        library, "dbsam_channel_attention", *addresses, *sizes.values(), EPSILON, code, None
+    )
+
+
 @pytest.mark.parametrize(("name", "value", "workspace"), REFUSED)
 def test_refused_sizes(library, name, value, workspace):
     sizes = {**SIZES, name: value}
@@ -271,15 +278,7 @@ def test_refused_sizes(library, name, value, workspace):
         sizes["height"] = 2**31 - 1
     address = torch.zeros(16).data_ptr()
     with pytest.raises(EngineError, match="status -2"):
-        kernels.call(
-            library,
-            "dbsam_channel_attention",
-            *[address] * 10,
-            *sizes.values(),
-            EPSILON,
-            0,
-            None,
-        )
+        call_kernel(library, [address] * 10, sizes)
     assert library.dbsam_channel_attention_workspace(*sizes.values(), 0) == workspace
 
 
@@ -290,21 +289,11 @@ def test_refused_addresses(library, position, shift):
     addresses = [memory.data_ptr()] * 10
     addresses[position] = None if shift is None else memory.data_ptr() + shift
     with pytest.raises(EngineError, match="status -3"):
-        kernels.call(
-            library, "dbsam_channel_attention", *addresses, *SIZES.values(), EPSILON, 0, None
-        )
+        call_kernel(library, addresses)
 
 
 @pytest.mark.parametrize("code", [-1, 3])
 def test_refused_dtype(library, code):
     address = torch.zeros(4096).data_ptr()
     with pytest.raises(EngineError, match="status -1"):
-        kernels.call(
-            library,
-            "dbsam_channel_attention",
-            *[address] * 10,
-            *SIZES.values(),
-            EPSILON,
-            code,
-            None,
-        )
+        call_kernel(library, [address] * 10, code=code)

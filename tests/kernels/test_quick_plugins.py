@@ -21,9 +21,9 @@ from support.references import check_close
 
 from dbsam_deploy.core.errors import EngineError
 from dbsam_deploy.engines import worker
-from dbsam_deploy.engines.layers import Attention
+from dbsam_deploy.engines.layers import PlacedAttention
 from dbsam_deploy.engines.manifest import Flags
-from dbsam_deploy.engines.network import Job
+from dbsam_deploy.engines.network import BuildJob
 from dbsam_deploy.kernels import quick_plugins, torch_ops
 from dbsam_deploy.kernels.build import build_library
 from dbsam_deploy.kernels.quick_plugins import (
@@ -159,7 +159,7 @@ import json, sys
 from types import SimpleNamespace
 import numpy as np
 import tensorrt as trt
-from dbsam_deploy.errors import EngineError
+from dbsam_deploy.core.errors import EngineError
 from dbsam_deploy.kernels.quick_plugins import register_quick_plugins
 
 class Size:  # stands for IDimensionExpr; -1 is known only at run time
@@ -281,8 +281,8 @@ def test_a_tensorrt_without_the_interface_is_refused(monkeypatch: pytest.MonkeyP
 
 def test_a_plan_with_quick_plugins_is_held_to_the_operators_that_have_one() -> None:
     operators = {"a": "ChannelAttention", "b": "RelPosAttention", "c": "MsDeformAttn"}
-    kept = Attention(operators, softmax=2).of_quick_plugins()
-    assert kept == Attention({"b": "RelPosAttention", "c": "MsDeformAttn"}, softmax=2)
+    kept = PlacedAttention(operators, softmax=2).of_quick_plugins()
+    assert kept == PlacedAttention({"b": "RelPosAttention", "c": "MsDeformAttn"}, softmax=2)
 
 
 @pytest.mark.parametrize("asked", [True, False])
@@ -295,6 +295,6 @@ def test_the_builder_registers_them_for_its_gpu(
     monkeypatch.setattr(worker, "build_plan", lambda *arguments: 7)
     monkeypatch.setattr(worker, "find_gpu", lambda: SimpleNamespace(target="sm_90"))
     monkeypatch.setattr(quick_plugins, "register_quick_plugins", registered.append)
-    job = Job("tensorrt", "encoder.onnx", "encoder.plan", flags=Flags(quick_plugins=asked))
-    assert worker.build(Job.from_json(job.to_json()))["network_layers"] == 7
+    job = BuildJob("tensorrt", "encoder.onnx", "encoder.plan", flags=Flags(quick_plugins=asked))
+    assert worker.build(BuildJob.from_json(job.to_json()))["network_layers"] == 7
     assert registered == (["sm_90"] if asked else [])

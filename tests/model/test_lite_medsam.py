@@ -13,7 +13,7 @@ from dbsam_deploy.evaluation import (
     find_cases,
     read_cases,
 )
-from dbsam_deploy.export import Options, export
+from dbsam_deploy.export import ExportOptions, export
 from dbsam_deploy.model.weights import load_model
 from dbsam_deploy.prediction.predictor import Predictor
 from dbsam_deploy.sessions.pytorch_session import PytorchSession
@@ -78,7 +78,7 @@ def test_reference_figures_of_all_tasks(predictor, reference, test_set):
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_export_passes_its_gate_with_real_weights(lite_medsam_file, precision, tmp_path):
     """The gate on mask agreement and Dice is inside `export`."""
-    options = Options(precision, checkpoint=lite_medsam_file, output=tmp_path)
+    options = ExportOptions(precision, checkpoint=lite_medsam_file, output=tmp_path)
     published = export(options, Console(quiet=True))
     assert published.artefact.variant == "lite_medsam"
     assert published.artefact.weights["trained"]

@@ -215,3 +215,16 @@ def test_a_failed_image_leaves_the_old_one_whole(
         with pytest.raises((InputError, EngineError)):
             predictor.set_image(other)
     np.testing.assert_array_equal(predictor.predict_boxes(box).masks, expected)
+
+
+def test_lists_are_prompts_too(predictor):
+    predictor.set_image(np.zeros((40, 50, 3), np.uint8))
+    boxes, coords, labels = [[1, 2, 20, 25]], [[[4, 5], [6, 7]]], [[1, 0]]
+    np.testing.assert_array_equal(
+        predictor.predict_boxes(boxes).logits, predictor.predict_boxes(np.array(boxes)).logits
+    )
+    prompts = {"boxes": boxes, "point_coords": coords, "point_labels": labels}
+    arrays = {name: np.array(value) for name, value in prompts.items()}
+    np.testing.assert_array_equal(
+        predictor.predict_prompts(**prompts).logits, predictor.predict_prompts(**arrays).logits
+    )

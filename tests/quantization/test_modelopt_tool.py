@@ -13,7 +13,7 @@ from onnx import numpy_helper
 from support.fusions import run_onnx
 
 from dbsam_deploy.core.errors import EngineError, ExportError, InputError, MissingError
-from dbsam_deploy.core.imaging import Preprocessing, preprocess
+from dbsam_deploy.core.imaging import Preprocessing
 from dbsam_deploy.extras import pip_line
 from dbsam_deploy.fusions import expected_counts, fuse_file
 from dbsam_deploy.quantization import modelopt_tool
@@ -27,7 +27,6 @@ from dbsam_deploy.quantization.modelopt_tool import (
 from dbsam_deploy.quantization.qdq import calibrate, place_pairs, quantize_graph
 from dbsam_deploy.quantization.quantizer import Quantizer
 from dbsam_deploy.recipe import load_recipe
-from dbsam_deploy.verification.cases import bundled_examples
 from dbsam_deploy.verification.parity import cosine
 
 HOW = Preprocessing(64)
@@ -40,20 +39,6 @@ def plan_of(precision="int8", calibrator="max", **changes):
     how = found.calibration and replace(found.calibration, calibrator=calibrator)
     plain = {"rounding": "nearest", "recentre": False}
     return replace(found, tool="modelopt", calibration=how, **plain, **changes)
-
-
-@pytest.fixture(scope="module")
-def feed():
-    (path,) = bundled_examples().glob("*_0e21d7b3eea8.npz")
-    return {"image": preprocess(np.load(path)["imgs"].reshape(256, 320, 3), HOW)}
-
-
-@pytest.fixture(scope="module")
-def encoder(exported_graph):
-    """precision → the float encoder in that recipe's opset."""
-    return lambda precision="int8": exported_graph(
-        "db_sam_tiny", "encoder", "fp8" if precision == "fp8" else "fp32"
-    )
 
 
 @pytest.fixture

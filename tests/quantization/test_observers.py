@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, save
 
-from dbsam_deploy.core.errors import ExportError, InputError
+from dbsam_deploy.core.errors import EngineError, ExportError, InputError
 from dbsam_deploy.quantization.observers import BINS, Histogram, observe
 
 
@@ -18,11 +18,6 @@ def histogram(*arrays):
 @pytest.fixture
 def normal(rng):
     return rng.standard_normal((64, 1000)).astype(np.float32)
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
 
 
 def test_no_value_is_lost_when_the_range_grows(rng):
@@ -83,7 +78,7 @@ def test_zeros_have_no_range_and_one_value_has_its_own(name):
 def test_unknown_calibrator_and_infinite_values_are_refused(normal):
     with pytest.raises(InputError, match="'mean': expected max, percentile"):
         histogram(normal).threshold("mean", 99)
-    with pytest.raises(ExportError, match="not finite"):
+    with pytest.raises(EngineError, match="not finite"):
         histogram(np.array([[1.0, np.inf]]))
 
 

@@ -9,7 +9,7 @@ from onnx import numpy_helper
 from support.fusions import run_onnx
 
 from dbsam_deploy.core.errors import ExportError, InputError
-from dbsam_deploy.core.imaging import Preprocessing, preprocess
+from dbsam_deploy.core.imaging import Preprocessing
 from dbsam_deploy.fusions import expected_counts, fuse_file
 from dbsam_deploy.quantization.layers import find_layers
 from dbsam_deploy.quantization.qdq import (
@@ -20,7 +20,6 @@ from dbsam_deploy.quantization.qdq import (
     weight_bytes,
 )
 from dbsam_deploy.recipe import load_recipe
-from dbsam_deploy.verification.cases import bundled_examples
 from dbsam_deploy.verification.parity import cosine
 
 HOW = Preprocessing(64)
@@ -28,20 +27,6 @@ PRECISIONS = ("int8", "fp8", "int8_weights")
 FLOORS = {"int8": 0.995, "fp8": 0.99, "int8_weights": 0.9995}
 """Cosine with the float graph of an untrained encoder. That each layer rounds as it should is
 compared exactly in `test_qdq_types`."""
-
-
-@pytest.fixture(scope="module")
-def feed():
-    (path,) = bundled_examples().glob("*_0e21d7b3eea8.npz")
-    return {"image": preprocess(np.load(path)["imgs"].reshape(256, 320, 3), HOW)}
-
-
-@pytest.fixture(scope="module")
-def encoder(exported_graph):
-    """precision → the float encoder in that recipe's opset."""
-    return lambda precision="int8": exported_graph(
-        "db_sam_tiny", "encoder", "fp8" if precision == "fp8" else "fp32"
-    )
 
 
 @pytest.fixture(scope="module")

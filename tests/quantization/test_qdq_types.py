@@ -16,11 +16,6 @@ from dbsam_deploy.recipe import load_recipe
 
 
 @pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
-
-@pytest.fixture
 def layer(rng, tmp_path):
     """y = x @ w with a residual x + x beside it, float32 or float16; its file, x and w."""
 

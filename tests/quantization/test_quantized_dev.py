@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dbsam_deploy.export import export
-from dbsam_deploy.export_options import Options
+from dbsam_deploy.export_options import ExportOptions
 from dbsam_deploy.recipe import load_recipe
 
 DEV = Path(__file__).parents[3] / "shared/data/testset/dev"
@@ -19,7 +19,7 @@ DEV = Path(__file__).parents[3] / "shared/data/testset/dev"
 )
 def test_the_recipe_keeps_to_its_gate(precision, variant, images, tmp_path):
     """A miss raises; the slices come from all 28 files. LiteMedSAM misses it in fp8."""
-    options = Options(
+    options = ExportOptions(
         precision,
         variant=None if variant == "db_sam_tiny" else variant,
         calibration=DEV,

@@ -38,11 +38,6 @@ def graph(*tables, op="Add"):
     return model
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
-
 def test_values_stay_and_tables_of_one_pattern_share_their_index(rng):
     model = graph(relative(rng), relative(rng))
     x = rng.standard_normal((2, HEADS, SIDE**2, SIDE**2)).astype(np.float32)

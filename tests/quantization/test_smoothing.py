@@ -10,11 +10,6 @@ from dbsam_deploy.quantization.smoothing import smooth, smoothing_scale
 C = 6
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
-
 def graph(rng, *, other_reader=False, shared=False):
     """LayerNorm → Pad → Reshape → two MatMuls, with what must stop the smoothing."""
     arrays = {

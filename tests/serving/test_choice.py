@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -13,7 +14,8 @@ from support.engines import STAND_IN_GPU, put_engines
 from dbsam_deploy.artefact import MANIFEST_NAME, Artefact, load_artefact
 from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.engines.kinds import TENSORRT, TENSORRT_RTX
-from dbsam_deploy.engines.manifest import Parity, engine_folder, read_records, sign
+from dbsam_deploy.engines.manifest import PassedGate, engine_folder, read_records, sign
+from dbsam_deploy.files.atomic import sha256_of
 from dbsam_deploy.serving.choice import choose_repository, refresh_repository
 from dbsam_deploy.serving.repository import (
     REPOSITORY_NAME,
@@ -37,7 +39,7 @@ def verified(artefact: Artefact) -> Artefact:
     put_engines(artefact, TENSORRT)
     records = read_records(artefact, TENSORRT)
     plans = {graph: record.plan.sha256 for graph, record in records.items()}
-    sign(engine_folder(artefact, TENSORRT), records, Parity(STAND_IN_GPU, {}, {}, plans))
+    sign(engine_folder(artefact, TENSORRT), records, PassedGate(STAND_IN_GPU, {}, {}, plans))
     return artefact
 
 
@@ -54,6 +56,19 @@ def test_the_repository_of_the_newest_export_is_filled_once(artefact, make_artef
     assert choose_repository(None, None, said.append) == first
     assert choose_repository(None, Path("build/fp16"), said.append) == first
     assert said == ["", "filled build/model_repository from build/fp16", ""]
+
+
+def test_a_repository_of_another_version_is_filled_anew(artefact):
+    current = build_repository(artefact, BESIDE)
+    older = BESIDE / "dbsam_preprocess" / "1" / "dbsam_runtime" / "contract.py"
+    older.write_text(older.read_text() + "# of an earlier version\n")
+    body = json.loads((BESIDE / REPOSITORY_NAME).read_text())
+    body["files"][older.relative_to(BESIDE).as_posix()] = sha256_of(older)
+    (BESIDE / REPOSITORY_NAME).write_text(json.dumps(body))
+    said: list[str] = []
+    assert choose_repository(None, None, said.append) == current
+    assert said == ["", "filled build/model_repository from build/fp16"]
+    assert "earlier version" not in older.read_text()
 
 
 def test_a_newer_export_takes_the_place_of_an_earlier_one(artefact, make_artefact):

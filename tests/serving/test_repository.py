@@ -274,7 +274,7 @@ def test_another_kind_of_graph_file_is_refused(make_artefact, tmp_path):
     [
         (lambda r: (r / REPOSITORY_NAME).unlink(), "no repository.json"),
         (lambda r: (r / REPOSITORY_NAME).write_text("[]"), "not a repository"),
-        (lambda r: (r / REPOSITORY_NAME).write_text('{"format": 99}'), "another format"),
+        (lambda r: (r / REPOSITORY_NAME).write_text('{"format": 99}'), "another manifest format"),
         (lambda r: (r / "dbsam_decoder/1/model.onnx").unlink(), "not there"),
         (lambda r: (r / "dbsam_decoder/1/model.onnx").write_bytes(b"x"), "was changed"),
         (lambda r: (r / "dbsam_preprocess/1/model.py").write_text("import os"), "was changed"),

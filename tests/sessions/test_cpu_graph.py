@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
 from support.fusions import run_onnx
+from support.graph_builder import GraphBuilder
 from support.references import check_close
 
 from dbsam_deploy.artefact import Artefact, graph_file
@@ -23,23 +24,12 @@ from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
 WIDTH, TOKENS = 16, 12
 
 
-class Builder:
+class Builder(GraphBuilder):
     """Collects the nodes of a graph with int8 pairs."""
 
     def __init__(self, seed: int = 0) -> None:
+        super().__init__()
         self.rng = np.random.default_rng(seed)
-        self.nodes: list[onnx.NodeProto] = []
-        self.constants: list[onnx.TensorProto] = []
-
-    def constant(self, value: np.ndarray) -> str:
-        name = f"c{len(self.constants)}"
-        self.constants.append(numpy_helper.from_array(value, name))
-        return name
-
-    def add(self, op: str, *inputs: str, output: str = "", **attributes) -> str:
-        name = output or f"v{len(self.nodes)}"
-        self.nodes.append(helper.make_node(op, list(inputs), [name], **attributes))
-        return name
 
     def pair(self, x: str, scale: float = 0.02, zero: int = 0) -> str:
         words = (self.constant(np.float32(scale)), self.constant(np.int8(zero)))
@@ -173,8 +163,8 @@ def test_a_convolution_reads_what_was_there_before_its_pair() -> None:
     assert operators(rewritten) == {"Conv": 1}
     (found,) = run_onnx(rewritten, feed)
     (quantized,) = run_as_it_stands(model, feed)
-    dequantize = next(n for n in model.graph.node if n.input[0] == "c0")
-    values, scale, bias = (_constant(model, n) for n in ("c0", dequantize.input[1], "c5"))
+    dequantize = next(n for n in model.graph.node if n.input[0] == "constant_0")
+    values, scale, bias = (_constant(model, n) for n in ("constant_0", dequantize.input[1], "c5"))
     kernel = torch.from_numpy(values * scale[:, None, None, None])
     plain = F.conv2d(torch.from_numpy(feed["x"]), kernel, torch.from_numpy(bias.copy()), padding=1)
     check_close(found, plain.numpy(), "float32 kernel")

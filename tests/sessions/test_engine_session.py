@@ -22,7 +22,7 @@ from dbsam_deploy.engines.cuda import open_device
 from dbsam_deploy.engines.kinds import KINDS, TENSORRT, TENSORRT_RTX
 from dbsam_deploy.engines.manifest import (
     Flags,
-    Parity,
+    PassedGate,
     engine_folder,
     read_records,
     sign,
@@ -40,7 +40,7 @@ SESSIONS = {"tensorrt": TensorrtSession, "tensorrt-rtx": TensorrtRtxSession}
 def sign_engines(artefact, kind, target="sm_86"):
     records = read_records(artefact, kind)
     plans = {graph: record.plan.sha256 for graph, record in records.items()}
-    parity = Parity(replace(STAND_IN_GPU, target=target), {"default": {}}, {}, plans)
+    parity = PassedGate(replace(STAND_IN_GPU, target=target), {"default": {}}, {}, plans)
     sign(engine_folder(artefact, kind), records, parity)
 
 

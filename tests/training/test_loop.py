@@ -18,7 +18,7 @@ from dbsam_deploy.core.errors import CheckpointError, InputError
 from dbsam_deploy.model.checkpoint import read_checkpoint
 from dbsam_deploy.model.weights import load_model
 from dbsam_deploy.resources import resource_dir
-from dbsam_deploy.train import STATE_NAME, Options, main, train
+from dbsam_deploy.train import STATE_NAME, TrainOptions, main, train
 from dbsam_deploy.training.loop import learning_rate
 from dbsam_deploy.training.recipe import load_training_recipe
 from dbsam_deploy.verification.cases import bundled_examples
@@ -61,7 +61,7 @@ def write_recipe(folder: Path, *, steps: int = STEPS, **tune: object) -> Path:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("train")
-    options = Options(
+    options = TrainOptions(
         str(write_recipe(folder)), data=bundled_examples(), output=folder / "out", cpu=True
     )
     return options, train(options)
@@ -165,7 +165,7 @@ def test_losses_fall_and_validation_stops_early(tmp_path) -> None:
     recipe = write_recipe(
         tmp_path, steps=40, validate_every=1, patience=2, learning_rate=1e-12, synthetic=0.0
     )
-    options = Options(
+    options = TrainOptions(
         str(recipe), data=bundled_examples(), split=split, output=tmp_path / "out", cpu=True
     )
     stopped = train(options)

@@ -1,5 +1,7 @@
 """Cases from npz files with masks."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -74,3 +76,39 @@ def test_unusable_files_are_named(tmp_path, arrays, message):
 def test_empty_folder(tmp_path):
     with pytest.raises(InputError, match=r"no \.npz files"):
         load_cases(tmp_path, PARITY)
+
+
+def labelled(path, slices, empty=()):
+    """An npz of `slices` images with one object each, but for the `empty` ones."""
+    labels = np.zeros((slices, 8, 9), np.uint8)
+    labels[:, 1:6, 1:6] = 1
+    labels[list(empty)] = 0
+    np.savez(path, imgs=np.zeros((slices, 8, 9, 3), np.uint8), gts=labels)
+
+
+def counts_of(cases, names):
+    files = [case.name.split("[")[0] for case in cases]
+    assert len({case.name for case in cases}) == len(cases)
+    return [files.count(name) for name in names]
+
+
+def test_what_one_file_lacks_is_taken_from_the_others(tmp_path):
+    for name, slices, empty in (("a", 1, ()), ("b", 9, (0, 3)), ("c", 5, ()), ("d", 2, (0, 1))):
+        labelled(tmp_path / f"{name}.npz", slices, empty)
+    for wanted, expected in (
+        (2, [1, 1, 0, 0]),
+        (4, [1, 2, 1, 0]),
+        (8, [1, 4, 3, 0]),
+        (13, [1, 7, 5, 0]),
+        (50, [1, 7, 5, 0]),
+    ):
+        cases = load_cases(tmp_path, dataclasses.replace(PARITY, images=wanted))
+        assert counts_of(cases, "abcd") == expected
+
+
+def test_files_that_need_not_give_are_not_read(tmp_path):
+    labelled(tmp_path / "a.npz", 4)
+    (tmp_path / "b.npz").write_bytes(b"no npz")
+    assert len(load_cases(tmp_path, dataclasses.replace(PARITY, images=1))) == 1
+    with pytest.raises(InputError, match=r"b\.npz"):
+        load_cases(tmp_path, dataclasses.replace(PARITY, images=2))

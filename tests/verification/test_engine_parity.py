@@ -107,7 +107,7 @@ def test_a_plan_with_other_numbers_misses_the_gate_and_stays_unsigned(
 
 
 def test_fused_operators_that_are_no_plugins_are_refused(copied, cases, monkeypatch, tmp_path):
-    from dbsam_deploy.engines.layers import Attention
+    from dbsam_deploy.engines.layers import PlacedAttention
     from dbsam_deploy.kernels import plugin_registry
     from dbsam_deploy.verification import engine_parity
 
@@ -117,7 +117,7 @@ def test_fused_operators_that_are_no_plugins_are_refused(copied, cases, monkeypa
     put_engines(copied, TENSORRT, plugins=graph_file(library, library.parent))
     loaded = []
     monkeypatch.setattr(plugin_registry, "load_plugins", lambda path, runtime: loaded.append(path))
-    attention = Attention({"RelPosAttention_0": "RelPosAttention"}, 2)
+    attention = PlacedAttention({"RelPosAttention_0": "RelPosAttention"}, 2)
     monkeypatch.setattr(engine_parity, "read_attention", lambda path: attention)
     reference = OnnxRuntimeSession(copied)
     with pytest.raises(EngineError, match="0 plugin layers for 1 fused operators"):
