@@ -214,7 +214,7 @@ def test_a_whole_gpu_build_of_onnxruntime_without_a_gpu() -> None:
             pip_line("gpu"),
         ),
         ({"tensorrt": Answer({"version": "11.4", "builder": False})}, "no builder", ""),
-        ({"pycuda": absent("pycuda")}, "pycuda is not installed", GPU_LINE),
+        ({"pycuda": absent("pycuda")}, "pycuda is not installed", pip_line("gpu")),
         ({"driver": NO_GPU}, "no NVIDIA GPU", ""),
     ],
     ids=["broken", "old", "no builder", "no pycuda", "no gpu"],
