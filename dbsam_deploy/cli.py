@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from .core.errors import DbsamError, InputError
 from .extras import check_installed
@@ -90,7 +91,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Keeps a description's examples as typed and shows each option's default, if there is one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        plain = action.default is None or action.default is False
+        plain = action.default is False or action.default in (None, ())
         return action.help if plain else super()._get_help_string(action)
 
 
@@ -122,6 +123,51 @@ def say_on_stderr(text: str) -> None:
     """A line beside the results, for whoever watches; nothing if `text` is empty."""
     if text:
         print(as_called(text), file=sys.stderr, flush=True)
+
+
+class _TableConsole(Console):
+    """Prints tables so that no word in them, such as a file name or a number, is broken or cut.
+
+    Sentences in a cell wrap between words to keep a table as narrow as the console (80 columns in a
+    pipe, unless COLUMNS says otherwise). Where its words need more, the table is wider.
+    """
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As `Console.print`."""
+        tables = [item for item in objects if isinstance(item, Table)]
+        before = self._width
+        self.width = max([self.width, *(_fit(table, self.width) for table in tables)])
+        try:
+            super().print(*objects, **options)
+        finally:
+            self._width = before
+
+
+def table_console() -> Console:
+    """The console for a command's results: what a screen or a pipe shows, with nothing cut."""
+    return _TableConsole()
+
+
+def _fit(table: Table, width: int) -> int:
+    """Give each column the width of its longest word, and a share of what is left of `width`.
+
+    Returns:
+        The width of the whole table.
+    """
+    page = Console(width=100_000)
+    least, most = [], []
+    for column in table.columns:
+        sizes = [page.measure(cell) for cell in (column.header, *column.cells)]
+        most.append(max(size.maximum for size in sizes))
+        least.append(most[-1] if column.no_wrap else max(size.minimum for size in sizes))
+    rules = page.measure(table).maximum - sum(most)
+    spare = max(0, width - rules - sum(least))
+    wanting = sorted(range(len(most)), key=lambda index: most[index] - least[index])
+    for place, index in enumerate(wanting):
+        more = min(most[index] - least[index], spare // (len(wanting) - place))
+        table.columns[index].width = least[index] + more
+        spare -= more
+    return rules + sum(column.width or 0 for column in table.columns)
 
 
 def progress_bars(console: Console) -> Progress:

@@ -12,7 +12,7 @@ from .sessions.options import TRITON, add_server_options
 
 DESCRIPTION = """\
 Segment one image or volume through a running Triton server (python -m dbsam_deploy.serve): the same
-as python -m dbsam_deploy.predict --backend triton.
+as python -m dbsam_deploy.predict with --backend triton.
 
 Coordinates are pixels of the stored image, x to the right, y down, from the top-left corner.
 

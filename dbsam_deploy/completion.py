@@ -33,8 +33,11 @@ examples:
 """
 
 
+SHELLS = ("bash", "zsh", "tcsh", "fish", "powershell")
+
+
 def _shtab() -> ModuleType:
-    return require("shtab", extra="completion", what_for="`dbsam completion`")
+    return require("shtab", extra="completion", what_for="completion in a shell")
 
 
 def build_parser() -> Parser:
@@ -44,9 +47,7 @@ def build_parser() -> Parser:
         description=DESCRIPTION,
         formatter_class=HelpFormatter,
     )
-    parser.add_argument(
-        "shell", choices=_shtab().SUPPORTED_SHELLS, metavar="SHELL", help="which one"
-    )
+    parser.add_argument("shell", choices=SHELLS, metavar="SHELL", help="which one")
     return parser
 
 
@@ -70,7 +71,7 @@ def _complete_files(parser: argparse.ArgumentParser) -> None:
 
 def whole_parser() -> argparse.ArgumentParser:
     """One parser with those of all sub-commands."""
-    parser = argparse.ArgumentParser("dbsam")
+    parser = Parser("dbsam")
     parser.add_argument("--version", action="store_true", help="print the version")
     commands = parser.add_subparsers()
     for name, door in DOORS.items():

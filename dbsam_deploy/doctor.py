@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .cli import HelpFormatter, Parser, run
+from .cli import HelpFormatter, Parser, as_called, run, table_console
 from .core.errors import DbsamError, EngineError, InputError
 from .diagnosis.inspections import EXTRA_PREFIX, Answer, inspect_runtime
 from .diagnosis.probes import BACKEND_PROBES, Ask, Finding, Probe
@@ -242,23 +242,23 @@ def print_findings(
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     say(_machine_line(facts))
-    table = Table(expand=True)
+    table = Table()
     table.add_column("check", no_wrap=True)
     table.add_column("usable", no_wrap=True)
-    table.add_column("version and devices", ratio=2, overflow="fold")
-    table.add_column("missing", ratio=3, overflow="fold")
+    table.add_column("version and devices")
+    table.add_column("missing")
     lines: dict[str, list[str]] = {}
     for index, (check, finding) in enumerate(zip(checks, findings, strict=True)):
         if index and check.kind != checks[index - 1].kind:
             table.add_section()
         usable = "yes" if finding.usable else "no"
         here = f"{finding.version} on {', '.join(finding.devices)}".removesuffix(" on ")
-        table.add_row(check.name, usable, Text(here), Text(finding.missing))
+        table.add_row(check.name, usable, Text(here), Text(as_called(finding.missing)))
         if finding.install:
             lines.setdefault(finding.install, []).append(check.title)
     console.print(table)
     for line, titles in lines.items():
-        say(f"for {', '.join(titles)}:\n  {line}")
+        say(f"for {', '.join(titles)}:\n  {as_called(line)}")
 
 
 def _report_one(check: Check, finding: Finding, device: str | None, *, as_json: bool) -> int:
@@ -305,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
         rows = [as_dict(check, finding) for check, finding in zip(CHECKS, findings, strict=True)]
         print(json.dumps({"machine": facts, "checks": rows}, indent=2))
     else:
-        print_findings(Console(width=None if sys.stdout.isatty() else 120), CHECKS, findings, facts)
+        print_findings(table_console(), CHECKS, findings, facts)
     return 0
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from .artefact import BUILD_FOLDER, Artefact, export_note, find_export, load_artefact
-from .cli import HelpFormatter, Parser, as_called, run, say_on_stderr
+from .cli import HelpFormatter, Parser, as_called, run, say_on_stderr, table_console
 from .core.errors import CheckpointError, InputError
 from .engines.build import (
     COMPATIBILITY,
@@ -106,7 +106,7 @@ def _build(artefact: Artefact, args: argparse.Namespace) -> dict[str, EngineReco
     if not all(record.parity for record in records.values()):
         print(
             "built, not verified, and refused until then: on a machine with one of these GPUs run "
-            + as_called(verify_command(artefact, kind))
+            + as_called(verify_command(artefact.folder, kind))
         )
     return records
 
@@ -207,7 +207,7 @@ def _add_build_options(sub: Parser) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Command line entry point; returns the exit status."""
     args = build_parser().parse_args(argv)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = table_console()
     if args.verb == "build":
         check_options(_engine_options(args))  # before an export is looked for
     artefact = load_artefact(find_export(args.artefact))

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
 
-from .cli import HelpFormatter, Parser, run, say_on_stderr
+from .cli import HelpFormatter, Parser, run, say_on_stderr, table_console
 from .core.errors import InputError
 from .evaluation import (
     PROTOCOLS,
@@ -57,8 +57,8 @@ every run uses the same. Beside each figure stands the box's own: the score of a
 repeats its prompt. With --output: CSV tables, JSON and one HTML page.
 
 examples:
-  an export (python -m dbsam_deploy.export) on ONNX Runtime, with a page in evaluation/
-    python -m dbsam_deploy.evaluate --data DIR --backend onnxruntime --artefact build/fp32 \\
+  an export on ONNX Runtime, with a page in evaluation/
+    python -m dbsam_deploy.evaluate --data DIR --backend onnxruntime --artefact build/fp16 \\
         --output evaluation
   weights in PyTorch, on the part of the files that training never saw
     python -m dbsam_deploy.evaluate --data DIR --backend pytorch --checkpoint model.safetensors \\
@@ -239,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
         load_library(library)
     if args.output is not None:
         _check_output(args.output)
-    console = Console()
+    console = table_console()
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from .cli import check_words, progress_bars, run
+from .cli import check_words, progress_bars, run, table_console
 from .export_options import ExportOptions, build_parser
 
 if __name__ == "__main__":  # --help and a mistyped option need no PyTorch
@@ -340,8 +340,7 @@ def main(argv: list[str] | None = None, *, stages: Stages | None = None) -> int:
     """Command line entry point; returns the exit status."""
     options = ExportOptions(**vars(build_parser().parse_args(argv)))
     published = export(options, stages=stages)
-    # In a file or a pipe there is no screen to fit.
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = table_console()
     closing_table(
         published.artefact,
         published.figures,

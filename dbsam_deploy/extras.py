@@ -125,7 +125,7 @@ EXTRAS = (
         ),
         ("monai", "scipy.ndimage", "skimage.transform", "matplotlib", "jinja2"),
     ),
-    Extra("completion", "completion of `dbsam` in a shell", ("shtab>=1.7",), ("shtab",)),
+    Extra("completion", "completion of `dbsam` in a shell", ("shtab>=1.13",), ("shtab",)),
     Extra(
         "train",
         "training",

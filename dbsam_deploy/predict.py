@@ -34,7 +34,7 @@ examples:
   through a running Triton server (python -m dbsam_deploy.serve)
     python -m dbsam_deploy.predict skin.png --box 120 80 410 333 --backend triton \\
         --url localhost:8001
-  on TensorRT engines (python -m dbsam_deploy.doctor shows which backends can be used here)
+  on TensorRT engines; `python -m dbsam_deploy.doctor` shows which backends can be used here
     python -m dbsam_deploy.predict skin.png --box 120 80 410 333 --backend tensorrt \\
         --artefact build/fp16
 """

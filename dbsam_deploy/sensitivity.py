@@ -16,8 +16,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from .cli import check_words, progress_bars, run
-from .sensitivity_options import SensitivityOptions, build_parser
+from .cli import as_called, check_words, progress_bars, run, table_console
+from .sensitivity_options import SensitivityOptions, build_parser, export_command
 
 if __name__ == "__main__":  # --help and a mistyped option need no PyTorch
     check_words(build_parser, extra="export")
@@ -192,15 +192,15 @@ def main(argv: list[str] | None = None, *, stages: SweepStages | None = None) ->
     options = SensitivityOptions(**vars(build_parser().parse_args(argv)))
     load_library("matplotlib")  # before hours of work
     found, _ = find_exclusions(options, Console(stderr=True), stages=stages)
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = table_console()
     console.print(ranked_table(found))
     for pattern in found.exclude:
         console.print(f'  "{pattern}",', highlight=False, markup=False)
     console.print(
-        f"wrote {options.output}/sensitivity.json, .csv and .svg; to use the choice: export with "
-        f"--precision {options.precision} --budget {options.budget:g}, or put the lines above into "
-        "the recipe's exclude",
+        f"wrote {options.output}/sensitivity.json, .csv and .svg; to use the choice, put the lines "
+        f"above into the recipe's exclude, or run\n{as_called(export_command(options))}",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
     return 0

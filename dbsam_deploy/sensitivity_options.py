@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,19 @@ class SensitivityOptions:
     variant: str | None = None
     image_size: int | None = None
     output: Path = Path("build/sensitivity")
+
+
+def export_command(options: SensitivityOptions) -> str:
+    """The command that exports what was swept, with the layers that the sweep leaves out."""
+    words = [f"--precision {options.precision}", f"--budget {options.budget:g}"]
+    names = ("calibration", "checkpoint", "variant", "image_size")
+    given = {name: getattr(options, name) for name in names}
+    words += [
+        f"--{name.replace('_', '-')} {shlex.quote(str(value))}"
+        for name, value in given.items()
+        if value is not None
+    ]
+    return f"python -m dbsam_deploy.export {' '.join(words)}"
 
 
 def build_parser() -> Parser:

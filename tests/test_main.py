@@ -186,7 +186,11 @@ def test_bash_completes(script: Path, tmp_path: Path, words: str, expected: set[
     assert all(one.startswith(words.split(" ")[-1]) for one in found)
 
 
-@pytest.mark.parametrize("shell", shtab.SUPPORTED_SHELLS)
+def test_the_shells_are_those_of_shtab() -> None:
+    assert set(completion.SHELLS) == set(shtab.SUPPORTED_SHELLS)
+
+
+@pytest.mark.parametrize("shell", completion.SHELLS)
 def test_every_shell_gets_a_script(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["completion", shell]) == 0
     text = capsys.readouterr().out

@@ -22,6 +22,7 @@ from .layers import PlacedAttention, check_plugins, read_attention, read_layers
 from .manifest import (
     EngineRecord,
     Flags,
+    build_command,
     engine_folder,
     read_plan,
     read_record,
@@ -111,7 +112,7 @@ def choose_engines(engine: str, targets: tuple[str, ...], folder: Path) -> Choic
     if find_gpu() is None:
         reason = "there is no NVIDIA GPU here"
     elif not library.is_file():
-        reason = f"there is no plugin library {library}: python -m dbsam_deploy.plugins build"
+        reason = f"there is no plugin library {library}: `python -m dbsam_deploy.plugins build`"
     else:
         try:
             return Choice(check_options(EngineOptions(TENSORRT)))
@@ -119,9 +120,9 @@ def choose_engines(engine: str, targets: tuple[str, ...], folder: Path) -> Choic
             reason = error.message
     return Choice(
         None,
-        f"no engines were built ({reason}); to build them: python -m dbsam_deploy.engine build "
-        f"--artefact {folder} --engine tensorrt on the GPU machine, or on any machine --engine "
-        f"tensorrt-rtx --target sm_86,sm_89,sm_120 ({TENSORRT_RTX.install})",
+        f"no engines were built ({reason}); to build them: `{build_command(folder, TENSORRT)}` on "
+        f"the GPU machine, or on any machine `{build_command(folder, TENSORRT_RTX)}` (needs "
+        f"`{TENSORRT_RTX.install}`)",
     )
 
 
@@ -191,7 +192,7 @@ def _check_plugins(options: EngineOptions) -> None:
         raise InputError("--quick-plugins stands alone: leave out --plugins and --take-apart")
     if library is not None and not library.is_file():
         raise InputError(
-            f"{library}: no such plugin library; make it with python -m dbsam_deploy.plugins build"
+            f"{library}: no such plugin library; to make it: python -m dbsam_deploy.plugins build"
         )
 
 
@@ -250,8 +251,8 @@ def _place_plugins(
     if not source.is_file():
         raise EngineError(
             f"the graphs have the fused operators {', '.join(names)}, and there is no plugin "
-            f"library {source}: python -m dbsam_deploy.plugins build (or --take-apart for slower "
-            "engines without plugins)"
+            f"library {source}: run `python -m dbsam_deploy.plugins build` (or give --take-apart "
+            "for slower engines without plugins)"
         )
     library = read_library(source)
     target = folder / LIBRARY_NAME

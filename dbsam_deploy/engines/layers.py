@@ -135,6 +135,6 @@ def check_plugins(report: LayerReport, what: str) -> None:
     if report.plugins < report.operators:
         raise EngineError(
             f"{what}: {report.plugins} plugin layers for {report.operators} fused operators, so "
-            "the others were taken apart; is the plugin library built for this version (python -m "
-            "dbsam_deploy.plugins build)?"
+            "the others were taken apart; is the plugin library built for this version? To build "
+            "it: python -m dbsam_deploy.plugins build"
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from ..artefact import Artefact, GraphFile
 from ..core.errors import EngineError
 from ..files.manifests import Body, ManifestKind
 from .device import Gpu
-from .kinds import TENSORRT, Kind
+from .kinds import TENSORRT, Kind, kind_named
 from .profiles import Range
 
 FOLDER = "engines"
@@ -177,7 +178,7 @@ def read_records(artefact: Artefact, kind: Kind) -> dict[str, EngineRecord]:
         EngineError: a plan is missing, or was built from another ONNX file.
     """
     folder = engine_folder(artefact, kind)
-    again = build_command(artefact, kind)
+    again = build_command(artefact.folder, kind)
     records = {}
     for graph, source in artefact.graphs.items():
         path = record_path(folder, graph)
@@ -198,18 +199,21 @@ def read_records(artefact: Artefact, kind: Kind) -> dict[str, EngineRecord]:
     return records
 
 
-def build_command(artefact: Artefact, kind: Kind) -> str:
-    """The command that builds an artefact's engines of one kind."""
+def build_command(folder: Path, kind: Kind) -> str:
+    """The command that builds the engines of one kind for the artefact in `folder`."""
     target = " --target sm_86,sm_89,sm_120" if kind.ahead_of_time else ""
     return (
-        f"python -m dbsam_deploy.engine build --artefact {artefact.folder} "
+        f"python -m dbsam_deploy.engine build --artefact {shlex.quote(str(folder))} "
         f"--engine {kind.name}{target}"
     )
 
 
-def verify_command(artefact: Artefact, kind: Kind) -> str:
-    """The command that compares an artefact's engines with PyTorch on the GPU of its machine."""
-    return f"python -m dbsam_deploy.engine verify --artefact {artefact.folder} --engine {kind.name}"
+def verify_command(folder: Path, kind: Kind) -> str:
+    """The command that compares the engines of the artefact in `folder` with PyTorch."""
+    return (
+        f"python -m dbsam_deploy.engine verify --artefact {shlex.quote(str(folder))} "
+        f"--engine {kind.name}"
+    )
 
 
 def read_plan(folder: Path, record: EngineRecord) -> bytes:
@@ -287,8 +291,13 @@ def _capability(target: str) -> int:
     return int(target.removeprefix("sm_"))
 
 
-def require_parity(records: Mapping[str, EngineRecord], gpu: Gpu) -> None:
+def require_parity(folder: Path, records: Mapping[str, EngineRecord], gpu: Gpu) -> None:
     """Refuse plans that did not pass their gate together on this kind of GPU.
+
+    Args:
+        folder: of the artefact.
+        records: graph → manifest.
+        gpu: GPU that is to run them.
 
     Raises:
         EngineError: they were not verified here, with the command that does it.
@@ -302,8 +311,7 @@ def require_parity(records: Mapping[str, EngineRecord], gpu: Gpu) -> None:
             if parity is not None:
                 why = "was compared with PyTorch beside other plans than those that are here"
             raise EngineError(
-                f"{graph}.plan {why}: python -m dbsam_deploy.engine verify --artefact FOLDER "
-                f"--engine {record.kind}"
+                f"{graph}.plan {why}: {verify_command(folder, kind_named(record.kind))}"
             )
 
 

@@ -18,7 +18,7 @@ from .kinds import KINDS, Kind, cuda_of, import_kind, kind_named
 from .network import BuildJob, build_plan, supported_targets
 
 DESCRIPTION = """\
-Build one engine from a job file, or say what a builder can do; `python -m dbsam_deploy.engine`
+Build one engine from a job file, or say what a builder can do; python -m dbsam_deploy.engine
 runs this in a process of its own. The answer is JSON, the builder's log goes to the console.
 
 examples:

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
+from ..cli import table_console
 from ..core.errors import InputError
 from ..files.atomic import write_file
 from ..images.scans import require_nibabel
@@ -174,7 +175,7 @@ def predict_image(args: argparse.Namespace, open_model: Callable[[], Model]) -> 
     volume = read_image(args.image, window=window, with_boxes=not prompted)
     prompts = prompts_from(args, volume)
     paths = planned_files(volume, args.mask_format, args.output, args.overlay)
-    console = Console()
+    console = table_console()
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     with open_model() as model:
         depth, height, width = volume.shape

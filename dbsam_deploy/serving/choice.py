@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,7 +68,8 @@ def _edited(repository: Repository) -> list[str]:
 
 def _fill_command(artefact: Artefact, output: Path) -> str:
     return (
-        f"python -m dbsam_deploy.serving.repository --artefact {artefact.folder} --output {output}"
+        f"python -m dbsam_deploy.serving.repository --artefact {shlex.quote(str(artefact.folder))} "
+        f"--output {shlex.quote(str(output))}"
     )
 
 
@@ -132,12 +134,12 @@ def refresh_repository(artefact: Artefact, kind: Kind) -> str:
     if kind is not TENSORRT:
         return (
             f"{place} is unchanged: a Triton server runs TensorRT engines, not {kind.title}'s: "
-            f"{build_command(artefact, TENSORRT)}"
+            f"{build_command(artefact.folder, TENSORRT)}"
         )
     if not verified_plans(artefact):
         return (
             f"{place} is unchanged: engines are served once they passed their comparison: "
-            f"{verify_command(artefact, TENSORRT)}"
+            f"{verify_command(artefact.folder, TENSORRT)}"
         )
     if not (place / REPOSITORY_NAME).is_file():
         return f"no repository in {place} to put the engines into; to fill one: {how}"

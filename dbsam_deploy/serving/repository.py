@@ -236,8 +236,8 @@ def load_repository(folder: Path) -> Repository:
     repository = _MANIFEST.read(
         path,
         lambda body: _repository(folder, body),
-        absent="run `python -m dbsam_deploy.export` first, or name the repository it filled with "
-        "--repository",
+        absent="run `python -m dbsam_deploy.export --precision fp16` first, or name the repository "
+        "it filled with --repository",
     )
     tuned = {name for name in repository.files if Path(name).name == "config.pbtxt"}
     _MANIFEST.check(path, {**repository.files, **dict.fromkeys(tuned)})

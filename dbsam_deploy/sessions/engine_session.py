@@ -74,7 +74,7 @@ class EngineSession(ABC):
         for record in self._records.values():
             check_runs_here(record, str(self._trt.__version__), self.gpu)
         if verified:
-            require_parity(self._records, self.gpu)
+            require_parity(artefact.folder, self._records, self.gpu)
         self._cuda_graphs = cuda_graphs
         self._logger = self._trt.Logger(self._trt.Logger.WARNING)
         self._runtime = self._trt.Runtime(self._logger)

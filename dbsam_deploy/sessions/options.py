@@ -25,7 +25,7 @@ def add_model_options(
     needs = {backend.name: backend.needs for backend in BACKENDS} | {TRITON: _SERVER_NEEDS}
     width = max(map(len, backends))
     rows = [f"{name:{width}}  {needs[name]}" for name in backends]
-    rows.append("python -m dbsam_deploy.doctor shows which of them can be used here")
+    rows.append("`python -m dbsam_deploy.doctor` shows which of them can be used here")
     model = parser.add_argument_group("model", "\n".join(rows))
     model.add_argument(
         "--backend",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..artefact import Artefact
+from ..cli import as_called
 from ..engines.manifest import EngineRecord
 from .parity import Figures
 
@@ -124,13 +126,16 @@ def closing_table(
         first = next(iter(engines.values()))
         console.print(engine_table(engines, f"engines: {first.kind} {first.version}"))
     for note in _notes(artefact, figures, engine_note):
-        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
-    console.print(
+        console.print(f"note: {as_called(note)}", highlight=False, markup=False, soft_wrap=True)
+    following = as_called(_next_commands(artefact, repository))
+    console.print(following, highlight=False, markup=False, soft_wrap=True)
+
+
+def _next_commands(artefact: Artefact, repository: Path) -> str:
+    return (
         f"next: python -m dbsam_deploy.predict IMAGE --box x0 y0 x1 y1 --artefact "
-        f"{artefact.folder}\n      python -m dbsam_deploy.serve --repository {repository}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
+        f"{shlex.quote(str(artefact.folder))}\n"
+        f"      python -m dbsam_deploy.serve --repository {shlex.quote(str(repository))}"
     )
 
 

@@ -203,10 +203,18 @@ def test_a_whole_gpu_build_of_onnxruntime_without_a_gpu() -> None:
 @pytest.mark.parametrize(
     ("answers", "missing", "install"),
     [
-        ({"tensorrt": Answer(error="OSError: libnvinfer.so.10")}, "libnvinfer.so.10", "[gpu]"),
-        ({"tensorrt": Answer({"version": "10.3.0", "builder": True})}, "10.16 or newer", "[gpu]"),
+        (
+            {"tensorrt": Answer(error="OSError: libnvinfer.so.10")},
+            "libnvinfer.so.10",
+            pip_line("gpu"),
+        ),
+        (
+            {"tensorrt": Answer({"version": "10.3.0", "builder": True})},
+            "10.16 or newer",
+            pip_line("gpu"),
+        ),
         ({"tensorrt": Answer({"version": "11.4", "builder": False})}, "no builder", ""),
-        ({"pycuda": absent("pycuda")}, "pycuda is not installed", "[gpu]"),
+        ({"pycuda": absent("pycuda")}, "pycuda is not installed", pip_line("gpu")),
         ({"driver": NO_GPU}, "no NVIDIA GPU", ""),
     ],
     ids=["broken", "old", "no builder", "no pycuda", "no gpu"],
