@@ -33,7 +33,7 @@ from ..core.imaging import (
     to_model_frame,
 )
 from ..core.masks import Prediction
-from ..core.prompts import check_mask_input, join_prompts
+from ..core.prompts import Places, PromptArrays, check_mask_input, join_prompts
 from ..sessions.session import Session
 
 if TYPE_CHECKING:  # a local prediction, and an export's key, do without the client
@@ -52,13 +52,7 @@ class Promptable(Protocol):
         ...
 
     def predict_prompts(
-        self,
-        *,
-        boxes: npt.NDArray[Any] | None = None,
-        point_coords: npt.NDArray[Any] | None = None,
-        point_labels: npt.NDArray[Any] | None = None,
-        mask_input: npt.NDArray[Any] | None = None,
-        multimask: bool = False,
+        self, *, multimask: bool = False, **prompts: Unpack[PromptArrays]
     ) -> Prediction:
         """One prediction for each of N prompt sets, see `Predictor.predict_prompts`."""
         ...
@@ -129,29 +123,23 @@ class Predictor:
     def predict_prompts(
         self,
         *,
-        boxes: npt.NDArray[Any] | None = None,
-        point_coords: npt.NDArray[Any] | None = None,
-        point_labels: npt.NDArray[Any] | None = None,
-        mask_input: npt.NDArray[Any] | None = None,
         multimask: bool = False,
+        mask_input: npt.NDArray[Any] | None = None,
+        **places: Unpack[Places],
     ) -> Prediction:
         """One prediction for each of N prompt sets: box, points and an earlier mask, combined.
 
         Args:
-            boxes: (N, 4) in the image frame.
-            point_coords: (N, P, 2) x, y in the image frame.
-            point_labels: (N, P) 1 foreground, 0 background, -1 no point.
-            mask_input: (N, 4G, 4G) float logits, as in `Prediction.logits`.
             multimask: return the three alternatives instead of the single mask.
+            mask_input: (N, 4G, 4G) float logits, as in `Prediction.logits`.
+            **places: boxes and points, see `Places`.
 
         Raises:
             InputError: no image, neither boxes nor points, or arrays that do not fit together.
         """
         embeddings = self._current()
         size, how = self._original_size, self.preprocessing
-        tokens_xy, labels = join_prompts(
-            size, boxes=boxes, point_coords=point_coords, point_labels=point_labels
-        )
+        tokens_xy, labels = join_prompts(size, **places)
         coords = to_model_frame(tokens_xy, size, how)
         count, side = len(coords), how.mask_side
         masks = np.zeros((1, count, 1, side, side), np.float32)
@@ -207,23 +195,10 @@ class ServedPredictor:
         return self.client.segment(self._current(), boxes, logits=self._logits)
 
     def predict_prompts(
-        self,
-        *,
-        boxes: npt.NDArray[Any] | None = None,
-        point_coords: npt.NDArray[Any] | None = None,
-        point_labels: npt.NDArray[Any] | None = None,
-        mask_input: npt.NDArray[Any] | None = None,
-        multimask: bool = False,
+        self, *, multimask: bool = False, **prompts: Unpack[PromptArrays]
     ) -> Prediction:
         """See `Predictor.predict_prompts`; errors are those of `DbsamClient.segment_prompts`."""
-        return self.client.segment_prompts(
-            self._current(),
-            boxes=boxes,
-            point_coords=point_coords,
-            point_labels=point_labels,
-            mask_input=mask_input,
-            multimask=multimask,
-        )
+        return self.client.segment_prompts(self._current(), multimask=multimask, **prompts)
 
     def _current(self) -> ByteArray:
         if self._image is None:
