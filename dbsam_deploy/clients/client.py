@@ -72,7 +72,8 @@ class DbsamClient(Exchanges):
         Args:
             image: (H, W, 3) uint8 RGB.
             multimask: return the three alternatives instead of the single mask.
-            **prompts: boxes, points and an earlier answer's `logits[:, m]`, see `PromptArrays`.
+            **prompts: `boxes`, `point_coords`, `point_labels` and `mask_input`, see
+                `core.prompts.PromptArrays`.
 
         Returns:
             masks (N, M, H, W), ious (N, M) and logits (N, M, 4G, 4G).

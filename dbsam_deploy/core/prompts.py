@@ -34,7 +34,7 @@ class Places(TypedDict, total=False):
 
 
 class PromptArrays(Places, total=False):
-    """All that may be said of N prompt sets.
+    """All that a request may say of N prompt sets.
 
     Attributes:
         mask_input: (N, 4G, 4G) float logits of an earlier answer.

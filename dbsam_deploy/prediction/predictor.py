@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,7 @@ from ..core.imaging import (
     to_model_frame,
 )
 from ..core.masks import Prediction
-from ..core.prompts import Places, PromptArrays, check_mask_input, join_prompts
+from ..core.prompts import PromptArrays, check_mask_input, join_prompts
 from ..sessions.session import Session
 
 if TYPE_CHECKING:  # a local prediction, and an export's key, do without the client
@@ -123,23 +123,29 @@ class Predictor:
     def predict_prompts(
         self,
         *,
-        multimask: bool = False,
+        boxes: npt.NDArray[Any] | None = None,
+        point_coords: npt.NDArray[Any] | None = None,
+        point_labels: npt.NDArray[Any] | None = None,
         mask_input: npt.NDArray[Any] | None = None,
-        **places: Unpack[Places],
+        multimask: bool = False,
     ) -> Prediction:
         """One prediction for each of N prompt sets: box, points and an earlier mask, combined.
 
         Args:
-            multimask: return the three alternatives instead of the single mask.
+            boxes: (N, 4) in the image frame.
+            point_coords: (N, P, 2) x, y in the image frame.
+            point_labels: (N, P) 1 foreground, 0 background, -1 no point.
             mask_input: (N, 4G, 4G) float logits, as in `Prediction.logits`.
-            **places: boxes and points, see `Places`.
+            multimask: return the three alternatives instead of the single mask.
 
         Raises:
             InputError: no image, neither boxes nor points, or arrays that do not fit together.
         """
         embeddings = self._current()
         size, how = self._original_size, self.preprocessing
-        tokens_xy, labels = join_prompts(size, **places)
+        tokens_xy, labels = join_prompts(
+            size, boxes=boxes, point_coords=point_coords, point_labels=point_labels
+        )
         coords = to_model_frame(tokens_xy, size, how)
         count, side = len(coords), how.mask_side
         masks = np.zeros((1, count, 1, side, side), np.float32)
