@@ -3,6 +3,8 @@
 Options:
     --benchmark    run only benchmarks/ and judge them against the baseline of this hardware
     --rebaseline   with --benchmark: record the baseline instead of judging
+    --twice        with --benchmark: time everything twice and judge the second against the first,
+                   on hardware that has no baseline
     --baselines    with --benchmark: folder of baselines, benchmarks/baselines by default
     --slow         run the tests marked `slow` too
     --require      markers whose tests must run: what would be a skip becomes a failure
@@ -108,6 +110,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--benchmark", action="store_true", help="run benchmarks/ and judge them")
     group.addoption("--rebaseline", action="store_true", help="with --benchmark: record, not judge")
     group.addoption(
+        "--twice",
+        action="store_true",
+        help="with --benchmark: judge a second measurement against a first, not against a baseline",
+    )
+    group.addoption(
         "--baselines",
         type=Path,
         default=BENCHMARKS / "baselines",
@@ -130,10 +137,13 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(
             f"--require {','.join(sorted(unknown))}: expected some of {','.join(MISSING)}"
         )
+    if config.getoption("rebaseline") and config.getoption("twice"):
+        raise pytest.UsageError("--rebaseline records one measurement: leave --twice out")
     if config.getoption("benchmark"):
         config.pluginmanager.register(BenchmarkGate(config), GATE)
-    elif config.getoption("rebaseline"):
-        raise pytest.UsageError("--rebaseline records what --benchmark measures: give both")
+    for option, does in {"rebaseline": "records", "twice": "repeats"}.items():
+        if config.getoption(option) and not config.getoption("benchmark"):
+            raise pytest.UsageError(f"--{option} {does} what --benchmark measures: give both")
 
 
 def _required(config: pytest.Config) -> set[str]:
@@ -223,16 +233,18 @@ class BenchmarkGate:
 
     def __init__(self, config: pytest.Config) -> None:
         self._rebaseline: bool = config.getoption("rebaseline")
+        self.twice: bool = config.getoption("twice")
         self._hardware: Hardware = describe_hardware()
         self._path = benchmarking.baseline_path(config.getoption("baselines"), self._hardware)
         self._measured: dict[str, benchmarking.Measurement] = {}
+        self._first: dict[str, benchmarking.Measurement] = {}
         self._problems: list[str] = []
         self._notes: list[str] = []
         self._baseline: benchmarking.Baseline | None = None
 
-    def record(self, name: str, measurement: benchmarking.Measurement) -> None:
-        """Keep what the benchmark `name` (its pytest id) measured."""
-        self._measured[name] = measurement
+    def record(self, name: str, *measurements: benchmarking.Measurement) -> None:
+        """Keep what the benchmark `name` (its pytest id) measured, once or twice."""
+        self._first[name], self._measured[name] = measurements[0], measurements[-1]
 
     def pytest_report_header(self) -> list[str]:
         """Name the machine and the versions that the figures below belong to."""
@@ -245,6 +257,7 @@ class BenchmarkGate:
         """Drop the figures of a failed benchmark; note one that passed without any."""
         if report.failed:
             self._measured.pop(report.nodeid, None)
+            self._first.pop(report.nodeid, None)
         elif report.when == "call" and report.passed and report.nodeid not in self._measured:
             self._problems.append(f"{report.nodeid}: passed without measuring anything")
 
@@ -257,7 +270,7 @@ class BenchmarkGate:
             if self._rebaseline:
                 self._record_baseline(session.testsfailed)
             else:
-                self._baseline = benchmarking.read_baseline(self._path)
+                self._baseline = self._find_baseline()
                 self._problems += benchmarking.judge(self._measured, self._baseline)
                 changes = ", ".join(benchmarking.version_changes(self._baseline))
                 self._notes += [f"versions differ from the baseline's: {changes}"] * bool(changes)
@@ -265,6 +278,17 @@ class BenchmarkGate:
             self._problems.append(str(error))
         if self._problems:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def _find_baseline(self) -> benchmarking.Baseline:
+        if not self.twice:
+            return benchmarking.read_baseline(self._path)
+        if not self._first:
+            raise InputError("no benchmark ran, so nothing was compared")
+        self._notes.append(
+            "judged against a first measurement of this run: that proves the benchmarks and their "
+            "repeatability, not the absence of a regression"
+        )
+        return benchmarking.Baseline({}, installed_versions(), "", self._first)
 
     def _record_baseline(self, failed: int) -> None:
         if failed or self._problems:
@@ -326,7 +350,10 @@ def benchmark_ratio(
             subject, reference, rounds=rounds, facts=facts, time_rounds=time_rounds
         )
         benchmark.extra_info.update(facts, ratio=measurement.ratio)
-        gate.record(request.node.nodeid, measurement)
+        measured = [measurement]
+        if gate.twice:
+            measured.append(benchmarking.measure(subject, reference, rounds=rounds, facts=facts))
+        gate.record(request.node.nodeid, *measured)
         return measurement
 
     return run

@@ -142,9 +142,7 @@ def load_artefact(folder: Path) -> Artefact:
         absent="run `python -m dbsam_deploy.export --precision fp16` first, or name the folder it "
         "wrote (for example build/fp16)",
     )
-    for item in artefact.graphs.values():
-        file = _MANIFEST.find(path, item.file)
-        _MANIFEST.compare(path, file, sha256_of(file), item.sha256)
+    _MANIFEST.check(path, {item.file: item.sha256 for item in artefact.graphs.values()})
     return artefact
 
 

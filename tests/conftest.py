@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import functools
+import os
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from filelock import FileLock
 from onnx import TensorProto, helper
 from rich.console import Console
 from support.graph_builder import GraphBuilder
@@ -34,7 +38,11 @@ from dbsam_deploy.serving.server import Ports, TritonServer
 from dbsam_deploy.verification.cases import bundled_examples
 
 TINY_SIZE = 128
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))  # they share the cores
 SHARED_WEIGHTS = Path(__file__).resolve().parents[2] / "shared/data/weights/lite_medsam.pth"
+
+Once = Callable[[str, Callable[[Path], Any]], Any]
 
 _TYPES = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32}
 
@@ -188,21 +196,59 @@ def tiny_artefact(tmp_path_factory: pytest.TempPathFactory) -> Artefact:
 
 
 @pytest.fixture(scope="session")
-def published_export(tmp_path_factory: pytest.TempPathFactory) -> tuple[ExportOptions, Published]:
-    """`db_sam_tiny` at 256×256 in fp16 through the whole export; not to be changed."""
-    output = tmp_path_factory.mktemp("published") / "build"
-    options = ExportOptions("fp16", image_size=256, output=output, engine="none")
-    return options, export(options, Console(quiet=True))
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """`once(name, make)`: what `make(folder)` returns, made once for all workers of a run.
+
+    `make` writes into the folder that it is given; what it returns can be pickled. Both are not to
+    be changed by tests.
+    """
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if WORKERS > 1 else root
+
+    def call(name: str, make: Callable[[Path], Any]) -> Any:
+        folder, made = root / f"once_{name}", root / f"once_{name}.pickle"
+        with FileLock(f"{folder}.lock"):
+            if not made.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # another worker's, which failed
+                folder.mkdir()
+                made.write_bytes(pickle.dumps(make(folder)))
+        return pickle.loads(made.read_bytes())  # noqa: S301 - our own, of this run
+
+    return call
+
+
+def _publish(
+    options: ExportOptions, stages: Stages | None = None
+) -> tuple[ExportOptions, Published]:
+    return options, export(options, Console(quiet=True), stages=stages)
 
 
 @pytest.fixture(scope="session")
-def float_graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def published_export(once: Once) -> tuple[ExportOptions, Published]:
+    """`db_sam_tiny` at 256×256 in fp16 through the whole export; not to be changed."""
+    options = ExportOptions("fp16", image_size=256, engine="none")
+    return once("fp16", lambda folder: _publish(replace(options, output=folder / "build")))
+
+
+@pytest.fixture(scope="session")
+def float_graphs(once: Once) -> Path:
     """Folder with `db_sam_tiny`'s graphs at 256×256 in float32; not to be changed."""
-    folder = tmp_path_factory.mktemp("float_graphs")
-    model = load_model(image_size=256).model
-    for name in graph_specs(Geometry(256)):
-        export_graph(model, name, load_recipe("fp32"), folder)
-    return folder
+
+    def make(folder: Path) -> Path:
+        model = load_model(image_size=256).model
+        for name in graph_specs(Geometry(256)):
+            export_graph(model, name, load_recipe("fp32"), folder)
+        return folder
+
+    return once("float_graphs", make)
+
+
+def _at_opset(path: Path, recipe: Recipe, folder: Path) -> Path:
+    """A copy of a float32 graph for a recipe; no operator of these graphs differs in opset 19."""
+    proto = onnx.load(path)
+    proto.opset_import[0].version = recipe.opset
+    onnx.save(proto, folder / path.name)
+    return folder / path.name
 
 
 def few_images(recipe: Recipe) -> Recipe:
@@ -220,9 +266,7 @@ def quick_stages(float_graphs: Path) -> Stages:
     """An export's stages that take finished float32 graphs, and recipes that want few images."""
 
     def take(model: DbSam, name: str, recipe: Recipe, folder: Path) -> None:
-        proto = onnx.load(float_graphs / f"{name}.onnx")
-        proto.opset_import[0].version = recipe.opset  # no operator here differs in opset 19
-        onnx.save(proto, folder / f"{name}.onnx")
+        _at_opset(float_graphs / f"{name}.onnx", recipe, folder)
 
     return Stages(
         load_recipe=lambda precision: few_images(load_recipe(precision)), export_graph=take
@@ -230,28 +274,21 @@ def quick_stages(float_graphs: Path) -> Stages:
 
 
 @pytest.fixture(scope="session")
-def published_fp32(
-    quick_stages: Stages, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[ExportOptions, Published]:
+def published_fp32(quick_stages: Stages, once: Once) -> tuple[ExportOptions, Published]:
     """`db_sam_tiny` at 256×256 in float32; not to be changed."""
-    output = tmp_path_factory.mktemp("fp32") / "build"
-    options = ExportOptions("fp32", image_size=256, output=output, engine="none")
-    return options, export(options, Console(quiet=True), stages=quick_stages)
+    options = ExportOptions("fp32", image_size=256, engine="none")
+    return once(
+        "fp32", lambda folder: _publish(replace(options, output=folder / "build"), quick_stages)
+    )
 
 
 @pytest.fixture(scope="session")
-def published_int8(
-    quick_stages: Stages, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[ExportOptions, Published]:
+def published_int8(quick_stages: Stages, once: Once) -> tuple[ExportOptions, Published]:
     """`db_sam_tiny` at 256×256 in int8, ranges from the bundled images; not to be changed."""
-    options = ExportOptions(
-        "int8",
-        image_size=256,
-        calibration=bundled_examples(),
-        output=tmp_path_factory.mktemp("int8") / "build",
-        engine="none",
+    options = ExportOptions("int8", image_size=256, calibration=bundled_examples(), engine="none")
+    return once(
+        "int8", lambda folder: _publish(replace(options, output=folder / "build"), quick_stages)
     )
-    return options, export(options, Console(quiet=True), stages=quick_stages)
 
 
 @pytest.fixture(scope="session")
@@ -285,18 +322,19 @@ def tensorrt_headers() -> Headers:
 
 
 @pytest.fixture(scope="session")
-def plugin_library(
-    tensorrt_headers: Headers, tmp_path_factory: pytest.TempPathFactory
-) -> PluginLibrary:
+def plugin_library(tensorrt_headers: Headers, once: Once) -> PluginLibrary:
     """The plugins, compiled for one architecture to keep it short; not to be changed."""
     for tool in ("cmake", "nvcc"):
         if shutil.which(tool) is None:
             pytest.skip(f"no {tool} on the PATH")
-    return build_plugins(
-        tmp_path_factory.mktemp("plugins"),
-        tensorrt_include=tensorrt_headers.folder,
-        architectures=("sm_90",),
-        report=lambda line: None,
+    return once(
+        "plugins",
+        lambda folder: build_plugins(
+            folder,
+            tensorrt_include=tensorrt_headers.folder,
+            architectures=("sm_90",),
+            report=lambda line: None,
+        ),
     )
 
 
@@ -314,16 +352,32 @@ def small_models() -> Callable[[str], DbSam]:
 
 @pytest.fixture(scope="session")
 def exported_graph(
-    small_models: Callable[[str], DbSam], tmp_path_factory: pytest.TempPathFactory
+    small_models: Callable[[str], DbSam], once: Once
 ) -> Callable[[str, str, str], Path]:
     """(variant, graph, precision) → the file that `export_graph` writes; not to be changed."""
 
     @functools.cache
     def export_once(variant: str, graph: str, precision: str) -> Path:
-        folder = tmp_path_factory.mktemp(f"{variant}_{precision}")
-        return export_graph(small_models(variant), graph, load_recipe(precision), folder).path
+        def make(folder: Path) -> Path:
+            return export_graph(small_models(variant), graph, load_recipe(precision), folder).path
+
+        return once(f"{variant}_{graph}_{precision}", make)
 
     return export_once
+
+
+@pytest.fixture(scope="session")
+def float_encoder(
+    exported_graph: Callable[[str, str, str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """Precision → the small db_sam's float32 encoder as that recipe begins; not to be changed."""
+
+    @functools.cache
+    def of(precision: str) -> Path:
+        source = exported_graph("db_sam", "encoder", "fp32")
+        return _at_opset(source, load_recipe(precision), tmp_path_factory.mktemp("float_encoder"))
+
+    return of
 
 
 @pytest.fixture(scope="session")

@@ -79,17 +79,10 @@ def flex_rel_pos_attention(
 
 
 def eager_channel_attention(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    dw_weight: Tensor,
-    fc1: Tensor,
-    fc2: Tensor,
-    pw_weight: Tensor,
-    *,
-    epsilon: float,
+    x: Tensor, *parameters: Tensor, epsilon: float
 ) -> tuple[Tensor, Tensor]:
     """One PyTorch operator after the other; see `channel_attention_reference`."""
+    norm_weight, norm_bias, dw_weight, fc1, fc2, pw_weight = parameters
     channels = x.shape[3]
     normed = F.layer_norm(x, (channels,), norm_weight, norm_bias, epsilon).permute(0, 3, 1, 2)
     hidden = F.gelu(F.conv2d(normed, dw_weight, padding=1, groups=channels))

@@ -8,7 +8,8 @@ from typing import Any, Self, Unpack
 import numpy.typing as npt
 
 from ..core.masks import Prediction
-from .calls import PromptArrays, load_library
+from ..core.prompts import PromptArrays
+from .calls import load_library
 from .exchange import Exchange, Exchanges, Returned
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from types import ModuleType
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, Literal, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,7 @@ from ..core.contract import (
 from ..core.errors import DbsamError, InputError, ServingError
 from ..core.imaging import Arrays, check_boxes, check_image
 from ..core.masks import Prediction
-from ..core.prompts import check_mask_input, check_mask_pixels, join_prompts
+from ..core.prompts import Places, check_mask_input, check_mask_pixels, join_prompts
 from ..extras import require
 from .shared_memory import SharedRegion
 
@@ -34,30 +34,6 @@ BOX_MODEL = ensemble_spec(1).name
 """The box ensemble; its name does not depend on the mask grid."""
 
 _ALIGNMENT = 64
-
-
-class Places(TypedDict, total=False):
-    """Where N prompt sets point: at boxes, at points, or at both.
-
-    Attributes:
-        boxes: (N, 4) x0, y0, x1, y1 in the image frame.
-        point_coords: (N, P, 2) x, y in the image frame.
-        point_labels: (N, P) 1 foreground, 0 background, -1 no point.
-    """
-
-    boxes: npt.NDArray[Any] | None
-    point_coords: npt.NDArray[Any] | None
-    point_labels: npt.NDArray[Any] | None
-
-
-class PromptArrays(Places, total=False):
-    """All that a request may say of N prompt sets.
-
-    Attributes:
-        mask_input: (N, 4G, 4G) float logits of an earlier answer.
-    """
-
-    mask_input: npt.NDArray[Any] | None
 
 
 @dataclass(frozen=True)

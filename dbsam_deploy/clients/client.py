@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import numpy.typing as npt
 
 from ..core.masks import Prediction
+from ..core.prompts import PromptArrays
 from .exchange import Exchange, Exchanges, Returned
 
 
@@ -64,24 +65,15 @@ class DbsamClient(Exchanges):
         return _finish(self._boxes(image, boxes, logits=logits, check=check))
 
     def segment_prompts(
-        self,
-        image: npt.NDArray[Any],
-        *,
-        boxes: npt.NDArray[Any] | None = None,
-        point_coords: npt.NDArray[Any] | None = None,
-        point_labels: npt.NDArray[Any] | None = None,
-        mask_input: npt.NDArray[Any] | None = None,
-        multimask: bool = False,
+        self, image: npt.NDArray[Any], *, multimask: bool = False, **prompts: Unpack[PromptArrays]
     ) -> Prediction:
         """Masks for N prompt sets: box, points and an earlier mask, combined.
 
         Args:
             image: (H, W, 3) uint8 RGB.
-            boxes: (N, 4) in the image frame.
-            point_coords: (N, P, 2) x, y in the image frame.
-            point_labels: (N, P) 1 foreground, 0 background, -1 no point.
-            mask_input: (N, 4G, 4G) float logits, from an earlier answer's `logits[:, m]`.
             multimask: return the three alternatives instead of the single mask.
+            **prompts: `boxes`, `point_coords`, `point_labels` and `mask_input`, see
+                `core.prompts.PromptArrays`.
 
         Returns:
             masks (N, M, H, W), ious (N, M) and logits (N, M, 4G, 4G).
@@ -90,15 +82,7 @@ class DbsamClient(Exchanges):
             InputError: an unusable image or prompt, found here or by the server.
             ServingError: no server, a timeout, or an error inside the server.
         """
-        prompts = self._prompts(
-            image,
-            boxes=boxes,
-            point_coords=point_coords,
-            point_labels=point_labels,
-            mask_input=mask_input,
-            multimask=multimask,
-        )
-        return _finish(prompts)
+        return _finish(self._prompts(image, multimask=multimask, **prompts))
 
     def close(self) -> None:
         """Free shared memory and close the connection; stop the server after this, not before."""

@@ -17,10 +17,10 @@ import numpy.typing as npt
 from ..core.errors import ServingError
 from ..core.imaging import Arrays
 from ..core.masks import Prediction
+from ..core.prompts import PromptArrays
 from .calls import (
     BOX_MODEL,
     Call,
-    PromptArrays,
     Transport,
     box_call,
     box_result,

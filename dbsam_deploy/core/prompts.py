@@ -6,7 +6,7 @@ beside `imaging` inside Triton's Python models, so it needs only NumPy.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,30 @@ from .imaging import FloatArray, check_boxes, check_points
 
 NO_POINT, TOP_LEFT, BOTTOM_RIGHT = -1, 2, 3
 IntArray = npt.NDArray[np.int32]
+
+
+class Places(TypedDict, total=False):
+    """Where N prompt sets point: at boxes, at points, or at both.
+
+    Attributes:
+        boxes: (N, 4) x0, y0, x1, y1 in the image frame.
+        point_coords: (N, P, 2) x, y in the image frame.
+        point_labels: (N, P) 1 foreground, 0 background, -1 no point.
+    """
+
+    boxes: npt.NDArray[Any] | None
+    point_coords: npt.NDArray[Any] | None
+    point_labels: npt.NDArray[Any] | None
+
+
+class PromptArrays(Places, total=False):
+    """All that a request may say of N prompt sets.
+
+    Attributes:
+        mask_input: (N, 4G, 4G) float logits of an earlier answer.
+    """
+
+    mask_input: npt.NDArray[Any] | None
 
 
 def join_prompts(

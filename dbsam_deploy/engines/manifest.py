@@ -17,7 +17,6 @@ from typing import Any
 
 from ..artefact import Artefact, GraphFile
 from ..core.errors import EngineError
-from ..files.atomic import sha256_of
 from ..files.manifests import Body, ManifestKind
 from .device import Gpu
 from .kinds import TENSORRT, Kind, kind_named
@@ -339,7 +338,6 @@ def verified_plans(artefact: Artefact) -> dict[str, EngineRecord]:
         if not passed:
             return {}
     for record in records.values():
-        manifest, plan = record_path(folder, record.graph), record.plan
-        file = _MANIFEST.find(manifest, plan.file)
-        _MANIFEST.compare(manifest, file, sha256_of(file), plan.sha256)
+        manifest = record_path(folder, record.graph)
+        _MANIFEST.check(manifest, {record.plan.file: record.plan.sha256})
     return records

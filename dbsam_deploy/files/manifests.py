@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..core.errors import DbsamError
-from .atomic import write_atomically
+from .atomic import sha256_of, write_atomically
 
 Body = dict[str, Any]
 Described = TypeVar("Described")
@@ -74,6 +74,21 @@ class ManifestKind:
         if not file.resolve().is_relative_to(folder.resolve()) or not file.is_file():
             raise self.error(f"{path} names {name}, which is not there; {self.again}")
         return file
+
+    def check(self, path: Path, hashes: Mapping[str, str | None]) -> None:
+        """Check the files that the manifest `path` names.
+
+        Args:
+            path: the manifest.
+            hashes: name → SHA-256; None where the file only has to be there.
+
+        Raises:
+            DbsamError: one is not there, or has changed.
+        """
+        for name, expected in hashes.items():
+            file = self.find(path, name)
+            if expected is not None:
+                self.compare(path, file, sha256_of(file), expected)
 
     def compare(self, path: Path, file: Path, found: str, expected: str) -> None:
         """Compare a file's SHA-256 with the one that the manifest `path` has of it.

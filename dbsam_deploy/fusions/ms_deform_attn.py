@@ -137,7 +137,14 @@ MsDeformAttn
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sizes read from a matched graph, see `MsDeformAttn`'s attributes."""
+    """Sizes read from a matched graph.
+
+    Attributes:
+        heads: attention heads.
+        points: sampling points of each head and level.
+        levels: height and width of each value level.
+        queries: height and width of each query level.
+    """
 
     heads: int
     points: int

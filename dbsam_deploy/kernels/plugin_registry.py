@@ -13,7 +13,7 @@ from typing import Any
 from ..child_process import run_python
 from ..core.errors import EngineError
 from ..extras import LEAN_LINE, pip_line, require
-from .plugin_build import DEFAULT_OUTPUT, LIBRARY_NAME, PluginLibrary, read_library
+from .plugin_build import PluginLibrary, read_library
 
 NAMESPACE, VERSION = "dbsam", "1"
 
@@ -24,11 +24,6 @@ OPERATORS = ("MsDeformAttn", "ChannelAttention", "RelPosAttention")
 
 RUNTIMES = ("tensorrt", "tensorrt_lean", "tensorrt_lean_bindings")
 """Modules with a plugin registry; the lean ones load a library without a GPU."""
-
-
-def default_library() -> Path:
-    """Where `python -m dbsam_deploy.plugins build` puts the library."""
-    return DEFAULT_OUTPUT / LIBRARY_NAME
 
 
 def load_plugins(path: Path, *, runtime: Any = None) -> PluginLibrary:

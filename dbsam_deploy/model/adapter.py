@@ -20,7 +20,22 @@ def _tokens(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)
 
 
-class TwoBranchAdapter(nn.Module):
+class _Adapter(nn.Module):
+    """The convolution branch, with an embedding for each of its levels."""
+
+    def __init__(self, dim: int, levels: int, prior: ConvPyramid) -> None:
+        super().__init__()
+        self.spatial_prior_module = prior
+        self.level_embed = nn.Parameter(torch.zeros(levels, dim))
+        nn.init.normal_(self.level_embed)
+
+    def maps(self, image: Tensor) -> list[Tensor]:
+        """(B, 3, S, S) model frame → the branch's maps, (B, C, h, w) each."""
+        maps = self.spatial_prior_module(image)
+        return [m + self.level_embed[i][None, :, None, None] for i, m in enumerate(maps)]
+
+
+class TwoBranchAdapter(_Adapter):
     """The paper's graph (`TwoBranchImagePyramidAdapter`).
 
     After each stage: channel attention on the ViT map, then both directions of the deformable
@@ -32,15 +47,10 @@ class TwoBranchAdapter(nn.Module):
     """
 
     def __init__(self, dim: int, config: TwoBranchConfig) -> None:
-        super().__init__()
-        count = len(config.levels)
-        heads, points = config.num_heads, config.num_points
+        count, heads, points = len(config.levels), config.num_heads, config.num_points
+        prior = ConvPyramid(config.pyramid, config.levels, config.stem_channels, dim)
+        super().__init__(dim, count, prior)
         self.position = config.channel_attention
-        self.spatial_prior_module = ConvPyramid(
-            config.pyramid, config.levels, config.stem_channels, dim
-        )
-        self.level_embed = nn.Parameter(torch.zeros(count, dim))
-        nn.init.normal_(self.level_embed)
         self.vit_cross_attn_blocks = nn.ModuleList(
             CrossAttentionBlock(dim, count, heads, points) for _ in range(4)
         )
@@ -63,8 +73,7 @@ class TwoBranchAdapter(nn.Module):
         Returns:
             (B, C, G, G) fused, normalised map for SAM's neck.
         """
-        maps = self.spatial_prior_module(image)
-        maps = [m + self.level_embed[i][None, :, None, None] for i, m in enumerate(maps)]
+        maps = self.maps(image)
         for i, stage in enumerate(stages):
             vit = stage(x).permute(0, 3, 1, 2)
             if self.position == "before":
@@ -80,7 +89,7 @@ class TwoBranchAdapter(nn.Module):
         return fused.transpose(1, 2).reshape(-1, conv.shape[1], conv.shape[2], conv.shape[3])
 
 
-class FourBranchAdapter(nn.Module):
+class FourBranchAdapter(_Adapter):
     """`FourBranchImagePyramidAdapter` (db_sam_plus): two joint self-attentions over five maps.
 
     Args:
@@ -89,12 +98,9 @@ class FourBranchAdapter(nn.Module):
     """
 
     def __init__(self, dim: int, config: FourBranchConfig) -> None:
-        super().__init__()
-        count = len(config.levels)
-        heads, points = config.num_heads, config.num_points
-        self.spatial_prior_module = ConvPyramid("lfip0", config.levels, config.stem_channels, dim)
-        self.level_embed = nn.Parameter(torch.zeros(count, dim))
-        nn.init.normal_(self.level_embed)
+        count, heads, points = len(config.levels), config.num_heads, config.num_points
+        prior = ConvPyramid("lfip0", config.levels, config.stem_channels, dim)
+        super().__init__(dim, count, prior)
         self.self_attn_blocks = nn.ModuleList(
             CrossAttentionBlock(dim, count + 1, heads, points) for _ in range(4)
         )
@@ -106,8 +112,7 @@ class FourBranchAdapter(nn.Module):
 
     def forward(self, x: Tensor, image: Tensor, stages: list[RunBlocks]) -> Tensor:
         """As `TwoBranchAdapter.forward`."""
-        maps = self.spatial_prior_module(image)
-        maps = [m + self.level_embed[i][None, :, None, None] for i, m in enumerate(maps)]
+        maps = self.maps(image)
         for i, stage in enumerate(stages):
             pyramid = [stage(x).permute(0, 3, 1, 2), *maps]
             pyramid = self.self_attn_blocks[i](pyramid, pyramid)

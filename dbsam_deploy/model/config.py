@@ -16,8 +16,23 @@ Fusion = Literal["dane", "dane3", "figure"]
 ChannelAttentionPosition = Literal["before", "after", "none"]
 
 
-@dataclass(frozen=True)
-class TwoBranchConfig:
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """What both adapters have.
+
+    Attributes:
+        num_heads: heads of the deformable attention.
+        num_points: sampling points per head and level.
+        fusion_reduction: bottleneck factor of the fusion block.
+    """
+
+    num_heads: int = 12
+    num_points: int = 4
+    fusion_reduction: int = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoBranchConfig(AdapterConfig):
     """Adapter of the paper: ViT branch and convolution branch, coupled after each stage.
 
     Attributes:
@@ -27,9 +42,6 @@ class TwoBranchConfig:
         fusion: ViT-Conv fusion block: `dane` and `dane3` as coded, `figure` as in the paper.
         channel_attention: where the channel attention block stands in a stage; with `none` its
             parameters exist and are unused, as in the official code.
-        num_heads: heads of the deformable attention.
-        num_points: sampling points per head and level.
-        fusion_reduction: bottleneck factor of the fusion block.
     """
 
     pyramid: PyramidKind = "lfip6"
@@ -37,30 +49,21 @@ class TwoBranchConfig:
     stem_channels: tuple[int, ...] = (256, 512)
     fusion: Fusion = "dane"
     channel_attention: ChannelAttentionPosition = "before"
-    num_heads: int = 12
-    num_points: int = 4
-    fusion_reduction: int = 12
 
 
-@dataclass(frozen=True)
-class FourBranchConfig:
+@dataclass(frozen=True, kw_only=True)
+class FourBranchConfig(AdapterConfig):
     """Adapter of the released `db_sam_plus` configuration: five maps, joint self-attention.
 
     Attributes:
         levels: pyramid levels of the `lfip0` convolution branch.
         stem_channels: widths of the convolution branch.
-        num_heads: heads of the deformable attention.
-        num_points: sampling points per head and level.
-        fusion_reduction: bottleneck factor of the fusion block.
         num_conv_gates: gates for convolution maps in the fusion; the checkpoint has one more than
             there are maps, and the last is never used.
     """
 
     levels: tuple[int, ...] = (1, 2, 3, 4)
     stem_channels: tuple[int, ...] = (128, 256, 512)
-    num_heads: int = 12
-    num_points: int = 4
-    fusion_reduction: int = 12
     num_conv_gates: int = 5
 
 

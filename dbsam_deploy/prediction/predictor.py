@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,7 @@ from ..core.imaging import (
     to_model_frame,
 )
 from ..core.masks import Prediction
-from ..core.prompts import check_mask_input, join_prompts
+from ..core.prompts import PromptArrays, check_mask_input, join_prompts
 from ..sessions.session import Session
 
 if TYPE_CHECKING:  # a local prediction, and an export's key, do without the client
@@ -52,13 +52,7 @@ class Promptable(Protocol):
         ...
 
     def predict_prompts(
-        self,
-        *,
-        boxes: npt.NDArray[Any] | None = None,
-        point_coords: npt.NDArray[Any] | None = None,
-        point_labels: npt.NDArray[Any] | None = None,
-        mask_input: npt.NDArray[Any] | None = None,
-        multimask: bool = False,
+        self, *, multimask: bool = False, **prompts: Unpack[PromptArrays]
     ) -> Prediction:
         """One prediction for each of N prompt sets, see `Predictor.predict_prompts`."""
         ...
@@ -207,23 +201,10 @@ class ServedPredictor:
         return self.client.segment(self._current(), boxes, logits=self._logits)
 
     def predict_prompts(
-        self,
-        *,
-        boxes: npt.NDArray[Any] | None = None,
-        point_coords: npt.NDArray[Any] | None = None,
-        point_labels: npt.NDArray[Any] | None = None,
-        mask_input: npt.NDArray[Any] | None = None,
-        multimask: bool = False,
+        self, *, multimask: bool = False, **prompts: Unpack[PromptArrays]
     ) -> Prediction:
         """See `Predictor.predict_prompts`; errors are those of `DbsamClient.segment_prompts`."""
-        return self.client.segment_prompts(
-            self._current(),
-            boxes=boxes,
-            point_coords=point_coords,
-            point_labels=point_labels,
-            mask_input=mask_input,
-            multimask=multimask,
-        )
+        return self.client.segment_prompts(self._current(), multimask=multimask, **prompts)
 
     def _current(self) -> ByteArray:
         if self._image is None:

@@ -239,10 +239,8 @@ def load_repository(folder: Path) -> Repository:
         absent="run `python -m dbsam_deploy.export --precision fp16` first, or name the repository "
         "it filled with --repository",
     )
-    for name, digest in repository.files.items():
-        file = _MANIFEST.find(path, name)
-        if file.name != "config.pbtxt":
-            _MANIFEST.compare(path, file, sha256_of(file), digest)
+    tuned = {name for name in repository.files if Path(name).name == "config.pbtxt"}
+    _MANIFEST.check(path, {**repository.files, **dict.fromkeys(tuned)})
     return repository
 
 

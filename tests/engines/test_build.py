@@ -66,10 +66,19 @@ def tiny_encoder(float_graphs) -> Path:
     return float_graphs / "encoder.onnx"
 
 
-def quantised(source: Path, folder: Path, precision: str) -> Artefact:
-    """An encoder as an export quantises it, with ranges from real images."""
-    recipe = load_recipe(precision)
-    model = onnx.load(source)
+@pytest.fixture
+def int8_encoder(published_int8, tmp_path) -> Artefact:
+    """The encoder of an int8 export, with ranges from real images."""
+    _, published = published_int8
+    path = Path(shutil.copy(published.artefact.path("encoder"), tmp_path))
+    return artefact_of({"encoder": path}, SIZE, "int8")
+
+
+@pytest.fixture
+def fp8_encoder(tiny_encoder, tmp_path) -> Artefact:
+    """An encoder as an fp8 export quantises it, with ranges from real images."""
+    recipe, folder = load_recipe("fp8"), tmp_path
+    model = onnx.load(tiny_encoder)
     model.opset_import[0].version = recipe.opset  # no operator here differs in opset 19
     onnx.save(model, folder / "float.onnx")
     cases = load_cases(bundled_examples(), Parity(2, 2, 20, 16))
@@ -77,7 +86,7 @@ def quantised(source: Path, folder: Path, precision: str) -> Artefact:
     ready = calibrate(folder / "float.onnx", recipe.quantization, lambda: feeds, folder)
     found = quantize_graph(ready, recipe.quantization, folder / "encoder.onnx")
     fuse_file(found.path, variant_config("db_sam_tiny", image_size=SIZE), found.modules)
-    return artefact_of({"encoder": found.path}, SIZE, precision)
+    return artefact_of({"encoder": found.path}, SIZE, "fp8")
 
 
 def test_half_precision_engines_with_fused_operators_for_three_gpus(
@@ -138,10 +147,8 @@ def test_a_float32_engine(tiny_encoder, rtx, tmp_path):
         ("fp8", onnx.TensorProto.FLOAT8E4M3FN, ("sm_89", "sm_120")),
     ],
 )
-def test_engines_from_calibrated_graphs_are_built_not_run(
-    tiny_encoder, rtx, tmp_path, precision, kind, targets
-):
-    artefact = quantised(tiny_encoder, tmp_path, precision)
+def test_engines_from_calibrated_graphs_are_built_not_run(request, rtx, precision, kind, targets):
+    artefact = request.getfixturevalue(f"{precision}_encoder")
     graph = onnx.load(artefact.path("encoder")).graph
     assert sum(node.op_type == "QuantizeLinear" for node in graph.node) > 30
     assert sum(tensor.data_type == kind for tensor in graph.initializer) > 50

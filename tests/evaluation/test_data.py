@@ -53,23 +53,22 @@ def test_a_subset_in_its_own_order(folder: Path, tmp_path: Path, suffix: str) ->
     assert [file.name for file in found] == lists["validation"]
 
 
-SPLITS = {
-    "not JSON": ("{", "not a readable JSON or TOML"),
-    "not lists": ('{"validation": "a/one.npz"}', "expected lists of files"),
-    "a list": ('["a/one.npz"]', "expected lists of files"),
-    "numbers": ('{"validation": [1]}', "expected lists of files"),
-    "no such subset": ('{"train": ["a/one.npz"]}', "no subset 'validation'; it has train"),
-    "empty": ('{"validation": []}', "lists no files"),
-    "missing file": ('{"validation": ["a/one.npz", "a/gone.npz"]}', "a/gone.npz is not in"),
-    "outside": ('{"validation": ["../four.npz"]}', "relative to the data folder"),
-    "absolute": ('{"validation": ["/four.npz"]}', "relative to the data folder"),
-    "in two lists": ('{"train": ["a/one.npz"], "validation": ["./a/one.npz"]}', "listed twice"),
-}
+SPLITS = [
+    ("{", "not a readable JSON or TOML"),
+    ('{"validation": "a/one.npz"}', "expected lists of files"),
+    ('["a/one.npz"]', "expected lists of files"),
+    ('{"validation": [1]}', "expected lists of files"),
+    ('{"train": ["a/one.npz"]}', "no subset 'validation'; it has train"),
+    ('{"validation": []}', "lists no files"),
+    ('{"validation": ["a/one.npz", "a/gone.npz"]}', "a/gone.npz is not in"),
+    ('{"validation": ["../four.npz"]}', "relative to the data folder"),
+    ('{"validation": ["/four.npz"]}', "relative to the data folder"),
+    ('{"train": ["a/one.npz"], "validation": ["./a/one.npz"]}', "listed twice"),
+]
 
 
-@pytest.mark.parametrize("name", SPLITS)
-def test_an_unusable_split(folder: Path, tmp_path: Path, name: str) -> None:
-    text, message = SPLITS[name]
+@pytest.mark.parametrize(("text", "message"), SPLITS)
+def test_an_unusable_split(folder: Path, tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "split.json").write_text(text)
     with pytest.raises(InputError, match=message) as caught:
         find_cases(folder, split=tmp_path / "split.json", subset="validation")

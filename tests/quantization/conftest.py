@@ -1,4 +1,4 @@
-"""Numbers that repeat, an image, and float encoders of db_sam_tiny at 64 px."""
+"""Numbers that repeat, an image, and float encoders of a small db_sam at 64 px."""
 
 import numpy as np
 import pytest
@@ -20,8 +20,6 @@ def feed():
 
 
 @pytest.fixture(scope="module")
-def encoder(exported_graph):
+def encoder(float_encoder):
     """precision → the float encoder in that recipe's opset."""
-    return lambda precision="int8": exported_graph(
-        "db_sam_tiny", "encoder", "fp8" if precision == "fp8" else "fp32"
-    )
+    return lambda precision="int8": float_encoder(precision)

@@ -213,7 +213,7 @@ def test_the_fusions_find_their_patterns_behind_the_pairs(
 ):
     found, _ = quantized(precision)
     (before,) = run_onnx(onnx.load(found.path), feed)
-    config = small_models("db_sam_tiny").config
+    config = small_models("db_sam").config
     assert fuse_file(found.path, config, found.modules) == expected_counts(config)
     (after,) = run_onnx(onnx.load(found.path), feed)
     # A value on the edge between two codes may take the other one after a reordered addition.
@@ -223,6 +223,6 @@ def test_the_fusions_find_their_patterns_behind_the_pairs(
 def test_a_quantised_channel_attention_block_stays_as_it_is(quantized, small_models):
     kept = tuple(x for x in load_recipe("int8").quantization.exclude if "vit_conv" not in x)
     found, _ = quantized("int8", leave_out=("*.vit_conv_blocks.[012].*", "*.se.*"), exclude=kept)
-    config = small_models("db_sam_tiny").config
+    config = small_models("db_sam").config
     expected = replace(expected_counts(config), channel_attention=3)
     assert fuse_file(found.path, config, found.modules) == expected

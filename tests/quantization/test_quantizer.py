@@ -34,7 +34,7 @@ def few(recipe=INT8, **changes):
 @pytest.fixture
 def make(small_models, monkeypatch):
     """`make(recipe, path, budget)`: a quantiser of an untrained encoder at 64×64."""
-    model = small_models("db_sam_tiny")
+    model = small_models("db_sam")
     loaded = LoadedModel(model, Preprocessing(64), {"sha256": "0"})
 
     def build(recipe, path=EXAMPLES, budget=None):
@@ -46,10 +46,10 @@ def make(small_models, monkeypatch):
 
 
 @pytest.fixture
-def encoder(exported_graph, tmp_path):
+def encoder(float_encoder, tmp_path):
     """The float encoder in a work folder."""
     path = tmp_path / "encoder.onnx"
-    shutil.copy(exported_graph("db_sam_tiny", "encoder", "fp32"), path)
+    shutil.copy(float_encoder("int8"), path)
     return path
 
 

@@ -280,7 +280,9 @@ WRONG = [
 
 @pytest.mark.triton
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
-@pytest.mark.parametrize(("image", "boxes", "message"), WRONG, ids=lambda v: str(v)[:20])
+@pytest.mark.parametrize(
+    ("image", "boxes", "message"), WRONG, ids=[f"{i}-{wrong[2]}" for i, wrong in enumerate(WRONG)]
+)
 def test_bad_requests_get_a_clear_error_and_the_server_lives_on(
     triton, tiny_artefact, protocol, image, boxes, message
 ):

@@ -164,7 +164,9 @@ def test_a_convolution_reads_what_was_there_before_its_pair() -> None:
     (found,) = run_onnx(rewritten, feed)
     (quantized,) = run_as_it_stands(model, feed)
     dequantize = next(n for n in model.graph.node if n.input[0] == "constant_0")
-    values, scale, bias = (_constant(model, n) for n in ("constant_0", dequantize.input[1], "c5"))
+    values, scale, bias = (
+        _constant(model, n) for n in ("constant_0", dequantize.input[1], "constant_5")
+    )
     kernel = torch.from_numpy(values * scale[:, None, None, None])
     plain = F.conv2d(torch.from_numpy(feed["x"]), kernel, torch.from_numpy(bias.copy()), padding=1)
     check_close(found, plain.numpy(), "float32 kernel")

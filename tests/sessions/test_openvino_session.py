@@ -90,7 +90,7 @@ def test_what_lies_before_int8_stays_float32_in_bfloat16(
 ) -> None:
     plan = load_recipe("int8").quantization
     feed = image(1)
-    source = exported_graph("lite_medsam", "encoder", "fp32")
+    source = exported_graph("lite_medsam", "encoder", "fp8")
     ready = calibrate(source, plan, lambda: [feed], tmp_path)
     path = quantize_graph(ready, plan, tmp_path / "encoder.onnx").path
     graphs = {"encoder": graph_file(path, tmp_path)}

@@ -206,6 +206,26 @@ def test_life_of_a_baseline(project: pytest.Pytester, monkeypatch: pytest.Monkey
     )
 
 
+def test_without_a_baseline_a_second_measurement_is_judged_against_a_first(
+    project: pytest.Pytester,
+) -> None:
+    bench = project.path / "benchmarks" / "bench_one.py"
+    equal = _run(project, "--benchmark", "--twice")
+    assert equal.ret == pytest.ExitCode.OK
+    equal.stdout.fnmatch_lines(["note: judged against a first measurement of this run*"])
+    # One call is checked, and each measurement is of 5 rounds to warm up and 15: the 22nd begins
+    # the second one.
+    slower = BENCHMARK.format(name="one").replace(
+        'range(int(os.environ.get("WORK", "1")))',
+        "range(1 if calls.append(0) or len(calls) < 22 else 3)",
+    )
+    bench.write_text(slower.replace("    def subject", "    calls = []\n\n    def subject"))
+    found = _run(project, "--benchmark", "--twice")
+    assert found.ret == pytest.ExitCode.TESTS_FAILED
+    found.stdout.fnmatch_lines(["benchmark gate: benchmarks/bench_one.py::test_one: *baseline*"])
+    assert _baselines(project) == []
+
+
 def test_a_wrong_result_is_neither_timed_nor_recorded(
     project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,10 +269,15 @@ def test_only_what_the_baseline_knows_must_not_be_skipped(project: pytest.Pytest
     known.stdout.fnmatch_lines(["benchmark gate: *::test_one: in the baseline but it did not run*"])
 
 
-def test_rebaseline_alone_is_refused(project: pytest.Pytester) -> None:
-    result = _run(project, "--rebaseline")
-    assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines(["*give both*"])
+def test_options_that_need_each_other_or_exclude_each_other(project: pytest.Pytester) -> None:
+    for options, message in {
+        ("--rebaseline",): "*--rebaseline records*give both*",
+        ("--twice",): "*--twice repeats*give both*",
+        ("--benchmark", "--rebaseline", "--twice"): "*leave --twice out*",
+    }.items():
+        result = _run(project, *options)
+        assert result.ret == pytest.ExitCode.USAGE_ERROR
+        result.stderr.fnmatch_lines([message])
 
 
 SKIPPING = {
