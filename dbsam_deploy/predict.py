@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from .cli import HelpFormatter, Parser, run
-from .prediction.command import add_image_options, add_prompt_options, predict_image
+from .prediction.command import add_predict_options, predict_image
 from .prediction.loading import open_named
 from .sessions.options import add_model_options, add_server_options
 
@@ -47,11 +46,7 @@ def build_parser() -> Parser:
         description=DESCRIPTION,
         formatter_class=HelpFormatter,
     )
-    parser.add_argument("image", type=Path, metavar="IMAGE", help="file, or folder with DICOM")
-    add_prompt_options(
-        parser.add_argument_group("prompts (without any, the boxes of an npz are used)")
-    )
-    add_image_options(parser.add_argument_group("image and output"))
+    add_predict_options(parser)
     add_model_options(parser)
     add_server_options(parser)
     return parser

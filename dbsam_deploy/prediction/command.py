@@ -26,6 +26,15 @@ from .results import Result
 from .segment import Progress
 
 
+def add_predict_options(parser: argparse.ArgumentParser) -> None:
+    """The image, its prompts and the output: all but the options of the model."""
+    parser.add_argument("image", type=Path, metavar="IMAGE", help="file, or folder with DICOM")
+    add_prompt_options(
+        parser.add_argument_group("prompts (without any, the boxes of an npz are used)")
+    )
+    add_image_options(parser.add_argument_group("image and output"))
+
+
 def add_prompt_options(parser: argparse._ActionsContainer) -> None:
     """Options that say what is looked for in an image."""
     parser.add_argument(
