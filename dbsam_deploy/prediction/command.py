@@ -26,8 +26,8 @@ from .results import Result
 from .segment import Progress
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The image and all that is asked of it: what `predict` and `client` share."""
+def add_predict_options(parser: argparse.ArgumentParser) -> None:
+    """The image, its prompts and the output: all but the options of the model."""
     parser.add_argument("image", type=Path, metavar="IMAGE", help="file, or folder with DICOM")
     add_prompt_options(
         parser.add_argument_group("prompts (without any, the boxes of an npz are used)")

@@ -95,7 +95,7 @@ def closing_table(
     engines: Mapping[str, EngineRecord] | None = None,
     engine_note: str = "",
 ) -> None:
-    """Print stage, file, size, error, agreement, Dice and latency, and what to do next.
+    """Print file, size, error, agreement, Dice and latency, and what to do next.
 
     Args:
         artefact: what was published.
@@ -111,14 +111,12 @@ def closing_table(
         f"objects, {figures.backend}",
         caption="agreement: Dice with PyTorch's masks, mean / 5th percentile; in brackets: PyTorch",
     )
-    table.add_column("stage", no_wrap=True)
     table.add_column("file", no_wrap=True)
     for column in ("MiB", "cosine", "agreement", "Dice", "ms"):
         table.add_column(column, justify="right")
     for name, figures_of_graph in _rows(figures).items():
         item = artefact.graphs[name]
-        table.add_row(name, item.file, f"{item.size_bytes / 2**20:.1f}", *figures_of_graph)
-    table.add_row("repository", repository.name)
+        table.add_row(item.file, f"{item.size_bytes / 2**20:.1f}", *figures_of_graph)
     console.print(table)
     if artefact.quantization:
         console.print(quantization_table(artefact))
