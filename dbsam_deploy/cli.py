@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 
 from .core.errors import DbsamError, InputError
@@ -171,17 +178,28 @@ def _fit(table: Table, width: int) -> int:
     return rules + sum(column.width or 0 for column in table.columns)
 
 
-def progress_bars(console: Console) -> Progress:
+def progress_bars(
+    console: Console, *more: ProgressColumn, transient: bool = False, shown: bool = True
+) -> Progress:
     """Bars with a text, a count and the time; silent where there is no terminal to draw on.
 
     One command has one of them, with a task for each thing that is counted: rich draws no two.
+
+    Args:
+        console: where they are drawn.
+        more: further columns.
+        transient: whether they go when all is done.
+        shown: False for a process that leaves them to another one.
     """
     return Progress(
-        TextColumn("{task.description:<40}"),
+        TextColumn("{task.description:<40}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        *more,
         console=console,
+        transient=transient,
+        disable=not (shown and console.is_terminal),
     )
 
 

@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as ProgressBar
 
-from .cli import HelpFormatter, Parser, run, say_on_stderr, table_console
+from .cli import HelpFormatter, Parser, progress_bars, run, say_on_stderr, table_console
 from .core.errors import InputError
 from .evaluation import (
     PROTOCOLS,
@@ -194,16 +192,7 @@ def _started(
 
 @contextmanager
 def _bar(text: str, files: int) -> Iterator[FileProgress]:
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TimeElapsedColumn(),
-    )
-    with ProgressBar(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
+    with progress_bars(Console(stderr=True), transient=True) as bar:
         task = bar.add_task(text, total=files)
         yield lambda done, name: bar.update(task, completed=done, description=f"{text} {name}")
 

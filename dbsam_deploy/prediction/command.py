@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
-from ..cli import table_console
+from ..cli import progress_bars, table_console
 from ..core.errors import InputError
 from ..files.atomic import write_file
 from ..images.scans import require_nibabel
@@ -151,7 +150,7 @@ def planned_files(volume: Volume, mask_format: str, folder: Path, overlay: bool)
 
 @contextmanager
 def _progress(console: Console) -> Iterator[Progress]:
-    with ProgressBar(console=console, transient=True, disable=not console.is_terminal) as bar:
+    with progress_bars(console, transient=True) as bar:
         task = bar.add_task("segmenting slices", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

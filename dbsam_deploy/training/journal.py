@@ -9,15 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import TextColumn, TimeRemainingColumn
 
+from ..cli import progress_bars
 from ..extras import require
 from .recipe import TrainingRecipe
 from .state import TrainingState
@@ -61,15 +55,11 @@ class Journal:
         self._offsets = _offsets(recipe)
         self._resumed = resumed
         self._log_folder = output / TENSORBOARD_NAME
-        self._progress = Progress(
-            TextColumn("{task.description:<22}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
+        self._progress = progress_bars(
+            console,
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
-            console=console,
-            disable=not (self._active and console.is_terminal),
+            shown=self._active,
         )
 
     def __enter__(self) -> Journal:
