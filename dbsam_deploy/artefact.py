@@ -15,7 +15,13 @@ MANIFEST_NAME = "manifest.json"
 BUILD_FOLDER = Path("build")
 """Where an export writes, and where the others look, unless they are told."""
 
-_MANIFEST = ManifestKind("a manifest of this library", "export again", InputError)
+_MANIFEST = ManifestKind(
+    "a manifest of this library",
+    "export again",
+    InputError,
+    absent="run `python -m dbsam_deploy.export --precision fp16` first, or name the folder it "
+    "wrote (for example build/fp16)",
+)
 
 
 @dataclass(frozen=True)
@@ -136,12 +142,7 @@ def load_artefact(folder: Path) -> Artefact:
         InputError: no manifest, another format, a missing file or one that was changed.
     """
     path = folder / MANIFEST_NAME
-    artefact = _MANIFEST.read(
-        path,
-        lambda body: _artefact(folder, body),
-        absent="run `python -m dbsam_deploy.export --precision fp16` first, or name the folder it "
-        "wrote (for example build/fp16)",
-    )
+    artefact = _MANIFEST.read(path, lambda body: _artefact(folder, body))
     _MANIFEST.check(path, {item.file: item.sha256 for item in artefact.graphs.values()})
     return artefact
 

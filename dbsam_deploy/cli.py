@@ -102,10 +102,11 @@ class Parser(argparse.ArgumentParser):
 
     Args:
         prog: `python -m dbsam_deploy.NAME`.
-        **options: of `ArgumentParser`.
+        **options: of `ArgumentParser`; the help is formatted by `HelpFormatter`.
     """
 
     def __init__(self, prog: str | None = None, **options: Any) -> None:
+        options.setdefault("formatter_class", HelpFormatter)
         super().__init__(prog if prog is None else as_called(prog), **options)
 
     def format_help(self) -> str:

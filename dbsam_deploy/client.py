@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from .cli import HelpFormatter, Parser, run
+from .cli import Parser, run
 from .prediction.command import add_predict_options, predict_image
 from .prediction.loading import open_named
 from .sessions.options import TRITON, add_server_options
@@ -26,9 +26,7 @@ examples:
 
 def build_parser() -> Parser:
     """The command line."""
-    parser = Parser(
-        prog="python -m dbsam_deploy.client", description=DESCRIPTION, formatter_class=HelpFormatter
-    )
+    parser = Parser(prog="python -m dbsam_deploy.client", description=DESCRIPTION)
     add_predict_options(parser)
     add_server_options(parser)
     parser.set_defaults(backend=TRITON, overlay=True)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from .cli import DOORS, HelpFormatter, Parser, run
+from .cli import DOORS, Parser, run
 from .extras import require
 
 DESCRIPTION = """\
@@ -42,11 +42,7 @@ def _shtab() -> ModuleType:
 
 def build_parser() -> Parser:
     """The command line."""
-    parser = Parser(
-        prog="python -m dbsam_deploy.completion",
-        description=DESCRIPTION,
-        formatter_class=HelpFormatter,
-    )
+    parser = Parser(prog="python -m dbsam_deploy.completion", description=DESCRIPTION)
     parser.add_argument("shell", choices=SHELLS, metavar="SHELL", help="which one")
     return parser
 

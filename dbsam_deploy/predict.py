@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from .cli import HelpFormatter, Parser, run
+from .cli import Parser, run
 from .prediction.command import add_predict_options, predict_image
 from .prediction.loading import open_named
 from .sessions.options import add_model_options, add_server_options
@@ -41,11 +41,7 @@ examples:
 
 def build_parser() -> Parser:
     """The command line."""
-    parser = Parser(
-        prog="python -m dbsam_deploy.predict",
-        description=DESCRIPTION,
-        formatter_class=HelpFormatter,
-    )
+    parser = Parser(prog="python -m dbsam_deploy.predict", description=DESCRIPTION)
     add_predict_options(parser)
     add_model_options(parser)
     add_server_options(parser)

@@ -179,41 +179,40 @@ def bad_files(data: Path) -> None:
     (data.parent / "nothing").mkdir()
 
 
-MISTAKES = {
-    "no folder": ("--data {root}/missing", "no such folder"),
-    "no files": ("--data {root}/nothing", "no .npz files"),
-    "empty mask": ("--data {root}/empty {model}", "task/empty.npz: gts is 0 everywhere"),
-    "no gts": ("--data {root}/nogts {model}", "task/nogts.npz: no array `gts`"),
-    "pickled": ("--data {root}/pickled {model}", "task/pickled.npz: gts holds pickled"),
-    "NaN image": ("--data {root}/nan {model}", "task/nan.npz holds NaN"),
-    "sizes": ("--data {root}/size {model}", "task/size.npz: gts uint8(40, 40)"),
-    "no engines": ("--data {data} --backend tensorrt {model}", "no TensorRT engine of"),
-    "no device": ("--data {data} --backend tensorrt --device cpu", "runs on cuda"),
-    "no export": ("--data {data} --artefact {root}/nothing", "python -m dbsam_deploy.export"),
-    "protocol": ("--data {data} --protocol other", "invalid choice: 'other'"),
-    "growth": ("--data {data} --box-growth-px 9 5", "box growth 9 to 5 px"),
-    "limit": ("--data {data} --max-slices 0", "--max-slices 0"),
-    "seed": ("--data {data} --seed -1", "seed -1"),
-    "millimetres": ("--data {data} --nsd-mm", "medsam"),
-    "subset alone": ("--data {data} --subset train", "go together"),
-    "no such subset": ("--data {data} --split {root}/split.json --subset x", "no subset 'x'"),
-    "missing file": ("--data {data} --split {root}/split.json --subset train", "gone.npz"),
-    "url without server": ("--data {data} --url localhost:1", "--backend triton"),
-    "two servers": (
+MISTAKES = [
+    ("--data {root}/missing", "no such folder"),
+    ("--data {root}/nothing", "no .npz files"),
+    ("--data {root}/empty {model}", "task/empty.npz: gts is 0 everywhere"),
+    ("--data {root}/nogts {model}", "task/nogts.npz: no array `gts`"),
+    ("--data {root}/pickled {model}", "task/pickled.npz: gts holds pickled"),
+    ("--data {root}/nan {model}", "task/nan.npz holds NaN"),
+    ("--data {root}/size {model}", "task/size.npz: gts uint8(40, 40)"),
+    ("--data {data} --backend tensorrt {model}", "no TensorRT engine of"),
+    ("--data {data} --backend tensorrt --device cpu", "runs on cuda"),
+    ("--data {data} --artefact {root}/nothing", "python -m dbsam_deploy.export"),
+    ("--data {data} --protocol other", "invalid choice: 'other'"),
+    ("--data {data} --box-growth-px 9 5", "box growth 9 to 5 px"),
+    ("--data {data} --max-slices 0", "--max-slices 0"),
+    ("--data {data} --seed -1", "seed -1"),
+    ("--data {data} --nsd-mm", "medsam"),
+    ("--data {data} --subset train", "go together"),
+    ("--data {data} --split {root}/split.json --subset x", "no subset 'x'"),
+    ("--data {data} --split {root}/split.json --subset train", "gone.npz"),
+    ("--data {data} --url localhost:1", "--backend triton"),
+    (
         "--data {data} --backend triton --url localhost:1 --repository x",
         "drop --repository",
     ),
-    "variant of a server": ("--data {data} --backend triton --variant db_sam", "--variant"),
-    "output is a file": ("--data {data} --output {root}/split.json", "cannot be written"),
-}
+    ("--data {data} --backend triton --variant db_sam", "--variant"),
+    ("--data {data} --output {root}/split.json", "cannot be written"),
+]
 
 
-@pytest.mark.parametrize("name", MISTAKES)
+@pytest.mark.parametrize(("words", "message"), MISTAKES)
 def test_a_mistake_ends_with_status_2_and_one_line(
-    shell: Command, data: Path, tiny_artefact: Artefact, name: str
+    shell: Command, data: Path, tiny_artefact: Artefact, words: str, message: str
 ) -> None:
     bad_files(data)
-    words, message = MISTAKES[name]
     places = {
         "root": data.parent,
         "data": data,

@@ -9,12 +9,12 @@ import onnx
 import onnxruntime
 import pytest
 from rich.console import Console
+from support.graph_builder import weight_bytes
 
 from dbsam_deploy.artefact import load_artefact
 from dbsam_deploy.cli import run
 from dbsam_deploy.core.errors import AccuracyError, ExportError
 from dbsam_deploy.export import ExportOptions, export, main
-from dbsam_deploy.quantization.qdq import weight_bytes
 from dbsam_deploy.quantization.sweep import Judge, Measured
 from dbsam_deploy.verification.cases import bundled_examples
 from dbsam_deploy.verification.report import closing_table

@@ -7,7 +7,6 @@ axis' sizes has to fit, and the product of the largest ones is what counts.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -108,14 +107,6 @@ def profile_shapes(spec: GraphSpec, ranges: Mapping[str, Range]) -> dict[str, Pr
             tuple(ranges[a].most if isinstance(a, str) else a for a in tensor.axes),
         )
         for tensor in spec.inputs
-    }
-
-
-def largest_elements(spec: GraphSpec, ranges: Mapping[str, Range]) -> dict[str, int]:
-    """Tensor name → its number of elements at the largest sizes."""
-    return {
-        tensor.name: math.prod(ranges[a].most if isinstance(a, str) else a for a in tensor.axes)
-        for tensor in (*spec.inputs, *spec.outputs)
     }
 
 

@@ -24,12 +24,14 @@ class ManifestKind:
         again: what a user does about one that is unusable.
         error: class of every refusal.
         version: of its format.
+        absent: what to do where there is none; "" where that is like any other that is unusable.
     """
 
     title: str
     again: str
     error: type[DbsamError]
     version: int = 1
+    absent: str = ""
 
     def write(self, path: Path, body: Mapping[str, Any]) -> Path:
         """Write `body` with the format version, atomically, and return `path`."""
@@ -38,21 +40,14 @@ class ManifestKind:
             stream.write(text.encode() + b"\n")
         return path
 
-    def read(
-        self, path: Path, parse: Callable[[Body], Described], *, absent: str = ""
-    ) -> Described:
+    def read(self, path: Path, parse: Callable[[Body], Described]) -> Described:
         """What `parse` makes of a manifest's body, the format version taken out.
-
-        Args:
-            path: the manifest.
-            parse: makes something of its body.
-            absent: what to do where there is none.
 
         Raises:
             DbsamError: absent, unreadable, of another format, or refused by `parse`.
         """
-        if absent and not path.is_file():
-            raise self.error(f"no {path.name} in {path.parent}: {absent}")
+        if self.absent and not path.is_file():
+            raise self.error(f"no {path.name} in {path.parent}: {self.absent}")
         try:
             body = json.loads(path.read_text())
             if body.pop("format") != self.version:

@@ -114,9 +114,6 @@ def supports(channels: int) -> bool:
 class ChannelAttentionFusion(pattern.RewriteRuleClassBase):
     """`ChannelAttentionBlock` → one node, a matrix product and the residual, on tokens."""
 
-    def __init__(self) -> None:
-        super().__init__(name=NAME)
-
     def pattern(
         self,
         op: Any,

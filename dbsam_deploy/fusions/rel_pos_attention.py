@@ -121,9 +121,6 @@ def supports(head_dim: int, side: int) -> bool:
 class RelPosAttentionFusion(pattern.RewriteRuleClassBase):
     """`graphs.RelPosAttention` between its two Linear layers → one node."""
 
-    def __init__(self) -> None:
-        super().__init__(name=NAME)
-
     def pattern(
         self,
         op: Any,

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
 
 from ..core.errors import ExportError
 from ..core.imaging import FloatArray
@@ -313,12 +312,3 @@ def describe(quantized: Quantized, plan: Quantization) -> dict[str, Any]:
         "weights_only": list(quantized.weights_only),
         "mac_share": quantized.mac_share,
     }
-
-
-def weight_bytes(model: onnx.ModelProto) -> dict[str, int]:
-    """Bytes of the initializers of each element type, by its name."""
-    sizes: dict[str, int] = {}
-    for tensor in model.graph.initializer:
-        name = onnx.TensorProto.DataType.Name(tensor.data_type)
-        sizes[name] = sizes.get(name, 0) + numpy_helper.to_array(tensor).nbytes
-    return sizes

@@ -27,7 +27,13 @@ from .triton_config import GRAPH_MODELS, Platform, python_specs, render_configs
 
 DEFAULT_REPOSITORY = Path("build/model_repository")
 REPOSITORY_NAME = "repository.json"
-_MANIFEST = ManifestKind("a repository of this library", "export again", InputError)
+_MANIFEST = ManifestKind(
+    "a repository of this library",
+    "export again",
+    InputError,
+    absent="run `python -m dbsam_deploy.export --precision fp16` first, or name the repository "
+    "it filled with --repository",
+)
 RUNTIME = "dbsam_runtime"
 """Name under which a Python model imports its copy of `core`."""
 VERSION = "1"
@@ -64,11 +70,6 @@ class Repository:
     weights: dict[str, Any]
     files: dict[str, str]
     plugins: str = ""
-
-    @property
-    def has_prompts(self) -> bool:
-        """Whether the ensemble for points and earlier masks is there beside the one for boxes."""
-        return "prompt_decoder" in self.platforms
 
 
 def repository_beside(folder: Path) -> Path:
@@ -233,12 +234,7 @@ def load_repository(folder: Path) -> Repository:
         InputError: no repository of this library, another format, or a missing or changed file.
     """
     path = folder / REPOSITORY_NAME
-    repository = _MANIFEST.read(
-        path,
-        lambda body: _repository(folder, body),
-        absent="run `python -m dbsam_deploy.export --precision fp16` first, or name the repository "
-        "it filled with --repository",
-    )
+    repository = _MANIFEST.read(path, lambda body: _repository(folder, body))
     tuned = {name for name in repository.files if Path(name).name == "config.pbtxt"}
     _MANIFEST.check(path, {**repository.files, **dict.fromkeys(tuned)})
     return repository

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from ..child_process import run_python
-from ..cli import HelpFormatter, Parser, run
+from ..cli import Parser, run
 from ..core.errors import InputError
 from ..core.imaging import ByteArray
 from ..extras import require
@@ -292,11 +292,7 @@ def collect(folder: Path) -> int:
 
 def build_parser() -> Parser:
     """The command line."""
-    parser = Parser(
-        prog="python -m dbsam_deploy.training.collect",
-        description=DESCRIPTION,
-        formatter_class=HelpFormatter,
-    )
+    parser = Parser(prog="python -m dbsam_deploy.training.collect", description=DESCRIPTION)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the PNG files go")
     return parser
 

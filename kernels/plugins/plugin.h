@@ -169,9 +169,7 @@ class OpPlugin final : public nvinfer1::IPluginV3,
                           const nvinfer1::DynamicPluginTensorDesc* outputs,
                           int32_t output_count) noexcept override {
     return guarded(Op::kName, kRefused, [&] {
-      check_counts(input_count, output_count);
-      check_dtypes(inputs, outputs);
-      check_outputs(op_.output_shapes(shapes_of(inputs)), outputs);
+      check_call(inputs, input_count, outputs, output_count);
       op_.output_shapes(upper_bounds(inputs));
       return 0;
     });
@@ -194,9 +192,7 @@ class OpPlugin final : public nvinfer1::IPluginV3,
                         const nvinfer1::PluginTensorDesc* outputs,
                         int32_t output_count) noexcept override {
     return guarded(Op::kName, kRefused, [&] {
-      check_counts(input_count, output_count);
-      check_dtypes(inputs, outputs);
-      check_outputs(op_.output_shapes(shapes_of(inputs)), outputs);
+      check_call(inputs, input_count, outputs, output_count);
       return 0;
     });
   }
@@ -257,6 +253,15 @@ class OpPlugin final : public nvinfer1::IPluginV3,
       shapes[index] = Shape(inputs[index].max);
     }
     return shapes;
+  }
+
+  // The tensors of one call: as many as the operator has, of types and sizes that it takes.
+  template <class Desc>
+  void check_call(const Desc* inputs, int32_t input_count, const Desc* outputs,
+                  int32_t output_count) const {
+    check_counts(input_count, output_count);
+    check_dtypes(inputs, outputs);
+    check_outputs(op_.output_shapes(shapes_of(inputs)), outputs);
   }
 
   template <class Desc>

@@ -73,7 +73,7 @@ def test_values_are_those_of_the_exported_file(encoder, batch):
     image = np.random.default_rng().standard_normal((batch, 3, 64, 64)).astype(np.float32)
     expected = run(before, image)
     check_close(run(after, image), expected, DTYPES[precision])
-    plain = onnx.inliner.inline_local_functions(after)
+    plain = onnx.inliner.inline_local_functions(onnx.load(after))
     assert not plain.functions
     assert {node.domain for node in plain.graph.node} == {""}
     check_close(run(plain.SerializeToString(), image), expected, DTYPES[precision])

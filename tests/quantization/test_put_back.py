@@ -6,10 +6,11 @@ import numpy as np
 import onnx
 import pytest
 from support.fusions import run_onnx
+from support.graph_builder import weight_bytes
 
 from dbsam_deploy.core.imaging import Preprocessing, preprocess
 from dbsam_deploy.quantization.put_back import put_back
-from dbsam_deploy.quantization.qdq import calibrate, chosen_layers, quantize_graph, weight_bytes
+from dbsam_deploy.quantization.qdq import calibrate, chosen_layers, quantize_graph
 from dbsam_deploy.recipe import load_recipe
 from dbsam_deploy.verification.cases import bundled_examples
 

@@ -7,6 +7,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 from support.fusions import run_onnx
+from support.graph_builder import weight_bytes
 
 from dbsam_deploy.core.errors import ExportError, InputError
 from dbsam_deploy.core.imaging import Preprocessing
@@ -17,7 +18,6 @@ from dbsam_deploy.quantization.qdq import (
     calibrate,
     place_pairs,
     quantize_graph,
-    weight_bytes,
 )
 from dbsam_deploy.recipe import load_recipe
 from dbsam_deploy.verification.parity import cosine

@@ -229,7 +229,7 @@ def test_an_export_without_prompt_decoder_serves_boxes_only(make_artefact, tmp_p
     artefact = make_artefact(tmp_path / "a", 64)
     graphs = {k: v for k, v in artefact.graphs.items() if k != "prompt_decoder"}
     repository = build_repository(dataclasses.replace(artefact, graphs=graphs), tmp_path / "r")
-    assert not repository.has_prompts
+    assert "prompt_decoder" not in repository.platforms
     assert {p.name for p in (tmp_path / "r").iterdir() if p.is_dir()} == {
         name for name in MODELS if "prompt" not in name
     }
@@ -312,5 +312,5 @@ def test_the_command_builds_from_an_artefact(tiny_artefact, tmp_path, capsys):
     output = tmp_path / "out"
     assert main(["--artefact", str(tiny_artefact.folder), "--output", str(output)]) == 0
     assert "fp32" in capsys.readouterr().out
-    assert load_repository(output).has_prompts
+    assert "prompt_decoder" in load_repository(output).platforms
     assert Path(output / "dbsam" / "1").is_dir()

@@ -25,3 +25,12 @@ class GraphBuilder:
         name = output or f"value_{len(self.nodes)}"
         self.nodes.append(helper.make_node(op, list(inputs), [name], **attributes))
         return name
+
+
+def weight_bytes(model: onnx.ModelProto) -> dict[str, int]:
+    """Bytes of the initializers of each element type, by its name."""
+    sizes: dict[str, int] = {}
+    for tensor in model.graph.initializer:
+        name = onnx.TensorProto.DataType.Name(tensor.data_type)
+        sizes[name] = sizes.get(name, 0) + numpy_helper.to_array(tensor).nbytes
+    return sizes
