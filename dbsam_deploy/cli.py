@@ -69,7 +69,7 @@ DOORS = {
 }
 """Sub-command → where it is; none is imported before it is called."""
 
-_TYPED = re.compile(r"python -m dbsam_deploy\.([a-z_.]*[a-z_])")
+_TYPED = re.compile(r"python -m dbsam_deploy\b(?:\.([a-z_.]*[a-z_]))?")
 _NAMES = {door.module: name for name, door in DOORS.items()}
 
 
@@ -88,6 +88,8 @@ def as_called(text: str) -> str:
         return text
 
     def short(match: re.Match[str]) -> str:
+        if match.group(1) is None:
+            return start
         name = _NAMES.get(match.group(1))
         return match.group() if name is None else f"{start} {name}"
 

