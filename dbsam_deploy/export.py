@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .cli import check_words, progress_bars, run, table_console
-from .export_options import ExportOptions, build_parser
+from .options.export_options import ExportOptions, build_parser
 
 if __name__ == "__main__":  # --help and a mistyped option need no PyTorch
     check_words(build_parser, extra="export")

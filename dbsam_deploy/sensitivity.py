@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .cli import as_called, check_words, progress_bars, run, table_console
-from .sensitivity_options import SensitivityOptions, build_parser, export_command
+from .options.sensitivity_options import SensitivityOptions, build_parser, export_command
 
 if __name__ == "__main__":  # --help and a mistyped option need no PyTorch
     check_words(build_parser, extra="export")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cli import check_words, run
-from .train_options import TrainOptions, build_parser
+from .options.train_options import TrainOptions, build_parser
 
 if __name__ == "__main__":  # --help and a mistyped option need no PyTorch
     check_words(build_parser, extra="train")

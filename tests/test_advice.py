@@ -21,7 +21,7 @@ from dbsam_deploy.cli import DOORS
 from dbsam_deploy.completion import whole_parser
 from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.extras import EXTRAS
-from dbsam_deploy.sensitivity_options import SensitivityOptions, export_command
+from dbsam_deploy.options.sensitivity_options import SensitivityOptions, export_command
 
 PACKAGE = Path(cli.__file__).parent
 EXPORT, FOLDER = "build/fp16", "'a folder'"

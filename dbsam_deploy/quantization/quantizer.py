@@ -36,7 +36,7 @@ def calibration_images(
     Args:
         recipe: the precision.
         path: what the user named.
-        budget: see `export_options.ExportOptions`.
+        budget: see `options.export_options.ExportOptions`.
 
     Raises:
         InputError: none given, or not usable ones, see `choose_images`; or given for nothing; or a
@@ -63,7 +63,7 @@ class Quantizer:
         plan: the recipe's table, None for a recipe that quantises nothing.
         images: for the ranges, None if the plan needs none.
         how: preprocessing of the images.
-        budget: see `export_options.ExportOptions`.
+        budget: see `options.export_options.ExportOptions`.
         loaded: the model, as the reference of a sweep.
         recipe: the whole recipe, for the sweep's gate.
         bars: where progress is shown, started by the caller.

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dbsam_deploy.export import export
-from dbsam_deploy.export_options import ExportOptions
+from dbsam_deploy.options.export_options import ExportOptions
 from dbsam_deploy.recipe import load_recipe
 
 DEV = Path(__file__).parents[3] / "shared/data/testset/dev"

@@ -6,8 +6,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from .cli import HelpFormatter, Parser
-from .recipe import available_precisions, load_recipe
+from ..cli import HelpFormatter, Parser
+from ..recipe import available_precisions, load_recipe
 
 DESCRIPTION = """\
 Quantise an encoder block by block and in groups, measure each choice on held-back calibration

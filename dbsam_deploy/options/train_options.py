@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from .cli import HelpFormatter, Parser
-from .training.choices import Freeze, available_training_recipes
+from ..cli import HelpFormatter, Parser
+from ..training.choices import Freeze, available_training_recipes
 
 DESCRIPTION = """\
 Train a model by a recipe (export/training/*.toml): first the embeddings of a teacher on images

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from .cli import HelpFormatter, Parser
-from .engines.build import CHOICES, parse_targets
-from .recipe import available_precisions, load_recipe
-from .resources import DEFAULT_VARIANT, resource_dir
+from ..cli import HelpFormatter, Parser
+from ..engines.build import CHOICES, parse_targets
+from ..recipe import available_precisions, load_recipe
+from ..resources import DEFAULT_VARIANT, resource_dir
 
 DESCRIPTION = """\
 Export a model as two graphs (encoder + fusion, prompt + decoder), compare them with PyTorch on real
