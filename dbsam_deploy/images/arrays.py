@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from PIL import Image
 
 from ..core.contract import MAX_IMAGE_PIXELS
 from ..core.errors import InputError
-from .volumes import Volume, picture_values, read_image, to_uint8
+from .volumes import DAMAGED_PICTURE, Volume, picture_values, read_image, to_uint8
 
 ImageLike = Any
 """A path, a `Volume`, a PIL image, or numbers: NumPy, nested lists or a torch tensor."""
@@ -37,16 +38,64 @@ def as_volume(image: ImageLike, *, window: tuple[float, float] | None = None) ->
         if window is not None:
             raise InputError("this image was read before: give the window to read_image")
         return image
-    if isinstance(image, str | Path):
-        return read_image(Path(image), window=window)
+    if isinstance(image, str | os.PathLike):
+        return read_image(os.fspath(image), window=window)
     if isinstance(image, Image.Image):
-        if image.width * image.height > MAX_IMAGE_PIXELS:
-            raise InputError(f"{image.width * image.height} pixels: at most {MAX_IMAGE_PIXELS}")
-        values, note = picture_values(image)
+        values, note = _picture(image)
         pixels, text = to_uint8(values[None], window, Path("picture"))
         return Volume(Path("picture"), "picture", pixels, text + note)
     whole = isinstance(image, list | tuple)
     return _from_numbers(_numbers(image), window, whole)
+
+
+def _picture(image: Image.Image) -> tuple[npt.NDArray[Any], str]:
+    """Values of an open picture, and a remark on what was converted.
+
+    Raises:
+        InputError: no pixels or too many, or a picture whose file turns out to be damaged.
+    """
+    if not 0 < image.width * image.height <= MAX_IMAGE_PIXELS:
+        raise InputError(
+            f"a PIL image of {image.width}×{image.height} pixels: expected 1–{MAX_IMAGE_PIXELS}"
+        )
+    try:
+        return picture_values(image)
+    except DAMAGED_PICTURE as error:
+        raise InputError(
+            f"a PIL image of mode {image.mode} that cannot be read: {error}; is its file whole, "
+            "and was it still open?"
+        ) from error
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether this is a torch tensor, which need not be imported for it."""
+    return hasattr(value, "detach") and hasattr(value, "cpu")
+
+
+def as_array(name: str, value: Any) -> npt.NDArray[Any]:
+    """Numbers of any form as NumPy has them; may share the memory of `value`.
+
+    Args:
+        name: what it is, for messages.
+        value: an array, nested lists or a torch tensor.
+
+    Raises:
+        InputError: no array, or one with masked values.
+    """
+    try:
+        if is_tensor(value):
+            value = value.detach().cpu()
+            # NumPy has no bfloat16.
+            value = (value.float() if str(value.dtype) == "torch.bfloat16" else value).numpy()
+        array = np.asarray(value)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise InputError(f"{name} of {type(value).__name__} is no array: {error}") from error
+    if np.ma.is_masked(value):
+        raise InputError(
+            f"{name} is an array with masked values, which would count: fill them first, for "
+            "example with .filled(0)"
+        )
+    return array
 
 
 def _numbers(image: Any) -> npt.NDArray[Any]:
@@ -55,15 +104,7 @@ def _numbers(image: Any) -> npt.NDArray[Any]:
     Raises:
         InputError: not real numbers of such a shape, or too many.
     """
-    channels_first = hasattr(image, "detach")  # a torch tensor, which need not be imported here
-    if channels_first:
-        image = image.detach().cpu()
-        # NumPy has no bfloat16.
-        image = (image.float() if str(image.dtype) == "torch.bfloat16" else image).numpy()
-    try:
-        values = np.asarray(image)
-    except ValueError as error:
-        raise InputError(f"an image of {type(image).__name__} is no array: {error}") from error
+    channels_first, values = is_tensor(image), as_array("an image", image)
     if values.dtype.kind not in "buif":
         raise InputError(
             f"an image of {type(image).__name__} with values of type {values.dtype}: expected a "
@@ -99,13 +140,15 @@ def _from_numbers(
     values: npt.NDArray[Any], window: tuple[float, float] | None, whole: bool
 ) -> Volume:
     path, colour = Path("array"), _is_colour(values)
-    note = ""
+    given, note = values, ""
     if window is None:
         values, note = _known_range(values, whole or colour)
     if colour and values.shape[2] == 4:
         values, note = _over_black(values, note)
     stack = values if values.ndim == 3 and not colour else values[None]
     pixels, text = to_uint8(stack, window, path)
+    if np.may_share_memory(pixels, given):  # the caller may write to it, a result must not change
+        pixels = pixels.copy()
     return Volume(path, "array", pixels, note or text)
 
 

@@ -35,7 +35,8 @@ PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 PERCENTILES = (0.5, 99.5)
 CT_ADVICE = "; for CT in HU consider --window 40 400"
 
-_DAMAGED_PICTURE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
+DAMAGED_PICTURE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
+"""What Pillow raises while it reads a damaged file."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def to_uint8(
         return np.ascontiguousarray(values), "0–255 as stored"
     keep_zeros = window is None and float(values.min()) >= 0
     if window is not None:
-        low, high, text = _window_range(*window)
+        low, high, text = _window_range(window)
     else:
         low, high, text = _percentile_range(values, keep_zeros)
     if not high > low:
@@ -169,7 +170,13 @@ def to_uint8(
     return out, text
 
 
-def _window_range(level: float, width: float) -> tuple[float, float, str]:
+def _window_range(window: tuple[float, float]) -> tuple[float, float, str]:
+    try:
+        level, width = (float(value) for value in window)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"window {window!r}: expected two numbers, level and width, for example (40, 400)"
+        ) from error
     if not (np.isfinite([level, width]).all() and width > 0):
         raise InputError(f"window {level:g} {width:g}: expected a finite level and a width > 0")
     low, high = level - width / 2, level + width / 2
@@ -198,7 +205,7 @@ def _read_picture(path: Path, window: tuple[float, float] | None) -> Volume:
         raise InputError(
             f"{path}: more than {MAX_IMAGE_PIXELS} pixels; crop or downsample it"
         ) from error
-    except _DAMAGED_PICTURE as error:
+    except DAMAGED_PICTURE as error:
         raise InputError(f"{path} is not a readable PNG or JPEG: {error}") from error
     pixels, intensity = to_uint8(values[None], window, path)
     return Volume(path, "picture", pixels, intensity + note, files=(path,))

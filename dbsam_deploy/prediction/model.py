@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Self, TypedDict, Unpack
 
@@ -12,12 +13,15 @@ import numpy.typing as npt
 from ..core.contract import MASK_INPUT, POINT_COORDS, POINT_LABELS
 from ..core.errors import InputError
 from ..core.imaging import Preprocessing
-from ..images.arrays import ImageLike, as_volume
+from ..images.arrays import ImageLike, as_array, as_volume
 from ..images.volumes import Volume
 from .predictor import Promptable, ServedPredictor
 from .prompts import Prompts
 from .results import Result
 from .segment import Progress, segment
+
+_OF_SET_IMAGE: Any = object()
+"""No image was named; not None, which is what OpenCV gives for a file that it cannot read."""
 
 
 class SamNames(TypedDict, total=False):
@@ -34,7 +38,9 @@ class SamNames(TypedDict, total=False):
 
 
 class Model:
-    """An opened model; a context manager that frees what it holds. Not for several threads at once.
+    """An opened model; a context manager that frees what it holds.
+
+    Calls of several threads wait for each other. The image of `set_image` is one for all of them.
 
     Attributes:
         name: variant and precision, or the server, in words.
@@ -42,6 +48,7 @@ class Model:
         preprocessing: how images enter the model; None where only the server knows.
         note: what the user must know, for example that the weights are untrained; else empty.
         predictor: what is asked in the end.
+        image: that of `set_image`; None before, and after one that was not usable.
     """
 
     def __init__(
@@ -60,7 +67,8 @@ class Model:
         self.preprocessing = preprocessing
         self.weights = weights or {}
         self._reopen = reopen
-        self._image: Volume | None = None
+        self.image: Volume | None = None
+        self._lock = threading.RLock()
 
     def __repr__(self) -> str:
         return f"Model({self.name} on {self.backend})"
@@ -88,6 +96,7 @@ class Model:
         Raises:
             InputError: not one image, or another format.
         """
+        self.image = None  # never answer for the one before
         if image_format not in ("RGB", "BGR"):
             raise InputError(f"image_format {image_format!r}: expected RGB or BGR")
         volume = as_volume(image, window=window)
@@ -98,12 +107,13 @@ class Model:
             volume = dataclasses.replace(
                 volume, pixels=turned if volume.pixels.ndim == 4 else volume.pixels
             )
-        self.predictor.set_image(volume.slice_rgb(0))
-        self._image = volume
+        with self._lock:
+            self.predictor.set_image(volume.slice_rgb(0))
+            self.image = volume
 
     def predict(
         self,
-        image: ImageLike = None,
+        image: ImageLike = _OF_SET_IMAGE,
         *,
         boxes: Any = None,
         points: Any = None,
@@ -151,13 +161,13 @@ class Model:
         return self.run(self._taken(image, window), prompts, keep_masks=True)
 
     def _taken(self, image: ImageLike, window: tuple[float, float] | None) -> Volume:
-        if image is not None:
+        if image is not _OF_SET_IMAGE:
             return as_volume(image, window=window)
-        if self._image is None:
+        if self.image is None:
             raise InputError("no image: give one, or call set_image before")
         if window is not None:
             raise InputError("a window goes with an image: give it to set_image")
-        return self._image
+        return self.image
 
     def segment(
         self,
@@ -202,10 +212,11 @@ class Model:
         keep_masks: bool = False,
     ) -> Result:
         """Segment a volume that was read, with prompts that were made; see `segment.segment`."""
-        if not len(prompts) and prompts.mask_input is None:
+        if not prompts.given:
             prompts = own_boxes(prompts, volume)
         told = {} if progress is None else {"progress": progress}
-        result = segment(self.predictor, volume, prompts, **told, keep_masks=keep_masks)
+        with self._lock:  # the predictor holds one image at a time
+            result = segment(self.predictor, volume, prompts, **told, keep_masks=keep_masks)
         return dataclasses.replace(result, note=self.note)
 
     def to(self, device: Any) -> Self:
@@ -270,19 +281,14 @@ def _prompts(boxes: Any, points: Any, labels: Any, mask_input: Any, boxes_3d: An
 
 
 def _array(name: str, value: Any, axes: int) -> npt.NDArray[Any] | None:
-    """`value` as an array of `axes` axes; one more may be missing in front.
+    """A copy of `value` as an array of `axes` axes; one more may be missing in front.
 
     Raises:
         InputError: not numbers of one of these shapes.
     """
     if value is None:
         return None
-    if hasattr(value, "detach"):  # a torch tensor
-        value = value.detach().cpu().numpy()
-    try:
-        array = np.asarray(value)
-    except ValueError as error:
-        raise InputError(f"{name}: {error}; expected numbers of {axes} axes") from error
+    array = np.array(as_array(name, value))
     if array.dtype.kind not in "fiu" or array.ndim not in (axes - 1, axes):
         raise InputError(
             f"{name} {array.dtype}{array.shape}: expected numbers of {axes - 1} or {axes} axes"

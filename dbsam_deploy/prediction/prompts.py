@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +42,12 @@ class Prompts:
             if array is not None:
                 return len(array)
         return 0
+
+    @property
+    def given(self) -> bool:
+        """Whether anything is asked; an empty array of boxes is, and `check_prompts` refuses it."""
+        arrays = (self.boxes, self.boxes_3d, self.point_coords, self.point_labels, self.mask_input)
+        return any(array is not None for array in arrays)
 
     @property
     def names(self) -> list[str]:
@@ -112,6 +118,10 @@ def check_prompts(prompts: Prompts, volume: Volume) -> Prompts:
         for start in range(0, max(1, len(prompts.boxes)), MAX_PROMPTS):
             check_boxes(prompts.boxes[start : start + MAX_PROMPTS], size)
     _check_point_sets(prompts, size)
+    if prompts.mask_input is not None and len(prompts.mask_input) != len(prompts):
+        raise InputError(
+            f"{len(prompts.mask_input)} earlier masks for {len(prompts)} prompts: expected one each"
+        )
     return replace(prompts, slice_index=_slice_index(prompts.slice_index, volume))
 
 
@@ -127,11 +137,18 @@ def _check_point_sets(prompts: Prompts, size: tuple[int, int]) -> None:
         )
     for start in range(0, max(1, len(coords)), MAX_PROMPTS):
         part = slice(start, start + MAX_PROMPTS)
-        check_points(coords[part], labels[part], size)
+        _, used = check_points(coords[part], labels[part], size)
+        if boxes is None and (empty := np.flatnonzero((used < 0).all(1))).size:
+            raise InputError(
+                f"all points of prompt {start + empty[0]} have label -1 (no point) and it has no "
+                "box: give it one point with label 1 or 0 at least"
+            )
 
 
 def _slice_index(index: int | None, volume: Volume) -> int:
     depth = volume.shape[0]
+    if index is not None and (not isinstance(index, SupportsIndex) or isinstance(index, bool)):
+        raise InputError(f"slice {index!r}: expected a whole number, 0–{depth - 1}")
     if index is None and volume.is_volume:
         raise InputError(
             f"{volume.path} has {depth} slices: say which one (--slice, slice_index=), or give a "

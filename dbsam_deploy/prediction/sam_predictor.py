@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from ..core.errors import InputError
 from ..core.imaging import upscale_logits
+from ..images.volumes import Volume
 from .loading import load
 from .model import Model
 from .results import Result
@@ -35,16 +36,22 @@ class SamPredictor:
 
     def __init__(self, sam_model: Model) -> None:
         self.model = sam_model
-        self.is_image_set = False
+        self._image: Volume | None = None
+
+    @property
+    def is_image_set(self) -> bool:
+        """Whether there is an image to predict on."""
+        return self._image is not None
 
     def set_image(self, image: npt.NDArray[Any], image_format: str = "RGB") -> None:
         """Take and encode an image; see `Model.set_image`."""
+        self._image = None
         self.model.set_image(image, image_format)
-        self.is_image_set = True
+        self._image = self.model.image  # another predictor of this model may set its own
 
     def reset_image(self) -> None:
         """Forget the image."""
-        self.is_image_set = False
+        self._image = None
 
     def predict(
         self,
@@ -71,9 +78,10 @@ class SamPredictor:
         Raises:
             InputError: no image was set, or a prompt is not usable.
         """
-        if not self.is_image_set:
+        if self._image is None:
             raise InputError("no image: call set_image before predict")
         result: Result = self.model.predict(
+            self._image,
             point_coords=point_coords,
             point_labels=point_labels,
             box=box,

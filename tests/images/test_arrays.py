@@ -1,5 +1,6 @@
 """Every form in which a program may hold an image gives the pixels that its file would give."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -140,3 +141,34 @@ def test_a_window_comes_before_reading_not_after(tmp_path, rgb):
     np.savez(tmp_path / "a.npz", imgs=rgb)
     with pytest.raises(InputError, match="read_image"):
         as_volume(read_image(Path(tmp_path / "a.npz")), window=(40, 400))
+
+
+@pytest.mark.parametrize("broken", ["truncated", "closed", "empty"])
+def test_a_pil_image_that_cannot_be_read_is_one_error(rgb, broken):
+    stream = io.BytesIO()
+    Image.fromarray(rgb).save(stream, "PNG")
+    content = stream.getvalue()
+    image = Image.open(io.BytesIO(content[:-40] if broken == "truncated" else content))
+    if broken == "closed":
+        image.close()
+    with pytest.raises(InputError, match="PIL image"):
+        as_volume(Image.new("F", (0, 5)) if broken == "empty" else image)
+
+
+def test_an_open_file_is_no_image_and_stays_open(tmp_path):
+    with (tmp_path / "a.png").open("wb") as stream:
+        with pytest.raises(InputError, match="expected a path"):
+            as_volume(stream)
+        stream.write(b"still open")
+
+
+def test_masked_values_are_refused(rgb):
+    with pytest.raises(InputError, match="filled"):
+        as_volume(np.ma.masked_greater(rgb, 100))
+    np.testing.assert_array_equal(as_volume(np.ma.masked_greater(rgb, 255)).pixels[0], rgb)
+
+
+def test_the_pixels_are_no_view_of_the_caller_s_array(rgb):
+    volume, given = as_volume(rgb), rgb.copy()
+    rgb[:] = 0
+    np.testing.assert_array_equal(volume.pixels[0], given)

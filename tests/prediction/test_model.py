@@ -1,11 +1,14 @@
 """What a program gets from `load`: exports, weights and servers behind one model, one result."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from PIL import Image
 
 import dbsam_deploy as db
-from dbsam_deploy.core.contract import MAX_MASK_PIXELS
+from dbsam_deploy.core.contract import MAX_MASK_PIXELS, MAX_PROMPTS
 from dbsam_deploy.core.errors import CheckpointError, InputError, ServingError
 from dbsam_deploy.prediction.predictor import Predictor
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
@@ -157,7 +160,7 @@ def test_the_boxes_of_a_file_are_its_prompts(model, image, tmp_path):
         ({"boxes": [[5, 6, 40]]}, "expected numbers of shape"),
         ({"boxes": "all"}, "expected numbers"),
         ({"boxes": [[[5, 6, 40, 30]]]}, "expected numbers of 1 or 2 axes"),
-        ({"boxes": [[5, 6, 40], [1]]}, "boxes: "),
+        ({"boxes": [[5, 6, 40], [1]]}, "boxes of list"),
         ({"boxes": [[5, 6, 400, 30]]}, "outside the image"),
         ({"boxes": BOXES, "box": BOXES[0]}, "the same"),
         ({"points": [[5, 6]], "labels": [1, 0]}, "one label a point"),
@@ -165,7 +168,13 @@ def test_the_boxes_of_a_file_are_its_prompts(model, image, tmp_path):
         ({"labels": [1]}, "no prompt|one is missing"),
         ({"boxes": BOXES, "slice_index": 2}, "slices 0–0"),
         ({"boxes": BOXES, "mask_input": np.zeros((2, 3, 3), np.float32)}, "mask_input"),
+        ({"boxes": BOXES[0], "mask_input": np.zeros((2, 32, 32), np.float32)}, "one each"),
         ({"boxes_3d": [[1, 2, 0, 6, 8, 1]]}, "2D image"),
+        ({"boxes": BOXES, "slice_index": 0.0}, "whole number"),
+        ({"boxes": BOXES, "slice_index": True}, "whole number"),
+        ({"boxes": BOXES, "window": (40,)}, "two numbers"),
+        ({"points": [[5, 6], [7, 8]], "labels": [-1, -1]}, "no point"),
+        ({"boxes": np.ma.masked_array(BOXES, mask=[[0] * 4, [1] * 4])}, "masked"),
     ],
 )
 def test_prompts_that_are_none(model, image, words, message):
@@ -173,9 +182,73 @@ def test_prompts_that_are_none(model, image, words, message):
         model.predict(image, **words)
 
 
+def test_masks_of_a_whole_batch_do_not_take_the_first_of_too_many(model, image):
+    boxes = np.tile([BOXES[0]], (MAX_PROMPTS, 1))
+    side = model.preprocessing.mask_side
+    masks = np.zeros((MAX_PROMPTS + 1, side, side), np.float32)
+    with pytest.raises(InputError, match="one each"):
+        model.predict(image, boxes=boxes, mask_input=masks)
+
+
+def test_no_boxes_are_not_those_of_the_file(model, image, tmp_path):
+    """What a detector gives that found nothing."""
+    np.savez(tmp_path / "a.npz", imgs=image, boxes=np.array(BOXES))
+    with pytest.raises(InputError, match="0 boxes"):
+        model.predict(tmp_path / "a.npz", boxes=np.zeros((0, 4)))
+
+
 def test_no_image_is_said(model):
     with pytest.raises(InputError, match="set_image"):
         model.predict(boxes=BOXES)
+
+
+def test_an_image_that_cannot_be_used_does_not_leave_the_one_before(model, image, tmp_path):
+    for call in (model, db.SamPredictor(model)):
+        call.set_image(image)
+        with pytest.raises(InputError, match="no such file"):
+            call.set_image(tmp_path / "none.png")
+        with pytest.raises(InputError, match="set_image"):
+            call.predict(box=np.array(BOXES[0]))
+
+
+def test_none_is_no_image_although_one_was_set(model, image):
+    model.set_image(image)  # cv2.imread gives None for a file that it cannot read
+    with pytest.raises(InputError, match="NoneType"):
+        model.predict(None, boxes=BOXES)
+
+
+def test_what_the_caller_writes_later_changes_no_result(model, image):
+    given, boxes = image.copy(), np.array(BOXES)
+    model.set_image(given)
+    result = model.predict(boxes=boxes)
+    text, picture = repr(result), result.plot().tobytes()
+    given[:], boxes[:] = 0, [1, 1, 3, 3]
+    assert (repr(result), result.plot().tobytes()) == (text, picture)
+    np.testing.assert_array_equal(model.predict(boxes=BOXES).logits, result.logits)
+
+
+def test_threads_get_the_masks_of_their_own_image(model, image):
+    images = [np.ascontiguousarray(image[: 48 - row, row:]) for row in range(4)]
+    expected = [model.predict(each, boxes=[[1, 1, 40, 40]]).masks for each in images]
+    ask = model.predictor.predict_boxes
+
+    def slow(boxes):
+        time.sleep(0.02)  # lets the other threads set their image
+        return ask(boxes)
+
+    model.predictor.predict_boxes = slow
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: model.predict(i, boxes=[[1, 1, 40, 40]]).masks, images * 3))
+    for masks, right in zip(found, expected * 3, strict=True):
+        np.testing.assert_array_equal(masks, right)
+
+
+def test_prompts_may_be_bfloat16_tensors(model, image):
+    torch = pytest.importorskip("torch")
+    tensor = torch.tensor(BOXES).bfloat16()
+    np.testing.assert_array_equal(
+        model.predict(image, boxes=tensor).masks, model.predict(image, boxes=BOXES).masks
+    )
 
 
 def test_masks_that_would_fill_memory_are_refused_before_work(model, encodings):

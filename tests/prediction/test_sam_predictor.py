@@ -89,3 +89,12 @@ def test_the_registry_opens_weights_in_pytorch(image):
     assert sam.to(device="cpu").backend == "pytorch-cpu"
     assert sam.name == "db_sam_tiny"
     assert "vit_b" in sam_model_registry
+
+
+def test_two_predictors_of_one_model_keep_their_images(predictor, image):
+    other = SamPredictor(predictor.model)
+    predictor.set_image(image)
+    _, _, expected = predictor.predict(box=np.array([5, 6, 40, 30]))
+    other.set_image(255 - image)
+    _, _, logits = predictor.predict(box=np.array([5, 6, 40, 30]))
+    np.testing.assert_array_equal(logits, expected)
