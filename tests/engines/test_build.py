@@ -252,7 +252,7 @@ def test_what_auto_builds(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     fake_builder(monkeypatch)
     note = choose_engines("auto", (), tmp_path).note
-    assert "there is no plugin library build/plugins/libdbsam_plugins.so: python -m" in note
+    assert "there is no plugin library build/plugins/libdbsam_plugins.so: `python -m" in note
     (tmp_path / "build" / "plugins").mkdir(parents=True)
     (tmp_path / "build" / "plugins" / "libdbsam_plugins.so").touch()
     assert isinstance(choose_engines("auto", (), tmp_path).request, Request)

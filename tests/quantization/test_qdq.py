@@ -1,5 +1,6 @@
 """Q/DQ graphs: values, what is touched and what is not, formats, sizes, fusions behind them."""
 
+import functools
 from dataclasses import replace
 
 import numpy as np
@@ -33,6 +34,7 @@ compared exactly in `test_qdq_types`."""
 def calibrated(encoder, feed, tmp_path_factory):
     """precision → the float graph with ranges from one image."""
 
+    @functools.cache
     def run(precision, **changes):
         plan = replace(load_recipe(precision).quantization, **changes)
         folder = tmp_path_factory.mktemp("calibrated")

@@ -144,8 +144,10 @@ def test_the_reference_workload_is_the_same_every_time() -> None:
 @pytest.fixture
 def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
     """A small project with this repository's conftest.py, one test and one benchmark."""
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}")
-    for name in ("WORK", "ANSWER"):
+    folders = (ROOT, ROOT / "benchmarks", ROOT / "tests")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)))
+    workers = [name for name in os.environ if name.startswith("PYTEST_XDIST")]
+    for name in ("WORK", "ANSWER", *workers):  # a worker's benchmarks are switched off
         monkeypatch.delenv(name, raising=False)
     shutil.copy(ROOT / "conftest.py", pytester.path / "conftest.py")
     pytester.makeini("[pytest]\npython_files = test_*.py bench_*.py\nmarkers =\n  gpu\n  slow\n")
