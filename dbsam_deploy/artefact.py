@@ -132,7 +132,7 @@ def export_note(chosen: Path) -> str:
     return f"{chosen} is the newest export; --artefact takes another: {', '.join(others)}"
 
 
-def load_artefact(folder: Path) -> Artefact:
+def load_artefact(folder: str | Path) -> Artefact:
     """Read a published export and check every graph file against its hash.
 
     Args:
@@ -141,7 +141,13 @@ def load_artefact(folder: Path) -> Artefact:
     Raises:
         InputError: no manifest, another format, a missing file or one that was changed.
     """
+    folder = Path(folder)
     path = folder / MANIFEST_NAME
+    if not path.exists() and (inside := find_exports(folder)):
+        raise InputError(
+            f"no {MANIFEST_NAME} in {folder} itself: name one of the exports inside it, "
+            f"{', '.join(map(str, inside))}"
+        )
     artefact = _MANIFEST.read(path, lambda body: _artefact(folder, body))
     _MANIFEST.check(path, {item.file: item.sha256 for item in artefact.graphs.values()})
     return artefact

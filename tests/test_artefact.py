@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -166,3 +167,9 @@ def test_a_named_export_and_a_single_one_need_no_note(
     put_exports(tmp_path, "fp16")
     assert find_export() == Path("build/fp16")
     assert export_note(Path("build/fp16")) == ""
+
+
+def test_a_folder_of_exports_names_them(artefact: Artefact) -> None:
+    with pytest.raises(InputError, match=re.escape(str(artefact.folder))):
+        load_artefact(artefact.folder.parent)
+    assert load_artefact(str(artefact.folder)) == artefact

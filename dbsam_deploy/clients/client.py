@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any, Self, Unpack
 
 import numpy.typing as npt
 
+from ..core.errors import InputError
 from ..core.masks import Prediction
 from ..core.prompts import PromptArrays
 from .exchange import Exchange, Exchanges, Returned
@@ -15,7 +17,7 @@ from .exchange import Exchange, Exchanges, Returned
 class DbsamClient(Exchanges):
     """A blocking client; a context manager that closes its connection.
 
-    One client belongs to one thread (the HTTP transport is not thread-safe). Nothing is retried.
+    One client belongs to one thread; over HTTP another one is refused. Nothing is retried.
 
     Args:
         url: host:port, by default 8001 for gRPC and 8000 for HTTP.
@@ -30,11 +32,21 @@ class DbsamClient(Exchanges):
     """
 
     def _connect(self, timeout_s: float) -> Any:
+        self._thread = threading.get_ident()
         if self.transport == "grpc":
             return self._library.InferenceServerClient(self.url)
         return self._library.InferenceServerClient(
             self.url, connection_timeout=timeout_s, network_timeout=timeout_s
         )
+
+    def _check_usable(self) -> None:
+        super()._check_usable()
+        # tritonclient's HTTP runs on gevent, which hangs or fails in another thread.
+        if self.transport == "http" and threading.get_ident() != self._thread:
+            raise InputError(
+                f"the HTTP client of {self.url} belongs to the thread that made it: make one in "
+                "each thread, or use gRPC"
+            )
 
     def _pause(self, seconds: float) -> None:
         time.sleep(seconds)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, Unpack
 
 import numpy.typing as npt
 
-from ..core.errors import ServingError
+from ..core.errors import InputError, ServingError
 from ..core.imaging import Arrays
 from ..core.masks import Prediction
 from ..core.prompts import PromptArrays
@@ -80,6 +80,7 @@ class Exchanges:
         self._refused = load_library("tritonclient.utils").InferenceServerException
         self._timeout = {"client_timeout": timeout_s} if transport == "grpc" else {}
         self._side: int | None = None
+        self._closed = False
         self._client = self._connect(timeout_s)
 
     def _connect(self, timeout_s: float) -> Any:
@@ -89,6 +90,15 @@ class Exchanges:
     def _pause(self, seconds: float) -> Any:
         """Wait while the server is busy."""
         raise NotImplementedError
+
+    def _check_usable(self) -> None:
+        """Refuse a request that this client cannot send any more.
+
+        Raises:
+            InputError: the client was closed.
+        """
+        if self._closed:
+            raise InputError(f"this client of {self.url} is closed: make another one")
 
     def _boxes(
         self, image: npt.NDArray[Any], boxes: npt.NDArray[Any], *, logits: bool, check: bool
@@ -107,6 +117,7 @@ class Exchanges:
         return prompt_result(arrays, call.spec, multimask=multimask)
 
     def _mask_side(self) -> Exchange[int]:
+        self._check_usable()
         if self._side is None:
             with translated(self.url, *self._errors):
                 metadata = yield partial(
@@ -116,6 +127,7 @@ class Exchanges:
         return self._side
 
     def _run(self, call: Call) -> Exchange[Arrays]:
+        self._check_usable()
         with translated(self.url, *self._errors):
             if not self._shared:
                 return (yield from self._infer(call, None))
@@ -173,6 +185,9 @@ class Exchanges:
         self._pool.stale += names
 
     def _closing(self) -> Exchange[None]:
+        if self._closed:
+            return
+        self._closed = True
         self._pool.retire_all()
         try:
             with translated(self.url, *self._errors):

@@ -68,6 +68,10 @@ class MissingError(EngineError):
         super().__init__(f"{what}: {install}")
         self.what, self.install = what, install
 
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        """Both arguments, so that it comes back from a child process."""
+        return type(self), (self.what, self.install)
+
 
 class ServingError(DbsamError):
     """The Triton repository, server or request failed."""

@@ -45,6 +45,6 @@ def write_file(path: Path, content: bytes) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with write_atomically(path) as stream:
             stream.write(content)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
         raise InputError(f"{path} cannot be written: {error}") from error
     return path

@@ -14,7 +14,6 @@ from __future__ import annotations
 import io
 import os
 import struct
-import tempfile
 import warnings
 import zlib
 from dataclasses import dataclass
@@ -274,30 +273,7 @@ def label_map_bytes(labels: npt.NDArray[Any], volume: Volume, *, compressed: boo
     """
     if volume.geometry is None:
         raise InputError(
-            f"{volume.path} has no position in space, which NIfTI needs; use --mask-format npz"
+            f"{volume.path} has no position in space, which NIfTI needs: save it as .npz "
+            "(--mask-format npz)"
         )
     return nifti_bytes(labels, volume.geometry, compressed=compressed)
-
-
-def write_file(path: Path, content: bytes) -> Path:
-    """Write a whole file or none, and return its path.
-
-    Raises:
-        InputError: the folder cannot be made or written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(content)
-            # mkstemp makes private files; a result has the user's usual permissions
-            mask = os.umask(0)
-            os.umask(mask)
-            Path(partial).chmod(0o666 & ~mask)
-            os.replace(partial, path)
-        finally:
-            Path(partial).unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error}") from error
-    return path

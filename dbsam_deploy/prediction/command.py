@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -143,7 +144,7 @@ def planned_files(volume: Volume, mask_format: str, folder: Path, overlay: bool)
     if overlay:
         paths["overlay"] = folder / f"{stem}_overlay.png"
     for path in paths.values():
-        if path.exists() and any(path.samefile(source) for source in volume.files):
+        if os.path.exists(path) and any(path.samefile(source) for source in volume.files):
             raise InputError(f"{path} is the input itself: choose another --output folder")
     return paths
 

@@ -19,6 +19,7 @@ from .predictor import Predictor, ServedPredictor
 KEPT_EMBEDDINGS = 8
 """Images whose embedding a model keeps: 32 MiB at SAM's size."""
 WEIGHTS_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
+GRAPH_SUFFIXES = (".onnx", ".plan", ".engine")
 SCHEMES: dict[str, tuple[Transport, int]] = {
     "triton": ("grpc", 8001),
     "triton+http": ("http", 8000),
@@ -39,7 +40,7 @@ def load(
     runtime_precision: str | None = None,
     engine_cache: str | Path | None = None,
     shared_memory: bool = False,
-    timeout_s: float = TIMEOUT_S,
+    timeout_s: float | None = None,
 ) -> Model:
     """Open a model: an export, a weights file or a server.
 
@@ -56,7 +57,7 @@ def load(
         runtime_precision: `float32` or `bfloat16`, for OpenVINO.
         engine_cache: folder that keeps engines and compiled models.
         shared_memory: for a server on this machine.
-        timeout_s: how long one request to a server may take.
+        timeout_s: how long one request to a server may take, by default a minute.
 
     Raises:
         InputError, CheckpointError, EngineError: no such source, options that do not go with it,
@@ -64,7 +65,7 @@ def load(
     """
     options = ModelOptions(
         backend=backend or "onnxruntime",
-        device=device,
+        device=None if device is None else str(device),
         variant=variant,
         image_size=image_size,
         decoder_weights=_path(decoder_weights),
@@ -72,10 +73,16 @@ def load(
         runtime_precision=runtime_precision,
         preprocess=preprocess,
     )
-    scheme, _, address = ("" if source is None else str(source)).partition("://")
-    if address or scheme in SCHEMES:
+    scheme, separator, address = ("" if source is None else str(source)).partition("://")
+    if separator:
         _check_address(str(source), options, backend)
+        timeout_s = TIMEOUT_S if timeout_s is None else timeout_s
         return open_server(address, scheme, shared_memory=shared_memory, timeout_s=timeout_s)
+    if backend != TRITON and (shared_memory or timeout_s is not None):
+        raise InputError(
+            f"{'shared_memory' if shared_memory else 'timeout_s'} goes with a server "
+            "(triton://host:port): drop it"
+        )
     return open_model(_with_source(source, options, backend))
 
 
@@ -111,6 +118,8 @@ def _with_source(
     path = Path(source)
     if path.name == MANIFEST_NAME and path.is_file():
         path = path.parent
+    if path.suffix in GRAPH_SUFFIXES and path.is_file():
+        raise InputError(f"{path} is one graph of an export: name its folder, {path.parent}")
     if path.is_file() or path.suffix in WEIGHTS_SUFFIXES:
         return dataclasses.replace(options, checkpoint=path, backend=backend or "pytorch")
     if not path.exists():
@@ -161,7 +170,8 @@ def open_server(
     """
     protocol, port = SCHEMES[scheme]
     address = address.rstrip("/") or "localhost"
-    url = address if ":" in address else f"{address}:{port}"
+    has_port = ":" in address.rpartition("]")[2]  # an IPv6 address has colons of its own
+    url = address if has_port else f"{address}:{port}"
     client = DbsamClient(url, protocol, shared_memory=shared_memory, timeout_s=timeout_s)
     predictor = ServedPredictor(client, logits=logits)
     return Model(predictor, name=f"server {url}", backend=f"triton-{protocol}", note=note)

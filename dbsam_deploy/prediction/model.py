@@ -40,7 +40,8 @@ class SamNames(TypedDict, total=False):
 class Model:
     """An opened model; a context manager that frees what it holds.
 
-    Calls of several threads wait for each other. The image of `set_image` is one for all of them.
+    Calls of several threads wait for each other, and share the image of `set_image`; a server's
+    over HTTP are refused in all threads but the one that opened it.
 
     Attributes:
         name: variant and precision, or the server, in words.
@@ -226,7 +227,9 @@ class Model:
             InputError: a server's model, or a device that its backend does not have.
             EngineError: the device is not there.
         """
-        name = str(device).split(":")[0]
+        name, _, number = str(device).partition(":")
+        if number not in ("", "0"):
+            raise InputError(f"device {device}: expected cpu or cuda, which is the first GPU")
         if self._reopen is None:
             raise InputError(f"{self.name}: where a server's model runs is the server's business")
         if not self.backend.endswith(f"-{name}"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,7 +134,7 @@ class Result:
         """
         path = Path(path)
         content = self._content(path)
-        if path.exists() and any(path.samefile(source) for source in self.image.files):
+        if os.path.exists(path) and any(path.samefile(source) for source in self.image.files):
             raise InputError(f"{path} is the input itself: choose another name or folder")
         return write_file(path, content)
 
@@ -192,8 +193,10 @@ class Result:
             for row in self.rows()
             if row.kept
         )
+        # A name that is no UTF-8 would leave the notebook without its picture.
+        name = self.image.path.name.encode("utf-8", "replace").decode("utf-8")
         return (
-            f'<img alt="masks on {html.escape(self.image.path.name)}" '
+            f'<img alt="masks on {html.escape(name)}" '
             f'src="data:image/png;base64,{picture}"/>'
             "<table><tr><th>label</th><th>prompt</th><th>mask pixels</th>"
             "<th>predicted IoU</th></tr>"

@@ -106,12 +106,17 @@ def _build(variant: str | None) -> Callable[..., Model]:
     return build
 
 
-sam_model_registry: dict[str, Callable[..., Model]] = {
-    "vit_b": _build(None),
-    "db_sam": _build("db_sam"),
-    "db_sam_tiny": _build("db_sam_tiny"),
-    "sam_vit_b": _build("sam_vit_b"),
-    "medsam_vit_b": _build("medsam_vit_b"),
-    "lite_medsam": _build("lite_medsam"),
-}
+class _Registry(dict[str, Callable[..., Model]]):
+    def __missing__(self, name: str) -> Callable[..., Model]:
+        raise InputError(f"sam_model_registry[{name!r}]: expected one of {', '.join(self)}")
+
+
+sam_model_registry: dict[str, Callable[..., Model]] = _Registry(
+    vit_b=_build(None),
+    db_sam=_build("db_sam"),
+    db_sam_tiny=_build("db_sam_tiny"),
+    sam_vit_b=_build("sam_vit_b"),
+    medsam_vit_b=_build("medsam_vit_b"),
+    lite_medsam=_build("lite_medsam"),
+)
 """Name → function of a checkpoint; `vit_b` tells the variant by the checkpoint's keys."""

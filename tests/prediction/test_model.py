@@ -309,6 +309,10 @@ def test_without_a_name_the_newest_export_is_opened(make_artefact, tmp_path, mon
         ("triton://localhost:1", {"device": "cpu"}, "device"),
         ("triton://localhost:1", {"backend": "openvino"}, "backend"),
         (None, {"backend": "triton"}, "address"),
+        ("triton", {}, "no such folder"),  # a name like a scheme's is a path
+        ("{tiny}/encoder.onnx", {}, "name its folder"),
+        ("{tiny}", {"shared_memory": True}, "shared_memory goes with a server"),
+        ("{tiny}", {"timeout_s": 5}, "timeout_s goes with a server"),
     ],
 )
 def test_what_cannot_be_opened(tiny_artefact, source, words, message):
@@ -350,3 +354,38 @@ def test_no_server_is_one_error(image):
         pytest.raises(ServingError, match="no Triton server answers"),
     ):
         model.predict(image, boxes=BOXES)
+
+
+@pytest.mark.parametrize(
+    ("address", "url"),
+    [("[::1]:8009", "[::1]:8009"), ("[::1]", "[::1]:8001"), ("host", "host:8001")],
+)
+def test_the_usual_port_of_an_address_without_one(address, url):
+    pytest.importorskip("tritonclient.grpc")
+    with db.load(f"triton://{address}") as model:
+        assert model.name == f"server {url}"
+
+
+@pytest.mark.parametrize("scheme", ["triton", "triton+http"])
+def test_a_closed_server_model_says_so_and_closes_again(image, scheme):
+    pytest.importorskip("tritonclient.grpc")
+    pytest.importorskip("tritonclient.http")
+    with db.load(f"{scheme}://localhost:1") as model:
+        pass
+    model.close()
+    with pytest.raises(InputError, match="is closed"):
+        model.predict(image, boxes=BOXES)
+
+
+def test_an_http_client_is_refused_in_another_thread(image):
+    pytest.importorskip("tritonclient.http")
+    with db.load("triton+http://localhost:1") as model, ThreadPoolExecutor(1) as pool:
+        with pytest.raises(InputError, match="thread that made it"):
+            pool.submit(model.predict, image, boxes=BOXES).result()
+        with pytest.raises(ServingError):  # here it asks, and no server answers
+            model.predict(image, boxes=BOXES)
+
+
+def test_another_gpu_is_not_taken_for_the_first(model):
+    with pytest.raises(InputError, match="first GPU"):
+        model.to("cuda:1")

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -73,6 +74,12 @@ def test_what_cannot_be_saved_says_why(model, result, picture, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("stem", ["m" * 300, "mask\0"])
+def test_a_name_that_no_file_can_have_is_one_error(result, tmp_path, stem):
+    with pytest.raises(InputError, match="cannot be written"):
+        result.save(tmp_path / f"{stem}.png")
+
+
 def test_the_picture_shows_contours_and_prompts(result, picture):
     shown = np.asarray(result.plot())
     assert shown.shape[1] >= 900
@@ -92,6 +99,11 @@ def test_a_notebook_shows_the_picture_and_a_safe_table(result):
     assert "a & b.png" not in page
     for row in result.rows():
         assert f"<td>{row.label}</td><td>{row.prompt}</td><td>{row.pixels}</td>" in page
+
+
+def test_a_notebook_takes_a_file_name_that_is_no_utf8(result):
+    named = replace(result, image=replace(result.image, path=Path(os.fsdecode(b"\xff<b>.png"))))
+    assert "masks on ?&lt;b&gt;.png" in named._repr_html_().encode("utf-8").decode("utf-8")
 
 
 def test_alternatives_are_all_listed_and_one_is_kept(model, picture):

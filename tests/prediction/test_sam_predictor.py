@@ -98,3 +98,8 @@ def test_two_predictors_of_one_model_keep_their_images(predictor, image):
     other.set_image(255 - image)
     _, _, logits = predictor.predict(box=np.array([5, 6, 40, 30]))
     np.testing.assert_array_equal(logits, expected)
+
+
+def test_a_model_that_is_not_here_names_those_that_are():
+    with pytest.raises(InputError, match=r"vit_h.*vit_b, db_sam"):
+        sam_model_registry["vit_h"]
