@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from ..artefact import MANIFEST_NAME
 from ..clients.calls import Transport
@@ -73,17 +74,14 @@ def load(
         runtime_precision=runtime_precision,
         preprocess=preprocess,
     )
-    scheme, separator, address = ("" if source is None else str(source)).partition("://")
-    if separator:
+    if source is not None and "://" in str(source):
         _check_address(str(source), options, backend)
-        timeout_s = TIMEOUT_S if timeout_s is None else timeout_s
-        return open_server(address, scheme, shared_memory=shared_memory, timeout_s=timeout_s)
-    if backend != TRITON and (shared_memory or timeout_s is not None):
-        raise InputError(
-            f"{'shared_memory' if shared_memory else 'timeout_s'} goes with a server "
-            "(triton://host:port): drop it"
-        )
-    return open_model(_with_source(source, options, backend))
+        scheme, _, address = str(source).partition("://")
+        wait_s = TIMEOUT_S if timeout_s is None else timeout_s
+        return open_server(address, scheme, shared_memory=shared_memory, timeout_s=wait_s)
+    options = _with_source(source, options, backend)
+    _refuse_server_options(shared_memory=shared_memory, timeout_s=timeout_s)
+    return open_model(options)
 
 
 def _check_address(source: str, options: ModelOptions, backend: str | None) -> None:
@@ -97,6 +95,17 @@ def _check_address(source: str, options: ModelOptions, backend: str | None) -> N
     wrong = options.given() + ["backend"] * (backend not in (None, TRITON))
     if wrong:
         raise InputError(f"{wrong[0]}: {source} has its own, fixed when its server was filled")
+
+
+def _refuse_server_options(**given: Any) -> None:
+    """Refuse what only a server obeys.
+
+    Raises:
+        InputError: one of them is given.
+    """
+    for name, value in given.items():
+        if value not in (None, False):
+            raise InputError(f"{name} goes with a server (triton://host:port): drop it")
 
 
 def _path(value: str | Path | None) -> Path | None:
