@@ -75,26 +75,26 @@ def load(
         preprocess=preprocess,
     )
     if source is not None and "://" in str(source):
-        _check_address(str(source), options, backend)
-        scheme, _, address = str(source).partition("://")
-        wait_s = TIMEOUT_S if timeout_s is None else timeout_s
-        return open_server(address, scheme, shared_memory=shared_memory, timeout_s=wait_s)
+        scheme, address = _address(str(source), options, backend)
+        return open_server(address, scheme, shared_memory=shared_memory, timeout_s=timeout_s)
     options = _with_source(source, options, backend)
     _refuse_server_options(shared_memory=shared_memory, timeout_s=timeout_s)
     return open_model(options)
 
 
-def _check_address(source: str, options: ModelOptions, backend: str | None) -> None:
-    """Refuse an address of another kind, and options that a server has of its own.
+def _address(source: str, options: ModelOptions, backend: str | None) -> tuple[str, str]:
+    """Scheme and address of a server.
 
     Raises:
-        InputError: one of them is given.
+        InputError: another scheme, or an option that a server has of its own.
     """
-    if source.partition("://")[0] not in SCHEMES:
+    scheme, _, address = source.partition("://")
+    if scheme not in SCHEMES:
         raise InputError(f"{source}: expected {' or '.join(f'{s}://' for s in SCHEMES)}")
     wrong = options.given() + ["backend"] * (backend not in (None, TRITON))
     if wrong:
         raise InputError(f"{wrong[0]}: {source} has its own, fixed when its server was filled")
+    return scheme, address
 
 
 def _refuse_server_options(**given: Any) -> None:
@@ -159,7 +159,7 @@ def open_server(
     scheme: str = "triton",
     *,
     shared_memory: bool = False,
-    timeout_s: float = TIMEOUT_S,
+    timeout_s: float | None = None,
     logits: bool = True,
     note: str = "",
 ) -> Model:
@@ -169,7 +169,7 @@ def open_server(
         address: host, or host:port.
         scheme: one of `SCHEMES`.
         shared_memory: for a server on this machine.
-        timeout_s: how long one request may take.
+        timeout_s: how long one request may take, by default a minute.
         logits: ask for the logits of boxes too, which a label map does not need.
         note: what the user must know of the model.
 
@@ -181,7 +181,8 @@ def open_server(
     address = address.rstrip("/") or "localhost"
     has_port = ":" in address.rpartition("]")[2]  # an IPv6 address has colons of its own
     url = address if has_port else f"{address}:{port}"
-    client = DbsamClient(url, protocol, shared_memory=shared_memory, timeout_s=timeout_s)
+    wait_s = TIMEOUT_S if timeout_s is None else timeout_s
+    client = DbsamClient(url, protocol, shared_memory=shared_memory, timeout_s=wait_s)
     predictor = ServedPredictor(client, logits=logits)
     return Model(predictor, name=f"server {url}", backend=f"triton-{protocol}", note=note)
 
@@ -208,6 +209,6 @@ def open_named(
         args.url or "localhost",
         scheme,
         shared_memory=bool(args.shared_memory),
-        timeout_s=TIMEOUT_S if args.timeout is None else args.timeout,
+        timeout_s=args.timeout,
         logits=logits,
     )
