@@ -77,9 +77,8 @@ def load(
     if source is not None and "://" in str(source):
         scheme, address = _address(str(source), options, backend)
         return open_server(address, scheme, shared_memory=shared_memory, timeout_s=timeout_s)
-    options = _with_source(source, options, backend)
     _refuse_server_options(shared_memory=shared_memory, timeout_s=timeout_s)
-    return open_model(options)
+    return open_model(_with_source(source, options, backend))
 
 
 def _address(source: str, options: ModelOptions, backend: str | None) -> tuple[str, str]:
@@ -105,7 +104,9 @@ def _refuse_server_options(**given: Any) -> None:
     """
     for name, value in given.items():
         if value not in (None, False):
-            raise InputError(f"{name} goes with a server (triton://host:port): drop it")
+            raise InputError(
+                f"{name} goes with a server: give its address (triton://host:port), or drop {name}"
+            )
 
 
 def _path(value: str | Path | None) -> Path | None:
