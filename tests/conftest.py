@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
@@ -38,8 +37,6 @@ from dbsam_deploy.serving.server import Ports, TritonServer
 from dbsam_deploy.verification.cases import bundled_examples
 
 TINY_SIZE = 128
-WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))  # they share the cores
 SHARED_WEIGHTS = Path(__file__).resolve().parents[2] / "shared/data/weights/lite_medsam.pth"
 
 Once = Callable[[str, Callable[[Path], Any]], Any]

@@ -100,6 +100,12 @@ def test_verifying_with_other_weights_is_refused(copied, monkeypatch):
         engine.main(arguments)
 
 
+def cells(table: str) -> str:
+    """The text of a printed table, column after column of each row, however its cells wrap."""
+    rows = [line.strip("│").split("│") for line in table.splitlines() if line.startswith("│")]
+    return " ".join(" ".join(" ".join(column).split()) for column in zip(*rows, strict=True))
+
+
 def test_what_was_measured_is_shown(copied, capsys):
     from dbsam_deploy.engines.manifest import PassedGate, engine_folder, sign
 
@@ -115,7 +121,7 @@ def test_what_was_measured_is_shown(copied, capsys):
     parity = PassedGate(STAND_IN_GPU, figures, {}, {})
     sign(engine_folder(copied, TENSORRT), read_records(copied, TENSORRT), parity)
     assert run(engine.main, ["inspect", "--artefact", str(copied.folder)]) == 0
-    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    text = cells(capsys.readouterr().out)
     assert "sm_86: cosine 0.999420, agreement p5 0.9700" in text
     assert "2 of 2 operators in plugins, 1 of 1 other attentions fused" in text
 

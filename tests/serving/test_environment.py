@@ -109,7 +109,8 @@ def test_installing_says_where_it_cannot(tmp_path, monkeypatch):
 def test_installing_reports_steps_and_the_failing_command(tmp_path, monkeypatch):
     commands, lines = [], []
 
-    def call(command, what):
+    def call(python, arguments, what):
+        command = [python, *arguments]
         commands.append(command)
         if "--no-deps" in command:
             raise EngineError("installing failed: no matching distribution")
@@ -126,8 +127,8 @@ def test_installing_reports_steps_and_the_failing_command(tmp_path, monkeypatch)
 
 def test_a_failing_command_ends_in_its_last_line():
     code = "import sys; print('noise', file=sys.stderr); sys.exit('the reason')"
-    with pytest.raises(EngineError, match="trying failed: the reason"):
-        server_env._call([sys.executable, "-c", code], "trying")
+    with pytest.raises(EngineError, match=r"trying failed: .*status 1: the reason"):
+        server_env._call(sys.executable, ["-c", code], "trying")
 
 
 def test_both_sides_compute_with_the_same_versions():

@@ -14,7 +14,7 @@ from dbsam_deploy.artefact import Artefact
 from dbsam_deploy.core.contract import MAX_PROMPTS, graph_specs
 from dbsam_deploy.core.errors import EngineError, InputError, MissingError
 from dbsam_deploy.engines.profiles import MAX_BATCH
-from dbsam_deploy.sessions import session as sessions
+from dbsam_deploy.sessions import onnxruntime_session as sessions
 from dbsam_deploy.sessions.onnxruntime_providers import CPU, CUDA, TENSORRT
 from dbsam_deploy.sessions.onnxruntime_tensorrt_session import (
     OnnxRuntimeTensorrtSession,

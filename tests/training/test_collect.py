@@ -1,7 +1,7 @@
 """Collecting unlabelled images from wheels; pip itself is replaced by a stand-in."""
 
 import hashlib
-import subprocess
+import shutil
 import zipfile
 from dataclasses import replace
 
@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from support.dicom_series import write_dicom_series
 
+from dbsam_deploy.child_process import Ended
 from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.training import collect
 from dbsam_deploy.training.collect import PACKAGES, Package, Take
@@ -48,12 +49,11 @@ def wheel(tmp_path, monkeypatch):
 
     def pip(command, **options):
         calls.append(command)
-        folder = command[command.index("--dest") + 1]
-        subprocess.run(["cp", path, folder], check=True)
-        return subprocess.CompletedProcess(command, 0, "", "")
+        shutil.copy(path, command[command.index("--dest") + 1])
+        return Ended(0, "", "")
 
     monkeypatch.setattr(collect, "PACKAGES", (package,))
-    monkeypatch.setattr(collect, "subprocess", type("Pip", (), {"run": staticmethod(pip)}))
+    monkeypatch.setattr(collect, "run_python", pip)
     return package, picture, calls
 
 
@@ -87,10 +87,10 @@ def test_another_file_than_the_named_one_is_refused(tmp_path, wheel, monkeypatch
 
 def test_pips_own_message_is_passed_on(tmp_path, wheel, monkeypatch):
     def pip(command, **options):
-        return subprocess.CompletedProcess(command, 1, "", "looking\nERROR: no such version\n")
+        return Ended(1, "", "looking\nERROR: no such version\n")
 
-    monkeypatch.setattr(collect, "subprocess", type("Pip", (), {"run": staticmethod(pip)}))
-    with pytest.raises(InputError, match=r"cannot fetch thing 1\.0: ERROR: no such version"):
+    monkeypatch.setattr(collect, "run_python", pip)
+    with pytest.raises(InputError, match=r"cannot fetch thing 1\.0: .*ERROR: no such version"):
         collect.collect(tmp_path / "out")
 
 
