@@ -37,6 +37,7 @@ from dbsam_deploy.serving.server import Ports, TritonServer
 from dbsam_deploy.verification.cases import bundled_examples
 
 TINY_SIZE = 128
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 SHARED_WEIGHTS = Path(__file__).resolve().parents[2] / "shared/data/weights/lite_medsam.pth"
 
 Once = Callable[[str, Callable[[Path], Any]], Any]
