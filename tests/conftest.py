@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
