@@ -1,4 +1,5 @@
-// What the launch of a quick kernel needs, read out of its PTX by dbsam_deploy/kernels/quick_plugins.py.
+// What the launch of a quick kernel needs, read out of its PTX by
+// dbsam_deploy/kernels/quick_plugins.py.
 #pragma once
 
 namespace dbsam::quick {

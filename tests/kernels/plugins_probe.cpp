@@ -1,6 +1,7 @@
-// What tests/kernels/test_plugin_calls.py calls through ctypes: the plugins, linked into this library, driven as
-// TensorRT drives them (getCreators, createPlugin, shape inference, enqueue), without TensorRT.
-// The kernels' entry points forward to the CPU emulation that the test loaded (`probe_bind`).
+// What tests/kernels/test_plugin_calls.py calls through ctypes: the plugins, linked into this
+// library, driven as TensorRT drives them (getCreators, createPlugin, shape inference, enqueue),
+// without TensorRT. The kernels' entry points forward to the CPU emulation that the test loaded
+// (`probe_bind`).
 
 #include <NvInferRuntime.h>
 
