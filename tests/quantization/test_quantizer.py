@@ -1,5 +1,6 @@
 """Between a graph's export and its fusions: images, ranges that are kept, sweeps, facts."""
 
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -39,7 +40,7 @@ def make(small_models, monkeypatch):
 
     def build(recipe, path=EXAMPLES, budget=None):
         images = calibration_images(recipe, path, budget)
-        bars = progress_bars(Console(quiet=True))
+        bars = progress_bars(Console(file=io.StringIO(), force_terminal=True))
         return Quantizer.of(loaded, recipe, images, budget, bars)
 
     return build
