@@ -101,6 +101,11 @@ class Predictor:
                 self._embeddings.popitem(last=False)
         self.set_embeddings(self._embeddings[key], size)
 
+    def forget_images(self) -> None:
+        """Keep no embedding: the next image is encoded, whether it was seen before or not."""
+        self._embeddings.clear()
+        self._image_embeddings = None
+
     def _encode(self, image: ByteArray) -> FloatArray:
         feed = {IMAGE: preprocess(image, self.preprocessing)}
         return self.session.run("encoder", feed)[IMAGE_EMBEDDINGS]

@@ -228,3 +228,19 @@ def test_lists_are_prompts_too(predictor):
     np.testing.assert_array_equal(
         predictor.predict_prompts(**prompts).logits, predictor.predict_prompts(**arrays).logits
     )
+
+
+def test_a_forgotten_image_is_encoded_again(
+    predictor: Predictor, session: RecordingSession, image: np.ndarray
+) -> None:
+    def encoded() -> int:
+        return [graph for graph, _ in session.feeds].count("encoder")
+
+    before = encoded()
+    predictor.set_image(image)
+    assert encoded() == before
+    predictor.forget_images()
+    with pytest.raises(InputError, match="set_image"):
+        predictor.predict_boxes(np.array([[1, 2, 20, 25]]))
+    predictor.set_image(image)
+    assert encoded() == before + 1
