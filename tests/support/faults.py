@@ -1,0 +1,129 @@
+"""A disk that fails, or a process that dies, at the k-th call that changes a file system."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from dbsam_deploy.files import publication
+
+CALLS = ("replace", "rename", "fsync", "ftruncate", "unlink", "remove", "mkdir", "rmdir", "write")
+"""Functions of `os` that a fault can hit, beside `open` for writing, each write, and exchange."""
+
+
+class Killed(BaseException):
+    """The process ended: nothing that follows, no cleaning up either, reaches the disk."""
+
+
+class Faults:
+    """Counts the calls, and lets one of them fail.
+
+    Args:
+        at: number of the call, from 1; 0 for none.
+        error: errno that the call gets; 0 for the end of the process.
+        lasting: whether later calls that need space fail as well.
+    """
+
+    def __init__(self, at: int = 0, error: int = 0, *, lasting: bool = False) -> None:
+        self._at, self._error, self._lasting = at, error, lasting
+        self.calls: list[str] = []
+        self.dead = False
+
+    def hit(self, name: str) -> bool:
+        """Count a call.
+
+        Returns:
+            Whether a write is to stop half-way: it is the one at which the process ends.
+
+        Raises:
+            Killed: the process ended before, or ends here.
+            OSError: the disk refuses.
+        """
+        if self.dead:
+            raise Killed
+        self.calls.append(name)
+        number = len(self.calls)
+        if self._at and number == self._at and not self._error:
+            self.dead = True
+            if name in ("stream write", "sendfile"):
+                return True
+            raise Killed
+        frees = name in ("unlink", "remove", "rmdir")
+        if self._at and self._error and (number == self._at or (self._lasting and not frees)):
+            if number >= self._at:
+                raise OSError(self._error, os.strerror(self._error))
+        return False
+
+
+class _Raw(io.FileIO):
+    """A file whose writes are counted; the one that ends the process writes a half."""
+
+    faults: Faults
+
+    def write(self, data: Any) -> int:
+        if self.faults.dead:
+            return memoryview(data).nbytes  # goes nowhere
+        if self.faults.hit("stream write"):
+            super().write(memoryview(data).cast("B")[: memoryview(data).nbytes // 2])
+            raise Killed
+        return super().write(data) or 0
+
+
+@contextmanager
+def injected(faults: Faults) -> Iterator[Faults]:
+    """Let all that Python writes inside the block go through `faults`."""
+    real_open, real_os_open, real_exchange = io.open, os.open, publication.exchange
+    real_sendfile = os.sendfile
+
+    def open_(file: Any, mode: str = "r", buffering: int = -1, *rest: Any, **more: Any) -> Any:
+        if not set(mode) & set("wxa+"):
+            return real_open(file, mode, buffering, *rest, **more)
+        if not isinstance(file, int):
+            faults.hit("open")
+        raw = _Raw(file, mode.replace("b", "").replace("t", ""))
+        raw.faults = faults
+        stream = (io.BufferedRandom if "+" in mode else io.BufferedWriter)(raw)
+        if "b" in mode:
+            return stream
+        names = ("encoding", "errors", "newline")
+        return io.TextIOWrapper(stream, **dict(zip(names, rest, strict=False)), **more)
+
+    def os_open(path: Any, flags: int, *rest: Any, **more: Any) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            faults.hit("os.open")
+        return real_os_open(path, flags, *rest, **more)
+
+    def sendfile(out: int, source: int, offset: int, count: int) -> int:
+        if faults.hit("sendfile"):
+            real_sendfile(out, source, offset, os.fstat(source).st_size // 2)
+            raise Killed
+        return real_sendfile(out, source, offset, count)
+
+    def exchange(*names: Any) -> bool:
+        faults.hit("exchange")
+        return real_exchange(*names)
+
+    def counted(name: str) -> Any:
+        real = getattr(os, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            faults.hit(name)
+            return real(*arguments, **options)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in CALLS:
+            patch.setattr(os, name, counted(name))
+        patch.setattr(os, "open", os_open)
+        patch.setattr(os, "sendfile", sendfile)
+        patch.setattr(io, "open", open_)
+        patch.setattr(builtins, "open", open_)
+        patch.setattr(publication, "exchange", exchange)
+        yield faults
