@@ -166,6 +166,7 @@ def export(
         image_size=options.image_size,
         decoder_weights=options.decoder_weights,
     )
+
     def say(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True, markup=False)
 

@@ -209,8 +209,9 @@ def _write_models(
         folder = root / spec.name / VERSION
         shutil.copyfile(templates / spec.name / VERSION / "model.py", folder / "model.py")
         # The Python models import `core` as `dbsam_runtime`: a server has no dbsam_deploy.
-        ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(core, folder / RUNTIME, ignore=ignored)
+        (folder / RUNTIME).mkdir()
+        for module in sorted(core.glob("*.py")):
+            shutil.copyfile(module, folder / RUNTIME / module.name)
 
 
 def _copy_graph(artefact: Artefact, served: Artefact, graph: str, folder: Path) -> None:

@@ -201,7 +201,6 @@ def test_a_damaged_state_is_ignored_with_a_note(judge, tmp_path, capsys):
         assert again.measured == 1
 
 
-
 def test_a_choice_keeps_a_margin_to_the_floors():
     """On the floors themselves, other images would miss half of the time."""
     floors = Measured(

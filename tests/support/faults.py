@@ -5,13 +5,17 @@ from __future__ import annotations
 import builtins
 import io
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 
 from dbsam_deploy.files import publication
+from dbsam_deploy.files.sources import PACKAGE
 
 CALLS = ("replace", "rename", "fsync", "ftruncate", "unlink", "remove", "mkdir", "rmdir", "write")
 """Functions of `os` that a fault can hit, beside `open` for writing, each write, and exchange."""
@@ -33,6 +37,7 @@ class Faults:
     def __init__(self, at: int = 0, error: int = 0, *, lasting: bool = False) -> None:
         self._at, self._error, self._lasting = at, error, lasting
         self.calls: list[str] = []
+        self.places: list[tuple[str, str]] = []
         self.dead = False
 
     def hit(self, name: str) -> bool:
@@ -48,6 +53,7 @@ class Faults:
         if self.dead:
             raise Killed
         self.calls.append(name)
+        self.places.append((name, _our_lines()))
         number = len(self.calls)
         if self._at and number == self._at and not self._error:
             self.dead = True
@@ -59,6 +65,32 @@ class Faults:
             if number >= self._at:
                 raise OSError(self._error, os.strerror(self._error))
         return False
+
+    def points(self, through: str = "") -> list[int]:
+        """The first and the last call of each kind from each place of ours, as numbers.
+
+        A line may copy or remove fifty files; what is there after the twentieth is like what is
+        there after the first.
+
+        Args:
+            through: part of the places' description, such as a function's name.
+        """
+        numbered = [(n, place) for n, place in enumerate(self.places, 1) if through in place[1]]
+        first = {place: number for number, place in reversed(numbered)}
+        last = {place: number for number, place in numbered}
+        return sorted({*first.values(), *last.values()})
+
+
+def _our_lines() -> str:
+    """The lines of the package that the call comes from, with their functions."""
+    frame: FrameType | None = sys._getframe(2)
+    found: list[str] = []
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename.startswith(str(PACKAGE)):
+            found.append(f"{Path(code.co_filename).stem}.{code.co_name}:{frame.f_lineno}")
+        frame = frame.f_back
+    return " ".join(found)
 
 
 class _Raw(io.FileIO):
@@ -119,6 +151,7 @@ def injected(faults: Faults) -> Iterator[Faults]:
         return call
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)  # it is counted, and is for power cuts
         for name in CALLS:
             patch.setattr(os, name, counted(name))
         patch.setattr(os, "open", os_open)
