@@ -44,10 +44,8 @@ def test_build_and_inspect_on_a_machine_without_a_gpu(copied, capsys):
     assert "building tensorrt-rtx decoder" in text.err
     assert "built, not verified, and refused until then" in text.out
     assert "python -m dbsam_deploy.engine verify --artefact" in text.out
-    assert (
-        f"model_repository_{copied.folder.name} is unchanged: a Triton server runs TensorRT engines, not"
-        in text.out
-    )
+    place = f"model_repository_{copied.folder.name}"
+    assert f"{place} is unchanged: a Triton server runs TensorRT engines, not" in text.out
     records = read_records(copied, TENSORRT_RTX)
     assert records["encoder"].targets == ("sm_86", "sm_120")
     assert run(engine.main, ["inspect", "--artefact", str(copied.folder)]) == 0

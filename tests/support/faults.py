@@ -60,10 +60,9 @@ class Faults:
             if name in ("stream write", "sendfile"):
                 return True
             raise Killed
-        frees = name in ("unlink", "remove", "rmdir")
-        if self._at and self._error and (number == self._at or (self._lasting and not frees)):
-            if number >= self._at:
-                raise OSError(self._error, os.strerror(self._error))
+        lasts = self._lasting and name not in ("unlink", "remove", "rmdir")
+        if self._error and (number == self._at or (lasts and number > self._at)):
+            raise OSError(self._error, os.strerror(self._error))
         return False
 
     def points(self, through: str = "") -> list[int]:
@@ -107,56 +106,63 @@ class _Raw(io.FileIO):
         return super().write(data) or 0
 
 
-@contextmanager
-def injected(faults: Faults) -> Iterator[Faults]:
-    """Let all that Python writes inside the block go through `faults`."""
-    real_open, real_os_open, real_exchange = io.open, os.open, publication.exchange
-    real_sendfile = os.sendfile
+class _Patched:
+    """What stands for Python's own functions."""
 
-    def open_(file: Any, mode: str = "r", buffering: int = -1, *rest: Any, **more: Any) -> Any:
+    def __init__(self, faults: Faults) -> None:
+        self._faults = faults
+        self._open, self._os_open, self._sendfile = io.open, os.open, os.sendfile
+        self._exchange = publication.exchange
+
+    def open(self, file: Any, mode: str = "r", buffering: int = -1, *rest: Any, **more: Any) -> Any:
         if not set(mode) & set("wxa+"):
-            return real_open(file, mode, buffering, *rest, **more)
+            return self._open(file, mode, buffering, *rest, **more)
         if not isinstance(file, int):
-            faults.hit("open")
+            self._faults.hit("open")
         raw = _Raw(file, mode.replace("b", "").replace("t", ""))
-        raw.faults = faults
+        raw.faults = self._faults
         stream = (io.BufferedRandom if "+" in mode else io.BufferedWriter)(raw)
         if "b" in mode:
             return stream
         names = ("encoding", "errors", "newline")
         return io.TextIOWrapper(stream, **dict(zip(names, rest, strict=False)), **more)
 
-    def os_open(path: Any, flags: int, *rest: Any, **more: Any) -> int:
+    def os_open(self, path: Any, flags: int, *rest: Any, **more: Any) -> int:
         if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-            faults.hit("os.open")
-        return real_os_open(path, flags, *rest, **more)
+            self._faults.hit("os.open")
+        return self._os_open(path, flags, *rest, **more)
 
-    def sendfile(out: int, source: int, offset: int, count: int) -> int:
-        if faults.hit("sendfile"):
-            real_sendfile(out, source, offset, os.fstat(source).st_size // 2)
+    def sendfile(self, out: int, source: int, offset: int, count: int) -> int:
+        if self._faults.hit("sendfile"):
+            self._sendfile(out, source, offset, os.fstat(source).st_size // 2)
             raise Killed
-        return real_sendfile(out, source, offset, count)
+        return self._sendfile(out, source, offset, count)
 
-    def exchange(*names: Any) -> bool:
-        faults.hit("exchange")
-        return real_exchange(*names)
+    def exchange(self, *names: Any) -> bool:
+        self._faults.hit("exchange")
+        return self._exchange(*names)
 
-    def counted(name: str) -> Any:
+    def counted(self, name: str) -> Any:
         real = getattr(os, name)
 
         def call(*arguments: Any, **options: Any) -> Any:
-            faults.hit(name)
+            self._faults.hit(name)
             return real(*arguments, **options)
 
         return call
 
+
+@contextmanager
+def injected(faults: Faults) -> Iterator[Faults]:
+    """Let all that Python writes inside the block go through `faults`."""
+    ours = _Patched(faults)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)  # it is counted, and is for power cuts
         for name in CALLS:
-            patch.setattr(os, name, counted(name))
-        patch.setattr(os, "open", os_open)
-        patch.setattr(os, "sendfile", sendfile)
-        patch.setattr(io, "open", open_)
-        patch.setattr(builtins, "open", open_)
-        patch.setattr(publication, "exchange", exchange)
+            patch.setattr(os, name, ours.counted(name))
+        patch.setattr(os, "open", ours.os_open)
+        patch.setattr(os, "sendfile", ours.sendfile)
+        patch.setattr(io, "open", ours.open)
+        patch.setattr(builtins, "open", ours.open)
+        patch.setattr(publication, "exchange", ours.exchange)
         yield faults
