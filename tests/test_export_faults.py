@@ -181,7 +181,7 @@ def test_what_a_disk_refuses_is_one_line_and_the_earlier_export_stays(
         toy.run("b")
     old, new = "b", "a"
     refusals: list[str] = []
-    for at in faults.points()[:: 3 if lasting else 5]:
+    for at in faults.points()[:: 6 if lasting else 9]:
         with injected(Faults(at, number, lasting=lasting)):
             try:
                 toy.run(new)

@@ -102,10 +102,10 @@ def test_a_link_in_the_place_of_a_partial_file_is_not_followed(tmp_path: Path) -
 def test_files_that_belong_together_appear_together(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in ("a.csv", "b.csv", "c.csv")]
     write_files(dict.fromkeys(paths, b"old"))
-    full = Faults(at=6, error=28, lasting=True)  # at the second file's first byte, and on
+    full = Faults(at=8, error=28, lasting=True)  # at the second file's first byte, and on
     with injected(full), pytest.raises(InputError, match="No space"):
         write_files(dict.fromkeys(paths, b"new"))
-    assert full.calls[:6] == ["os.open", "ftruncate", "stream write"] * 2
+    assert full.calls[:8] == ["mkdir", "os.open", "ftruncate", "stream write"] * 2
     assert [path.read_bytes() for path in paths] == [b"old"] * 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "b.csv", "c.csv"]
 
