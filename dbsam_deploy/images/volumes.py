@@ -27,8 +27,9 @@ from PIL import Image
 from ..core.contract import MAX_IMAGE_PIXELS
 from ..core.errors import InputError
 from ..core.imaging import ByteArray, FloatArray
+from .dicom import read_dicom
 from .npz_files import read_npz
-from .scans import Scan, ScanGeometry, nifti_bytes, read_dicom, read_nifti
+from .scans import Scan, ScanGeometry, nifti_bytes, read_nifti
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 PERCENTILES = (0.5, 99.5)
