@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .dicom_files import find_dicom, reading_dicom
-from .dicom_frames import frames_of
+from .dicom_frames import Frame, frames_of
 from .dicom_geometry import arrange
 from .dicom_pixels import check_pixels, read_pixels
 from .dicom_series import choose_series
@@ -35,12 +35,7 @@ def read_dicom(path: Path, *, series: str | None = None, own_window: bool = Fals
         stack = arrange([frame for file in files for frame in frames_of(file)], path)
         check_pixels(stack.frames, path)
         pixels = read_pixels(stack.frames, own_window=own_window)
-    header = stack.frames[0].file.header
-    source = stack.frames[0].values
-    in_hu = header.get("Modality") == "CT" and (
-        "RescaleIntercept" in source or "ModalityLUTSequence" in source
-    )
-    unit = str(source.get("RescaleType") or "HU").upper()
+        is_ct = _is_in_hu(stack.frames[0])
     return Scan(
         pixels.values,
         stack.spacing_mm,
@@ -48,8 +43,16 @@ def read_dicom(path: Path, *, series: str | None = None, own_window: bool = Fals
         tuple(dict.fromkeys(frame.file.path for frame in stack.frames)),
         padding=pixels.padding,
         is_inverted=pixels.is_inverted,
-        is_ct=bool(in_hu and unit == "HU"),
+        is_ct=is_ct,
         own_window=pixels.window,
         unplaced=stack.unplaced,
         notes=(*notes, *stack.notes),
     )
+
+
+def _is_in_hu(frame: Frame) -> bool:
+    """Whether the rescaled values of a slice are HU."""
+    source = frame.values
+    rescaled = "RescaleIntercept" in source or "ModalityLUTSequence" in source
+    unit = str(source.get("RescaleType") or "HU").upper()
+    return bool(frame.file.header.get("Modality") == "CT" and rescaled and unit == "HU")

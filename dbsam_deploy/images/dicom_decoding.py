@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from ..core.errors import InputError, MissingError
 from ..extras import pip_line, require
-from .dicom_files import DicomFile
+from .dicom_files import HEADER_TAGS, DicomFile
 
 _EXTENDED_JPEG = "1.2.840.10008.1.2.4.51"
 _PREFERRED = ("pydicom", "pyjpegls", "pylibjpeg", "pillow", "gdcm")
@@ -37,7 +37,8 @@ def check_decodable(file: DicomFile) -> None:
     """
     if not _is_compressed(file):
         expected = _pixel_utils().get_expected_length(file.header)
-        found = max(0, file.pixel_bytes - 8)
+        lead = 8 if file.header.original_encoding[0] else 12  # tag, kind and length
+        found = max(0, file.pixel_bytes - lead)
         if found < expected:
             raise InputError(
                 f"{file.path} was cut short: {found} bytes of pixels, expected {expected}: fetch "
@@ -146,8 +147,8 @@ def _choose_decoder(file: DicomFile) -> str:
 def _whole(file: DicomFile) -> Any:
     """The data set with its pixel data, which must be there to its end."""
     pydicom = require("pydicom", extra="dicom", what_for="DICOM")
-    tags = [tag for tag in file.header if tag.group == 0x28]
-    dataset = pydicom.dcmread(file.path, force=True, specific_tags=[*tags, "PixelData"])
+    tags = [*HEADER_TAGS, "ExtendedOffsetTable", "ExtendedOffsetTableLengths", "PixelData"]
+    dataset = pydicom.dcmread(file.path, force=True, specific_tags=tags)
     if "PixelData" not in dataset:
         raise InputError(f"{file.path} was cut short within its pixel data: fetch it again")
     dataset.file_meta.TransferSyntaxUID = pydicom.uid.UID(file.transfer_syntax)

@@ -34,7 +34,7 @@ _ITEM_TAGS = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")
 _FIRST_GROUPS = (b"\x02\x00", b"\x08\x00", b"\x00\x08")
 """How a data set without a preamble starts: group 2 or 8, in either byte order."""
 
-_HEADER_TAGS = (
+HEADER_TAGS = (
     *("SpecificCharacterSet", "ImageType", "SOPClassUID", "SOPInstanceUID", "Modality"),
     *("SeriesDescription", "SeriesInstanceUID", "SeriesNumber", "InstanceNumber"),
     *("ImagePositionPatient", "ImageOrientationPatient", "SliceThickness"),
@@ -162,7 +162,7 @@ def read_header(path: Path) -> DicomFile:
             stop_before_pixels=True,
             force=True,
             defer_size=MAX_HEADER_BYTES,
-            specific_tags=list(_HEADER_TAGS),
+            specific_tags=list(HEADER_TAGS),
         )
         if "SOPClassUID" not in header and "Rows" not in header:
             raise InputError(f"{path} is not readable DICOM: it ends before it says what it is")
