@@ -168,6 +168,9 @@ def _report(console: Console, result: Result, paths: dict[str, Path], latency_ms
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     count = len(result.slices)
     say(f"{count} slice{'s' * (count > 1)} in {latency_ms:.1f} ms")
+    if result.blank_slices:
+        blank = ", ".join(str(z) for z in result.blank_slices)
+        say(f"NOTE: nothing to segment in slice {blank}, of one value only: its mask is empty")
     for path in paths.values():
         say(f"wrote {path}")
 
