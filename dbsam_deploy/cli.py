@@ -205,22 +205,39 @@ def progress_bars(
     )
 
 
-def check_words(build_parser: Callable[[], Parser], extra: str = "") -> None:
+def check_paths(words: argparse.Namespace, *names: str) -> None:
+    """Refuse paths that the command line names and that are not there.
+
+    Args:
+        words: parsed.
+        names: attributes of `words`, each a path or None.
+
+    Raises:
+        InputError: there is nothing at one of them.
+    """
+    for name in names:
+        path = getattr(words, name)
+        if path is not None and not path.exists():
+            raise InputError(f"--{name.replace('_', '-')} {path}: no such file or folder")
+
+
+def check_before(
+    parse_words: Callable[[list[str] | None], object], command: str, extra: str
+) -> None:
     """End the process if its words ask for help or are a mistake; for before slow imports.
 
     Args:
-        build_parser: makes the command line.
+        parse_words: parses the command line, and checks what it can.
+        command: the command's module.
         extra: what must be installed as well, so that the imports can follow.
     """
 
-    def parse(argv: list[str] | None) -> int:
-        parser = build_parser()
-        parser.parse_args(argv)
-        if extra:
-            check_installed(extra, what_for=f"`{parser.prog}`")
+    def check(argv: list[str] | None) -> int:
+        parse_words(argv)
+        check_installed(extra, what_for=f"`{as_called(f'python -m dbsam_deploy.{command}')}`")
         return 0
 
-    if status := run(parse):
+    if status := run(check):
         sys.exit(status)
 
 

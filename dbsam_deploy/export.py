@@ -13,11 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from .cli import check_words, progress_bars, run, table_console
-from .options.export_options import ExportOptions, build_parser
+from .cli import check_before, progress_bars, run, table_console
+from .options.export_options import ExportOptions, parse_words
 
 if __name__ == "__main__":  # --help and a mistyped option need no PyTorch
-    check_words(build_parser, extra="export")
+    check_before(parse_words, "export", extra="export")
 
 from rich.console import Console
 from rich.progress import Progress
@@ -338,7 +338,7 @@ def _hash(*parts: str | bytes) -> str:
 
 def main(argv: list[str] | None = None, *, stages: Stages | None = None) -> int:
     """Command line entry point; returns the exit status."""
-    options = ExportOptions(**vars(build_parser().parse_args(argv)))
+    options = ExportOptions(**vars(parse_words(argv)))
     published = export(options, stages=stages)
     console = table_console()
     closing_table(

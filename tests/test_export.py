@@ -174,10 +174,10 @@ def test_closing_table_shows_every_stage_and_the_state_of_the_weights(published_
     [
         ("", "--precision"),
         ("--precision fp12", "invalid choice: 'fp12'"),
-        ("--precision fp32 --variant sam", "expected one of db_sam"),
+        ("--precision fp32 --variant sam", "invalid choice: 'sam'"),
         ("--precision fp32 --checkpoint none.pth", "none.pth: no such file"),
         ("--precision fp32 --image-size 1000", "multiple of 16"),
-        ("--precision fp32 --data nowhere", "nowhere: no .npz files"),
+        ("--precision fp32 --data nowhere", "nowhere: no such file or folder"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_status_2(

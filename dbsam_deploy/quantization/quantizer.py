@@ -18,7 +18,7 @@ from ..core.errors import InputError
 from ..core.imaging import FloatArray, Preprocessing, preprocess
 from ..files.atomic import sha256_of, write_atomically
 from ..model.weights import LoadedModel
-from ..recipe import Quantization, Recipe
+from ..recipe import Quantization, Recipe, calibration_plan
 from ..sessions.pytorch_session import PytorchSession
 from .calibration_images import CalibrationSet, choose_images, read_images
 from .held_back import make_views
@@ -39,20 +39,10 @@ def calibration_images(
         budget: see `options.export_options.ExportOptions`.
 
     Raises:
-        InputError: none given, or not usable ones, see `choose_images`; or given for nothing; or a
-            budget that is not between 0 and 1.
+        InputError: see `calibration_plan` and `choose_images`.
     """
-    if budget is not None and not 0 < budget < 1:
-        raise InputError(f"--budget {budget}: expected a loss between 0 and 1, such as 0.005")
-    plan = recipe.quantization.calibration if recipe.quantization else None
-    if plan is not None:
-        return choose_images(path, plan)
-    if path or budget is not None:
-        raise InputError(
-            f"--calibration and --budget are for recipes with ranges (int8, fp8); "
-            f"{recipe.precision} has none"
-        )
-    return None
+    plan = calibration_plan(recipe, path, budget)
+    return None if plan is None or path is None else choose_images(path, plan)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from typing import Self
 
 from ..core.contract import IOU_SCORES, MASKS, RAW_BOXES, RAW_IMAGE, TRITON_TYPES, ensemble_spec
 from ..core.errors import InputError, ServingError
+from ..privacy import VARIABLES
 from .environment import ServerEnvironment
 
 LOOPBACK = "127.0.0.1"
@@ -321,7 +322,7 @@ def _environment(environment: ServerEnvironment) -> dict[str, str]:
     # The stub embeds Python and takes its prefix from the first python3 on the path.
     binaries = str((environment.folder / "bin").absolute())
     variables["PATH"] = ":".join([binaries, variables.get("PATH", os.defpath)])
-    return variables
+    return variables | VARIABLES
 
 
 def _reserve(ports: Ports, host: str) -> Ports:
