@@ -86,8 +86,7 @@ def to_uint8(
     Without a window uint8 stays as it is. Other types are clipped to the 0.5–99.5 percentiles of
     the non-zero values and zeros stay 0, as in MedSAM's preparation of MR. Where there are negative
     values, 0 is no background (it is water in HU), so all values count and none is kept; likewise
-    in an inverted image, where 0 is white. Where the percentiles coincide (two values, a small
-    object on flat ground) the lowest and highest value take their place.
+    in an inverted image. Where the percentiles coincide, the lowest and highest value replace them.
 
     Args:
         values: (D, H, W) or (D, H, W, 3) real numbers of any type.
@@ -105,10 +104,9 @@ def to_uint8(
     if values.dtype.kind not in "uif":
         raise InputError(f"{path}: values of type {values.dtype}; expected real numbers")
     count = 0 if excluded is None else int(np.count_nonzero(excluded))
-    if excluded is None or not count:
-        excluded = None
-    elif count == excluded.size:
+    if excluded is not None and count == excluded.size:
         raise InputError(f"{path}: every pixel is padding or a fill value; {NOTHING}")
+    excluded = excluded if count else None
     _check_finite(values, excluded, path)
     if window is None and values.dtype == np.uint8:
         out, how = np.ascontiguousarray(values), STORED
