@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .dicom_files import find_dicom, reading_dicom
-from .dicom_frames import Frame, frames_of
+from .dicom_frames import DicomSlice, frames_of
 from .dicom_geometry import arrange
 from .dicom_pixels import check_pixels, read_pixels
 from .dicom_series import choose_series
@@ -50,7 +50,7 @@ def read_dicom(path: Path, *, series: str | None = None, own_window: bool = Fals
     )
 
 
-def _is_in_hu(frame: Frame) -> bool:
+def _is_in_hu(frame: DicomSlice) -> bool:
     """Whether the rescaled values of a slice are HU."""
     source = frame.values
     rescaled = "RescaleIntercept" in source or "ModalityLUTSequence" in source

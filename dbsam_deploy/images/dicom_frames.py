@@ -15,7 +15,7 @@ FLOAT = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Frame:
+class DicomSlice:
     """One slice as its file describes it.
 
     Attributes:
@@ -45,7 +45,7 @@ class Frame:
     decimals: tuple[int, int] = (6, 6)
 
 
-def frames_of(file: DicomFile) -> list[Frame]:
+def frames_of(file: DicomFile) -> list[DicomSlice]:
     """The slices of one file, in the order in which it stores them.
 
     Raises:
@@ -72,14 +72,14 @@ def frames_of(file: DicomFile) -> list[Frame]:
     return [_frame(file, i, (own, shared, header)) for i, own in enumerate(groups)]
 
 
-def _frame(file: DicomFile, index: int, sources: tuple[Any, ...]) -> Frame:
+def _frame(file: DicomFile, index: int, sources: tuple[Any, ...]) -> DicomSlice:
     """A frame from its own functional groups, the shared ones, and the file's top level."""
     place = _macro(sources, "PlanePositionSequence", "ImagePositionPatient")
     plane = _macro(sources, "PlaneOrientationSequence", "ImageOrientationPatient")
     measures = _macro(sources, "PixelMeasuresSequence", "PixelSpacing")
     number = file.header.get("InstanceNumber")
     own = len(sources) > 1
-    return Frame(
+    return DicomSlice(
         file,
         index,
         position=_numbers(file, place, "ImagePositionPatient", 3),

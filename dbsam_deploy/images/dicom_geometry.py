@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.errors import InputError
-from .dicom_frames import FLOAT, Frame
+from .dicom_frames import FLOAT, DicomSlice
 from .scans import ScanGeometry
 
 SAME_DIRECTION = 2e-3
@@ -42,14 +42,14 @@ class Stack:
         notes: what was made of the stored numbers.
     """
 
-    frames: tuple[Frame, ...]
+    frames: tuple[DicomSlice, ...]
     geometry: ScanGeometry | None
     spacing_mm: tuple[float, float, float] | None
     unplaced: str = ""
     notes: tuple[str, ...] = ()
 
 
-def arrange(frames: Sequence[Frame], path: Path) -> Stack:
+def arrange(frames: Sequence[DicomSlice], path: Path) -> Stack:
     """Sort slices along their normal and find the grid that they form.
 
     Args:
@@ -82,7 +82,7 @@ def arrange(frames: Sequence[Frame], path: Path) -> Stack:
     return _on_a_grid(ordered, positions[order], (along_x, along_y, normal), path)
 
 
-def _check_alike(frames: Sequence[Frame], path: Path) -> None:
+def _check_alike(frames: Sequence[DicomSlice], path: Path) -> None:
     headers = [frame.file.header for frame in frames]
     for name in ("Rows", "Columns", "PhotometricInterpretation", "SamplesPerPixel"):
         found = {str(header.get(name)) for header in headers}
@@ -104,7 +104,7 @@ def _check_alike(frames: Sequence[Frame], path: Path) -> None:
 
 
 def _on_a_grid(
-    frames: tuple[Frame, ...],
+    frames: tuple[DicomSlice, ...],
     positions: FLOAT,
     axes: tuple[FLOAT, FLOAT, FLOAT],
     path: Path,
@@ -156,13 +156,13 @@ def _orthonormal(matrix: FLOAT) -> FLOAT:
     return np.asarray(left @ right, np.float64)
 
 
-def _rounding_mm(frames: Sequence[Frame]) -> float:
+def _rounding_mm(frames: Sequence[DicomSlice]) -> float:
     """By how much a coordinate of a position can be off, as its digits say."""
     decimals = max(frame.decimals[0] for frame in frames)
     return 0.5 * 10.0 ** -max(decimals, 1)
 
 
-def _rounding_angle(frames: Sequence[Frame], along_x: FLOAT, along_y: FLOAT) -> float:
+def _rounding_angle(frames: Sequence[DicomSlice], along_x: FLOAT, along_y: FLOAT) -> float:
     """By how many radians directions can be off, as their digits say."""
     exact = np.isin(np.abs(np.concatenate([along_x, along_y])), (0, 1)).all()
     decimals = max(frame.decimals[1] for frame in frames)
@@ -172,7 +172,7 @@ def _rounding_angle(frames: Sequence[Frame], along_x: FLOAT, along_y: FLOAT) -> 
 
 
 def _step(
-    frames: Sequence[Frame], positions: FLOAT, normal: FLOAT, rounding_mm: float, path: Path
+    frames: Sequence[DicomSlice], positions: FLOAT, normal: FLOAT, rounding_mm: float, path: Path
 ) -> tuple[float, str]:
     """Distance between slices in mm, and how they lie unevenly if they do.
 
@@ -208,7 +208,7 @@ def _step(
     return mean, f"lie unevenly, {steps.min():.3g} to {steps.max():.3g} mm apart"
 
 
-def _nominal(frames: Sequence[Frame], length: float, mean: float, tolerance: float) -> float:
+def _nominal(frames: Sequence[DicomSlice], length: float, mean: float, tolerance: float) -> float:
     """The step as the header gives it, where positions agree with it within their rounding."""
     for stated in (frames[0].gap, frames[0].thickness):
         if stated and abs(stated * (len(frames) - 1) - length) <= tolerance:
@@ -216,7 +216,7 @@ def _nominal(frames: Sequence[Frame], length: float, mean: float, tolerance: flo
     return mean
 
 
-def _refuse_double(frames: Sequence[Frame], index: int, path: Path) -> None:
+def _refuse_double(frames: Sequence[DicomSlice], index: int, path: Path) -> None:
     names = [f"{frame.file.path.name}" for frame in frames[index : index + 2]]
     where = " and ".join(dict.fromkeys(names))
     if len(set(names)) == 1:
@@ -228,7 +228,7 @@ def _refuse_double(frames: Sequence[Frame], index: int, path: Path) -> None:
 
 
 def _check_nothing_missing(
-    frames: Sequence[Frame], steps: FLOAT, usual: float, tolerance: float, path: Path
+    frames: Sequence[DicomSlice], steps: FLOAT, usual: float, tolerance: float, path: Path
 ) -> None:
     """Refuse gaps of whole steps, unless the slices' own numbers say that none is missing there."""
     numbers = [frame.number for frame in frames]

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from ..core.errors import InputError
 from ..extras import require
 from .dicom_decoding import check_decodable, decode
-from .dicom_frames import Frame
+from .dicom_frames import DicomSlice
 from .scans import check_voxels
 
 GREY = ("MONOCHROME1", "MONOCHROME2")
@@ -45,7 +45,7 @@ class Pixels:
     window: str = ""
 
 
-def check_pixels(frames: Sequence[Frame], path: Path) -> None:
+def check_pixels(frames: Sequence[DicomSlice], path: Path) -> None:
     """Refuse, from headers alone, what cannot be read or is too large.
 
     Args:
@@ -75,7 +75,7 @@ def check_pixels(frames: Sequence[Frame], path: Path) -> None:
         check_decodable(file)
 
 
-def read_pixels(frames: Sequence[Frame], *, own_window: bool) -> Pixels:
+def read_pixels(frames: Sequence[DicomSlice], *, own_window: bool) -> Pixels:
     """Decode and rescale slices.
 
     Args:
@@ -115,7 +115,7 @@ def read_pixels(frames: Sequence[Frame], *, own_window: bool) -> Pixels:
     return Pixels(values, padding, kind == "MONOCHROME1", _described(windows))
 
 
-def _decoded(frames: Sequence[Frame]) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+def _decoded(frames: Sequence[DicomSlice]) -> Iterator[tuple[int, npt.NDArray[Any]]]:
     """(place in `frames`, (H, W) stored values), one file after the other."""
     by_file: dict[Path, dict[int, int]] = {}
     for place, frame in enumerate(frames):
@@ -127,7 +127,7 @@ def _decoded(frames: Sequence[Frame]) -> Iterator[tuple[int, npt.NDArray[Any]]]:
                 yield places[index], plane
 
 
-def _padding(stored: npt.NDArray[Any], frame: Frame) -> npt.NDArray[np.bool_] | None:
+def _padding(stored: npt.NDArray[Any], frame: DicomSlice) -> npt.NDArray[np.bool_] | None:
     header = frame.file.header
     first = header.get("PixelPaddingValue")
     if first is None or stored.dtype.kind not in "ui":
@@ -144,7 +144,7 @@ def _as_stored(value: Any, dtype: np.dtype[Any]) -> int:
     return wrapped - (1 << bits) if dtype.kind == "i" and wrapped >> (bits - 1) else wrapped
 
 
-def _rescaled(stored: npt.NDArray[Any], frame: Frame) -> npt.NDArray[Any]:
+def _rescaled(stored: npt.NDArray[Any], frame: DicomSlice) -> npt.NDArray[Any]:
     """(H, W) values with a meaning, HU for CT: the modality LUT, else slope and intercept."""
     processing = require("pydicom.pixels.processing", extra="dicom", what_for="DICOM")
     source = frame.values
@@ -169,7 +169,7 @@ def _rescale_of(slope: float, intercept: float) -> Any:
     return dataset
 
 
-def _windowed(values: npt.NDArray[Any], frame: Frame) -> tuple[npt.NDArray[Any], str]:
+def _windowed(values: npt.NDArray[Any], frame: DicomSlice) -> tuple[npt.NDArray[Any], str]:
     """Values through the file's own VOI LUT or window, 0–255, and which in words."""
     pydicom = require("pydicom", extra="dicom", what_for="DICOM")
     processing = require("pydicom.pixels.processing", extra="dicom", what_for="DICOM")
@@ -214,7 +214,7 @@ def _described(windows: list[str]) -> str:
     return kinds[0] if kinds else ""
 
 
-def _colour(frame: Frame, kind: str) -> npt.NDArray[np.uint8]:
+def _colour(frame: DicomSlice, kind: str) -> npt.NDArray[np.uint8]:
     """(H, W, 3) RGB of one image."""
     _, stored = next(_decoded([frame]))
     if kind == PALETTE:

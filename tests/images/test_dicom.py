@@ -12,6 +12,7 @@ from dbsam_deploy.core.errors import EngineError, InputError
 from dbsam_deploy.extras import pip_line
 from dbsam_deploy.images.dicom import read_dicom
 from dbsam_deploy.images.scans import nifti_bytes
+from dbsam_deploy.images.volumes import label_map_bytes, png_bytes, read_image
 
 nib = pytest.importorskip("nibabel")
 pydicom = pytest.importorskip("pydicom")
@@ -168,3 +169,80 @@ def test_a_missing_extra_names_its_pip_line(
     monkeypatch.setitem(__import__("sys").modules, "pydicom", None)
     with pytest.raises(EngineError, match=re.escape(pip_line("dicom"))):
         read_dicom(tmp_path / "scan")
+
+
+def ct_series(folder: Path) -> Path:
+    """Two slices with a disc of 100 HU on -900, in files without suffix."""
+    rows, columns = np.ogrid[:64, :48]
+    disc = (rows - 20) ** 2 + (columns - 30) ** 2 <= 64
+    volume = np.stack([np.where(disc, 100, -900)] * 2)
+    for file in write_dicom_series(folder, volume):
+        file.rename(file.with_suffix(""))
+    return folder
+
+
+def test_ct_without_a_window_is_shown_by_the_soft_tissue_one(tmp_path: Path) -> None:
+    volume = read_image(ct_series(tmp_path / "ct"))
+    assert sorted(np.unique(volume.pixels)) == [0, int(260 / 400 * 255)]
+    assert "soft-tissue window level 40 width 400 HU" in str(volume.intensity)
+    assert "no window was given" in str(volume.intensity)
+    assert (volume.intensity.low, volume.intensity.high) == (-160, 240)
+
+
+def test_mr_without_a_window_is_shown_by_percentiles(tmp_path: Path) -> None:
+    folder = ct_series(tmp_path / "mr")
+    for file in folder.iterdir():
+        edit(file, Modality="MR")
+    assert read_image(folder).intensity.how != "window"
+
+
+def test_padding_is_out_of_the_range_and_black(tmp_path: Path) -> None:
+    stored = np.array([[[100, 200, 300, 63536]]])
+    (file,) = write_dicom_series(
+        tmp_path, stored, intercept=0, PixelPaddingValue=63536, Modality="MR"
+    )
+    volume = read_image(file)
+    assert volume.pixels[0, 0, 3] == 0
+    assert volume.pixels[0, 0, 2] == 255
+    assert volume.intensity.excluded == 1
+
+
+@pytest.mark.parametrize("window", [(800, 400), "file"])
+def test_a_window_comes_before_the_inversion(tmp_path: Path, window: object) -> None:
+    """MONOCHROME1: the window is of stored values, not of mirrored ones."""
+    (file,) = write_dicom_series(
+        tmp_path,
+        np.array([[[700, 3100, 600]]]),
+        intercept=0,
+        PhotometricInterpretation="MONOCHROME1",
+        Modality="DX",
+        BitsStored=12,
+        WindowCenter="800",
+        WindowWidth="400",
+    )
+    pixels = read_image(file, window=window).pixels[0, 0]
+    assert pixels[1:].tolist() == [0, 255]
+    assert abs(int(pixels[0]) - 191) <= 1
+
+
+def test_one_file_without_suffix_is_read(tmp_path: Path) -> None:
+    folder = ct_series(tmp_path / "ct")
+    assert read_image(next(folder.iterdir())).kind == "dicom"
+
+
+def test_words_for_a_window_and_a_series_are_for_dicom(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png_bytes(np.eye(3, dtype=np.uint8)))
+    with pytest.raises(InputError, match="no DICOM"):
+        read_image(tmp_path / "a.png", window="file")
+    with pytest.raises(InputError, match="no DICOM"):
+        read_image(tmp_path / "a.png", series=3)
+    with pytest.raises(InputError, match='or "file"'):
+        read_image(ct_series(tmp_path / "ct"), window="lung")
+
+
+def test_slices_without_a_grid_get_no_nifti(tmp_path: Path) -> None:
+    write_dicom_series(tmp_path / "ct", np.arange(60).reshape(3, 4, 5), step=(0, 2, 5))
+    volume = read_image(tmp_path / "ct", window=(30, 60))
+    assert "sheared by 21.8°" in volume.notes[0]
+    with pytest.raises(InputError, match=r"sheared by 21\.8° .*no straight grid.*npz"):
+        label_map_bytes(np.zeros((3, 4, 5), np.uint8), volume)

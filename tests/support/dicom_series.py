@@ -44,12 +44,12 @@ def write_dicom_series(
     Args:
         folder: made if missing.
         volume: (D, H, W) whole numbers in HU, at least `intercept`.
-        directions: (3, 3), columns are the directions of x, y and z in DICOM's patient frame (left,
-            posterior, superior); identity by default.
+        directions: (3, 3), columns are x, y and z in DICOM's patient frame (left, posterior,
+            superior); identity by default.
         spacing_mm: along (z, y, x).
         origin_mm: position of voxel (0, 0, 0) in the patient frame.
         intercept: rescale intercept; the stored values are unsigned.
-        step: mm from one slice to the next in the patient frame, where it is not along z.
+        step: mm from one slice to the next, where it is not along z.
         digits: behind the point, of positions and of directions.
         values: further elements of every file.
 
@@ -59,22 +59,21 @@ def write_dicom_series(
     from pydicom.uid import generate_uid
 
     folder.mkdir(parents=True, exist_ok=True)
-    axes = np.eye(3) if directions is None else directions
-    series, study = generate_uid(), generate_uid()
+    axes, series, study = np.eye(3), generate_uid(), generate_uid()
+    axes = axes if directions is None else directions
     along = axes[:, 2] * spacing_mm[0] if step is None else np.array(step)
     files = []
     for index, plane in enumerate(volume):
         dataset = ct_slice(plane - intercept, intercept)
         dataset.SeriesInstanceUID, dataset.StudyInstanceUID = series, study
         dataset.InstanceNumber = index + 1
-        position = np.array(origin_mm) + along * index
-        dataset.ImagePositionPatient = [f"{value:.{digits[0]}f}" for value in position]
-        cosines = np.concatenate([axes[:, 0], axes[:, 1]])
+        position = [f"{value:.{digits[0]}f}" for value in np.array(origin_mm) + along * index]
+        dataset.ImagePositionPatient = position
+        cosines = axes[:, :2].T.ravel()
         dataset.ImageOrientationPatient = [f"{value:.{digits[1]}f}" for value in cosines]
         dataset.PixelSpacing = [str(spacing_mm[1]), str(spacing_mm[2])]
         dataset.SliceThickness = str(spacing_mm[0])
-        for name, value in values.items():
-            setattr(dataset, name, value)
+        dataset.update(values)
         files.append(folder / f"{(index * 60 + 90) % 97:03d}_{index}.dcm")
         dataset.save_as(files[-1], enforce_file_format=True)
     return files
