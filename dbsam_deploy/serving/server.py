@@ -244,7 +244,7 @@ def probe(http_url: str, *, timeout_s: float = 120.0) -> None:
         ServingError: no answer, an error, or not one mask of the image's size.
     """
     side = _PROBE_SIDE
-    image = [0] * (side * side * 3)
+    image = [index % 256 for index in range(side * side * 3)]  # one colour is refused
     values = {
         RAW_IMAGE.name: ([side, side, 3], RAW_IMAGE, image),
         RAW_BOXES.name: ([1, 4], RAW_BOXES, [0.0, 0.0, float(side), float(side)]),
