@@ -28,8 +28,9 @@ from ..core.contract import MAX_IMAGE_PIXELS
 from ..core.errors import InputError
 from ..core.imaging import ByteArray, FloatArray
 from .intensity import Intensity, Window, to_uint8
+from .nifti import read_nifti
 from .npz_files import read_npz
-from .scans import Scan, ScanGeometry, nifti_bytes, read_dicom, read_nifti
+from .scans import Scan, ScanGeometry, nifti_bytes, read_dicom
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
@@ -115,7 +116,7 @@ def read_image(
 
 
 def _from_scan(path: Path, kind: str, scan: Scan, window: Window | None) -> Volume:
-    pixels, intensity = to_uint8(scan.values, window, path)
+    pixels, intensity = to_uint8(scan.values, window, path, excluded=scan.padding)
     return Volume(
         path,
         kind,
