@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -115,6 +115,17 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str | None = None, **options: Any) -> None:
         options.setdefault("formatter_class", HelpFormatter)
         super().__init__(prog if prog is None else as_called(prog), **options)
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """As `ArgumentParser`'s, where an action may name one word (`alone`) for all its values."""
+        words: list[str] = []
+        for word in sys.argv[1:] if args is None else args:
+            action = self._option_string_actions.get(words[-1]) if words else None
+            alone = action is not None and word == getattr(action, "alone", None)
+            words += [word] * (int(action.nargs or 1) if action is not None and alone else 1)
+        return super().parse_known_args(words, namespace)
 
     def format_help(self) -> str:
         """The help, with examples in the form in which this process was called."""

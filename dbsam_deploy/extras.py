@@ -110,7 +110,18 @@ EXTRAS = (
         ("tritonclient.http",),
     ),
     Extra("nifti", "NIfTI files", ("nibabel>=5.2",), ("nibabel",)),
-    Extra("dicom", "DICOM files", ("pydicom>=3.0",), ("pydicom",)),
+    Extra(
+        "dicom",
+        "DICOM files",
+        (
+            "pydicom>=3.0",
+            "pyjpegls>=1.4",
+            "python-gdcm>=3.0.24",
+            "pylibjpeg>=2.0",
+            "pylibjpeg-openjpeg>=2.0",
+        ),
+        ("pydicom", "jpeg_ls", "gdcm", "pylibjpeg", "openjpeg"),
+    ),
     Extra("medsam", "MedSAM's preprocessing", ("scikit-image>=0.24",), ("skimage.transform",)),
     Extra(
         "eval",

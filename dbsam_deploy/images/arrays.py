@@ -20,7 +20,9 @@ ImageLike = Any
 """A path, a `Volume`, a PIL image, or numbers: NumPy, nested lists or a torch tensor."""
 
 
-def as_volume(image: ImageLike, *, window: Window | None = None) -> Volume:
+def as_volume(
+    image: ImageLike, *, window: Window | str | None = None, series: str | int | None = None
+) -> Volume:
     """An image in any form as slices of 0–255.
 
     Numbers are (H, W) grey, (H, W, 3) RGB, (H, W, 4) RGBA (laid over black) or (D, H, W) slices; a
@@ -30,18 +32,21 @@ def as_volume(image: ImageLike, *, window: Window | None = None) -> Volume:
 
     Args:
         image: see `ImageLike`.
-        window: (level, width) that maps values to 0–255, as for a file.
+        window: (level, width) that maps values to 0–255, as for a file, see `read_image`.
+        series: of a DICOM folder, see `read_image`.
 
     Raises:
         InputError: not an image, or see `read_image`.
         EngineError: a file whose format's extra is not installed.
     """
     if isinstance(image, Volume):
-        if window is not None:
-            raise InputError("this image was read before: give the window to read_image")
+        if window is not None or series is not None:
+            raise InputError("this image was read before: give window and series to read_image")
         return image
     if isinstance(image, str | os.PathLike):
-        return read_image(os.fspath(image), window=window)
+        return read_image(os.fspath(image), window=window, series=series)
+    if isinstance(window, str) or series is not None:
+        raise InputError('the window "file" and a series are for DICOM files')
     if isinstance(image, Image.Image):
         values, notes = _picture(image)
         pixels, intensity = to_uint8(values[None], window, Path("picture"), notes=notes)
@@ -61,6 +66,8 @@ def _picture(image: Image.Image) -> tuple[npt.NDArray[Any], tuple[str, ...]]:
         )
     try:
         return picture_values(image)
+    except InputError:
+        raise
     except DAMAGED_PICTURE as error:
         raise InputError(
             f"a PIL image of mode {image.mode} that cannot be read: {error}; is its file whole, "
