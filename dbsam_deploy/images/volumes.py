@@ -137,10 +137,7 @@ def read_image(
     )
     if path.is_dir() or is_dicom:
         return _read_dicom(path, window, series)
-    if isinstance(window, str):
-        raise InputError(f"window {window!r}: {path} is no DICOM; expected (level, width)")
-    if series is not None:
-        raise InputError(f"series {series!r}: {path} is no DICOM, which alone has series")
+    window = _without_dicom_options(path, window, series)
     if name.endswith(PICTURE_SUFFIXES):
         return _read_picture(path, window)
     if name.endswith(".npz"):
@@ -151,6 +148,16 @@ def read_image(
         f"{path}: unknown kind of file; expected {', '.join(PICTURE_SUFFIXES)}, .npz, .nii, "
         ".nii.gz, DICOM or a folder with a DICOM series"
     )
+
+
+def _without_dicom_options(
+    path: Path, window: Window | str | None, series: str | int | None
+) -> Window | None:
+    if isinstance(window, str):
+        raise InputError(f"window {window!r}: {path} is no DICOM; expected (level, width)")
+    if series is not None:
+        raise InputError(f"series {series!r}: {path} is no DICOM, which alone has series")
+    return window
 
 
 def _read_dicom(path: Path, window: Window | str | None, series: str | int | None) -> Volume:
