@@ -120,17 +120,14 @@ def read_image(
 
     Raises:
         InputError: no such file; an unknown, damaged or too large one; values that are not finite;
-            a DICOM folder with missing slices or several series, see `dicom.read_dicom`.
+            a DICOM folder with gaps or several series, see `dicom.read_dicom`.
         EngineError: the format's extra, or a decoder, is not installed.
     """
     path = Path(path)
-    if not os.path.exists(path):  # unlike Path.exists, False for an impossible name
-        raise InputError(f"{path}: no such file or folder")
-    if not path.is_dir():
-        regular_size(path)
+    _check_is_there(path)
     name = path.name.lower()
-    if volume is not None and not name.endswith((".nii", ".nii.gz")):
-        raise InputError(f"volume {volume}: {path} is no NIfTI, which alone holds several")
+    if volume is not None:
+        _check_is_nifti(path, volume)
     known = (*PICTURE_SUFFIXES, ".npz", ".nii", ".nii.gz")
     is_dicom = name.endswith((".dcm", ".dicom")) or (
         not name.endswith(known) and looks_like_dicom(path)
@@ -148,6 +145,18 @@ def read_image(
         f"{path}: unknown kind of file; expected {', '.join(PICTURE_SUFFIXES)}, .npz, .nii, "
         ".nii.gz, DICOM or a folder with a DICOM series"
     )
+
+
+def _check_is_there(path: Path) -> None:
+    if not os.path.exists(path):  # unlike Path.exists, False for an impossible name
+        raise InputError(f"{path}: no such file or folder")
+    if not path.is_dir():
+        regular_size(path)
+
+
+def _check_is_nifti(path: Path, volume: int) -> None:
+    if not path.name.lower().endswith((".nii", ".nii.gz")):
+        raise InputError(f"volume {volume}: {path} is no NIfTI, which alone holds several")
 
 
 def _without_dicom_options(
