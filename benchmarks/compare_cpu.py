@@ -27,7 +27,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -41,7 +40,7 @@ from dbsam_deploy.core.imaging import FloatArray, preprocess
 from dbsam_deploy.hardware import describe_hardware
 from dbsam_deploy.model.weights import load_model
 from dbsam_deploy.recipe import load_recipe
-from dbsam_deploy.sessions.onnxruntime_providers import CPU, open_session
+from dbsam_deploy.sessions.onnxruntime_providers import CPU, import_onnxruntime, open_session
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
 from dbsam_deploy.sessions.openvino_session import OpenvinoSession
 from dbsam_deploy.sessions.pytorch_session import PytorchSession
@@ -114,7 +113,7 @@ class _Pairs:
 
     def __init__(self, artefact: Artefact, threads: int) -> None:
         path = str(artefact.path("encoder"))
-        self._encoder = open_session(onnxruntime, path, CPU, threads=threads)
+        self._encoder = open_session(import_onnxruntime(), path, CPU, threads=threads)
         self._names = graph_specs(artefact.preprocessing)["encoder"].output_names
         self._others = OnnxRuntimeSession(artefact, threads=threads)
 

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -31,6 +30,7 @@ from dbsam_deploy.graphs.onnx_export import export_graph
 from dbsam_deploy.hardware import describe_hardware
 from dbsam_deploy.model.weights import load_model
 from dbsam_deploy.recipe import available_precisions, load_recipe
+from dbsam_deploy.sessions.onnxruntime_providers import CPU, import_onnxruntime, open_session
 from dbsam_deploy.verification.cases import bundled_examples, load_cases
 from dbsam_deploy.verification.parity import cosine
 
@@ -97,8 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         }
         paths = {"plain": plain, "ours": ours}
         sessions = {
-            name: onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-            for name, path in paths.items()
+            name: open_session(import_onnxruntime(), str(path), CPU) for name, path in paths.items()
         }
         cosines = {}
         for name, session in sessions.items():
@@ -125,7 +124,7 @@ def _print(
     machine = describe_hardware()
     table = Table(
         title=f"{options.variant} encoder, batch 1, {machine.cpu}, {machine.cores} cores, "
-        f"onnxruntime {onnxruntime.__version__}, torch {torch.__version__}"
+        f"onnxruntime {import_onnxruntime().__version__}, torch {torch.__version__}"
     )
     for column in ("", "export s", "MiB", "nodes", "cosine", "median s", "min–max s", "vs plain"):
         table.add_column(column, justify="right" if column else "left")

@@ -17,6 +17,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .privacy import switch_off
+
 if TYPE_CHECKING:
     from .artefact import load_artefact
     from .clients.async_client import AsyncDbsamClient
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from .prediction.model import Model
     from .prediction.results import Result
     from .prediction.sam_predictor import SamPredictor, sam_model_registry
+
+switch_off()  # before any library that would phone home is imported
 
 __version__ = "0.1.0"
 __all__ = [

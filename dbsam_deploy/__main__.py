@@ -66,7 +66,7 @@ def _dispatch(argv: list[str] | None) -> int:
     door = _choose(words)
     if door.options:  # the door itself imports PyTorch: a mistake is told before that
         options = importlib.import_module(f".{door.options}", __package__)
-        options.build_parser().parse_args(words[1:])
+        options.parse_words(words[1:])
     if door.extra:
         check_installed(door.extra, what_for=f"`{as_called('python -m dbsam_deploy')} {words[0]}`")
     status: int = importlib.import_module(f".{door.module}", __package__).main(words[1:])

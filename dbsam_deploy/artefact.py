@@ -62,6 +62,7 @@ class Artefact:
         quantization: what was quantised in each graph, the excluded modules and the calibration
             images (names and hashes); empty without quantisation.
         key: hash of everything that went in; an export with the same key need not run again.
+        inputs: what `key` is of, part by part, so that an export that runs again can say why.
     """
 
     folder: Path
@@ -74,6 +75,7 @@ class Artefact:
     versions: dict[str, str] = field(default_factory=dict)
     quantization: dict[str, Any] = field(default_factory=dict)
     key: str = ""
+    inputs: dict[str, str] = field(default_factory=dict)
 
     def path(self, graph: str) -> Path:
         """File of `graph`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -116,6 +116,17 @@ class Parser(argparse.ArgumentParser):
         options.setdefault("formatter_class", HelpFormatter)
         super().__init__(prog if prog is None else as_called(prog), **options)
 
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """As `ArgumentParser`'s, where an action may name one word (`alone`) for all its values."""
+        words: list[str] = []
+        for word in sys.argv[1:] if args is None else args:
+            action = self._option_string_actions.get(words[-1]) if words else None
+            alone = action is not None and word == getattr(action, "alone", None)
+            words += [word] * (int(action.nargs or 1) if action is not None and alone else 1)
+        return super().parse_known_args(words, namespace)
+
     def format_help(self) -> str:
         """The help, with examples in the form in which this process was called."""
         return as_called(super().format_help())
@@ -127,6 +138,16 @@ class Parser(argparse.ArgumentParser):
             InputError: always.
         """
         raise InputError(f"{message}; see `{self.prog} --help`")
+
+
+def add_no_wait(parser: argparse.ArgumentParser) -> None:
+    """`--no-wait`, for a command that is the only writer of its folder; `wait` is its name."""
+    parser.add_argument(
+        "--no-wait",
+        dest="wait",
+        action="store_false",
+        help="end with an error, not wait, while another command writes the same folder",
+    )
 
 
 def say_on_stderr(text: str) -> None:
@@ -205,22 +226,39 @@ def progress_bars(
     )
 
 
-def check_words(build_parser: Callable[[], Parser], extra: str = "") -> None:
+def check_paths(words: argparse.Namespace, *names: str) -> None:
+    """Refuse paths that the command line names and that are not there.
+
+    Args:
+        words: parsed.
+        names: attributes of `words`, each a path or None.
+
+    Raises:
+        InputError: there is nothing at one of them.
+    """
+    for name in names:
+        path = getattr(words, name)
+        if path is not None and not path.exists():
+            raise InputError(f"--{name.replace('_', '-')} {path}: no such file or folder")
+
+
+def check_before(
+    parse_words: Callable[[list[str] | None], object], command: str, extra: str
+) -> None:
     """End the process if its words ask for help or are a mistake; for before slow imports.
 
     Args:
-        build_parser: makes the command line.
+        parse_words: parses the command line, and checks what it can.
+        command: the command's module.
         extra: what must be installed as well, so that the imports can follow.
     """
 
-    def parse(argv: list[str] | None) -> int:
-        parser = build_parser()
-        parser.parse_args(argv)
-        if extra:
-            check_installed(extra, what_for=f"`{parser.prog}`")
+    def check(argv: list[str] | None) -> int:
+        parse_words(argv)
+        check_installed(extra, what_for=f"`{as_called(f'python -m dbsam_deploy.{command}')}`")
         return 0
 
-    if status := run(parse):
+    if status := run(check):
         sys.exit(status)
 
 

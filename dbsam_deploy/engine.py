@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from .artefact import BUILD_FOLDER, Artefact, export_note, find_export, load_artefact
-from .cli import HelpFormatter, Parser, as_called, run, say_on_stderr, table_console
+from .cli import HelpFormatter, Parser, as_called, check_paths, run, say_on_stderr, table_console
 from .core.errors import CheckpointError, InputError
 from .engines.build import (
     COMPATIBILITY,
@@ -210,6 +210,8 @@ def main(argv: list[str] | None = None) -> int:
     console = table_console()
     if args.verb == "build":
         check_options(_engine_options(args))  # before an export is looked for
+    if args.verb != "inspect":
+        check_paths(args, "checkpoint", "decoder_weights", "data")
     artefact = load_artefact(find_export(args.artefact))
     if args.artefact is None:
         say_on_stderr(export_note(artefact.folder))

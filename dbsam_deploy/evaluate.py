@@ -224,8 +224,6 @@ def main(argv: list[str] | None = None) -> int:
     if args.max_slices is not None and args.max_slices < 1:
         raise InputError(f"--max-slices {args.max_slices}: expected at least 1")
     files = find_cases(args.data, split=args.split, subset=args.subset)
-    for library in ("monai.metrics", "scipy.stats"):
-        load_library(library)
     if args.output is not None:
         _check_output(args.output)
     console = table_console()
@@ -234,6 +232,8 @@ def main(argv: list[str] | None = None) -> int:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     with open_evaluated(args, protocol) as (model, about):
+        for library in ("monai.metrics", "scipy.stats"):
+            load_library(library)
         _check_files(files)
         say(f"data: {args.data}, {len(files)} files, protocol {protocol.name}")
         say("model: " + ", ".join(str(v) for v in list(about.values())[:3]))

@@ -77,7 +77,7 @@ EXTRAS = (
         "PyTorch models, export to ONNX",
         (
             "torch>=2.7",
-            "segment-anything>=1.0",
+            "segment-anything==1.0",
             "safetensors>=0.5",
             "onnx>=1.19",
             "onnxscript>=0.5",
@@ -110,7 +110,18 @@ EXTRAS = (
         ("tritonclient.http",),
     ),
     Extra("nifti", "NIfTI files", ("nibabel>=5.2",), ("nibabel",)),
-    Extra("dicom", "DICOM files", ("pydicom>=3.0",), ("pydicom",)),
+    Extra(
+        "dicom",
+        "DICOM files",
+        (
+            "pydicom>=3.0",
+            "pyjpegls>=1.4",
+            "python-gdcm>=3.0.24",
+            "pylibjpeg>=2.0",
+            "pylibjpeg-openjpeg>=2.0",
+        ),
+        ("pydicom", "jpeg_ls", "gdcm", "pylibjpeg", "openjpeg"),
+    ),
     Extra("medsam", "MedSAM's preprocessing", ("scikit-image>=0.24",), ("skimage.transform",)),
     Extra(
         "eval",

@@ -258,3 +258,38 @@ def build_table(kind: type[T], values: dict[str, Any], where: str) -> T:
         if expected and (not isinstance(value, expected) or isinstance(value, bool)):
             raise InputError(f"recipe {where}: {name} = {value!r}, expected {names[name].type}")
     return kind(**values)
+
+
+CALIBRATION_ADVICE = (
+    "pass --calibration PATH, a folder (sub-folders included) or one file with images like those "
+    "that will be segmented: .npz with imgs, .nii, .nii.gz, .png, .jpg"
+)
+
+
+def calibration_plan(
+    recipe: Recipe, path: Path | None, budget: float | None
+) -> CalibrationPlan | None:
+    """What the recipe asks of images, None if it wants none; nothing is read.
+
+    Args:
+        recipe: the precision.
+        path: what the user named.
+        budget: see `options.export_options.ExportOptions`.
+
+    Raises:
+        InputError: images that are wanted and not given, or given for nothing; or a budget that is
+            not between 0 and 1.
+    """
+    if budget is not None and not 0 < budget < 1:
+        raise InputError(f"--budget {budget}: expected a loss between 0 and 1, such as 0.005")
+    plan = recipe.quantization.calibration if recipe.quantization else None
+    if plan is not None and path is None:
+        raise InputError(
+            f"int8 and fp8 need real images to find their ranges: {CALIBRATION_ADVICE}"
+        )
+    if plan is None and (path or budget is not None):
+        raise InputError(
+            f"--calibration and --budget are for recipes with ranges (int8, fp8); "
+            f"{recipe.precision} has none"
+        )
+    return plan

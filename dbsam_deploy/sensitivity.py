@@ -16,11 +16,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from .cli import as_called, check_words, progress_bars, run, table_console
-from .options.sensitivity_options import SensitivityOptions, build_parser, export_command
+from .cli import as_called, check_before, progress_bars, run, table_console
+from .options.sensitivity_options import SensitivityOptions, export_command, parse_words
 
 if __name__ == "__main__":  # --help and a mistyped option need no PyTorch
-    check_words(build_parser, extra="export")
+    check_before(parse_words, "sensitivity", extra="export")
 
 from .core.errors import InputError
 from .evaluation.metrics import load_library
@@ -189,7 +189,7 @@ def ranked_table(found: Sweep) -> Table:
 
 def main(argv: list[str] | None = None, *, stages: SweepStages | None = None) -> int:
     """Command line entry point; returns the exit status."""
-    options = SensitivityOptions(**vars(build_parser().parse_args(argv)))
+    options = SensitivityOptions(**vars(parse_words(argv)))
     load_library("matplotlib")  # before hours of work
     found, _ = find_exclusions(options, Console(stderr=True), stages=stages)
     console = table_console()

@@ -19,6 +19,7 @@ from .core.errors import InputError
 from .prediction.command import add_image_options, add_prompt_options, predict_image
 from .prediction.loading import open_server
 from .prediction.model import Model
+from .privacy import VARIABLES
 from .serving.choice import choose_repository
 from .serving.environment import (
     DEFAULT_FOLDER,
@@ -109,6 +110,7 @@ def docker_command(repository: Repository, ports: Ports, host: str = LOOPBACK) -
     pairs = ((ports.http, 8000), (ports.grpc, 8001), (ports.metrics, 8002))
     lines = [
         "docker run --rm --gpus all --shm-size=1g",
+        *(f"-e {name}={value}" for name, value in VARIABLES.items()),
         *(f"-p {host}:{outer or inner}:{inner}" for outer, inner in pairs),
         f"-v {shlex.quote(str(repository.folder.absolute()))}:/models:ro",
         f'{DOCKER_IMAGE} bash -c "{inside}"',

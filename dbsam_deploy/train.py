@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cli import check_words, run
-from .options.train_options import TrainOptions, build_parser
+from .cli import check_before, run
+from .options.train_options import TrainOptions, parse_words
 
 if __name__ == "__main__":  # --help and a mistyped option need no PyTorch
-    check_words(build_parser, extra="train")
+    check_before(parse_words, "train", extra="train")
 
 import torch
 from rich.console import Console
@@ -264,7 +264,7 @@ def _publish(run: _Run, state: TrainingState) -> Trained:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line entry point; returns the exit status."""
-    options = TrainOptions(**vars(build_parser().parse_args(argv)))
+    options = TrainOptions(**vars(parse_words(argv)))
     train(options)
     return 0
 

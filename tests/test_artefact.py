@@ -243,7 +243,7 @@ def put_exports(root: Path, *names: str) -> None:
 def test_the_newest_export_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     put_exports(tmp_path, "fp32", "int8", "lite/fp16", ".work/fp16-abc", "a/b/c")
-    (tmp_path / "build" / "model_repository").mkdir()
+    (tmp_path / "build" / "model_repository_fp32").mkdir()
     expected = tuple(Path("build") / name for name in ("lite/fp16", "int8", "fp32"))
     assert find_exports() == expected
     assert find_export() == expected[0]

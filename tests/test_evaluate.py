@@ -163,7 +163,8 @@ def test_a_server_of_its_own(
 
 
 def bad_files(data: Path) -> None:
-    image, labels = np.zeros((40, 50, 3), np.uint8), np.ones((40, 50), np.uint8)
+    image = np.arange(6000).astype(np.uint8).reshape(40, 50, 3)
+    labels = np.ones((40, 50), np.uint8)
     dead_pixel = np.where(np.arange(2000).reshape(40, 50) == 30, np.nan, 1.0)
     files: dict[str, dict[str, Any]] = {
         "empty": {"imgs": image, "gts": 0 * labels},

@@ -15,6 +15,7 @@ PACKAGE = ROOT / "dbsam_deploy"
 ORDER = (
     # what every room may use
     "core",
+    "privacy",
     "files",
     "child_process",
     "extras",

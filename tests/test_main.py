@@ -99,13 +99,40 @@ def test_a_mistake_is_one_line_and_status_2(
     assert message in err
 
 
+MISTAKES = (
+    ("--checkpoint", "missing.pth"),
+    ("--variant", "db_sam_huge"),
+    ("--image-size", "100"),
+    ("--budget", "2"),
+)
+TRAINING_FILES = ("data", "split", "unlabelled", "checkpoint", "decoder-weights", "teacher-weights")
+
+
 def test_a_mistake_needs_no_pytorch() -> None:
+    mistakes = [
+        *((word, "--no-such-option") for word in ("export", "train", "sensitivity", "engine")),
+        *((word, "--no-such-option") for word in ("evaluate", "predict", "serve")),
+        *(("export", "--precision", "fp16", *words) for words in MISTAKES),
+        *(("sensitivity", "--calibration", ".", *words) for words in MISTAKES),
+        ("export", "--precision", "int8"),
+        ("export", "--precision", "fp16", "--calibration", "."),
+        ("sensitivity", "--calibration", "missing"),
+        ("sensitivity",),
+        ("train", "--recipe", "missing"),
+        ("train", "--recipe", "missing.toml"),
+        *(("train", "--recipe", "db_sam", f"--{name}", "missing") for name in TRAINING_FILES),
+        ("evaluate", "--data", "missing"),
+        ("evaluate", "--data", ".", "--artefact", "missing"),
+        ("evaluate", "--data", ".", "--backend", "pytorch", "--checkpoint", "missing.pth"),
+        ("engine", "verify", "--checkpoint", "missing.pth"),
+        ("engine", "build", "--artefact", "missing"),
+    ]
     program = (
         "from dbsam_deploy.__main__ import main\n"
-        "for word in 'export train sensitivity engine evaluate predict serve'.split():\n"
-        "    assert main([word, '--no-such-option']) == 2, word\n"
+        f"for words in {mistakes}:\n"
+        "    assert main(words) == 2, words\n"
     )
-    assert loaded({"torch"}, program) == set()
+    assert loaded({"torch", "monai", "scipy"}, program) == set()
 
 
 @pytest.mark.parametrize("way", ["script", "package", "module"])

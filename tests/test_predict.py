@@ -222,6 +222,23 @@ def test_dicom_series_gives_nifti_in_place(
         np.testing.assert_array_equal(alone["segs"], mask)
 
 
+def test_a_dicom_series_is_chosen_and_said(
+    command: Command, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    pytest.importorskip("nibabel")
+    pytest.importorskip("pydicom")
+    volume = blocks(rng, 3, 40, 50).astype(int) * 8 - 1000
+    own = {"WindowCenter": "40.5", "WindowWidth": "1201"}
+    write_dicom_series(tmp_path / "ct" / "a", volume, SeriesNumber=1, **own)
+    write_dicom_series(tmp_path / "ct" / "b", volume, SeriesNumber=2)
+    (tmp_path / "ct" / "README.txt").write_text("two series")
+    box = ("--box3d", 5, 4, 0, 45, 30, 3)
+    out = command(tmp_path / "ct", "--series", 1, "--window", "file", *box)
+    assert "intensities: the file's own window level 40.5 width 1201" in out
+    assert "NOTE: passed over, since they hold no slices: README.txt" in out
+    assert "soft-tissue window" in command(tmp_path / "ct", "--series", 2, *box)
+
+
 def test_medsam_preprocessing_can_be_chosen(
     command: Command, tmp_path: Path, rng: np.random.Generator
 ) -> None:

@@ -90,6 +90,7 @@ def test_the_docker_command_names_ports_volume_and_packages(tiny_repository, cap
     text = capsys.readouterr().out
     assert "--gpus all" in text
     assert "--shm-size" in text
+    assert "-e ORT_DISABLE_TELEMETRY=1" in text
     assert "-p 127.0.0.1:9000:8000" in text
     assert f"-v {root}:/models:ro" in text
     assert "nvcr.io/nvidia/tritonserver:24.10-py3" in text

@@ -22,7 +22,7 @@ from ..core.contract import (
     prompts_ensemble_spec,
 )
 from ..core.errors import DbsamError, InputError, ServingError
-from ..core.imaging import Arrays, check_boxes, check_image
+from ..core.imaging import Arrays, check_boxes, check_contrast, check_image
 from ..core.masks import Prediction
 from ..core.prompts import Places, check_mask_input, check_mask_pixels, join_prompts
 from ..extras import require
@@ -75,11 +75,11 @@ def box_call(
         check: refuse here what the server would refuse; without it arrays are sent as they are.
 
     Raises:
-        InputError: see `imaging.check_image` and `imaging.check_boxes`.
+        InputError: see `imaging.check_image`, `check_contrast` and `check_boxes`.
     """
     image, boxes = np.asarray(image), np.asarray(boxes)
     if check:
-        image = check_image(image)
+        image = check_contrast(check_image(image))
         boxes = check_boxes(boxes, _size_of(image))
         check_mask_pixels(len(boxes), _size_of(image))
     spec, count = ensemble_spec(side or 1), len(boxes)
@@ -115,7 +115,7 @@ def prompt_call(
     Raises:
         InputError: the image or a prompt is not usable.
     """
-    image = check_image(np.asarray(image))
+    image = check_contrast(check_image(np.asarray(image)))
     size = _size_of(image)
     coords, labels = join_prompts(size, **places)
     count = len(coords)

@@ -8,6 +8,7 @@ what it raised), and returns the result. `client.DbsamClient` runs one by callin
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any, TypeVar, Unpack
@@ -47,7 +48,7 @@ Returned = TypeVar("Returned")
 Exchange = Generator[Callable[[], Any], Any, Returned]
 
 
-class Exchanges:
+class Exchanges(ABC):
     """One client's connection and its exchanges; other exchanges may run while one waits.
 
     Args:
@@ -83,13 +84,13 @@ class Exchanges:
         self._closed = False
         self._client = self._connect(timeout_s)
 
+    @abstractmethod
     def _connect(self, timeout_s: float) -> Any:
         """`tritonclient`'s client of the transport; its methods are what exchanges yield."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _pause(self, seconds: float) -> Any:
         """Wait while the server is busy."""
-        raise NotImplementedError
 
     def _check_usable(self) -> None:
         """Refuse a request that this client cannot send any more.

@@ -40,6 +40,8 @@ ByteArray = npt.NDArray[np.uint8]
 Arrays = dict[str, npt.NDArray[Any]]
 """Arrays by the names of the contract's tensors."""
 
+NOTHING = "there is nothing to segment"
+
 
 @dataclass(frozen=True)
 class Preprocessing(Geometry):
@@ -79,6 +81,35 @@ def check_image(image: npt.NDArray[Any]) -> ByteArray:
             f"image of {image.shape[0]}×{image.shape[1]} pixels: at most {MAX_IMAGE_PIXELS} pixels "
             "are accepted; crop or downsample it"
         )
+    return image
+
+
+def is_constant(pixels: npt.NDArray[Any]) -> bool:
+    """Whether all pixels are the same, on which a model draws a mask all the same.
+
+    Args:
+        pixels: (N,) grey or (N, C) colour, N ≥ 1.
+    """
+    some = pixels[:: max(1, len(pixels) // 64)]  # nearly always enough to tell
+    return all(bool((part == part[0]).all()) for part in (some, pixels))
+
+
+def all_values_are(pixels: npt.NDArray[Any]) -> str:
+    """What is wrong with constant `pixels`, see `is_constant`."""
+    values = sorted(set(pixels[0].tolist())) if pixels.ndim == 2 else [pixels[0].item()]
+    values = values if len(values) == 1 else pixels[0].tolist()
+    return f"all values are {' '.join(f'{value:g}' for value in values)}; {NOTHING}"
+
+
+def check_contrast(image: ByteArray) -> ByteArray:
+    """Return `image` ((H, W, 3) uint8 RGB) if its pixels differ.
+
+    Raises:
+        InputError: it is one colour everywhere.
+    """
+    pixels = image.reshape(-1, 3)
+    if is_constant(pixels):
+        raise InputError(f"image: {all_values_are(pixels)}")
     return image
 
 

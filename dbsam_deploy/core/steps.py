@@ -31,6 +31,7 @@ from .imaging import (
     FloatArray,
     Preprocessing,
     check_boxes,
+    check_contrast,
     check_image,
     postprocess,
     preprocess,
@@ -49,7 +50,7 @@ def preprocess_boxes(arrays: Arrays, how: Preprocessing) -> Arrays:
     """
     spec = preprocess_spec(how)
     image, boxes = _take(spec, arrays)
-    size = _size_of(check_image(image))
+    size = _size_of(check_contrast(check_image(image)))
     values = check_boxes(boxes, size)
     check_mask_pixels(len(values), size)
     model_boxes = to_model_frame(values, size, how)[None]
@@ -76,7 +77,7 @@ def preprocess_prompts(arrays: Arrays, how: Preprocessing) -> Arrays:
     """
     spec = preprocess_prompts_spec(how)
     image, point_coords, point_labels, mask_input, has_mask_input = _take(spec, arrays)
-    size = _size_of(check_image(image))
+    size = _size_of(check_contrast(check_image(image)))
     coords, labels = check_tokens(point_coords, point_labels, size)
     count = len(coords)
     check_mask_pixels(count * NUM_MASK_TOKENS, size)

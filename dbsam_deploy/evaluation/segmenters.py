@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ..core.errors import InputError
-from ..core.imaging import ByteArray, FloatArray, check_boxes
+from ..core.imaging import ByteArray, FloatArray, check_boxes, is_constant
 from ..core.masks import Prediction
 from ..prediction.predictor import Promptable
 from ..prediction.segment import prompts_at_once
@@ -23,11 +23,17 @@ KEPT_EMBEDDINGS = 64
 
 
 def as_segmenter(model: Promptable | BoxSegmenter) -> BoxSegmenter:
-    """A predictor or a callable as a callable."""
+    """A predictor or a callable as a callable.
+
+    An image of one colour, as an empty slice of a volume is, gets empty masks from a predictor.
+    """
     if callable(model):
         return model
 
     def segment_image(image: ByteArray, boxes: FloatArray) -> Prediction:
+        if is_constant(image.reshape(-1, 3)):
+            masks = np.zeros((len(boxes), 1, *image.shape[:2]), np.uint8)
+            return Prediction(masks, np.zeros((len(boxes), 1), np.float32))
         model.set_image(image)
         return model.predict_boxes(boxes)
 

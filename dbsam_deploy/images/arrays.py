@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -12,44 +13,49 @@ from PIL import Image
 
 from ..core.contract import MAX_IMAGE_PIXELS
 from ..core.errors import InputError
-from .volumes import DAMAGED_PICTURE, Volume, picture_values, read_image, to_uint8
+from .intensity import STORED, Intensity, Window, to_uint8
+from .volumes import DAMAGED_PICTURE, Volume, picture_values, read_image
 
 ImageLike = Any
 """A path, a `Volume`, a PIL image, or numbers: NumPy, nested lists or a torch tensor."""
 
 
-def as_volume(image: ImageLike, *, window: tuple[float, float] | None = None) -> Volume:
+def as_volume(
+    image: ImageLike, *, window: Window | str | None = None, series: str | int | None = None
+) -> Volume:
     """An image in any form as slices of 0–255.
 
     Numbers are (H, W) grey, (H, W, 3) RGB, (H, W, 4) RGBA (laid over black) or (D, H, W) slices; a
-    torch tensor may be (C, H, W) or (1, C, H, W) too. uint8 is taken as it is; so are other colours
-    and lists whose values are whole and within 0–255. Floats within 0–1 become 0–255. Everything
-    else goes the way of a file, see `volumes.to_uint8`; `Volume.intensity` says what was done.
+    torch tensor may be (C, H, W) or (1, C, H, W) too. uint8 is taken as it is; so are whole numbers
+    within 0–255 of any type, grey or colour. Floats within 0–1 become 0–255. Everything else goes
+    the way of a file, see `intensity.to_uint8`; `Volume.intensity` says what was done.
 
     Args:
         image: see `ImageLike`.
-        window: (level, width) that maps values to 0–255, as for a file.
+        window: (level, width) that maps values to 0–255, as for a file, see `read_image`.
+        series: of a DICOM folder, see `read_image`.
 
     Raises:
         InputError: not an image, or see `read_image`.
         EngineError: a file whose format's extra is not installed.
     """
     if isinstance(image, Volume):
-        if window is not None:
-            raise InputError("this image was read before: give the window to read_image")
+        if window is not None or series is not None:
+            raise InputError("this image was read before: give window and series to read_image")
         return image
     if isinstance(image, str | os.PathLike):
-        return read_image(os.fspath(image), window=window)
+        return read_image(os.fspath(image), window=window, series=series)
+    if isinstance(window, str) or series is not None:
+        raise InputError('the window "file" and a series are for DICOM files')
     if isinstance(image, Image.Image):
-        values, note = _picture(image)
-        pixels, text = to_uint8(values[None], window, Path("picture"))
-        return Volume(Path("picture"), "picture", pixels, text + note)
-    whole = isinstance(image, list | tuple)
-    return _from_numbers(_numbers(image), window, whole)
+        values, notes = _picture(image)
+        pixels, intensity = to_uint8(values[None], window, Path("picture"), notes=notes)
+        return Volume(Path("picture"), "picture", pixels, intensity)
+    return _from_numbers(_numbers(image), window)
 
 
-def _picture(image: Image.Image) -> tuple[npt.NDArray[Any], str]:
-    """Values of an open picture, and a remark on what was converted.
+def _picture(image: Image.Image) -> tuple[npt.NDArray[Any], tuple[str, ...]]:
+    """Values of an open picture, and remarks on what was converted.
 
     Raises:
         InputError: no pixels or too many, or a picture whose file turns out to be damaged.
@@ -136,42 +142,44 @@ def _is_colour(values: npt.NDArray[Any]) -> bool:
     return values.ndim == 3 and values.shape[2] in (3, 4)
 
 
-def _from_numbers(
-    values: npt.NDArray[Any], window: tuple[float, float] | None, whole: bool
-) -> Volume:
-    path, colour = Path("array"), _is_colour(values)
-    given, note = values, ""
+def _from_numbers(values: npt.NDArray[Any], window: Window | None) -> Volume:
+    path, given, known = Path("array"), values, None
     if window is None:
-        values, note = _known_range(values, whole or colour)
+        values, known = _known_range(values)
+    notes: tuple[str, ...] = ()
+    colour = _is_colour(values)
     if colour and values.shape[2] == 4:
-        values, note = _over_black(values, note)
+        values, notes = _over_black(values)
     stack = values if values.ndim == 3 and not colour else values[None]
-    pixels, text = to_uint8(stack, window, path)
+    pixels, intensity = to_uint8(stack, window, path)
+    intensity = (intensity if known is None else known).with_notes(*notes)
     if np.may_share_memory(pixels, given):  # the caller may write to it, a result must not change
         pixels = pixels.copy()
-    return Volume(path, "array", pixels, note or text)
+    return Volume(path, "array", pixels, intensity)
 
 
-def _known_range(values: npt.NDArray[Any], whole: bool) -> tuple[npt.NDArray[Any], str]:
-    """Values whose range is known by convention, as uint8, and in words how; others as they are.
+def _known_range(values: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], Intensity | None]:
+    """Values whose range is known by convention as uint8, and how; others as they are.
 
-    Args:
-        values: any shape.
-        whole: whole numbers within 0–255 are meant as such.
+    Whole numbers within 0–255 are meant as such, whatever type holds them: a list of them has no
+    type, and a picture keeps its brightness as int16 or float. A scan in so few values is brought
+    to the full range by a window.
     """
     if values.dtype == np.bool_:
-        return values.astype(np.uint8) * np.uint8(255), "false 0, true 255"
+        how = Intensity("range", 0, 1, "false 0, true 255")
+        return values.astype(np.uint8) * np.uint8(255), how
     if values.dtype == np.uint8 or not np.isfinite(values).all():
-        return values, ""
-    low, high = float(values.min()), float(values.max())
+        return values, None
+    low, high = values.min(), values.max()
     if values.dtype.kind == "f" and low >= 0 and 0 < high <= 1:
-        return np.rint(values.astype(np.float64) * 255).astype(np.uint8), "0–1 to 0–255"
-    if whole and low >= 0 and high <= 255 and (values == np.rint(values)).all():
-        return values.astype(np.uint8), "0–255 as given"
-    return values, ""
+        how = Intensity("range", 0, 1, "0–1 to 0–255")
+        return np.rint(values.astype(np.float64) * 255).astype(np.uint8), how
+    if low >= 0 and high <= 255 and (values == np.rint(values)).all():
+        return values.astype(np.uint8), dataclasses.replace(STORED, text="0–255 as given")
+    return values, None
 
 
-def _over_black(values: npt.NDArray[Any], note: str) -> tuple[npt.NDArray[Any], str]:
+def _over_black(values: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], tuple[str, ...]]:
     """(H, W, 4) RGBA laid over black.
 
     Raises:
@@ -179,9 +187,7 @@ def _over_black(values: npt.NDArray[Any], note: str) -> tuple[npt.NDArray[Any], 
     """
     if values.dtype != np.uint8:
         raise InputError(
-            f"RGBA values of type {values.dtype}: expected uint8, or floats within 0–1; or drop "
-            "the fourth channel"
+            f"RGBA values of type {values.dtype}: expected uint8, whole numbers within 0–255 or "
+            "floats within 0–1; or drop the fourth channel"
         )
-    picture = Image.fromarray(np.ascontiguousarray(values))
-    flat, over = picture_values(picture)
-    return flat, (note or "0–255 as given") + over
+    return picture_values(Image.fromarray(np.ascontiguousarray(values)))

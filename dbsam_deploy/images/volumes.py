@@ -27,12 +27,20 @@ from PIL import Image
 from ..core.contract import MAX_IMAGE_PIXELS
 from ..core.errors import InputError
 from ..core.imaging import ByteArray, FloatArray
+from .dicom import read_dicom
+from .dicom_files import looks_like_dicom
+from .intensity import Intensity, Window, to_uint8
 from .npz_files import read_npz
-from .scans import Scan, ScanGeometry, nifti_bytes, read_dicom, read_nifti
+from .scans import Scan, ScanGeometry, nifti_bytes, read_nifti
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
-PERCENTILES = (0.5, 99.5)
-CT_ADVICE = "; for CT in HU consider --window 40 400"
+OWN_WINDOW = "file"
+"""As a window: the one that a DICOM file names itself."""
+SOFT_TISSUE = (40.0, 400.0)
+"""Level and width in HU of the CVPR 2024 challenge for CT."""
+SOFT_TISSUE_TEXT = (
+    "soft-tissue window level 40 width 400 HU (the CVPR 2024 challenge's), as no window was given"
+)
 
 DAMAGED_PICTURE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 """What Pillow raises while it reads a damaged file."""
@@ -46,21 +54,26 @@ class Volume:
         path: the file or folder it was read from.
         kind: `picture`, `npz`, `nifti` or `dicom`.
         pixels: (D, H, W) grey or (D, H, W, 3) RGB uint8.
-        intensity: in words, how the stored values became 0–255.
+        intensity: how the stored values became 0–255.
         boxes: the file's own prompts, (n, 4) for an image or (n, 6) half-open for a volume.
         spacing_mm: distance between voxels along (z, y, x), where the file says so.
         geometry: what a NIfTI label map needs, for NIfTI and DICOM.
         files: every file that was read; none of them may be overwritten.
+        unplaced: why the slices of a series form no grid, which NIfTI needs; the predicate of a
+            sentence, and empty where they do.
+        notes: what of a folder was left out, and what was made of its geometry.
     """
 
     path: Path
     kind: str
     pixels: ByteArray
-    intensity: str
+    intensity: Intensity
     boxes: FloatArray | None = None
     spacing_mm: tuple[float, float, float] | None = None
     geometry: ScanGeometry | None = None
     files: tuple[Path, ...] = ()
+    unplaced: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def is_volume(self) -> bool:
@@ -80,43 +93,78 @@ class Volume:
 
 
 def read_image(
-    path: str | Path, *, window: tuple[float, float] | None = None, with_boxes: bool = True
+    path: str | Path,
+    *,
+    window: Window | str | None = None,
+    with_boxes: bool = True,
+    series: str | int | None = None,
 ) -> Volume:
     """Read any supported image.
 
     Args:
-        path: PNG, JPEG, `.npz`, `.nii`, `.nii.gz`, one DICOM file, or a folder with a DICOM series.
+        path: PNG, JPEG, `.npz`, `.nii`, `.nii.gz`, one DICOM file, or a folder with DICOM files.
         window: (level, width) that maps stored values to 0–255, for example (40, 400) for soft
-            tissue in CT. Without it uint8 data are taken as they are and other types are clipped to
-            the 0.5–99.5 percentiles, see `to_uint8`.
+            tissue in CT, or "file" for the window that a DICOM file names itself. Without it uint8
+            data are taken as they are, CT in DICOM by the soft-tissue window, and other values are
+            clipped to the 0.5–99.5 percentiles, see `to_uint8`.
         with_boxes: read the prompts stored in an npz.
+        series: SeriesInstanceUID or SeriesNumber, for a folder with several DICOM series.
 
     Raises:
-        InputError: no such file; an unknown, damaged or too large one; values that are not finite.
-        EngineError: the format's extra is not installed.
+        InputError: no such file; an unknown, damaged or too large one; values that are not finite;
+            a DICOM folder with missing slices or several series, see `dicom.read_dicom`.
+        EngineError: the format's extra, or a decoder, is not installed.
     """
     path = Path(path)
     if not os.path.exists(path):  # unlike Path.exists, False for an impossible name
         raise InputError(f"{path}: no such file or folder")
     name = path.name.lower()
-    if path.is_dir():
-        return _from_scan(path, "dicom", read_dicom(path), window)
+    known = (*PICTURE_SUFFIXES, ".npz", ".nii", ".nii.gz")
+    is_dicom = name.endswith((".dcm", ".dicom")) or (
+        not name.endswith(known) and looks_like_dicom(path)
+    )
+    if path.is_dir() or is_dicom:
+        return _read_dicom(path, window, series)
+    if isinstance(window, str):
+        raise InputError(f"window {window!r}: {path} is no DICOM; expected (level, width)")
+    if series is not None:
+        raise InputError(f"series {series!r}: {path} is no DICOM, which alone has series")
     if name.endswith(PICTURE_SUFFIXES):
         return _read_picture(path, window)
     if name.endswith(".npz"):
         return _from_npz(path, window, with_boxes)
     if name.endswith((".nii", ".nii.gz")):
         return _from_scan(path, "nifti", read_nifti(path), window)
-    if name.endswith((".dcm", ".dicom")):
-        return _from_scan(path, "dicom", read_dicom(path), window)
     raise InputError(
-        f"{path}: unknown kind of file; expected .png, .jpg, .jpeg, .npz, .nii, .nii.gz, .dcm or a "
-        "folder with a DICOM series"
+        f"{path}: unknown kind of file; expected .png, .jpg, .jpeg, .npz, .nii, .nii.gz, DICOM or "
+        "a folder with a DICOM series"
     )
 
 
-def _from_scan(path: Path, kind: str, scan: Scan, window: tuple[float, float] | None) -> Volume:
-    pixels, intensity = to_uint8(scan.values, window, path)
+def _read_dicom(path: Path, window: Window | str | None, series: str | int | None) -> Volume:
+    if isinstance(window, str) and window != OWN_WINDOW:
+        raise InputError(f'window {window!r}: expected (level, width) or "{OWN_WINDOW}"')
+    own = window == OWN_WINDOW
+    scan = read_dicom(path, series=None if series is None else str(series), own_window=own)
+    text = ""
+    if isinstance(window, str):
+        window, text = (127.5, 255.0), scan.own_window
+    elif window is None and scan.is_ct:
+        window, text = SOFT_TISSUE, SOFT_TISSUE_TEXT
+    return _from_scan(path, "dicom", scan, window, text)
+
+
+def _from_scan(
+    path: Path, kind: str, scan: Scan, window: Window | None, window_text: str = ""
+) -> Volume:
+    pixels, intensity = to_uint8(
+        scan.values,
+        window,
+        path,
+        excluded=scan.padding,
+        is_inverted=scan.is_inverted,
+        window_text=window_text,
+    )
     return Volume(
         path,
         kind,
@@ -125,73 +173,12 @@ def _from_scan(path: Path, kind: str, scan: Scan, window: tuple[float, float] | 
         spacing_mm=scan.spacing_mm,
         geometry=scan.geometry,
         files=scan.files,
+        unplaced=scan.unplaced,
+        notes=scan.notes,
     )
 
 
-def to_uint8(
-    values: npt.NDArray[Any], window: tuple[float, float] | None, path: Path
-) -> tuple[ByteArray, str]:
-    """Stored intensities → 0–255, and in words how.
-
-    Without a window, values other than uint8 are clipped to the 0.5–99.5 percentiles of the
-    non-zero voxels and zeros stay 0, as in MedSAM's preparation of MR. Where there are negative
-    values, 0 is no background (it is water in HU), so all voxels count and none is kept.
-
-    Args:
-        values: (D, H, W) or (D, H, W, 3) numbers.
-        window: (level, width) in the units of `values`.
-        path: named in errors.
-
-    Raises:
-        InputError: not real numbers, NaN or infinity, a width of 0 or less, or a constant image.
-    """
-    if values.dtype.kind not in "uif":
-        raise InputError(f"{path}: values of type {values.dtype}; expected real numbers")
-    if values.dtype.kind == "f" and not all(np.isfinite(plane).all() for plane in values):
-        raise InputError(
-            f"{path} holds NaN or infinity: replace them (for example by the lowest value) first"
-        )
-    if window is None and values.dtype == np.uint8:
-        return np.ascontiguousarray(values), "0–255 as stored"
-    keep_zeros = window is None and float(values.min()) >= 0
-    if window is not None:
-        low, high, text = _window_range(window)
-    else:
-        low, high, text = _percentile_range(values, keep_zeros)
-    if not high > low:
-        raise InputError(f"{path}: all values are {low:g}; there is nothing to segment")
-    out = np.empty(values.shape, np.uint8)
-    for index, plane in enumerate(values):
-        scaled = (np.clip(plane.astype(np.float64), low, high) - low) / (high - low) * 255
-        out[index] = scaled.astype(np.uint8)  # truncates, as MedSAM does
-        if keep_zeros:
-            out[index][plane == 0] = 0
-    return out, text
-
-
-def _window_range(window: tuple[float, float]) -> tuple[float, float, str]:
-    try:
-        level, width = (float(value) for value in window)
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"window {window!r}: expected two numbers, level and width, for example (40, 400)"
-        ) from error
-    if not (np.isfinite([level, width]).all() and width > 0):
-        raise InputError(f"window {level:g} {width:g}: expected a finite level and a width > 0")
-    low, high = level - width / 2, level + width / 2
-    return low, high, f"window level {level:g} width {width:g} ({low:g} to {high:g})"
-
-
-def _percentile_range(values: npt.NDArray[Any], without_zeros: bool) -> tuple[float, float, str]:
-    counted = values[values != 0] if without_zeros else values
-    low, high = 0.0, 0.0
-    if counted.size:
-        low, high = (float(edge) for edge in np.percentile(counted, PERCENTILES))
-    which, advice = ("non-zero", "") if without_zeros else ("all", CT_ADVICE)
-    return low, high, f"0.5–99.5 percentile of {which} voxels ({low:g} to {high:g}){advice}"
-
-
-def _read_picture(path: Path, window: tuple[float, float] | None) -> Volume:
+def _read_picture(path: Path, window: Window | None) -> Volume:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -199,41 +186,43 @@ def _read_picture(path: Path, window: tuple[float, float] | None) -> Volume:
                 if image.width * image.height > MAX_IMAGE_PIXELS:
                     raise Image.DecompressionBombError
                 image.load()
-                values, note = picture_values(image, path)
+                values, notes = picture_values(image, path)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(
             f"{path}: more than {MAX_IMAGE_PIXELS} pixels; crop or downsample it"
         ) from error
     except DAMAGED_PICTURE as error:
         raise InputError(f"{path} is not a readable PNG or JPEG: {error}") from error
-    pixels, intensity = to_uint8(values[None], window, path)
-    return Volume(path, "picture", pixels, intensity + note, files=(path,))
+    pixels, intensity = to_uint8(values[None], window, path, notes=notes)
+    return Volume(path, "picture", pixels, intensity, files=(path,))
 
 
-def picture_values(image: Image.Image, path: Path | None = None) -> tuple[npt.NDArray[Any], str]:
-    """(H, W) or (H, W, 3) values of an open picture, and a remark on what was converted.
+def picture_values(
+    image: Image.Image, path: Path | None = None
+) -> tuple[npt.NDArray[Any], tuple[str, ...]]:
+    """(H, W) or (H, W, 3) values of an open picture, and remarks on what was converted.
 
     Args:
         image: a loaded picture.
         path: its file, if it has one.
     """
     if image.mode.startswith("I") or image.mode == "F":
-        return np.asarray(image), ""
+        return np.asarray(image), ()
     if image.has_transparency_data:
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))
-        return np.asarray(
-            Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")
-        ), "; transparency over black"
-    note = ""
+        return np.asarray(Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")), (
+            "transparency over black",
+        )
+    notes: tuple[str, ...] = ()
     if image.format == "PNG" and path is not None:
         with path.open("rb") as stream:
             bit_depth = stream.read(26)[24]
         # Pillow keeps 16 bits of a grey PNG (mode I;16) but only the high byte of a colour one.
-        note = "; high byte of 16-bit colour" if bit_depth == 16 else ""
-    return np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB")), note
+        notes = ("high byte of 16-bit colour",) if bit_depth == 16 else ()
+    return np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB")), notes
 
 
-def _from_npz(path: Path, window: tuple[float, float] | None, with_boxes: bool) -> Volume:
+def _from_npz(path: Path, window: Window | None, with_boxes: bool) -> Volume:
     content = read_npz(path, with_boxes=with_boxes)
     pixels, intensity = to_uint8(content.values, window, path)
     return Volume(path, "npz", pixels, intensity, content.boxes, content.spacing_mm, files=(path,))
@@ -264,6 +253,13 @@ def npz_bytes(**arrays: Any) -> bytes:
     return stream.getvalue()
 
 
+def no_grid(volume: Volume) -> str:
+    """Why a volume without geometry has none, in words."""
+    if volume.unplaced:
+        return f"its slices {volume.unplaced} and form no straight grid"
+    return "it has no position in space"
+
+
 def label_map_bytes(labels: npt.NDArray[Any], volume: Volume, *, compressed: bool = True) -> bytes:
     """(D, H, W) labels as `.nii.gz` or `.nii` content with the geometry of `volume`.
 
@@ -273,7 +269,7 @@ def label_map_bytes(labels: npt.NDArray[Any], volume: Volume, *, compressed: boo
     """
     if volume.geometry is None:
         raise InputError(
-            f"{volume.path} has no position in space, which NIfTI needs: save it as .npz "
+            f"{volume.path}: {no_grid(volume)}, which NIfTI needs: save it as .npz "
             "(--mask-format npz)"
         )
     return nifti_bytes(labels, volume.geometry, compressed=compressed)

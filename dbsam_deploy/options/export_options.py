@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..cli import HelpFormatter, Parser
+from ..cli import HelpFormatter, Parser, add_no_wait, check_paths
+from ..core.contract import check_image_size
 from ..engines.build import CHOICES, parse_targets
-from ..recipe import available_precisions, load_recipe
-from ..resources import DEFAULT_VARIANT, resource_dir
+from ..recipe import available_precisions, calibration_plan, load_recipe
+from ..resources import DEFAULT_VARIANT, VARIANT_NAMES, resource_dir
 
 DESCRIPTION = """\
 Export a model as two graphs (encoder + fusion, prompt + decoder), compare them with PyTorch on real
 images, and publish them with a Triton model repository if they pass the recipe's gate.
 
-Writes build/<precision>/ (ONNX files and manifest.json) and build/model_repository/. Stages whose
-inputs did not change are not run again. Without --checkpoint the trained db_sam_tiny that ships
-with this library is exported.
+Writes build/<precision>/ (ONNX files and manifest.json) and build/model_repository_<precision>/.
+Stages whose inputs did not change are not run again. Without --checkpoint the trained db_sam_tiny
+that ships with this library is exported.
 
 examples:
   the bundled tiny model, half precision
@@ -49,6 +51,7 @@ class ExportOptions:
         targets: GPUs to build them for, where the builder is told.
         calibration: folder or file of real images for a recipe that quantises activations.
         budget: largest loss of Dice for which a sweep leaves layers out, None for no sweep.
+        wait: for another command that writes `output` to end; else the export is refused.
     """
 
     precision: str
@@ -63,6 +66,7 @@ class ExportOptions:
     targets: tuple[str, ...] = ()
     calibration: Path | None = None
     budget: float | None = None
+    wait: bool = True
 
 
 def build_parser() -> Parser:
@@ -80,7 +84,9 @@ def build_parser() -> Parser:
         help=f"recipe in {resource_dir('export').name}/ ({recipes})",
     )
     parser.add_argument(
-        "--variant", help=f"model variant; by default the checkpoint's, or {DEFAULT_VARIANT}"
+        "--variant",
+        choices=VARIANT_NAMES,
+        help=f"model variant; by default the checkpoint's, or {DEFAULT_VARIANT}",
     )
     parser.add_argument("--checkpoint", type=Path, help="weights: .pth or .safetensors")
     parser.add_argument(
@@ -95,7 +101,9 @@ def build_parser() -> Parser:
         "decoder (lite_medsam.pth)",
     )
     parser.add_argument(
-        "--data", type=Path, help="folder of npz cases for the comparison; default: bundled"
+        "--data",
+        type=Path,
+        help="folder of npz cases for the comparison; default: bundled",
     )
     parser.add_argument(
         "--data-images",
@@ -104,9 +112,24 @@ def build_parser() -> Parser:
         help="how many of their images are compared; default: the recipe's",
     )
     parser.add_argument("--output", type=Path, default=Path("build"), help="where to write")
+    add_no_wait(parser)
     _add_quantization(parser)
     _add_engines(parser)
     return parser
+
+
+def parse_words(argv: list[str] | None) -> argparse.Namespace:
+    """The parsed command line; what is seen to be a mistake without PyTorch is refused.
+
+    Raises:
+        InputError: an image size that no graph has, or images that the recipe needs or cannot use.
+    """
+    words = build_parser().parse_args(argv)
+    check_paths(words, "checkpoint", "decoder_weights", "data", "calibration")
+    if words.image_size is not None:
+        check_image_size(words.image_size)
+    calibration_plan(load_recipe(words.precision), words.calibration, words.budget)
+    return words
 
 
 def _add_quantization(parser: Parser) -> None:

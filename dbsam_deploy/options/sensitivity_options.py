@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..cli import HelpFormatter, Parser
-from ..recipe import available_precisions, load_recipe
+from ..cli import HelpFormatter, Parser, check_paths
+from ..core.contract import check_image_size
+from ..recipe import available_precisions, calibration_plan, load_recipe
+from ..resources import VARIANT_NAMES
 
 DESCRIPTION = """\
 Quantise an encoder block by block and in groups, measure each choice on held-back calibration
@@ -77,9 +80,23 @@ def build_parser() -> Parser:
         help="largest loss of Dice with the truth on held-back images; the gate holds as well",
     )
     parser.add_argument("--checkpoint", type=Path, help="weights: .pth or .safetensors")
-    parser.add_argument("--variant", help="model variant; by default the checkpoint's")
+    parser.add_argument("--variant", choices=VARIANT_NAMES, help="by default the checkpoint's")
     parser.add_argument("--image-size", type=int, help="side of the model frame")
     parser.add_argument(
         "--output", type=Path, default=SensitivityOptions.output, help="where to write"
     )
     return parser
+
+
+def parse_words(argv: list[str] | None) -> argparse.Namespace:
+    """The parsed command line; what is seen to be a mistake without PyTorch is refused.
+
+    Raises:
+        InputError: an image size that no graph has, no images, or an impossible budget.
+    """
+    words = build_parser().parse_args(argv)
+    check_paths(words, "checkpoint", "calibration")
+    if words.image_size is not None:
+        check_image_size(words.image_size)
+    calibration_plan(load_recipe(words.precision), words.calibration, words.budget)
+    return words

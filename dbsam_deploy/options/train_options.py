@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from ..cli import HelpFormatter, Parser
-from ..training.choices import Freeze, available_training_recipes
+from ..cli import HelpFormatter, Parser, check_paths
+from ..training.choices import Freeze, available_training_recipes, find_training_recipe
 
 DESCRIPTION = """\
 Train a model by a recipe (export/training/*.toml): first the embeddings of a teacher on images
@@ -70,9 +71,21 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("--recipe", required=True, help=f"{known}, or the path of a .toml of your own")
     add("--data", type=Path, help="folder of labelled images: MedSAM npz, DIR/<task>/*.npz")
-    add("--split", type=Path, help="JSON or TOML: which files of --data are train and validation")
-    add("--unlabelled", type=Path, help="folder of images for distillation (PNG, JPEG, npz)")
-    add("--checkpoint", type=Path, help="start from these weights (SAM ViT-B for the paper's way)")
+    add(
+        "--split",
+        type=Path,
+        help="JSON or TOML: which files of --data are train and validation",
+    )
+    add(
+        "--unlabelled",
+        type=Path,
+        help="folder of images for distillation (PNG, JPEG, npz)",
+    )
+    add(
+        "--checkpoint",
+        type=Path,
+        help="start from these weights (SAM ViT-B for the paper's way)",
+    )
     add("--decoder-weights", type=Path, help="lite_medsam.pth: decoder of a fresh start")
     add("--teacher", help="variant to distil from, or `none`; by default the recipe's")
     add("--teacher-weights", type=Path, help="the teacher's file, by default as for export")
@@ -87,3 +100,16 @@ def build_parser() -> Parser:
     add("--workers", type=int, default=0, help="processes that prepare images")
     add("--cpu", action="store_true", help="stay on the CPU")
     return parser
+
+
+def parse_words(argv: list[str] | None) -> argparse.Namespace:
+    """The parsed command line; what is seen to be a mistake without PyTorch is refused.
+
+    Raises:
+        InputError: an unknown recipe.
+    """
+    words = build_parser().parse_args(argv)
+    check_paths(words, "data", "split", "unlabelled")
+    check_paths(words, "checkpoint", "decoder_weights", "teacher_weights")
+    find_training_recipe(words.recipe)
+    return words

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -19,7 +20,7 @@ from ..cli import progress_bars, table_console
 from ..core.errors import InputError
 from ..files.atomic import write_file
 from ..images.scans import require_nibabel
-from ..images.volumes import Volume, png_bytes, read_image
+from ..images.volumes import OWN_WINDOW, Volume, no_grid, png_bytes, read_image
 from .model import Model, own_boxes
 from .prompts import Prompts, check_prompts
 from .results import Result
@@ -75,9 +76,15 @@ def add_image_options(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--window",
         nargs=2,
-        type=float,
+        action=_Window,
         metavar=("LEVEL", "WIDTH"),
-        help="stored values shown as black to white, HU for CT: 40 400 soft tissue, -600 1500 lung",
+        help="stored values shown as black to white, HU for CT: 40 400 soft tissue, -600 1500 lung;"
+        " `file` alone: the window that a DICOM file names itself",
+    )
+    parser.add_argument(
+        "--series",
+        metavar="UID|NUMBER",
+        help="which series of a DICOM folder (SeriesInstanceUID or SeriesNumber)",
     )
     parser.add_argument(
         "--output", type=Path, default=Path("predictions"), help="folder for results"
@@ -91,6 +98,32 @@ def add_image_options(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--overlay", action="store_true", help="also draw contours, prompts and a legend as PNG"
     )
+
+
+class _Window(argparse.Action):
+    """LEVEL and WIDTH as numbers, or the word `file`, which `cli.Parser` takes for both."""
+
+    alone = OWN_WINDOW
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Keep (level, width) or `file`."""
+        if OWN_WINDOW in values:
+            if set(values) != {OWN_WINDOW}:
+                raise argparse.ArgumentError(self, f"{' '.join(values)}: expected `file` alone")
+            setattr(namespace, self.dest, OWN_WINDOW)
+            return
+        try:
+            window = (float(values[0]), float(values[1]))
+        except ValueError:
+            text = f"{' '.join(values)}: expected two numbers, or `file`"
+            raise argparse.ArgumentError(self, text) from None
+        setattr(namespace, self.dest, window)
 
 
 def prompts_from(args: argparse.Namespace, volume: Volume) -> Prompts:
@@ -127,7 +160,7 @@ def planned_files(volume: Volume, mask_format: str, folder: Path, overlay: bool)
         stem = stem.removesuffix(suffix)
     kinds: tuple[str, ...] = (mask_format,)
     if mask_format == "auto":
-        if volume.geometry is not None:
+        if volume.geometry is not None or volume.unplaced:
             kinds = ("nifti",)
         else:
             kinds = ("npz",) if volume.is_volume else ("png", "npz")
@@ -136,7 +169,7 @@ def planned_files(volume: Volume, mask_format: str, folder: Path, overlay: bool)
     if "nifti" in kinds:
         if volume.geometry is None:
             raise InputError(
-                f"{volume.path} has no position in space, which NIfTI needs: use --mask-format npz"
+                f"{volume.path}: {no_grid(volume)}, which NIfTI needs: use --mask-format npz"
             )
         require_nibabel()
     endings = {"png": "_mask.png", "npz": "_mask.npz", "nifti": "_mask.nii.gz"}
@@ -168,6 +201,9 @@ def _report(console: Console, result: Result, paths: dict[str, Path], latency_ms
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     count = len(result.slices)
     say(f"{count} slice{'s' * (count > 1)} in {latency_ms:.1f} ms")
+    if result.blank_slices:
+        blank = ", ".join(str(z) for z in result.blank_slices)
+        say(f"NOTE: nothing to segment in slice {blank}, of one value only: its mask is empty")
     for path in paths.values():
         say(f"wrote {path}")
 
@@ -179,9 +215,8 @@ def predict_image(args: argparse.Namespace, open_model: Callable[[], Model]) -> 
         args: the options of this command but those of the model.
         open_model: called once the image, the prompts and the output are known to be usable.
     """
-    window = None if args.window is None else (args.window[0], args.window[1])
     prompted = args.box or args.box3d or args.point
-    volume = read_image(args.image, window=window, with_boxes=not prompted)
+    volume = read_image(args.image, window=args.window, with_boxes=not prompted, series=args.series)
     prompts = prompts_from(args, volume)
     paths = planned_files(volume, args.mask_format, args.output, args.overlay)
     console = table_console()
@@ -190,6 +225,8 @@ def predict_image(args: argparse.Namespace, open_model: Callable[[], Model]) -> 
         depth, height, width = volume.shape
         say(f"image: {volume.path}, {depth} × {height} × {width} (slices × height × width)")
         say(f"intensities: {volume.intensity}")
+        for note in volume.notes:
+            say(f"NOTE: {note}")
         say(f"model: {model.describe()}")
         if model.note:
             say(f"NOTE: {model.note}")

@@ -14,6 +14,7 @@ from ..core.contract import MASK_INPUT, POINT_COORDS, POINT_LABELS
 from ..core.errors import InputError
 from ..core.imaging import Preprocessing
 from ..images.arrays import ImageLike, as_array, as_volume
+from ..images.intensity import Window
 from ..images.volumes import Volume
 from .predictor import Promptable, ServedPredictor
 from .prompts import Prompts
@@ -85,14 +86,16 @@ class Model:
         image: ImageLike,
         image_format: str = "RGB",
         *,
-        window: tuple[float, float] | None = None,
+        window: Window | str | None = None,
+        series: str | int | None = None,
     ) -> None:
         """Take an image for the `predict` calls that name none, and encode it.
 
         Args:
             image: see `predict`; of one slice.
             image_format: `RGB`, or `BGR` for colours as OpenCV reads them.
-            window: (level, width) that maps values to 0–255.
+            window: (level, width) that maps values to 0–255, or "file", see `read_image`.
+            series: of a DICOM folder, see `read_image`.
 
         Raises:
             InputError: not one image, or another format.
@@ -100,7 +103,7 @@ class Model:
         self.image = None  # never answer for the one before
         if image_format not in ("RGB", "BGR"):
             raise InputError(f"image_format {image_format!r}: expected RGB or BGR")
-        volume = as_volume(image, window=window)
+        volume = as_volume(image, window=window, series=series)
         if volume.is_volume:
             raise InputError(f"{volume.path} has {volume.shape[0]} slices: expected one image")
         if image_format == "BGR":
@@ -123,7 +126,8 @@ class Model:
         multimask: bool = False,
         boxes_3d: Any = None,
         slice_index: int | None = None,
-        window: tuple[float, float] | None = None,
+        window: Window | str | None = None,
+        series: str | int | None = None,
         **sam: Unpack[SamNames],
     ) -> Result:
         """Masks of an image, each prompt's own, with their IoU and logits.
@@ -142,7 +146,8 @@ class Model:
             multimask: three alternatives for each prompt.
             boxes_3d: (N, 6) x0, y0, z0, x1, y1, z1 in a volume: slices z0 … z1 - 1.
             slice_index: which slice of a volume.
-            window: (level, width) that maps stored values to 0–255.
+            window: (level, width) that maps stored values to 0–255, or "file", see `read_image`.
+            series: of a DICOM folder, see `read_image`.
             sam: SAM's names of the same, see `SamNames`.
 
         Raises:
@@ -159,15 +164,17 @@ class Model:
         )
         three = bool(multimask or sam.get("multimask_output"))
         prompts = dataclasses.replace(prompts, multimask=three, slice_index=slice_index)
-        return self.run(self._taken(image, window), prompts, keep_masks=True)
+        return self.run(self._taken(image, window, series), prompts, keep_masks=True)
 
-    def _taken(self, image: ImageLike, window: tuple[float, float] | None) -> Volume:
+    def _taken(
+        self, image: ImageLike, window: Window | str | None, series: str | int | None
+    ) -> Volume:
         if image is not _OF_SET_IMAGE:
-            return as_volume(image, window=window)
+            return as_volume(image, window=window, series=series)
         if self.image is None:
             raise InputError("no image: give one, or call set_image before")
-        if window is not None:
-            raise InputError("a window goes with an image: give it to set_image")
+        if window is not None or series is not None:
+            raise InputError("a window or series goes with an image: give it to set_image")
         return self.image
 
     def segment(
@@ -180,7 +187,8 @@ class Model:
         boxes_3d: Any = None,
         multimask: bool = False,
         slice_index: int | None = None,
-        window: tuple[float, float] | None = None,
+        window: Window | str | None = None,
+        series: str | int | None = None,
         progress: Progress | None = None,
     ) -> Result:
         """One label map of an image or volume; memory does not grow with the number of prompts.
@@ -193,7 +201,8 @@ class Model:
             boxes_3d: (N, 6) x0, y0, z0, x1, y1, z1 in a volume: slices z0 … z1 - 1.
             multimask: three alternatives for each prompt, of which the best is kept.
             slice_index: which slice of a volume, for all but 3D boxes.
-            window: (level, width) that maps stored values to 0–255.
+            window: (level, width) that maps stored values to 0–255, or "file", see `read_image`.
+            series: of a DICOM folder, see `read_image`.
             progress: called with slices done and slices in all.
 
         Raises:
@@ -202,7 +211,7 @@ class Model:
         """
         prompts = _prompts(boxes, points, labels, None, boxes_3d)
         prompts = dataclasses.replace(prompts, multimask=multimask, slice_index=slice_index)
-        return self.run(as_volume(image, window=window), prompts, progress)
+        return self.run(as_volume(image, window=window, series=series), prompts, progress)
 
     def run(
         self,

@@ -27,6 +27,7 @@ from ..core.imaging import (
     FloatArray,
     Preprocessing,
     check_boxes,
+    check_contrast,
     check_image,
     postprocess,
     preprocess,
@@ -88,9 +89,9 @@ class Predictor:
         """Encode `image` ((H, W, 3) uint8 RGB) for the following `predict` calls.
 
         Raises:
-            InputError: see `check_image`.
+            InputError: see `check_image` and `check_contrast`.
         """
-        image = check_image(image)
+        image = check_contrast(check_image(image))
         size = (image.shape[0], image.shape[1])
         key = hashlib.blake2b(image.tobytes(), key=repr(size).encode()).digest()
         if key in self._embeddings:
@@ -197,9 +198,9 @@ class ServedPredictor:
         """See `Promptable`; nothing is sent yet.
 
         Raises:
-            InputError: see `check_image`.
+            InputError: see `check_image` and `check_contrast`.
         """
-        self._image = check_image(image)
+        self._image = check_contrast(check_image(image))
 
     def predict_boxes(self, boxes: npt.NDArray[Any]) -> Prediction:
         """See `Predictor.predict_boxes`; errors are those of `DbsamClient.segment`."""

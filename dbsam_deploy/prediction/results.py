@@ -61,6 +61,7 @@ class Result:
             multimask. For a 3D box the mean over its slices.
         pixels: (N, M) int64 pixels (voxels) of each mask, before a later prompt covered some.
         slices: indices of the slices that were segmented.
+        blank_slices: those of them that hold one value only, whose masks are therefore empty.
         logits: (N, M, 4G, 4G) float32, `mask_input` of a later prompt; None for 3D boxes and where
             only the label map was asked for.
         alternatives: (3, H, W) label maps of the multimask alternatives, else None.
@@ -78,6 +79,7 @@ class Result:
     alternatives: npt.NDArray[Any] | None = None
     own_masks: ByteArray | None = None
     note: str = ""
+    blank_slices: tuple[int, ...] = ()
 
     @property
     def masks(self) -> ByteArray:

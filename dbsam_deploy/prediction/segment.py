@@ -2,7 +2,8 @@
 
 Each prompt has a label, its position in the order given, from 1. Where masks overlap, the later
 prompt's label stands. A 3D box puts its 2D box on each of its slices; slices do not influence each
-other.
+other. A slice of such a box that holds one value only has an empty mask; a single image or slice of
+one value is refused.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..core.contract import MAX_PROMPTS
+from ..core.errors import InputError
+from ..core.imaging import NOTHING, is_constant
 from ..core.masks import Prediction
 from ..core.prompts import check_mask_pixels
 from ..images.volumes import Volume, label_dtype
@@ -131,8 +134,13 @@ def _segment_boxes_3d(
     batch = prompts_at_once(volume.shape[1:])
     firsts, ends = boxes[:, 2].astype(int), boxes[:, 5].astype(int)
     slices = [z for z in range(len(labels)) if ((firsts <= z) & (z < ends)).any()]
+    blank = [z for z in slices if is_constant(volume.slice_rgb(z).reshape(-1, 3))]
+    if len(blank) == len(slices):
+        raise InputError(f"{volume.path}: each slice of the 3D boxes holds one value; {NOTHING}")
     for done, z in enumerate(slices):
         progress(done, len(slices))
+        if z in blank:
+            continue
         predictor.set_image(volume.slice_rgb(z))
         here = np.flatnonzero((firsts <= z) & (z < ends))
         for start in range(0, len(here), batch):
@@ -151,4 +159,5 @@ def _segment_boxes_3d(
         ious=ious.astype(np.float32),
         pixels=pixels,
         slices=tuple(slices),
+        blank_slices=tuple(blank),
     )

@@ -19,15 +19,11 @@ import numpy.typing as npt
 from ..core.errors import InputError
 from ..core.imaging import ByteArray
 from ..images.volumes import PICTURE_SUFFIXES, Volume, read_image
-from ..recipe import CalibrationPlan
+from ..recipe import CALIBRATION_ADVICE, CalibrationPlan
 
 SUFFIXES = (".npz", ".nii", ".nii.gz", *PICTURE_SUFFIXES)
 MIN_CORRELATION = 0.2
 """Correlation of neighbouring pixels below which an image is noise; real ones have 0.7 and more."""
-ADVICE = (
-    "pass --calibration PATH, a folder (sub-folders included) or one file with images like those "
-    "that will be segmented: .npz with imgs, .nii, .nii.gz, .png, .jpg"
-)
 
 
 @dataclass(frozen=True)
@@ -67,21 +63,19 @@ class CalibrationSet:
         }
 
 
-def choose_images(path: Path | None, plan: CalibrationPlan) -> CalibrationSet:
+def choose_images(path: Path, plan: CalibrationPlan) -> CalibrationSet:
     """Choose slices, spread evenly over the files of a folder; the same ones for the same seed.
 
     One file is read at a time. Slices of one value and repeated ones are passed over.
 
     Args:
-        path: a folder or one file, see `ADVICE`.
+        path: a folder or one file, see `recipe.CALIBRATION_ADVICE`.
         plan: how many images, and the seed.
 
     Raises:
         InputError: no such path, too few different images in it, noise, or a damaged file.
         EngineError: a format's extra is not installed.
     """
-    if path is None:
-        raise InputError(f"int8 and fp8 need real images to find their ranges: {ADVICE}")
     folder, files = _find_files(path)
     rng = np.random.default_rng(plan.seed)
     files = [files[i] for i in rng.permutation(len(files))]
@@ -102,7 +96,7 @@ def choose_images(path: Path | None, plan: CalibrationPlan) -> CalibrationSet:
         raise InputError(
             f"{path}: {len(images) + len(held_back)} different images in {len(files)} files; "
             f"the recipe wants {plan.images} to calibrate and {plan.held_back} held back to judge "
-            f"by: {ADVICE}"
+            f"by: {CALIBRATION_ADVICE}"
         )
     return CalibrationSet(folder, tuple(images), tuple(held_back))
 
@@ -112,12 +106,12 @@ def _find_files(path: Path) -> tuple[Path, list[Path]]:
     if path.is_dir():
         files = sorted(item for item in path.rglob("*") if _is_image(item))
         if not files:
-            raise InputError(f"{path}: no images: {ADVICE}")
+            raise InputError(f"{path}: no images: {CALIBRATION_ADVICE}")
         return path, files
     if not path.exists():
-        raise InputError(f"{path}: no such folder or file: {ADVICE}")
+        raise InputError(f"{path}: no such folder or file: {CALIBRATION_ADVICE}")
     if not _is_image(path):
-        raise InputError(f"{path}: unknown kind of file: {ADVICE}")
+        raise InputError(f"{path}: unknown kind of file: {CALIBRATION_ADVICE}")
     return path.parent, [path]
 
 
@@ -186,7 +180,8 @@ def _check_is_no_noise(pixels: ByteArray, name: str) -> None:
     if max(rows, columns) < MIN_CORRELATION:
         raise InputError(
             f"{name} is noise: neighbouring pixels correlate by {max(rows, columns):.2f} (real "
-            f"images by 0.7 and more), and ranges measured on noise do not fit images: {ADVICE}"
+            f"images by 0.7 and more), and ranges measured on noise do not fit images: "
+            f"{CALIBRATION_ADVICE}"
         )
 
 

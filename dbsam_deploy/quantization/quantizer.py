@@ -8,17 +8,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
+from zipfile import BadZipFile
 
 import numpy as np
 import onnx
 from rich.progress import Progress
 
+from ..cli import say_on_stderr
 from ..core.contract import IMAGE, graph_specs
 from ..core.errors import InputError
 from ..core.imaging import FloatArray, Preprocessing, preprocess
 from ..files.atomic import sha256_of, write_atomically
 from ..model.weights import LoadedModel
-from ..recipe import Quantization, Recipe
+from ..recipe import Quantization, Recipe, calibration_plan
 from ..sessions.pytorch_session import PytorchSession
 from .calibration_images import CalibrationSet, choose_images, read_images
 from .held_back import make_views
@@ -39,20 +41,10 @@ def calibration_images(
         budget: see `options.export_options.ExportOptions`.
 
     Raises:
-        InputError: none given, or not usable ones, see `choose_images`; or given for nothing; or a
-            budget that is not between 0 and 1.
+        InputError: see `calibration_plan` and `choose_images`.
     """
-    if budget is not None and not 0 < budget < 1:
-        raise InputError(f"--budget {budget}: expected a loss between 0 and 1, such as 0.005")
-    plan = recipe.quantization.calibration if recipe.quantization else None
-    if plan is not None:
-        return choose_images(path, plan)
-    if path or budget is not None:
-        raise InputError(
-            f"--calibration and --budget are for recipes with ranges (int8, fp8); "
-            f"{recipe.precision} has none"
-        )
-    return None
+    plan = calibration_plan(recipe, path, budget)
+    return None if plan is None or path is None else choose_images(path, plan)
 
 
 @dataclass(frozen=True)
@@ -160,14 +152,8 @@ class Quantizer:
             return calibrate(path, self.plan, self._feeds, scratch)
         state, graph = scratch / "ranges.json", sha256_of(path)
         key = [graph, repr(self.plan), repr(self.how), self.images.manifest()]
-        if state.is_file():
-            known = json.loads(state.read_text())
-            found = path.parent / known["graph"]
-            if known["key"] == key and found.is_file() and sha256_of(found) == known["sha256"]:
-                layers = find_layers(onnx.load(found), self.plan.operators)
-                ranges = known["thresholds"], known["lowest"]
-                with np.load(scratch / known["codes"], allow_pickle=False) as codes:
-                    return Calibrated(found, layers, *ranges, dict(codes), self._feeds)
+        if (known := self._known(state, key, path.parent)) is not None:
+            return known
         calibrated = calibrate(path, self.plan, self._feeds, scratch, progress=self._bar())
         codes_file = f"codes-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.npz"
         with write_atomically(scratch / codes_file) as stream:
@@ -183,6 +169,23 @@ class Quantizer:
         with write_atomically(state) as stream:
             stream.write(json.dumps(body).encode())
         return calibrated
+
+    def _known(self, state: Path, key: list[Any], folder: Path) -> Calibrated | None:
+        """What an interrupted run calibrated, if it is intact and from the same `key`."""
+        if self.plan is None or not state.is_file():
+            return None
+        try:
+            known = json.loads(state.read_text())
+            found = folder / known["graph"]
+            if known["key"] != key or not found.is_file() or sha256_of(found) != known["sha256"]:
+                return None
+            layers = find_layers(onnx.load(found), self.plan.operators)
+            ranges = known["thresholds"], known["lowest"]
+            with np.load(state.parent / known["codes"], allow_pickle=False) as codes:
+                return Calibrated(found, layers, *ranges, dict(codes), self._feeds)
+        except (OSError, ValueError, TypeError, KeyError, EOFError, BadZipFile) as error:
+            say_on_stderr(f"{state} is damaged ({error}); the ranges are found anew")
+            return None
 
     def _choose(self, calibrated: Calibrated, scratch: Path) -> Sweep:
         if self.plan is None or self.images is None or self.budget is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-import tempfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,15 @@ from ..core.errors import InputError, ServingError
 from ..core.imaging import Preprocessing
 from ..engines.kinds import TENSORRT
 from ..engines.manifest import engine_folder, plugin_library, verified_plans
-from ..files.atomic import sha256_of
+from ..files.atomic import sha256_of, writing_to
+from ..files.locks import one_writer
 from ..files.manifests import Body, ManifestKind, is_inside, is_sha256
+from ..files.publication import new_folder, remove, replace_folder, tidy
 from ..resources import resource_dir
 from .triton_config import GRAPH_MODELS, Platform, python_specs, render_configs
 
-DEFAULT_REPOSITORY = Path("build/model_repository")
+REPOSITORY_STEM = "model_repository"
+"""First part of the name of a repository; the name of its export follows."""
 REPOSITORY_NAME = "repository.json"
 _MANIFEST = ManifestKind(
     "a repository of this library",
@@ -74,8 +77,21 @@ class Repository:
 
 
 def repository_beside(folder: Path) -> Path:
-    """The repository that an export in `folder` fills unless it is told otherwise."""
-    return folder.parent / DEFAULT_REPOSITORY.name
+    """The repository that an export in `folder` fills unless it is told otherwise.
+
+    Each export has its own, so that one in another precision does not change what is served.
+    """
+    folder = folder if folder.name else folder.resolve()
+    return folder.parent / f"{REPOSITORY_STEM}_{folder.name}"
+
+
+def find_repositories(build: Path = BUILD_FOLDER) -> tuple[Path, ...]:
+    """Repositories that exports below `build` filled, the one filled last first."""
+    found = [
+        (path.stat().st_mtime_ns, path.parent)
+        for path in build.glob(f"{REPOSITORY_STEM}*/{REPOSITORY_NAME}")
+    ]
+    return tuple(folder for _, folder in sorted(found, reverse=True))
 
 
 def build_repository(artefact: Artefact, output: Path) -> Repository:
@@ -96,29 +112,32 @@ def build_repository(artefact: Artefact, output: Path) -> Repository:
     """
     served = _with_plans(artefact)
     platforms = _platforms(served)
-    _check_replaceable(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
-    try:
-        partial.chmod(0o755)  # mkdtemp's 0700 would lock out the container's user
-        _write_models(artefact, served, platforms, partial)
-        plugins = _copy_plugins(artefact, partial)
-        repository = Repository(
-            folder=output,
-            variant=artefact.variant,
-            precision=artefact.precision,
-            preprocessing=artefact.preprocessing,
-            platforms=platforms,
-            weights=artefact.weights,
-            files=_hashes(partial),
-            plugins=plugins,
-        )
-        body = asdict(repository)
-        del body["folder"]
-        _MANIFEST.write(partial / REPOSITORY_NAME, body)
-        _swap(partial, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    name = f".{output.name}.lock"
+    with one_writer(output.parent, name=name, say=cli.say_on_stderr), writing_to(output):
+        tidy(output)
+        check_replaceable(output)
+        fresh = new_folder(output)
+        try:
+            fresh.chmod(0o755)  # a strict umask would lock out the container's user
+            _write_models(artefact, served, platforms, fresh)
+            repository = Repository(
+                folder=output,
+                variant=artefact.variant,
+                precision=artefact.precision,
+                preprocessing=artefact.preprocessing,
+                platforms=platforms,
+                weights=artefact.weights,
+                plugins=_copy_plugins(artefact, fresh),
+                files=_hashes(fresh),
+            )
+            body = asdict(repository)
+            del body["folder"]
+            _MANIFEST.write(fresh / REPOSITORY_NAME, body)
+            replace_folder(fresh, output)
+        except BaseException:
+            with suppress(OSError):
+                remove(fresh)  # else the next one does
+            raise
     return repository
 
 
@@ -161,7 +180,12 @@ def _platforms(artefact: Artefact) -> dict[str, Platform]:
     return platforms
 
 
-def _check_replaceable(output: Path) -> None:
+def check_replaceable(output: Path) -> None:
+    """Check that a repository can be put at `output`.
+
+    Raises:
+        InputError: something else is there.
+    """
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise InputError(f"{output} is not a folder; name another --output")
     earlier = (output / REPOSITORY_NAME).is_file()
@@ -186,8 +210,9 @@ def _write_models(
         folder = root / spec.name / VERSION
         shutil.copyfile(templates / spec.name / VERSION / "model.py", folder / "model.py")
         # The Python models import `core` as `dbsam_runtime`: a server has no dbsam_deploy.
-        ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(core, folder / RUNTIME, ignore=ignored)
+        (folder / RUNTIME).mkdir()
+        for module in sorted(core.glob("*.py")):
+            shutil.copyfile(module, folder / RUNTIME / module.name)
 
 
 def _copy_graph(artefact: Artefact, served: Artefact, graph: str, folder: Path) -> None:
@@ -213,23 +238,6 @@ def _copy_checked(source: Path, target: Path, sha256: str) -> None:
 def _hashes(root: Path) -> dict[str, str]:
     files = sorted(path for path in root.rglob("*") if path.is_file())
     return {path.relative_to(root).as_posix(): sha256_of(path) for path in files}
-
-
-def _swap(partial: Path, output: Path) -> None:
-    """Rename `partial` to `output`; an earlier one is moved aside first and restored on failure."""
-    if not output.exists():
-        partial.rename(output)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))
-    try:
-        output.rename(aside / output.name)
-        try:
-            partial.rename(output)
-        except OSError:
-            (aside / output.name).rename(output)
-            raise
-    finally:
-        shutil.rmtree(aside)
 
 
 def load_repository(folder: Path) -> Repository:
@@ -316,7 +324,7 @@ def build_parser() -> cli.Parser:
     parser.add_argument(
         "--output",
         type=Path,
-        help=f"repository to fill (default: {DEFAULT_REPOSITORY.name} beside the export)",
+        help=f"repository to fill (default: {REPOSITORY_STEM}_<its name> beside the export)",
     )
     return parser
 

@@ -20,6 +20,7 @@ from typing import Self
 
 from ..core.contract import IOU_SCORES, MASKS, RAW_BOXES, RAW_IMAGE, TRITON_TYPES, ensemble_spec
 from ..core.errors import InputError, ServingError
+from ..privacy import VARIABLES
 from .environment import ServerEnvironment
 
 LOOPBACK = "127.0.0.1"
@@ -243,7 +244,7 @@ def probe(http_url: str, *, timeout_s: float = 120.0) -> None:
         ServingError: no answer, an error, or not one mask of the image's size.
     """
     side = _PROBE_SIDE
-    image = [0] * (side * side * 3)
+    image = [index % 256 for index in range(side * side * 3)]  # one colour is refused
     values = {
         RAW_IMAGE.name: ([side, side, 3], RAW_IMAGE, image),
         RAW_BOXES.name: ([1, 4], RAW_BOXES, [0.0, 0.0, float(side), float(side)]),
@@ -324,7 +325,7 @@ def _environment(environment: ServerEnvironment) -> dict[str, str]:
     # The stub embeds Python and takes its prefix from the first python3 on the path.
     binaries = str((environment.folder / "bin").absolute())
     variables["PATH"] = ":".join([binaries, variables.get("PATH", os.defpath)])
-    return variables
+    return variables | VARIABLES
 
 
 def _reserve(ports: Ports, host: str) -> Ports:

@@ -24,6 +24,7 @@ from typing import Any
 from ..core.errors import EngineError, MissingError
 from ..extras import ONNXRUNTIME_GPU_LINE, ONNXRUNTIME_TENSORRT_LINE, TENSORRT_10, pip_line, require
 from ..hardware import cpuinfo, has_vnni
+from ..privacy import silence
 
 DRIVER_LIBRARY = "libcuda.so.1"
 HEAVY_NODES = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
@@ -91,7 +92,7 @@ def import_onnxruntime() -> ModuleType:
     Raises:
         MissingError: there is none, or it does not load.
     """
-    return require("onnxruntime", extra="cpu", what_for="an export on ONNX Runtime")
+    return silence(require("onnxruntime", extra="cpu", what_for="an export on ONNX Runtime"))
 
 
 def require_provider(runtime: ModuleType, provider: Provider) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..artefact import BUILD_FOLDER
+from ..cli import check_paths
 from ..core.errors import InputError
 from ..core.imaging import MODES
+from ..resources import VARIANT_NAMES
 from .backends import BACKENDS, LOCAL_BACKENDS, RUNTIME_PRECISIONS, ModelOptions, names_with
 
 TRITON = "triton"
@@ -74,12 +76,16 @@ def _add_weights_options(model: argparse._ArgumentGroup) -> None:
     weights = names_with("variant")
     model.add_argument(
         "--variant",
-        help=f"model variant ({weights}): db_sam_tiny, db_sam, sam_vit_b, lite_medsam, ...",
+        choices=VARIANT_NAMES,
+        metavar="NAME",
+        help=f"{', '.join(VARIANT_NAMES)} ({weights})",
     )
     model.add_argument("--checkpoint", type=Path, help=f"weights file ({weights})")
     model.add_argument("--image-size", type=int, help=f"side of the model frame ({weights})")
     model.add_argument(
-        "--decoder-weights", type=Path, help=f"prompt encoder and mask decoder weights ({weights})"
+        "--decoder-weights",
+        type=Path,
+        help=f"prompt encoder and mask decoder weights ({weights})",
     )
 
 
@@ -102,7 +108,8 @@ def model_options(args: argparse.Namespace) -> ModelOptions:
     """What the command line says of the model.
 
     Raises:
-        InputError: options of a model in this process for a server, or the other way round.
+        InputError: options of a model in this process for a server, or the other way round; weights
+            that are not there.
     """
     names = [field.name for field in dataclasses.fields(ModelOptions)]
     named: dict[str, Any] = {name: getattr(args, name, None) for name in names}
@@ -118,4 +125,8 @@ def model_options(args: argparse.Namespace) -> ModelOptions:
         raise InputError(
             f"--{served[0].replace('_', '-')} goes with --backend triton; drop one of them"
         )
+    if any(
+        backend.name == args.backend and "checkpoint" in backend.options for backend in BACKENDS
+    ):
+        check_paths(args, "checkpoint", "decoder_weights")
     return options

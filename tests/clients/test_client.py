@@ -22,7 +22,7 @@ from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Linux keeps POSIX shared memory
 WAYS = [("grpc", False), ("grpc", True), ("http", False), ("http", True)]
-SIZES = [(128, 128), (77, 131), (300, 40), (1, 90), (64, 1), (1, 1)]
+SIZES = [(128, 128), (77, 131), (300, 40), (1, 90), (64, 1), (1, 2)]
 
 
 def regions() -> set[str]:
@@ -231,6 +231,7 @@ def registered(triton) -> dict:
 @pytest.mark.parametrize(("protocol", "shared"), WAYS)
 def test_a_timeout_is_an_error_and_the_server_lives_on(triton, protocol, shared):
     image, boxes = np.zeros((3000, 3000, 3), np.uint8), np.array([[0, 0, 9, 9]], np.float32)
+    image[0, 0] = 1
     url = url_of(triton, protocol)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # the region is let go a little later
@@ -246,6 +247,7 @@ def test_a_timeout_is_an_error_and_the_server_lives_on(triton, protocol, shared)
 @pytest.mark.triton
 def test_a_cancelled_task_leaves_no_shared_memory(triton):
     image, boxes = np.zeros((1500, 1500, 3), np.uint8), np.array([[0, 0, 9, 9]], np.float32)
+    image[0, 0] = 1
     before, already = regions(), set(registered(triton))
 
     async def ask():

@@ -55,7 +55,7 @@ def test_full_shared_memory_is_an_error_not_a_crash(monkeypatch):
 
 
 def test_tensors_of_a_request_never_overlap_in_their_region():
-    image = np.zeros((33, 17, 3), np.uint8)
+    image = np.arange(33 * 17 * 3).astype(np.uint8).reshape(33, 17, 3)
     boxes = np.array([[0, 0, 5, 5], [1, 1, 17, 33], [2, 2, 4, 9]], np.float32)
     call = client_requests.box_call(image, boxes)
     offsets, end = call.regions()

@@ -12,6 +12,7 @@ from dbsam_deploy.core.imaging import (
     Preprocessing,
     area_resize,
     check_boxes,
+    check_contrast,
     check_image,
     check_points,
     postprocess,
@@ -363,3 +364,15 @@ def test_check_points_ignores_the_place_of_no_point() -> None:
     np.testing.assert_array_equal(coords, [[[20, 10], [0, 0]]])
     np.testing.assert_array_equal(labels, [[1, -1]])
     assert labels.dtype == np.int32
+
+
+@pytest.mark.parametrize("colour", [(0, 0, 0), (255, 255, 255), (200, 100, 50)])
+def test_an_image_of_one_colour_is_refused(colour: tuple[int, int, int]) -> None:
+    image = np.tile(np.array(colour, np.uint8), (40, 50, 1))
+    words = " ".join(str(value) for value in dict.fromkeys(colour))
+    with pytest.raises(InputError, match=f"all values are {words}; there is nothing to segment"):
+        check_contrast(image)
+    for row, column in ((0, 0), (17, 33), (39, 49)):
+        other = image.copy()
+        other[row, column, 1] ^= 1
+        assert check_contrast(other) is other

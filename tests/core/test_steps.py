@@ -174,7 +174,9 @@ def test_the_answer_may_not_exceed_the_limit():
 def test_a_request_for_too_many_large_masks_ends_before_any_work(monkeypatch):
     monkeypatch.setattr(prompts, "MAX_MASK_PIXELS", 2 * SIZE[0] * SIZE[1] - 1)
     monkeypatch.setattr(steps, "preprocess", lambda *_: pytest.fail("work was done"))
-    arrays = {"raw_image": np.zeros((*SIZE, 3), np.uint8), "boxes": BOXES}
+    image = np.zeros((*SIZE, 3), np.uint8)
+    image[0, 0] = 1
+    arrays = {"raw_image": image, "boxes": BOXES}
     with pytest.raises(InputError, match="2 masks of 60×90"):
         steps.preprocess_boxes(arrays, HOW)
 

@@ -12,6 +12,8 @@ from dbsam_deploy.evaluation import find_cases, read_case
 from dbsam_deploy.evaluation.data import CaseFile, read_split
 from dbsam_deploy.verification.cases import bundled_examples
 
+IMAGE = np.arange(216, dtype=np.uint8).reshape(8, 9, 3)
+
 
 def write(path: Path, **arrays: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -21,7 +23,7 @@ def write(path: Path, **arrays: object) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    image, labels = np.zeros((8, 9, 3), np.uint8), np.ones((8, 9), np.uint8)
+    image, labels = IMAGE, np.ones((8, 9), np.uint8)
     for name in ("b/two.npz", "a/one.npz", "a/deep/three.npz", "four.npz"):
         write(tmp_path / "data" / name, imgs=image, gts=labels)
     return tmp_path / "data"
@@ -99,7 +101,7 @@ def test_bundled_examples_with_their_names() -> None:
     assert cases[1].present(0) == sorted(cases[1].label_names)
 
 
-IMAGE, LABELS = np.zeros((8, 9, 3), np.uint8), np.ones((8, 9), np.uint8)
+LABELS = np.ones((8, 9), np.uint8)
 DEAD_PIXEL = np.where(np.arange(72).reshape(8, 9) == 30, np.nan, 1.0)
 UNUSABLE = {
     "no imgs": ({"gts": LABELS}, "no array `imgs`"),

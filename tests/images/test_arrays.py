@@ -21,7 +21,7 @@ def rgb() -> np.ndarray:
 def test_uint8_colours_are_taken_as_they_are(rgb):
     volume = as_volume(rgb)
     np.testing.assert_array_equal(volume.pixels, rgb[None])
-    assert volume.intensity == "0–255 as stored"
+    assert str(volume.intensity) == "0–255 as stored"
     assert volume.files == ()
 
 
@@ -82,7 +82,7 @@ def test_grey_16_bits_go_the_way_of_a_file(tmp_path):
     np.testing.assert_array_equal(
         window.pixels, read_image(tmp_path / "a.png", window=(1000, 500)).pixels
     )
-    assert "window level 1000" in window.intensity
+    assert "window level 1000" in str(window.intensity)
 
 
 def test_rgba_is_laid_over_black_as_in_a_file(tmp_path):
@@ -92,7 +92,7 @@ def test_rgba_is_laid_over_black_as_in_a_file(tmp_path):
     for image in (rgba, rgba.tolist(), rgba / 255, Image.fromarray(rgba)):
         volume = as_volume(image)
         np.testing.assert_array_equal(volume.pixels, expected)
-        assert volume.intensity.endswith("transparency over black")
+        assert str(volume.intensity).endswith("transparency over black")
 
 
 def test_torch_tensors_may_have_their_channels_first(rgb):

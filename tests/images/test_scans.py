@@ -1,13 +1,12 @@
-"""NIfTI and DICOM: axes, geometry, rescaling, order, and what is refused."""
+"""NIfTI: axes, geometry, rescaling, and what is refused."""
 
 import gzip
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support.dicom_series import rotation, write_dicom_series
+from support.dicom_series import rotation
 
 from dbsam_deploy.core.errors import EngineError, InputError
 from dbsam_deploy.extras import pip_line
@@ -15,12 +14,10 @@ from dbsam_deploy.images.scans import (
     ScanGeometry,
     check_voxels,
     nifti_bytes,
-    read_dicom,
     read_nifti,
 )
 
 nib = pytest.importorskip("nibabel")
-pydicom = pytest.importorskip("pydicom")
 
 OBLIQUE = np.eye(4)
 OBLIQUE[:3, :3] = rotation(12, -23, 31) @ np.diag([0.7, -0.9, 2.5])
@@ -186,178 +183,31 @@ def test_check_voxels_refuses(shape: tuple[int, ...]) -> None:
         check_voxels(shape, Path("scan"))
 
 
-@pytest.mark.parametrize("angles", [(0, 0, 0), (11, -17, 29), (0, 90, 0), (180, 0, 0)])
-def test_dicom_series(
-    tmp_path: Path, rng: np.random.Generator, angles: tuple[float, float, float]
-) -> None:
-    volume = rng.integers(-1000, 2000, (6, 5, 9)).astype(np.int32)
-    directions = rotation(*angles)
-    spacing, origin = (2.5, 0.7, 0.8), (-100.0, -80.0, 30.0)
-    write_dicom_series(
-        tmp_path / "ct", volume, directions=directions, spacing_mm=spacing, origin_mm=origin
-    )
-    (tmp_path / "ct" / "README.txt").write_text("not DICOM")
-    scan = read_dicom(tmp_path / "ct")
-    np.testing.assert_array_equal(scan.values, volume)
-    assert scan.spacing_mm == pytest.approx(spacing)
-    assert len(scan.files) == 6
-    # Each voxel's place in the patient, from the definition of the DICOM attributes.
-    x, y, z = 7, 2, 4
-    left_posterior = np.array(origin) + directions @ (np.array([x, y, z]) * spacing[::-1])
-    right_anterior = left_posterior * [-1, -1, 1]
-    np.testing.assert_allclose((scan.geometry.affine @ [x, y, z, 1])[:3], right_anterior, atol=1e-4)
-
-
-def test_dicom_label_map_in_nifti(tmp_path: Path, rng: np.random.Generator) -> None:
-    volume = rng.integers(-1000, 2000, (4, 5, 9)).astype(np.int32)
-    write_dicom_series(tmp_path / "ct", volume, directions=rotation(10, 20, 30))
-    scan = read_dicom(tmp_path / "ct")
-    labels = rng.integers(0, 4, volume.shape).astype(np.uint8)
-    (tmp_path / "out.nii.gz").write_bytes(nifti_bytes(labels, scan.geometry))
-    back = nib.load(tmp_path / "out.nii.gz")
-    np.testing.assert_allclose(back.affine, scan.geometry.affine, rtol=1e-6)
-    np.testing.assert_array_equal(np.asarray(back.dataobj), labels.transpose(2, 1, 0))
-    assert back.header.get_xyzt_units()[0] == "mm"
-
-
-def test_a_single_dicom_file_is_one_slice(tmp_path: Path, rng: np.random.Generator) -> None:
-    volume = rng.integers(-1000, 2000, (3, 5, 9)).astype(np.int32)
-    files = write_dicom_series(tmp_path / "ct", volume)
-    scan = read_dicom(files[1])
-    np.testing.assert_array_equal(scan.values, volume[1:2])
-    assert scan.spacing_mm == pytest.approx((2.5, 0.7, 0.8))
-
-
-def edit(path: Path, **values: object) -> None:
-    dataset = pydicom.dcmread(path)
-    for name, value in values.items():
-        if value is None:
-            delattr(dataset, name)
-        else:
-            setattr(dataset, name, value)
-    dataset.save_as(path)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"SeriesInstanceUID": "1.2.3"}, "2 DICOM series"),
-        ({"PixelSpacing": ["0.7", "0.9"]}, "PixelSpacing differs"),
-        ({"ImageOrientationPatient": [0, 1, 0, 1, 0, 0]}, "ImageOrientationPatient differs"),
-        ({"ImagePositionPatient": None}, "ImagePositionPatient is missing"),
-        ({"ImageOrientationPatient": None}, "ImageOrientationPatient is missing"),
-        ({"ImagePositionPatient": [-100, -80, 33.5]}, "not evenly spaced"),
-        ({"Rows": 4}, "Rows is 4, 5"),
-        ({"PhotometricInterpretation": "PALETTE COLOR"}, "PhotometricInterpretation is"),
-        ({"NumberOfFrames": 3}, "multi-frame"),
-        ({"PixelData": b"\0\0"}, "not readable DICOM"),
-        ({"RescaleSlope": None, "Rows": None}, "Rows is 5, None"),
-    ],
-)
-def test_dicom_series_that_is_no_even_stack_is_refused(
-    tmp_path: Path, values: dict[str, object], message: str
-) -> None:
-    files = write_dicom_series(tmp_path / "ct", np.zeros((4, 5, 6), int))
-    edit(files[2], **values)
-    with pytest.raises(InputError, match=message):
-        read_dicom(tmp_path / "ct")
-
-
-def test_a_missing_slice_is_noticed(tmp_path: Path) -> None:
-    files = write_dicom_series(tmp_path / "ct", np.zeros((6, 5, 6), int))
-    files[2].unlink()
-    with pytest.raises(InputError, match="one is missing"):
-        read_dicom(tmp_path / "ct")
-
-
-def test_a_slice_stored_twice_is_noticed(tmp_path: Path) -> None:
-    files = write_dicom_series(tmp_path / "ct", np.zeros((3, 5, 6), int))
-    shutil.copy(files[1], tmp_path / "ct" / "copy.dcm")
-    with pytest.raises(InputError, match="stored twice"):
-        read_dicom(tmp_path / "ct")
-
-
-def test_monochrome1_is_mirrored(tmp_path: Path) -> None:
-    volume = np.array([[[0, 1], [65535, 7]]])
-    (file,) = write_dicom_series(tmp_path / "x", volume, intercept=0)
-    edit(file, PhotometricInterpretation="MONOCHROME1")
-    np.testing.assert_array_equal(read_dicom(file).values, 65535 - volume)
-
-
-def test_a_photograph_in_dicom(tmp_path: Path, rng: np.random.Generator) -> None:
-    pixels = rng.integers(0, 256, (4, 6, 3), dtype=np.uint8)
-    (file,) = write_dicom_series(tmp_path / "photo", np.zeros((1, 4, 6), int))
-    edit(
-        file,
-        PhotometricInterpretation="RGB",
-        SamplesPerPixel=3,
-        PlanarConfiguration=0,
-        BitsAllocated=8,
-        BitsStored=8,
-        HighBit=7,
-        PixelData=pixels.tobytes(),
-        ImagePositionPatient=None,
-        ImageOrientationPatient=None,
-    )
-    scan = read_dicom(file)
-    np.testing.assert_array_equal(scan.values, pixels[None])
-    assert scan.geometry is None
-    assert scan.spacing_mm is None
-
-
-@pytest.mark.parametrize("kind", ["text", "cut", "deflated", "empty folder"])
-def test_broken_dicom_is_refused(tmp_path: Path, kind: str) -> None:
-    (file,) = write_dicom_series(tmp_path / "ct", np.zeros((1, 5, 6), int))
-    target = file
-    if kind == "text":
-        file.write_text("no DICOM")
-    elif kind == "cut":
-        file.write_bytes(file.read_bytes()[:300])
-    elif kind == "deflated":
-        dataset = pydicom.dcmread(file)
-        dataset.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
-        dataset.save_as(file)
-    else:
-        target = tmp_path / "empty"
-        target.mkdir()
-    with pytest.raises(InputError):
-        read_dicom(target)
-
-
 def test_flipped_bytes_never_escape_as_another_error(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:
-    """Damage at random places is read or refused, never anything else."""
-    (dicom,) = write_dicom_series(tmp_path / "ct", np.zeros((1, 5, 6), int))
-    nifti = save_nifti(tmp_path / "scan.nii", np.ones((3, 4, 5), np.int16))
+    """Damage at random places of a header is read or refused, never anything else."""
+    path = save_nifti(tmp_path / "scan.nii", np.ones((3, 4, 5), np.int16))
+    content = path.read_bytes()
     refused = 0
-    for path, read, limit in ((dicom, read_dicom, None), (nifti, read_nifti, 352)):
-        content = path.read_bytes()
-        for _ in range(150):
-            damaged = bytearray(content)
-            for place in rng.integers(0, limit or len(content), 4):
-                damaged[place] = rng.integers(0, 256)
-            path.write_bytes(bytes(damaged))
-            try:
-                read(path)
-            except InputError:
-                refused += 1
+    for _ in range(150):
+        damaged = bytearray(content)
+        for place in rng.integers(0, 352, 4):
+            damaged[place] = rng.integers(0, 256)
+        path.write_bytes(bytes(damaged))
+        try:
+            read_nifti(path)
+        except InputError:
+            refused += 1
     assert refused > 20
 
 
-@pytest.mark.parametrize(
-    ("module", "line", "read"),
-    [
-        ("nibabel", re.escape(pip_line("nifti")), read_nifti),
-        ("pydicom", re.escape(pip_line("dicom")), read_dicom),
-    ],
-)
 def test_a_missing_extra_names_its_pip_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, line: str, read: object
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, module, None)
-    with pytest.raises(EngineError, match=line):
-        read(tmp_path / "scan")  # type: ignore[operator]
+    monkeypatch.setitem(__import__("sys").modules, "nibabel", None)
+    with pytest.raises(EngineError, match=re.escape(pip_line("nifti"))):
+        read_nifti(tmp_path / "scan")
 
 
 def test_geometry_without_a_header_makes_a_header() -> None:

@@ -255,7 +255,7 @@ def test_masks_that_would_fill_memory_are_refused_before_work(model, encodings):
     side = 4000
     boxes = np.tile([[1, 1, 50, 50]], (MAX_MASK_PIXELS // side**2 + 1, 1))
     with pytest.raises(InputError, match="mask pixels"):
-        model.predict(np.broadcast_to(np.uint8(7), (side, side)).copy(), boxes=boxes)
+        model.predict(np.broadcast_to(np.arange(side, dtype=np.uint8), (side, side)), boxes=boxes)
     assert encodings == []
 
 

@@ -218,7 +218,7 @@ def test_a_failed_image_leaves_the_old_one_whole(
 
 
 def test_lists_are_prompts_too(predictor):
-    predictor.set_image(np.zeros((40, 50, 3), np.uint8))
+    predictor.set_image(np.arange(6000).astype(np.uint8).reshape(40, 50, 3))
     boxes, coords, labels = [[1, 2, 20, 25]], [[[4, 5], [6, 7]]], [[1, 0]]
     np.testing.assert_array_equal(
         predictor.predict_boxes(boxes).logits, predictor.predict_boxes(np.array(boxes)).logits

@@ -9,6 +9,7 @@ import pytest
 from dbsam_deploy.core.contract import MAX_PROMPTS
 from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.core.masks import Prediction
+from dbsam_deploy.images.intensity import STORED
 from dbsam_deploy.images.volumes import Volume
 from dbsam_deploy.prediction import segment as module
 from dbsam_deploy.prediction.prompts import Prompts, check_prompts
@@ -17,7 +18,7 @@ from dbsam_deploy.prediction.segment import segment
 
 
 class BoxPredictor:
-    """Answers with the box itself as mask; the IoU is the slice's grey value / 100."""
+    """Answers with the box itself as mask; the IoU is the slice's first grey value / 100."""
 
     def __init__(self) -> None:
         self.images: list[np.ndarray] = []
@@ -53,8 +54,11 @@ class BoxPredictor:
 
 
 def volume(depth: int, height: int = 12, width: int = 15) -> Volume:
+    """Slices of 10, 11, …, with one brighter pixel."""
     pixels = np.arange(10, 10 + depth, dtype=np.uint8)[:, None, None]
-    return Volume(Path("scan"), "npz", np.broadcast_to(pixels, (depth, height, width)).copy(), "")
+    pixels = np.broadcast_to(pixels, (depth, height, width)).copy()
+    pixels[:, -1, -1] = 200
+    return Volume(Path("scan"), "npz", pixels, STORED)
 
 
 def clicks(*points: tuple[float, float, float]) -> dict[str, np.ndarray]:
@@ -86,7 +90,7 @@ def test_boxes_of_an_image() -> None:
 def test_a_slice_of_a_volume() -> None:
     result, predictor = run(volume(5), Prompts(np.array([[1, 2, 6, 8]]), slice_index=3))
     assert predictor.images[0].shape == (12, 15, 3)
-    assert (predictor.images[0] == 13).all()
+    assert (predictor.images[0][:-1] == 13).all()
     assert result.labels[3].sum() == 30
     assert np.delete(result.labels, 3, axis=0).sum() == 0
     assert result.ious[0, 0] == pytest.approx(0.13)
@@ -112,6 +116,19 @@ def test_3d_boxes_cover_z0_to_z1_minus_1() -> None:
     assert result.pixels.tolist() == [[90], [264]]
     assert result.ious[:, 0].tolist() == pytest.approx([0.12, 0.14])
     assert progress == [(0, 5), (1, 5), (2, 5), (3, 5), (4, 5), (5, 5)]
+
+
+def test_a_blank_slice_of_a_3d_box_has_an_empty_mask_and_is_named() -> None:
+    boxes = np.array([[1, 2, 1, 6, 8, 4]])
+    scan = volume(5)
+    scan.pixels[2] = 7
+    result, predictor = run(scan, Prompts(boxes_3d=boxes))
+    assert result.labels[1:4].any((1, 2)).tolist() == [True, False, True]
+    assert (result.slices, result.blank_slices) == ((1, 2, 3), (2,))
+    assert len(predictor.images) == 2
+    scan.pixels[:] = 7
+    with pytest.raises(InputError, match=r"scan: each slice of the 3D boxes.*nothing to segment"):
+        run(scan, Prompts(boxes_3d=boxes))
 
 
 def test_more_boxes_than_one_request_holds() -> None:

@@ -311,6 +311,7 @@ def test_a_huge_image_is_refused_by_the_server_itself(triton):
 @pytest.mark.triton
 def test_a_request_whose_masks_would_fill_memory_is_refused(triton):
     image = np.zeros((4096, 4096, 3), np.uint8)
+    image[0, 0] = 1
     boxes = np.repeat(BOX, 65, 0)
     with DbsamClient(triton.grpc_url) as client:
         with pytest.raises(InputError, match="fewer prompts"):

@@ -207,7 +207,7 @@ def test_no_gpu_backend_falls_back_to_the_cpu(tiny_artefact: Artefact, backend: 
 @pytest.mark.parametrize(
     "words",
     [
-        "--variant x",
+        "--variant db_sam",
         "--image-size 64",
         "--device cuda",
         "--device cpu",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 CT_IMAGE_STORAGE = "1.2.840.10008.5.1.4.1.1.2"
+ENHANCED_CT_IMAGE_STORAGE = "1.2.840.10008.5.1.4.1.1.2.1"
 EXPLICIT_LITTLE_ENDIAN = "1.2.840.10008.1.2.1"
 
 
@@ -33,17 +35,23 @@ def write_dicom_series(
     spacing_mm: tuple[float, float, float] = (2.5, 0.7, 0.8),
     origin_mm: tuple[float, float, float] = (-100.0, -80.0, 30.0),
     intercept: float = -1024.0,
+    step: Sequence[float] | None = None,
+    digits: tuple[int, int] = (6, 10),
+    **values: object,
 ) -> list[Path]:
     """Write a CT series with file names that do not follow the slice order.
 
     Args:
         folder: made if missing.
         volume: (D, H, W) whole numbers in HU, at least `intercept`.
-        directions: (3, 3), columns are the directions of x, y and z in DICOM's patient frame (left,
-            posterior, superior); identity by default.
+        directions: (3, 3), columns are x, y and z in DICOM's patient frame (left, posterior,
+            superior); identity by default.
         spacing_mm: along (z, y, x).
         origin_mm: position of voxel (0, 0, 0) in the patient frame.
         intercept: rescale intercept; the stored values are unsigned.
+        step: mm from one slice to the next, where it is not along z.
+        digits: behind the point, of positions and of directions.
+        values: further elements of every file.
 
     Returns:
         The file of each slice, in slice order.
@@ -51,25 +59,98 @@ def write_dicom_series(
     from pydicom.uid import generate_uid
 
     folder.mkdir(parents=True, exist_ok=True)
-    axes = np.eye(3) if directions is None else directions
-    series, study = generate_uid(), generate_uid()
+    axes, series, study = np.eye(3), generate_uid(), generate_uid()
+    axes = axes if directions is None else directions
+    along = axes[:, 2] * spacing_mm[0] if step is None else np.array(step)
     files = []
     for index, plane in enumerate(volume):
-        position = np.array(origin_mm) + axes[:, 2] * spacing_mm[0] * index
-        dataset = _ct_slice(plane - intercept, intercept)
+        dataset = ct_slice(plane - intercept, intercept)
         dataset.SeriesInstanceUID, dataset.StudyInstanceUID = series, study
         dataset.InstanceNumber = index + 1
-        dataset.ImagePositionPatient = [f"{value:.8g}" for value in position]
-        cosines = np.concatenate([axes[:, 0], axes[:, 1]])
-        dataset.ImageOrientationPatient = [f"{value:.10f}" for value in cosines]
+        position = [f"{value:.{digits[0]}f}" for value in np.array(origin_mm) + along * index]
+        dataset.ImagePositionPatient = position
+        cosines = axes[:, :2].T.ravel()
+        dataset.ImageOrientationPatient = [f"{value:.{digits[1]}f}" for value in cosines]
         dataset.PixelSpacing = [str(spacing_mm[1]), str(spacing_mm[2])]
         dataset.SliceThickness = str(spacing_mm[0])
-        files.append(folder / f"{(index * 7 + 3) % 97:03d}_{index}.dcm")
+        dataset.update(values)
+        files.append(folder / f"{(index * 60 + 90) % 97:03d}_{index}.dcm")
         dataset.save_as(files[-1], enforce_file_format=True)
     return files
 
 
-def _ct_slice(stored: npt.NDArray[Any], intercept: float) -> Any:
+def write_enhanced(
+    path: Path,
+    volume: npt.NDArray[Any],
+    *,
+    depths_mm: Sequence[float],
+    intercepts: Sequence[float] | None = None,
+) -> Path:
+    """Write one enhanced CT file whose frames lie at `depths_mm` along z.
+
+    Args:
+        path: the file.
+        volume: (D, H, W) whole numbers in HU, at least the intercept of their frame.
+        depths_mm: (D,) in the order of the frames.
+        intercepts: of each frame; by default one of -1024 in the shared functional groups.
+    """
+    from pydicom.dataset import Dataset
+    from pydicom.sequence import Sequence as Items
+
+    def item(**values: object) -> Dataset:
+        made = Dataset()
+        for name, value in values.items():
+            setattr(made, name, value)
+        return made
+
+    def rescale(intercept: float) -> Items:
+        return Items([item(RescaleSlope="1", RescaleIntercept=str(intercept), RescaleType="HU")])
+
+    each = [-1024.0] * len(volume) if intercepts is None else intercepts
+    stored = np.stack([plane - low for plane, low in zip(volume, each, strict=True)])
+    dataset = ct_slice(stored, 0)
+    del dataset.RescaleSlope, dataset.RescaleIntercept
+    dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = ENHANCED_CT_IMAGE_STORAGE
+    dataset.NumberOfFrames = len(volume)
+    shared = item(
+        PlaneOrientationSequence=Items([item(ImageOrientationPatient=[1, 0, 0, 0, 1, 0])]),
+        PixelMeasuresSequence=Items([item(PixelSpacing=["0.8", "0.7"], SliceThickness="2")]),
+    )
+    frames = [
+        item(PlanePositionSequence=Items([item(ImagePositionPatient=[0, 0, float(depth)])]))
+        for depth in depths_mm
+    ]
+    if intercepts is None:
+        shared.PixelValueTransformationSequence = rescale(-1024.0)
+    else:
+        for frame, low in zip(frames, intercepts, strict=True):
+            frame.PixelValueTransformationSequence = rescale(low)
+    dataset.SharedFunctionalGroupsSequence = Items([shared])
+    dataset.PerFrameFunctionalGroupsSequence = Items(frames)
+    dataset.save_as(path, enforce_file_format=True)
+    return path
+
+
+def edit(path: Path, **values: object) -> None:
+    """Set elements of a file, or remove those that are None."""
+    from pydicom import dcmread
+
+    dataset = dcmread(path)
+    for name, value in values.items():
+        if value is None:
+            delattr(dataset, name)
+        else:
+            setattr(dataset, name, value)
+    dataset.save_as(path)
+
+
+def ct_slice(stored: npt.NDArray[Any], intercept: float) -> Any:
+    """A CT image as a data set without a place.
+
+    Args:
+        stored: ([D,] H, W) whole numbers of at most 16 bits, unsigned.
+        intercept: rescale intercept.
+    """
     from pydicom.dataset import Dataset, FileMetaDataset
     from pydicom.uid import UID, generate_uid
 
@@ -80,7 +161,7 @@ def _ct_slice(stored: npt.NDArray[Any], intercept: float) -> Any:
     dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = generate_uid()
     dataset.Modality = "CT"
     dataset.PatientName, dataset.PatientID = "Synthetic", "0"
-    dataset.Rows, dataset.Columns = stored.shape
+    dataset.Rows, dataset.Columns = stored.shape[-2:]
     dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
     dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, 16, 15
     dataset.PixelRepresentation = 0

@@ -1,0 +1,48 @@
+"""Slices of one file, from its top level or its functional groups."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.dicom_series import edit, write_dicom_series, write_enhanced
+
+from dbsam_deploy.core.errors import InputError
+from dbsam_deploy.images.dicom_files import read_header
+from dbsam_deploy.images.dicom_frames import frames_of
+
+pydicom = pytest.importorskip("pydicom")
+
+
+def test_a_plain_file_is_one_frame(tmp_path: Path) -> None:
+    files = write_dicom_series(tmp_path, np.zeros((2, 3, 4), int), digits=(2, 4))
+    (frame,) = frames_of(read_header(files[1]))
+    assert frame.position.tolist() == [-100, -80, 32.5]
+    assert frame.orientation.tolist() == [1, 0, 0, 0, 1, 0]
+    assert frame.pixel_spacing.tolist() == [0.7, 0.8]
+    assert (frame.thickness, frame.gap, frame.number, frame.index) == (2.5, 0, 2, 0)
+    assert frame.decimals == (1, 0)  # -100.00, 32.50: as many as they need
+
+
+def test_frames_keep_their_order_and_share(tmp_path: Path) -> None:
+    path = write_enhanced(tmp_path / "e.dcm", np.zeros((3, 3, 4), int), depths_mm=(4, 0, 2))
+    frames = frames_of(read_header(path))
+    assert [frame.position[2] for frame in frames] == [4, 0, 2]
+    assert [frame.index for frame in frames] == [0, 1, 2]
+    assert {frame.thickness for frame in frames} == {2.0}
+    assert {float(frame.values.RescaleIntercept) for frame in frames} == {-1024.0}
+    assert {frame.number for frame in frames} == {None}
+
+
+def test_frames_and_descriptions_must_agree(tmp_path: Path) -> None:
+    path = write_enhanced(tmp_path / "e.dcm", np.zeros((3, 3, 4), int), depths_mm=(4, 0, 2))
+    edit(path, NumberOfFrames=4)
+    with pytest.raises(InputError, match="4 frames, but 3 descriptions"):
+        frames_of(read_header(path))
+
+
+def test_a_number_that_is_none_is_refused(tmp_path: Path) -> None:
+    (file,) = write_dicom_series(tmp_path, np.zeros((1, 3, 4), int))
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b"-80.000000", b"nan       "))
+    with pytest.raises(InputError, match="expected 3 finite numbers"):
+        frames_of(read_header(file))
