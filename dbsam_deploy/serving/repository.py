@@ -94,7 +94,7 @@ def find_repositories(build: Path = BUILD_FOLDER) -> tuple[Path, ...]:
     return tuple(folder for _, folder in sorted(found, reverse=True))
 
 
-def build_repository(artefact: Artefact, output: Path) -> Repository:
+def build_repository(artefact: Artefact, output: Path, *, wait: bool = True) -> Repository:
     """Fill `output` with a Triton model repository for `artefact`, replacing an earlier one.
 
     TensorRT plans that passed their gate are served in place of the ONNX files that they were built
@@ -104,6 +104,7 @@ def build_repository(artefact: Artefact, output: Path) -> Repository:
     Args:
         artefact: a published export with at least `encoder` and `decoder`.
         output: folder to make; an existing one must be an earlier repository, or empty.
+        wait: for another command that fills it; else this one is refused.
 
     Raises:
         InputError: a graph is missing or is neither ONNX nor a plan, or `output` is something else.
@@ -112,8 +113,8 @@ def build_repository(artefact: Artefact, output: Path) -> Repository:
     """
     served = _with_plans(artefact)
     platforms = _platforms(served)
-    name = f".{output.name}.lock"
-    with one_writer(output.parent, name=name, say=cli.say_on_stderr), writing_to(output):
+    folder, name, say = output.parent, f".{output.name}.lock", cli.say_on_stderr
+    with one_writer(folder, name=name, wait=wait, say=say), writing_to(output):
         tidy(output)
         check_replaceable(output)
         fresh = new_folder(output)
@@ -326,6 +327,7 @@ def build_parser() -> cli.Parser:
         type=Path,
         help=f"repository to fill (default: {REPOSITORY_STEM}_<its name> beside the export)",
     )
+    cli.add_no_wait(parser)
     return parser
 
 
@@ -337,7 +339,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.artefact is None:
             cli.say_on_stderr(export_note(folder))
         repository = build_repository(
-            load_artefact(folder), args.output or repository_beside(folder)
+            load_artefact(folder), args.output or repository_beside(folder), wait=args.wait
         )
         print(f"{repository.folder}: {len(repository.files)} files, {repository.precision}")
         return 0
