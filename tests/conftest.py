@@ -219,7 +219,7 @@ def _publish(
 @pytest.fixture(scope="session")
 def published_export(once: Once) -> tuple[ExportOptions, Published]:
     """`db_sam_tiny` at 256×256 in fp16 through the whole export; not to be changed."""
-    options = ExportOptions("fp16", image_size=256, engine="none", data_images=3)
+    options = ExportOptions("fp16", image_size=256, engine="none")
     return once("fp16", lambda folder: _publish(replace(options, output=folder / "build")))
 
 

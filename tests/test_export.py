@@ -49,7 +49,7 @@ def test_everything_published_is_what_the_manifest_says(published_export):
     assert artefact.weights["trained"]
     assert artefact.versions["torch"].startswith("2.13.0")
     figures = json.loads((folder / "manifest.json").read_text())["figures"]
-    assert figures["images"] == 3
+    assert figures["images"] == 6
     assert figures["embedding_cosine"] >= 0.999
     assert figures["mask_agreement_p5"] >= 0.95
     assert 2 * figures["empty_masks"] <= figures["objects"]
