@@ -140,6 +140,16 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see `{self.prog} --help`")
 
 
+def add_no_wait(parser: argparse.ArgumentParser) -> None:
+    """`--no-wait`, for a command that is the only writer of its folder; `wait` is its name."""
+    parser.add_argument(
+        "--no-wait",
+        dest="wait",
+        action="store_false",
+        help="end with an error, not wait, while another command writes the same folder",
+    )
+
+
 def say_on_stderr(text: str) -> None:
     """A line beside the results, for whoever watches; nothing if `text` is empty."""
     if text:

@@ -5,9 +5,7 @@ The composition root: the only module that knows the order of the stages.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -33,8 +31,11 @@ from .core.contract import graph_specs
 from .core.errors import InputError
 from .engines.build import Choice, Request, build_engines, choose_engines
 from .engines.manifest import EngineRecord
-from .files.atomic import sha256_of
-from .files.sources import closure
+from .files.atomic import writing_to
+from .files.inputs import Inputs, changes, code_digest, digest, key_of
+from .files.locks import one_writer
+from .files.publication import replace_folder, tidy
+from .files.work import WorkFolder, clear_work, work_folder
 from .fusions import fuse_file
 from .graphs.onnx_export import check_onnx, export_graph
 from .hardware import installed_versions
@@ -42,7 +43,12 @@ from .model import DbSam
 from .model.weights import LoadedModel, load_model
 from .quantization.quantizer import Quantizer, calibration_images
 from .recipe import Recipe, load_recipe
-from .serving.repository import Repository, build_repository
+from .serving.repository import (
+    Repository,
+    build_repository,
+    check_replaceable,
+    repository_beside,
+)
 from .sessions.onnxruntime_session import OnnxRuntimeSession
 from .sessions.pytorch_session import PytorchSession
 from .verification.cases import Case, bundled_examples, load_cases
@@ -96,6 +102,9 @@ class _Job:
         recipe: the precision.
         quantizer: what the recipe does with a graph after its export.
         cases: images of the comparison.
+        folder: the artefact's public place.
+        inputs: what the ONNX files are made from.
+        compared: what else the artefact is made from.
     """
 
     stages: Stages
@@ -103,6 +112,13 @@ class _Job:
     recipe: Recipe
     quantizer: Quantizer
     cases: list[Case]
+    folder: Path
+    inputs: Inputs
+    compared: Inputs
+
+    @property
+    def all_inputs(self) -> dict[str, str]:
+        return {**self.inputs, **self.compared}
 
 
 class _Steps:
@@ -150,24 +166,39 @@ def export(
         image_size=options.image_size,
         decoder_weights=options.decoder_weights,
     )
-    console.print(f"weights: {loaded.weights['note']}", highlight=False, soft_wrap=True)
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    say(f"weights: {loaded.weights['note']}")
     bars = progress_bars(console)
     quantizer = Quantizer.of(loaded, recipe, images, options.budget, bars)
-    job = _Job(stages, loaded, recipe, quantizer, cases)
-    key = _export_key(loaded, recipe, quantizer.key)
-    parity_key = _parity_key(key, cases)
-    artefact = _published(folder, parity_key)
-    if artefact is None:
-        artefact = _make_artefact(job, (key, parity_key), folder, bars)
-    else:
-        (folder / MANIFEST_NAME).touch()  # the newest is what predict and the others take
-        console.print(f"{folder} is up to date; nothing was exported again", highlight=False)
-    figures = Figures(**{k: v for k, v in artefact.figures.items() if k != "dice_drop"})
-    engines = {}
-    if choice.request is not None:
-        engines = _engine_stage(job, artefact, choice.request, console)
-    repository = build_repository(artefact, options.output / "model_repository")
+    inputs = _graph_inputs(loaded, recipe, quantizer.key), _compared(loaded, cases)
+    job = _Job(stages, loaded, recipe, quantizer, cases, folder, *inputs)
+    with one_writer(options.output, wait=options.wait, say=say), writing_to(options.output):
+        artefact = _artefact(job, bars, say)
+        figures = Figures(**{k: v for k, v in artefact.figures.items() if k != "dice_drop"})
+        engines = {}
+        if choice.request is not None:
+            engines = _engine_stage(job, artefact, choice.request, console)
+        repository = build_repository(artefact, repository_beside(folder))
     return Published(artefact, figures, repository, engines, choice.note)
+
+
+def _artefact(job: _Job, bars: Progress, say: Callable[[str], None]) -> Artefact:
+    """The publication in the job's folder, made anew where it is not what the job would make."""
+    folder = job.folder
+    tidy(folder)
+    check_replaceable(repository_beside(folder))
+    found, why = _published(job)
+    if found is not None:
+        clear_work(folder.parent, folder.name)
+        (folder / MANIFEST_NAME).touch()  # the newest is what predict and the others take
+        say(f"{folder} is up to date; nothing was exported again")
+        return found
+    if why:
+        say(f"{folder} is exported again: {why}")
+    return _make_artefact(job, bars, say)
 
 
 def _cases(options: ExportOptions, recipe: Recipe) -> list[Case]:
@@ -180,21 +211,16 @@ def _cases(options: ExportOptions, recipe: Recipe) -> list[Case]:
     return load_cases(options.data or bundled_examples(), parity)
 
 
-def _make_artefact(job: _Job, keys: tuple[str, str], folder: Path, bars: Progress) -> Artefact:
-    """Export the graphs, compare them with PyTorch and publish them in `folder`.
-
-    Args:
-        job: what is exported.
-        keys: of the ONNX files, and of the comparison.
-        folder: the artefact's public place.
-        bars: where progress goes.
-    """
-    loaded = job.loaded
+def _make_artefact(job: _Job, bars: Progress, say: Callable[[str], None]) -> Artefact:
+    """Export the graphs, compare them with PyTorch and publish them in the job's folder."""
+    loaded, folder = job.loaded, job.folder
     graphs = list(graph_specs(loaded.preprocessing))
+    keep = (Quantizer.SCRATCH,)
+    work = work_folder(folder.parent, folder.name, key_of(job.inputs), keep)
     with _Steps(bars, len(graphs) + len(job.cases) + 1) as step:
-        work = _export_stage(job, keys[0], folder.parent, step)
-        draft = _draft(loaded, job.recipe, work, graphs, keys[1])
-        draft = replace(draft, quantization=job.quantizer.describe(work))
+        _export_stage(job, work, step, say)
+        draft = _draft(job, work.files, graphs)
+        draft = replace(draft, quantization=job.quantizer.describe(work.scratch))
         step("comparing with PyTorch")
         figures = job.stages.compare(
             PytorchSession(loaded.model),
@@ -204,7 +230,12 @@ def _make_artefact(job: _Job, keys: tuple[str, str], folder: Path, bars: Progres
             progress=lambda name: step(f"compared {name}"),
         )
     check_gate(figures, job.recipe.gate, f"{job.recipe.precision} {draft.variant}")
-    return _publish(replace(draft, figures=figures.as_dict()), folder)
+    draft = replace(draft, figures=figures.as_dict())
+    work.close([item.file for item in draft.graphs.values()])
+    write_artefact(draft)
+    replace_folder(work.files, folder)
+    clear_work(folder.parent, folder.name)
+    return replace(draft, folder=folder)
 
 
 def _engine_stage(
@@ -223,76 +254,63 @@ def _engine_stage(
     return records
 
 
-def _export_stage(job: _Job, key: str, output: Path, step: Callable[[str], None]) -> Path:
+def _export_stage(
+    job: _Job, work: WorkFolder, step: Callable[[str], None], say: Callable[[str], None]
+) -> None:
     """ONNX files in a work folder named by what went in; files already there are kept."""
     loaded, recipe = job.loaded, job.recipe
-    work = output / ".work" / f"{recipe.precision}-{key[:16]}"
-    work.mkdir(parents=True, exist_ok=True)
-    for stale in work.parent.glob(f"{recipe.precision}-*"):
-        if stale != work:
-            shutil.rmtree(stale)
-    done_file = work / "done.json"
-    done = json.loads(done_file.read_text()) if done_file.is_file() else {}
+    done = work.open(say)
     for name, spec in graph_specs(loaded.preprocessing).items():
-        path = work / f"{name}.onnx"
-        if not (path.is_file() and done.get(name) == sha256_of(path)):
-            step(f"exporting {name}")
-            job.stages.export_graph(loaded.model, name, recipe, work)
-            quantized = job.quantizer.run(name, path)
-            if quantized:
-                check_onnx(path, spec)
-            if name == "encoder":
-                fuse_file(path, loaded.model.config, quantized)
-            done[name] = sha256_of(path)
-            done_file.write_text(json.dumps(done))
-        else:
+        path = work.scratch / f"{name}.onnx"
+        if path.name in done:
             step(f"{name} was exported before")
-    return work
+            continue
+        step(f"exporting {name}")
+        job.stages.export_graph(loaded.model, name, recipe, work.scratch)
+        quantized = job.quantizer.run(name, path)
+        if quantized:
+            check_onnx(path, spec)
+        if name == "encoder":
+            fuse_file(path, loaded.model.config, quantized)
+        done = work.finish(path.name, done)
 
 
-def _draft(
-    loaded: LoadedModel, recipe: Recipe, work: Path, graphs: list[str], key: str
-) -> Artefact:
+def _draft(job: _Job, folder: Path, graphs: list[str]) -> Artefact:
     return Artefact(
-        folder=work,
-        variant=loaded.model.config.name,
-        precision=recipe.precision,
-        preprocessing=loaded.preprocessing,
-        graphs={name: graph_file(work / f"{name}.onnx", work) for name in graphs},
-        weights=loaded.weights,
+        folder=folder,
+        variant=job.loaded.model.config.name,
+        precision=job.recipe.precision,
+        preprocessing=job.loaded.preprocessing,
+        graphs={name: graph_file(folder / f"{name}.onnx", folder) for name in graphs},
+        weights=job.loaded.weights,
         versions=installed_versions(),
-        key=key,
+        key=key_of(job.all_inputs),
+        inputs=job.all_inputs,
     )
 
 
-def _publish(draft: Artefact, folder: Path) -> Artefact:
-    """Move the work folder to its public name; an earlier publication is replaced as a whole."""
-    (draft.folder / "done.json").unlink(missing_ok=True)
-    shutil.rmtree(draft.folder / Quantizer.SCRATCH, ignore_errors=True)
-    write_artefact(draft)
-    old = draft.folder.with_suffix(".old")
-    if folder.exists():
-        if not (folder / MANIFEST_NAME).is_file():
-            raise InputError(
-                f"{folder} exists and is not an export of this library; name another --output"
-            )
-        folder.replace(old)
-    draft.folder.replace(folder)
-    shutil.rmtree(old, ignore_errors=True)
-    if not any(draft.folder.parent.iterdir()):
-        draft.folder.parent.rmdir()
-    return replace(draft, folder=folder)
+def _published(job: _Job) -> tuple[Artefact | None, str]:
+    """The artefact in the job's folder if it is what the job would make; else why it is not.
 
-
-def _published(folder: Path, key: str) -> Artefact | None:
-    """The artefact in `folder` if it was made from the same inputs and is intact."""
+    Raises:
+        InputError: something else is there.
+    """
+    folder = job.folder
+    if not os.path.lexists(folder):
+        return None, ""
     if not (folder / MANIFEST_NAME).is_file():
-        return None
+        raise InputError(
+            f"{folder} exists and is not an export of this library; name another --output"
+        )
     try:
         artefact = load_artefact(folder)
-    except InputError:
-        return None  # damaged or of another version: it is made again
-    return artefact if artefact.key == key else None
+    except InputError as error:
+        return None, error.message  # damaged or of another version: it is made again
+    if artefact.key == key_of(job.all_inputs):
+        return artefact, ""
+    if not artefact.inputs:
+        return None, "an earlier version of this library made it"
+    return None, f"changed since: {changes(artefact.inputs, job.all_inputs)}"
 
 
 GRAPH_MODULES = ("model.weights", "graphs.onnx_export", "quantization.quantizer", "fusions")
@@ -304,36 +322,43 @@ GATE_MODULES = (
     "verification.parity",
 )
 """What the figures come from, likewise."""
+_TRACED = ("torch", "segment-anything", "onnx", "onnxscript", "onnx-ir", "numpy")
+_COMPARED = ("torch", "onnxruntime", "onnxruntime-gpu", "onnx", "numpy", "pillow")
+_QUANTIZED = ("onnxruntime", "onnxruntime-gpu", "ml-dtypes", "pillow")
+_MODELOPT = ("nvidia-modelopt", "onnx-graphsurgeon", "onnxslim")
+"""Packages that change the ONNX files of every recipe, the figures, the files of a recipe that
+quantises, and of one that leaves it to modelopt. Others do not take part."""
 
 
-def _export_key(loaded: LoadedModel, recipe: Recipe, quantizer_key: str) -> str:
-    """Hash of all that determines the ONNX files: weights, recipe, versions and the code."""
-    return _hash(
-        loaded.weights["sha256"],
-        repr(loaded.model.config),
-        repr(recipe),
-        quantizer_key,
-        json.dumps(installed_versions(), sort_keys=True),
-        _code_hash(GRAPH_MODULES),
-    )
+def _graph_inputs(loaded: LoadedModel, recipe: Recipe, quantizer_key: str) -> Inputs:
+    """All that determines the ONNX files: weights, recipe, versions and the code."""
+    packages: tuple[str, ...] = _TRACED
+    if recipe.quantization is not None:
+        packages += (*_QUANTIZED, *_resize_packages(loaded))
+        packages += _MODELOPT if recipe.quantization.tool == "modelopt" else ()
+    return {
+        "weights": str(loaded.weights["sha256"]),
+        "model": digest(repr(loaded.model.config)),
+        "recipe": digest(repr(recipe)),
+        "calibration": digest(quantizer_key),
+        "code of the export": code_digest(GRAPH_MODULES),
+        **installed_versions(packages),
+    }
 
 
-def _parity_key(export_key: str, cases: list[Case]) -> str:
-    """Hash of all that determines an artefact: the ONNX files, the images, and their comparison."""
-    images = (c.name + _hash(c.image.tobytes(), c.boxes.tobytes()) for c in cases)
-    return _hash(export_key, _code_hash(GATE_MODULES), *images)
+def _compared(loaded: LoadedModel, cases: list[Case]) -> Inputs:
+    """All else that determines an artefact: the images, and their comparison."""
+    images = (digest(c.name, c.image.tobytes(), c.boxes.tobytes()) for c in cases)
+    return {
+        "images of the comparison": digest(*images),
+        "code of the comparison": code_digest(GATE_MODULES),
+        **installed_versions((*_COMPARED, *_resize_packages(loaded))),
+    }
 
 
-def _code_hash(modules: tuple[str, ...]) -> str:
-    return _hash(*(path.read_bytes() for path in closure(modules)))
-
-
-def _hash(*parts: str | bytes) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        data = part.encode() if isinstance(part, str) else part
-        digest.update(len(data).to_bytes(8, "little") + data)
-    return digest.hexdigest()
+def _resize_packages(loaded: LoadedModel) -> tuple[str, ...]:
+    """What MedSAM's preprocessing takes to resize an image; SAM's takes Pillow."""
+    return ("scikit-image",) if loaded.preprocessing.mode == "medsam" else ()
 
 
 def main(argv: list[str] | None = None, *, stages: Stages | None = None) -> int:

@@ -77,7 +77,7 @@ EXTRAS = (
         "PyTorch models, export to ONNX",
         (
             "torch>=2.7",
-            "segment-anything>=1.0",
+            "segment-anything==1.0",
             "safetensors>=0.5",
             "onnx>=1.19",
             "onnxscript>=0.5",

@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -74,6 +75,16 @@ def cpuinfo() -> str:
     return CPUINFO.read_text(errors="replace") if CPUINFO.is_file() else ""
 
 
+def processor(cpuinfo: str) -> str:
+    """What the processor is and can do, without what changes while it runs.
+
+    Args:
+        cpuinfo: text of `/proc/cpuinfo`.
+    """
+    telling = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in cpuinfo.splitlines() if line.startswith(telling)}))
+
+
 def has_vnni(cpuinfo: str) -> bool:
     """Whether x86 adds four products of 8-bit numbers to 32 bits at once.
 
@@ -129,10 +140,14 @@ def _first_gpu() -> tuple[str, str]:
     return name.strip(), driver.strip()
 
 
-def installed_versions() -> dict[str, str]:
-    """Version of Python and of each installed package that can change a number."""
+def installed_versions(packages: Iterable[str] = VERSIONED_PACKAGES) -> dict[str, str]:
+    """Version of Python and of each of these packages that is installed.
+
+    Args:
+        packages: names for pip; by default all that can change a number somewhere.
+    """
     versions = {"python": platform.python_version()}
-    for name in VERSIONED_PACKAGES:
+    for name in packages:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -44,7 +44,8 @@ def test_build_and_inspect_on_a_machine_without_a_gpu(copied, capsys):
     assert "building tensorrt-rtx decoder" in text.err
     assert "built, not verified, and refused until then" in text.out
     assert "python -m dbsam_deploy.engine verify --artefact" in text.out
-    assert "model_repository is unchanged: a Triton server runs TensorRT engines, not" in text.out
+    place = f"model_repository_{copied.folder.name}"
+    assert f"{place} is unchanged: a Triton server runs TensorRT engines, not" in text.out
     records = read_records(copied, TENSORRT_RTX)
     assert records["encoder"].targets == ("sm_86", "sm_120")
     assert run(engine.main, ["inspect", "--artefact", str(copied.folder)]) == 0
@@ -77,7 +78,7 @@ def test_a_users_mistake_is_one_line_and_status_2(copied, arguments, message, ca
 
 def test_verified_engines_reach_the_server(copied, monkeypatch, capsys):
     put_engines(copied, TENSORRT)
-    place = copied.folder.parent / "model_repository"
+    place = copied.folder.parent / f"model_repository_{copied.folder.name}"
     build_repository(copied, place)
     gpu, loaded = CpuGpu(), SimpleNamespace(weights=copied.weights, model=None)
     runtime = fake_runtime(gpu, VERSIONS["tensorrt"])
@@ -181,7 +182,7 @@ def test_engines_that_miss_the_gate_are_not_served(published):
     )
     with pytest.raises(AccuracyError):
         export(options, Console(quiet=True), stages=stages)
-    repository = load_repository(options.output / "model_repository")
+    repository = load_repository(options.output / "model_repository_fp16")
     assert set(repository.platforms.values()) == {"onnxruntime"}
     noted = Stages(choose_engines=lambda *asked: Choice(None, "a note"))
     again = export(options, Console(quiet=True), stages=noted)

@@ -45,7 +45,7 @@ def test_everything_published_is_what_the_manifest_says(published_export):
         "manifest.json",
         *(f"{g}.onnx" for g in artefact.graphs),
     }
-    assert {p.name for p in options.output.iterdir()} == {"fp16", "model_repository"}
+    assert {p.name for p in options.output.iterdir()} == {"fp16", "model_repository_fp16"}
     assert artefact.weights["trained"]
     assert artefact.versions["torch"].startswith("2.13.0")
     figures = json.loads((folder / "manifest.json").read_text())["figures"]
@@ -53,7 +53,7 @@ def test_everything_published_is_what_the_manifest_says(published_export):
     assert figures["embedding_cosine"] >= 0.999
     assert figures["mask_agreement_p5"] >= 0.95
     assert 2 * figures["empty_masks"] <= figures["objects"]
-    repository = load_repository(options.output / "model_repository")
+    repository = load_repository(options.output / "model_repository_fp16")
     served = repository.folder / "dbsam_encoder" / "1" / "model.onnx"
     assert sha256_of(served) == artefact.graphs["encoder"].sha256
 
@@ -132,12 +132,12 @@ def copying(published, figures):
 def test_a_missed_gate_publishes_nothing(copied):
     options, published = copied
     shutil.rmtree(options.output / "fp16")
-    shutil.rmtree(options.output / "model_repository")
+    shutil.rmtree(options.output / "model_repository_fp16")
     bad = replace(published.figures, mask_agreement_p5=0.9)
     with pytest.raises(AccuracyError, match=r"mask agreement p5 0\.900000 < 0\.95"):
         export(options, Console(quiet=True), stages=copying(published, bad))
     assert not (options.output / "fp16").exists()
-    assert not (options.output / "model_repository").exists()
+    assert not (options.output / "model_repository_fp16").exists()
 
 
 def test_a_foreign_folder_is_not_replaced(copied):

@@ -133,7 +133,7 @@ def test_ranges_that_clip_too_much_are_not_published(build, nearest, tmp_path):
     with pytest.raises(AccuracyError, match=r"int8 db_sam_tiny misses its gate .* cosine 0\.\d+ <"):
         build("int8", stages, calibration=bundled_examples())
     assert not (tmp_path / "build" / "int8").exists()
-    assert not (tmp_path / "build" / "model_repository").exists()
+    assert not (tmp_path / "build" / "model_repository_int8").exists()
 
 
 def test_a_budget_leaves_layers_out_and_an_interrupted_sweep_goes_on(build, nearest, monkeypatch):

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..cli import HelpFormatter, Parser, check_paths
+from ..cli import HelpFormatter, Parser, add_no_wait, check_paths
 from ..core.contract import check_image_size
 from ..engines.build import CHOICES, parse_targets
 from ..recipe import available_precisions, calibration_plan, load_recipe
@@ -16,9 +16,9 @@ DESCRIPTION = """\
 Export a model as two graphs (encoder + fusion, prompt + decoder), compare them with PyTorch on real
 images, and publish them with a Triton model repository if they pass the recipe's gate.
 
-Writes build/<precision>/ (ONNX files and manifest.json) and build/model_repository/. Stages whose
-inputs did not change are not run again. Without --checkpoint the trained db_sam_tiny that ships
-with this library is exported.
+Writes build/<precision>/ (ONNX files and manifest.json) and build/model_repository_<precision>/.
+Stages whose inputs did not change are not run again. Without --checkpoint the trained db_sam_tiny
+that ships with this library is exported.
 
 examples:
   the bundled tiny model, half precision
@@ -51,6 +51,7 @@ class ExportOptions:
         targets: GPUs to build them for, where the builder is told.
         calibration: folder or file of real images for a recipe that quantises activations.
         budget: largest loss of Dice for which a sweep leaves layers out, None for no sweep.
+        wait: for another command that writes `output` to end; else the export is refused.
     """
 
     precision: str
@@ -65,6 +66,7 @@ class ExportOptions:
     targets: tuple[str, ...] = ()
     calibration: Path | None = None
     budget: float | None = None
+    wait: bool = True
 
 
 def build_parser() -> Parser:
@@ -110,6 +112,7 @@ def build_parser() -> Parser:
         help="how many of their images are compared; default: the recipe's",
     )
     parser.add_argument("--output", type=Path, default=Path("build"), help="where to write")
+    add_no_wait(parser)
     _add_quantization(parser)
     _add_engines(parser)
     return parser

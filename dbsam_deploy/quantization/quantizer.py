@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
+from zipfile import BadZipFile
 
 import numpy as np
 import onnx
 from rich.progress import Progress
 
+from ..cli import say_on_stderr
 from ..core.contract import IMAGE, graph_specs
 from ..core.errors import InputError
 from ..core.imaging import FloatArray, Preprocessing, preprocess
@@ -150,14 +152,8 @@ class Quantizer:
             return calibrate(path, self.plan, self._feeds, scratch)
         state, graph = scratch / "ranges.json", sha256_of(path)
         key = [graph, repr(self.plan), repr(self.how), self.images.manifest()]
-        if state.is_file():
-            known = json.loads(state.read_text())
-            found = path.parent / known["graph"]
-            if known["key"] == key and found.is_file() and sha256_of(found) == known["sha256"]:
-                layers = find_layers(onnx.load(found), self.plan.operators)
-                ranges = known["thresholds"], known["lowest"]
-                with np.load(scratch / known["codes"], allow_pickle=False) as codes:
-                    return Calibrated(found, layers, *ranges, dict(codes), self._feeds)
+        if (known := self._known(state, key, path.parent)) is not None:
+            return known
         calibrated = calibrate(path, self.plan, self._feeds, scratch, progress=self._bar())
         codes_file = f"codes-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.npz"
         with write_atomically(scratch / codes_file) as stream:
@@ -173,6 +169,23 @@ class Quantizer:
         with write_atomically(state) as stream:
             stream.write(json.dumps(body).encode())
         return calibrated
+
+    def _known(self, state: Path, key: list[Any], folder: Path) -> Calibrated | None:
+        """What an interrupted run calibrated, if it is intact and from the same `key`."""
+        if self.plan is None or not state.is_file():
+            return None
+        try:
+            known = json.loads(state.read_text())
+            found = folder / known["graph"]
+            if known["key"] != key or not found.is_file() or sha256_of(found) != known["sha256"]:
+                return None
+            layers = find_layers(onnx.load(found), self.plan.operators)
+            ranges = known["thresholds"], known["lowest"]
+            with np.load(state.parent / known["codes"], allow_pickle=False) as codes:
+                return Calibrated(found, layers, *ranges, dict(codes), self._feeds)
+        except (OSError, ValueError, TypeError, KeyError, EOFError, BadZipFile) as error:
+            say_on_stderr(f"{state} is damaged ({error}); the ranges are found anew")
+            return None
 
     def _choose(self, calibrated: Calibrated, scratch: Path) -> Sweep:
         if self.plan is None or self.images is None or self.budget is None:

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from ..cli import say_on_stderr
 from ..core.contract import IMAGE
 from ..core.errors import AccuracyError, ExportError, InputError
 from ..files.atomic import sha256_of, write_atomically
@@ -32,6 +33,8 @@ from .put_back import put_back
 from .qdq import Calibrated, chosen_layers, mac_share, quantize_graph
 from .rounding import TextProgress
 
+PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnx", "ml-dtypes", "numpy")
+"""What can change a measurement, beside the views."""
 WIDTH = 3
 """Parts of a module path that make a block: `image_encoder.blocks.0`."""
 MARGIN = 0.2
@@ -170,7 +173,7 @@ class Judge:
         self._whole, self._state = scratch / "everything.onnx", scratch / "sweep.json"
         parts = (
             *(sha256_of(calibrated.path), repr(plan), repr(sorted(calibrated.thresholds.items()))),
-            json.dumps(installed_versions(), sort_keys=True),
+            json.dumps(installed_versions(PACKAGES), sort_keys=True),
             *(view.sha256 for view in views),
         )
         self._key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
@@ -186,10 +189,9 @@ class Judge:
             if body["key"] != self._key:
                 return {}  # of another graph, recipe or other images
             return {name: Measured(**values) for name, values in body["measured"].items()}
-        except (ValueError, TypeError, KeyError) as error:
-            raise InputError(
-                f"{self._state} is damaged ({error}); delete it to start the sweep anew"
-            ) from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            say_on_stderr(f"{self._state} is damaged ({error}); the sweep starts anew")
+            return {}
 
     def __call__(self, exclude: tuple[str, ...]) -> Measured:
         """Measure everything quantised but `exclude`."""

@@ -13,12 +13,12 @@ from ..engines.kinds import TENSORRT, Kind
 from ..engines.manifest import build_command, verified_plans, verify_command
 from ..files.atomic import sha256_of
 from .repository import (
-    DEFAULT_REPOSITORY,
     REPOSITORY_NAME,
     RUNTIME,
     VERSION,
     Repository,
     build_repository,
+    find_repositories,
     load_repository,
     repository_beside,
 )
@@ -86,7 +86,7 @@ def choose_repository(
     Returns:
         `folder`, or the repository beside the export, which is filled anew where it holds another
         export, other engines or another version of this library. Without any export,
-        `build/model_repository` if it is there: a server needs nothing else.
+        the repository below `./build` that was filled last: a server needs nothing else.
 
     Raises:
         InputError: both were named, there is nothing to serve, or a repository that would have to
@@ -97,18 +97,21 @@ def choose_repository(
         raise InputError("--repository and --artefact both say what to serve; drop one of them")
     if folder is not None:
         return load_repository(folder)
-    if export is None and not find_exports() and (DEFAULT_REPOSITORY / REPOSITORY_NAME).is_file():
-        return load_repository(DEFAULT_REPOSITORY)
+    if export is None and not find_exports() and (found := find_repositories()):
+        if len(found) > 1:
+            others = ", ".join(map(str, found[1:]))
+            say(f"{found[0]} is the newest repository; --repository takes another: {others}")
+        return load_repository(found[0])
     chosen = find_export(export)
     if export is None:
         say(export_note(chosen))
     artefact, place = load_artefact(chosen), repository_beside(chosen)
     if (place / REPOSITORY_NAME).is_file():
-        found = load_repository(place)
-        same = is_filled_from(found, artefact) and _serves_its_plans(found, artefact)
-        if same and _runs_this_library(found):
-            return found
-        if edited := _edited(found):
+        held = load_repository(place)
+        same = is_filled_from(held, artefact) and _serves_its_plans(held, artefact)
+        if same and _runs_this_library(held):
+            return held
+        if edited := _edited(held):
             raise InputError(
                 f"{place} does not hold what {chosen} has, and its {edited[0]} was edited: to "
                 f"serve it name it with --repository {place}, to replace it run "

@@ -12,6 +12,7 @@ import json
 import platform
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +23,14 @@ from ..core.errors import EngineError
 DEFAULT_FOLDER = Path(".triton-server")
 WHEEL = "nvidia-pytriton==0.7.0"
 NUMPY = "numpy==1.26.4"
+# scikit-image is MedSAM's preprocessing; there so that nobody has to know the mode beforehand.
+SERVER_PACKAGES = (NUMPY, "onnxruntime==1.32.0", "pillow==13.0.0", "scikit-image==0.26.0")
+PYTHONS = ("3.11", "3.12")
+LOCK = Path(__file__).with_name("server-requirements.txt")
+"""Version and SHA-256 of every file that pip may install for `SERVER_PACKAGES` and `WHEEL`."""
 # Where this library's own environment has one of these, the server gets the same version, so that
 # local and served masks are computed by the same code.
-_FALLBACKS = {"onnxruntime": "1.23.2", "pillow": "11.3.0"}
-# MedSAM's preprocessing; always there, so that nobody has to know the mode before installing.
-_SCIKIT_IMAGE = "scikit-image>=0.24,<0.27"
+_SHARED = ("onnxruntime", "pillow")
 
 _INSPECT = """
 import importlib.util, json, sys, sysconfig
@@ -142,15 +146,24 @@ def install_environment(
     python = folder / "bin" / "python3"
     if not python.is_file():
         report(f"[1/3] virtual environment in {folder}")
-        _call(sys.executable, ["-m", "venv", str(folder)], "making the virtual environment")
+        _call(sys.executable, ["-P", "-m", "venv", str(folder)], "making the virtual environment")
     else:
         report(f"[1/3] virtual environment in {folder}: there already")
-    packages = [NUMPY, *(f"{name}=={_version(name)}" for name in _FALLBACKS), _SCIKIT_IMAGE]
+    locked = locked_requirements()
+    others = _other_versions(locked)
+    known = [text for name, text in locked.items() if name not in {*others, _wheel_name()}]
     pip = ["-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
-    report(f"[2/3] pip install {' '.join(packages)}")
-    _call(str(python), [*pip, *packages], "installing the server's packages")
+    report(f"[2/3] pip install {' '.join(SERVER_PACKAGES)}   (every file by its SHA-256)")
+    _install_locked(python, known, "installing the server's packages")
+    if others:
+        versions = [f"{name}=={version}" for name, version in others.items()]
+        report(
+            f"      pip install {' '.join(versions)}   (this environment's versions, which were "
+            "not tested and are taken without a known SHA-256)"
+        )
+        _call(str(python), [*pip, *versions, NUMPY], "installing this environment's versions")
     report(f"[3/3] pip install --no-deps {WHEEL}   (145 MB, the Triton server itself)")
-    _call(str(python), [*pip, "--no-deps", WHEEL], f"installing {WHEEL}")
+    _install_locked(python, [locked[_wheel_name()]], f"installing {WHEEL}")
     environment = find_environment(folder, medsam=True)
     report(f"ready: {environment.binary}")
     return environment
@@ -169,12 +182,37 @@ def has_gpu_driver() -> bool:
     return shutil.which("nvidia-smi") is not None
 
 
-def _version(package: str) -> str:
-    """The version installed beside this library, so that both sides compute alike."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return _FALLBACKS[package]
+def locked_requirements() -> dict[str, str]:
+    """Package → its lines in `LOCK`: exact version and the hashes of its files."""
+    lines = [line for line in LOCK.read_text().splitlines() if not line.startswith("#")]
+    entries = "\n".join(lines).replace("\\\n", " ").splitlines()
+    return {entry.split("==")[0]: " ".join(entry.split()) for entry in entries}
+
+
+def _other_versions(locked: dict[str, str]) -> dict[str, str]:
+    """Shared package → version installed beside this library, where that is not the locked one."""
+    found = {}
+    for name in _SHARED:
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if not locked[name].startswith(f"{name}=={version} "):
+            found[name] = version
+    return found
+
+
+def _wheel_name() -> str:
+    return WHEEL.split("==")[0]
+
+
+def _install_locked(python: Path, requirements: list[str], what: str) -> None:
+    """Install exactly these files; pip refuses any other, and looks for nothing beside them."""
+    with tempfile.TemporaryDirectory() as folder:
+        listed = Path(folder) / "requirements.txt"
+        listed.write_text("\n".join(requirements) + "\n")
+        pip = ["-m", "pip", "install", "--disable-pip-version-check", "--quiet", "--no-deps"]
+        _call(str(python), [*pip, "--require-hashes", "-r", str(listed)], what)
 
 
 def _call(python: str, arguments: list[str], what: str) -> None:

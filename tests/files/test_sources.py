@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from dbsam_deploy import export
+from dbsam_deploy.files.inputs import code_digest
 from dbsam_deploy.files.sources import PACKAGE, closure, imported
 
 
@@ -78,11 +79,10 @@ def test_graphs_are_made_of_the_rooms_before_them_and_of_no_door() -> None:
     ],
 )
 def test_the_key_changes_with_what_shapes_the_graphs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edited: str, changes: bool
+    tmp_path: Path, edited: str, changes: bool
 ) -> None:
     copy = tmp_path / "dbsam_deploy"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__", "_share"))
-    monkeypatch.setattr(export, "closure", lambda modules: closure(modules, copy))
-    before = export._code_hash(export.GRAPH_MODULES)
+    before = code_digest.__wrapped__(export.GRAPH_MODULES, copy)
     (copy / edited).write_text((copy / edited).read_text() + "# edited\n")
-    assert (export._code_hash(export.GRAPH_MODULES) != before) == changes
+    assert (code_digest.__wrapped__(export.GRAPH_MODULES, copy) != before) == changes

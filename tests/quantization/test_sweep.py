@@ -188,13 +188,17 @@ def test_another_recipe_starts_anew(judge):
     assert len(made) == 2
 
 
-def test_a_damaged_state_says_what_to_do(judge, tmp_path):
+def test_a_damaged_state_is_ignored_with_a_note(judge, tmp_path, capsys):
     make, _ = judge
-    make()(())
-    body = json.loads((tmp_path / "sweep.json").read_text())
-    (tmp_path / "sweep.json").write_text(json.dumps({**body, "measured": {"": {"x": 1}}}))
-    with pytest.raises(InputError, match=r"sweep.json is damaged .* delete it"):
-        make()
+    first = make()(())
+    state = tmp_path / "sweep.json"
+    body = json.loads(state.read_text())
+    for damaged in (json.dumps({**body, "measured": {"": {"x": 1}}}), state.read_text()[:-9], "[]"):
+        state.write_text(damaged)
+        again = make()
+        assert "sweep.json is damaged" in capsys.readouterr().err
+        assert again(()) == first
+        assert again.measured == 1
 
 
 def test_a_choice_keeps_a_margin_to_the_floors():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.engines import STAND_IN_GPU, put_engines
+from support.manifests import reseal
 
 from dbsam_deploy.artefact import MANIFEST_NAME, Artefact, load_artefact
 from dbsam_deploy.core.errors import InputError
@@ -23,7 +24,7 @@ from dbsam_deploy.serving.repository import (
     load_repository,
 )
 
-BESIDE = Path("build/model_repository")
+BESIDE = Path("build/model_repository_fp16")
 FILL = "python -m dbsam_deploy.serving.repository --artefact build/fp16 --output " + str(BESIDE)
 
 
@@ -51,11 +52,11 @@ def edit_configuration() -> None:
 def test_the_repository_of_the_newest_export_is_filled_once(artefact, make_artefact):
     said: list[str] = []
     first = choose_repository(None, None, said.append)
-    assert said == ["", "filled build/model_repository from build/fp16"]
+    assert said == ["", "filled build/model_repository_fp16 from build/fp16"]
     edit_configuration()  # it holds the export still, so the operator's change stays
     assert choose_repository(None, None, said.append) == first
     assert choose_repository(None, Path("build/fp16"), said.append) == first
-    assert said == ["", "filled build/model_repository from build/fp16", ""]
+    assert said == ["", "filled build/model_repository_fp16 from build/fp16", ""]
 
 
 def test_a_repository_of_another_version_is_filled_anew(artefact):
@@ -64,25 +65,29 @@ def test_a_repository_of_another_version_is_filled_anew(artefact):
     older.write_text(older.read_text() + "# of an earlier version\n")
     body = json.loads((BESIDE / REPOSITORY_NAME).read_text())
     body["files"][older.relative_to(BESIDE).as_posix()] = sha256_of(older)
-    (BESIDE / REPOSITORY_NAME).write_text(json.dumps(body))
+    reseal(BESIDE / REPOSITORY_NAME, files=body["files"])
     said: list[str] = []
     assert choose_repository(None, None, said.append) == current
-    assert said == ["", "filled build/model_repository from build/fp16"]
+    assert said == ["", "filled build/model_repository_fp16 from build/fp16"]
     assert "earlier version" not in older.read_text()
 
 
-def test_a_newer_export_takes_the_place_of_an_earlier_one(artefact, make_artefact):
-    build_repository(artefact, BESIDE)
+def test_a_newer_export_does_not_change_what_the_earlier_one_is_served_from(
+    artefact, make_artefact
+):
+    earlier = build_repository(artefact, BESIDE)
     make_artefact(Path("build/lite"), 64)
     said: list[str] = []
     found = choose_repository(None, None, said.append)
+    assert found.folder == Path("build/model_repository_lite")
     assert found.preprocessing.image_size == 64
     assert said == [
         "build/lite is the newest export; --artefact takes another: build/fp16",
-        "filled build/model_repository from build/lite",
+        "filled build/model_repository_lite from build/lite",
     ]
+    assert load_repository(BESIDE) == earlier
     os.utime(Path("build/lite") / MANIFEST_NAME, (1, 1))
-    assert choose_repository(None, None, said.append).preprocessing == artefact.preprocessing
+    assert choose_repository(None, None, said.append) == earlier
 
 
 def test_a_tuned_repository_of_another_export_is_not_replaced(artefact, make_artefact):
@@ -106,6 +111,14 @@ def test_a_machine_without_exports_serves_what_was_copied_to_it(artefact):
         choose_repository(None, None, print)
     made = build_repository(load_artefact(Path("away")), BESIDE)
     assert choose_repository(None, None, print) == made
+    newer = build_repository(load_artefact(Path("away")), Path("build/model_repository"))
+    os.utime(BESIDE / REPOSITORY_NAME, (1, 1))
+    said: list[str] = []
+    assert choose_repository(None, None, said.append) == newer
+    assert said == [
+        "build/model_repository is the newest repository; --repository takes another: "
+        "build/model_repository_fp16"
+    ]
 
 
 def test_verified_engines_reach_the_repository(artefact):
@@ -123,7 +136,7 @@ def test_serve_finds_engines_that_came_with_their_folder(artefact):
     said: list[str] = []
     found = choose_repository(None, None, said.append)
     assert set(found.platforms.values()) == {"tensorrt"}
-    assert said[-1] == "filled build/model_repository from build/fp16"
+    assert said[-1] == "filled build/model_repository_fp16 from build/fp16"
 
 
 @pytest.mark.parametrize(

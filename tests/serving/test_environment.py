@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -10,7 +12,14 @@ import pytest
 
 from dbsam_deploy.core.errors import EngineError
 from dbsam_deploy.serving import environment as server_env
-from dbsam_deploy.serving.environment import find_environment, install_environment, install_hint
+from dbsam_deploy.serving.environment import (
+    find_environment,
+    install_environment,
+    install_hint,
+    locked_requirements,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -106,23 +115,59 @@ def test_installing_says_where_it_cannot(tmp_path, monkeypatch):
     assert not (tmp_path / "env").exists()
 
 
-def test_installing_reports_steps_and_the_failing_command(tmp_path, monkeypatch):
-    commands, lines = [], []
+@pytest.fixture
+def pip(monkeypatch):
+    """Keeps each command of an installation, and the requirements that pip would have read."""
+    seen: list[tuple[list[str], str]] = []
 
     def call(python, arguments, what):
-        command = [python, *arguments]
-        commands.append(command)
-        if "--no-deps" in command:
+        listed = Path(arguments[-1])
+        seen.append((arguments, listed.read_text() if listed.name == "requirements.txt" else ""))
+        if "nvidia-pytriton" in seen[-1][1]:
             raise EngineError("installing failed: no matching distribution")
 
     monkeypatch.setattr(server_env, "_call", call)
+    return seen
+
+
+def test_installing_takes_only_files_whose_hash_is_known(pip, tmp_path):
+    lines = []
     with pytest.raises(EngineError, match="no matching distribution"):
         install_environment(tmp_path / "env", report=lines.append)
-    assert commands[0][1:3] == ["-m", "venv"]
-    assert "numpy==1.26.4" in commands[1]
-    assert any(item.startswith("scikit-image") for item in commands[1])
-    assert commands[2][-2:] == ["--no-deps", "nvidia-pytriton==0.7.0"]
+    (venv, _), (packages, listed), (server, wheel) = pip
+    assert venv[:2] == ["-m", "venv"]
+    for arguments in (packages, server):
+        assert {"--no-deps", "--require-hashes"} <= set(arguments)
+    requirements = listed.splitlines()
+    assert any(line.startswith("numpy==1.26.4 --hash=sha256:") for line in requirements)
+    assert any(line.startswith("protobuf==") for line in requirements)
+    assert all(re.fullmatch(r"\S+==\S+( --hash=sha256:[0-9a-f]{64})+", r) for r in requirements)
+    assert wheel.startswith("nvidia-pytriton==0.7.0 --hash=sha256:")
     assert [line[:5] for line in lines] == ["[1/3]", "[2/3]", "[3/3]"]
+
+
+def test_other_versions_than_the_tested_ones_are_said(pip, tmp_path, monkeypatch):
+    known = importlib.metadata.version
+    versions = {"onnxruntime": "1.99.0"}
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: versions.get(name, known(name)))
+    lines = []
+    with pytest.raises(EngineError):
+        install_environment(tmp_path / "env", report=lines.append)
+    assert "onnxruntime" not in pip[1][1]
+    assert "onnxruntime==1.99.0" in pip[2][0]
+    assert "--no-deps" not in pip[2][0]
+    (said,) = [line for line in lines if "onnxruntime==1.99.0" in line]
+    assert "without a known SHA-256" in said
+
+
+def test_the_lock_is_complete_and_what_was_tested():
+    """The server computes with the versions of constraints.txt, so that masks are the same."""
+    locked = locked_requirements()
+    for line in (*server_env.SERVER_PACKAGES, server_env.WHEEL):
+        assert locked[line.split("==")[0]].startswith(f"{line} --hash=sha256:")
+    constraints = (ROOT / "constraints.txt").read_text().splitlines()
+    for name in ("onnxruntime", "pillow", "scikit-image", "scipy"):
+        assert locked[name].split(" ")[0] in constraints
 
 
 def test_a_failing_command_ends_in_its_last_line():
@@ -134,4 +179,5 @@ def test_a_failing_command_ends_in_its_last_line():
 def test_both_sides_compute_with_the_same_versions():
     import PIL
 
-    assert server_env._version("pillow") == PIL.__version__
+    changed = {name: line.replace("==", "==0+") for name, line in locked_requirements().items()}
+    assert server_env._other_versions(changed)["pillow"] == PIL.__version__

@@ -78,7 +78,7 @@ def check_close(
         raise AccuracyError(f"{what}: largest error {error:.3g}, at most {bound:.3g} for {dtype}")
 
 
-def small_model(variant: str, image_size: int, *, embed_dim: int = 32) -> DbSam:
+def small_model(variant: str, image_size: int, *, embed_dim: int = 32, depth: int = 8) -> DbSam:
     """A variant's full graph at a small width with random weights of ordinary size.
 
     Every table and statistic is random (fresh ones are zero or one), so that a graph that drops or
@@ -88,13 +88,14 @@ def small_model(variant: str, image_size: int, *, embed_dim: int = 32) -> DbSam:
         variant: a name in `dbsam_deploy.model.VARIANTS`.
         image_size: side S of the model frame.
         embed_dim: ViT width, split over two heads.
+        depth: ViT blocks; with 8 every stage has one in windows before the global one.
     """
     config = variant_config(variant, image_size=image_size)
     adapter = config.adapter
     if adapter is not None:
         stem = (4,) * len(adapter.stem_channels)
         adapter = replace(adapter, stem_channels=stem, num_heads=2, fusion_reduction=2)
-    config = replace(config, embed_dim=embed_dim, num_heads=2, depth=8, adapter=adapter)
+    config = replace(config, embed_dim=embed_dim, num_heads=2, depth=depth, adapter=adapter)
     if config.tiny_vit is not None:
         thin = replace(
             config.tiny_vit, embed_dims=(8, 16, 16, 32), depths=(1, 1, 2, 1), num_heads=(0, 2, 2, 4)

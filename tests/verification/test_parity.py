@@ -1,5 +1,6 @@
 """Figures on real images, and a gate that really closes."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -9,10 +10,11 @@ import torch
 from dbsam_deploy.core.errors import AccuracyError
 from dbsam_deploy.core.imaging import Preprocessing
 from dbsam_deploy.model.weights import load_model
-from dbsam_deploy.recipe import Parity, load_recipe
+from dbsam_deploy.recipe import Gate, Parity, load_recipe
 from dbsam_deploy.sessions.pytorch_session import PytorchSession
+from dbsam_deploy.verification import parity
 from dbsam_deploy.verification.cases import bundled_examples, load_cases
-from dbsam_deploy.verification.parity import check_gate, compare, cosine, dice
+from dbsam_deploy.verification.parity import Figures, check_gate, compare, cosine, dice, misses
 
 PARITY = Parity(images=3, boxes_per_image=2, box_jitter_px=20, min_object_px=16)
 GATE = load_recipe("fp16").gate
@@ -99,14 +101,108 @@ def test_small_noise_passes_fp16_and_not_fp32(reference, cases):
         {"embedding_cosine": float("nan")},
         {"mask_agreement_mean": 0.9799},
         {"mask_agreement_p5": 0.9499},
+        {"prompt_agreement_mean": 0.9799},
+        {"prompt_agreement_p5": 0.9499},
+        {"decoder_cosine": 0.9989},
+        {"dice_reference": float("nan")},
         {"dice": 0.5, "dice_reference": 0.5021},
         {"dice": float("nan")},
     ],
 )
 def test_each_figure_can_close_the_gate(good, change):
     check_gate(good, GATE, "unchanged")
-    with pytest.raises(AccuracyError):
+    with pytest.raises(AccuracyError, match="changed misses its gate on 1 images, "):
         check_gate(replace(good, **change), GATE, "changed")
+
+
+FLOORS = Gate(embedding_cosine=0.9, mask_agreement_mean=0.8, mask_agreement_p5=0.5, dice_drop=0.125)
+AT_THE_FLOOR = Figures(
+    images=2,
+    objects=4,
+    empty_masks=0,
+    embedding_cosine=0.9,
+    decoder_cosine=0.9,
+    mask_agreement_mean=0.8,
+    mask_agreement_p5=0.5,
+    prompt_agreement_mean=0.8,
+    prompt_agreement_p5=0.5,
+    dice=0.5,
+    dice_reference=0.625,
+    encoder_ms=1,
+    decoder_ms=1,
+    reference_encoder_ms=1,
+    reference_decoder_ms=1,
+    backend="none",
+)
+
+
+def test_each_figure_has_a_floor_of_its_own():
+    """Means lie far above fifth percentiles, so one held against the other's floor shows here."""
+    assert misses(AT_THE_FLOOR, FLOORS) == []
+    for name, label, floor in (
+        ("embedding_cosine", "embedding cosine", 0.9),
+        ("decoder_cosine", "decoder cosine", 0.9),
+        ("mask_agreement_mean", "mask agreement mean", 0.8),
+        ("mask_agreement_p5", "mask agreement p5", 0.5),
+        ("prompt_agreement_mean", "prompt agreement mean", 0.8),
+        ("prompt_agreement_p5", "prompt agreement p5", 0.5),
+    ):
+        below = replace(AT_THE_FLOOR, **{name: floor - 0.01})
+        assert misses(below, FLOORS) == [f"{label} {floor - 0.01:.6f} < {floor}"]
+    assert misses(replace(AT_THE_FLOOR, dice=0.4375), FLOORS) == ["Dice drop 0.1875 > 0.125"]
+
+
+def test_percentiles_are_the_fifth_and_means_are_means(reference, cases, monkeypatch):
+    """Of 20 prompted masks and more, one in ten is lost: the mean hardly moves, p5 falls to 0."""
+    values = iter([0.0] + [1.0] * 9)
+    endless = itertools.cycle(values)
+    monkeypatch.setattr(parity, "_prompt_agreement", lambda *_: [next(endless) for _ in range(20)])
+    figures = run(reference, cases, reference)
+    assert figures.prompt_agreement_mean == pytest.approx(0.9)
+    assert figures.prompt_agreement_p5 == 0
+    assert figures.mask_agreement_p5 == 1
+    assert misses(figures, replace(FLOORS, mask_agreement_mean=0.9 - 1e-9)) == [
+        "prompt agreement p5 0.000000 < 0.5"
+    ]
+
+
+class Ticking:
+    """A session on whose clock each call takes as long as is said here, in seconds."""
+
+    backend = "ticking"
+
+    def __init__(self, session, clock: list[float], seconds: dict[str, list[float]]) -> None:
+        self.session, self.clock = session, clock
+        self.seconds = {graph: itertools.cycle(values) for graph, values in seconds.items()}
+
+    def run(self, graph, feed):
+        self.clock[0] += next(self.seconds[graph])
+        return self.session.run(graph, feed)
+
+
+def test_latencies_are_medians_in_ms_of_each_side(reference, cases, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(parity.time, "perf_counter", lambda: clock[0])
+    others = {"prompt_decoder": [9.0]}
+    ours = Ticking(reference, clock, {"encoder": [1, 2, 9], "decoder": [3], **others})
+    theirs = Ticking(reference, clock, {"encoder": [4, 5, 90], "decoder": [6], **others})
+    figures = compare(theirs, ours, Preprocessing(64), cases)
+    assert (figures.encoder_ms, figures.decoder_ms) == pytest.approx((2000, 3000))
+    assert figures.reference_encoder_ms == pytest.approx(5000)
+    assert figures.reference_decoder_ms == pytest.approx(6000)
+    assert figures.backend == "ticking"
+
+
+def test_empty_reference_masks_are_counted(reference, cases):
+    figures = run(reference, cases, reference)
+    assert figures.empty_masks < figures.objects
+    model = load_model(image_size=64).model
+    with torch.no_grad():  # GELU makes zeros of this, and no logit lies above zero
+        model.mask_decoder.output_upscaling[3].bias.sub_(100)
+    empty = PytorchSession(model)
+    figures = run(empty, cases, reference)
+    assert figures.empty_masks == figures.objects > 0
+    assert figures.mask_agreement_mean < 1  # it is the reference whose masks are counted
 
 
 def test_dice_and_cosine():
