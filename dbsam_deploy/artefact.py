@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .core.contract import graph_specs
 from .core.errors import InputError
 from .core.imaging import Preprocessing
 from .files.atomic import sha256_of
-from .files.manifests import Body, ManifestKind
+from .files.manifests import Body, ManifestKind, is_inside, is_sha256
 
 MANIFEST_NAME = "manifest.json"
 BUILD_FOLDER = Path("build")
 """Where an export writes, and where the others look, unless they are told."""
+ENGINES = "engines"
+"""Folder in an export's that holds its engines, each with a sealed manifest of its own."""
+_EXTERNAL_DATA = b"\x0a\x08location\x12"
+"""In an ONNX file: the entry of a tensor that says in which other file its values are."""
 
 _MANIFEST = ManifestKind(
     "a manifest of this library",
     "export again",
     InputError,
+    version=2,
     absent="run `python -m dbsam_deploy.export --precision fp16` first, or name the folder it "
     "wrote (for example build/fp16)",
 )
@@ -141,8 +148,17 @@ def load_artefact(folder: str | Path) -> Artefact:
         folder: directory that holds `manifest.json`.
 
     Raises:
-        InputError: no manifest, another format, a missing file or one that was changed.
+        InputError: no manifest, another format, one that was edited, a missing file or one that was
+            changed, or a file that the manifest does not list.
     """
+    artefact = read_artefact(folder)
+    for _ in take_graphs(artefact):
+        pass
+    return artefact
+
+
+def read_artefact(folder: str | Path) -> Artefact:
+    """Like `load_artefact` without the graphs' hashes, for those who `take_graphs` afterwards."""
     folder = Path(folder)
     path = folder / MANIFEST_NAME
     if not path.exists() and (inside := find_exports(folder)):
@@ -151,11 +167,66 @@ def load_artefact(folder: str | Path) -> Artefact:
             f"{', '.join(map(str, inside))}"
         )
     artefact = _MANIFEST.read(path, lambda body: _artefact(folder, body))
-    _MANIFEST.check(path, {item.file: item.sha256 for item in artefact.graphs.values()})
+    files = {item.file: item.size_bytes for item in artefact.graphs.values()}
+    for name, expected in files.items():
+        size = _MANIFEST.find(path, name).stat().st_size
+        if size != expected:
+            raise InputError(
+                f"{folder / name} was changed after {path.name} was written ({size} bytes, not "
+                f"{expected}); export again"
+            )
+    _MANIFEST.check_nothing_else(path, files, apart=(ENGINES,))
     return artefact
+
+
+def take_graphs(artefact: Artefact) -> Iterator[tuple[str, bytes]]:
+    """Each graph's name and the content of its file: the very bytes that were checked.
+
+    What is made of them belongs together, whatever becomes of the folder meanwhile. Nothing here
+    keeps them.
+
+    Raises:
+        InputError: a file is missing or has changed, or its weights are in another file.
+    """
+    path = artefact.folder / MANIFEST_NAME
+    for graph, item in artefact.graphs.items():
+        content = _MANIFEST.take(path, item.file, item.sha256)
+        if _EXTERNAL_DATA in content:
+            raise InputError(
+                f"{artefact.folder / item.file} has weights in another file (external data), which "
+                "no hash covers: save it as one file and export again"
+            )
+        yield graph, content
+
+
+def described_file(item: Body) -> GraphFile:
+    """A file as a manifest describes it.
+
+    Raises:
+        ValueError: no name in the manifest's folder, no hash or no size.
+    """
+    described = GraphFile(**item)
+    size = described.size_bytes
+    if not is_inside(described.file):
+        raise ValueError(f"file {str(described.file)[:80]!r}: expected a path inside its folder")
+    if not is_sha256(described.sha256) or type(size) is not int or size < 0:
+        raise ValueError(f"{described.file}: expected a SHA-256 in hex and a size in bytes")
+    return described
 
 
 def _artefact(folder: Path, body: Body) -> Artefact:
     body["preprocessing"] = Preprocessing(**body["preprocessing"])
-    body["graphs"] = {name: GraphFile(**item) for name, item in body["graphs"].items()}
+    known = graph_specs(body["preprocessing"])
+    body["graphs"] = {name: described_file(item) for name, item in body["graphs"].items()}
+    if not body["graphs"] or set(body["graphs"]) - set(known):
+        raise ValueError(f"graphs {sorted(body['graphs'])}, expected some of {', '.join(known)}")
+    for name, kind in _KINDS.items():
+        if not isinstance(body[name], kind):
+            raise TypeError(f"{name}: a {type(body[name]).__name__}, expected {kind.__name__}")
     return Artefact(folder=folder, **body)
+
+
+_KINDS = {
+    **dict.fromkeys(("variant", "precision", "key"), str),
+    **dict.fromkeys(("weights", "figures", "versions", "quantization"), dict),
+}

@@ -77,17 +77,19 @@ def run_python(
     Raises:
         EngineError: it does not start, or takes longer.
     """
-    environment = {**os.environ, **(variables or {})}
+    # No module is taken from the working folder; a Python before 3.11 does not know `-P`.
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", **(variables or {})}
     earlier = environment.pop("PYTHONPATH", None)  # is meant for this Python alone
     if python == sys.executable:
         # An installed package is found anyway, and its folder would hide Python's own modules
         installed = _PACKAGE_PARENT.name in ("site-packages", "dist-packages")
         paths = [earlier, None if installed else str(_PACKAGE_PARENT)]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    safe = ["-P"] if python == sys.executable else []
     try:
         with nullcontext(subprocess.PIPE) if log is None else log.open("wb") as output:
             ended = subprocess.run(
-                [python, *arguments],
+                [python, *safe, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.PIPE if log is None else subprocess.STDOUT,

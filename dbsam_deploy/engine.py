@@ -9,7 +9,16 @@ from pathlib import Path
 from rich.console import Console
 
 from .artefact import BUILD_FOLDER, Artefact, export_note, find_export, load_artefact
-from .cli import HelpFormatter, Parser, as_called, check_paths, run, say_on_stderr, table_console
+from .cli import (
+    HelpFormatter,
+    Parser,
+    add_no_wait,
+    as_called,
+    check_paths,
+    run,
+    say_on_stderr,
+    table_console,
+)
 from .core.errors import CheckpointError, InputError
 from .engines.build import (
     COMPATIBILITY,
@@ -30,6 +39,8 @@ from .engines.manifest import (
     record_path,
     verify_command,
 )
+from .files.atomic import writing_to
+from .files.locks import one_writer
 from .recipe import load_recipe
 from .serving.choice import refresh_repository
 from .sessions.pytorch_session import PytorchSession
@@ -165,6 +176,7 @@ def build_parser() -> Parser:
         if verb == "build":
             _add_build_options(sub)
         _add_reference_options(sub)
+        add_no_wait(sub)
     return parser
 
 
@@ -219,7 +231,9 @@ def main(argv: list[str] | None = None) -> int:
         _inspect(artefact, console)
         return 0
     kind = kind_named(args.engine)
-    records = _build(artefact, args) if args.verb == "build" else _verify(artefact, kind, args)
+    place = artefact.folder
+    with one_writer(place.parent, wait=args.wait, say=say_on_stderr), writing_to(place):
+        records = _build(artefact, args) if args.verb == "build" else _verify(artefact, kind, args)
     console.print(engine_table(records, f"{artefact.folder}: {args.engine}"))
     print(as_called(refresh_repository(artefact, kind)))
     return 0

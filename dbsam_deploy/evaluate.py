@@ -32,6 +32,7 @@ from .evaluation.plots import check_libraries
 from .evaluation.published import compare
 from .evaluation.segmenters import KEPT_EMBEDDINGS
 from .evaluation.tables import print_result
+from .files.locks import one_writer
 from .prediction.loading import open_named, open_server
 from .prediction.model import Model
 from .serving.choice import choose_repository
@@ -251,8 +252,9 @@ def main(argv: list[str] | None = None) -> int:
     comparisons = compare(result)
     print_result(console, result, comparisons)
     if args.output is not None:
-        paths = write_files(args.output, result, comparisons, about)
-        paths.append(write_page(args.output / PAGE_NAME, result, comparisons, about))
+        with one_writer(args.output, say=say):
+            paths = write_files(args.output, result, comparisons, about)
+            paths.append(write_page(args.output / PAGE_NAME, result, comparisons, about))
         for path in paths:
             say(f"wrote {path}")
     return 0

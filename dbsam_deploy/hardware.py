@@ -75,6 +75,16 @@ def cpuinfo() -> str:
     return CPUINFO.read_text(errors="replace") if CPUINFO.is_file() else ""
 
 
+def processor(cpuinfo: str) -> str:
+    """What the processor is and can do, without what changes while it runs.
+
+    Args:
+        cpuinfo: text of `/proc/cpuinfo`.
+    """
+    telling = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in cpuinfo.splitlines() if line.startswith(telling)}))
+
+
 def has_vnni(cpuinfo: str) -> bool:
     """Whether x86 adds four products of 8-bit numbers to 32 bits at once.
 

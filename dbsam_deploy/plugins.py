@@ -11,7 +11,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from .cli import HelpFormatter, Parser, run
+from .cli import HelpFormatter, Parser, add_no_wait, run, say_on_stderr
+from .files.atomic import writing_to
+from .files.locks import one_writer
 from .kernels.plugin_build import (
     ARCHITECTURES,
     DEFAULT_OUTPUT,
@@ -72,6 +74,7 @@ def build_parser() -> Parser:
         help=f"folder with {HEADER}; by default the system's, then the kernel-lens wheel's",
     )
     add("--jobs", type=int, help="files compiled at a time; by default one for each core")
+    add_no_wait(build)
     info = commands.add_parser("info", help="show what a compiled library offers")
     info.add_argument("file", type=Path, help=LIBRARY_NAME)
     return parser
@@ -83,12 +86,14 @@ def main(argv: list[str] | None = None) -> int:
     if options.command == "info":
         _show(options.file)
         return 0
-    library = build_plugins(
-        options.output,
-        tensorrt_include=options.tensorrt_include,
-        architectures=tuple(options.arch),
-        jobs=options.jobs,
-    )
+    place = options.output
+    with one_writer(place, wait=options.wait, say=say_on_stderr), writing_to(place):
+        library = build_plugins(
+            place,
+            tensorrt_include=options.tensorrt_include,
+            architectures=tuple(options.arch),
+            jobs=options.jobs,
+        )
     print(f"{library.path} is ready (sha256 {library.sha256[:12]}…)")
     return 0
 

@@ -24,7 +24,8 @@ if __name__ == "__main__":  # --help and a mistyped option need no PyTorch
 
 from .core.errors import InputError
 from .evaluation.metrics import load_library
-from .files.atomic import write_atomically
+from .files.atomic import write_atomically, write_files, writing_to
+from .files.locks import one_writer
 from .graphs.onnx_export import export_graph
 from .model import DbSam
 from .model.weights import load_model
@@ -80,17 +81,21 @@ def find_exclusions(
     )
     bars = progress_bars(console)
     quantizer = Quantizer.of(loaded, recipe, images, options.budget, bars)
-    scratch = options.output / Quantizer.SCRATCH
-    scratch.mkdir(parents=True, exist_ok=True)
-    key_file, path = scratch / "encoder.key", scratch / "encoder.onnx"
-    key = f"{loaded.weights['sha256']} {loaded.model.config} {recipe}"
-    if not (path.is_file() and key_file.is_file() and key_file.read_text() == key):
-        console.print("exporting the float encoder", highlight=False)
-        stages.export_graph(loaded.model, "encoder", replace(recipe, quantization=None), scratch)
-        key_file.write_text(key)
-    with bars:
-        found = quantizer.sweep(path, scratch)
-    write_results(found, options.output)
+    place, scratch = options.output, options.output / Quantizer.SCRATCH
+    with one_writer(place, wait=options.wait, say=console.print), writing_to(place):
+        scratch.mkdir(exist_ok=True)
+        key_file, path = scratch / "encoder.key", scratch / "encoder.onnx"
+        key = f"{loaded.weights['sha256']} {loaded.model.config} {recipe}"
+        if not (path.is_file() and key_file.is_file() and key_file.read_bytes() == key.encode()):
+            console.print("exporting the float encoder", highlight=False)
+            key_file.unlink(missing_ok=True)  # it is no longer about the file beside it
+            floats = replace(recipe, quantization=None)
+            stages.export_graph(loaded.model, "encoder", floats, scratch)
+            with write_atomically(key_file) as stream:
+                stream.write(key.encode())
+        with bars:
+            found = quantizer.sweep(path, scratch)
+        write_results(found, place)
     return found, images
 
 
@@ -100,15 +105,12 @@ def write_results(found: Sweep, folder: Path) -> None:
     Raises:
         EngineError: Matplotlib is not installed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     contents = {
         "json": json.dumps(asdict(found), indent=2) + "\n",
         "csv": _csv(found),
         "svg": plot(found),
     }
-    for suffix, text in contents.items():
-        with write_atomically(folder / f"sensitivity.{suffix}") as stream:
-            stream.write(text.encode())
+    write_files({folder / f"sensitivity.{end}": text.encode() for end, text in contents.items()})
 
 
 def _csv(found: Sweep) -> str:

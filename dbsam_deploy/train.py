@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,8 @@ from rich.console import Console
 from .core.errors import InputError
 from .evaluation import build_protocol, evaluate, find_cases, read_cases
 from .extras import require
-from .files.atomic import write_atomically
+from .files.atomic import write_atomically, writing_to
+from .files.locks import one_writer
 from .hardware import installed_versions
 from .model import DbSam
 from .model.checkpoint import write_checkpoint
@@ -92,10 +94,17 @@ def train(options: TrainOptions, console: Console | None = None) -> Trained:
     for line in (*material.lines(), f"start: {loaded.weights['note']}"):
         console.print(line, highlight=False, soft_wrap=True)
     loaded.model.to(accelerator.device)
-    options.output.mkdir(parents=True, exist_ok=True)
     session = _Run(recipe, options, material, loaded, accelerator, console, _validation(options))
-    state = _train_phases(session)
-    return _publish(session, state)
+    with _only_writer(session), writing_to(options.output):
+        state = _train_phases(session)
+        return _publish(session, state)
+
+
+def _only_writer(run: _Run) -> AbstractContextManager[None]:
+    """The lock of the output, which the main process holds for all processes of this training."""
+    if not run.accelerator.is_main_process:
+        return nullcontext()
+    return one_writer(run.options.output, wait=run.options.wait, say=run.console.print)
 
 
 def _train_phases(run: _Run) -> TrainingState:

@@ -6,7 +6,10 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
+from support.manifests import reseal
 
 from dbsam_deploy.artefact import (
     MANIFEST_NAME,
@@ -16,6 +19,7 @@ from dbsam_deploy.artefact import (
     find_exports,
     graph_file,
     load_artefact,
+    take_graphs,
     write_artefact,
 )
 from dbsam_deploy.core.errors import InputError
@@ -47,8 +51,11 @@ def artefact(tmp_path: Path) -> Artefact:
 
 
 def edit(artefact: Artefact, **values: object) -> None:
-    path = artefact.folder / MANIFEST_NAME
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    reseal(artefact.folder / MANIFEST_NAME, **values)
+
+
+def entry(**values: object) -> dict[str, object]:
+    return {"file": "a", "sha256": "0" * 64, "size_bytes": 1, **values}
 
 
 def test_round_trip(artefact: Artefact) -> None:
@@ -100,10 +107,12 @@ def test_a_graph_outside_the_folder_is_refused(
     outside = tmp_path / "outside.onnx"
     outside.write_bytes(b"elsewhere")
     name = {"parent": "../outside.onnx", "absolute": str(outside), "link": "link.onnx"}[way]
-    (artefact.folder / "link.onnx").symlink_to(outside)
+    if way == "link":
+        (artefact.folder / "link.onnx").symlink_to(outside)
     item = {"file": name, "sha256": sha256_of(outside), "size_bytes": 9}
     edit(artefact, graphs={"encoder": item})
-    with pytest.raises(InputError, match="which is not there"):
+    message = "which is not there" if way == "link" else "a path inside its folder"
+    with pytest.raises(InputError, match=message):
         load_artefact(artefact.folder)
 
 
@@ -112,6 +121,17 @@ def test_a_graph_outside_the_folder_is_refused(
     [
         ({"format": 99}, "another manifest format"),
         ({"surprise": 1}, "not a manifest"),
+        ({"folder": "/"}, "not a manifest"),
+        ({"graphs": {"encoder": entry(file=5)}}, "a path inside"),
+        ({"graphs": {"encoder": entry(file="a\0")}}, "a path inside"),
+        ({"graphs": {"encoder": entry(sha256=5)}}, "SHA-256 in hex"),
+        ({"graphs": {"encoder": entry(size_bytes=True)}}, "size in bytes"),
+        ({"graphs": {"encoder": entry(size_bytes=-1)}}, "size in bytes"),
+        ({"graphs": {"another": entry()}}, "some of encoder"),
+        ({"graphs": {}}, "some of encoder"),
+        ({"weights": None}, "weights: a NoneType, expected dict"),
+        ({"variant": 5}, "variant: a int, expected str"),
+        ({"preprocessing": {"image_size": 10**40, "mode": "sam"}}, "from 64 to 2048"),
         ({"graphs": []}, "not a manifest"),
         ({"graphs": {"encoder": {"file": "x"}}}, "not a manifest"),
         ({"preprocessing": {"image_size": "big"}}, "not a manifest"),
@@ -132,6 +152,83 @@ def test_a_file_that_is_no_manifest_is_refused(artefact: Artefact, content: byte
     (artefact.folder / MANIFEST_NAME).write_bytes(content)
     with pytest.raises(InputError, match="not a manifest"):
         load_artefact(artefact.folder)
+
+
+@pytest.mark.parametrize("values", [{"preprocessing": {"mode": "sam"}}, {"variant": "db_sam"}])
+def test_an_edited_manifest_is_refused(artefact: Artefact, values: dict[str, object]) -> None:
+    path = artefact.folder / MANIFEST_NAME
+    body = json.loads(path.read_text())
+    for name, value in values.items():
+        body[name] = {**body[name], **value} if isinstance(value, dict) else value
+    path.write_text(json.dumps(body))
+    with pytest.raises(InputError, match=r"was edited after it was written.*export again"):
+        load_artefact(artefact.folder)
+
+
+def test_a_manifest_without_a_seal_is_refused(artefact: Artefact) -> None:
+    path = artefact.folder / MANIFEST_NAME
+    body = json.loads(path.read_text())
+    del body["seal"]
+    path.write_text(json.dumps(body))
+    with pytest.raises(InputError, match=r"not a manifest.*seal.*export again"):
+        load_artefact(artefact.folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "onnx/more.onnx", "openvino/1.blob", ".hidden", "empty/", "link", "a\nb"]
+)
+def test_what_the_manifest_does_not_list_is_refused(artefact: Artefact, name: str) -> None:
+    path = artefact.folder / name
+    path.parent.mkdir(exist_ok=True)
+    if name.endswith("/"):
+        path.mkdir()
+    elif name == "link":
+        path.symlink_to(artefact.path("encoder"))
+    else:
+        path.touch()
+    with pytest.raises(InputError, match=r"does not list .*delete it, or export again") as caught:
+        load_artefact(artefact.folder)
+    assert "\n" not in caught.value.message
+
+
+def test_engines_have_manifests_of_their_own(artefact: Artefact) -> None:
+    plan = artefact.folder / "engines" / "tensorrt" / "encoder.plan"
+    plan.parent.mkdir(parents=True)
+    plan.touch()
+    assert load_artefact(artefact.folder) == artefact
+
+
+def test_another_size_is_noticed_before_anything_is_hashed(artefact: Artefact) -> None:
+    with artefact.path("encoder").open("ab") as stream:
+        stream.truncate(2**40)
+    with pytest.raises(InputError, match=f"{2**40} bytes, not 350"):
+        load_artefact(artefact.folder)
+
+
+def test_weights_in_another_file_are_refused(tmp_path: Path) -> None:
+    values = onnx.numpy_helper.from_array(np.ones((64, 64), np.float32), "weights")
+    graph = onnx.helper.make_graph([], "g", [], [], [values])
+    path = tmp_path / "encoder.onnx"
+    onnx.save(
+        onnx.helper.make_model(graph),
+        path,
+        save_as_external_data=True,
+        location="weights.bin",
+        size_threshold=0,
+    )
+    (tmp_path / "weights.bin").unlink()
+    graphs = {"encoder": graph_file(path, tmp_path)}
+    write_artefact(Artefact(tmp_path, "db_sam", "fp32", Preprocessing(256), graphs))
+    with pytest.raises(InputError, match="weights in another file"):
+        load_artefact(tmp_path)
+
+
+def test_graphs_are_taken_as_they_were_checked(artefact: Artefact) -> None:
+    taken = take_graphs(artefact)
+    assert next(taken) == ("encoder", b"encoder" * 50)
+    artefact.path("decoder").write_bytes(b"decoded" * 50)
+    with pytest.raises(InputError, match="was changed after"):
+        next(taken)
 
 
 def put_exports(root: Path, *names: str) -> None:

@@ -47,6 +47,16 @@ def test_the_package_is_found_from_anywhere(
     assert run_python(["-c", code]).output == "7\n"
 
 
+@pytest.mark.parametrize("way", [["-c", "import secrets"], ["-m", "secrets"]])
+def test_nothing_is_imported_from_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: list[str]
+) -> None:
+    (tmp_path / "secrets.py").write_text("print('from here')")
+    monkeypatch.chdir(tmp_path)
+    ended = run_python(way)
+    assert (ended.status, ended.output) == (0, "")
+
+
 def test_another_python_gets_no_python_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

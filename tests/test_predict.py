@@ -1,6 +1,6 @@
 """The command line on real ONNX graphs: every kind of file in, masks out, mistakes in one line."""
 
-import json
+import dataclasses
 import os
 import re
 import subprocess
@@ -14,7 +14,7 @@ from PIL import Image
 from support.dicom_series import rotation, write_dicom_series
 
 from dbsam_deploy import predict
-from dbsam_deploy.artefact import Artefact
+from dbsam_deploy.artefact import Artefact, write_artefact
 from dbsam_deploy.cli import run
 from dbsam_deploy.images.volumes import png_bytes
 from dbsam_deploy.prediction.predictor import Predictor
@@ -352,10 +352,8 @@ def test_trained_weights_carry_no_note(
     command: Command, tmp_path: Path, rng: np.random.Generator, make_artefact: Any
 ) -> None:
     made = make_artefact(tmp_path / "trained")
-    manifest = made.folder / "manifest.json"
-    body = json.loads(manifest.read_text())
-    body["weights"] = {"trained": True, "note": "loaded from somewhere"}
-    manifest.write_text(json.dumps(body))
+    weights = {"trained": True, "note": "loaded from somewhere"}
+    write_artefact(dataclasses.replace(made, weights=weights))
     (tmp_path / "a.png").write_bytes(png_bytes(blocks(rng, 40, 50, 3)))
     out = command(tmp_path / "a.png", "--box", 1, 2, 30, 30, "--artefact", made.folder)
     assert "NOTE" not in out

@@ -15,6 +15,7 @@ from pathlib import Path
 from ..artefact import Artefact, graph_file
 from ..core.contract import GraphSpec, graph_specs
 from ..core.errors import EngineError, InputError
+from ..files.atomic import write_atomically
 from ..kernels.plugin_build import DEFAULT_OUTPUT, LIBRARY_NAME, read_library
 from .device import find_gpu
 from .kinds import KINDS, TENSORRT, TENSORRT_RTX, Kind
@@ -257,7 +258,8 @@ def _place_plugins(
     library = read_library(source)
     target = folder / LIBRARY_NAME
     if target.resolve() != library.path.resolve():
-        shutil.copyfile(library.path, target)
+        with library.path.open("rb") as built, write_atomically(target) as stream:
+            shutil.copyfileobj(built, stream)
     return target
 
 

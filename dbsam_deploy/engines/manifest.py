@@ -7,22 +7,20 @@ then holds the figures of each compute capability it was compared on.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..artefact import Artefact, GraphFile
+from ..artefact import ENGINES, Artefact, GraphFile, described_file
 from ..core.errors import EngineError
 from ..files.manifests import Body, ManifestKind
 from .device import Gpu
 from .kinds import TENSORRT, Kind, kind_named
 from .profiles import Range
 
-FOLDER = "engines"
+FOLDER = ENGINES
 _MANIFEST = ManifestKind("the manifest of an engine", "build the engine again", EngineError)
 
 
@@ -126,13 +124,7 @@ def record_path(folder: Path, graph: str) -> Path:
 
 def write_record(folder: Path, record: EngineRecord) -> Path:
     """Write a manifest (atomically) into the folder that holds its plan, and return its path."""
-    body = asdict(record)
-    return _MANIFEST.write(record_path(folder, record.graph), {**body, "seal": _seal(body)})
-
-
-def _seal(body: Mapping[str, Any]) -> str:
-    """Hash over a manifest, so that an edited or mixed-up one is noticed."""
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return _MANIFEST.write(record_path(folder, record.graph), asdict(record))
 
 
 def read_record(path: Path) -> EngineRecord:
@@ -141,12 +133,10 @@ def read_record(path: Path) -> EngineRecord:
     Raises:
         EngineError: no manifest of this library and version, or one that was edited.
     """
-    return _MANIFEST.read(path, lambda body: _record(path, body))
+    return _MANIFEST.read(path, _record)
 
 
-def _record(path: Path, body: Body) -> EngineRecord:
-    if body.pop("seal") != _seal(body):
-        raise EngineError(f"{path} was edited after it was written; build the engine again")
+def _record(body: Body) -> EngineRecord:
     flags = dict(body["flags"])
     for fixed in ("tf32", "weight_streaming"):
         if flags.pop(fixed):
@@ -160,12 +150,12 @@ def _record(path: Path, body: Body) -> EngineRecord:
     built_on, plugins = body["built_on"], body["plugins"]
     fields = {
         **body,
-        "plan": GraphFile(**body["plan"]),
+        "plan": described_file(body["plan"]),
         "built_on": None if built_on is None else Gpu(**built_on),
         "targets": tuple(body["targets"]),
         "ranges": {axis: Range(**item) for axis, item in body["ranges"].items()},
         "flags": Flags(**flags),
-        "plugins": None if plugins is None else GraphFile(**plugins),
+        "plugins": None if plugins is None else described_file(plugins),
         "parity": parity,
     }
     return EngineRecord(**fields)
@@ -238,11 +228,7 @@ def plugin_library(folder: Path, record: EngineRecord) -> Path | None:
 
 
 def _checked(folder: Path, record: EngineRecord, item: GraphFile) -> bytes:
-    manifest = record_path(folder, record.graph)
-    file = _MANIFEST.find(manifest, item.file)
-    content = file.read_bytes()
-    _MANIFEST.compare(manifest, file, hashlib.sha256(content).hexdigest(), item.sha256)
-    return content
+    return _MANIFEST.take(record_path(folder, record.graph), item.file, item.sha256)
 
 
 def check_runs_here(record: EngineRecord, version: str, gpu: Gpu) -> None:

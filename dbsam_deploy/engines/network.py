@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import EngineError
+from ..files.atomic import write_atomically
 from .manifest import Flags
 from .profiles import ProfileShapes
 
@@ -170,7 +171,8 @@ def build_plan(trt: Any, logger: Any, job: BuildJob) -> int:
     Path(job.plan).write_bytes(memoryview(plan))
     if job.timing_cache:
         cache = config.get_timing_cache().serialize()
-        Path(job.timing_cache).write_bytes(memoryview(cache))
+        with write_atomically(Path(job.timing_cache)) as stream:
+            stream.write(memoryview(cache))
     if job.layers:
         text = inspect_plan(trt, logger, Path(job.plan).read_bytes(), job.flags.version_compatible)
         Path(job.layers).write_text(text)

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..files.atomic import write_file
+from ..files import atomic
 from .published import AVERAGES, SOURCE, Comparison
 from .results import CaseResult, EvaluationResult, Mean, ObjectResult, Score, TaskResult
 
@@ -59,7 +59,7 @@ def write_files(
         "tasks.csv": csv_text(TASK_COLUMNS, map(_task_row, result.tasks)),
         "evaluation.json": json_text(result, comparisons, model),
     }
-    return [write_file(folder / name, text.encode()) for name, text in tables.items()]
+    return atomic.write_files({folder / name: text.encode() for name, text in tables.items()})
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

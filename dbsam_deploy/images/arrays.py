@@ -66,6 +66,8 @@ def _picture(image: Image.Image) -> tuple[npt.NDArray[Any], tuple[str, ...]]:
         )
     try:
         return picture_values(image)
+    except InputError:
+        raise
     except DAMAGED_PICTURE as error:
         raise InputError(
             f"a PIL image of mode {image.mode} that cannot be read: {error}; is its file whole, "

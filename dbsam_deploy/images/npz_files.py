@@ -8,6 +8,7 @@ along z, as everywhere in this library. `spacing` (optional) is millimetres alon
 
 from __future__ import annotations
 
+import math
 import struct
 import tokenize
 import warnings
@@ -24,6 +25,7 @@ import numpy.typing as npt
 
 from ..core.errors import InputError
 from ..core.imaging import FloatArray
+from ..files.regular import regular_size
 from .scans import check_voxels
 
 MAX_BOXES_BYTES = 16 * 1024 * 1024
@@ -168,6 +170,7 @@ def open_npy(path: Path) -> npt.NDArray[Any]:
     Raises:
         InputError: damaged, truncated, or pickled objects.
     """
+    regular_size(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about npy headers written by Python 2
@@ -179,6 +182,7 @@ def open_npy(path: Path) -> npt.NDArray[Any]:
 @contextmanager
 def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     """The archive, with what a damaged one raises turned into one `InputError`."""
+    regular_size(path)
     try:
         with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about npy headers written by Python 2
@@ -198,7 +202,9 @@ def _image_shape(
             f"{path}: no array `{key}` among {sorted(archive.namelist())[:8]}; expected a MedSAM "
             f"npz with {key} (H, W), (H, W, 3), (D, H, W) or (D, H, W, 3)"
         )
-    return stack_shape(found[0], key, path), found[1]
+    shape = stack_shape(found[0], key, path)
+    check_voxels(shape[:3], path, found[1].itemsize * math.prod(shape[3:]))
+    return shape, found[1]
 
 
 def _images(archive: zipfile.ZipFile, key: str, path: Path) -> npt.NDArray[Any]:
@@ -218,6 +224,11 @@ def stack_shape(shape: tuple[int, ...], key: str, path: Path) -> tuple[int, ...]
     if not grey and not colour:
         raise InputError(
             f"{path}: {key} of shape {shape}; expected (H, W), (H, W, 3), (D, H, W) or (D, H, W, 3)"
+        )
+    if len(shape) == 3 and shape[0] == 3 and not colour:
+        raise InputError(
+            f"{path}: {key} of shape {shape} may be one image with its channels first or three "
+            "slices: store an image as (H, W, 3), three slices as (3, H, W, 3)"
         )
     full = shape if len(shape) == (4 if colour else 3) else (1, *shape)
     check_voxels(full[:3], path)

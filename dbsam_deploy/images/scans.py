@@ -9,8 +9,6 @@ way in or out. In memory slices are (D, H, W) = (z, y, x).
 from __future__ import annotations
 
 import gzip
-import logging
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +23,8 @@ from ..extras import require
 
 MAX_VOXELS = 512 * 1024 * 1024
 """Largest volume that is read (512 Mi voxels: 2 GiB as float32)."""
+MAX_VOLUME_BYTES = 2 * 1024 * 1024 * 1024
+"""Largest volume in bytes, after it is decompressed."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,17 @@ class Scan:
     notes: tuple[str, ...] = ()
 
 
-def check_voxels(shape: tuple[int, ...], path: Path) -> None:
+def check_voxels(shape: tuple[int, ...], path: Path, voxel_bytes: int = 1) -> None:
     """Refuse a (D, H, W) that is empty or too large before it is read.
 
+    Args:
+        shape: D, H, W.
+        path: named in errors.
+        voxel_bytes: what one takes in memory.
+
     Raises:
-        InputError: a side of 0, a slice above `MAX_IMAGE_PIXELS` or a volume above `MAX_VOXELS`.
+        InputError: a side of 0, a slice above `MAX_IMAGE_PIXELS`, a volume above `MAX_VOXELS` or
+            `MAX_VOLUME_BYTES`.
     """
     count, height, width = (int(side) for side in shape)
     if min(count, height, width) < 1:
@@ -86,6 +92,11 @@ def check_voxels(shape: tuple[int, ...], path: Path) -> None:
         raise InputError(
             f"{path}: {count} slices of {height}×{width} pixels; at most {MAX_IMAGE_PIXELS} pixels "
             f"in a slice and {MAX_VOXELS} voxels in all are read; crop or downsample it"
+        )
+    if count * height * width * voxel_bytes > MAX_VOLUME_BYTES:
+        raise InputError(
+            f"{path}: {count}×{height}×{width} voxels of {voxel_bytes} bytes; at most "
+            f"{MAX_VOLUME_BYTES} bytes are read; store it in a narrower type, crop or downsample it"
         )
 
 
@@ -98,53 +109,20 @@ def require_nibabel() -> ModuleType:
     return require("nibabel", extra="nifti", what_for="a NIfTI file")
 
 
-def read_nifti(path: Path) -> Scan:
-    """Read a `.nii` or `.nii.gz` file of one 3D (or 2D) volume.
+_PLACE = ("dim", "dim_info", "pixdim", "xyzt_units", "qform_code", "sform_code")
+_PLACE_STARTS = ("quatern_", "qoffset_", "srow_")
 
-    Raises:
-        InputError: damaged, 4D, complex or colour data, too large, or a singular affine.
-        EngineError: nibabel is not installed.
+
+def _place_of(header: Any) -> Any:
+    """A header that only says where the voxels lie: free text and extensions may name the patient.
+
+    They are not copied and then emptied: what is not listed here does not come along.
     """
-    nibabel = require_nibabel()
-    from nibabel.filebasedimages import ImageFileError
-    from nibabel.spatialimages import HeaderDataError
-
-    damaged = (
-        ArithmeticError,
-        EOFError,
-        HeaderDataError,
-        ImageFileError,
-        OSError,
-        ValueError,
-        zlib.error,
-    )
-    log = logging.getLogger("nibabel.global")
-    was_disabled, log.disabled = log.disabled, True  # it comments on headers on stderr
-    try:
-        image = nibabel.load(path, mmap=False)
-    except damaged as error:
-        raise InputError(f"{path} is not a readable NIfTI file: {error}") from error
-    finally:
-        log.disabled = was_disabled
-    shape = tuple(int(side) for side in image.shape)
-    sizes = shape[:3] + (1,) * (3 - len(shape))
-    dtype = image.get_data_dtype()
-    if not isinstance(image, nibabel.Nifti1Image) or len(shape) < 2 or set(shape[3:]) - {1}:
-        raise InputError(f"{path}: array of shape {shape}; expected one NIfTI volume (x, y, z)")
-    if dtype.kind not in "iuf":
-        raise InputError(f"{path}: voxels of type {dtype}; expected real numbers")
-    check_voxels(sizes[::-1], path)
-    affine = np.asarray(image.affine, np.float64)
-    if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
-        raise InputError(f"{path}: its affine does not place voxels in space; repair the header")
-    try:
-        plain = dtype == np.uint8 and (image.dataobj.slope, image.dataobj.inter) == (1, 0)
-        values = np.asarray(image.dataobj) if plain else image.get_fdata(dtype=np.float32)
-    except damaged as error:
-        raise InputError(f"{path} cannot be read to its end: {error}") from error
-    dx, dy, dz = (float(step) for step in np.linalg.norm(affine[:3, :3], axis=0))
-    geometry = ScanGeometry(affine, shape, image.header.copy())
-    return Scan(values.reshape(sizes).transpose(2, 1, 0), (dz, dy, dx), geometry, (path,))
+    place = type(header)()
+    for name in list(header):
+        if name in _PLACE or name.startswith(_PLACE_STARTS):
+            place[name] = header[name]
+    return place
 
 
 def nifti_bytes(
@@ -162,14 +140,11 @@ def nifti_bytes(
     """
     nibabel = require_nibabel()
     array = np.ascontiguousarray(labels.transpose(2, 1, 0)).reshape(geometry.shape)
-    header = None if geometry.header is None else geometry.header.copy()
+    header = geometry.header
     kind = nibabel.Nifti1Image
     if header is not None:
-        # An intent or an extension describes the scan (it may name the patient), not the labels.
-        header.extensions.clear()
-        header.set_intent("none")
+        header = _place_of(header)
         header.set_data_dtype(array.dtype)
-        header["cal_min"] = header["cal_max"] = 0
         kind = nibabel.Nifti2Image if isinstance(header, nibabel.Nifti2Header) else kind
     image = kind(array, geometry.affine, header)
     if header is None:

@@ -2,8 +2,8 @@
 
 Coordinates: every format becomes slices of H×W pixels, (D, H, W) in memory; a box is
 (x0, y0, x1, y1) with x along W and y along H, and slice k is `pixels[k]`. A 2D image has D = 1. For
-NIfTI, x and y are the stored array's first and second axis (see `scans`). Pictures are read as
-stored: an EXIF orientation is not applied, so a mask lies on the file's own pixel grid.
+NIfTI, x and y are the stored array's first and second axis (see `scans`). A picture is
+turned upright as its EXIF orientation says: boxes and masks are in what every viewer shows.
 
 A 3D box is (x0, y0, z0, x1, y1, z1) and covers the slices z0 … z1 - 1. The `boxes` of a 3D npz in
 MedSAM's challenge format name their last slice instead; they are converted when read.
@@ -22,18 +22,20 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ..core.contract import MAX_IMAGE_PIXELS
 from ..core.errors import InputError
 from ..core.imaging import ByteArray, FloatArray
+from ..files.regular import regular_size
 from .dicom import read_dicom
 from .dicom_files import looks_like_dicom
 from .intensity import Intensity, Window, to_uint8
+from .nifti import read_nifti
 from .npz_files import read_npz
-from .scans import Scan, ScanGeometry, nifti_bytes, read_nifti
+from .scans import Scan, ScanGeometry, nifti_bytes
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 OWN_WINDOW = "file"
 """As a window: the one that a DICOM file names itself."""
 SOFT_TISSUE = (40.0, 400.0)
@@ -41,6 +43,9 @@ SOFT_TISSUE = (40.0, 400.0)
 SOFT_TISSUE_TEXT = (
     "soft-tissue window level 40 width 400 HU (the CVPR 2024 challenge's), as no window was given"
 )
+
+PICTURE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
+_ORIENTATION, _PHOTOMETRIC = 0x0112, 262
 
 DAMAGED_PICTURE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 """What Pillow raises while it reads a damaged file."""
@@ -98,47 +103,70 @@ def read_image(
     window: Window | str | None = None,
     with_boxes: bool = True,
     series: str | int | None = None,
+    volume: int | None = None,
 ) -> Volume:
     """Read any supported image.
 
     Args:
-        path: PNG, JPEG, `.npz`, `.nii`, `.nii.gz`, one DICOM file, or a folder with DICOM files.
+        path: PNG, JPEG, TIFF, BMP, WebP, `.npz`, `.nii`, `.nii.gz`, one DICOM file, or a
+            folder with DICOM files.
         window: (level, width) that maps stored values to 0–255, for example (40, 400) for soft
             tissue in CT, or "file" for the window that a DICOM file names itself. Without it uint8
             data are taken as they are, CT in DICOM by the soft-tissue window, and other values are
             clipped to the 0.5–99.5 percentiles, see `to_uint8`.
         with_boxes: read the prompts stored in an npz.
         series: SeriesInstanceUID or SeriesNumber, for a folder with several DICOM series.
+        volume: which volume of a 4D NIfTI file, from 0.
 
     Raises:
         InputError: no such file; an unknown, damaged or too large one; values that are not finite;
-            a DICOM folder with missing slices or several series, see `dicom.read_dicom`.
+            a DICOM folder with gaps or several series, see `dicom.read_dicom`.
         EngineError: the format's extra, or a decoder, is not installed.
     """
     path = Path(path)
-    if not os.path.exists(path):  # unlike Path.exists, False for an impossible name
-        raise InputError(f"{path}: no such file or folder")
+    _check_is_there(path)
     name = path.name.lower()
+    if volume is not None:
+        _check_is_nifti(path, volume)
     known = (*PICTURE_SUFFIXES, ".npz", ".nii", ".nii.gz")
     is_dicom = name.endswith((".dcm", ".dicom")) or (
         not name.endswith(known) and looks_like_dicom(path)
     )
     if path.is_dir() or is_dicom:
         return _read_dicom(path, window, series)
-    if isinstance(window, str):
-        raise InputError(f"window {window!r}: {path} is no DICOM; expected (level, width)")
-    if series is not None:
-        raise InputError(f"series {series!r}: {path} is no DICOM, which alone has series")
+    window = _without_dicom_options(path, window, series)
     if name.endswith(PICTURE_SUFFIXES):
         return _read_picture(path, window)
     if name.endswith(".npz"):
         return _from_npz(path, window, with_boxes)
     if name.endswith((".nii", ".nii.gz")):
-        return _from_scan(path, "nifti", read_nifti(path), window)
+        return _from_scan(path, "nifti", read_nifti(path, volume=volume), window)
     raise InputError(
-        f"{path}: unknown kind of file; expected .png, .jpg, .jpeg, .npz, .nii, .nii.gz, DICOM or "
-        "a folder with a DICOM series"
+        f"{path}: unknown kind of file; expected {', '.join(PICTURE_SUFFIXES)}, .npz, .nii, "
+        ".nii.gz, DICOM or a folder with a DICOM series"
     )
+
+
+def _check_is_there(path: Path) -> None:
+    if not os.path.exists(path):  # unlike Path.exists, False for an impossible name
+        raise InputError(f"{path}: no such file or folder")
+    if not path.is_dir():
+        regular_size(path)
+
+
+def _check_is_nifti(path: Path, volume: int) -> None:
+    if not path.name.lower().endswith((".nii", ".nii.gz")):
+        raise InputError(f"volume {volume}: {path} is no NIfTI, which alone holds several")
+
+
+def _without_dicom_options(
+    path: Path, window: Window | str | None, series: str | int | None
+) -> Window | None:
+    if isinstance(window, str):
+        raise InputError(f"window {window!r}: {path} is no DICOM; expected (level, width)")
+    if series is not None:
+        raise InputError(f"series {series!r}: {path} is no DICOM, which alone has series")
+    return window
 
 
 def _read_dicom(path: Path, window: Window | str | None, series: str | int | None) -> Volume:
@@ -182,19 +210,47 @@ def _read_picture(path: Path, window: Window | None) -> Volume:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=("PNG", "JPEG")) as image:
+            with Image.open(path, formats=PICTURE_FORMATS) as image:
                 if image.width * image.height > MAX_IMAGE_PIXELS:
                     raise Image.DecompressionBombError
+                turned = _turned(image)  # Pillow turns a TIFF itself, and forgets the tag
                 image.load()
                 values, notes = picture_values(image, path)
+                notes = notes if turned == notes[: len(turned)] else (*turned, *notes)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(
             f"{path}: more than {MAX_IMAGE_PIXELS} pixels; crop or downsample it"
         ) from error
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     except DAMAGED_PICTURE as error:
-        raise InputError(f"{path} is not a readable PNG or JPEG: {error}") from error
+        raise InputError(
+            f"{path} is not a readable PNG, JPEG, TIFF, BMP or WebP: {error}"
+        ) from error
     pixels, intensity = to_uint8(values[None], window, path, notes=notes)
     return Volume(path, "picture", pixels, intensity, files=(path,))
+
+
+def _turned(image: Image.Image) -> tuple[str, ...]:
+    """What turns an open picture upright, in words.
+
+    Raises:
+        InputError: several pages or frames, or white stored as 0 in more than 8 bits.
+    """
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":  # a camera adds small copies of the one picture
+        raise InputError(
+            f"a {image.format} of {frames} pages or frames: expected one; save the one that is "
+            "meant as a file of its own, or all of them as (D, H, W) in an npz"
+        )
+    if image.format == "TIFF" and image.mode not in ("1", "L"):
+        tags = getattr(image, "tag_v2", {})
+        if tags.get(_PHOTOMETRIC) == 0:
+            raise InputError("a TIFF with more than 8 bits in which 0 is white: invert it first")
+    orientation = image.getexif().get(_ORIENTATION, 1)
+    if orientation in range(2, 9):
+        return (f"turned upright as its EXIF orientation {orientation} says",)
+    return ()
 
 
 def picture_values(
@@ -206,19 +262,20 @@ def picture_values(
         image: a loaded picture.
         path: its file, if it has one.
     """
+    notes = _turned(image)
+    kind, image = image.format, ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
-        return np.asarray(image), ()
+        return np.asarray(image), notes
     if image.has_transparency_data:
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))
         return np.asarray(Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")), (
             "transparency over black",
         )
-    notes: tuple[str, ...] = ()
-    if image.format == "PNG" and path is not None:
+    if kind == "PNG" and path is not None:
         with path.open("rb") as stream:
             bit_depth = stream.read(26)[24]
         # Pillow keeps 16 bits of a grey PNG (mode I;16) but only the high byte of a colour one.
-        notes = ("high byte of 16-bit colour",) if bit_depth == 16 else ()
+        notes = (*notes, "high byte of 16-bit colour") if bit_depth == 16 else notes
     return np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB")), notes
 
 

@@ -1,14 +1,14 @@
 """Compiles the sources of `kernels/` with g++ or nvcc; libraries go to a per-user cache.
 
 A library's name holds a hash of every source, of the flags and of the compiler's version, so that a
-change of any of them makes a new one.
+change of any of them makes a new one, and the hash of its own content: a damaged one, which would
+end the process that loads it, is built again.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import re
 import shutil
 import subprocess
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import EngineError, InputError
+from ..files.private import cache_folder, find_kept, keep, private_folder
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,6 @@ def source_files(source: Path) -> tuple[Path, ...]:
         names = re.findall(r'^#include "([^"]+)"', path.read_text(), re.M)
         waiting += [path.parent / name for name in names]
     return tuple(found)
-
-
-def cache_folder() -> Path:
-    """Where built libraries are kept."""
-    return Path.home() / ".cache" / "dbsam_deploy" / "kernels"
 
 
 @functools.cache
@@ -115,27 +111,22 @@ def build_library(
         folder: cache to use instead of the user's.
 
     Raises:
-        EngineError: no such compiler, a missing source, or the compiler refuses one.
+        EngineError: no such compiler, a missing source, the compiler refuses one, or the cache is
+            not this user's alone.
     """
-    folder = folder or cache_folder()
+    folder = private_folder(folder or cache_folder("kernels"), "kernels")
     path, version = _compiler(compiler)
     files = tuple(dict.fromkeys(file for source in sources for file in source_files(source)))
-    target = folder / f"{stem}-{_digest(files, flags, version)}.so"
-    if target.is_file():
-        return target
+    name = f"{stem}-{_digest(files, flags, version)}"
+    if found := find_kept(folder, name, ".so"):
+        return found[0]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(suffix=".so", prefix=f".{stem}-", dir=folder)
+        with tempfile.TemporaryDirectory() as scratch:
+            built = Path(scratch, "library.so")
+            _run([path, *flags, *(str(source) for source in sources), "-o", str(built)])
+            return keep(folder, name, ".so", built.read_bytes())
     except OSError as error:
         raise EngineError(f"kernels cannot be kept in {folder}: {error.strerror}") from None
-    os.close(handle)
-    try:
-        _run([path, *flags, *(str(source) for source in sources), "-o", name])
-        # another process may have finished first; its library is the same
-        os.replace(name, target)
-    finally:
-        Path(name).unlink(missing_ok=True)
-    return target
 
 
 def architecture_number(name: str) -> str:

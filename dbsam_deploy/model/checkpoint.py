@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..core.errors import CheckpointError
 from ..files.atomic import write_atomically
+from ..files.regular import regular_size
 
 StateDict = dict[str, Tensor]
 
@@ -49,8 +50,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: missing, unreadable, unsafe (would run code), or holding no tensors.
     """
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(f"checkpoint {path}: no such file")
+    regular_size(path, CheckpointError)
     with path.open("rb") as stream:
         sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
     tensors = _tensors(path, _read(path))

@@ -7,7 +7,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..cli import HelpFormatter, Parser, check_paths
+from ..cli import HelpFormatter, Parser, add_no_wait, check_paths
 from ..core.contract import check_image_size
 from ..recipe import available_precisions, calibration_plan, load_recipe
 from ..resources import VARIANT_NAMES
@@ -41,6 +41,7 @@ class SensitivityOptions:
     variant: str | None = None
     image_size: int | None = None
     output: Path = Path("build/sensitivity")
+    wait: bool = True
 
 
 def export_command(options: SensitivityOptions) -> str:
@@ -85,6 +86,7 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--output", type=Path, default=SensitivityOptions.output, help="where to write"
     )
+    add_no_wait(parser)
     return parser
 
 

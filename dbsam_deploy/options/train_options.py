@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from ..cli import HelpFormatter, Parser, check_paths
+from ..cli import HelpFormatter, Parser, add_no_wait, check_paths
 from ..training.choices import Freeze, available_training_recipes, find_training_recipe
 
 DESCRIPTION = """\
@@ -60,6 +60,7 @@ class TrainOptions:
     micro_batch: int = 1
     workers: int = 0
     cpu: bool = False
+    wait: bool = True
 
 
 def build_parser() -> Parser:
@@ -99,6 +100,7 @@ def build_parser() -> Parser:
     add("--micro-batch", type=int, default=1, help="images in one forward pass of one process")
     add("--workers", type=int, default=0, help="processes that prepare images")
     add("--cpu", action="store_true", help="stay on the CPU")
+    add_no_wait(parser)
     return parser
 
 

@@ -82,6 +82,12 @@ def add_image_options(parser: argparse._ActionsContainer) -> None:
         " `file` alone: the window that a DICOM file names itself",
     )
     parser.add_argument(
+        "--volume",
+        type=int,
+        metavar="N",
+        help="which volume of a 4D NIfTI file, from 0",
+    )
+    parser.add_argument(
         "--series",
         metavar="UID|NUMBER",
         help="which series of a DICOM folder (SeriesInstanceUID or SeriesNumber)",
@@ -216,7 +222,13 @@ def predict_image(args: argparse.Namespace, open_model: Callable[[], Model]) -> 
         open_model: called once the image, the prompts and the output are known to be usable.
     """
     prompted = args.box or args.box3d or args.point
-    volume = read_image(args.image, window=args.window, with_boxes=not prompted, series=args.series)
+    volume = read_image(
+        args.image,
+        window=args.window,
+        with_boxes=not prompted,
+        series=args.series,
+        volume=args.volume,
+    )
     prompts = prompts_from(args, volume)
     paths = planned_files(volume, args.mask_format, args.output, args.overlay)
     console = table_console()

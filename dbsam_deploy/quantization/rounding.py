@@ -174,12 +174,14 @@ def round_rows(weights: _Float64, moments: FloatArray) -> Codes:
     codes = np.zeros(left.shape)
     for start in range(0, count, _BLOCK):
         end = min(start + _BLOCK, count)
-        errors = np.zeros((len(left), end - start))
-        for i in range(start, end):
-            codes[:, i] = np.clip(np.round(left[:, i]), -LEVELS, LEVELS)
-            error = (left[:, i] - codes[:, i]) / spread[i, i]
-            left[:, i + 1 : end] -= np.outer(error, spread[i, i + 1 : end])
-            errors[:, i - start] = error
+        block = left[:, start:end].T.copy()  # an input's weights side by side: several times faster
+        errors = np.empty((len(left), end - start))
+        for i, column in enumerate(block):
+            rounded = np.clip(np.round(column), -LEVELS, LEVELS)
+            ahead = spread[start + i, start + i : end]
+            error = (column - rounded) / ahead[0]
+            block[i + 1 :] -= np.outer(ahead[1:], error)
+            codes[:, start + i], errors[:, i] = rounded, error
         left[:, end:] -= errors @ spread[start:end, end:]
     found = np.empty(codes.shape, np.int8)
     found[:, order] = codes

@@ -146,7 +146,7 @@ def install_environment(
     python = folder / "bin" / "python3"
     if not python.is_file():
         report(f"[1/3] virtual environment in {folder}")
-        _call(sys.executable, ["-m", "venv", str(folder)], "making the virtual environment")
+        _call(sys.executable, ["-P", "-m", "venv", str(folder)], "making the virtual environment")
     else:
         report(f"[1/3] virtual environment in {folder}: there already")
     locked = locked_requirements()

@@ -22,7 +22,7 @@ from ..engines.kinds import TENSORRT
 from ..engines.manifest import engine_folder, plugin_library, verified_plans
 from ..files.atomic import sha256_of, writing_to
 from ..files.locks import one_writer
-from ..files.manifests import Body, ManifestKind
+from ..files.manifests import Body, ManifestKind, is_inside, is_sha256
 from ..files.publication import new_folder, remove, replace_folder, tidy
 from ..resources import resource_dir
 from .triton_config import GRAPH_MODELS, Platform, python_specs, render_configs
@@ -34,6 +34,7 @@ _MANIFEST = ManifestKind(
     "a repository of this library",
     "export again",
     InputError,
+    version=2,
     absent="run `python -m dbsam_deploy.export --precision fp16` first, or name the repository "
     "it filled with --repository",
 )
@@ -93,7 +94,7 @@ def find_repositories(build: Path = BUILD_FOLDER) -> tuple[Path, ...]:
     return tuple(folder for _, folder in sorted(found, reverse=True))
 
 
-def build_repository(artefact: Artefact, output: Path) -> Repository:
+def build_repository(artefact: Artefact, output: Path, *, wait: bool = True) -> Repository:
     """Fill `output` with a Triton model repository for `artefact`, replacing an earlier one.
 
     TensorRT plans that passed their gate are served in place of the ONNX files that they were built
@@ -103,6 +104,7 @@ def build_repository(artefact: Artefact, output: Path) -> Repository:
     Args:
         artefact: a published export with at least `encoder` and `decoder`.
         output: folder to make; an existing one must be an earlier repository, or empty.
+        wait: for another command that fills it; else this one is refused.
 
     Raises:
         InputError: a graph is missing or is neither ONNX nor a plan, or `output` is something else.
@@ -111,8 +113,8 @@ def build_repository(artefact: Artefact, output: Path) -> Repository:
     """
     served = _with_plans(artefact)
     platforms = _platforms(served)
-    name = f".{output.name}.lock"
-    with one_writer(output.parent, name=name, say=cli.say_on_stderr), writing_to(output):
+    folder, name, say = output.parent, f".{output.name}.lock", cli.say_on_stderr
+    with one_writer(folder, name=name, wait=wait, say=say), writing_to(output):
         tidy(output)
         check_replaceable(output)
         fresh = new_folder(output)
@@ -157,7 +159,7 @@ def _copy_plugins(artefact: Artefact, root: Path) -> str:
         library = plugin_library(folder, record)
         if library is not None:
             target = root / GRAPH_MODELS[graph] / VERSION / library.name
-            shutil.copyfile(library, target)
+            _copy_checked(library, target, record.plugins.sha256 if record.plugins else "")
             return target.relative_to(root).as_posix()
     return ""
 
@@ -217,14 +219,21 @@ def _write_models(
 def _copy_graph(artefact: Artefact, served: Artefact, graph: str, folder: Path) -> None:
     source = served.path(graph)
     target = folder / _PLATFORMS[source.suffix][1]
-    shutil.copyfile(source, target)
-    if sha256_of(target) != served.graphs[graph].sha256:
-        raise ServingError(f"{source} is not what the export published; export again")
+    _copy_checked(source, target, served.graphs[graph].sha256)
     # A plan runs on the GPU it was built for only; the ONNX it came from lets the CPU stand-in
     # serve the same configuration.
     origin = artefact.path(graph).with_suffix(".onnx")
     if source.suffix == ".plan" and origin.is_file():
-        shutil.copyfile(origin, folder / "model.onnx")
+        own = artefact.graphs[graph]
+        digest = own.sha256 if artefact.path(graph) == origin else sha256_of(origin)
+        _copy_checked(origin, folder / "model.onnx", digest)
+
+
+def _copy_checked(source: Path, target: Path, sha256: str) -> None:
+    """Copy a file and check the copy, which is what is served."""
+    shutil.copyfile(source, target)
+    if sha256_of(target) != sha256:
+        raise ServingError(f"{source} is not what the export published; export again")
 
 
 def _hashes(root: Path) -> dict[str, str]:
@@ -233,23 +242,33 @@ def _hashes(root: Path) -> dict[str, str]:
 
 
 def load_repository(folder: Path) -> Repository:
-    """Read `repository.json` and check the files it names.
+    """Read `repository.json` and check the files it names, and that there are no others.
 
     A `config.pbtxt` may differ from what was rendered, since operators tune it; graphs and code may
-    not.
+    not. A server loads every model and the highest version it finds, so none may be added either.
 
     Raises:
-        InputError: no repository of this library, another format, or a missing or changed file.
+        InputError: no repository of this library, another format, one that was edited, a missing or
+            changed file, or a model, version or file that it does not list.
     """
     path = folder / REPOSITORY_NAME
     repository = _MANIFEST.read(path, lambda body: _repository(folder, body))
     tuned = {name for name in repository.files if Path(name).name == "config.pbtxt"}
+    models = {Path(name).parts[0] for name in tuned}
+    _MANIFEST.check_nothing_else(path, repository.files, empty=[f"{m}/{VERSION}" for m in models])
     _MANIFEST.check(path, {**repository.files, **dict.fromkeys(tuned)})
     return repository
 
 
 def _repository(folder: Path, body: Body) -> Repository:
     body["preprocessing"] = Preprocessing(**body["preprocessing"])
+    for name, digest in body["files"].items():
+        if not is_inside(name) or not is_sha256(digest):
+            raise ValueError(f"file {name[:80]!r}: expected a path inside the folder and a SHA-256")
+    if body["plugins"] and body["plugins"] not in body["files"]:
+        raise ValueError("a plugin library that is none of its files")
+    if not isinstance(body["weights"], dict) or set(body["platforms"]) - set(GRAPH_MODELS):
+        raise ValueError("weights or platforms of another kind")
     return Repository(folder=folder, **{**body, "files": dict(body["files"])})
 
 
@@ -308,6 +327,7 @@ def build_parser() -> cli.Parser:
         type=Path,
         help=f"repository to fill (default: {REPOSITORY_STEM}_<its name> beside the export)",
     )
+    cli.add_no_wait(parser)
     return parser
 
 
@@ -319,7 +339,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.artefact is None:
             cli.say_on_stderr(export_note(folder))
         repository = build_repository(
-            load_artefact(folder), args.output or repository_beside(folder)
+            load_artefact(folder), args.output or repository_beside(folder), wait=args.wait
         )
         print(f"{repository.folder}: {len(repository.files)} files, {repository.precision}")
         return 0

@@ -316,6 +316,9 @@ def _lay_out_backends(environment: ServerEnvironment, folder: Path) -> None:
 def _environment(environment: ServerEnvironment) -> dict[str, str]:
     """The child's variables: its own libraries and interpreter, nothing of this one's Python."""
     variables = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    # Nothing is imported from the working folder, and no bytecode is left in the repository, where
+    # it would stand for a source that was checked.
+    variables.update(PYTHONSAFEPATH="1", PYTHONDONTWRITEBYTECODE="1")
     libraries: Sequence[str] = [str(path) for path in environment.library_path]
     inherited = [variables["LD_LIBRARY_PATH"]] if variables.get("LD_LIBRARY_PATH") else []
     variables["LD_LIBRARY_PATH"] = ":".join([*libraries, *inherited])

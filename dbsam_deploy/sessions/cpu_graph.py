@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -102,9 +101,9 @@ class _Graph:
         return zero.data_type == onnx.TensorProto.INT8 and not numpy_helper.to_array(zero).any()
 
 
-def read_cpu_graph(path: Path) -> bytes:
-    """A published graph's file, rewritten for ONNX Runtime's CPU provider."""
-    return bytes(cpu_graph(onnx.load(path)).SerializeToString())
+def read_cpu_graph(content: bytes) -> bytes:
+    """The content of a published graph's file, rewritten for ONNX Runtime's CPU provider."""
+    return bytes(cpu_graph(onnx.load_model_from_string(content)).SerializeToString())
 
 
 def cpu_graph(model: onnx.ModelProto) -> onnx.ModelProto:

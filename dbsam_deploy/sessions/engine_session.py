@@ -75,6 +75,10 @@ class EngineSession(ABC):
             check_runs_here(record, str(self._trt.__version__), self.gpu)
         if verified:
             require_parity(artefact.folder, self._records, self.gpu)
+        # Read with the session, so that they belong together whatever becomes of the folder.
+        self._plans = {
+            graph: read_plan(self._folder, record) for graph, record in self._records.items()
+        }
         self._cuda_graphs = cuda_graphs
         self._logger = self._trt.Logger(self._trt.Logger.WARNING)
         self._runtime = self._trt.Runtime(self._logger)
@@ -125,14 +129,14 @@ class EngineSession(ABC):
             library = plugin_library(self._folder, record)
             if library is not None:
                 self._load_plugins(library)
-            plan = read_plan(self._folder, record)
-            self._check_plan(graph, plan)
+            self._check_plan(graph, self._plans[graph])
             self._engines[graph] = load_engine(
                 self._trt,
                 self._runtime,
-                plan,
+                self._plans[graph],
                 version_compatible=record.flags.version_compatible,
             )
+            del self._plans[graph]
         return self._engines[graph]
 
     def _load_plugins(self, library: Path) -> None:

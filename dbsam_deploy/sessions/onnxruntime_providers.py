@@ -192,6 +192,9 @@ def open_session(
         raise EngineError(
             f"onnxruntime {runtime.__version__} opens no session on {provider.name}: {error}"
         ) from error
+    # The binding keeps the content to open it once more on another provider, which is not wanted.
+    if isinstance(getattr(session, "_model_bytes", None), bytes):
+        session._model_bytes = None
     used = session.get_providers()
     if used[:1] != [provider.name]:
         raise EngineError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..artefact import Artefact
+from ..artefact import Artefact, take_graphs
 from ..core.contract import GraphSpec, graph_specs
 from ..core.errors import InputError
 from ..core.imaging import FloatArray
@@ -16,11 +16,13 @@ from .onnxruntime_providers import (
     open_session,
     require_provider,
 )
-from .session import Feed, check_feed
+from .session import Feed, Found, check_contract, check_feed
 
 
 class OnnxRuntimeSession:
-    """The exported graphs on ONNX Runtime; graphs are loaded when first used.
+    """The exported graphs on ONNX Runtime, made of the very bytes that were checked.
+
+    All graphs are opened at once, so that they belong together whatever becomes of the folder.
 
     Args:
         artefact: a published export.
@@ -28,11 +30,14 @@ class OnnxRuntimeSession:
         threads: intra-op threads, 0 for one per core.
 
     Raises:
-        EngineError: onnxruntime or the device's provider is missing or incomplete. A session never
-            runs on another device than the one it was asked for.
+        InputError: a graph's file is missing or has changed.
+        EngineError: onnxruntime or the device's provider is missing or incomplete, or a graph is
+            not the contract's. A session never runs on another device than it was asked for.
     """
 
     devices: tuple[str, ...] = ("cpu", "cuda")
+    at_once = True
+    """Whether graphs are opened with the session; else their content waits for their first use."""
 
     def __init__(self, artefact: Artefact, *, device: str = "cpu", threads: int = 0) -> None:
         if device not in self.devices:
@@ -43,32 +48,59 @@ class OnnxRuntimeSession:
         self._artefact, self._threads = artefact, threads
         self._specs = graph_specs(artefact.preprocessing)
         self._sessions: dict[str, Any] = {}
+        self._content: dict[str, bytes] = {}
+        for graph, content in take_graphs(artefact):
+            self._content[graph] = content
+            del content
+            if self.at_once:
+                self._open(graph)
 
     def run(self, graph: str, feed: Feed) -> dict[str, FloatArray]:
         """See `Session.run`."""
         spec = self._specs[graph]
         check_feed(spec, feed)
         if graph not in self._sessions:
-            self._sessions[graph] = open_session(
-                self._runtime,
-                self._model(graph),
-                self._provider,
-                threads=self._threads,
-                options=self._options(spec),
-            )
+            self._open(graph)
         outputs = self._sessions[graph].run(spec.output_names, feed)
         return dict(zip(spec.output_names, outputs, strict=True))
 
-    def _model(self, graph: str) -> str | bytes:
-        """The file, or what stands for it on the CPU."""
-        path = self._artefact.path(graph)
+    def _open(self, graph: str) -> None:
+        """Open a graph, after which its content is dropped."""
+        if graph not in self._content:
+            self._artefact.path(graph)  # says which graphs there are
+        spec = self._specs[graph]
+        session = open_session(
+            self._runtime,
+            self._model(graph, self._content[graph]),
+            self._provider,
+            threads=self._threads,
+            options=self._options(spec),
+        )
+        check_contract(spec, _tensors(session.get_inputs()), _tensors(session.get_outputs()))
+        self._sessions[graph] = session
+        del self._content[graph]
+
+    def _model(self, graph: str, content: bytes) -> bytes:
+        """The graph, or what stands for it on the CPU."""
         if self._provider is CPU and graph in self._artefact.quantization.get("graphs", ()):
             require("onnx", extra="cpu", what_for="an int8 export on ONNX Runtime's CPU provider")
             from .cpu_graph import read_cpu_graph
 
-            return read_cpu_graph(path)
-        return str(path)
+            return read_cpu_graph(content)
+        return content
 
     def _options(self, spec: GraphSpec) -> dict[str, str]:
         """Provider options of one graph's session."""
         return {}
+
+
+def _tensors(found: list[Any]) -> Found:
+    return {tensor.name: (_DTYPES.get(tensor.type, tensor.type), tensor.shape) for tensor in found}
+
+
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(int32)": "int32",
+    "tensor(int64)": "int64",
+    "tensor(uint8)": "uint8",
+}

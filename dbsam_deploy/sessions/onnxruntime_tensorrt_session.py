@@ -1,8 +1,8 @@
 """Backend `onnxruntime-tensorrt`: ONNX Runtime hands whole graphs to TensorRT.
 
 The ONNX file stays the artefact; an engine is built when a graph is first used (minutes) and found
-again in a cache. Precision is the graph's: without `trt_fp16_enable` and its like the provider
-builds a strongly typed network.
+again in a cache, whose files are hashed: what is not as it was kept is deleted. Precision is the
+graph's: without `trt_fp16_enable` and its like the provider builds a strongly typed network.
 """
 
 from __future__ import annotations
@@ -15,9 +15,15 @@ from ..core.errors import EngineError
 from ..core.imaging import FloatArray
 from ..engines.profiles import check_sizes, plan_ranges, profile_shapes
 from ..engines.shapes import axis_sizes
+from ..files.atomic import sha256_of
+from ..files.manifests import ManifestKind
+from ..files.private import cache_folder, private_folder
 from .onnxruntime_providers import TENSORRT
 from .onnxruntime_session import OnnxRuntimeSession
 from .session import Feed, check_feed
+
+_LIST = ManifestKind("a list of engines", "they are built again", EngineError)
+_LIST_NAME = "engines.json"
 
 
 class OnnxRuntimeTensorrtSession(OnnxRuntimeSession):
@@ -27,7 +33,8 @@ class OnnxRuntimeTensorrtSession(OnnxRuntimeSession):
 
     Args:
         artefact: a published export.
-        engine_cache: folder for engines; without it `onnxruntime-tensorrt` in the artefact's.
+        engine_cache: folder for engines, this user's alone; without it `onnxruntime-tensorrt` in
+            this user's cache.
 
     Raises:
         EngineError: onnxruntime, CUDA or TensorRT is missing, or is not the version that this
@@ -35,10 +42,11 @@ class OnnxRuntimeTensorrtSession(OnnxRuntimeSession):
     """
 
     devices = (TENSORRT.label,)
+    at_once = False  # an engine takes minutes
 
     def __init__(self, artefact: Artefact, *, engine_cache: Path | None = None) -> None:
         super().__init__(artefact, device=TENSORRT.label)
-        self._cache = engine_cache or artefact.folder / self.backend
+        self._cache = engine_cache or cache_folder(self.backend)
 
     def run(self, graph: str, feed: Feed) -> dict[str, FloatArray]:
         """See `Session.run`.
@@ -51,17 +59,37 @@ class OnnxRuntimeTensorrtSession(OnnxRuntimeSession):
         check_sizes(spec, plan_ranges(spec), axis_sizes(spec, feed))
         return super().run(graph, feed)
 
-    def _options(self, spec: GraphSpec) -> dict[str, str]:
+    def _open(self, graph: str) -> None:
+        folder = self._folder(graph)
+        hint = ": name another one with --engine-cache"
+        private_folder(self._cache, "TensorRT's engines", hint)
+        _drop_changed(private_folder(folder, "TensorRT's engines", hint))
+        super()._open(graph)
+        _LIST.write(folder / _LIST_NAME, {"files": _hashes(folder)})
+
+    def _folder(self, graph: str) -> Path:
         # The provider knows a cached engine by the names in its graph and not by its weights, so
         # each file needs a folder of its own.
-        folder = self._cache / f"{spec.name}-{self._artefact.graphs[spec.name].sha256[:16]}"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise EngineError(
-                f"no folder for TensorRT's engines ({error}): name one with --engine-cache"
-            ) from error
-        return provider_options(spec, folder)
+        return self._cache / f"{graph}-{self._artefact.graphs[graph].sha256}"
+
+    def _options(self, spec: GraphSpec) -> dict[str, str]:
+        return provider_options(spec, self._folder(spec.name))
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.iterdir() if path.name != _LIST_NAME)
+    return {path.name: sha256_of(path) for path in files if path.is_file()}
+
+
+def _drop_changed(folder: Path) -> None:
+    """Delete everything unless it is what was listed: an engine is code for the GPU."""
+    try:
+        kept = _LIST.read(folder / _LIST_NAME, lambda body: dict(body["files"]))
+    except EngineError:
+        kept = {}
+    if kept != _hashes(folder) or any(path.is_symlink() for path in folder.iterdir()):
+        for path in folder.iterdir():
+            path.unlink()
 
 
 def provider_options(spec: GraphSpec, folder: Path) -> dict[str, str]:

@@ -7,7 +7,9 @@ before the first quantised layer stays float32 (`float_head`).
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,13 +19,15 @@ from typing import Any
 import onnx
 import onnx.inliner
 
-from ..artefact import Artefact
+from ..artefact import Artefact, take_graphs
 from ..core.contract import BATCH, GraphSpec, graph_specs
 from ..core.errors import EngineError, InputError
 from ..core.imaging import FloatArray
 from ..extras import require
+from ..files.private import cache_folder, find_kept, keep, private_folder
+from ..hardware import cpuinfo, processor
 from .float_head import Split, split_head
-from .session import Feed, check_feed
+from .session import Feed, Found, check_contract, check_feed
 
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 """What is computed in outside quantised layers → OpenVINO's name for it."""
@@ -42,18 +46,22 @@ def import_openvino() -> ModuleType:
 class OpenvinoSession:
     """The exported graphs on OpenVINO; a graph is compiled when first used with a batch size.
 
-    Batch sizes are fixed in the compiled model, which makes it faster; prompts stay dynamic.
+    Batch sizes are fixed in the compiled model, which makes it faster; prompts stay dynamic. All
+    graphs are read and checked at once, and kept, so that they belong together whatever becomes of
+    the folder.
 
     Args:
         artefact: a published export.
         precision: a key of `PRECISIONS`. With bfloat16, embeddings differ from float32's as far as
             `support.references.TOLERANCES` says.
-        cache: folder for compiled models; without it `openvino` in the artefact's.
+        cache: folder for compiled models, this user's alone; without it `openvino` in this user's
+            cache.
         threads: 0 for one per core.
 
     Raises:
-        InputError: another precision.
-        EngineError: openvino is missing.
+        InputError: another precision, or a graph's file that is missing or has changed.
+        EngineError: openvino is missing, a graph is not the contract's, or the cache is not this
+            user's alone.
     """
 
     def __init__(
@@ -76,7 +84,12 @@ class OpenvinoSession:
             # By default activations of layers with int8 weights may be quantised on the fly.
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
             "INFERENCE_NUM_THREADS": threads,
-            "CACHE_DIR": str(cache or artefact.folder / "openvino"),
+        }
+        hint = "; name another folder with --engine-cache"
+        self._cache = private_folder(cache or cache_folder("openvino"), "compiled models", hint)
+        self._graphs = {
+            graph: _standard(content, self._specs[graph])
+            for graph, content in take_graphs(artefact)
         }
         self._compiled: dict[tuple[str, int], list[Any]] = {}
         self._lock = threading.Lock()
@@ -101,7 +114,8 @@ class OpenvinoSession:
     def _compile(self, spec: GraphSpec, batch: int) -> list[Any]:
         """One compiled model, or two that follow each other."""
         core = self._runtime.Core()
-        path = self._artefact.path(spec.name)
+        name = self._artefact.path(spec.name).name
+        source = self._graphs[spec.name]
         shapes = {
             tensor.name: [
                 axis if isinstance(axis, int) else batch if axis == BATCH else -1
@@ -111,46 +125,70 @@ class OpenvinoSession:
         }
         exact = {**self._settings, HINT: PRECISIONS["float32"]}
         try:
-            split = self._split(path, spec)
+            split = self._split(source, spec)
             if split is None:
-                return [self._compile_part(core, _source(path), shapes, self._settings)]
-            head = self._compile_part(core, _bytes(split.head), shapes, exact)
+                return [self._compile_part(core, source, shapes, self._settings)]
+            head = self._compile_part(core, split.head.SerializeToString(), shapes, exact)
             between = {split.tensor: list(head.output(0).shape)}
-            rest = self._compile_part(core, _bytes(split.rest), between, self._settings)
+            rest = split.rest.SerializeToString()
+            rest = self._compile_part(core, rest, between, self._settings)
         except RuntimeError as error:
             raise EngineError(
-                f"openvino {self._runtime.__version__} does not compile {path.name}: {error}"
+                f"openvino {self._runtime.__version__} does not compile {name}: {error}"
             ) from error
         return [head, rest]
 
-    def _split(self, path: Path, spec: GraphSpec) -> Split | None:
+    def _split(self, source: bytes, spec: GraphSpec) -> Split | None:
         if self._settings[HINT] == PRECISIONS["float32"]:
             return None
-        return split_head(_inlined(path), spec)
+        return split_head(onnx.load_model_from_string(source), spec)
 
     def _compile_part(
         self,
         core: Any,
-        source: str | io.BytesIO,
+        source: bytes,
         shapes: dict[str, list[int]],
         settings: dict[str, Any],
     ) -> Any:
-        model = core.read_model(source)
+        """A compiled model, out of the cache if it has one of all that determines it."""
+        facts = [self._runtime.__version__, processor(cpuinfo()), shapes, settings]
+        key = hashlib.sha256(source + json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        if found := find_kept(self._cache, key, ".blob"):
+            return core.import_model(io.BytesIO(found[1]), "CPU", settings)
+        model = core.read_model(io.BytesIO(source))
         model.reshape({n: self._runtime.PartialShape(shape) for n, shape in shapes.items()})
-        return core.compile_model(model, "CPU", settings)
+        compiled = core.compile_model(model, "CPU", settings)
+        try:
+            keep(self._cache, key, ".blob", compiled.export_model().getvalue())
+        except OSError as error:
+            raise EngineError(
+                f"compiled models cannot be kept in {self._cache}: {error.strerror}; name another "
+                "folder with --engine-cache"
+            ) from error
+        return compiled
 
 
-def _source(path: Path) -> str | io.BytesIO:
-    """What OpenVINO reads: the file, or its copy without functions, which it does not know."""
-    if onnx.load(path, load_external_data=False).functions:
-        return _bytes(_inlined(path))
-    return str(path)
+def _standard(content: bytes, spec: GraphSpec) -> bytes:
+    """A graph in standard ops only, since OpenVINO knows no functions, checked by the contract."""
+    try:
+        model = onnx.load_model_from_string(content)
+    except Exception as error:
+        raise EngineError(f"the file of {spec.name} is no ONNX ({error}): export again") from error
+    fixed = {tensor.name for tensor in model.graph.initializer}
+    inputs = [tensor for tensor in model.graph.input if tensor.name not in fixed]
+    check_contract(spec, _tensors(inputs), _tensors(model.graph.output))
+    if not model.functions:
+        return content
+    return bytes(onnx.inliner.inline_local_functions(model).SerializeToString())
 
 
-def _inlined(path: Path) -> onnx.ModelProto:
-    """The graph in standard ops only: each function's body in the place of its calls."""
-    return onnx.inliner.inline_local_functions(onnx.load(path))
+def _tensors(found: Any) -> Found:
+    return {tensor.name: _tensor(tensor.type.tensor_type) for tensor in found}
 
 
-def _bytes(model: onnx.ModelProto) -> io.BytesIO:
-    return io.BytesIO(model.SerializeToString())
+def _tensor(kind: Any) -> tuple[str, list[int | None]]:
+    sizes = [size.dim_value if size.HasField("dim_value") else None for size in kind.shape.dim]
+    try:
+        return str(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)), sizes
+    except KeyError:
+        return "unknown", sizes

@@ -53,7 +53,7 @@ def add_model_options(
         type=Path,
         metavar="DIR",
         help="folder that keeps engines and compiled models "
-        f"({names_with('engine_cache')}; default: inside the artefact)",
+        f"({names_with('engine_cache')}; default: this user's cache)",
     )
     model.add_argument(
         "--runtime-precision",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.progress import TextColumn, TimeRemainingColumn
 
 from ..cli import progress_bars
 from ..extras import require
+from ..files.atomic import write_atomically
 from .recipe import TrainingRecipe
 from .state import TrainingState
 
@@ -79,10 +81,13 @@ class Journal:
         from torch.utils.tensorboard import SummaryWriter
 
         kept = _kept_rows(self._path, self._resumed)
-        self._file = self._path.open("w", newline="")
+        with write_atomically(self._path) as stream, io.StringIO(newline="") as text:
+            rows = csv.DictWriter(text, _COLUMNS)
+            rows.writeheader()
+            rows.writerows(kept)
+            stream.write(text.getvalue().encode())
+        self._file = self._path.open("a", newline="")
         self._rows = csv.DictWriter(self._file, _COLUMNS, extrasaction="ignore")
-        self._rows.writeheader()
-        self._rows.writerows(kept)
         purge = (
             self._offsets[self._resumed.position.phase] + self._resumed.position.step
             if (self._resumed)

@@ -1,6 +1,7 @@
 """Pictures and the writing of masks; intensities, scans and npz files have their own tests."""
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -49,13 +50,43 @@ def test_jpeg(tmp_path: Path) -> None:
     assert np.abs(rgb[:, 8:] - [20, 40, 60]).max() <= 3
 
 
-def test_a_jpegs_orientation_tag_is_not_applied(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])
+def test_a_picture_is_turned_upright_and_says_so(tmp_path: Path, suffix: str) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # shown turned by 90 degrees
+    exif[0x0112] = 6  # shown turned by 90 degrees clockwise
     image = Image.new("RGB", (16, 8))
-    image.putpixel((0, 0), (255, 255, 255))
-    image.save(tmp_path / "a.jpg", exif=exif)
-    assert read_image(tmp_path / "a.jpg").shape == (1, 8, 16)
+    image.paste((255, 255, 255), (0, 0, 4, 4))
+    image.save(tmp_path / f"a.{suffix}", exif=exif)
+    volume = read_image(tmp_path / f"a.{suffix}")
+    assert volume.shape == (1, 16, 8)
+    assert volume.slice_rgb(0)[1, 6].min() > 200  # top left goes to top right
+    assert volume.slice_rgb(0)[14, 1].max() < 50
+    assert "EXIF orientation 6" in str(volume.intensity)
+
+
+@pytest.mark.parametrize("suffix", ["tif", "bmp", "webp"])
+def test_other_pictures(tmp_path: Path, rng: np.random.Generator, suffix: str) -> None:
+    pixels = rng.integers(0, 256, (7, 11, 3), dtype=np.uint8)
+    options = {"lossless": True} if suffix == "webp" else {}
+    Image.fromarray(pixels).save(tmp_path / f"a.{suffix}", **options)
+    np.testing.assert_array_equal(read_image(tmp_path / f"a.{suffix}").slice_rgb(0), pixels)
+
+
+@pytest.mark.parametrize("suffix", ["tif", "png", "webp"])
+def test_several_pages_or_frames_are_refused(tmp_path: Path, suffix: str) -> None:
+    pages = [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in (10, 200)]
+    pages[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=pages[1:])
+    with pytest.raises(InputError, match="2 pages or frames"):
+        read_image(tmp_path / f"a.{suffix}")
+
+
+def test_a_fifo_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "a.npz")
+    (tmp_path / "b.nii").symlink_to(os.devnull)
+    for name, kind in (("a.png", "FIFO"), ("a.npz", "FIFO"), ("b.nii", "device")):
+        with pytest.raises(InputError, match=f"is a {kind}: expected a regular file"):
+            read_image(tmp_path / name)
 
 
 def test_transparency_is_laid_over_black(tmp_path: Path) -> None:
@@ -146,14 +177,14 @@ def test_broken_pictures_are_refused(tmp_path: Path, rng: np.random.Generator) -
     path = tmp_path / "a.png"
     for broken in (good[:-2000], good[:20], b"", b"GIF89a" + good[6:], b"text"):
         path.write_bytes(broken)
-        with pytest.raises(InputError, match="not a readable PNG or JPEG"):
+        with pytest.raises(InputError, match="not a readable PNG, JPEG"):
             read_image(path)
 
 
 def test_a_picture_of_another_format_is_not_decoded(tmp_path: Path) -> None:
-    Image.new("RGB", (4, 4)).save(tmp_path / "a.tiff")
-    (tmp_path / "a.tiff").rename(tmp_path / "a.png")
-    with pytest.raises(InputError, match="not a readable PNG or JPEG"):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.gif")
+    (tmp_path / "a.gif").rename(tmp_path / "a.png")
+    with pytest.raises(InputError, match="not a readable PNG, JPEG"):
         read_image(tmp_path / "a.png")
 
 
@@ -164,9 +195,9 @@ def test_no_such_file(tmp_path: Path, name: str) -> None:
 
 
 def test_unknown_suffix(tmp_path: Path) -> None:
-    (tmp_path / "a.bmp").write_bytes(b"BM")
+    (tmp_path / "a.gif").write_bytes(b"BM")
     with pytest.raises(InputError, match="unknown kind of file"):
-        read_image(tmp_path / "a.bmp")
+        read_image(tmp_path / "a.gif")
 
 
 def test_label_types() -> None:

@@ -1,6 +1,7 @@
 """Building and loading the kernels: signatures, the cache, nvcc for every architecture, errors."""
 
 import ctypes
+import os
 import re
 from pathlib import Path
 
@@ -78,6 +79,34 @@ def test_a_library_is_built_once(source: Path, tmp_path: Path) -> None:
     assert first.stat().st_mtime_ns == written
     assert [path.name for path in cache.iterdir()] == [first.name]
     assert _answer(first) == 42
+
+
+@pytest.mark.parametrize("keep", [0, 100, -1])
+def test_a_damaged_library_is_built_again(source: Path, tmp_path: Path, keep: int) -> None:
+    """Loading a truncated one ends the process with SIGBUS, so its hash is checked before."""
+    cache = tmp_path / "cache"
+    first = kernel_build.build_library("answer", "g++", [source], FLAGS, cache)
+    first.write_bytes(first.read_bytes()[:keep])
+    again = kernel_build.build_library("answer", "g++", [source], FLAGS, cache)
+    assert _answer(again) == 42
+    assert list(cache.iterdir()) == [again]
+
+
+def test_the_cache_is_private(source: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    kernel_build.build_library("answer", "g++", [source], FLAGS, cache)
+    assert cache.stat().st_mode & 0o777 == 0o700
+    cache.chmod(0o770)
+    with pytest.raises(EngineError, match=r"other users may write there; run `chmod go-w"):
+        kernel_build.build_library("answer", "g++", [source], FLAGS, cache)
+
+
+def test_another_users_cache_is_refused(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
+    with pytest.raises(EngineError, match="it belongs to user"):
+        kernel_build.build_library("answer", "g++", [source], FLAGS, tmp_path)
 
 
 def test_a_change_of_a_header_or_a_flag_makes_a_new_one(source: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A choice made by putting layers back is the graph that quantising the choice gives."""
 
+import functools
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +22,21 @@ def feed():
     return {"image": preprocess(np.load(path)["imgs"].reshape(256, 320, 3), Preprocessing(64))}
 
 
+@pytest.fixture(scope="module")
+def calibrated(float_encoder, feed, tmp_path_factory):
+    """(precision, outputs) → the float graph with ranges, and its plan."""
+
+    @functools.cache
+    def run(precision, outputs):
+        plan = replace(load_recipe(precision).quantization, outputs=outputs)
+        if outputs:  # rounding by error, which takes long, is in the cases without
+            plan = replace(plan, rounding="nearest")
+        folder = tmp_path_factory.mktemp("calibrated")
+        return calibrate(float_encoder(precision), plan, lambda: [feed], folder), plan
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("precision", "outputs", "exclude"),
     [
@@ -32,12 +48,9 @@ def feed():
     ],
 )
 def test_same_values_and_pairs_as_quantising_the_choice(
-    float_encoder, feed, tmp_path, precision, outputs, exclude
+    calibrated, feed, tmp_path, precision, outputs, exclude
 ):
-    plan = replace(load_recipe(precision).quantization, outputs=outputs)
-    if outputs:  # rounding by error, which takes long, is in the cases without
-        plan = replace(plan, rounding="nearest")
-    ready = calibrate(float_encoder(precision), plan, lambda: [feed], tmp_path)
+    ready, plan = calibrated(precision, outputs)
     direct = onnx.load(quantize_graph(ready, plan, tmp_path / "q.onnx", exclude=exclude).path)
     whole = onnx.load(quantize_graph(ready, plan, tmp_path / "w.onnx").path)
     before = whole.SerializeToString(deterministic=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.engines import STAND_IN_GPU, put_engines
+from support.manifests import reseal
 
 from dbsam_deploy.artefact import MANIFEST_NAME, Artefact, load_artefact
 from dbsam_deploy.core.errors import InputError
@@ -64,7 +65,7 @@ def test_a_repository_of_another_version_is_filled_anew(artefact):
     older.write_text(older.read_text() + "# of an earlier version\n")
     body = json.loads((BESIDE / REPOSITORY_NAME).read_text())
     body["files"][older.relative_to(BESIDE).as_posix()] = sha256_of(older)
-    (BESIDE / REPOSITORY_NAME).write_text(json.dumps(body))
+    reseal(BESIDE / REPOSITORY_NAME, files=body["files"])
     said: list[str] = []
     assert choose_repository(None, None, said.append) == current
     assert said == ["", "filled build/model_repository_fp16 from build/fp16"]

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support.manifests import reseal
 
-from dbsam_deploy.artefact import graph_file, load_artefact, write_artefact
+from dbsam_deploy.artefact import graph_file
 from dbsam_deploy.core.contract import (
     Geometry,
     decoder_spec,
@@ -245,8 +247,7 @@ def as_plans(artefact):
         plan = artefact.folder / f"{name}.plan"
         plan.write_bytes(f"not a real engine: {name}".encode())
         graphs[name] = graph_file(plan, artefact.folder)
-    write_artefact(dataclasses.replace(artefact, graphs=graphs))
-    return load_artefact(artefact.folder)
+    return dataclasses.replace(artefact, graphs=graphs)
 
 
 def test_plans_are_served_by_the_tensorrt_platform(make_artefact, tmp_path):
@@ -295,8 +296,35 @@ def test_loading_refuses_paths_outside_the_repository(tiny_artefact, tmp_path):
     outside = tmp_path / "outside"
     outside.write_text("x")
     body["files"]["../outside"] = sha256_of(outside)
-    (root / REPOSITORY_NAME).write_text(json.dumps(body))
-    with pytest.raises(InputError, match="export again"):
+    reseal(root / REPOSITORY_NAME, files=body["files"])
+    with pytest.raises(InputError, match=r"a path inside the folder.*export again"):
+        load_repository(root)
+
+
+def edit_mode(root):
+    path = root / REPOSITORY_NAME
+    path.write_text(path.read_text().replace('"sam"', '"medsam"'))
+
+
+@pytest.mark.parametrize(
+    ("add", "message"),
+    [
+        (lambda r: shutil.copytree(r / "dbsam_encoder/1", r / "dbsam_encoder/2"), "encoder/2'"),
+        (lambda r: (r / "dbsam/2").mkdir(), "'dbsam/2'"),
+        (lambda r: shutil.copytree(r / "dbsam_encoder", r / "another"), "'another'"),
+        (lambda r: (r / "dbsam_encoder/1/weights.bin").touch(), "weights.bin"),
+        (lambda r: (r / "dbsam/1/model.onnx").touch(), "'dbsam/1/model.onnx'"),
+        (lambda r: (r / "dbsam_preprocess/1/__pycache__").mkdir(), "__pycache__"),
+        (lambda r: (r / "dbsam_encoder/2").symlink_to("1"), "encoder/2'"),
+        (edit_mode, "was edited after it was written"),
+    ],
+)
+def test_loading_refuses_what_is_not_listed(tiny_artefact, tmp_path, add, message):
+    root = tmp_path / "r"
+    build_repository(tiny_artefact, root)
+    load_repository(root)
+    add(root)
+    with pytest.raises(InputError, match=rf"{message}.*export again"):
         load_repository(root)
 
 

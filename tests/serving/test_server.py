@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dbsam_deploy.artefact import graph_file, load_artefact, write_artefact
+from dbsam_deploy.artefact import graph_file
 from dbsam_deploy.clients.client import DbsamClient
 from dbsam_deploy.core.contract import MAX_IMAGE_PIXELS
 from dbsam_deploy.core.errors import InputError, ServingError
@@ -192,9 +192,8 @@ def test_the_tensorrt_stand_in_serves_the_graph_and_says_what_that_proves(
         plan = artefact.folder / f"{name}.plan"
         plan.write_bytes(b"an engine of some GPU")
         graphs[name] = graph_file(plan, artefact.folder)
-    write_artefact(dataclasses.replace(artefact, graphs=graphs))
     root = tmp_path / "r"
-    build_repository(load_artefact(artefact.folder), root)
+    build_repository(dataclasses.replace(artefact, graphs=graphs), root)
     with TritonServer(root, server_environment, log=tmp_path / "log", ports=FREE) as server:
         assert_answers_like_local(server, artefact)
         log = server.log_text()

@@ -227,7 +227,7 @@ def test_the_session_runs_the_rewritten_graph(
     facts = {"graphs": {"encoder": {}}}
     artefact = Artefact(tmp_path, "tiny", "int8", how, graphs, quantization=facts)
     feed = {"image": np.random.default_rng().normal(0, 1, (1, 3, 128, 128)).astype(np.float32)}
-    (expected,) = run_onnx(onnx.load_from_string(read_cpu_graph(path)), feed)
+    (expected,) = run_onnx(onnx.load_from_string(read_cpu_graph(path.read_bytes())), feed)
     found = OnnxRuntimeSession(artefact).run("encoder", feed)["image_embeddings"]
     np.testing.assert_array_equal(found, expected)
     (pairs,) = run_onnx(onnx.load(path), feed)

@@ -34,15 +34,24 @@ class Runtime:
     def __init__(self) -> None:
         self.real = pytest.importorskip("onnxruntime")
         self.options: list[dict[str, str]] = []
+        self.engine = b""
+        self.found: list[list[str]] = []
 
     def SessionOptions(self) -> Any:  # noqa: N802
         return self.real.SessionOptions()
 
     def InferenceSession(self, model: str, settings: Any, **how: Any) -> Any:  # noqa: N802
         self.options.append(dict(how["providers"][0][1]))
+        folder = Path(self.options[-1]["trt_engine_cache_path"])
+        self.found.append(sorted(path.name for path in folder.iterdir()))
+        if self.engine:
+            (folder / "x.engine").write_bytes(self.engine)
         session = self.real.InferenceSession(model, settings, providers=[CPU.name])
         return SimpleNamespace(
-            run=session.run, get_providers=lambda: [TENSORRT.name, CUDA.name, CPU.name]
+            run=session.run,
+            get_inputs=session.get_inputs,
+            get_outputs=session.get_outputs,
+            get_providers=lambda: [TENSORRT.name, CUDA.name, CPU.name],
         )
 
 
@@ -97,12 +106,32 @@ def test_runs_and_keeps_engines_by_content(
     assert tiny_artefact.graphs["decoder"].sha256.startswith(folder.name.removeprefix("decoder-"))
 
 
-def test_the_cache_is_beside_the_graphs_by_default(
-    tiny_artefact: Artefact, runtime: Runtime
+def test_the_cache_is_this_users_by_default(
+    tiny_artefact: Artefact, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     OnnxRuntimeTensorrtSession(tiny_artefact).run("decoder", feed())
     folder = Path(runtime.options[0]["trt_engine_cache_path"])
-    assert folder.parent == tiny_artefact.folder / "onnxruntime-tensorrt"
+    assert folder.parent == tmp_path / ".cache" / "dbsam_deploy" / "onnxruntime-tensorrt"
+    assert [path.stat().st_mode & 0o777 for path in (folder, folder.parent)] == [0o700, 0o700]
+
+
+@pytest.mark.parametrize("change", ["truncated", "added", "unlisted", "none"])
+def test_engines_that_changed_are_built_again(
+    tiny_artefact: Artefact, runtime: Runtime, tmp_path: Path, change: str
+) -> None:
+    runtime.engine = b"an engine"
+    OnnxRuntimeTensorrtSession(tiny_artefact, engine_cache=tmp_path).run("decoder", feed())
+    folder = Path(runtime.options[0]["trt_engine_cache_path"])
+    if change == "truncated":
+        (folder / "x.engine").write_bytes(b"an en")
+    elif change == "added":
+        (folder / "y.engine").touch()
+    elif change == "unlisted":
+        (folder / "engines.json").unlink()
+    OnnxRuntimeTensorrtSession(tiny_artefact, engine_cache=tmp_path).run("decoder", feed())
+    expected = [] if change != "none" else ["engines.json", "x.engine"]
+    assert runtime.found == [[], expected]
 
 
 @pytest.mark.parametrize(

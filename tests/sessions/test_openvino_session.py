@@ -91,12 +91,12 @@ def test_what_lies_before_int8_stays_float32_in_bfloat16(
     plan = load_recipe("int8").quantization
     feed = image(1)
     source = exported_graph("lite_medsam", "encoder", "fp8")
-    ready = calibrate(source, plan, lambda: [feed], tmp_path)
+    (tmp_path / "scratch").mkdir()
+    ready = calibrate(source, plan, lambda: [feed], tmp_path / "scratch")
     path = quantize_graph(ready, plan, tmp_path / "encoder.onnx").path
     graphs = {"encoder": graph_file(path, tmp_path)}
     how = Preprocessing(SIZE, "lite_medsam", embedding_stride=4)
-    write_artefact(Artefact(tmp_path, "lite_medsam", "int8", how, graphs))
-    artefact = load_artefact(tmp_path)
+    artefact = Artefact(tmp_path, "lite_medsam", "int8", how, graphs)
     embeddings, parts = {}, {}
     for precision in ("float32", "bfloat16"):
         session = OpenvinoSession(artefact, precision=precision, cache=tmp_path / "cache")
@@ -155,10 +155,10 @@ def test_a_graph_that_openvino_does_not_read(tiny_artefact: Artefact, tmp_path: 
     graph = onnx.helper.make_graph(
         [onnx.helper.make_node("Unheard", ["image"], ["image_embeddings"], domain="nowhere")],
         "encoder",
-        [onnx.helper.make_tensor_value_info("image", onnx.TensorProto.FLOAT, [1, 3, 128, 128])],
+        [onnx.helper.make_tensor_value_info("image", onnx.TensorProto.FLOAT, ["b", 3, 128, 128])],
         [
             onnx.helper.make_tensor_value_info(
-                "image_embeddings", onnx.TensorProto.FLOAT, [1, 256, 8, 8]
+                "image_embeddings", onnx.TensorProto.FLOAT, ["b", 256, 8, 8]
             )
         ],
     )
@@ -168,6 +168,32 @@ def test_a_graph_that_openvino_does_not_read(tiny_artefact: Artefact, tmp_path: 
     broken = Artefact(tmp_path, "x", "fp32", tiny_artefact.preprocessing, graphs)
     with pytest.raises(EngineError, match="does not compile encoder"):
         OpenvinoSession(broken, cache=tmp_path).run("encoder", image(1, 128))
+
+
+@pytest.mark.parametrize("damage", [b"", b"short", None])
+def test_a_damaged_compiled_model_is_made_again(
+    tiny_artefact: Artefact, tmp_path: Path, damage: bytes | None
+) -> None:
+    cache, feed = tmp_path / "cache", image(1, 128)
+    first = OpenvinoSession(tiny_artefact, cache=cache).run("encoder", feed)
+    (blob,) = cache.iterdir()
+    assert (cache.stat().st_mode & 0o777, blob.suffix) == (0o700, ".blob")
+    whole = blob.read_bytes()
+    written = blob.stat().st_mtime_ns
+    if damage is not None:
+        blob.write_bytes(damage)
+    again = OpenvinoSession(tiny_artefact, cache=cache).run("encoder", feed)
+    np.testing.assert_array_equal(first["image_embeddings"], again["image_embeddings"])
+    if damage is None:
+        assert blob.stat().st_mtime_ns == written  # it was used
+    else:
+        assert [len(path.read_bytes()) for path in cache.iterdir()] == [len(whole)]
+
+
+def test_a_cache_that_others_may_write_is_refused(tiny_artefact: Artefact, tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    with pytest.raises(EngineError, match=r"chmod go-w .*--engine-cache"):
+        OpenvinoSession(tiny_artefact, cache=tmp_path)
 
 
 def test_missing_openvino_names_the_extra(

@@ -1,5 +1,6 @@
 """Sessions check their feed by the contract before a runtime sees it."""
 
+import dataclasses
 import re
 import sys
 
@@ -7,9 +8,12 @@ import numpy as np
 import pytest
 from support.references import check_close, small_model
 
+from dbsam_deploy.artefact import load_artefact, take_graphs, write_artefact
 from dbsam_deploy.core.contract import Geometry, decoder_spec
 from dbsam_deploy.core.errors import EngineError, InputError
+from dbsam_deploy.core.imaging import Preprocessing
 from dbsam_deploy.extras import ONNXRUNTIME_GPU_LINE, pip_line
+from dbsam_deploy.sessions import onnxruntime_session
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
 from dbsam_deploy.sessions.pytorch_session import PytorchSession
 from dbsam_deploy.sessions.session import check_feed
@@ -71,6 +75,71 @@ def test_missing_onnxruntime_names_the_extra(tiny_artefact, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(EngineError, match=re.escape(pip_line("cpu"))):
         OnnxRuntimeSession(tiny_artefact)
+
+
+BACKENDS = ["onnxruntime", pytest.param("openvino", marks=pytest.mark.openvino)]
+
+
+def opened(backend, artefact, folder):
+    if backend == "onnxruntime":
+        return OnnxRuntimeSession(artefact)
+    from dbsam_deploy.sessions.openvino_session import OpenvinoSession
+
+    return OpenvinoSession(artefact, cache=folder / "cache")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_new_export_does_not_reach_a_living_session(make_artefact, tmp_path, backend):
+    """Else its old encoder would feed a new decoder: other masks, and no error."""
+    session = opened(backend, make_artefact(tmp_path / "a", seed=1), tmp_path)
+    expected = opened(backend, make_artefact(tmp_path / "b", seed=1), tmp_path)
+    make_artefact(tmp_path / "a", seed=2)
+    values = feed()
+    found, old = session.run("decoder", values), expected.run("decoder", values)
+    np.testing.assert_array_equal(found["low_res_masks"], old["low_res_masks"])
+    new = opened(backend, load_artefact(tmp_path / "a"), tmp_path).run("decoder", values)
+    assert not np.array_equal(new["low_res_masks"], old["low_res_masks"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_file_that_changed_since_the_manifest_was_read(make_artefact, tmp_path, backend):
+    artefact = make_artefact(tmp_path / "a")
+    make_artefact(tmp_path / "a", seed=2)
+    with pytest.raises(InputError, match=r"was changed after manifest\.json was written"):
+        opened(backend, artefact, tmp_path)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_graphs_in_each_others_place_are_refused_at_opening(make_artefact, tmp_path, backend):
+    artefact = make_artefact(tmp_path / "a")
+    graphs = dict(artefact.graphs)
+    graphs["encoder"], graphs["decoder"] = graphs["decoder"], graphs["encoder"]
+    write_artefact(dataclasses.replace(artefact, graphs=graphs))
+    with pytest.raises(EngineError, match=r"file of \w+ has .*export again"):
+        opened(backend, load_artefact(tmp_path / "a"), tmp_path)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_graphs_of_another_image_size_are_refused_at_opening(make_artefact, tmp_path, backend):
+    artefact = make_artefact(tmp_path / "a", 128)
+    write_artefact(dataclasses.replace(artefact, preprocessing=Preprocessing(256)))
+    with pytest.raises(EngineError, match=r"256, 8, 8\), expected .*16, 16.*export again"):
+        opened(backend, load_artefact(tmp_path / "a"), tmp_path)
+
+
+def test_an_open_session_keeps_no_copy_of_the_files(tiny_artefact, monkeypatch):
+    kept = []
+
+    def take(artefact):
+        for graph, content in take_graphs(artefact):
+            kept.append(content)
+            yield graph, content
+
+    monkeypatch.setattr(onnxruntime_session, "take_graphs", take)
+    session = OnnxRuntimeSession(tiny_artefact)
+    assert len(kept) == 3
+    assert {sys.getrefcount(kept[i]) - sys.getrefcount(object()) for i in range(3)} <= {0, 1}
+    assert session._content == {}
 
 
 def test_reference_masks_do_not_depend_on_the_batch():
