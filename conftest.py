@@ -15,6 +15,14 @@ file, it takes a value of its own that happens to be a folder for the place to l
 
 from __future__ import annotations
 
+import os
+import sys
+
+if "--benchmark" not in sys.argv:
+    # On a test's small tensors a second thread spins and waits, on a core that another worker
+    # needs. PyTorch and NumPy read this when they are loaded, so it stands before their imports.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import functools
 import importlib.util
 import shutil

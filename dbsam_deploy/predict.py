@@ -13,9 +13,11 @@ DESCRIPTION = """\
 Segment one image or volume with boxes or points.
 
 An image is PNG, JPEG, a MedSAM npz (imgs, optionally boxes and spacing), NIfTI, or DICOM (one file,
-or a folder with one series). Coordinates are pixels of the stored image, x to the right, y down,
-from the top-left corner; in NIfTI x and y are the array's first and second axis, slices its third.
-Values other than 0-255 bytes are clipped to their 0.5-99.5 percentiles, or to --window.
+or a folder with a series; --series chooses among several). Coordinates are pixels of the stored
+image, x to the right, y down, from the top-left corner; in NIfTI x and y are the array's first and
+second axis, slices its third.
+Values other than 0-255 bytes are clipped to their 0.5-99.5 percentiles, or to --window; CT in
+DICOM without a window is shown by the soft-tissue one.
 
 examples:
   one box on a picture, with a picture of the result

@@ -170,6 +170,9 @@ def read_recipe(path: Path) -> Recipe:
     recipe = build_table(Recipe, body, str(path))
     if recipe.dtype not in ("float32", "float16"):
         raise InputError(f"recipe {path}: dtype {recipe.dtype!r}, expected float32 or float16")
+    plan = recipe.quantization
+    if plan is not None and plan.format == "fp8" and recipe.opset < 19:
+        raise InputError(f"recipe {path}: opset = {recipe.opset}; fp8 needs opset 19 or later")
     return recipe
 
 

@@ -245,8 +245,8 @@ def _at_opset(path: Path, recipe: Recipe, folder: Path) -> Path:
 
 
 def few_images(recipe: Recipe) -> Recipe:
-    """A recipe that wants as many images as are bundled, and compares three."""
-    parity = replace(recipe.parity, images=3, boxes_per_image=4)
+    """A recipe that wants as many images as are bundled, and compares two."""
+    parity = replace(recipe.parity, images=2, boxes_per_image=2)
     plan = recipe.quantization
     if plan is not None and plan.calibration is not None:
         calibration = replace(plan.calibration, images=8, held_back=2)

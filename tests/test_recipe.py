@@ -165,3 +165,12 @@ def test_a_message_names_file_and_table(tmp_path):
         path.write_text(text.replace(old, new, 1))
         with pytest.raises(InputError, match=re.escape(f"recipe {path.parent}/{where}")):
             read_recipe(path)
+
+
+def test_fp8_in_an_old_opset_is_refused_before_anything_is_exported(tmp_path):
+    text = (resource_dir("export") / "fp8.toml").read_text()
+    assert "opset = 19" in text
+    path = tmp_path / "fp8.toml"
+    path.write_text(text.replace("opset = 19", "opset = 18"))
+    with pytest.raises(InputError, match="opset = 18; fp8 needs opset 19 or later"):
+        read_recipe(path)

@@ -123,7 +123,7 @@ def test_a_sweep_goes_on_where_it_stopped_and_writes_its_results(
     ("options", "message"),
     [
         ([], "pass --calibration PATH"),
-        (["--calibration", "nowhere"], "nowhere: no such folder or file"),
+        (["--calibration", "nowhere"], "nowhere: no such file or folder"),
         (["--calibration", "{examples}", "--budget", "1.5"], "--budget 1.5: expected a loss"),
         (["--calibration", "{examples}", "--budget", "x"], "--budget: invalid float value"),
         (["--calibration", "{examples}", "--precision", "fp16"], "invalid choice: 'fp16'"),

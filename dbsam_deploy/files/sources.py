@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -19,17 +20,25 @@ def imported(path: Path, package: Path = PACKAGE, *, typing: bool = True) -> Ite
         package: its package's folder.
         typing: whether to name what is imported for a type checker alone.
     """
-    here = [package.name, *path.relative_to(package).parent.parts]
-    for node in _statements(ast.parse(path.read_bytes()), typing=typing):
+    here = (package.name, *path.relative_to(package).parent.parts)
+    yield from _imported(path.read_bytes(), here, typing=typing)
+
+
+@functools.cache  # an export asks twice for almost the same modules
+def _imported(source: bytes, here: tuple[str, ...], *, typing: bool) -> tuple[str, ...]:
+    """`imported` of a source in the folder `here`, whose first part is the package's name."""
+    found: list[str] = []
+    for node in _statements(ast.parse(source), typing=typing):
         if isinstance(node, ast.Import):
             targets = [alias.name.split(".") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = here[: len(here) - node.level + 1] if node.level else []
-            base = base + (node.module.split(".") if node.module else [])
+            base = list(here[: len(here) - node.level + 1]) if node.level else []
+            base += node.module.split(".") if node.module else []
             targets = [[*base, alias.name] for alias in node.names]
         else:
             continue
-        yield from (".".join(t[1:]) for t in targets if t[0] == package.name and len(t) > 1)
+        found += (".".join(t[1:]) for t in targets if t[0] == here[0] and len(t) > 1)
+    return tuple(found)
 
 
 def _statements(node: ast.AST, *, typing: bool) -> Iterator[ast.AST]:

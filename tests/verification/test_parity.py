@@ -51,6 +51,12 @@ def cases():
     return load_cases(bundled_examples(), PARITY)
 
 
+@pytest.fixture(scope="module")
+def good(reference, cases):
+    """Figures that pass."""
+    return run(reference, cases[:1], reference)
+
+
 def run(reference, cases, deployed):
     return compare(reference, deployed, Preprocessing(64), cases)
 
@@ -103,8 +109,7 @@ def test_small_noise_passes_fp16_and_not_fp32(reference, cases):
         {"dice": float("nan")},
     ],
 )
-def test_each_figure_can_close_the_gate(reference, cases, change):
-    good = run(reference, cases[:1], reference)
+def test_each_figure_can_close_the_gate(good, change):
     check_gate(good, GATE, "unchanged")
     with pytest.raises(AccuracyError, match="changed misses its gate on 1 images, "):
         check_gate(replace(good, **change), GATE, "changed")
