@@ -1,5 +1,7 @@
 """Recipes: every committed file is valid, unknown content is refused."""
 
+import re
+
 import pytest
 
 from dbsam_deploy.core.errors import InputError
@@ -103,6 +105,66 @@ def test_ranges_need_a_table_of_their_own(tmp_path):
     path.write_text(text[: text.index("[quantization.calibration]")])
     with pytest.raises(InputError, match=r"int8 and fp8 need a \[quantization.calibration\] table"):
         read_recipe(path)
+
+
+def quantised(tmp_path, **changes):
+    """The int8 recipe with other values."""
+    text = (resource_dir("export") / "int8.toml").read_text()
+    rest, table = text.split("[quantization]")
+    for name, value in changes.items():
+        table, count = re.subn(rf"(?m)^{name} = .*$", f"{name} = {value}", table)
+        assert count == 1
+    path = tmp_path / "int8.toml"
+    path.write_text(f"{rest}[quantization]{table}")
+    return read_recipe(path).quantization
+
+
+@pytest.mark.parametrize(
+    ("name", "taken", "refused"),
+    [
+        ("smoothing", ["0.0", "0.999"], ["1.0", "-0.001"]),
+        ("images", ["1"], ["0"]),
+        ("held_back", ["1"], ["0"]),
+        ("percentile", ["50.001", "100.0"], ["50.0", "100.001"]),
+    ],
+)
+def test_a_range_ends_where_it_is_said_to(tmp_path, name, taken, refused):
+    for value in taken:
+        found = quantised(tmp_path, **{name: value})
+        assert float(getattr(found if name == "smoothing" else found.calibration, name)) == float(
+            value
+        )
+    for value in refused:
+        with pytest.raises(InputError, match=r"int8\.toml \[quantization\]: smoothing is 0 to"):
+            quantised(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"recentre": "true", "rounding": '"nearest"'},
+        {"recentre": "false", "rounding": '"gptq"'},
+    ],
+)
+def test_what_only_our_own_tool_does_is_refused_for_the_other(tmp_path, changes):
+    assert quantised(tmp_path, **changes).tool == "onnxruntime"
+    with pytest.raises(InputError, match='expected rounding = "nearest" and recentre = false'):
+        quantised(tmp_path, tool='"modelopt"', **changes)
+    plain = {"recentre": "false", "rounding": '"nearest"'}
+    assert quantised(tmp_path, tool='"modelopt"', **plain).tool == "modelopt"
+
+
+def test_a_message_names_file_and_table(tmp_path):
+    text = (resource_dir("export") / "int8.toml").read_text()
+    path = tmp_path / "int8.toml"
+    for old, new, where in (
+        ("opset = ", "speed = 1\nopset = ", "int8.toml: unknown keys ['speed']"),
+        ("tool = ", "speed = 1\ntool = ", "int8.toml [quantization]: unknown keys ['speed']"),
+        ("seed = ", "speed = 1\nseed = ", "int8.toml [quantization.calibration]: unknown keys"),
+    ):
+        path.write_text(text.replace(old, new, 1))
+        with pytest.raises(InputError, match=re.escape(f"recipe {path.parent}/{where}")):
+            read_recipe(path)
 
 
 def test_fp8_in_an_old_opset_is_refused_before_anything_is_exported(tmp_path):
