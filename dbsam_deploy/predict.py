@@ -14,8 +14,8 @@ Segment one image or volume with boxes or points.
 
 An image is PNG, JPEG, TIFF, BMP, WebP, a MedSAM npz (imgs, optionally boxes and spacing), NIfTI, or
 DICOM (one file, or a folder with a series; --series chooses among several). Coordinates are pixels
-of the stored image (of a photograph: as viewers show it), x to the right, y down, from the top-left corner; in NIfTI x and y are the array's first and
-second axis, slices its third.
+of the stored image (of a photograph: as viewers show it), x to the right, y down, from the top-left
+corner; in NIfTI x and y are the array's first and second axis, slices its third.
 Values other than 0-255 bytes are clipped to their 0.5-99.5 percentiles, or to --window; CT in
 DICOM without a window is shown by the soft-tissue one.
 

@@ -28,7 +28,7 @@ from .serving.environment import (
     install_environment,
 )
 from .serving.repository import Repository
-from .serving.server import LOOPBACK, Ports, TritonServer
+from .serving.server import LOOPBACK, Ports, TritonServer, remove_bytecode
 from .sessions.backends import untrained_note
 
 TRY_TIMEOUT_S = 300.0
@@ -214,6 +214,7 @@ def main(argv: list[str] | None = None) -> int:
     repository = choose_repository(args.repository, args.artefact, say_on_stderr)
     ports = Ports(args.http_port, args.grpc_port, args.metrics_port)
     if args.docker:
+        remove_bytecode(repository.folder)
         _say(docker_command(repository, ports, args.host))
         return 0
     if args.image is not None:

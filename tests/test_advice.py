@@ -26,7 +26,9 @@ from dbsam_deploy.options.sensitivity_options import SensitivityOptions, export_
 PACKAGE = Path(cli.__file__).parent
 EXPORT, FOLDER = "build/fp16", "'a folder'"
 VALUES = {
+    "' '.join(SERVER_PACKAGES)": "pillow numpy",
     "' '.join(packages)": "pillow numpy",
+    "' '.join(versions)": "pillow==13.0.0",
     "' '.join(words)": "--precision int8",  # test_the_sweeps_advice has the real ones
     "NUMPY": "numpy<2",
     "WHEEL": "tritonserver==2.51.0",

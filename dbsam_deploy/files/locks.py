@@ -48,8 +48,7 @@ def one_writer(
     Raises:
         InputError: there is another writer and `wait` is false, or `folder` cannot be written.
     """
-    with writing_to(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     lock = folder / name
     handle = _take(lock, say)
     if handle is None:
@@ -62,21 +61,36 @@ def one_writer(
         say(f"waiting for {owner}, which writes {folder}")
         while (handle := _take(lock, say)) is None:
             time.sleep(POLL_SECONDS)
+    is_done = False
     try:
         yield
+        is_done = True
     finally:
         try:
             with suppress(OSError):
                 lock.unlink()  # before it is free: whoever waits sees that it is gone
         finally:
             os.close(handle)
+            if not is_done:
+                _remove_empty(new)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """What was made for a lock and was not filled; the inner folders come first."""
+    with suppress(OSError):
+        for path in folders:
+            path.rmdir()
 
 
 def _take(lock: Path, say: Callable[[str], None]) -> int | None:
     """The handle of a lock that is ours now, None where another process has it."""
     with writing_to(lock.parent):
         while True:
-            handle = os.open(lock, _FLAGS, 0o666)
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                handle = os.open(lock, _FLAGS, 0o666)
+            except FileNotFoundError:
+                continue  # its maker failed and took the folder away between the two calls
             try:
                 if not _held(handle, lock, say):
                     os.close(handle)

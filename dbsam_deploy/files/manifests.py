@@ -134,6 +134,7 @@ class ManifestKind:
         *,
         empty: Collection[str] = (),
         apart: Collection[str] = (),
+        ignored: Collection[str] = (),
     ) -> None:
         """Refuse what lies beside the manifest `path` and is not in it.
 
@@ -142,6 +143,7 @@ class ManifestKind:
             names: files that it names, relative to its folder.
             empty: folders that may be there without a file.
             apart: folders that have manifests of their own, and are not looked into.
+            ignored: names of folders that may lie anywhere, and are not looked into.
 
         Raises:
             DbsamError: another file, folder or link, with its name.
@@ -155,6 +157,8 @@ class ManifestKind:
             for entry in sorted(os.scandir(waiting.pop()), key=lambda entry: entry.name):
                 name = Path(entry.path).relative_to(path.parent).as_posix()
                 is_folder = entry.is_dir(follow_symlinks=False)
+                if is_folder and entry.name in ignored:
+                    continue
                 if entry.is_symlink() or name not in (folders if is_folder else files):
                     raise self.error(
                         f"{path} does not list {name!r}: move it out of {path.parent} or delete "

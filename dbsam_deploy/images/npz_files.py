@@ -202,7 +202,9 @@ def _image_shape(
             f"{path}: no array `{key}` among {sorted(archive.namelist())[:8]}; expected a MedSAM "
             f"npz with {key} (H, W), (H, W, 3), (D, H, W) or (D, H, W, 3)"
         )
-    shape = stack_shape(found[0], key, path)
+    labels = _announced(archive, "gts", path)
+    is_stack = "spacing.npy" in archive.namelist() or (labels is not None and labels[0] == found[0])
+    shape = stack_shape(found[0], key, path, is_stack=is_stack)
     check_voxels(shape[:3], path, found[1].itemsize * math.prod(shape[3:]))
     return shape, found[1]
 
@@ -212,8 +214,16 @@ def _images(archive: zipfile.ZipFile, key: str, path: Path) -> npt.NDArray[Any]:
     return _member(archive, key).reshape(shape)
 
 
-def stack_shape(shape: tuple[int, ...], key: str, path: Path) -> tuple[int, ...]:
+def stack_shape(
+    shape: tuple[int, ...], key: str, path: Path, *, is_stack: bool = False
+) -> tuple[int, ...]:
     """The shape of images `key` as (D, H, W) or (D, H, W, 3).
+
+    Args:
+        shape: as stored.
+        key: for messages.
+        path: for messages.
+        is_stack: whether labels of that shape or a spacing tell that (3, H, W) is three slices.
 
     Raises:
         InputError: another number of axes or of channels, or too large.
@@ -225,10 +235,10 @@ def stack_shape(shape: tuple[int, ...], key: str, path: Path) -> tuple[int, ...]
         raise InputError(
             f"{path}: {key} of shape {shape}; expected (H, W), (H, W, 3), (D, H, W) or (D, H, W, 3)"
         )
-    if len(shape) == 3 and shape[0] == 3 and not colour:
+    if len(shape) == 3 and shape[0] == 3 and not colour and not is_stack:
         raise InputError(
             f"{path}: {key} of shape {shape} may be one image with its channels first or three "
-            "slices: store an image as (H, W, 3), three slices as (3, H, W, 3)"
+            "slices: store an image as (H, W, 3), and with three slices their `spacing`"
         )
     full = shape if len(shape) == (4 if colour else 3) else (1, *shape)
     check_voxels(full[:3], path)

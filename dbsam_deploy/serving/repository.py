@@ -25,7 +25,7 @@ from ..files.locks import one_writer
 from ..files.manifests import Body, ManifestKind, is_inside, is_sha256
 from ..files.publication import new_folder, remove, replace_folder, tidy
 from ..resources import resource_dir
-from .triton_config import GRAPH_MODELS, Platform, python_specs, render_configs
+from .triton_config import BYTECODE, GRAPH_MODELS, Platform, python_specs, render_configs
 
 REPOSITORY_STEM = "model_repository"
 """First part of the name of a repository; the name of its export follows."""
@@ -246,6 +246,7 @@ def load_repository(folder: Path) -> Repository:
 
     A `config.pbtxt` may differ from what was rendered, since operators tune it; graphs and code may
     not. A server loads every model and the highest version it finds, so none may be added either.
+    Bytecode, which Triton's Python leaves, is passed over: a start removes it.
 
     Raises:
         InputError: no repository of this library, another format, one that was edited, a missing or
@@ -255,7 +256,12 @@ def load_repository(folder: Path) -> Repository:
     repository = _MANIFEST.read(path, lambda body: _repository(folder, body))
     tuned = {name for name in repository.files if Path(name).name == "config.pbtxt"}
     models = {Path(name).parts[0] for name in tuned}
-    _MANIFEST.check_nothing_else(path, repository.files, empty=[f"{m}/{VERSION}" for m in models])
+    _MANIFEST.check_nothing_else(
+        path,
+        repository.files,
+        empty=[f"{model}/{VERSION}" for model in models],
+        ignored=[BYTECODE],
+    )
     _MANIFEST.check(path, {**repository.files, **dict.fromkeys(tuned)})
     return repository
 

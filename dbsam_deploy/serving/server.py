@@ -22,6 +22,7 @@ from ..core.contract import IOU_SCORES, MASKS, RAW_BOXES, RAW_IMAGE, TRITON_TYPE
 from ..core.errors import InputError, ServingError
 from ..privacy import VARIABLES
 from .environment import ServerEnvironment
+from .triton_config import BYTECODE
 
 LOOPBACK = "127.0.0.1"
 STANDINS = Path(__file__).parent / "standin_backends"
@@ -120,6 +121,7 @@ class TritonServer:
         if self._process is not None:
             raise ServingError("this Triton server was started already")
         self.ports = _reserve(self.ports, self.host)
+        remove_bytecode(self.repository)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self._runtime = Path(tempfile.mkdtemp(prefix="dbsam-triton-"))
         try:
@@ -231,6 +233,25 @@ class TritonServer:
         self.stop()
 
 
+def remove_bytecode(folder: Path) -> None:
+    """Remove the bytecode of the models' code, so that a server compiles what was checked.
+
+    Triton's Python writes it into the repository whatever PYTHONDONTWRITEBYTECODE says, and would
+    run it in place of its source.
+
+    Raises:
+        ServingError: a folder of it cannot be removed.
+    """
+    for found in sorted(folder.rglob(BYTECODE)):
+        try:
+            shutil.rmtree(found)
+        except OSError as error:
+            raise ServingError(
+                f"{found} may be run in place of the code beside it and cannot be removed "
+                f"({error.strerror}): delete it"
+            ) from error
+
+
 def probe(http_url: str, *, timeout_s: float = 120.0) -> None:
     """Send a small image and one box through the ensemble and check the answer's shape.
 
@@ -316,9 +337,7 @@ def _lay_out_backends(environment: ServerEnvironment, folder: Path) -> None:
 def _environment(environment: ServerEnvironment) -> dict[str, str]:
     """The child's variables: its own libraries and interpreter, nothing of this one's Python."""
     variables = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    # Nothing is imported from the working folder, and no bytecode is left in the repository, where
-    # it would stand for a source that was checked.
-    variables.update(PYTHONSAFEPATH="1", PYTHONDONTWRITEBYTECODE="1")
+    variables.update(PYTHONSAFEPATH="1")  # nothing is imported from the working folder
     libraries: Sequence[str] = [str(path) for path in environment.library_path]
     inherited = [variables["LD_LIBRARY_PATH"]] if variables.get("LD_LIBRARY_PATH") else []
     variables["LD_LIBRARY_PATH"] = ":".join([*libraries, *inherited])

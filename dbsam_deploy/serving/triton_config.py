@@ -33,6 +33,8 @@ _HEAD = "# Rendered from dbsam_deploy/core/contract.py; do not edit by hand."
 
 _BACKENDS = {"onnxruntime": 'backend: "onnxruntime"', "tensorrt": 'platform: "tensorrt_plan"'}
 
+BYTECODE = "__pycache__"
+"""Folder that Triton's Python leaves beside the code of a model."""
 GRAPH_MODELS = {
     "encoder": "dbsam_encoder",
     "decoder": "dbsam_decoder",

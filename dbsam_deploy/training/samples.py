@@ -278,7 +278,11 @@ def _open_stack(path: Path) -> _Stack:
                 "the images in npy_images or imgs"
             )
         array = open_npy(path)
-        key, shape, dtype = None, stack_shape(array.shape, "the array", path), array.dtype
+        key, shape, dtype = (
+            None,
+            stack_shape(array.shape, "the array", path, is_stack=True),
+            array.dtype,
+        )
     else:
         key = "imgs" if labels == path else "img"
         shape, dtype = read_image_header(path, key)
@@ -332,7 +336,7 @@ def _load_stack(stack: _Stack) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Images and label maps of one file; the last few files stay decoded."""
     if stack.key is None:
         values = open_npy(stack.images)
-        shape = stack_shape(values.shape, "the array", stack.images)
+        shape = stack_shape(values.shape, "the array", stack.images, is_stack=True)
         values = values.reshape(shape)
     else:
         values = read_images(stack.images, stack.key)

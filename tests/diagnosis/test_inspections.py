@@ -155,5 +155,6 @@ def test_an_unknown_question_is_a_bug_with_its_message() -> None:
 def test_extras_report_their_versions() -> None:
     pytest.importorskip("pydicom")
     answer = inspect_runtime("extra:dicom")
-    assert answer.facts == {"versions": {"pydicom": importlib.metadata.version("pydicom")}}
+    assert answer.facts["versions"]["pydicom"] == importlib.metadata.version("pydicom")
+    assert {"pyjpegls", "python-gdcm"} <= set(answer.facts["versions"])
     assert {"extra:eval", "extra:train", "extra:client"} <= set(INSPECTIONS)

@@ -92,3 +92,13 @@ def test_a_file_system_without_locks_says_so(tmp_path, monkeypatch) -> None:
             f"{tmp_path} cannot be locked (Operation not supported): see to it that nothing else "
             "writes there"
         ]
+
+
+def test_a_mistake_leaves_no_folder_behind(tmp_path: Path) -> None:
+    with pytest.raises(InputError), one_writer(tmp_path / "new" / "inner"):
+        raise InputError("a mistake that is found late")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "there").mkdir()
+    with pytest.raises(InputError), one_writer(tmp_path / "there"):
+        raise InputError("a mistake that is found late")
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]

@@ -175,3 +175,16 @@ def test_an_encrypted_or_damaged_archive(tmp_path: Path, rng: np.random.Generato
         path.write_bytes(bytes(broken))
         with pytest.raises(InputError, match="not a readable npz"):
             read_npz(path)
+
+
+@pytest.mark.parametrize("beside", ["gts", "spacing", ""])
+def test_three_planes_are_slices_only_where_the_file_says_so(tmp_path, beside):
+    planes = np.arange(3 * 8 * 9, dtype=np.uint8).reshape(3, 8, 9)
+    more = {"gts": planes % 2, "spacing": np.ones(3)}
+    path = tmp_path / "planes.npz"
+    np.savez(path, imgs=planes, **{key: more[key] for key in more if key == beside})
+    if beside:
+        np.testing.assert_array_equal(read_npz(path).values, planes)
+    else:
+        with pytest.raises(InputError, match="its channels first or three slices"):
+            read_npz(path)

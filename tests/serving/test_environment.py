@@ -135,7 +135,7 @@ def test_installing_takes_only_files_whose_hash_is_known(pip, tmp_path):
     with pytest.raises(EngineError, match="no matching distribution"):
         install_environment(tmp_path / "env", report=lines.append)
     (venv, _), (packages, listed), (server, wheel) = pip
-    assert venv[:2] == ["-m", "venv"]
+    assert venv[:3] == ["-P", "-m", "venv"]
     for arguments in (packages, server):
         assert {"--no-deps", "--require-hashes"} <= set(arguments)
     requirements = listed.splitlines()

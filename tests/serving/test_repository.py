@@ -314,7 +314,10 @@ def edit_mode(root):
         (lambda r: shutil.copytree(r / "dbsam_encoder", r / "another"), "'another'"),
         (lambda r: (r / "dbsam_encoder/1/weights.bin").touch(), "weights.bin"),
         (lambda r: (r / "dbsam/1/model.onnx").touch(), "'dbsam/1/model.onnx'"),
-        (lambda r: (r / "dbsam_preprocess/1/__pycache__").mkdir(), "__pycache__"),
+        (
+            lambda r: (r / "dbsam_preprocess/1/__pycache__").symlink_to(r),
+            "dbsam_preprocess/1/__pycache__",
+        ),
         (lambda r: (r / "dbsam_encoder/2").symlink_to("1"), "encoder/2'"),
         (edit_mode, "was edited after it was written"),
     ],

@@ -23,7 +23,7 @@ from dbsam_deploy.model.weights import load_model
 from dbsam_deploy.prediction.predictor import Predictor
 from dbsam_deploy.recipe import load_recipe
 from dbsam_deploy.serving.environment import ServerEnvironment, find_environment
-from dbsam_deploy.serving.repository import build_repository
+from dbsam_deploy.serving.repository import build_repository, load_repository
 from dbsam_deploy.serving.server import Ports, TritonServer, probe
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
 from dbsam_deploy.sessions.pytorch_session import PytorchSession
@@ -134,15 +134,17 @@ def test_a_killed_python_model_is_noticed_although_the_ready_flag_stays_up(
 @pytest.mark.triton
 def test_stopping_leaves_no_process_memory_or_file(tiny_repository, server_environment, tmp_path):
     before = set(SHARED_MEMORY.iterdir())
-    server = TritonServer(
-        tiny_repository.folder, server_environment, log=tmp_path / "log", ports=FREE
-    )
+    root = load_repository(tiny_repository.folder).folder
+    bytecode = root / "dbsam_preprocess/1/__pycache__/another.pyc"
+    bytecode.parent.mkdir(exist_ok=True)
+    bytecode.touch()
+    server = TritonServer(root, server_environment, log=tmp_path / "log", ports=FREE)
     with server:
+        assert not bytecode.exists()
         group = server.pid
         assert len(processes_of(group)) > 3, "server and stubs"
         assert list(SHARED_MEMORY.glob(f"{server.shared_memory_prefix}*"))
-        runtime = server._runtime
-        assert runtime.is_dir()
+        assert (runtime := server._runtime).is_dir()
         with pytest.raises(ServingError, match="started already"):
             server.start()
     assert_none_left(group)
