@@ -160,7 +160,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """No search for cyclic garbage among the objects of a trace: it takes a fifth of the time."""
+    """No search for cyclic garbage among the many objects of a trace, which all stay to its end."""
     enabled = gc.isenabled()
     gc.disable()
     try:
