@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -121,8 +120,3 @@ def _owner(lock: Path) -> str:
         if text := lock.read_text().strip():
             return text
     return "another process"
-
-
-def stderr_line(text: str) -> None:
-    """A line for whoever watches a command without a console of its own."""
-    print(text, file=sys.stderr, flush=True)

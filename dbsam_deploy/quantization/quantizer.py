@@ -35,10 +35,7 @@ def calibration_images(
 ) -> CalibrationSet | None:
     """The images that the recipe needs, chosen before any long work.
 
-    Args:
-        recipe: the precision.
-        path: what the user named.
-        budget: see `options.export_options.ExportOptions`.
+    Arguments are those of `recipe.calibration_plan`.
 
     Raises:
         InputError: see `calibration_plan` and `choose_images`.

@@ -81,6 +81,22 @@ def test_many_writers_never_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert met == [1] * 160
 
 
+def test_a_lock_that_its_owner_took_away_meanwhile_is_not_taken(tmp_path, monkeypatch) -> None:
+    """Between opening and locking: who held the removed file would keep nobody out."""
+    real, lock = locks.locked, tmp_path / LOCK_NAME
+
+    def locked_too_late(handle: int) -> bool:
+        monkeypatch.setattr(locks, "locked", real)
+        lock.unlink()
+        return real(handle)
+
+    monkeypatch.setattr(locks, "locked", locked_too_late)
+    with one_writer(tmp_path, wait=False):
+        assert lock.exists()
+        with pytest.raises(InputError, match="is being written by"):
+            one_writer(tmp_path, wait=False).__enter__()
+
+
 def test_a_file_system_without_locks_says_so(tmp_path, monkeypatch) -> None:
     def no_locks(handle: int) -> bool:
         raise OSError(95, "Operation not supported")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.damage import refusals
 from support.dicom_series import rotation
 
 from dbsam_deploy.core.errors import EngineError, InputError
@@ -188,18 +189,7 @@ def test_flipped_bytes_never_escape_as_another_error(
 ) -> None:
     """Damage at random places of a header is read or refused, never anything else."""
     path = save_nifti(tmp_path / "scan.nii", np.ones((3, 4, 5), np.int16))
-    content = path.read_bytes()
-    refused = 0
-    for _ in range(150):
-        damaged = bytearray(content)
-        for place in rng.integers(0, 352, 4):
-            damaged[place] = rng.integers(0, 256)
-        path.write_bytes(bytes(damaged))
-        try:
-            read_nifti(path)
-        except InputError:
-            refused += 1
-    assert refused > 20
+    assert refusals(path, read_nifti, rng, times=150, below=352) > 20
 
 
 def test_a_missing_extra_names_its_pip_line(
