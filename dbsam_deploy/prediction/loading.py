@@ -65,9 +65,6 @@ def load(
         InputError, CheckpointError, EngineError: no such source, options that do not go with it,
             weights that do not fit, or a runtime or device that is missing.
     """
-    names = {"backend": backend, "variant": variant, "preprocess": preprocess}
-    _check_kind(str, "text", **names, runtime_precision=runtime_precision)
-    _check_kind(int | float, "a number of seconds", timeout_s=timeout_s)
     options = ModelOptions(
         backend=backend or "onnxruntime",
         device=None if device is None else str(device),
@@ -78,6 +75,7 @@ def load(
         runtime_precision=runtime_precision,
         preprocess=preprocess,
     )
+    _check_kinds(options, backend=backend, timeout_s=timeout_s)
     if source is not None and "://" in str(source):
         scheme, address = _address(str(source), options, backend)
         return open_server(address, scheme, shared_memory=shared_memory, timeout_s=timeout_s)
@@ -85,15 +83,19 @@ def load(
     return open_model(_with_source(source, options, backend))
 
 
-def _check_kind(kind: Any, words: str, **given: Any) -> None:
-    """Refuse what is not of a kind, nor None.
+def _check_kinds(options: ModelOptions, *, backend: Any, timeout_s: Any) -> None:
+    """Refuse what is no text or number where one is expected.
 
     Raises:
         InputError: with its name.
     """
-    for name, value in given.items():
-        if value is not None and not isinstance(value, kind):
-            raise InputError(f"{name} is {value!r:.80}: expected {words}")
+    names = ("variant", "preprocess", "runtime_precision")
+    texts = {"backend": backend, **{name: getattr(options, name) for name in names}}
+    for name, value in texts.items():
+        if value is not None and not isinstance(value, str):
+            raise InputError(f"{name} is {value!r:.80}: expected text")
+    if timeout_s is not None and not isinstance(timeout_s, int | float):
+        raise InputError(f"timeout_s is {timeout_s!r:.80}: expected a number of seconds")
 
 
 def _address(source: str, options: ModelOptions, backend: str | None) -> tuple[str, str]:
