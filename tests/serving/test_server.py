@@ -6,10 +6,8 @@ import concurrent.futures
 import dataclasses
 import os
 import re
-import shutil
 import signal
 import socket
-import subprocess
 import time
 import urllib.request
 from pathlib import Path
@@ -27,7 +25,7 @@ from dbsam_deploy.prediction.predictor import Predictor
 from dbsam_deploy.recipe import load_recipe
 from dbsam_deploy.serving.environment import ServerEnvironment, find_environment
 from dbsam_deploy.serving.repository import REPOSITORY_NAME, build_repository, file_hashes
-from dbsam_deploy.serving.server import Ports, TritonServer, probe, remove_bytecode
+from dbsam_deploy.serving.server import Ports, TritonServer, probe
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
 from dbsam_deploy.sessions.pytorch_session import PytorchSession
 from dbsam_deploy.verification.cases import bundled_examples, load_cases
@@ -132,31 +130,6 @@ def test_a_killed_python_model_is_noticed_although_the_ready_flag_stays_up(
             assert answer.status == 200
         with pytest.raises(ServingError):
             probe(server.http_url, timeout_s=20)
-
-
-@pytest.mark.triton
-def test_what_is_served_is_what_was_checked_whatever_becomes_of_the_repository(
-    tiny_artefact, make_artefact, server_environment, tmp_path, monkeypatch
-):
-    """It is replaced by another export's, and a version is added, when the server's start began."""
-    root = build_repository(tiny_artefact, tmp_path / "models ü").folder
-    other = make_artefact(tmp_path / "b", seed=1)
-    start_process = subprocess.Popen
-
-    def replace_and_start(command, **options):
-        build_repository(other, root)
-        shutil.copytree(root / "dbsam_encoder/1", root / "dbsam_encoder/2")
-        (root / "dbsam_preprocess/1/model.py").write_text("raise SystemExit('mine')")
-        return start_process(command, **options)
-
-    monkeypatch.setattr(subprocess, "Popen", replace_and_start)
-    server = TritonServer(root, server_environment, log=tmp_path / "log", ports=FREE)
-    with server:
-        assert_answers_like_local(server, tiny_artefact)
-    assert not list(root.rglob("__pycache__"))
-    with pytest.raises(InputError, match=r"does not list 'dbsam_encoder/2'"):
-        server.start()
-    assert server._runtime is None
 
 
 @pytest.mark.triton
@@ -267,19 +240,6 @@ def test_a_model_that_cannot_load_ends_the_start_with_its_reason(
     with pytest.raises(ServingError, match=message):
         server.start()
     assert not list(SHARED_MEMORY.glob(f"{server.shared_memory_prefix}*"))
-
-
-def test_bytecode_is_removed_where_a_container_would_run_it(tmp_path):
-    for name in (
-        "a/1/__pycache__/model.pyc",
-        "a/1/dbsam_runtime/__pycache__/x.pyc",
-        "a/1/model.py",
-    ):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    remove_bytecode(tmp_path)
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["model.py"]
-    assert not list(tmp_path.rglob("__pycache__"))
 
 
 def test_a_taken_port_is_named_before_anything_starts(tmp_path):
