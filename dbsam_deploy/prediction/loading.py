@@ -62,12 +62,11 @@ def load(
         timeout_s: how long one request to a server may take, by default a minute.
 
     Raises:
-        InputError, CheckpointError, EngineError: no such source, options that do not go with it,
-            weights that do not fit, or a runtime or device that is missing.
+        InputError, CheckpointError, EngineError: a source, option, runtime or device that is not.
     """
     options = ModelOptions(
         backend=backend or "onnxruntime",
-        device=None if device is None else str(device),
+        device=device and str(device),
         variant=variant,
         image_size=image_size,
         decoder_weights=_path("decoder_weights", decoder_weights),
@@ -75,7 +74,7 @@ def load(
         runtime_precision=runtime_precision,
         preprocess=preprocess,
     )
-    _check_kinds(options, backend=backend, timeout_s=timeout_s)
+    _check_kinds(options, backend, timeout_s)
     if source is not None and "://" in str(source):
         scheme, address = _address(str(source), options, backend)
         return open_server(address, scheme, shared_memory=shared_memory, timeout_s=timeout_s)
@@ -83,7 +82,7 @@ def load(
     return open_model(_with_source(source, options, backend))
 
 
-def _check_kinds(options: ModelOptions, *, backend: Any, timeout_s: Any) -> None:
+def _check_kinds(options: ModelOptions, backend: Any, timeout_s: Any) -> None:
     """Refuse what is no text or number where one is expected.
 
     Raises:
