@@ -86,8 +86,9 @@ def _read(path: Path) -> object:
             warnings.simplefilter("ignore")  # about pickle protocols
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
-        match = re.search(r"(?:GLOBAL|global) (\S+)", str(error))
+        # PyTorch begins with advice to load it unsafely; what it found comes after that.
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().splitlines()[0]
+        match = re.search(r"GLOBAL (\S+)", reason)
         what = f"it asks for {match.group(1)}" if match else reason
         raise CheckpointError(
             f"checkpoint {path}: refused, it holds more than tensors ({what}) and loading it could "
