@@ -123,7 +123,7 @@ def test_a_killed_python_model_is_noticed_although_the_ready_flag_stays_up(
         server.check()
         for stat in Path("/proc").glob("[0-9]*/cmdline"):
             line = stat.read_text()
-            if "dbsam_preprocess/1/model.py" in line and server.shared_memory_prefix in line:
+            if "dbsam_interactive/1/model.py" in line and server.shared_memory_prefix in line:
                 os.kill(int(stat.parent.name), signal.SIGKILL)
         with urllib.request.urlopen(f"http://{server.http_url}/v2/health/ready") as answer:
             assert answer.status == 200
@@ -135,7 +135,7 @@ def test_a_killed_python_model_is_noticed_although_the_ready_flag_stays_up(
 def test_stopping_leaves_no_process_memory_or_file(tiny_repository, server_environment, tmp_path):
     before = set(SHARED_MEMORY.iterdir())
     root = load_repository(tiny_repository.folder).folder
-    bytecode = root / "dbsam_preprocess/1/__pycache__/another.pyc"
+    bytecode = root / "dbsam_interactive/1/__pycache__/another.pyc"
     bytecode.parent.mkdir(exist_ok=True)
     bytecode.touch()
     server = TritonServer(root, server_environment, log=tmp_path / "log", ports=FREE)
@@ -226,7 +226,7 @@ def test_other_modes_are_served_as_they_are_computed_locally(
     [
         ("dbsam_encoder/1/model.onnx", None, "not a graph", "dbsam_encoder"),
         ("dbsam_decoder/config.pbtxt", "32, 32", "16, 16", r"config\.pbtxt says"),
-        ("dbsam_preprocess/config.pbtxt", '"sam"', '"other"', "preprocessing mode 'other'"),
+        ("dbsam_interactive/config.pbtxt", '"sam"', '"other"', "preprocessing mode 'other'"),
     ],
 )
 def test_a_model_that_cannot_load_ends_the_start_with_its_reason(
