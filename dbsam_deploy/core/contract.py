@@ -105,9 +105,10 @@ def check_image_size(image_size: int) -> int:
     Raises:
         InputError: not a multiple of 16 between 64 and 2048.
     """
-    if image_size % PATCH_SIZE or not 64 <= image_size <= 2048:
+    whole = hasattr(image_size, "__index__") and not isinstance(image_size, bool)
+    if not whole or image_size % PATCH_SIZE or not 64 <= image_size <= 2048:
         raise InputError(
-            f"image size {image_size}: expected a multiple of {PATCH_SIZE} from 64 to 2048 "
+            f"image size {image_size!r}: expected a multiple of {PATCH_SIZE} from 64 to 2048 "
             "(SAM uses 1024)"
         )
     return image_size

@@ -12,6 +12,7 @@ from ..clients.calls import Transport
 from ..clients.client import DbsamClient
 from ..core.errors import InputError
 from ..core.imaging import Mode
+from ..files.user_paths import user_path
 from ..sessions.backends import ModelOptions, open_backend
 from ..sessions.options import TRITON, model_options
 from .model import Model
@@ -61,24 +62,39 @@ def load(
         timeout_s: how long one request to a server may take, by default a minute.
 
     Raises:
-        InputError, CheckpointError, EngineError: no such source, options that do not go with it,
-            weights that do not fit, or a runtime or device that is missing.
+        InputError, CheckpointError, EngineError: a source, option, runtime or device that is not.
     """
     options = ModelOptions(
         backend=backend or "onnxruntime",
-        device=None if device is None else str(device),
+        device=device and str(device),
         variant=variant,
         image_size=image_size,
-        decoder_weights=_path(decoder_weights),
-        engine_cache=_path(engine_cache),
+        decoder_weights=_path("decoder_weights", decoder_weights),
+        engine_cache=_path("engine_cache", engine_cache),
         runtime_precision=runtime_precision,
         preprocess=preprocess,
     )
+    _check_kinds(options, backend, timeout_s)
     if source is not None and "://" in str(source):
         scheme, address = _address(str(source), options, backend)
         return open_server(address, scheme, shared_memory=shared_memory, timeout_s=timeout_s)
     _refuse_server_options(shared_memory=shared_memory, timeout_s=timeout_s)
     return open_model(_with_source(source, options, backend))
+
+
+def _check_kinds(options: ModelOptions, backend: Any, timeout_s: Any) -> None:
+    """Refuse what is no text or number where one is expected.
+
+    Raises:
+        InputError: with its name.
+    """
+    names = ("variant", "preprocess", "runtime_precision")
+    texts = {"backend": backend, **{name: getattr(options, name) for name in names}}
+    for name, value in texts.items():
+        if value is not None and not isinstance(value, str):
+            raise InputError(f"{name} is {value!r:.80}: expected text")
+    if timeout_s is not None and not isinstance(timeout_s, int | float):
+        raise InputError(f"timeout_s is {timeout_s!r:.80}: expected a number of seconds")
 
 
 def _address(source: str, options: ModelOptions, backend: str | None) -> tuple[str, str]:
@@ -109,8 +125,8 @@ def _refuse_server_options(**given: Any) -> None:
             )
 
 
-def _path(value: str | Path | None) -> Path | None:
-    return None if value is None else Path(value)
+def _path(name: str, value: str | Path | None) -> Path | None:
+    return None if value is None else user_path(value, name)
 
 
 def _with_source(
@@ -125,7 +141,7 @@ def _with_source(
         raise InputError('a server needs its address: load("triton://localhost:8001")')
     if source is None:
         return options
-    path = Path(source)
+    path = user_path(source, "a model")
     if path.name == MANIFEST_NAME and path.is_file():
         path = path.parent
     if path.suffix in GRAPH_SUFFIXES and path.is_file():

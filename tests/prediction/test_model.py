@@ -325,7 +325,7 @@ def test_what_cannot_be_opened(tiny_artefact, source, words, message):
 @pytest.mark.parametrize("scheme", ["triton", "triton+http"])
 def test_a_server_gives_what_its_export_gives(triton, model, image, scheme, tmp_path):
     url = triton.grpc_url if scheme == "triton" else triton.http_url
-    stack = np.stack([image[..., 0], 255 - image[..., 0], image[..., 1]])
+    stack = np.stack([image[..., 0], 255 - image[..., 0], image[..., 1]])[..., None]
     asked = [
         (image, {"boxes": BOXES}),
         (image, {"points": [[20, 18], [3, 3]], "labels": [1, 0], "multimask": True}),

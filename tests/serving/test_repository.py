@@ -187,7 +187,7 @@ def test_a_failure_keeps_the_earlier_repository(make_artefact, tmp_path, monkeyp
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(module, "_hashes", fail)
+    monkeypatch.setattr(module, "file_hashes", fail)
     with pytest.raises(OSError, match="disk full"):
         build_repository(make_artefact(tmp_path / "c", 64), output)
     assert load_repository(output) == first
