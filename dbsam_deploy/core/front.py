@@ -49,7 +49,7 @@ _STOP_S = 20.0
 
 
 @dataclass(frozen=True, eq=False)
-class _Job:
+class _Asked:
     """A request, its way back, and when it came and has to be answered (monotonic seconds)."""
 
     request: Any
@@ -84,7 +84,7 @@ class TritonFront:
         self._lock = threading.Lock()
         control = os.environ.get(CONTROL_VARIABLE)
         self._draining = Path(control) / DRAINING if control else None
-        self._admission = Admission[_Job](
+        self._admission = Admission[_Asked](
             Limits(settings.max_waiting, settings.max_waiting_mib << 20),
             {_IMAGE: settings.image_workers, _PROMPT: settings.prompt_workers},
             self._work,
@@ -117,7 +117,7 @@ class TritonFront:
         allowed_s = self._settings.max_wait_ms / 1000
         if request.timeout():
             allowed_s = min(allowed_s, request.timeout() / 1e6)
-        job = _Job(request, sender, arrays, arrived, arrived + allowed_s)
+        job = _Asked(request, sender, arrays, arrived, arrived + allowed_s)
         lane = _IMAGE if RAW_IMAGE.name in arrays else _PROMPT
         self._count(IN_FLIGHT)
         try:
@@ -126,7 +126,7 @@ class TritonFront:
             self._count(IN_FLIGHT, -1)
             raise
 
-    def _work(self, job: _Job) -> None:
+    def _work(self, job: _Asked) -> None:
         self._count(QUEUE_US, int((time.monotonic() - job.arrived) * 1e6))
         try:
             outputs = self._interactive.answer(
@@ -140,7 +140,7 @@ class TritonFront:
         self._count(IN_FLIGHT, -1)
         self._tell()
 
-    def _check(self, job: _Job) -> Callable[[], None]:
+    def _check(self, job: _Asked) -> Callable[[], None]:
         def check() -> None:
             late_s = time.monotonic() - job.deadline
             if late_s > 0:

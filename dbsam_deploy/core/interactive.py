@@ -41,7 +41,7 @@ from .imaging import (
 )
 from .masks import MaskPacker
 from .refusal import RefusedError
-from .requests import Prompts, read_prompts
+from .requests import ReadPrompts, read_prompts
 
 _ID_LENGTH = 64
 
@@ -53,7 +53,7 @@ class Graphs(Protocol):
         """`image` (1, 3, S, S) → an embedding for `decode`, and its bytes."""
 
     def decode(self, graph: str, embedding: Any, feed: Arrays) -> tuple[FloatArray, FloatArray]:
-        """Prompts (n, …) in the model frame → logits (n, M, 4G, 4G) and their IoU (n, M)."""
+        """ReadPrompts (n, …) in the model frame → logits (n, M, 4G, 4G) and their IoU (n, M)."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Interactive:
 
     def _open(
         self, arrays: Arrays, check: Callable[[], None]
-    ) -> tuple[str, Kept, bool, Prompts | None]:
+    ) -> tuple[str, Kept, bool, ReadPrompts | None]:
         asked = _asked(arrays)
         if RAW_IMAGE.name in arrays:
             image = check_image(arrays[RAW_IMAGE.name])
@@ -125,7 +125,7 @@ class Interactive:
         return Kept(embedding, (image.shape[0], image.shape[1]), nbytes)
 
     def _masks(
-        self, kept: Kept, prompts: Prompts, wanted: set[str], check: Callable[[], None]
+        self, kept: Kept, prompts: ReadPrompts, wanted: set[str], check: Callable[[], None]
     ) -> Arrays:
         size, count = kept.original_size, prompts.count
         logits_name = interactive_spec(self.how.mask_side).outputs[2].name

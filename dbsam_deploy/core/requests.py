@@ -1,4 +1,4 @@
-"""Prompts of one request, in the image frame → what the decoders take, in the model frame."""
+"""ReadPrompts of one request, in the image frame → what the decoders take, in the model frame."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PROMPT_SETS = (POINT_COORDS, POINT_LABELS, MASK_INPUT, HAS_MASK_INPUT)
 
 
 @dataclass(frozen=True)
-class Prompts:
+class ReadPrompts:
     """N prompts of one image.
 
     Attributes:
@@ -42,7 +42,7 @@ class Prompts:
 
 def read_prompts(
     arrays: Arrays, original_size: tuple[int, int], how: Preprocessing
-) -> Prompts | None:
+) -> ReadPrompts | None:
     """Check the prompts of a request and take them to the model frame.
 
     Args:
@@ -70,14 +70,14 @@ def read_prompts(
     return _prompt_sets(arrays, original_size, how)
 
 
-def _boxes(arrays: Arrays, size: tuple[int, int], how: Preprocessing) -> Prompts:
+def _boxes(arrays: Arrays, size: tuple[int, int], how: Preprocessing) -> ReadPrompts:
     boxes = check_boxes(arrays[BOXES], size)
     check_mask_pixels(len(boxes), size)
     feed = {BOXES: to_model_frame(boxes, size, how)}
-    return Prompts(decoder_spec(how).name, feed, len(boxes), 1)
+    return ReadPrompts(decoder_spec(how).name, feed, len(boxes), 1)
 
 
-def _prompt_sets(arrays: Arrays, size: tuple[int, int], how: Preprocessing) -> Prompts:
+def _prompt_sets(arrays: Arrays, size: tuple[int, int], how: Preprocessing) -> ReadPrompts:
     coords, labels = check_tokens(arrays[POINT_COORDS], arrays[POINT_LABELS], size)
     count, has_mask = len(coords), arrays[HAS_MASK_INPUT]
     check_mask_pixels(count * NUM_MASK_TOKENS, size)
@@ -91,4 +91,4 @@ def _prompt_sets(arrays: Arrays, size: tuple[int, int], how: Preprocessing) -> P
         MASK_INPUT: masks[:, None],
         HAS_MASK_INPUT: np.asarray(has_mask, np.float32),
     }
-    return Prompts(prompt_decoder_spec(how).name, feed, count, NUM_MASK_TOKENS)
+    return ReadPrompts(prompt_decoder_spec(how).name, feed, count, NUM_MASK_TOKENS)
