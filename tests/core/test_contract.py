@@ -20,10 +20,7 @@ from dbsam_deploy.core.contract import (
     check_image_size,
     ensemble_spec,
     graph_specs,
-    postprocess_prompts_spec,
-    postprocess_spec,
-    preprocess_prompts_spec,
-    preprocess_spec,
+    interactive_spec,
     prompts_ensemble_spec,
 )
 from dbsam_deploy.core.errors import InputError
@@ -43,23 +40,15 @@ def test_graphs_fit_together(image_size, stride):
     assert list(specs) == [spec.name for spec in specs.values()]
 
 
-def test_the_ensemble_passes_each_tensor_on_as_it_is_expected():
-    specs = graph_specs(Geometry(512))
-    pre, post = preprocess_spec(Geometry(512)), postprocess_spec(Geometry(512))
-    image, boxes, size = pre.outputs
-    assert (image.name, image.dtype) == ("image", specs["encoder"].inputs[0].dtype)
-    assert image.axes[1:] == specs["encoder"].inputs[0].axes[1:]
-    assert boxes.axes[1:] == specs["decoder"].inputs[1].axes[1:]
-    assert post.inputs[2] == size
-    for given, wanted in zip(specs["decoder"].outputs, post.inputs, strict=False):
-        assert (given.name, given.dtype, given.axes[1:]) == (
-            wanted.name,
-            wanted.dtype,
-            wanted.axes[1:],
-        )
-    ensemble = ensemble_spec(Geometry(512).mask_side)
-    assert ensemble.inputs == pre.inputs
-    assert ensemble.outputs == post.outputs
+def test_the_ensembles_are_the_front_with_fewer_tensors():
+    front = interactive_spec(128)
+    assert all(tensor.optional for tensor in front.inputs)
+    given = {tensor.name: (tensor.dtype, tensor.axes) for tensor in front.inputs}
+    for spec in (ensemble_spec(128), prompts_ensemble_spec(128)):
+        for tensor in spec.inputs:
+            assert given[tensor.name] == (tensor.dtype, tensor.axes)
+    assert interactive_spec(128, prompts=False).input_names == ["raw_image", "image_id", "boxes"]
+    assert interactive_spec(128, prompts=False).outputs == front.outputs
 
 
 SIZES = Geometry(512)
@@ -93,22 +82,10 @@ GRAPHS = {
             "iou_predictions float32 (batch, num_prompts, 4) in none",
         ],
     ),
-    "dbsam_preprocess": (
+    "dbsam": (
         [
             "raw_image uint8 (height, width, 3) in image",
             "boxes float32 (num_boxes, 4) in image",
-        ],
-        [
-            "image float32 (1, 3, 512, 512) in model",
-            "model_boxes float32 (1, num_boxes, 4) in model",
-            "original_size int64 (2) in image",
-        ],
-    ),
-    "dbsam_postprocess": (
-        [
-            "low_res_masks float32 (1, num_boxes, 1, 128, 128) in mask grid",
-            "iou_predictions float32 (1, num_boxes, 1) in none",
-            "original_size int64 (2) in image",
         ],
         [
             "masks uint8 (num_boxes, height, width) in image",
@@ -116,7 +93,7 @@ GRAPHS = {
             "low_res_logits float32 (num_boxes, 1, 128, 128) in mask grid",
         ],
     ),
-    "dbsam_preprocess_prompts": (
+    "dbsam_prompts": (
         [
             "raw_image uint8 (height, width, 3) in image",
             "point_coords float32 (num_prompts, num_points, 2) in image",
@@ -125,48 +102,47 @@ GRAPHS = {
             "has_mask_input float32 (num_prompts) in none",
         ],
         [
-            "image float32 (1, 3, 512, 512) in model",
-            "model_point_coords float32 (1, num_prompts, num_points, 2) in model",
-            "model_point_labels int32 (1, num_prompts, num_points) in none",
-            "model_mask_input float32 (1, num_prompts, 1, 128, 128) in mask grid",
-            "model_has_mask_input float32 (1, num_prompts) in none",
-            "original_size int64 (2) in image",
-        ],
-    ),
-    "dbsam_postprocess_prompts": (
-        [
-            "low_res_masks float32 (1, num_prompts, 4, 128, 128) in mask grid",
-            "iou_predictions float32 (1, num_prompts, 4) in none",
-            "original_size int64 (2) in image",
-        ],
-        [
             "masks uint8 (num_prompts, 4, height, width) in image",
             "iou_scores float32 (num_prompts, 4) in none",
             "low_res_logits float32 (num_prompts, 4, 128, 128) in mask grid",
         ],
     ),
+    "dbsam_interactive": (
+        [
+            "raw_image uint8 (height, width, 3) in image, optional",
+            "image_id bytes (1) in none, optional",
+            "boxes float32 (num_boxes, 4) in image, optional",
+            "point_coords float32 (num_prompts, num_points, 2) in image, optional",
+            "point_labels int32 (num_prompts, num_points) in none, optional",
+            "mask_input float32 (num_prompts, 128, 128) in mask grid, optional",
+            "has_mask_input float32 (num_prompts) in none, optional",
+        ],
+        [
+            "masks uint8 (num_prompts, num_masks, height, width) in image",
+            "iou_scores float32 (num_prompts, num_masks) in none",
+            "low_res_logits float32 (num_prompts, num_masks, 128, 128) in mask grid",
+            "image_id bytes (1) in none",
+            "cached uint8 (1) in none",
+            "masks_packed bytes (1) in image",
+            "box_masks uint8 (num_boxes, height, width) in image",
+            "box_iou_scores float32 (num_boxes) in none",
+        ],
+    ),
 }
-GRAPHS["dbsam"] = (GRAPHS["dbsam_preprocess"][0], GRAPHS["dbsam_postprocess"][1])
-GRAPHS["dbsam_prompts"] = (
-    GRAPHS["dbsam_preprocess_prompts"][0],
-    GRAPHS["dbsam_postprocess_prompts"][1],
-)
 """What deployed graphs, servers and clients agreed on: a change here breaks those in the field."""
 
 
 def described(tensor: TensorSpec) -> str:
-    return f"{tensor.name} {tensor.dtype} ({', '.join(map(str, tensor.axes))}) in {tensor.frame}"
+    row = f"{tensor.name} {tensor.dtype} ({', '.join(map(str, tensor.axes))}) in {tensor.frame}"
+    return f"{row}, optional" if tensor.optional else row
 
 
 def test_every_tensor_that_crosses_a_boundary():
     specs = [
         *graph_specs(SIZES).values(),
-        preprocess_spec(SIZES),
-        postprocess_spec(SIZES),
-        preprocess_prompts_spec(SIZES),
-        postprocess_prompts_spec(SIZES),
         ensemble_spec(SIZES.mask_side),
         prompts_ensemble_spec(SIZES.mask_side),
+        interactive_spec(SIZES.mask_side),
     ]
     for spec in specs:
         rows = ([described(item) for item in side] for side in (spec.inputs, spec.outputs))
@@ -189,6 +165,7 @@ def test_names_on_the_wire():
         "int32": "INT32",
         "int64": "INT64",
         "uint8": "UINT8",
+        "bytes": "BYTES",
     }
 
 
@@ -209,7 +186,7 @@ def test_possible_image_sizes(size):
     assert Geometry(size).image_size == size
 
 
-@pytest.mark.parametrize("size", [0, -16, 48, 63, 72, 100, 2064, 4096])
+@pytest.mark.parametrize("size", [0, -16, 48, 63, 72, 100, 2064, 4096, 64.0, True, "64", None])
 def test_impossible_image_sizes(size):
     with pytest.raises(InputError, match="multiple of 16 from 64 to 2048"):
         Geometry(size)
@@ -232,12 +209,9 @@ def _tensor_names() -> set[str]:
     size = Geometry(64)
     specs = [
         *graph_specs(size).values(),
-        preprocess_spec(size),
-        postprocess_spec(size),
         ensemble_spec(size.mask_side),
-        preprocess_prompts_spec(size),
-        postprocess_prompts_spec(size),
         prompts_ensemble_spec(size.mask_side),
+        interactive_spec(size.mask_side),
     ]
     return {tensor.name for spec in specs for tensor in (*spec.inputs, *spec.outputs)}
 

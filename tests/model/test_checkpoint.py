@@ -108,14 +108,19 @@ class _Bomb:
         return (Path.touch, (self.path,))
 
 
-@pytest.mark.parametrize("legacy", [False, True])
-def test_hostile_pickle_is_refused_and_never_run(tmp_path, legacy):
+@pytest.mark.parametrize(
+    ("legacy", "found"),
+    [
+        (False, "it asks for __builtin__.getattr"),
+        (True, "opcode FRAME, which no weights of torch.save have"),
+    ],
+)
+def test_hostile_pickle_is_refused_and_never_run(tmp_path, legacy, found):
     marker, path = tmp_path / "ran", tmp_path / "w.pth"
     if legacy:
         path.write_bytes(pickle.dumps({"a": _Bomb(marker)}))
     else:
         torch.save({"a": _Bomb(marker)}, path)
-    found = "Unsupported operand 149" if legacy else "it asks for getattr"
     with pytest.raises(CheckpointError) as error:
         read_checkpoint(path)
     assert not marker.exists()
