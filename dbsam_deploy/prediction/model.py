@@ -41,8 +41,7 @@ class SamNames(TypedDict, total=False):
 class Model:
     """An opened model; a context manager that frees what it holds.
 
-    Calls of several threads wait for each other, and share the image of `set_image`; a server's
-    over HTTP are refused in all threads but the one that opened it.
+    Calls of several threads wait for each other, and share the image of `set_image`.
 
     Attributes:
         name: variant and precision, or the server, in words.

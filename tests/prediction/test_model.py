@@ -377,13 +377,14 @@ def test_a_closed_server_model_says_so_and_closes_again(image, scheme):
         model.predict(image, boxes=BOXES)
 
 
-def test_an_http_client_is_refused_in_another_thread(image):
+def test_a_servers_model_may_be_asked_in_any_thread(image):
     pytest.importorskip("tritonclient.http")
-    with db.load("triton+http://localhost:1") as model, ThreadPoolExecutor(1) as pool:
-        with pytest.raises(InputError, match="thread that made it"):
-            pool.submit(model.predict, image, boxes=BOXES).result()
-        with pytest.raises(ServingError):  # here it asks, and no server answers
-            model.predict(image, boxes=BOXES)
+    with (
+        db.load("triton+http://localhost:1") as model,
+        ThreadPoolExecutor(1) as pool,
+        pytest.raises(db.NoServerError),  # it asks, and no server answers
+    ):
+        pool.submit(model.predict, image, boxes=BOXES).result(timeout=30)
 
 
 def test_another_gpu_is_not_taken_for_the_first(model):
