@@ -1,4 +1,4 @@
-"""Fills a Triton model repository from an export: configurations, graphs and Python models.
+"""Fills a Triton model repository from an export: configurations, graphs and the front model.
 
 `python -m dbsam_deploy.serving.repository --refresh` renders the committed
 `triton_models/*/config.pbtxt` anew.
@@ -25,7 +25,7 @@ from ..files.locks import one_writer
 from ..files.manifests import Body, ManifestKind, is_inside, is_sha256
 from ..files.publication import new_folder, remove, replace_folder, tidy
 from ..resources import resource_dir
-from .triton_config import BYTECODE, GRAPH_MODELS, Platform, python_specs, render_configs
+from .triton_config import BYTECODE, GRAPH_MODELS, Platform, front_spec, render_configs
 
 REPOSITORY_STEM = "model_repository"
 """First part of the name of a repository; the name of its export follows."""
@@ -39,7 +39,7 @@ MANIFEST = ManifestKind(
     "it filled with --repository",
 )
 RUNTIME = "dbsam_runtime"
-"""Name under which a Python model imports its copy of `core`."""
+"""Name under which the front model imports its copy of `core`."""
 VERSION = "1"
 """The one model version in the repository."""
 COMMITTED = Preprocessing(1024)
@@ -204,14 +204,13 @@ def _write_models(
     for graph in platforms:
         _copy_graph(artefact, served, graph, root / GRAPH_MODELS[graph] / VERSION)
     core, templates = Path(contract.__file__).parent, resource_dir("triton_models")
-    how = artefact.preprocessing
-    for spec in python_specs(how, prompts="prompt_decoder" in platforms):
-        folder = root / spec.name / VERSION
-        shutil.copyfile(templates / spec.name / VERSION / "model.py", folder / "model.py")
-        # The Python models import `core` as `dbsam_runtime`: a server has no dbsam_deploy.
-        (folder / RUNTIME).mkdir()
-        for module in sorted(core.glob("*.py")):
-            shutil.copyfile(module, folder / RUNTIME / module.name)
+    name = front_spec(artefact.preprocessing, prompts="prompt_decoder" in platforms).name
+    folder = root / name / VERSION
+    shutil.copyfile(templates / name / VERSION / "model.py", folder / "model.py")
+    # The model imports `core` as `dbsam_runtime`: a server has no dbsam_deploy.
+    (folder / RUNTIME).mkdir()
+    for module in sorted(core.glob("*.py")):
+        shutil.copyfile(module, folder / RUNTIME / module.name)
 
 
 def _copy_graph(artefact: Artefact, served: Artefact, graph: str, folder: Path) -> None:

@@ -124,7 +124,7 @@ def test_a_killed_python_model_is_noticed_although_the_ready_flag_stays_up(
         server.check()
         for stat in Path("/proc").glob("[0-9]*/cmdline"):
             line = stat.read_text()
-            if "dbsam_preprocess/1/model.py" in line and server.shared_memory_prefix in line:
+            if "dbsam_interactive/1/model.py" in line and server.shared_memory_prefix in line:
                 os.kill(int(stat.parent.name), signal.SIGKILL)
         with urllib.request.urlopen(f"http://{server.http_url}/v2/health/ready") as answer:
             assert answer.status == 200
@@ -225,7 +225,7 @@ def test_other_modes_are_served_as_they_are_computed_locally(
     [
         ("dbsam_encoder/1/model.onnx", None, "not a graph", "dbsam_encoder"),
         ("dbsam_decoder/config.pbtxt", "32, 32", "16, 16", r"config\.pbtxt says"),
-        ("dbsam_preprocess/config.pbtxt", '"sam"', '"other"', "preprocessing mode 'other'"),
+        ("dbsam_interactive/config.pbtxt", '"sam"', '"other"', "preprocessing mode 'other'"),
     ],
 )
 def test_a_model_that_cannot_load_ends_the_start_with_its_reason(

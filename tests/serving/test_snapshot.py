@@ -36,8 +36,8 @@ def test_it_holds_the_listed_files_and_a_tuned_configuration(repository, tmp_pat
     root, copy = repository.folder, tmp_path / "copy"
     tuned = root / "dbsam_encoder/config.pbtxt"
     tuned.write_text(tuned.read_text() + "# tuned\n")
-    (root / "dbsam_preprocess/1/__pycache__").mkdir()
-    (root / "dbsam_preprocess/1/__pycache__/model.cpython-311.pyc").touch()
+    (root / "dbsam_interactive/1/__pycache__").mkdir()
+    (root / "dbsam_interactive/1/__pycache__/model.cpython-311.pyc").touch()
     taken = take_snapshot(root, copy)
     assert (taken.folder, taken.files) == (copy, repository.files)
     name = tuned.relative_to(root).as_posix()
@@ -48,7 +48,7 @@ def test_it_holds_the_listed_files_and_a_tuned_configuration(repository, tmp_pat
     assert (copy / "dbsam_encoder/1/model.onnx").read_bytes() != b"another"
 
 
-@pytest.mark.parametrize("name", ["dbsam_encoder/1/model.onnx", "dbsam_preprocess/1/model.py"])
+@pytest.mark.parametrize("name", ["dbsam_encoder/1/model.onnx", "dbsam_interactive/1/model.py"])
 def test_a_changed_file_is_refused(repository, tmp_path, name):
     path = repository.folder / name
     path.write_bytes(path.read_bytes() + b" ")
@@ -112,7 +112,7 @@ def test_what_is_served_is_what_was_checked_whatever_becomes_of_the_repository(
     def replace_and_start(command, **options):
         build_repository(other, root)
         shutil.copytree(root / "dbsam_encoder/1", root / "dbsam_encoder/2")
-        (root / "dbsam_preprocess/1/model.py").write_text("raise SystemExit('mine')")
+        (root / "dbsam_interactive/1/model.py").write_text("raise SystemExit('mine')")
         return start_process(command, **options)
 
     monkeypatch.setattr(subprocess, "Popen", replace_and_start)
