@@ -396,16 +396,3 @@ def test_attention_that_was_not_fused_is_not_published(fused, monkeypatch):
     with pytest.raises(EngineError, match="0 plugin layers for 1 fused operators"):
         build_engines(artefact, check_options(EngineOptions(plugins=library)))
     assert not engine_folder(artefact, TENSORRT).exists()
-
-
-def test_timings_that_cannot_be_kept_are_said_and_end_no_build(
-    make_artefact, monkeypatch, tmp_path
-):
-    (tmp_path / "cache").write_bytes(b"in the way")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    fake_builder(monkeypatch)
-    layers = [{"Name": "_gemm_mha_v2", "LayerType": "kgen"}]
-    monkeypatch.setattr(engine_build, "run_job", fake_run([], layers))
-    artefact, said = make_artefact(tmp_path / "a", 64), []
-    assert len(build_engines(artefact, check_options(EngineOptions()), said.append)) == 3
-    assert any(line.startswith("kernel timings are not kept: ") for line in said)
