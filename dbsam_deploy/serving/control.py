@@ -1,0 +1,114 @@
+"""What only the server's owner may ask: load and unload models, statistics; all of it with a key."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from typing import Any
+
+from ..core.errors import InputError, ServingError
+
+KEY_HEADER = "dbsam-key"
+"""HTTP header of the key; in gRPC's metadata `triton-grpc-protocol-` stands before it."""
+KEY_VARIABLE = "DBSAM_SERVER_KEY"
+"""Environment variable that sets the key, for a server and its clients."""
+RESTRICTED = ("shared-memory", "model-repository", "logging", "trace", "statistics")
+"""Triton's APIs that need the key. Inference, metadata and health are open."""
+
+_KEY = re.compile(r"[A-Za-z0-9_.~-]{16,200}")
+
+
+def new_key(given: str | None = None) -> str:
+    """The key that was given, or a random one.
+
+    Raises:
+        InputError: it is short, or has characters that a header or option would not carry.
+    """
+    if given is None:
+        return secrets.token_urlsafe(24)
+    if not _KEY.fullmatch(given):
+        raise InputError(
+            f"{KEY_VARIABLE}: expected 16 to 200 letters, digits and -_.~, found {len(given)} "
+            "characters of which some are others or they are too few"
+        )
+    return given
+
+
+def restriction(key: str) -> list[str]:
+    """The server's options that close the restricted APIs without the key."""
+    rule = f"{','.join(RESTRICTED)}:{KEY_HEADER}={key}"
+    return [f"--http-restricted-api={rule}", f"--grpc-restricted-protocol={rule}"]
+
+
+@dataclass(frozen=True)
+class Control:
+    """The owner's calls to a running server, over HTTP.
+
+    Attributes:
+        url: host:port of its HTTP endpoint.
+        key: its key.
+        timeout_s: how long a call may take; loading a model takes its own.
+    """
+
+    url: str
+    key: str
+    timeout_s: float = 5.0
+
+    def models(self) -> dict[str, str]:
+        """Model → its state in Triton's words, `READY` if it serves.
+
+        Raises:
+            ServingError: no answer.
+        """
+        index = self._call("/v2/repository/index", {})
+        return {item["name"]: item.get("state", "UNAVAILABLE") for item in index}
+
+    def reload(self, model: str, timeout_s: float) -> None:
+        """Take a model out and load it anew, with new processes; loading alone would keep them.
+
+        Raises:
+            ServingError: no answer, or it does not load.
+        """
+        self._call(f"/v2/repository/models/{model}/unload", {})
+        self._call(f"/v2/repository/models/{model}/load", {}, timeout_s)
+
+    def unload(self, model: str) -> None:
+        """Take a model out; what it is asked already it still answers.
+
+        Raises:
+            ServingError: no answer.
+        """
+        self._call(f"/v2/repository/models/{model}/unload", {})
+
+    def answered(self) -> dict[str, int]:
+        """Model → requests that it has answered since it was loaded, failures included.
+
+        Raises:
+            ServingError: no answer.
+        """
+        listed = self._call("/v2/models/stats", None)["model_stats"]
+        return {
+            item["name"]: sum(
+                int(item["inference_stats"][kind].get("count", 0)) for kind in ("success", "fail")
+            )
+            for item in listed
+        }
+
+    def _call(self, path: str, body: Any, timeout_s: float | None = None) -> Any:
+        request = urllib.request.Request(
+            f"http://{self.url}{path}",
+            data=None if body is None else json.dumps(body).encode(),
+            headers={KEY_HEADER: self.key, "Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=timeout_s or self.timeout_s) as answer:  # noqa: S310
+                return json.loads(answer.read() or b"null")
+        except urllib.error.HTTPError as error:
+            text = error.read(2000).decode(errors="replace")
+            raise ServingError(f"Triton on {self.url} refused {path}: {text}") from error
+        except (OSError, ValueError) as error:
+            raise ServingError(f"Triton on {self.url} did not answer {path} ({error})") from error
