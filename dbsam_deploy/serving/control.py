@@ -1,16 +1,19 @@
-"""What only the server's owner may ask: load and unload models, statistics; all of it with a key."""
+"""What only the server's owner may ask, with a key: load and unload models, statistics."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..core.errors import InputError, ServingError
+from ..files.atomic import writing_to
 
 KEY_HEADER = "dbsam-key"
 """HTTP header of the key; in gRPC's metadata `triton-grpc-protocol-` stands before it."""
@@ -32,10 +35,23 @@ def new_key(given: str | None = None) -> str:
         return secrets.token_urlsafe(24)
     if not _KEY.fullmatch(given):
         raise InputError(
-            f"{KEY_VARIABLE}: expected 16 to 200 letters, digits and -_.~, found {len(given)} "
-            "characters of which some are others or they are too few"
+            f"{KEY_VARIABLE} has {len(given)} characters, too few or of another kind: expected 16 "
+            "to 200 letters, digits and -_.~"
         )
     return given
+
+
+def write_key(key: str, path: Path) -> None:
+    """Write the key into a file for this user alone, in place of an earlier one.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    with writing_to(path):
+        path.unlink(missing_ok=True)
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "w") as file:
+            file.write(f"{key}\n")
 
 
 def restriction(key: str) -> list[str]:

@@ -48,11 +48,13 @@ class Stub:
         pid: its number.
         model: the Triton model that it runs.
         state: its letter in /proc/PID/stat.
+        cpu_s: seconds that it has computed.
     """
 
     pid: int
     model: str
     state: str
+    cpu_s: float
 
 
 def start_tied(
@@ -69,9 +71,9 @@ def start_tied(
         The process; its standard output and error come through one pipe.
     """
     changes = [f"{name}={value}" for name, value in variables.items()]
+    words = [str(os.getpid()), str(len(changes)), *changes, *command]
     return subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", _TIED]
-        + [str(os.getpid()), str(len(changes)), *changes, *command],
+        [sys.executable, "-I", "-S", "-c", _TIED, *words],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -85,6 +87,17 @@ def has_ended(process: subprocess.Popen[bytes]) -> bool:
     if process.returncode is not None:
         return True
     return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+
+
+def how_ended(process: subprocess.Popen[bytes]) -> str:
+    """The signal that ended a process, which is not reaped, or its exit status."""
+    if process.returncode is not None:
+        signalled, number = process.returncode < 0, abs(process.returncode)
+    else:
+        found = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert found is not None  # noqa: S101 - waits
+        signalled, number = found.si_code != os.CLD_EXITED, found.si_status
+    return f"by {signal.Signals(number).name}" if signalled else f"with status {number}"
 
 
 def wait_for_end(process: subprocess.Popen[bytes], seconds: float) -> bool:
@@ -130,12 +143,19 @@ def stubs(server: int) -> list[Stub]:
     for pid in children(server):
         try:
             words = (_PROC / str(pid) / "cmdline").read_text(errors="replace").split("\0")
-            state = (_PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2]
+            state, *numbers = _stat(pid)
         except OSError:
             continue
-        if len(words) > 1 and Path(words[0]).name == STUB and state.split()[0] not in DEAD:
-            found.append(Stub(pid, Path(words[1]).parent.parent.name, state.split()[0]))
+        if len(words) > 1 and Path(words[0]).name == STUB and state not in DEAD:
+            ticks = int(numbers[10]) + int(numbers[11])  # utime, stime
+            model = Path(words[1]).parent.parent.name
+            found.append(Stub(pid, model, state, ticks / os.sysconf("SC_CLK_TCK")))
     return found
+
+
+def _stat(pid: int) -> list[str]:
+    """Fields of /proc/PID/stat from the third, its state, on."""
+    return (_PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()
 
 
 def ended_children(server: int) -> int:
@@ -143,10 +163,9 @@ def ended_children(server: int) -> int:
     count = 0
     for pid in children(server):
         try:
-            stat = (_PROC / str(pid) / "stat").read_text(errors="replace")
+            count += _stat(pid)[0] in DEAD
         except OSError:
             continue
-        count += stat.rpartition(")")[2].split()[0] in DEAD
     return count
 
 
@@ -161,7 +180,7 @@ def hide_word(pid: int, secret: str) -> bool:
         Whether it is hidden; a system may forbid it.
     """
     try:
-        fields = (_PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()
+        fields = _stat(pid)
         first, last = int(fields[45]), int(fields[46])  # arg_start, arg_end
         memory = os.open(_PROC / str(pid) / "mem", os.O_RDWR)
     except OSError:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.serving import processes_of, wait_until
 
 from dbsam_deploy.artefact import graph_file
 from dbsam_deploy.clients.client import DbsamClient
@@ -23,8 +24,10 @@ from dbsam_deploy.model.weights import load_model
 from dbsam_deploy.prediction.predictor import Predictor
 from dbsam_deploy.recipe import load_recipe
 from dbsam_deploy.serving.environment import ServerEnvironment, find_environment
+from dbsam_deploy.serving.ports import Ports
+from dbsam_deploy.serving.probe import probe
 from dbsam_deploy.serving.repository import build_repository, load_repository
-from dbsam_deploy.serving.server import Ports, TritonServer, probe
+from dbsam_deploy.serving.server import TritonServer
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
 from dbsam_deploy.sessions.pytorch_session import PytorchSession
 from dbsam_deploy.verification.cases import bundled_examples, load_cases
@@ -44,20 +47,6 @@ def local_masks(artefact, image, boxes):
     predictor = Predictor(OnnxRuntimeSession(artefact), artefact.preprocessing)
     predictor.set_image(image)
     return predictor.predict_boxes(boxes).masks
-
-
-def processes_of(group: int) -> list[str]:
-    """Command lines of the living processes in a process group."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, member = stat.read_text().rpartition(")")[2].split()[:3]
-            line = (stat.parent / "cmdline").read_text()
-        except (FileNotFoundError, ProcessLookupError):
-            continue  # ended while we looked
-        if int(member) == group and state != "Z":
-            found.append(line.replace("\0", " "))
-    return found
 
 
 def assert_none_left(group: int) -> None:
@@ -163,8 +152,8 @@ def test_stopping_cleans_up_after_a_killed_server(tiny_repository, server_enviro
     ).start()
     group = server.pid
     os.kill(group, signal.SIGKILL)
-    with pytest.raises(ServingError, match="ended by itself"):
-        server.wait()
+    assert wait_until(lambda: server.has_ended)
+    assert "ended by SIGKILL" in server.why_ended()
     server.stop()
     assert_none_left(group)
     assert not list(SHARED_MEMORY.glob(f"{server.shared_memory_prefix}*"))
