@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import InputError, ServingError
+from ..core.front_metrics import IN_FLIGHT
 from ..files.atomic import writing_to
 
 KEY_HEADER = "dbsam-key"
@@ -92,14 +93,6 @@ class Control:
         self._call(f"/v2/repository/models/{model}/unload", {})
         self._call(f"/v2/repository/models/{model}/load", {}, timeout_s)
 
-    def unload(self, model: str) -> None:
-        """Take a model out; what it is asked already it still answers.
-
-        Raises:
-            ServingError: no answer.
-        """
-        self._call(f"/v2/repository/models/{model}/unload", {})
-
     def answered(self) -> dict[str, int]:
         """Model → requests that it has answered since it was loaded, failures included.
 
@@ -128,3 +121,21 @@ class Control:
             raise ServingError(f"Triton on {self.url} refused {path}: {text}") from error
         except (OSError, ValueError) as error:
             raise ServingError(f"Triton on {self.url} did not answer {path} ({error})") from error
+
+
+def requests_in_flight(metrics_url: str) -> int:
+    """How many requests the front has accepted and not answered, from the server's metrics.
+
+    Args:
+        metrics_url: host:port of the metrics.
+
+    Raises:
+        ServingError: no answer.
+    """
+    try:
+        with urllib.request.urlopen(f"http://{metrics_url}/metrics", timeout=5) as page:
+            text = page.read().decode()
+    except OSError as error:
+        raise ServingError(f"no metrics on {metrics_url} ({error})") from error
+    found = re.findall(rf"^{IN_FLIGHT}{{.*}} (\S+)$", text, re.MULTILINE)
+    return int(sum(map(float, found)))

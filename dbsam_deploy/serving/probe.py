@@ -27,13 +27,14 @@ from ..core.contract import (
     RAW_IMAGE,
     TRITON_TYPES,
     ensemble_spec,
+    interactive_spec,
     prompts_ensemble_spec,
 )
 from ..core.errors import ServingError
 from ..core.imaging import Arrays
 
 BOXES_MODEL, PROMPTS_MODEL = ensemble_spec(1).name, prompts_ensemble_spec(1).name
-INTERACTIVE_MODEL = "dbsam_interactive"
+INTERACTIVE_MODEL = interactive_spec(1).name
 SERVED = (BOXES_MODEL, PROMPTS_MODEL, INTERACTIVE_MODEL)
 """Models that clients use; the others are their stages."""
 PROBE_SIZE = (48, 64)

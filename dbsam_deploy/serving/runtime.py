@@ -9,16 +9,13 @@ import tempfile
 from pathlib import Path
 
 from ..core.errors import ServingError
+from ..core.front import CONTROL_VARIABLE
 from ..privacy import VARIABLES
 from .environment import ServerEnvironment
 
 STANDINS = Path(__file__).parent / "standin_backends"
 MODELS, CONTROL = "models", "control"
 """Names in the folder: the repository's copy, and where the front looks for orders."""
-CONTROL_VARIABLE = "DBSAM_CONTROL"
-"""Environment variable that tells the models where the control folder is."""
-DRAINING = "draining"
-"""File in the control folder: new requests are refused."""
 
 # Triton passes paths to a shell and to a command line without quoting them.
 _PLAIN = re.compile(r"[A-Za-z0-9_./+-]+")

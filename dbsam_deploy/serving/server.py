@@ -8,16 +8,16 @@ import signal
 import subprocess
 import time
 import uuid
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
 from ..core.errors import InputError, ServingError
-from .control import Control, new_key, restriction
+from ..core.front import DRAINING
+from .control import Control, new_key, requests_in_flight, restriction
 from .environment import ServerEnvironment
 from .ports import LOOPBACK, Ports, is_loopback, reserve
-from .probe import SERVED, is_up, probe
+from .probe import is_up, probe
 from .processes import (
     claim_shared_memory,
     end_group,
@@ -30,12 +30,15 @@ from .processes import (
     start_tied,
     wait_for_end,
 )
-from .runtime import CONTROL, DRAINING, lay_out, make_runtime, server_variables
+from .runtime import CONTROL, MODELS, lay_out, make_runtime, server_variables
 from .server_log import ServerLog
+from .snapshot import take_snapshot
 from .triton_config import BYTECODE
 
 _STOP_S = 5.0
 """How long a server that has nothing to do may take to end."""
+_IDLE_LOOKS = 3
+"""A request on its way to the models is counted a moment later."""
 _DEAD_WHILE_LOADING_S = 5.0
 
 
@@ -43,7 +46,9 @@ class TritonServer:
     """A `tritonserver` process on one model repository; a context manager.
 
     The onnxruntime and tensorrt backends are this library's CPU stand-ins, and say so in the log.
-    The server is killed when the thread that started it ends.
+    The server gets a private copy of the repository, which was checked when it was made and is
+    removed when the server stops: nothing that happens to the repository reaches it. It is killed
+    when the thread that started it ends.
 
     Args:
         repository: folder filled by `repository.build_repository`.
@@ -129,18 +134,19 @@ class TritonServer:
         """Start the server and return once a request through the ensemble was answered.
 
         Raises:
-            InputError: a port is taken, or the log belongs to another server.
+            InputError: a port is taken, the log belongs to another server, or the repository is
+                not what was published.
             ServingError: it is running already, ended, or did not answer in time.
         """
         if self._runtime is not None:
             raise ServingError("this Triton server was started already")
         self.ports = reserve(self.ports, self.host)
-        remove_bytecode(self.repository)
         try:
             self._output = ServerLog(self.log)
             if warning := network_warning(self.host):
                 self.event(warning)
             self._runtime = make_runtime()
+            take_snapshot(self.repository, self._runtime / MODELS)
             lay_out(self.environment, self._runtime)
             for prefix in free_left_shared_memory():
                 self.event(f"removed the shared memory of a server that was killed ({prefix}*)")
@@ -191,7 +197,7 @@ class TritonServer:
     def _command(self, runtime: Path) -> list[str]:
         command = [
             str(self.environment.binary),
-            f"--model-repository={self.repository}",
+            f"--model-repository={runtime / MODELS}",
             f"--backend-directory={runtime}",
             # Only so can a model whose process has died be loaded anew.
             "--model-control-mode=explicit",
@@ -223,7 +229,9 @@ class TritonServer:
                 dead_since = None
             elif dead_since is None:
                 dead_since = now
-            elif now - dead_since > _DEAD_WHILE_LOADING_S:
+            elif now - dead_since > _IDLE_LOOKS = 3
+"""A request on its way to the models is counted a moment later."""
+_DEAD_WHILE_LOADING_S:
                 raise ServingError(
                     f"the process of a model ended while it was loaded: {self._reason()} "
                     f"(whole log: {self.log})"
@@ -272,30 +280,22 @@ class TritonServer:
             f"(whole log: {self.log})"
         )
 
-    def drain(self, tick: Callable[[], None] = lambda: None) -> bool:
-        """Accept nothing more and wait for what was accepted, at most the grace period.
-
-        Args:
-            tick: called several times a second; what it raises ends the waiting.
+    def drain(self) -> bool:
+        """Let the models refuse what is new and wait for what was accepted, at most `grace_s`.
 
         Returns:
             Whether all accepted requests were answered.
         """
-        if self._runtime is None or self.has_ended:
+        if self._runtime is None:
             return True
         (self._runtime / CONTROL / DRAINING).touch()
-        deadline, control = time.monotonic() + self.grace_s, self.control
-        try:
-            served = [name for name in SERVED if name in control.models()]
-            for name in served:
-                control.unload(name)
-            while any(control.models().get(name) == "UNLOADING" for name in served):
-                if time.monotonic() > deadline:
-                    return False
-                tick()
-                time.sleep(0.05)
-        except ServingError:
-            return self.has_ended
+        deadline, idle = time.monotonic() + self.grace_s, 0
+        while idle < _IDLE_LOOKS and not self.has_ended:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+            with suppress(ServingError):
+                idle = 0 if requests_in_flight(self.metrics_url) else idle + 1
         return True
 
     def stop(self) -> None:
@@ -346,8 +346,7 @@ def network_warning(host: str) -> str:
 def remove_bytecode(folder: Path) -> None:
     """Remove the bytecode of the models' code, so that a server compiles what was checked.
 
-    Triton's Python writes it into the repository whatever PYTHONDONTWRITEBYTECODE says, and would
-    run it in place of its source.
+    A container's Python that may write there leaves it, and would run it in place of its source.
 
     Raises:
         ServingError: a folder of it cannot be removed.

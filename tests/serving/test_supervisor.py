@@ -115,7 +115,7 @@ def test_inference_metadata_and_health_need_no_key(watched):
     url = watched.server.http_url
     for path in ("/v2/health/live", "/v2/health/ready", "/v2", "/v2/models/dbsam"):
         assert http_status(url, path, None, None) == 200
-    for model in SERVED[:2]:
+    for model in SERVED:
         ask(url, model, timeout_s=20)
 
 
@@ -131,7 +131,7 @@ def test_the_key_is_not_on_the_command_line(watched):
 @pytest.mark.parametrize(
     ("model", "number", "reason"),
     [
-        ("dbsam_preprocess", signal.SIGKILL, "its process has ended"),
+        ("dbsam_interactive", signal.SIGKILL, "its process has ended"),
         ("dbsam_encoder", signal.SIGSTOP, "is stopped"),
     ],
 )
