@@ -229,9 +229,7 @@ class TritonServer:
                 dead_since = None
             elif dead_since is None:
                 dead_since = now
-            elif now - dead_since > _IDLE_LOOKS = 3
-"""A request on its way to the models is counted a moment later."""
-_DEAD_WHILE_LOADING_S:
+            elif now - dead_since > _DEAD_WHILE_LOADING_S:
                 raise ServingError(
                     f"the process of a model ended while it was loaded: {self._reason()} "
                     f"(whole log: {self.log})"

@@ -293,7 +293,7 @@ def test_a_huge_image_is_refused_by_the_server_itself(triton):
     side = 8192
     assert side * side == MAX_IMAGE_PIXELS
     image = np.zeros((side + 1, side, 3), np.uint8)
-    with DbsamClient(triton.grpc_url, shared_memory=True) as client:
+    with DbsamClient(triton.grpc_url, shared_memory=True, key=triton.key) as client:
         with pytest.raises(InputError, match=f"at most {MAX_IMAGE_PIXELS} pixels"):
             client.segment(image, BOX, check=False)
         assert client.segment(random_image(40, 40), BOX).masks.shape == (1, 1, 40, 40)
@@ -341,7 +341,7 @@ def test_the_exported_tiny_model_is_served_bit_for_bit(
     root, log = published.repository.folder, tmp_path / "log"
     with (
         TritonServer(root, server_environment, log=log, ports=FREE) as server,
-        DbsamClient(server.grpc_url, shared_memory=True) as client,
+        DbsamClient(server.grpc_url, shared_memory=True, key=server.key) as client,
     ):
         for case in load_cases(bundled_examples(), load_recipe(options.precision).parity)[:4]:
             predictor.set_image(case.image)
