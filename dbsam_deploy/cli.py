@@ -23,6 +23,7 @@ from rich.table import Table
 
 from .core.errors import DbsamError, InputError
 from .extras import check_installed
+from .files.user_paths import user_path
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str | None = None, **options: Any) -> None:
         options.setdefault("formatter_class", HelpFormatter)
         super().__init__(prog if prog is None else as_called(prog), **options)
+        self.register("type", Path, user_path)  # of every `type=Path`
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None

@@ -106,8 +106,8 @@ EXTRAS = (
     Extra(
         "client-http",
         "client of the Triton server (HTTP)",
-        ("tritonclient[http]>=2.51",),
-        ("tritonclient.http",),
+        ("tritonclient[http]>=2.51", "urllib3>=2.0"),
+        ("tritonclient.http", "urllib3"),
     ),
     Extra("nifti", "NIfTI files", ("nibabel>=5.2",), ("nibabel",)),
     Extra(

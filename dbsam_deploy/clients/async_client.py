@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, Self, Unpack
 
 import numpy.typing as npt
@@ -11,6 +12,7 @@ from ..core.masks import Prediction
 from ..core.prompts import PromptArrays
 from .calls import load_library
 from .exchange import Exchange, Exchanges, Returned
+from .retries import ServerRequest
 
 
 class AsyncDbsamClient(Exchanges):
@@ -26,6 +28,19 @@ class AsyncDbsamClient(Exchanges):
             return transport.InferenceServerClient(self.url)
         self._errors = (load_library("aiohttp").ClientError,)
         return transport.InferenceServerClient(self.url, conn_timeout=timeout_s)
+
+    def _ask(
+        self, request: ServerRequest, method: Callable[..., Any], *args: Any, **options: Any
+    ) -> Callable[[], Any]:
+        if self.transport == "grpc":
+            return super()._ask(request, method, *args, **options)
+        left_s = request.left_s()
+
+        async def ask() -> Any:  # this transport knows no time limit of one call
+            async with asyncio.timeout(left_s):
+                return await method(*args, **options)
+
+        return ask
 
     async def _pause(self, seconds: float) -> None:
         await asyncio.sleep(seconds)

@@ -1,14 +1,11 @@
-"""What both Triton clients share: building a request, shared memory, reading the answer, errors."""
+"""What both Triton clients share: building a request, shared memory, reading the answer."""
 
 from __future__ import annotations
 
-import http.client
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from types import ModuleType
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -21,17 +18,18 @@ from ..core.contract import (
     ensemble_spec,
     prompts_ensemble_spec,
 )
-from ..core.errors import DbsamError, InputError, ServingError
+from ..core.errors import InputError, ServingError
 from ..core.imaging import Arrays, check_boxes, check_contrast, check_image
 from ..core.masks import Prediction
 from ..core.prompts import Places, check_mask_input, check_mask_pixels, join_prompts
 from ..extras import require
 from .shared_memory import SharedRegion
 
-Transport = Literal["grpc", "http"]
-
 BOX_MODEL = ensemble_spec(1).name
 """The box ensemble; its name does not depend on the mask grid."""
+
+MAX_TIMEOUT_S = 7 * 24 * 3600
+"""Longest time a request may take: a week."""
 
 _ALIGNMENT = 64
 
@@ -152,15 +150,23 @@ def check_options(url: str, transport: str, timeout_s: float) -> None:
     """Refuse what no connection can be made from.
 
     Raises:
-        InputError: not host:port, an unknown transport, or no positive timeout.
+        InputError: not host:port, an unknown transport, or no usable timeout.
     """
+    bare = url.rpartition("://")[2].rstrip("/")
     host, _, port = url.rpartition(":")
-    if not host or "/" in url or not port.isdigit():
-        raise InputError(f"url {url!r}: expected host:port, for example localhost:8001")
+    if not host or "/" in url or not port.isascii() or not port.isdigit():
+        hint = bare if ":" in bare and "/" not in bare else "localhost:8001"
+        raise InputError(f"url {url!r}: expected host:port, for example {hint}")
+    if ":" in host and not (host[0] == "[" and host[-1] == "]"):
+        raise InputError(f"url {url!r}: expected an IPv6 address in brackets: [{host}]:{port}")
+    if not 0 < int(port) < 65536:
+        raise InputError(f"url {url!r}: port {port}: expected 1 to 65535")
     if transport not in ("grpc", "http"):
         raise InputError(f"transport {transport!r}: expected grpc or http")
     if not timeout_s > 0:
         raise InputError(f"timeout_s {timeout_s}: expected more than 0 seconds")
+    if timeout_s > MAX_TIMEOUT_S:
+        raise InputError(f"timeout_s {timeout_s:g}: expected at most {MAX_TIMEOUT_S} seconds")
 
 
 def load_library(name: str) -> ModuleType:
@@ -169,7 +175,7 @@ def load_library(name: str) -> ModuleType:
     Raises:
         MissingError: it is not installed.
     """
-    http = name == "aiohttp" or name.startswith("tritonclient.http")
+    http = name in ("aiohttp", "urllib3") or name.startswith("tritonclient.http")
     extra = "client-http" if http else "client"
     return require(name, extra=extra, what_for="the client of a Triton server")
 
@@ -253,39 +259,3 @@ def mask_side(metadata: Any) -> int:
         f"the server's model {BOX_MODEL} gives no {name}: is its repository of this library's "
         "version? export again, or name the right server"
     )
-
-
-@contextmanager
-def translated(url: str, *others: type[BaseException]) -> Iterator[None]:
-    """Turn what `tritonclient` raises into this library's errors, with the server's text.
-
-    Args:
-        url: host:port, for messages.
-        others: further exception types of the transport.
-
-    Raises:
-        InputError: the server refused the request as invalid.
-        ServingError: no connection, a timeout, or an error inside the server.
-    """
-    refused = load_library("tritonclient.utils").InferenceServerException
-    unreachable: tuple[type[BaseException], ...] = (OSError, http.client.HTTPException, *others)
-    advice = "start one with `python -m dbsam_deploy.serve`, or check host and port"
-    try:
-        yield
-    except DbsamError:
-        raise
-    except refused as error:
-        # gRPC and HTTP spell the status differently.
-        status = str(error.status() or "")
-        text = str(error.message()).removeprefix("[request id: <id_unknown>] ").strip()
-        if "INVALID_ARGUMENT" in status or status == "400":
-            raise InputError(f"the server refused the request: {text}") from error
-        if "DEADLINE_EXCEEDED" in status:
-            raise ServingError(f"Triton on {url} did not answer in time (timeout_s)") from error
-        if status == "StatusCode.UNAVAILABLE":
-            raise ServingError(f"no Triton server answers on {url} ({text}): {advice}") from error
-        raise ServingError(f"Triton on {url}: {text}") from error
-    except TimeoutError as error:
-        raise ServingError(f"Triton on {url} did not answer in time (timeout_s)") from error
-    except unreachable as error:
-        raise ServingError(f"no Triton server answers on {url} ({error}): {advice}") from error

@@ -2,51 +2,43 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from typing import Any, Self, Unpack
 
 import numpy.typing as npt
 
-from ..core.errors import InputError
 from ..core.masks import Prediction
 from ..core.prompts import PromptArrays
 from .exchange import Exchange, Exchanges, Returned
+from .http_connection import HttpConnection
 
 
 class DbsamClient(Exchanges):
-    """A blocking client; a context manager that closes its connection.
+    """A blocking client; a context manager that closes its connections.
 
-    One client belongs to one thread; over HTTP another one is refused. Nothing is retried.
+    Threads may share one: over gRPC their requests share a channel, over HTTP each takes a
+    connection of a pool. A process forked from the client's own may use it over HTTP, with
+    connections of its own; gRPC does not survive a fork, and is refused there.
 
     Args:
         url: host:port, by default 8001 for gRPC and 8000 for HTTP.
         transport: `grpc` or `http`.
         shared_memory: move images and masks through shared memory; the server must be on this
             machine (and in a container share its /dev/shm).
-        timeout_s: how long one request may take.
+        timeout_s: how long one request may take, all attempts together; the server is told, too.
+        retries: when a refused request is sent again, see `Retries`.
+        key: of the server's restricted interfaces, which shared memory needs; by default that of
+            the environment's DBSAM_SERVER_KEY, if there is one.
 
     Raises:
         EngineError: `tritonclient` is not installed.
-        InputError: an unusable option.
+        InputError: an unusable option, or gRPC in a process forked from one that used it.
     """
 
     def _connect(self, timeout_s: float) -> Any:
-        self._thread = threading.get_ident()
         if self.transport == "grpc":
             return self._library.InferenceServerClient(self.url)
-        return self._library.InferenceServerClient(
-            self.url, connection_timeout=timeout_s, network_timeout=timeout_s
-        )
-
-    def _check_usable(self) -> None:
-        super()._check_usable()
-        # tritonclient's HTTP runs on gevent, which hangs or fails in another thread.
-        if self.transport == "http" and threading.get_ident() != self._thread:
-            raise InputError(
-                f"the HTTP client of {self.url} belongs to the thread that made it: make one in "
-                "each thread, or use gRPC"
-            )
+        return HttpConnection(self.url, self._library)
 
     def _pause(self, seconds: float) -> None:
         time.sleep(seconds)
@@ -72,7 +64,8 @@ class DbsamClient(Exchanges):
 
         Raises:
             InputError: an unusable image or box, found here or by the server.
-            ServingError: no server, a timeout, or an error inside the server.
+            ServingError: no server, a timeout, or an error inside the server; its subclasses tell
+                these apart.
         """
         return _finish(self._boxes(image, boxes, logits=logits, check=check))
 
@@ -92,7 +85,8 @@ class DbsamClient(Exchanges):
 
         Raises:
             InputError: an unusable image or prompt, found here or by the server.
-            ServingError: no server, a timeout, or an error inside the server.
+            ServingError: no server, a timeout, or an error inside the server; its subclasses tell
+                these apart.
         """
         return _finish(self._prompts(image, multimask=multimask, **prompts))
 

@@ -278,8 +278,24 @@ def to_model_frame(
     return (points_xy.astype(np.float64) * np.tile(scale, repeat)).astype(np.float32)
 
 
+def check_finite(logits: npt.NDArray[Any]) -> None:
+    """Refuse logits that no mask can be made of.
+
+    Raises:
+        EngineError: NaN or infinity.
+    """
+    if not np.isfinite(logits).all():
+        raise EngineError(
+            "the model returned NaN or infinity: its precision is too low for this image, or "
+            "its file is damaged; export again and compare with --precision fp32"
+        )
+
+
 def postprocess(
-    low_res_masks: npt.NDArray[Any], original_size: tuple[int, int], how: Preprocessing
+    low_res_masks: npt.NDArray[Any],
+    original_size: tuple[int, int],
+    how: Preprocessing,
+    out: ByteArray | None = None,
 ) -> ByteArray:
     """Low-resolution logits → masks in the image frame (SAM's `postprocess_masks`, then > 0).
 
@@ -287,6 +303,7 @@ def postprocess(
         low_res_masks: (..., 4G, 4G) logits.
         original_size: height and width of the image.
         how: the preprocessing that made the model frame.
+        out: (..., H, W) uint8 array to fill; a new one by default.
 
     Returns:
         (..., H, W) uint8, 1 inside the mask.
@@ -299,16 +316,12 @@ def postprocess(
     if low_res_masks.shape[-2:] != (side, side):
         raise InputError(f"low_res_masks {low_res_masks.shape}: expected (..., {side}, {side})")
     lead = low_res_masks.shape[:-2]
-    out = np.empty((*lead, *original_size), np.uint8)
+    masks = np.empty((*lead, *original_size), np.uint8) if out is None else out
     for index in np.ndindex(*lead):
         logits = np.asarray(low_res_masks[index], np.float32)
-        if not np.isfinite(logits).all():
-            raise EngineError(
-                "the model returned NaN or infinity: its precision is too low for this image, or "
-                "its file is damaged; export again and compare with --precision fp32"
-            )
-        out[index] = upscale_logits(logits, original_size, how) > 0
-    return out
+        check_finite(logits)
+        masks[index] = upscale_logits(logits, original_size, how) > 0
+    return masks
 
 
 def upscale_logits(

@@ -28,6 +28,7 @@ from ..core.contract import MAX_IMAGE_PIXELS
 from ..core.errors import InputError
 from ..core.imaging import ByteArray, FloatArray
 from ..files.regular import regular_size
+from ..files.user_paths import user_path
 from .dicom import read_dicom
 from .dicom_files import looks_like_dicom
 from .intensity import Intensity, Window, to_uint8
@@ -123,7 +124,7 @@ def read_image(
             a DICOM folder with gaps or several series, see `dicom.read_dicom`.
         EngineError: the format's extra, or a decoder, is not installed.
     """
-    path = Path(path)
+    path = user_path(path, "the image")
     _check_is_there(path)
     name = path.name.lower()
     if volume is not None:

@@ -1,14 +1,19 @@
 """One weights file → a plain, hashed state dict that fits a model, or an error that says why not.
 
-Nothing in a file is ever executed: pickles are read with `weights_only=True`.
+Nothing in a file is ever executed: pickles are read with `weights_only=True`. What a file declares
+is compared with what it holds before anything is allocated.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
+import os
 import pickle
 import re
+import struct
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +27,38 @@ from torch import Tensor
 from ..core.errors import CheckpointError
 from ..files.atomic import write_atomically
 from ..files.regular import regular_size
+from ..files.zip_files import open_zip, plain_sizes
+from .pickles import declared_storages
 
 StateDict = dict[str, Tensor]
 
+_DAMAGED = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zipfile.BadZipFile,
+)
+"""What a damaged PyTorch file raises depends on the byte that is wrong."""
+
 WRAPPERS = ("net", "model", "state_dict", "model_state_dict")
 """Keys under which training scripts put the state dict; `net` is DB-SAM's own."""
+
+MAX_CHECKPOINT_BYTES = 16 * 1024 * 1024 * 1024
+"""Largest file that is read: SAM's ViT-H with its optimiser has 8 GB."""
+MAX_PICKLE_BYTES = 32 * 1024 * 1024
+"""Longest pickle within a file, or header of a safetensors file; real ones have kilobytes."""
+
+_COUNT_BYTES = 8
+"""What precedes the numbers of a storage in files from before 2020."""
 
 DIFF_LINES = 8
 """How many keys of each kind an error lists; with its heading a diff fits one screen."""
@@ -50,9 +82,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: missing, unreadable, unsafe (would run code), or holding no tensors.
     """
-    if not path.exists():
-        raise CheckpointError(f"checkpoint {path}: no such file")
-    regular_size(path, CheckpointError)
+    _size(path)
     with path.open("rb") as stream:
         sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
     tensors = _tensors(path, _read(path))
@@ -65,8 +95,7 @@ def read_training_state(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, unreadable, unsafe, or not a table.
     """
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint {path}: no such file")
+    _size(path)
     content = _read(path)
     if not isinstance(content, dict):
         raise CheckpointError(
@@ -75,29 +104,98 @@ def read_training_state(path: Path) -> dict[str, Any]:
     return content
 
 
+def _size(path: Path) -> int:
+    """Bytes of a file that is small enough to be read.
+
+    Raises:
+        CheckpointError: no such file, none at all, or too large.
+    """
+    if not os.path.exists(path):
+        raise CheckpointError(f"checkpoint {path}: no such file")
+    size = regular_size(path, CheckpointError)
+    if size > MAX_CHECKPOINT_BYTES:
+        raise CheckpointError(
+            f"checkpoint {path}: {size} bytes; at most {MAX_CHECKPOINT_BYTES} are read; save the "
+            "state dict alone"
+        )
+    return size
+
+
 def _read(path: Path) -> object:
     if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"checkpoint {path}: not a safetensors file ({error})") from error
+        return _read_safetensors(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols
+            _check_declared(path)
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
         match = re.search(r"(?:GLOBAL|global) (\S+)", str(error))
-        what = f"it asks for {match.group(1)}" if match else reason
+        what = f"it asks for {_line(match.group(1))}" if match else _line(error)
         raise CheckpointError(
             f"checkpoint {path}: refused, it holds more than tensors ({what}) and loading it could "
             "run code; save the state dict alone, best as .safetensors"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except _DAMAGED as error:
         raise CheckpointError(
-            f"checkpoint {path}: not a PyTorch weights file ({reason})"
+            f"checkpoint {path}: not a PyTorch weights file ({_line(error)})"
         ) from error
+
+
+def _read_safetensors(path: Path) -> StateDict:
+    try:
+        with path.open("rb") as stream:
+            header = int.from_bytes(stream.read(8), "little")
+        if header > MAX_PICKLE_BYTES:
+            raise ValueError(f"its header has {header} bytes; at most {MAX_PICKLE_BYTES} are read")
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, LookupError, AttributeError) as error:
+        raise CheckpointError(
+            f"checkpoint {path}: not a safetensors file ({_line(error)})"
+        ) from error
+
+
+def _check_declared(path: Path) -> None:
+    """Compare what a PyTorch file declares with what it holds, before `torch.load` believes it.
+
+    Raises:
+        Those of `pickles.declared_storages` and `zip_files.plain_sizes`; ValueError: storages that
+            the file does not hold.
+    """
+    size = _size(path)
+    with path.open("rb") as stream:
+        if stream.read(4) != b"PK\x03\x04":  # a file from before 2020: five pickles, then numbers
+            stream.seek(0)
+            declared = declared_storages(stream, pickles=5)
+            left = size - stream.tell() - _COUNT_BYTES * len(declared)
+            _check_held(sum(declared.values()), left, "its storages")
+            return
+    with open_zip(path, CheckpointError) as archive:
+        sizes = plain_sizes(archive, size)
+        records = [name for name in sizes if name.endswith("/data.pkl")]
+        if len(records) != 1:
+            raise ValueError(f"{len(records)} data.pkl in it; expected one")
+        record = records[0]
+        if sizes[record] > MAX_PICKLE_BYTES:
+            raise ValueError(f"its data.pkl has {sizes[record]} bytes")
+        declared = declared_storages(io.BytesIO(archive.read(record)))
+        for key, count in declared.items():
+            name = f"{record.removesuffix('.pkl')}/{key}"
+            _check_held(count, sizes.get(name, 0), f"its storage {key}")
+        damaged = archive.testzip()  # PyTorch does not compare checksums
+    if damaged is not None:
+        raise ValueError(f"the checksum of its {damaged} is wrong: fetch it again")
+
+
+def _check_held(declared: int, held: int, what: str) -> None:
+    if declared != held:
+        raise ValueError(f"{what} should have {declared} bytes, and the file holds {held}")
+
+
+def _line(reason: object) -> str:
+    """A reason in one short line that a terminal shows."""
+    text = (str(reason).strip() or type(reason).__name__).splitlines()[0]
+    return "".join(char for char in text if char.isprintable())[:200]
 
 
 def _tensors(path: Path, content: object) -> StateDict:

@@ -22,6 +22,7 @@ from ..core.contract import IOU_SCORES, MASKS, RAW_BOXES, RAW_IMAGE, TRITON_TYPE
 from ..core.errors import InputError, ServingError
 from ..privacy import VARIABLES
 from .environment import ServerEnvironment
+from .snapshot import take_snapshot
 from .triton_config import BYTECODE
 
 LOOPBACK = "127.0.0.1"
@@ -31,6 +32,8 @@ _STOP_S = 30.0
 _KILLED_S = 5.0
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Linux keeps POSIX shared memory
 _PROBE_SIDE = 8
+_MODELS = "models"
+"""Name of the repository's copy, beside the backends."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class TritonServer:
     """A `tritonserver` process on one model repository; a context manager.
 
     The onnxruntime and tensorrt backends are this library's CPU stand-ins, and say so in the log.
+    The server gets a private copy of the repository, which was checked when it was made and is
+    removed when the server stops: nothing that happens to the repository reaches it.
 
     Args:
         repository: folder filled by `repository.build_repository`.
@@ -115,16 +120,16 @@ class TritonServer:
         """Start the server and return once a request through the ensemble was answered.
 
         Raises:
-            InputError: a port is taken.
+            InputError: a port is taken, or the repository is not what was published.
             ServingError: it is running already, ended, or did not answer in time.
         """
         if self._process is not None:
             raise ServingError("this Triton server was started already")
         self.ports = _reserve(self.ports, self.host)
-        remove_bytecode(self.repository)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self._runtime = Path(tempfile.mkdtemp(prefix="dbsam-triton-"))
         try:
+            take_snapshot(self.repository, self._runtime / _MODELS)
             _lay_out_backends(self.environment, self._runtime)
             with self.log.open("wb") as stream:
                 self._process = subprocess.Popen(
@@ -141,11 +146,11 @@ class TritonServer:
             raise
         return self
 
-    def _command(self, backends: Path) -> list[str]:
+    def _command(self, runtime: Path) -> list[str]:
         command = [
             str(self.environment.binary),
-            f"--model-repository={self.repository}",
-            f"--backend-directory={backends}",
+            f"--model-repository={runtime / _MODELS}",
+            f"--backend-directory={runtime}",
             f"--http-address={self.host}",
             f"--http-port={self.ports.http}",
             f"--grpc-address={self.host}",
@@ -236,8 +241,7 @@ class TritonServer:
 def remove_bytecode(folder: Path) -> None:
     """Remove the bytecode of the models' code, so that a server compiles what was checked.
 
-    Triton's Python writes it into the repository whatever PYTHONDONTWRITEBYTECODE says, and would
-    run it in place of its source.
+    A container's Python that may write there leaves it, and would run it in place of its source.
 
     Raises:
         ServingError: a folder of it cannot be removed.

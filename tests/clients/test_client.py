@@ -16,6 +16,8 @@ from dbsam_deploy.clients import calls as client_requests
 from dbsam_deploy.clients import exchange
 from dbsam_deploy.clients.async_client import AsyncDbsamClient
 from dbsam_deploy.clients.client import DbsamClient
+from dbsam_deploy.clients.failures import translated
+from dbsam_deploy.clients.retries import ServerRequest
 from dbsam_deploy.core.errors import InputError, ServingError
 from dbsam_deploy.prediction.predictor import Predictor
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
@@ -187,7 +189,7 @@ def test_the_prompt_ensemble_refuses_bad_requests_and_lives_on(triton, protocol)
             inputs, outputs = client_requests.tensors(library, call, None)
             with (
                 pytest.raises(InputError, match=message),
-                client_requests.translated(url),
+                translated(ServerRequest(url, protocol, 60)),
             ):
                 server.infer(good.spec.name, inputs, outputs=outputs)
     finally:

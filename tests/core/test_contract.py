@@ -11,10 +11,7 @@ from dbsam_deploy.core.contract import (
     Geometry,
     ensemble_spec,
     graph_specs,
-    postprocess_prompts_spec,
-    postprocess_spec,
-    preprocess_prompts_spec,
-    preprocess_spec,
+    interactive_spec,
     prompts_ensemble_spec,
 )
 from dbsam_deploy.core.errors import InputError
@@ -34,23 +31,15 @@ def test_graphs_fit_together(image_size, stride):
     assert list(specs) == [spec.name for spec in specs.values()]
 
 
-def test_the_ensemble_passes_each_tensor_on_as_it_is_expected():
-    specs = graph_specs(Geometry(512))
-    pre, post = preprocess_spec(Geometry(512)), postprocess_spec(Geometry(512))
-    image, boxes, size = pre.outputs
-    assert (image.name, image.dtype) == ("image", specs["encoder"].inputs[0].dtype)
-    assert image.axes[1:] == specs["encoder"].inputs[0].axes[1:]
-    assert boxes.axes[1:] == specs["decoder"].inputs[1].axes[1:]
-    assert post.inputs[2] == size
-    for given, wanted in zip(specs["decoder"].outputs, post.inputs, strict=False):
-        assert (given.name, given.dtype, given.axes[1:]) == (
-            wanted.name,
-            wanted.dtype,
-            wanted.axes[1:],
-        )
-    ensemble = ensemble_spec(Geometry(512).mask_side)
-    assert ensemble.inputs == pre.inputs
-    assert ensemble.outputs == post.outputs
+def test_the_ensembles_are_the_front_with_fewer_tensors():
+    front = interactive_spec(128)
+    assert all(tensor.optional for tensor in front.inputs)
+    given = {tensor.name: (tensor.dtype, tensor.axes) for tensor in front.inputs}
+    for spec in (ensemble_spec(128), prompts_ensemble_spec(128)):
+        for tensor in spec.inputs:
+            assert given[tensor.name] == (tensor.dtype, tensor.axes)
+    assert interactive_spec(128, prompts=False).input_names == ["raw_image", "image_id", "boxes"]
+    assert interactive_spec(128, prompts=False).outputs == front.outputs
 
 
 def test_coordinates_name_their_frame():
@@ -90,12 +79,9 @@ def _tensor_names() -> set[str]:
     size = Geometry(64)
     specs = [
         *graph_specs(size).values(),
-        preprocess_spec(size),
-        postprocess_spec(size),
         ensemble_spec(size.mask_side),
-        preprocess_prompts_spec(size),
-        postprocess_prompts_spec(size),
         prompts_ensemble_spec(size.mask_side),
+        interactive_spec(size.mask_side),
     ]
     return {tensor.name for spec in specs for tensor in (*spec.inputs, *spec.outputs)}
 

@@ -15,12 +15,7 @@ from support.manifests import reseal
 
 from dbsam_deploy.artefact import graph_file
 from dbsam_deploy.core.contract import (
-    Geometry,
-    decoder_spec,
-    encoder_spec,
     ensemble_spec,
-    postprocess_spec,
-    preprocess_spec,
     prompts_ensemble_spec,
 )
 from dbsam_deploy.core.errors import InputError, ServingError
@@ -40,14 +35,11 @@ from dbsam_deploy.serving.triton_config import render_configs
 
 MODELS = {
     "dbsam",
-    "dbsam_preprocess",
+    "dbsam_interactive",
     "dbsam_encoder",
     "dbsam_decoder",
-    "dbsam_postprocess",
     "dbsam_prompts",
-    "dbsam_preprocess_prompts",
     "dbsam_prompt_decoder",
-    "dbsam_postprocess_prompts",
 }
 
 
@@ -109,35 +101,28 @@ def test_graph_models_drop_the_batch_axis_and_the_rest_keep_every_axis(size, str
 
 def test_configurations_avoid_what_the_server_handles_badly():
     for text in committed_configs().values():
-        for trap in ("queue_policy", "preferred_batch_size", "kind:"):
+        for trap in ("queue_policy", "preferred_batch_size", "KIND_GPU"):
             assert trap not in text
+
+
+def matching(one: tuple[str, list[int]], other: tuple[str, list[int]]) -> bool:
+    """Whether Triton takes one tensor for the other: -1 goes with any size."""
+    sizes = zip(one[1], other[1], strict=True)
+    return one[0] == other[0] and all(a == b or -1 in (a, b) for a, b in sizes)
 
 
 @pytest.mark.parametrize(
     ("name", "ensemble"),
     [("dbsam", ensemble_spec(256)), ("dbsam_prompts", prompts_ensemble_spec(256))],
 )
-def test_every_ensemble_tensor_has_one_source_and_every_step_input_has_one(name, ensemble):
+def test_every_ensemble_tensor_is_one_of_the_front_of_its_type_and_shape(name, ensemble):
     configs = committed_configs()
-    made = set(ensemble.input_names)
-    for block in configs[name].split("model_name:")[1:]:
-        model = re.match(r' "(\w+)"', block).group(1)
-        inputs = dict(re.findall(r'input_map \{ key: "(\w+)" value: "(\w+)" \}', block))
-        outputs = dict(re.findall(r'output_map \{ key: "(\w+)" value: "(\w+)" \}', block))
-        assert set(inputs) == set(tensors(configs[model], "input"))
-        assert set(outputs) == set(tensors(configs[model], "output"))
-        assert set(inputs.values()) <= made, "a step reads what no earlier step made"
-        assert not made & set(outputs.values()), "two sources for one tensor"
-        made |= set(outputs.values())
-    assert set(ensemble.output_names) <= made
-
-
-def test_box_path_specs_fit_together():
-    size = Geometry(128)
-    pre, post = preprocess_spec(size), postprocess_spec(size)
-    assert pre.outputs[0].axes == (1, *encoder_spec(size).inputs[0].axes[1:])
-    assert pre.outputs[1].axes == (1, *decoder_spec(size).inputs[1].axes[1:])
-    assert post.inputs[0].axes == (1, *decoder_spec(size).outputs[0].axes[1:])
+    for kind, names in (("input", ensemble.input_names), ("output", ensemble.output_names)):
+        maps = re.findall(rf'{kind}_map \{{ key: "(\w+)" value: "(\w+)" \}}', configs[name])
+        assert [mine for _, mine in maps] == names
+        front, own = tensors(configs["dbsam_interactive"], kind), tensors(configs[name], kind)
+        for theirs, mine in maps:
+            assert matching(front[theirs], own[mine])
 
 
 def test_a_repository_holds_models_code_and_true_hashes(tiny_repository, tiny_artefact):
@@ -156,25 +141,25 @@ def test_a_repository_holds_models_code_and_true_hashes(tiny_repository, tiny_ar
     assert body["preprocessing"] == {"image_size": 128, "embedding_stride": 16, "mode": "sam"}
     assert (
         'key: "image_size" value { string_value: "128" }'
-        in (root / "dbsam_preprocess/config.pbtxt").read_text()
+        in (root / "dbsam_interactive/config.pbtxt").read_text()
     )
     assert load_repository(root) == tiny_repository
 
 
 def test_the_copied_runtime_needs_nothing_of_this_package(tiny_repository):
     """In a fresh interpreter that can import neither dbsam_deploy nor torch."""
-    version = tiny_repository.folder / "dbsam_preprocess_prompts" / "1"
+    version = tiny_repository.folder / "dbsam_interactive" / "1"
     code = (
         f"import sys; sys.path.insert(0, {str(version)!r})\n"
         "sys.modules.update({'dbsam_deploy': None, 'torch': None, 'onnx': None})\n"
-        "import dbsam_runtime.steps as steps\n"
+        "import dbsam_runtime.front\n"
         "print(sorted(name for name in sys.modules if name.startswith('dbsam')))"
     )
     result = subprocess.run(
         [sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
-    assert "dbsam_runtime.steps" in result.stdout
+    assert "dbsam_runtime.front" in result.stdout
 
 
 def test_replacing_leaves_nothing_of_the_earlier_repository(make_artefact, tmp_path):
@@ -202,7 +187,7 @@ def test_a_failure_keeps_the_earlier_repository(make_artefact, tmp_path, monkeyp
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(module, "_hashes", fail)
+    monkeypatch.setattr(module, "file_hashes", fail)
     with pytest.raises(OSError, match="disk full"):
         build_repository(make_artefact(tmp_path / "c", 64), output)
     assert load_repository(output) == first
@@ -278,7 +263,7 @@ def test_another_kind_of_graph_file_is_refused(make_artefact, tmp_path):
         (lambda r: (r / REPOSITORY_NAME).write_text('{"format": 99}'), "another manifest format"),
         (lambda r: (r / "dbsam_decoder/1/model.onnx").unlink(), "not there"),
         (lambda r: (r / "dbsam_decoder/1/model.onnx").write_bytes(b"x"), "was changed"),
-        (lambda r: (r / "dbsam_preprocess/1/model.py").write_text("import os"), "was changed"),
+        (lambda r: (r / "dbsam_interactive/1/model.py").write_text("import os"), "was changed"),
     ],
 )
 def test_loading_refuses_what_is_damaged(tiny_artefact, tmp_path, change, message):
@@ -315,8 +300,8 @@ def edit_mode(root):
         (lambda r: (r / "dbsam_encoder/1/weights.bin").touch(), "weights.bin"),
         (lambda r: (r / "dbsam/1/model.onnx").touch(), "'dbsam/1/model.onnx'"),
         (
-            lambda r: (r / "dbsam_preprocess/1/__pycache__").symlink_to(r),
-            "dbsam_preprocess/1/__pycache__",
+            lambda r: (r / "dbsam_interactive/1/__pycache__").symlink_to(r),
+            "dbsam_interactive/1/__pycache__",
         ),
         (lambda r: (r / "dbsam_encoder/2").symlink_to("1"), "encoder/2'"),
         (edit_mode, "was edited after it was written"),

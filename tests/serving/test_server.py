@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.manifests import reseal
 
 from dbsam_deploy.artefact import graph_file
 from dbsam_deploy.clients.client import DbsamClient
@@ -23,7 +24,7 @@ from dbsam_deploy.model.weights import load_model
 from dbsam_deploy.prediction.predictor import Predictor
 from dbsam_deploy.recipe import load_recipe
 from dbsam_deploy.serving.environment import ServerEnvironment, find_environment
-from dbsam_deploy.serving.repository import build_repository, load_repository
+from dbsam_deploy.serving.repository import REPOSITORY_NAME, build_repository, file_hashes
 from dbsam_deploy.serving.server import Ports, TritonServer, probe
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
 from dbsam_deploy.sessions.pytorch_session import PytorchSession
@@ -123,7 +124,7 @@ def test_a_killed_python_model_is_noticed_although_the_ready_flag_stays_up(
         server.check()
         for stat in Path("/proc").glob("[0-9]*/cmdline"):
             line = stat.read_text()
-            if "dbsam_preprocess/1/model.py" in line and server.shared_memory_prefix in line:
+            if "dbsam_interactive/1/model.py" in line and server.shared_memory_prefix in line:
                 os.kill(int(stat.parent.name), signal.SIGKILL)
         with urllib.request.urlopen(f"http://{server.http_url}/v2/health/ready") as answer:
             assert answer.status == 200
@@ -134,13 +135,10 @@ def test_a_killed_python_model_is_noticed_although_the_ready_flag_stays_up(
 @pytest.mark.triton
 def test_stopping_leaves_no_process_memory_or_file(tiny_repository, server_environment, tmp_path):
     before = set(SHARED_MEMORY.iterdir())
-    root = load_repository(tiny_repository.folder).folder
-    bytecode = root / "dbsam_preprocess/1/__pycache__/another.pyc"
-    bytecode.parent.mkdir(exist_ok=True)
-    bytecode.touch()
-    server = TritonServer(root, server_environment, log=tmp_path / "log", ports=FREE)
+    server = TritonServer(
+        tiny_repository.folder, server_environment, log=tmp_path / "log", ports=FREE
+    )
     with server:
-        assert not bytecode.exists()
         group = server.pid
         assert len(processes_of(group)) > 3, "server and stubs"
         assert list(SHARED_MEMORY.glob(f"{server.shared_memory_prefix}*"))
@@ -202,6 +200,7 @@ def test_the_tensorrt_stand_in_serves_the_graph_and_says_what_that_proves(
     assert "stand-in for Triton's tensorrt backend" in log
     assert "proves the wiring, never the engine: model.plan itself is NOT run" in log
     (root / "dbsam_encoder" / "1" / "model.onnx").unlink()
+    reseal(root / REPOSITORY_NAME, files=file_hashes(root))
     server = TritonServer(root, server_environment, log=tmp_path / "log2", ports=FREE)
     with pytest.raises(ServingError, match=r"a CPU machine cannot run model\.plan"):
         server.start()
@@ -226,7 +225,7 @@ def test_other_modes_are_served_as_they_are_computed_locally(
     [
         ("dbsam_encoder/1/model.onnx", None, "not a graph", "dbsam_encoder"),
         ("dbsam_decoder/config.pbtxt", "32, 32", "16, 16", r"config\.pbtxt says"),
-        ("dbsam_preprocess/config.pbtxt", '"sam"', '"other"', "preprocessing mode 'other'"),
+        ("dbsam_interactive/config.pbtxt", '"sam"', '"other"', "preprocessing mode 'other'"),
     ],
 )
 def test_a_model_that_cannot_load_ends_the_start_with_its_reason(
@@ -236,6 +235,7 @@ def test_a_model_that_cannot_load_ends_the_start_with_its_reason(
     build_repository(tiny_artefact, root)
     file = root / path
     file.write_text(new if old is None else file.read_text().replace(old, new))
+    reseal(root / REPOSITORY_NAME, files=file_hashes(root))
     server = TritonServer(root, server_environment, log=tmp_path / "log", ports=FREE)
     with pytest.raises(ServingError, match=message):
         server.start()
