@@ -43,9 +43,6 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- if not (or .Values.models.existingClaim .Values.models.image) -}}
 {{- fail "no model repository: set models.existingClaim or models.image" -}}
 {{- end -}}
-{{- if and .Values.pluginLibrary.file (not .Values.pluginLibrary.existingClaim) -}}
-{{- fail "pluginLibrary.file needs pluginLibrary.existingClaim" -}}
-{{- end -}}
 {{- if and .Values.autoscaling.enabled (lt (int .Values.autoscaling.maxReplicas) (int .Values.autoscaling.minReplicas)) -}}
 {{- fail "autoscaling.maxReplicas is smaller than minReplicas" -}}
 {{- end -}}
