@@ -29,7 +29,7 @@ pytest.importorskip("pydicom")
 HERE = Path("scan")
 SIDES = st.integers(1, 5)
 DEGREES = st.floats(-180, 180)
-MM = st.floats(0.2, 6)
+MM = st.floats(0.2, 6).map(lambda value: round(value, 4))
 DTYPES = ["u1", "i1", "<i2", ">i2", "<u2", "<i4", "<f4", ">f4", "<f8"]
 
 
