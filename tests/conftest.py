@@ -17,9 +17,9 @@ import onnx_ir as ir
 import pytest
 import torch
 from filelock import FileLock
-from hypothesis import HealthCheck, settings
 from onnx import TensorProto, helper
 from rich.console import Console
+from support import property_profiles  # noqa: F401 - loads how many examples are tried
 from support.graph_builder import GraphBuilder
 from support.references import small_model
 
@@ -42,18 +42,6 @@ from dbsam_deploy.verification.cases import bundled_examples
 TINY_SIZE = 128
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 SHARED_WEIGHTS = Path(__file__).resolve().parents[2] / "shared/data/weights/lite_medsam.pth"
-
-# The same examples in every run, so that a run of CI does not fail by chance. For new ones:
-# `pytest tests/images/test_reader_properties.py --hypothesis-profile=fuzz`.
-settings.register_profile(
-    "suite",
-    derandomize=True,
-    max_examples=20,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
-settings.register_profile("fuzz", max_examples=1000, deadline=None, print_blob=True)
-settings.load_profile("suite")
 
 Once = Callable[[str, Callable[[Path], Any]], Any]
 
