@@ -20,6 +20,7 @@ from .prediction.command import add_image_options, add_prompt_options, predict_i
 from .prediction.loading import open_server
 from .prediction.model import Model
 from .privacy import VARIABLES
+from .serving.check import check_server
 from .serving.choice import choose_repository
 from .serving.control import KEY_VARIABLE, write_key
 from .serving.environment import (
@@ -53,6 +54,8 @@ examples:
     python -m dbsam_deploy.serve
   start, segment one image, stop
     python -m dbsam_deploy.serve --try skin.png --box 120 80 410 333 --output out/
+  for a health probe: status 0 if all models answer
+    python -m dbsam_deploy.serve --check localhost:8000
   the command for a GPU host
     python -m dbsam_deploy.serve --docker
 """
@@ -66,6 +69,12 @@ def build_parser() -> Parser:
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--install", action="store_true", help="make the server's environment")
     action.add_argument("--docker", action="store_true", help="print the command for a GPU host")
+    action.add_argument(
+        "--check",
+        metavar="URL",
+        help="ask a running server; status 0 if its models answer (with --repository: answer "
+        "right), else 1 and why. host:port is HTTP, triton://host:port gRPC",
+    )
     action.add_argument(
         "--try", dest="image", type=Path, metavar="IMAGE", help="start, segment IMAGE, stop"
     )
@@ -96,6 +105,9 @@ def build_parser() -> Parser:
         default=30.0,
         metavar="SECONDS",
         help="how long accepted requests may take after Ctrl-C or SIGTERM",
+    )
+    parser.add_argument_group("--check").add_argument(
+        "--timeout", type=float, default=30.0, metavar="SECONDS", help="for the whole answer"
     )
     attempt = parser.add_argument_group("--try")
     add_prompt_options(attempt)
@@ -255,6 +267,9 @@ def main(argv: list[str] | None = None) -> int:
     prompted = args.box or args.box3d or args.point or args.slice is not None
     if args.image is None and prompted:
         raise InputError("prompts and --slice go with --try IMAGE")
+    if args.check is not None:
+        _say(check_server(args.check, args.repository, timeout_s=args.timeout))
+        return 0
     repository = choose_repository(args.repository, args.artefact, say_on_stderr)
     ports = Ports(args.http_port, args.grpc_port, args.metrics_port)
     if args.docker:
