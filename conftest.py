@@ -23,6 +23,9 @@ if "--benchmark" not in sys.argv:
     # needs. PyTorch and NumPy read this when they are loaded, so it stands before their imports.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Kernels and models are kept here between runs, and nothing goes into the user's own cache.
+os.environ["XDG_CACHE_HOME"] = os.path.join(os.path.dirname(__file__), ".test-cache")
+
 import functools
 import importlib.util
 import shutil
