@@ -24,6 +24,7 @@ from dbsam_deploy import serve
 from dbsam_deploy.cli import run
 from dbsam_deploy.prediction.predictor import Predictor
 from dbsam_deploy.serving.control import requests_in_flight
+from dbsam_deploy.serving.environment import ServerEnvironment
 from dbsam_deploy.serving.probe import probe_image
 from dbsam_deploy.serving.processes import SHARED_MEMORY, children, free_left_shared_memory
 from dbsam_deploy.serving.repository import build_repository
@@ -154,6 +155,7 @@ def test_a_second_signal_ends_the_waiting_but_never_the_stopping(tmp_path, monke
     class Server:
         log, key, grace_s = tmp_path / "triton-server.log", "k" * 32, 60
         grpc_url = http_url = metrics_url = ""
+        environment = ServerEnvironment(tmp_path, tmp_path, tmp_path, ())
 
         def __enter__(self):
             return self
@@ -219,7 +221,8 @@ def test_a_gpu_machine_is_told_the_docker_command(tiny_repository, monkeypatch, 
         raise Stopped
 
     monkeypatch.setattr(serve, "has_gpu_driver", lambda: True)
-    monkeypatch.setattr(serve, "find_environment", lambda *_args, **_options: None)
+    wheel = ServerEnvironment(Path("e"), Path("r"), Path("s"), ())
+    monkeypatch.setattr(serve, "find_environment", lambda *_args, **_options: wheel)
     monkeypatch.setattr(serve, "TritonServer", stop)
     with pytest.raises(Stopped):
         serve.main(["--repository", str(tiny_repository.folder)])
