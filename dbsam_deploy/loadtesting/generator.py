@@ -104,9 +104,7 @@ class Window:
         return self.begins <= moment < self.ends
 
 
-async def at_a_time(
-    ask: Ask, concurrency: int, *, seconds: float, warm_up_s: float = 0.0
-) -> Tally:
+async def at_a_time(ask: Ask, concurrency: int, *, seconds: float, warm_up_s: float = 0.0) -> Tally:
     """Keep `concurrency` requests under way.
 
     Requests before and after the measured time are sent, and not counted.
