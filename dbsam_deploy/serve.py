@@ -93,6 +93,18 @@ def build_parser() -> Parser:
         default=DEFAULT_FOLDER,
         help="the server's virtual environment; in NVIDIA's container /opt/tritonserver",
     )
+    _add_server_options(parser)
+    parser.add_argument_group("--check").add_argument(
+        "--timeout", type=float, default=30.0, metavar="SECONDS", help="for the whole answer"
+    )
+    attempt = parser.add_argument_group("--try")
+    add_prompt_options(attempt)
+    add_image_options(attempt)
+    parser.set_defaults(overlay=True)
+    return parser
+
+
+def _add_server_options(parser: Parser) -> None:
     server = parser.add_argument_group("server")
     server.add_argument(
         "--host", default=LOOPBACK, help="0.0.0.0 opens the server to the network, without a login"
@@ -111,14 +123,6 @@ def build_parser() -> Parser:
         metavar="SECONDS",
         help="how long accepted requests may take after Ctrl-C or SIGTERM",
     )
-    parser.add_argument_group("--check").add_argument(
-        "--timeout", type=float, default=30.0, metavar="SECONDS", help="for the whole answer"
-    )
-    attempt = parser.add_argument_group("--try")
-    add_prompt_options(attempt)
-    add_image_options(attempt)
-    parser.set_defaults(overlay=True)
-    return parser
 
 
 def docker_command(repository: Repository, ports: Ports, host: str = LOOPBACK) -> str:
