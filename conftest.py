@@ -42,7 +42,7 @@ from dbsam_deploy.hardware import Hardware, describe_hardware, installed_version
 from dbsam_deploy.quantization.modelopt_tool import find_python
 from dbsam_deploy.serving.environment import DEFAULT_FOLDER, ServerEnvironment, find_environment
 
-pytest_plugins = ["pytester", "support.random_numbers"]
+pytest_plugins = ["pytester", "support.random_numbers", "support.toy_exports"]
 
 ROOT = Path(__file__).resolve().parent
 BENCHMARKS = ROOT / "benchmarks"

@@ -20,6 +20,7 @@ from .prediction.command import add_image_options, add_prompt_options, predict_i
 from .prediction.loading import open_server
 from .prediction.model import Model
 from .privacy import VARIABLES
+from .serving.check import check_server
 from .serving.choice import choose_repository
 from .serving.control import KEY_VARIABLE, write_key
 from .serving.environment import (
@@ -31,7 +32,7 @@ from .serving.environment import (
 from .serving.ports import LOOPBACK, Ports
 from .serving.repository import Repository
 from .serving.server import TritonServer, network_warning, remove_bytecode
-from .serving.server_log import free_log
+from .serving.server_log import STANDARD_OUTPUT, free_log
 from .serving.supervisor import Supervisor
 from .sessions.backends import untrained_note
 
@@ -53,6 +54,8 @@ examples:
     python -m dbsam_deploy.serve
   start, segment one image, stop
     python -m dbsam_deploy.serve --try skin.png --box 120 80 410 333 --output out/
+  for a health probe: status 0 if all models answer
+    python -m dbsam_deploy.serve --check localhost:8000
   the command for a GPU host
     python -m dbsam_deploy.serve --docker
 """
@@ -67,6 +70,12 @@ def build_parser() -> Parser:
     action.add_argument("--install", action="store_true", help="make the server's environment")
     action.add_argument("--docker", action="store_true", help="print the command for a GPU host")
     action.add_argument(
+        "--check",
+        metavar="URL",
+        help="ask a running server; status 0 if its models answer (with --repository: answer "
+        "right), else 1 and why. host:port is HTTP, triton://host:port gRPC",
+    )
+    action.add_argument(
         "--try", dest="image", type=Path, metavar="IMAGE", help="start, segment IMAGE, stop"
     )
     parser.add_argument(
@@ -79,8 +88,23 @@ def build_parser() -> Parser:
         "--repository", type=Path, help="model repository to serve as it is, without its export"
     )
     parser.add_argument(
-        "--server-env", type=Path, default=DEFAULT_FOLDER, help="the server's virtual environment"
+        "--server-env",
+        type=Path,
+        default=DEFAULT_FOLDER,
+        help="the server's virtual environment; in NVIDIA's container /opt/tritonserver",
     )
+    _add_server_options(parser)
+    parser.add_argument_group("--check").add_argument(
+        "--timeout", type=float, default=30.0, metavar="SECONDS", help="for the whole answer"
+    )
+    attempt = parser.add_argument_group("--try")
+    add_prompt_options(attempt)
+    add_image_options(attempt)
+    parser.set_defaults(overlay=True)
+    return parser
+
+
+def _add_server_options(parser: Parser) -> None:
     server = parser.add_argument_group("server")
     server.add_argument(
         "--host", default=LOOPBACK, help="0.0.0.0 opens the server to the network, without a login"
@@ -88,7 +112,9 @@ def build_parser() -> Parser:
     for name, port in (("http", 8000), ("grpc", 8001), ("metrics", 8002)):
         server.add_argument(f"--{name}-port", type=int, default=port, help="0 takes a free one")
     server.add_argument(
-        "--log", type=Path, help="file for the server's log (default: beside the repository)"
+        "--log",
+        type=Path,
+        help="file for the server's log (default: beside the repository); - is standard output",
     )
     server.add_argument(
         "--grace",
@@ -97,11 +123,6 @@ def build_parser() -> Parser:
         metavar="SECONDS",
         help="how long accepted requests may take after Ctrl-C or SIGTERM",
     )
-    attempt = parser.add_argument_group("--try")
-    add_prompt_options(attempt)
-    add_image_options(attempt)
-    parser.set_defaults(overlay=True)
-    return parser
 
 
 def docker_command(repository: Repository, ports: Ports, host: str = LOOPBACK) -> str:
@@ -166,7 +187,8 @@ def _describe(repository: Repository) -> str:
 
 def _announce(server: TritonServer, seconds: float) -> None:
     _say(f"ready after {seconds:.1f} s; a request through the ensemble was answered")
-    _say("CPU stand-ins serve the onnxruntime and tensorrt backends (see the log)")
+    if not server.environment.is_installation:
+        _say("CPU stand-ins serve the onnxruntime and tensorrt backends (see the log)")
     _say(f"  gRPC     {server.grpc_url}\n  HTTP     {server.http_url}")
     _say(f"  metrics  http://{server.metrics_url}/metrics\n  log      {server.log}")
 
@@ -179,7 +201,8 @@ def _serve(server: TritonServer) -> int:
     """Serve until Ctrl-C or SIGTERM; both let it finish what it has accepted."""
     _say("starting the Triton server ...")
     began = time.monotonic()
-    key_file = server.log.with_name(f"{server.log.stem.removeprefix('triton-')}.key")
+    log = Path("server.log") if server.log == STANDARD_OUTPUT else server.log
+    key_file = log.with_name(f"{log.stem.removeprefix('triton-')}.key")
     try:
         with _stoppable() as stop, server:
             write_key(server.key, key_file)
@@ -191,10 +214,10 @@ def _serve(server: TritonServer) -> int:
             except KeyboardInterrupt:
                 stop.again = True
                 _say(f"finishing accepted requests, at most {server.grace_s:g} s (Ctrl-C: at once)")
-                all_done = server.drain()
-                stop.again = False
-                if not all_done:
+                if not server.drain():
                     _say(f"some requests were not answered within {server.grace_s:g} s")
+            finally:
+                stop.again = False  # nothing cuts short the stopping of the server
     except KeyboardInterrupt:
         pass
     finally:
@@ -212,10 +235,10 @@ def _server(args: argparse.Namespace, repository: Repository, ports: Ports) -> T
     medsam = repository.preprocessing.mode == "medsam"
     environment = find_environment(args.server_env, medsam=medsam)
     _say(_describe(repository))
-    if has_gpu_driver():
+    if has_gpu_driver() and not environment.is_installation:
         _say("this machine has a GPU; the server below uses the CPU only. For the GPU:")
         _say(docker_command(repository, ports, args.host))
-    if warning := network_warning(args.host):
+    if warning := network_warning(args.host, environment):
         say_on_stderr(warning)
     return TritonServer(
         repository.folder,
@@ -255,6 +278,9 @@ def main(argv: list[str] | None = None) -> int:
     prompted = args.box or args.box3d or args.point or args.slice is not None
     if args.image is None and prompted:
         raise InputError("prompts and --slice go with --try IMAGE")
+    if args.check is not None:
+        _say(check_server(args.check, args.repository, timeout_s=args.timeout))
+        return 0
     repository = choose_repository(args.repository, args.artefact, say_on_stderr)
     ports = Ports(args.http_port, args.grpc_port, args.metrics_port)
     if args.docker:

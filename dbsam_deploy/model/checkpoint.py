@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import pickle
 import re
@@ -214,8 +215,16 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], about: Mapping[s
             if not torch.isfinite(value).all():
                 raise CheckpointError(f"{name} holds values that float16 cannot; not written")
         stored[name] = value
+    content = save(stored, metadata=dict(about))
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    # `save` puts its metadata in another order each time; equal weights shall be equal files.
+    header["__metadata__"] = dict(sorted(about.items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
     with write_atomically(path) as stream:
-        stream.write(save(stored, metadata=dict(about)))
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.write(memoryview(content)[8 + size :])
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:

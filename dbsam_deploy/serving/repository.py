@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import sys
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ from ..core.errors import InputError, ServingError
 from ..core.imaging import Preprocessing
 from ..engines.kinds import TENSORRT
 from ..engines.manifest import engine_folder, plugin_library, verified_plans
-from ..files.atomic import sha256_of, writing_to
+from ..files.atomic import sha256_of, write_file, writing_to
 from ..files.locks import one_writer
 from ..files.manifests import Body, ManifestKind, is_inside, is_sha256
 from ..files.publication import new_folder, remove, replace_folder, tidy
 from ..resources import resource_dir
+from .known_answer import known_answers
 from .triton_config import BYTECODE, GRAPH_MODELS, Platform, front_spec, render_configs
 
 REPOSITORY_STEM = "model_repository"
@@ -64,6 +65,7 @@ class Repository:
         weights: where the weights came from, as in the export's manifest.
         files: path relative to `folder` → SHA-256.
         plugins: path relative to `folder` of the library that the plans need, "" for none.
+        known_answers: see `known_answer.known_answers`.
     """
 
     folder: Path
@@ -74,6 +76,7 @@ class Repository:
     weights: dict[str, Any]
     files: dict[str, str]
     plugins: str = ""
+    known_answers: dict[str, Any] = field(default_factory=dict)
 
 
 def repository_beside(folder: Path) -> Path:
@@ -129,6 +132,7 @@ def build_repository(artefact: Artefact, output: Path, *, wait: bool = True) -> 
                 platforms=platforms,
                 weights=artefact.weights,
                 plugins=_copy_plugins(artefact, fresh),
+                known_answers=known_answers(artefact, say),
                 files=file_hashes(fresh),
             )
             write_repository(replace(repository, folder=fresh))
@@ -316,8 +320,7 @@ def refresh_configs(root: Path, *, check: bool = False) -> list[Path]:
         if not path.is_file() or path.read_text() != text:
             stale.append(path)
             if not check:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(text)
+                write_file(path, text.encode())
     return stale
 
 

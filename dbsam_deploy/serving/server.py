@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from ..core.errors import InputError, ServingError
 from ..core.front import DRAINING
 from .control import Control, new_key, requests_in_flight, restriction
 from .environment import ServerEnvironment
+from .known_answer import compare
 from .ports import LOOPBACK, Ports, is_loopback, reserve
-from .probe import is_up, probe
+from .probe import BOXES_MODEL, ask, is_up
 from .processes import (
     claim_shared_memory,
     end_group,
@@ -28,15 +28,12 @@ from .processes import (
     hide_word,
     how_ended,
     start_tied,
-    wait_for_end,
 )
-from .runtime import CONTROL, MODELS, lay_out, make_runtime, server_variables
+from .runtime import CONTROL, MODELS, backends, lay_out, make_runtime, server_variables
 from .server_log import ServerLog
 from .snapshot import take_snapshot
 from .triton_config import BYTECODE
 
-_STOP_S = 5.0
-"""How long a server that has nothing to do may take to end."""
 _IDLE_LOOKS = 3
 """A request on its way to the models is counted a moment later."""
 _DEAD_WHILE_LOADING_S = 5.0
@@ -45,15 +42,16 @@ _DEAD_WHILE_LOADING_S = 5.0
 class TritonServer:
     """A `tritonserver` process on one model repository; a context manager.
 
-    The onnxruntime and tensorrt backends are this library's CPU stand-ins, and say so in the log.
-    The server gets a private copy of the repository, which was checked when it was made and is
-    removed when the server stops: nothing that happens to the repository reaches it. It is killed
-    when the thread that started it ends.
+    The onnxruntime and tensorrt backends are NVIDIA's in its container; elsewhere they are this
+    library's CPU stand-ins, and say so in the log. The server gets a private copy of the
+    repository, which was checked when it was made and is removed when the server stops: nothing
+    that happens to the repository reaches it. It is killed when the thread that started it ends.
 
     Args:
         repository: folder filled by `repository.build_repository`.
         environment: checked server environment.
-        log: file for the server's output and the events around it, continued.
+        log: file for the server's output and the events around it, continued; `-` is standard
+            output.
         ports: ports to listen on.
         host: address to listen on; anything but the loopback opens the server to the network.
         key: opens Triton's own APIs (`control.RESTRICTED`); None for a random one.
@@ -91,7 +89,9 @@ class TritonServer:
         self._process: subprocess.Popen[bytes] | None = None
         self._runtime: Path | None = None
         self._output: ServerLog | None = None
+        self._plugins = ""
         self._said = ""
+        self.known_answers: dict[str, Any] = {}
         # Names the stubs' shared memory, so that what a killed server leaves can be told apart.
         self.shared_memory_prefix = f"dbsam_{os.getpid()}_{uuid.uuid4().hex[:12]}_"
 
@@ -143,10 +143,11 @@ class TritonServer:
         self.ports = reserve(self.ports, self.host)
         try:
             self._output = ServerLog(self.log)
-            if warning := network_warning(self.host):
+            if warning := network_warning(self.host, self.environment):
                 self.event(warning)
             self._runtime = make_runtime()
-            take_snapshot(self.repository, self._runtime / MODELS)
+            copied = take_snapshot(self.repository, self._runtime / MODELS)
+            self._plugins, self.known_answers = copied.plugins, copied.known_answers
             lay_out(self.environment, self._runtime)
             for prefix in free_left_shared_memory():
                 self.event(f"removed the shared memory of a server that was killed ({prefix}*)")
@@ -198,7 +199,7 @@ class TritonServer:
         command = [
             str(self.environment.binary),
             f"--model-repository={runtime / MODELS}",
-            f"--backend-directory={runtime}",
+            f"--backend-directory={backends(self.environment, runtime)}",
             # Only so can a model whose process has died be loaded anew.
             "--model-control-mode=explicit",
             "--load-model=*",
@@ -208,11 +209,15 @@ class TritonServer:
             f"--grpc-port={self.ports.grpc}",
             f"--metrics-address={self.host}",
             f"--metrics-port={self.ports.metrics}",
-            "--allow-gpu-metrics=false",
+            f"--allow-gpu-metrics={str(self.environment.is_installation).lower()}",
+            "--metrics-config=summary_latencies=true",  # p99 of each model
             f"--exit-timeout-secs={max(1, round(self.grace_s))}",
             f"--backend-config=python,shm-region-prefix-name={self.shared_memory_prefix}",
             *restriction(self.key),
         ]
+        if self._plugins and self.environment.is_installation:
+            plugins = runtime / MODELS / self._plugins
+            command.append(f"--backend-config=tensorrt,plugins={plugins}")
         return command if self._auto_complete else [*command, "--disable-auto-complete-config"]
 
     def _wait_ready(self, process: subprocess.Popen[bytes]) -> None:
@@ -223,7 +228,7 @@ class TritonServer:
             if has_ended(process):
                 raise ServingError(self.why_ended())
             if is_up(self.http_url):
-                probe(self.http_url)
+                self.check()
                 return
             if not ended_children(process.pid):
                 dead_since = None
@@ -255,13 +260,25 @@ class TritonServer:
         return self._said if self._output is None else self._output.text()
 
     def check(self) -> None:
-        """Prove that the server answers, by a request through the ensemble.
+        """Prove that the server answers, and answers right, by a request through the ensemble.
 
         Raises:
             ServingError: it is not running or does not answer properly.
         """
         _ = self.pid
-        probe(self.http_url)
+        self.ask(BOXES_MODEL)
+
+    def ask(self, model: str, *, timeout_s: float = 120.0) -> None:
+        """Prove it of one model.
+
+        Args:
+            model: one of `probe.SERVED`.
+            timeout_s: how long the answer may take.
+
+        Raises:
+            ServingError: no answer, or not the one that the repository knows.
+        """
+        compare(model, ask(self.http_url, model, timeout_s=timeout_s), self.known_answers)
 
     @property
     def has_ended(self) -> bool:
@@ -297,11 +314,13 @@ class TritonServer:
         return True
 
     def stop(self) -> None:
-        """Stop the server, remove its folder and shared memory; harmless when stopped.
+        """Stop the server at once, remove its folder and shared memory; harmless when stopped.
 
-        Requests that it still works on are cut off; `drain` waits for them.
+        Requests that it still works on are cut off; `drain` waits for them. Nothing else would be
+        gained by Triton's own way to end, which takes seconds, and its whole timeout where a
+        model's process has died before.
         """
-        self._end(_STOP_S)
+        self._end()
         if self._output is not None:
             self._said = self._output.text()
             self._output.close()
@@ -310,14 +329,10 @@ class TritonServer:
             shutil.rmtree(self._runtime)
             self._runtime = None
 
-    def _end(self, seconds: float = 0.0) -> None:
+    def _end(self) -> None:
         """End the process, its stubs included, and free its shared memory."""
         process, self._process = self._process, None
         if process is not None:
-            if seconds and not has_ended(process):
-                with suppress(ProcessLookupError):
-                    process.send_signal(signal.SIGTERM)
-                wait_for_end(process, seconds)
             end_group(process)
             if self._output is not None:
                 self._output.finish()
@@ -330,9 +345,9 @@ class TritonServer:
         self.stop()
 
 
-def network_warning(host: str) -> str:
-    """What is wrong with a CPU server that others reach, "" for one that nobody does."""
-    if is_loopback(host):
+def network_warning(host: str, environment: ServerEnvironment) -> str:
+    """What is wrong with a server of the wheel that others reach, "" for one that nobody does."""
+    if is_loopback(host) or environment.is_installation:
         return ""
     return (
         f"WARNING: this CPU server listens on {host}. It is Triton 2.51 (24.10), which a chunked "
