@@ -1,4 +1,4 @@
-"""ReadPrompts of one request, in the image frame → what the decoders take, in the model frame."""
+"""Prompts of one request, in the image frame → what the decoders take, in the model frame."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from ..core import array_guard
 from ..core.contract import IOU_SCORES, MASKS, RAW_BOXES, RAW_IMAGE, TRITON_TYPES, ensemble_spec
 from ..core.errors import InputError, ServingError
 from ..privacy import VARIABLES
@@ -27,6 +28,8 @@ from .triton_config import BYTECODE
 
 LOOPBACK = "127.0.0.1"
 STANDINS = Path(__file__).parent / "standin_backends"
+GUARD = Path(array_guard.__file__)
+"""Module that the stand-ins import, as the front model does."""
 
 _STOP_S = 30.0
 _KILLED_S = 5.0
@@ -335,7 +338,8 @@ def _lay_out_backends(environment: ServerEnvironment, folder: Path) -> None:
     shutil.copy2(environment.stub, python / environment.stub.name)
     for standin in sorted(STANDINS.iterdir()):
         (folder / standin.name).mkdir()
-        shutil.copyfile(standin / "model.py", folder / standin.name / "model.py")
+        for file in (standin / "model.py", GUARD):
+            shutil.copyfile(file, folder / standin.name / file.name)
 
 
 def _environment(environment: ServerEnvironment) -> dict[str, str]:
