@@ -45,6 +45,8 @@ ROOT = Path(__file__).resolve().parent
 BENCHMARKS = ROOT / "benchmarks"
 GATE = "dbsam-benchmark-gate"
 TEST_SET = ROOT.parent / "shared" / "data" / "testset" / "dev"
+DEPLOYMENT_TOOLS = ("dclint", "hadolint", "helm", "nginx", "promtool")
+TOOL_PATH = f"{ROOT / '.tools' / 'bin'}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 
 
 def _missing_gpu() -> str:
@@ -87,6 +89,11 @@ def _missing_nvcc() -> str:
     return "" if shutil.which("nvcc") else "no nvcc on the PATH: install the CUDA toolkit"
 
 
+def _missing_deployment() -> str:
+    there = any(shutil.which(name, path=TOOL_PATH) for name in DEPLOYMENT_TOOLS)
+    return "" if there else f"none of {', '.join(DEPLOYMENT_TOOLS)}: python3 .ci/tools"
+
+
 def _missing_data() -> str:
     return "" if TEST_SET.is_dir() else f"no test set in {TEST_SET}"
 
@@ -100,10 +107,16 @@ MISSING: dict[str, Callable[[], str]] = {
     "modelopt": _missing_modelopt,
     "nvcc": _missing_nvcc,
     "data": _missing_data,
+    "deployment": _missing_deployment,
 }
 """Marker → why its tests cannot run on this machine, or "" if they can."""
 
-FIXTURE_MARKERS = {"plugin_library": "nvcc", "rtx": "rtx", "server_environment": "triton"}
+FIXTURE_MARKERS = {
+    "plugin_library": "nvcc",
+    "rtx": "rtx",
+    "server_environment": "triton",
+    "deployment_tool": "deployment",
+}
 """Fixture → the marker that every test using it has."""
 
 
@@ -234,6 +247,19 @@ def test_set() -> Path:
 def server_environment() -> ServerEnvironment:
     """The Triton server's own environment; tests that use it carry the marker `triton`."""
     return find_environment(ROOT / DEFAULT_FOLDER)
+
+
+@pytest.fixture(scope="session")
+def deployment_tool() -> Callable[[str], str]:
+    """Name → path of a tool that checks `deployment/`, from .tools/ or the PATH, or a skip."""
+
+    def find(name: str) -> str:
+        found = shutil.which(name, path=TOOL_PATH)
+        if found is None:
+            pytest.skip(f"no {name}: python3 .ci/tools")
+        return found
+
+    return find
 
 
 class BenchmarkGate:

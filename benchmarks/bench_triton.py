@@ -14,8 +14,9 @@ from timing import ratios as benchmarking
 
 from dbsam_deploy.clients.client import DbsamClient
 from dbsam_deploy.prediction.predictor import Predictor
+from dbsam_deploy.serving.ports import Ports
 from dbsam_deploy.serving.repository import build_repository, file_hashes, write_repository
-from dbsam_deploy.serving.server import Ports, TritonServer
+from dbsam_deploy.serving.server import TritonServer
 
 ONE_THREAD = 'parameters { key: "intra_op_thread_count" value { string_value: "1" } }\n'
 REFERENCE_CONFIG = """\

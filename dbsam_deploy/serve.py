@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import signal
 import sys
@@ -11,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
 
 from .artefact import BUILD_FOLDER
 from .cli import HelpFormatter, Parser, run, say_on_stderr
@@ -21,14 +21,18 @@ from .prediction.loading import open_server
 from .prediction.model import Model
 from .privacy import VARIABLES
 from .serving.choice import choose_repository
+from .serving.control import KEY_VARIABLE, write_key
 from .serving.environment import (
     DEFAULT_FOLDER,
     find_environment,
     has_gpu_driver,
     install_environment,
 )
+from .serving.ports import LOOPBACK, Ports
 from .serving.repository import Repository
-from .serving.server import LOOPBACK, Ports, TritonServer, remove_bytecode
+from .serving.server import TritonServer, network_warning, remove_bytecode
+from .serving.server_log import free_log
+from .serving.supervisor import Supervisor
 from .sessions.backends import untrained_note
 
 TRY_TIMEOUT_S = 300.0
@@ -86,6 +90,13 @@ def build_parser() -> Parser:
     server.add_argument(
         "--log", type=Path, help="file for the server's log (default: beside the repository)"
     )
+    server.add_argument(
+        "--grace",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="how long accepted requests may take after Ctrl-C or SIGTERM",
+    )
     attempt = parser.add_argument_group("--try")
     add_prompt_options(attempt)
     add_image_options(attempt)
@@ -118,19 +129,25 @@ def docker_command(repository: Repository, ports: Ports, host: str = LOOPBACK) -
     return " \\\n  ".join(lines)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    """End like Ctrl-C, once: a second signal must not cut short the stopping of the server."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise KeyboardInterrupt
+class _Stop:
+    """Turns Ctrl-C and SIGTERM into KeyboardInterrupt: once, and again where that does no harm."""
+
+    def __init__(self) -> None:
+        self.again = True
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """The signals' handler."""
+        if self.again:
+            self.again = False
+            raise KeyboardInterrupt
 
 
 @contextmanager
-def _stoppable() -> Iterator[None]:
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, _interrupt) for number in numbers}
+def _stoppable() -> Iterator[_Stop]:
+    numbers, stop = (signal.SIGINT, signal.SIGTERM), _Stop()
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
-        yield
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -154,17 +171,35 @@ def _announce(server: TritonServer, seconds: float) -> None:
     _say(f"  metrics  http://{server.metrics_url}/metrics\n  log      {server.log}")
 
 
+def _event(text: str) -> None:
+    _say(f"{time.strftime('%H:%M:%S')} {text}")
+
+
 def _serve(server: TritonServer) -> int:
-    """Serve until Ctrl-C or SIGTERM; both end it cleanly."""
+    """Serve until Ctrl-C or SIGTERM; both let it finish what it has accepted."""
     _say("starting the Triton server ...")
-    start = time.monotonic()
+    began = time.monotonic()
+    key_file = server.log.with_name(f"{server.log.stem.removeprefix('triton-')}.key")
     try:
-        with _stoppable(), server:
-            _announce(server, time.monotonic() - start)
+        with _stoppable() as stop, server:
+            write_key(server.key, key_file)
+            _announce(server, time.monotonic() - began)
+            _say(f"  key      {key_file} (for Triton's own APIs; inference needs none)")
             _say("Ctrl-C stops it")
-            server.wait()
+            try:
+                Supervisor(server, _event).run()
+            except KeyboardInterrupt:
+                stop.again = True
+                _say(f"finishing accepted requests, at most {server.grace_s:g} s (Ctrl-C: at once)")
+                all_done = server.drain()
+                stop.again = False
+                if not all_done:
+                    _say(f"some requests were not answered within {server.grace_s:g} s")
     except KeyboardInterrupt:
-        _say("stopped")
+        pass
+    finally:
+        key_file.unlink(missing_ok=True)
+    _say("stopped")
     return 0
 
 
@@ -180,8 +215,17 @@ def _server(args: argparse.Namespace, repository: Repository, ports: Ports) -> T
     if has_gpu_driver():
         _say("this machine has a GPU; the server below uses the CPU only. For the GPU:")
         _say(docker_command(repository, ports, args.host))
-    log = args.log or repository.folder.absolute().parent / "triton-server.log"
-    return TritonServer(repository.folder, environment, log=log, ports=ports, host=args.host)
+    if warning := network_warning(args.host):
+        say_on_stderr(warning)
+    return TritonServer(
+        repository.folder,
+        environment,
+        log=args.log or free_log(repository.folder.absolute().parent, "triton-server"),
+        ports=ports,
+        host=args.host,
+        key=os.environ.get(KEY_VARIABLE),
+        grace_s=args.grace,
+    )
 
 
 def _try(args: argparse.Namespace, repository: Repository, ports: Ports) -> int:

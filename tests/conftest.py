@@ -33,8 +33,9 @@ from dbsam_deploy.model import DbSam
 from dbsam_deploy.model.weights import find_lite_medsam, load_model
 from dbsam_deploy.recipe import Recipe, load_recipe
 from dbsam_deploy.serving.environment import ServerEnvironment
+from dbsam_deploy.serving.ports import Ports
 from dbsam_deploy.serving.repository import Repository, build_repository
-from dbsam_deploy.serving.server import Ports, TritonServer
+from dbsam_deploy.serving.server import TritonServer
 from dbsam_deploy.verification.cases import bundled_examples
 
 TINY_SIZE = 128

@@ -16,7 +16,7 @@ import pytest
 from dbsam_deploy import privacy
 from dbsam_deploy.child_process import run_python
 from dbsam_deploy.serving.environment import ServerEnvironment
-from dbsam_deploy.serving.server import _environment
+from dbsam_deploy.serving.runtime import server_variables
 from dbsam_deploy.sessions.onnxruntime_providers import import_onnxruntime
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -144,7 +144,7 @@ def test_nothing_is_sent_later(recorder, tmp_path):
 def test_workers_and_servers_inherit_it(monkeypatch, tmp_path):
     for name in privacy.VARIABLES:
         monkeypatch.setenv(name, "0")
-    server = _environment(ServerEnvironment(tmp_path, tmp_path, tmp_path, ()))
+    server = server_variables(ServerEnvironment(tmp_path, tmp_path, tmp_path, ()), tmp_path)
     assert privacy.VARIABLES.items() <= server.items()
     privacy.switch_off()
     asked = f"import os; print([os.environ[name] for name in {list(privacy.VARIABLES)}])"

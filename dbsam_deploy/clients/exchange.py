@@ -21,6 +21,7 @@ from ..core.errors import InputError, NoServerError, ServingError, StoppingError
 from ..core.imaging import Arrays
 from ..core.masks import Prediction
 from ..core.prompts import PromptArrays
+from ..serving.control import KEY_HEADER, KEY_VARIABLE
 from .calls import (
     BOX_MODEL,
     Call,
@@ -49,8 +50,7 @@ from .shared_memory import (
 Returned = TypeVar("Returned")
 Exchange = Generator[Callable[[], Any], Any, Returned]
 
-KEY_VARIABLE = "DBSAM_SERVER_KEY"
-_KEY_HEADERS = {"grpc": "triton-grpc-protocol-dbsam-key", "http": "dbsam-key"}
+_KEY_HEADERS = {"grpc": f"triton-grpc-protocol-{KEY_HEADER}", "http": KEY_HEADER}
 _LOG = logging.getLogger(__name__)
 
 _grpc_process: int | None = None

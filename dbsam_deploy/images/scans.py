@@ -168,7 +168,6 @@ def nifti_bytes(
     if header is None:
         image.header.set_xyzt_units("mm")
         image.set_sform(geometry.affine, code="scanner")
-        image.set_qform(None, code="unknown")
     if not compressed:
         return bytes(image.to_bytes())
     # mtime 0: the same labels give the same file

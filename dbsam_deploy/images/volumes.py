@@ -11,6 +11,7 @@ MedSAM's challenge format name their last slice instead; they are converted when
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import struct
@@ -34,6 +35,7 @@ from .dicom_files import looks_like_dicom
 from .intensity import Intensity, Window, to_uint8
 from .nifti import read_nifti
 from .npz_files import read_npz
+from .quiet import without_stderr
 from .scans import Scan, ScanGeometry, nifti_bytes
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
@@ -210,12 +212,14 @@ def _from_scan(
 def _read_picture(path: Path, window: Window | None) -> Volume:
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about tags that nothing here reads
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=PICTURE_FORMATS) as image:
                 if image.width * image.height > MAX_IMAGE_PIXELS:
                     raise Image.DecompressionBombError
                 turned = _turned(image)  # Pillow turns a TIFF itself, and forgets the tag
-                image.load()
+                with without_stderr() if image.format == "TIFF" else contextlib.nullcontext():
+                    image.load()  # libtiff prints
                 values, notes = picture_values(image, path)
                 notes = notes if turned == notes[: len(turned)] else (*turned, *notes)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

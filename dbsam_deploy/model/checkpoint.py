@@ -130,8 +130,10 @@ def _read(path: Path) -> object:
             _check_declared(path)
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        match = re.search(r"(?:GLOBAL|global) (\S+)", str(error))
-        what = f"it asks for {_line(match.group(1))}" if match else _line(error)
+        # PyTorch begins with advice to load it unsafely; what it found comes after that.
+        reason = str(error).rpartition("WeightsUnpickler error:")[2]
+        match = re.search(r"(?:GLOBAL|global) (\S+)", reason)
+        what = f"it asks for {_line(match.group(1))}" if match else _line(reason)
         raise CheckpointError(
             f"checkpoint {path}: refused, it holds more than tensors ({what}) and loading it could "
             "run code; save the state dict alone, best as .safetensors"

@@ -21,8 +21,8 @@ from dbsam_deploy.engines.manifest import (
 )
 from dbsam_deploy.recipe import Gate, Parity
 from dbsam_deploy.serve import docker_command
+from dbsam_deploy.serving.ports import Ports
 from dbsam_deploy.serving.repository import build_repository, load_repository
-from dbsam_deploy.serving.server import Ports
 from dbsam_deploy.sessions.engine_session import TensorrtSession
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
 from dbsam_deploy.verification.cases import bundled_examples, load_cases

@@ -1,0 +1,70 @@
+"""The folder that a server runs from: backends, its copy of the repository, its control folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from ..core import array_guard
+from ..core.errors import ServingError
+from ..core.front import CONTROL_VARIABLE
+from ..privacy import VARIABLES
+from .environment import ServerEnvironment
+
+STANDINS = Path(__file__).parent / "standin_backends"
+GUARD = Path(array_guard.__file__)
+"""Module that the stand-ins import, as the front model does."""
+MODELS, CONTROL = "models", "control"
+"""Names in the folder: the repository's copy, and where the front looks for orders."""
+
+# Triton passes paths to a shell and to a command line without quoting them.
+_PLAIN = re.compile(r"[A-Za-z0-9_./+-]+")
+_PLACES = ("/var/tmp", "/tmp", "/run")  # noqa: S108 - a folder of our own is made in one of them
+
+
+def make_runtime() -> Path:
+    """A new folder for this user alone, below the system's folder for temporary files.
+
+    Raises:
+        ServingError: there is no place for it whose path has only plain characters.
+    """
+    for place in (tempfile.gettempdir(), *_PLACES):
+        if _PLAIN.fullmatch(place) and os.access(place, os.W_OK | os.X_OK):
+            return Path(tempfile.mkdtemp(prefix="dbsam-triton-", dir=place))
+    raise ServingError(
+        f"no place for the server's files: the path of TMPDIR ({tempfile.gettempdir()}) has blanks "
+        "or other characters that Triton does not take; set it to a plain one"
+    )
+
+
+def lay_out(environment: ServerEnvironment, folder: Path) -> None:
+    """Copy the Python backend and the stand-ins; Triton refuses links that leave the folder."""
+    python = folder / "python"
+    python.mkdir()
+    (folder / CONTROL).mkdir(mode=0o700)
+    source = environment.root / "backends" / "python"
+    for name in ("libtriton_python.so", "triton_python_backend_utils.py"):
+        shutil.copy2(source / name, python / name)
+    shutil.copy2(environment.stub, python / environment.stub.name)
+    for standin in sorted(STANDINS.iterdir()):
+        (folder / standin.name).mkdir()
+        for file in (standin / "model.py", GUARD):
+            shutil.copyfile(file, folder / standin.name / file.name)
+
+
+def server_variables(environment: ServerEnvironment, folder: Path) -> dict[str, str]:
+    """Changes of the environment: the server's own libraries and interpreter."""
+    libraries = [str(path) for path in environment.library_path]
+    inherited = os.environ.get("LD_LIBRARY_PATH")
+    # The stub embeds Python and takes its prefix from the first python3 on the path.
+    binaries = str((environment.folder / "bin").absolute())
+    return {
+        "PYTHONSAFEPATH": "1",  # nothing is imported from the working folder
+        "LD_LIBRARY_PATH": ":".join([*libraries, *([inherited] if inherited else [])]),
+        "PATH": ":".join([binaries, os.environ.get("PATH", os.defpath)]),
+        CONTROL_VARIABLE: str(folder / CONTROL),
+        **VARIABLES,
+    }
