@@ -23,6 +23,9 @@ if "--benchmark" not in sys.argv:
     # needs. PyTorch and NumPy read this when they are loaded, so it stands before their imports.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Kernels and models are kept here between runs, and nothing goes into the user's own cache.
+os.environ["XDG_CACHE_HOME"] = os.path.join(os.path.dirname(__file__), ".test-cache")
+
 import functools
 import importlib.util
 import shutil
@@ -39,7 +42,7 @@ from dbsam_deploy.hardware import Hardware, describe_hardware, installed_version
 from dbsam_deploy.quantization.modelopt_tool import find_python
 from dbsam_deploy.serving.environment import DEFAULT_FOLDER, ServerEnvironment, find_environment
 
-pytest_plugins = ["pytester", "support.random_numbers"]
+pytest_plugins = ["pytester", "support.random_numbers", "support.toy_exports"]
 
 ROOT = Path(__file__).resolve().parent
 BENCHMARKS = ROOT / "benchmarks"

@@ -31,7 +31,7 @@ from .serving.environment import (
 from .serving.ports import LOOPBACK, Ports
 from .serving.repository import Repository
 from .serving.server import TritonServer, network_warning, remove_bytecode
-from .serving.server_log import free_log
+from .serving.server_log import STANDARD_OUTPUT, free_log
 from .serving.supervisor import Supervisor
 from .sessions.backends import untrained_note
 
@@ -79,7 +79,10 @@ def build_parser() -> Parser:
         "--repository", type=Path, help="model repository to serve as it is, without its export"
     )
     parser.add_argument(
-        "--server-env", type=Path, default=DEFAULT_FOLDER, help="the server's virtual environment"
+        "--server-env",
+        type=Path,
+        default=DEFAULT_FOLDER,
+        help="the server's virtual environment; in NVIDIA's container /opt/tritonserver",
     )
     server = parser.add_argument_group("server")
     server.add_argument(
@@ -88,7 +91,9 @@ def build_parser() -> Parser:
     for name, port in (("http", 8000), ("grpc", 8001), ("metrics", 8002)):
         server.add_argument(f"--{name}-port", type=int, default=port, help="0 takes a free one")
     server.add_argument(
-        "--log", type=Path, help="file for the server's log (default: beside the repository)"
+        "--log",
+        type=Path,
+        help="file for the server's log (default: beside the repository); - is standard output",
     )
     server.add_argument(
         "--grace",
@@ -166,7 +171,8 @@ def _describe(repository: Repository) -> str:
 
 def _announce(server: TritonServer, seconds: float) -> None:
     _say(f"ready after {seconds:.1f} s; a request through the ensemble was answered")
-    _say("CPU stand-ins serve the onnxruntime and tensorrt backends (see the log)")
+    if not server.environment.is_installation:
+        _say("CPU stand-ins serve the onnxruntime and tensorrt backends (see the log)")
     _say(f"  gRPC     {server.grpc_url}\n  HTTP     {server.http_url}")
     _say(f"  metrics  http://{server.metrics_url}/metrics\n  log      {server.log}")
 
@@ -179,7 +185,8 @@ def _serve(server: TritonServer) -> int:
     """Serve until Ctrl-C or SIGTERM; both let it finish what it has accepted."""
     _say("starting the Triton server ...")
     began = time.monotonic()
-    key_file = server.log.with_name(f"{server.log.stem.removeprefix('triton-')}.key")
+    log = Path("server.log") if server.log == STANDARD_OUTPUT else server.log
+    key_file = log.with_name(f"{log.stem.removeprefix('triton-')}.key")
     try:
         with _stoppable() as stop, server:
             write_key(server.key, key_file)
@@ -212,10 +219,10 @@ def _server(args: argparse.Namespace, repository: Repository, ports: Ports) -> T
     medsam = repository.preprocessing.mode == "medsam"
     environment = find_environment(args.server_env, medsam=medsam)
     _say(_describe(repository))
-    if has_gpu_driver():
+    if has_gpu_driver() and not environment.is_installation:
         _say("this machine has a GPU; the server below uses the CPU only. For the GPU:")
         _say(docker_command(repository, ports, args.host))
-    if warning := network_warning(args.host):
+    if warning := network_warning(args.host, environment):
         say_on_stderr(warning)
     return TritonServer(
         repository.folder,

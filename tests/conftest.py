@@ -19,6 +19,7 @@ import torch
 from filelock import FileLock
 from onnx import TensorProto, helper
 from rich.console import Console
+from support import property_profiles  # noqa: F401 - loads how many examples are tried
 from support.graph_builder import GraphBuilder
 from support.references import small_model
 

@@ -12,6 +12,7 @@ from ..core.masks import Prediction
 from ..core.prompts import PromptArrays
 from .calls import load_library
 from .exchange import Exchange, Exchanges, Returned
+from .known_images import KnownImage, boxes_alone
 from .retries import ServerRequest
 
 
@@ -62,6 +63,10 @@ class AsyncDbsamClient(Exchanges):
         """See `DbsamClient.segment_prompts`."""
         return await _finish(self._prompts(image, multimask=multimask, **prompts))
 
+    async def open(self, image: npt.NDArray[Any]) -> AsyncOpenImage:
+        """See `DbsamClient.open`."""
+        return AsyncOpenImage(self, await _finish(self._open(image)))
+
     async def close(self) -> None:
         """See `DbsamClient.close`."""
         await _finish(self._closing())
@@ -71,6 +76,29 @@ class AsyncDbsamClient(Exchanges):
 
     async def __aexit__(self, *exception: object) -> None:
         await self.close()
+
+
+class AsyncOpenImage:
+    """`client.OpenImage` for asyncio."""
+
+    def __init__(self, client: AsyncDbsamClient, known: KnownImage) -> None:
+        self._client, self.known = client, known
+
+    async def predict(
+        self,
+        *,
+        multimask: bool = False,
+        logits: bool = False,
+        **prompts: Unpack[PromptArrays],
+    ) -> Prediction:
+        """See `client.OpenImage.predict`."""
+        boxes = boxes_alone(prompts, multimask=multimask)
+        if boxes is not None:
+            return await _finish(self._client._known_boxes(self.known, boxes, logits=logits))
+        exchange = self._client._known_prompts(
+            self.known, multimask=multimask, logits=logits, **prompts
+        )
+        return await _finish(exchange)
 
 
 async def _finish(exchange: Exchange[Returned]) -> Returned:

@@ -11,7 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..core.contract import (
+    IMAGE_ID,
     NUM_MASK_TOKENS,
+    POINT_COORDS,
     TRITON_TYPES,
     GraphSpec,
     TensorSpec,
@@ -21,7 +23,7 @@ from ..core.contract import (
 from ..core.errors import InputError, ServingError
 from ..core.imaging import Arrays, check_boxes, check_contrast, check_image
 from ..core.masks import Prediction
-from ..core.prompts import Places, check_mask_input, check_mask_pixels, join_prompts
+from ..core.prompts import Places, PromptArrays, check_mask_input, check_mask_pixels, join_prompts
 from ..extras import require
 from .shared_memory import SharedRegion
 
@@ -45,8 +47,12 @@ class Call:
     def regions(self) -> tuple[dict[str, int], int]:
         """Offset of each tensor in one shared region, and the region's size in bytes."""
         offsets, end = {}, 0
-        sizes = {name: array.nbytes for name, array in self.arrays.items()}
-        sizes |= {f"->{spec.name}": self.output_bytes(spec) for spec in self.spec.outputs}
+        sizes = {name: array.nbytes for name, array in self.arrays.items() if _is_plain(array)}
+        sizes |= {
+            f"->{spec.name}": self.output_bytes(spec)
+            for spec in self.spec.outputs
+            if spec.dtype != "bytes"
+        }
         for name, size in sizes.items():
             offsets[name] = end
             end += -(-max(size, 1) // _ALIGNMENT) * _ALIGNMENT
@@ -95,26 +101,45 @@ def box_result(arrays: Arrays, spec: GraphSpec) -> Prediction:
     return Prediction(masks[:, None], ious[:, None], *logits)
 
 
-def prompt_call(
-    image: npt.NDArray[Any],
-    side: int,
-    *,
-    mask_input: npt.NDArray[Any] | None = None,
-    **places: Unpack[Places],
-) -> Call:
+def prompt_call(image: npt.NDArray[Any], side: int, **prompts: Unpack[PromptArrays]) -> Call:
     """A request for the four mask tokens of each prompt set.
 
     Args:
         image: (H, W, 3) uint8 RGB.
         side: 4G, the side of the server's mask grid.
-        mask_input: (N, 4G, 4G) float logits of an earlier answer.
-        **places: boxes and points, see `Places`.
+        **prompts: boxes, points and earlier logits, see `PromptArrays`.
 
     Raises:
         InputError: the image or a prompt is not usable.
     """
     image = check_contrast(check_image(np.asarray(image)))
     size = _size_of(image)
+    spec = prompts_ensemble_spec(side)
+    arrays = {spec.inputs[0].name: np.ascontiguousarray(image)}
+    arrays |= prompt_arrays(size, side, **prompts)
+    tokens = (len(arrays[POINT_COORDS]), NUM_MASK_TOKENS)
+    shapes = ((*tokens, *size), tokens, (*tokens, side, side))
+    return Call(spec, arrays, dict(zip(spec.output_names, shapes, strict=True)))
+
+
+def prompt_arrays(
+    size: tuple[int, int],
+    side: int,
+    *,
+    mask_input: npt.NDArray[Any] | None = None,
+    **places: Unpack[Places],
+) -> Arrays:
+    """Prompt sets as the server's inputs; those of the image are not among them.
+
+    Args:
+        size: height and width of the image.
+        side: 4G, the side of the server's mask grid.
+        mask_input: (N, 4G, 4G) float logits of an earlier answer.
+        **places: boxes and points, see `Places`.
+
+    Raises:
+        InputError: a prompt is not usable.
+    """
     coords, labels = join_prompts(size, **places)
     count = len(coords)
     check_mask_pixels(count * NUM_MASK_TOKENS, size)
@@ -123,11 +148,9 @@ def prompt_call(
     else:
         masks = check_mask_input(mask_input, count, side)
     has_mask = np.full(count, mask_input is not None, np.float32)
-    spec = prompts_ensemble_spec(side)
-    tokens = (count, NUM_MASK_TOKENS)
-    shapes = ((*tokens, *size), tokens, (*tokens, side, side))
-    arrays = _named(spec, image, coords, labels, masks, has_mask)
-    return Call(spec, arrays, dict(zip(spec.output_names, shapes, strict=True)))
+    found = (coords, labels, masks, has_mask)
+    names = prompts_ensemble_spec(side).input_names[1:]
+    return dict(zip(names, map(np.ascontiguousarray, found), strict=True))
 
 
 def prompt_result(arrays: Arrays, spec: GraphSpec, *, multimask: bool) -> Prediction:
@@ -169,6 +192,12 @@ def check_options(url: str, transport: str, timeout_s: float) -> None:
         raise InputError(f"timeout_s {timeout_s:g}: expected at most {MAX_TIMEOUT_S} seconds")
 
 
+def is_here(url: str) -> bool:
+    """Whether a server's address is one of this machine's own, reached without a network."""
+    host = url.rpartition(":")[0].strip("[]")
+    return host == "localhost" or host == "::1" or host.startswith("127.")
+
+
 def load_library(name: str) -> ModuleType:
     """Import a part of `tritonclient`, or what it needs.
 
@@ -192,7 +221,7 @@ def tensors(
     inputs, outputs = [], []
     for name, array in call.arrays.items():
         tensor = library.InferInput(name, list(array.shape), _triton_type(name, array))
-        if region is None:
+        if region is None or not _is_plain(array):
             tensor.set_data_from_numpy(array)
         else:
             region.write(array, offsets[name])
@@ -200,7 +229,7 @@ def tensors(
         inputs.append(tensor)
     for spec in call.spec.outputs:
         output = library.InferRequestedOutput(spec.name)
-        if region is not None:
+        if region is not None and spec.dtype != "bytes":
             size = call.output_bytes(spec)
             output.set_shared_memory(region.name, size, offsets[f"->{spec.name}"])
         outputs.append(output)
@@ -226,7 +255,7 @@ def read_result(call: Call, result: Any, region: SharedRegion | None) -> Arrays:
                 f"expected {TRITON_TYPES[spec.dtype]}{list(shape)}: is the repository of this "
                 "library's version?"
             )
-        if region is None:
+        if region is None or spec.dtype == "bytes":
             arrays[spec.name] = np.array(result.as_numpy(spec.name))
         else:
             arrays[spec.name] = region.read(shape, spec.dtype, offsets[f"->{spec.name}"])
@@ -237,9 +266,14 @@ def _attributes(found: Any) -> dict[str, Any]:
     return {"datatype": found.datatype, "shape": list(found.shape)}
 
 
+def _is_plain(array: npt.NDArray[Any]) -> bool:
+    """Whether its bytes are its values, so that shared memory can hold them."""
+    return array.dtype != object
+
+
 def _triton_type(name: str, array: npt.NDArray[Any]) -> str:
     known = load_library("tritonclient.utils").np_to_triton_dtype(array.dtype)
-    if known is None or known == "BYTES":
+    if known is None or (known == "BYTES" and name != IMAGE_ID.name):
         raise InputError(f"{name}: dtype {array.dtype} cannot be sent")
     return str(known)
 

@@ -11,6 +11,7 @@ from ..core.masks import Prediction
 from ..core.prompts import PromptArrays
 from .exchange import Exchange, Exchanges, Returned
 from .http_connection import HttpConnection
+from .known_images import KnownImage, boxes_alone
 
 
 class DbsamClient(Exchanges):
@@ -29,6 +30,7 @@ class DbsamClient(Exchanges):
         retries: when a refused request is sent again, see `Retries`.
         key: of the server's restricted interfaces, which shared memory needs; by default that of
             the environment's DBSAM_SERVER_KEY, if there is one.
+        packed: masks of opened images come as compressed bits; by default from other machines.
 
     Raises:
         EngineError: `tritonclient` is not installed.
@@ -90,6 +92,26 @@ class DbsamClient(Exchanges):
         """
         return _finish(self._prompts(image, multimask=multimask, **prompts))
 
+    def open(self, image: npt.NDArray[Any]) -> OpenImage:
+        """An image to prompt many times, which the server encodes once: now, if it lacks it.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+
+        Raises:
+            InputError: an unusable image.
+            ServingError: see `segment`.
+        """
+        return OpenImage(self, _finish(self._open(image)))
+
+    def take(self, image: npt.NDArray[Any]) -> OpenImage:
+        """As `open`, but nothing is asked before the first prompt.
+
+        Raises:
+            InputError: an unusable image.
+        """
+        return OpenImage(self, KnownImage.of(image))
+
     def close(self) -> None:
         """Free shared memory and close the connection; stop the server after this, not before."""
         _finish(self._closing())
@@ -99,6 +121,58 @@ class DbsamClient(Exchanges):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+class OpenImage:
+    """An image that a server keeps encoded; threads may share it.
+
+    Requests name it by its content. Where the server does not keep it (any more), the image itself
+    is sent, and the same request goes on: nobody notices but by the time it takes.
+
+    Attributes:
+        known: the image, its id, and whether the last answer needed no encoder (`cached`).
+    """
+
+    def __init__(self, client: DbsamClient, known: KnownImage) -> None:
+        self._client, self.known = client, known
+
+    def predict(
+        self,
+        *,
+        multimask: bool = False,
+        logits: bool = False,
+        **prompts: Unpack[PromptArrays],
+    ) -> Prediction:
+        """Masks for N prompt sets, see `DbsamClient.segment_prompts`.
+
+        Boxes alone go to the box decoder, as in `DbsamClient.segment`, unless `multimask`.
+
+        Args:
+            multimask: return the three alternatives instead of the single mask.
+            logits: return the logits too, to prompt again with.
+            **prompts: see `core.prompts.PromptArrays`.
+
+        Raises:
+            InputError: an unusable prompt, found here or by the server.
+            ServingError: see `DbsamClient.segment`.
+        """
+        boxes = boxes_alone(prompts, multimask=multimask)
+        if boxes is not None:
+            return self.predict_boxes(boxes, logits=logits)
+        return self.predict_prompts(multimask=multimask, logits=logits, **prompts)
+
+    def predict_boxes(self, boxes: npt.NDArray[Any], *, logits: bool = False) -> Prediction:
+        """One mask a box, by the box decoder; see `predict`."""
+        return _finish(self._client._known_boxes(self.known, boxes, logits=logits))
+
+    def predict_prompts(
+        self, *, multimask: bool = False, logits: bool = False, **prompts: Unpack[PromptArrays]
+    ) -> Prediction:
+        """Masks by the prompt decoder, for boxes alone as well; see `predict`."""
+        exchange = self._client._known_prompts(
+            self.known, multimask=multimask, logits=logits, **prompts
+        )
+        return _finish(exchange)
 
 
 def _finish(exchange: Exchange[Returned]) -> Returned:

@@ -17,7 +17,8 @@ from typing import Any, TypeVar, Unpack
 
 import numpy.typing as npt
 
-from ..core.errors import InputError, NoServerError, ServingError, StoppingError
+from ..core.contract import CACHED
+from ..core.errors import InputError, NoServerError, NotKeptError, ServingError, StoppingError
 from ..core.imaging import Arrays
 from ..core.masks import Prediction
 from ..core.prompts import PromptArrays
@@ -28,6 +29,7 @@ from .calls import (
     box_call,
     box_result,
     check_options,
+    is_here,
     load_library,
     mask_side,
     prompt_call,
@@ -36,6 +38,16 @@ from .calls import (
     tensors,
 )
 from .failures import translated
+from .known_images import (
+    KnownImage,
+    Wanted,
+    check_opened,
+    known_boxes_call,
+    known_prompts_call,
+    known_result,
+    open_call,
+    with_pixels,
+)
 from .retries import Retries, ServerRequest, Transport
 from .shared_memory import (
     CLOSE_WAIT_S,
@@ -85,6 +97,7 @@ class Exchanges(ABC):
         retries: when a refused request is sent again.
         key: of the server's restricted interfaces, which shared memory needs; by default that of
             the environment's DBSAM_SERVER_KEY, if there is one.
+        packed: masks of opened images come as compressed bits; by default from other machines.
 
     Raises:
         EngineError: `tritonclient` is not installed.
@@ -103,12 +116,14 @@ class Exchanges(ABC):
         timeout_s: float = 60.0,
         retries: Retries = Retries(),  # noqa: B008 - frozen
         key: str | None = None,
+        packed: bool | None = None,
     ) -> None:
         check_options(url, transport, timeout_s)
         self.url, self.transport = url, transport
         self._timeout_s, self._retries = timeout_s, retries
         self._shared = shared_memory
         self._pool = RegionPool()
+        self._packed = not shared_memory and (not is_here(url) if packed is None else packed)
         key = os.environ.get(KEY_VARIABLE) if key is None else key
         self._headers = {"headers": {_KEY_HEADERS[transport]: key}} if key else {}
         self._library = load_library(f"tritonclient.{transport}")
@@ -162,6 +177,44 @@ class Exchanges(ABC):
         call = prompt_call(image, side, **prompts)
         arrays = yield from self._run(call, request)
         return prompt_result(arrays, call.spec, multimask=multimask)
+
+    def _open(self, image: npt.NDArray[Any]) -> Exchange[KnownImage]:
+        request, known = self._begin(), KnownImage.of(image)
+        arrays = yield from self._ask_known(open_call(known), known, request)
+        check_opened(arrays, known)
+        known.cached = bool(arrays[CACHED.name][0])
+        return known
+
+    def _known_boxes(
+        self, image: KnownImage, boxes: npt.NDArray[Any], *, logits: bool
+    ) -> Exchange[Prediction]:
+        request = self._begin()
+        side = (yield from self._mask_side(request)) if logits else 1
+        call = known_boxes_call(image, boxes, Wanted(side, logits, self._packed))
+        arrays = yield from self._ask_known(call, image, request)
+        return known_result(arrays, image)
+
+    def _known_prompts(
+        self,
+        image: KnownImage,
+        *,
+        multimask: bool,
+        logits: bool,
+        **prompts: Unpack[PromptArrays],
+    ) -> Exchange[Prediction]:
+        request = self._begin()
+        side = yield from self._mask_side(request)
+        call = known_prompts_call(image, Wanted(side, logits, self._packed), **prompts)
+        arrays = yield from self._ask_known(call, image, request)
+        return known_result(arrays, image, multimask=multimask)
+
+    def _ask_known(self, call: Call, image: KnownImage, request: ServerRequest) -> Exchange[Arrays]:
+        """Ask by the image's id, and with the image itself where the server lacks it."""
+        try:
+            return (yield from self._run(call, request))
+        except NotKeptError:
+            _LOG.debug("request %s: image %.12s is sent", request.id, image.id)
+        return (yield from self._run(with_pixels(call, image), request))
 
     def _mask_side(self, request: ServerRequest) -> Exchange[int]:
         if self._side is None:

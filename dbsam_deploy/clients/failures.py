@@ -19,8 +19,8 @@ from ..core.errors import (
 from .calls import load_library
 from .retries import ServerRequest
 
-_OWN_ID = re.compile(r"\[request id: [^\]]*\] ")
-"""What Triton itself puts in front of some of its texts."""
+_OWN_ID = re.compile(r"\[request id: [^\]]*\] |\s*\[request [\w.:-]+\]$")
+"""The id as Triton puts it before some of its texts, and the front model behind its own."""
 _RETRY_AFTER = re.compile(r"retry after (\d+(?:\.\d+)?) ms")
 _BUSY = re.compile(r"\bbusy: |not at ready state|has no available versions|is not ready\b")
 _STOPPING = re.compile(r"\bstopping: |[Ss]erver is stopping")

@@ -15,7 +15,7 @@ from ..core.contract import MAX_IMAGE_PIXELS
 from ..core.errors import InputError
 from .intensity import STORED, Intensity, Window, to_uint8
 from .scans import check_channels_last, check_voxels
-from .volumes import DAMAGED_PICTURE, Volume, picture_values, read_image
+from .volumes import DAMAGED_PICTURE, Volume, load_pixels, picture_values, read_image
 
 ImageLike = Any
 """A path, a `Volume`, a PIL image, or numbers: NumPy, nested lists or a torch tensor."""
@@ -72,6 +72,7 @@ def _picture(image: Image.Image) -> tuple[npt.NDArray[Any], tuple[str, ...]]:
             f"a PIL image of {image.width}×{image.height} pixels: expected 1–{MAX_IMAGE_PIXELS}"
         )
     try:
+        load_pixels(image)
         return picture_values(image)
     except InputError:
         raise

@@ -214,12 +214,11 @@ def _read_picture(path: Path, window: Window | None) -> Volume:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about tags that nothing here reads
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=PICTURE_FORMATS) as image:
+            with path.open("rb") as file, Image.open(file, formats=PICTURE_FORMATS) as image:
                 if image.width * image.height > MAX_IMAGE_PIXELS:
                     raise Image.DecompressionBombError
                 turned = _turned(image)  # Pillow turns a TIFF itself, and forgets the tag
-                with without_stderr() if image.format == "TIFF" else contextlib.nullcontext():
-                    image.load()  # libtiff prints
+                load_pixels(image)
                 values, notes = picture_values(image, path)
                 notes = notes if turned == notes[: len(turned)] else (*turned, *notes)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -256,6 +255,24 @@ def _turned(image: Image.Image) -> tuple[str, ...]:
     if orientation in range(2, 9):
         return (f"turned upright as its EXIF orientation {orientation} says",)
     return ()
+
+
+def load_pixels(image: Image.Image) -> None:
+    """Decode an open picture.
+
+    Pillow 13 maps the file of a grey TIFF into memory, and where the picture is to be turned by 90
+    degrees it takes the width for the height: other pixels, without a word. It maps only what it
+    opened by name.
+    """
+    name = getattr(image, "filename", "")
+    if image.format == "TIFF" and name:
+        image.filename = ""  # type: ignore[attr-defined]
+    try:
+        with without_stderr() if image.format == "TIFF" else contextlib.nullcontext():
+            image.load()  # libtiff prints
+    finally:
+        if name:
+            image.filename = name  # type: ignore[attr-defined]
 
 
 def picture_values(

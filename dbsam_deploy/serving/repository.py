@@ -20,7 +20,7 @@ from ..core.errors import InputError, ServingError
 from ..core.imaging import Preprocessing
 from ..engines.kinds import TENSORRT
 from ..engines.manifest import engine_folder, plugin_library, verified_plans
-from ..files.atomic import sha256_of, writing_to
+from ..files.atomic import sha256_of, write_file, writing_to
 from ..files.locks import one_writer
 from ..files.manifests import Body, ManifestKind, is_inside, is_sha256
 from ..files.publication import new_folder, remove, replace_folder, tidy
@@ -316,8 +316,7 @@ def refresh_configs(root: Path, *, check: bool = False) -> list[Path]:
         if not path.is_file() or path.read_text() != text:
             stale.append(path)
             if not check:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(text)
+                write_file(path, text.encode())
     return stale
 
 

@@ -41,10 +41,15 @@ def make_runtime() -> Path:
 
 
 def lay_out(environment: ServerEnvironment, folder: Path) -> None:
-    """Copy the Python backend and the stand-ins; Triton refuses links that leave the folder."""
+    """Copy the Python backend and the stand-ins; Triton refuses links that leave the folder.
+
+    An installation has backends of its own, see `backends`.
+    """
+    (folder / CONTROL).mkdir(mode=0o700)
+    if environment.is_installation:
+        return
     python = folder / "python"
     python.mkdir()
-    (folder / CONTROL).mkdir(mode=0o700)
     source = environment.root / "backends" / "python"
     for name in ("libtriton_python.so", "triton_python_backend_utils.py"):
         shutil.copy2(source / name, python / name)
@@ -55,16 +60,27 @@ def lay_out(environment: ServerEnvironment, folder: Path) -> None:
             shutil.copyfile(file, folder / standin.name / file.name)
 
 
+def backends(environment: ServerEnvironment, folder: Path) -> Path:
+    """Where the server finds its backends."""
+    return environment.root / "backends" if environment.is_installation else folder
+
+
 def server_variables(environment: ServerEnvironment, folder: Path) -> dict[str, str]:
     """Changes of the environment: the server's own libraries and interpreter."""
+    ours = {
+        "PYTHONSAFEPATH": "1",  # nothing is imported from the working folder
+        CONTROL_VARIABLE: str(folder / CONTROL),
+        **VARIABLES,
+    }
+    if environment.is_installation:
+        # Its Python models import what this process imports: NumPy and Pillow of the image.
+        return {**ours, "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
     libraries = [str(path) for path in environment.library_path]
     inherited = os.environ.get("LD_LIBRARY_PATH")
     # The stub embeds Python and takes its prefix from the first python3 on the path.
     binaries = str((environment.folder / "bin").absolute())
     return {
-        "PYTHONSAFEPATH": "1",  # nothing is imported from the working folder
+        **ours,
         "LD_LIBRARY_PATH": ":".join([*libraries, *([inherited] if inherited else [])]),
         "PATH": ":".join([binaries, os.environ.get("PATH", os.defpath)]),
-        CONTROL_VARIABLE: str(folder / CONTROL),
-        **VARIABLES,
     }

@@ -30,7 +30,7 @@ from .processes import (
     start_tied,
     wait_for_end,
 )
-from .runtime import CONTROL, MODELS, lay_out, make_runtime, server_variables
+from .runtime import CONTROL, MODELS, backends, lay_out, make_runtime, server_variables
 from .server_log import ServerLog
 from .snapshot import take_snapshot
 from .triton_config import BYTECODE
@@ -45,15 +45,16 @@ _DEAD_WHILE_LOADING_S = 5.0
 class TritonServer:
     """A `tritonserver` process on one model repository; a context manager.
 
-    The onnxruntime and tensorrt backends are this library's CPU stand-ins, and say so in the log.
-    The server gets a private copy of the repository, which was checked when it was made and is
-    removed when the server stops: nothing that happens to the repository reaches it. It is killed
-    when the thread that started it ends.
+    The onnxruntime and tensorrt backends are NVIDIA's in its container; elsewhere they are this
+    library's CPU stand-ins, and say so in the log. The server gets a private copy of the
+    repository, which was checked when it was made and is removed when the server stops: nothing
+    that happens to the repository reaches it. It is killed when the thread that started it ends.
 
     Args:
         repository: folder filled by `repository.build_repository`.
         environment: checked server environment.
-        log: file for the server's output and the events around it, continued.
+        log: file for the server's output and the events around it, continued; `-` is standard
+            output.
         ports: ports to listen on.
         host: address to listen on; anything but the loopback opens the server to the network.
         key: opens Triton's own APIs (`control.RESTRICTED`); None for a random one.
@@ -91,6 +92,7 @@ class TritonServer:
         self._process: subprocess.Popen[bytes] | None = None
         self._runtime: Path | None = None
         self._output: ServerLog | None = None
+        self._plugins = ""
         self._said = ""
         # Names the stubs' shared memory, so that what a killed server leaves can be told apart.
         self.shared_memory_prefix = f"dbsam_{os.getpid()}_{uuid.uuid4().hex[:12]}_"
@@ -143,10 +145,10 @@ class TritonServer:
         self.ports = reserve(self.ports, self.host)
         try:
             self._output = ServerLog(self.log)
-            if warning := network_warning(self.host):
+            if warning := network_warning(self.host, self.environment):
                 self.event(warning)
             self._runtime = make_runtime()
-            take_snapshot(self.repository, self._runtime / MODELS)
+            self._plugins = take_snapshot(self.repository, self._runtime / MODELS).plugins
             lay_out(self.environment, self._runtime)
             for prefix in free_left_shared_memory():
                 self.event(f"removed the shared memory of a server that was killed ({prefix}*)")
@@ -198,7 +200,7 @@ class TritonServer:
         command = [
             str(self.environment.binary),
             f"--model-repository={runtime / MODELS}",
-            f"--backend-directory={runtime}",
+            f"--backend-directory={backends(self.environment, runtime)}",
             # Only so can a model whose process has died be loaded anew.
             "--model-control-mode=explicit",
             "--load-model=*",
@@ -208,11 +210,15 @@ class TritonServer:
             f"--grpc-port={self.ports.grpc}",
             f"--metrics-address={self.host}",
             f"--metrics-port={self.ports.metrics}",
-            "--allow-gpu-metrics=false",
+            f"--allow-gpu-metrics={str(self.environment.is_installation).lower()}",
+            "--metrics-config=summary_latencies=true",  # p99 of each model
             f"--exit-timeout-secs={max(1, round(self.grace_s))}",
             f"--backend-config=python,shm-region-prefix-name={self.shared_memory_prefix}",
             *restriction(self.key),
         ]
+        if self._plugins and self.environment.is_installation:
+            plugins = runtime / MODELS / self._plugins
+            command.append(f"--backend-config=tensorrt,plugins={plugins}")
         return command if self._auto_complete else [*command, "--disable-auto-complete-config"]
 
     def _wait_ready(self, process: subprocess.Popen[bytes]) -> None:
@@ -330,9 +336,9 @@ class TritonServer:
         self.stop()
 
 
-def network_warning(host: str) -> str:
-    """What is wrong with a CPU server that others reach, "" for one that nobody does."""
-    if is_loopback(host):
+def network_warning(host: str, environment: ServerEnvironment) -> str:
+    """What is wrong with a server of the wheel that others reach, "" for one that nobody does."""
+    if is_loopback(host) or environment.is_installation:
         return ""
     return (
         f"WARNING: this CPU server listens on {host}. It is Triton 2.51 (24.10), which a chunked "

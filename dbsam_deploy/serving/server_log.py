@@ -16,6 +16,8 @@ MAX_BYTES = 10_000_000
 KEPT = 5
 """Size at which a log is moved aside, and how many earlier ones are kept (`.1` is the newest)."""
 
+STANDARD_OUTPUT = Path("-")
+
 _LINES = 5000
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
 
@@ -24,7 +26,8 @@ class ServerLog:
     """The file that takes a server's output and the events around it.
 
     Args:
-        path: the log; made with its folder, an existing one is continued.
+        path: the log; made with its folder, an existing one is continued. `STANDARD_OUTPUT` leaves
+            all of that to who reads this process's output.
         max_bytes: size at which it is moved aside.
 
     Raises:
@@ -38,6 +41,10 @@ class ServerLog:
         self._said: deque[str] = deque(maxlen=_LINES)
         self._first_said = threading.Event()
         self._pump: threading.Thread | None = None
+        self._rotates = path != STANDARD_OUTPUT
+        if not self._rotates:
+            self._handle = os.dup(1)
+            return
         with writing_to(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._handle = _open(path)
@@ -86,7 +93,7 @@ class ServerLog:
             if self._handle < 0:
                 return
             try:
-                if os.fstat(self._handle).st_size + len(line) > self._max_bytes:
+                if self._rotates and os.fstat(self._handle).st_size + len(line) > self._max_bytes:
                     self._rotate()
                 os.write(self._handle, line)
             except OSError:

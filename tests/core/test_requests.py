@@ -123,6 +123,32 @@ def test_prompts_that_are_no_set_are_refused(change, message):
         read_prompts(arrays, SIZE, HOW)
 
 
+CORNERS = [[[1, 2], [50.5, 40.25]], [[0, 0], [90, 60]]]
+
+
+@pytest.mark.parametrize(
+    ("given", "coords", "labels"),
+    [
+        ({"boxes": BOXES}, CORNERS, [[2, 3], [2, 3]]),
+        (
+            {"point_coords": POINTS.astype(np.float64), "point_labels": LABELS.astype(np.int64)},
+            [[[30, 20], [80, 50.5], [0, 0]], [[5, 5], [0, 0], [0, 0]]],
+            [[1, 0, -1], [1, -1, -1]],
+        ),
+        (
+            {"boxes": BOXES, "point_coords": POINTS[:, :1], "point_labels": LABELS[:, :1]},
+            [[[30, 20], *CORNERS[0]], [[5, 5], *CORNERS[1]]],
+            [[1, 2, 3], [1, 2, 3]],
+        ),
+    ],
+    ids=["boxes", "points", "both"],
+)
+def test_points_come_first_and_a_box_or_no_point_ends_them(given, coords, labels):
+    joined, marks = join_prompts(SIZE, **given)
+    assert (joined.dtype, marks.dtype) == (np.float32, np.int32)
+    assert (joined.tolist(), marks.tolist()) == (coords, labels)
+
+
 def test_joined_prompts_pass_their_own_check_unchanged():
     for given in (
         {"boxes": BOXES},
@@ -139,8 +165,9 @@ def test_joined_prompts_pass_their_own_check_unchanged():
     ("coords", "labels", "message"),
     [
         (np.zeros((1, 2, 3)), [[1, -1]], "expected \\(N, T, 2\\)"),
-        (np.zeros((1, 2, 2)), [[1]], "one label a point"),
-        (np.zeros((1, 1, 2)), [[1]], "expected at least 1 set of 2"),
+        (np.zeros((1, 2)), [[1, -1]], r"shape \(1, 2\): expected \(N, T, 2\)"),
+        (np.zeros((1, 2, 2)), [[1]], r"shape \(1, 1\): expected \(1, 2\), one label a point"),
+        (np.zeros((1, 1, 2)), [[1]], "1 prompt sets of 1 points: expected at least 1 set of 2–64"),
         (np.zeros((0, 2, 2)), np.zeros((0, 2)), "0 prompt sets"),
         (np.zeros((1, MAX_POINTS + 1, 2)), np.full((1, MAX_POINTS + 1), -1), "65 points"),
         (np.zeros((1, 2, 2)), [[1, 1]], "must all end with 2, 3"),
@@ -169,7 +196,11 @@ def test_mixed_prompt_sets_are_refused_rather_than_reinterpreted():
     [
         ({}, "no prompt"),
         ({"point_coords": POINTS}, "one is missing"),
-        ({"boxes": BOXES[:1], "point_coords": POINTS, "point_labels": LABELS}, "but 1 boxes"),
+        ({"point_labels": LABELS}, "one is missing"),
+        (
+            {"boxes": BOXES[:1], "point_coords": POINTS, "point_labels": LABELS},
+            "2 point prompts but 1 boxes: expected one each",
+        ),
     ],
 )
 def test_prompts_that_do_not_go_together(given, message):
@@ -188,8 +219,10 @@ def test_mask_input_is_checked():
 def test_the_answer_may_not_exceed_the_limit():
     side = 2**14
     check_mask_pixels(MAX_MASK_PIXELS // side**2, (side, side))
-    with pytest.raises(InputError, match="fewer prompts"):
-        check_mask_pixels(MAX_MASK_PIXELS // side**2 + 1, (side, side))
+    check_mask_pixels(1, (2**13, 2**17))
+    message = r"^5 masks of 8192×32768 pixels are 1342177280 mask pixels: at most 1073741824 in one"
+    with pytest.raises(InputError, match=message):
+        check_mask_pixels(5, (2**13, 2**15))
 
 
 @pytest.mark.parametrize("arrays", [{"boxes": BOXES}, SETS], ids=["boxes", "sets"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +17,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "deployment" / "helm" / "dbsam"
+PAGE = ROOT / "docs" / "how-to" / "deploy.md"
 SCHEMAS = ROOT / ".tools" / "python"
 KUBERNETES = "1.34"
 CLAIM = "models.existingClaim=filled"
@@ -185,6 +188,26 @@ def test_selectors_find_the_pods_and_nothing_that_changes(render):
         "metrics",
     ]
     assert labels[monitor["jobLabel"]] == "dbsam", "the job that the alerts name"
+
+
+@pytest.mark.parametrize("verb", ["install", "upgrade"])
+def test_the_commands_of_the_page_give_a_chart(deployment_tool, verb):
+    """`helm install` and `helm upgrade` of docs/how-to/deploy.md, rendered instead of sent."""
+    (line,) = re.findall(rf"^helm {verb} .*$", PAGE.read_text(), re.M)
+    words = shlex.split(line.replace("--reuse-values", f"--set {CLAIM}"))
+    done = subprocess.run(
+        [deployment_tool("helm"), "template", *words[2:]], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    manifests = list(yaml.safe_load_all(done.stdout))
+    names = {(one["kind"], one["metadata"]["name"]) for one in manifests}
+    assert {("Deployment", "dbsam"), ("Service", "dbsam-pods")} <= names
+    assert {one["metadata"]["namespace"] for one in manifests} == {"imaging"}
+    if verb == "upgrade":
+        (ingress,) = (one for one in manifests if one["kind"] == "Ingress")
+        found = ingress["metadata"]["annotations"]
+        assert found["nginx.ingress.kubernetes.io/auth-tls-secret"] == "imaging/clients-ca"
+        assert found["nginx.ingress.kubernetes.io/auth-tls-verify-client"] == "on"
 
 
 def test_every_value_is_described_by_the_schema():

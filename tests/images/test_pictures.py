@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from dbsam_deploy.core.errors import InputError
+from dbsam_deploy.images.arrays import as_volume
 from dbsam_deploy.images.volumes import read_image
 
 RAMP = (np.arange(20 * 30).reshape(20, 30) * 100).astype(np.uint16)
@@ -55,6 +56,25 @@ def test_compressed_tiff(tmp_path: Path, compression: str) -> None:
     np.testing.assert_array_equal(read_image(path).pixels[0], COLOURS)
     Image.fromarray(RAMP).save(path, compression=compression)
     assert read_image(path).intensity.high > 50_000
+
+
+@pytest.mark.parametrize("values", [SHADES, RAMP // 300, COLOURS], ids=["8", "16", "colour"])
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+def test_a_turned_tiff_has_its_own_pixels(
+    tmp_path: Path, values: np.ndarray, compression: str
+) -> None:
+    """Pillow 13 maps plain grey ones into memory with their width for their height."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "a.tif"
+    Image.fromarray(values).save(path, exif=exif, compression=compression)
+    expected = np.rot90(values, -1)
+    window = None if values.dtype == np.uint8 else (100, 200)
+    if window:
+        expected = (expected / 200 * 255).astype(np.uint8)
+    np.testing.assert_array_equal(read_image(path, window=window).pixels[0], expected)
+    with Image.open(path) as image:
+        np.testing.assert_array_equal(as_volume(image, window=window).pixels[0], expected)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "tif"])

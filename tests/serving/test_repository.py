@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -21,15 +22,18 @@ from dbsam_deploy.core.contract import (
 from dbsam_deploy.core.errors import InputError, ServingError
 from dbsam_deploy.core.imaging import Preprocessing
 from dbsam_deploy.files.atomic import sha256_of
+from dbsam_deploy.files.locks import one_writer
 from dbsam_deploy.resources import resource_dir
 from dbsam_deploy.serving import repository as module
 from dbsam_deploy.serving.repository import (
     REPOSITORY_NAME,
     build_repository,
     committed_configs,
+    find_repositories,
     load_repository,
     main,
     refresh_configs,
+    repository_beside,
 )
 from dbsam_deploy.serving.triton_config import render_configs
 
@@ -286,6 +290,23 @@ def test_loading_refuses_paths_outside_the_repository(tiny_artefact, tmp_path):
         load_repository(root)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"plugins": "lib.so"}, "a plugin library that is none of its files"),
+        ({"weights": []}, "weights or platforms of another kind"),
+        ({"platforms": {"other": "onnxruntime"}}, "weights or platforms of another kind"),
+        ({"files": {"dbsam/config.pbtxt": "0" * 63}}, "a path inside the folder and a SHA-256"),
+        ({"preprocessing": {"image_size": 100}}, "image size 100"),
+    ],
+)
+def test_a_sealed_manifest_of_nonsense_is_refused(tiny_repository, tmp_path, change, message):
+    shutil.copytree(tiny_repository.folder, tmp_path / "r")
+    reseal(tmp_path / "r" / REPOSITORY_NAME, **change)
+    with pytest.raises(InputError, match=message):
+        load_repository(tmp_path / "r")
+
+
 def edit_mode(root):
     path = root / REPOSITORY_NAME
     path.write_text(path.read_text().replace('"sam"', '"medsam"'))
@@ -330,3 +351,45 @@ def test_the_command_builds_from_an_artefact(tiny_artefact, tmp_path, capsys):
     assert "fp32" in capsys.readouterr().out
     assert "prompt_decoder" in load_repository(output).platforms
     assert Path(output / "dbsam" / "1").is_dir()
+
+
+def test_the_command_takes_the_newest_export_and_fills_the_folder_beside_it(
+    make_artefact, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    for age, name in ((9, "fp16"), (5, "fp32")):
+        folder = make_artefact(tmp_path / "build" / name, 64).folder
+        os.utime(folder / "manifest.json", (10**9 - age, 10**9 - age))
+    assert main([]) == 0
+    printed = capsys.readouterr()
+    beside = Path("build/model_repository_fp32")
+    files = len(load_repository(beside).files)
+    assert printed.out == f"{beside}: {files} files, fp32\n"
+    assert printed.err.strip().endswith(
+        "is the newest export; --artefact takes another: build/fp16"
+    )
+    with one_writer(beside.parent, name=f".{beside.name}.lock"):
+        with pytest.raises(InputError, match="is being written by process"):
+            main(["--no-wait"])
+        assert main(["--no-wait", "--output", "elsewhere"]) == 0
+    capsys.readouterr()
+    assert main(["--artefact", "build/fp16"]) == 0
+    assert "newest" not in capsys.readouterr().err
+    os.utime(beside / REPOSITORY_NAME, (10**9, 10**9))
+    older, newer = beside, Path("build/model_repository_fp16")
+    assert find_repositories() == find_repositories(Path("build")) == (newer, older)
+    assert repository_beside(Path("fp16")) == Path("model_repository_fp16")
+    monkeypatch.chdir(tmp_path / "build" / "fp16")
+    assert repository_beside(Path()) == tmp_path / newer
+
+
+def test_the_command_checks_and_refreshes_configurations(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, "resource_dir", lambda _: tmp_path)
+    paths = [tmp_path / name / "config.pbtxt" for name in committed_configs()]
+    assert main(["--check"]) == 1
+    assert capsys.readouterr().out.splitlines() == [f"stale: {path}" for path in paths]
+    assert list(tmp_path.iterdir()) == []
+    assert main(["--refresh"]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"written: {path}" for path in paths]
+    assert main(["--refresh"]) == main(["--check"]) == 0
+    assert capsys.readouterr().out == ""
