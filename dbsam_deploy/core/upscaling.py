@@ -14,16 +14,16 @@ import numpy as np
 import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float32]
-Size = tuple[int, int]
+Span = tuple[int, int]
 _BLOCK_ROWS = 64
 
 
 @dataclass(frozen=True)
-class Stage:
+class Resize:
     """`F.interpolate(mode="bilinear", align_corners=False)` to `size`, then its top-left `crop`."""
 
-    size: Size
-    crop: Size
+    size: Span
+    crop: Span
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ def _line(length: int, size: int, crop: int) -> _Line:
     return _Line(low, high, (source - low).astype(np.float32), False)
 
 
-def _lines(shape: Size, stages: tuple[Stage, ...], axis: int) -> list[_Line]:
+def _lines(shape: Span, stages: tuple[Resize, ...], axis: int) -> list[_Line]:
     lengths = [shape[axis], *(stage.crop[axis] for stage in stages)]
     return [
         _line(length, stage.size[axis], stage.crop[axis])
@@ -55,7 +55,7 @@ def _lines(shape: Size, stages: tuple[Stage, ...], axis: int) -> list[_Line]:
     ]
 
 
-def resample(x: FloatArray, stages: tuple[Stage, ...]) -> FloatArray:
+def resample(x: FloatArray, stages: tuple[Resize, ...]) -> FloatArray:
     """(h, w) → the last stage's crop."""
     shape = (x.shape[0], x.shape[1])
     height, width = stages[-1].crop
@@ -66,7 +66,7 @@ def resample(x: FloatArray, stages: tuple[Stage, ...]) -> FloatArray:
     return out
 
 
-def sign_mask(x: FloatArray, stages: tuple[Stage, ...], out: npt.NDArray[np.uint8]) -> None:
+def sign_mask(x: FloatArray, stages: tuple[Resize, ...], out: npt.NDArray[np.uint8]) -> None:
     """Write `resample(x, stages) > 0` into `out`.
 
     Only what depends on a positive element is computed: where all are 0 or less, so is their mean.
@@ -87,13 +87,13 @@ def sign_mask(x: FloatArray, stages: tuple[Stage, ...], out: npt.NDArray[np.uint
         np.greater(part, 0, out=out[slice(*block), slice(*columns)].view(bool))
 
 
-def _blocks(rows: Size) -> Iterator[Size]:
+def _blocks(rows: Span) -> Iterator[Span]:
     """Rows that are computed together: few enough for the processor's cache."""
     for start in range(*rows, _BLOCK_ROWS):
         yield start, min(start + _BLOCK_ROWS, rows[1])
 
 
-def _reached(lines: list[_Line], positive: npt.NDArray[np.intp]) -> Size:
+def _reached(lines: list[_Line], positive: npt.NDArray[np.intp]) -> Span:
     """First and last + 1 element of the last stage that depends on an element in `positive`."""
     low, high = lines[-1].low, lines[-1].high
     for line in reversed(lines[:-1]):
@@ -102,7 +102,7 @@ def _reached(lines: list[_Line], positive: npt.NDArray[np.intp]) -> Size:
     return start, int(np.searchsorted(low, positive[-1], "right"))
 
 
-def _windows(lines: list[_Line], last: Size) -> list[Size]:
+def _windows(lines: list[_Line], last: Span) -> list[Span]:
     """Elements that each stage needs for `last` of the final one; the first item is the input's."""
     windows = [last]
     for line in reversed(lines):
@@ -112,7 +112,7 @@ def _windows(lines: list[_Line], last: Size) -> list[Size]:
 
 
 def _part(
-    x: FloatArray, rows: list[_Line], columns: list[_Line], height: Size, width: Size
+    x: FloatArray, rows: list[_Line], columns: list[_Line], height: Span, width: Span
 ) -> FloatArray:
     windows = _windows(rows, height), _windows(columns, width)
     x = x[slice(*windows[0][0]), slice(*windows[1][0])]
