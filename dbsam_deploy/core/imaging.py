@@ -25,7 +25,7 @@ from PIL import Image
 
 from .contract import MAX_IMAGE_PIXELS, MAX_POINTS, MAX_PROMPTS, Geometry
 from .errors import EngineError, InputError, MissingError
-from .upscaling import FloatArray, Resize, resample, sign_mask
+from .upscaling import FloatArray, Upscale, resample, sign_mask
 
 Mode = Literal["sam", "medsam", "lite_medsam"]
 MODES: tuple[Mode, ...] = ("sam", "medsam", "lite_medsam")
@@ -236,7 +236,7 @@ def _unit_range(pixels: ByteArray) -> FloatArray:
 
 
 def area_resize(image: ByteArray, size: tuple[int, int]) -> ByteArray:
-    """Resize by area: each pixel of the result is the mean of the part of the image it covers.
+    """Upscale by area: each pixel of the result is the mean of the part of the image it covers.
 
     OpenCV's INTER_AREA; where it enlarges, OpenCV's rounded weights may differ by one grey value.
 
@@ -332,9 +332,9 @@ def upscale_logits(
     return resample(logits, _stages(original_size, how))
 
 
-def _stages(original_size: tuple[int, int], how: Preprocessing) -> tuple[Resize, ...]:
-    to_image = Resize(original_size, original_size)
+def _stages(original_size: tuple[int, int], how: Preprocessing) -> tuple[Upscale, ...]:
+    to_image = Upscale(original_size, original_size)
     if how.mode == "medsam":
         return (to_image,)
     whole = (how.image_size, how.image_size)
-    return Resize(whole, how.content_size(original_size)), to_image
+    return Upscale(whole, how.content_size(original_size)), to_image

@@ -15,15 +15,16 @@ import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float32]
 Span = tuple[int, int]
+"""First element of an axis, and last + 1."""
 _BLOCK_ROWS = 64
 
 
 @dataclass(frozen=True)
-class Resize:
+class Upscale:
     """`F.interpolate(mode="bilinear", align_corners=False)` to `size`, then its top-left `crop`."""
 
-    size: Span
-    crop: Span
+    size: tuple[int, int]
+    crop: tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +48,7 @@ def _line(length: int, size: int, crop: int) -> _Line:
     return _Line(low, high, (source - low).astype(np.float32), False)
 
 
-def _lines(shape: Span, stages: tuple[Resize, ...], axis: int) -> list[_Line]:
+def _lines(shape: tuple[int, int], stages: tuple[Upscale, ...], axis: int) -> list[_Line]:
     lengths = [shape[axis], *(stage.crop[axis] for stage in stages)]
     return [
         _line(length, stage.size[axis], stage.crop[axis])
@@ -55,7 +56,7 @@ def _lines(shape: Span, stages: tuple[Resize, ...], axis: int) -> list[_Line]:
     ]
 
 
-def resample(x: FloatArray, stages: tuple[Resize, ...]) -> FloatArray:
+def resample(x: FloatArray, stages: tuple[Upscale, ...]) -> FloatArray:
     """(h, w) → the last stage's crop."""
     shape = (x.shape[0], x.shape[1])
     height, width = stages[-1].crop
@@ -66,7 +67,7 @@ def resample(x: FloatArray, stages: tuple[Resize, ...]) -> FloatArray:
     return out
 
 
-def sign_mask(x: FloatArray, stages: tuple[Resize, ...], out: npt.NDArray[np.uint8]) -> None:
+def sign_mask(x: FloatArray, stages: tuple[Upscale, ...], out: npt.NDArray[np.uint8]) -> None:
     """Write `resample(x, stages) > 0` into `out`.
 
     Only what depends on a positive element is computed: where all are 0 or less, so is their mean.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dbsam_deploy.core.upscaling import Resize, resample, sign_mask
+from dbsam_deploy.core.upscaling import Upscale, resample, sign_mask
 
 
 def plainly(x, stages):
@@ -24,7 +24,7 @@ def plainly(x, stages):
 
 
 def two_stages(side, content, size):
-    return Resize((side, side), content), Resize(size, size)
+    return Upscale((side, side), content), Upscale(size, size)
 
 
 STAGES = [
@@ -33,8 +33,8 @@ STAGES = [
     two_stages(128, (128, 3), (90, 2)),
     two_stages(128, (40, 128), (17, 54)),
     two_stages(128, (77, 128), (77, 128)),
-    (Resize((50, 91), (50, 91)),),
-    (Resize((32, 32), (32, 32)),),
+    (Upscale((50, 91), (50, 91)),),
+    (Upscale((32, 32), (32, 32)),),
 ]
 
 
