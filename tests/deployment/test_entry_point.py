@@ -16,12 +16,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.manifests import reseal
 from support.serving import wait_until
 
 from dbsam_deploy.clients.client import DbsamClient
-from dbsam_deploy.core.errors import EngineError
+from dbsam_deploy.core.errors import EngineError, ServingError
+from dbsam_deploy.files.atomic import sha256_of
 from dbsam_deploy.serving.environment import ServerEnvironment, find_environment
-from dbsam_deploy.serving.runtime import STANDINS
+from dbsam_deploy.serving.ports import Ports
+from dbsam_deploy.serving.repository import REPOSITORY_NAME
+from dbsam_deploy.serving.runtime import lay_out
+from dbsam_deploy.serving.server import TritonServer
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (ROOT / "deployment" / "Dockerfile").read_text().replace("\\\n", " ")
@@ -41,14 +46,8 @@ def installation(server_environment: ServerEnvironment, tmp_path: Path) -> Path:
         f'exec {shlex.quote(str(server_environment.binary))} "$@"\n'
     )
     binary.chmod(0o755)
-    backend = folder / "backends" / "python"
-    source = server_environment.root / "backends" / "python"
-    backend.mkdir(parents=True)
-    for path in (source / "libtriton_python.so", source / "triton_python_backend_utils.py"):
-        shutil.copy2(path, backend)
-    shutil.copy2(server_environment.stub, backend)
-    for standin in STANDINS.iterdir():
-        shutil.copytree(standin, folder / "backends" / standin.name)
+    (folder / "backends").mkdir()
+    lay_out(server_environment, folder / "backends")
     return folder
 
 
@@ -96,6 +95,35 @@ def test_the_images_first_process_serves_and_drains(installation, tiny_repositor
     assert "24.10" not in said, "the warning is about the wheel"
     assert said.rstrip().endswith("stopped")
     assert list(work.iterdir()) == [], "nothing is left, not even the key"
+
+
+def test_an_installation_gets_its_own_backends_and_the_plugins(tiny_repository, tmp_path):
+    root, installed = tmp_path / "models", tmp_path / "tritonserver"
+    shutil.copytree(tiny_repository.folder, root)
+    plugins = "dbsam_encoder/1/libplugins.so"
+    (root / plugins).write_bytes(b"compiled")
+    files = {**tiny_repository.files, plugins: sha256_of(root / plugins)}
+    reseal(root / REPOSITORY_NAME, files=files, plugins=plugins)
+    stub = installed / "backends" / "python" / "triton_python_backend_stub"
+    stub.parent.mkdir(parents=True)
+    stub.touch()
+    binary = installed / "bin" / "tritonserver"
+    binary.parent.mkdir()
+    # It tells what it was told, and whether the library is where it was told.
+    binary.write_text(
+        '#!/bin/sh\nfor word; do echo "said $word"; case $word in *plugins=*) '
+        'cat "${word##*plugins=}"; esac; done\nenv; exit 3\n'
+    )
+    binary.chmod(0o755)
+    server = TritonServer(
+        root, find_environment(installed), log=tmp_path / "log", ports=Ports(0, 0, 0)
+    )
+    with pytest.raises(ServingError, match="with status 3"):
+        server.start()
+    said = (tmp_path / "log").read_text()
+    assert f"said --backend-directory={installed}/backends\n" in said
+    assert "said --allow-gpu-metrics=true\n" in said
+    assert re.search(rf"said --backend-config=tensorrt,plugins=/.+/{plugins}\ncompiled", said)
 
 
 def test_an_image_without_the_python_backend_is_refused(tmp_path):

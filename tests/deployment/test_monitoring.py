@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from dbsam_deploy.core import front_metrics
+
 ROOT = Path(__file__).resolve().parents[2]
 PROMETHEUS = ROOT / "deployment" / "prometheus"
 DASHBOARD = ROOT / "deployment" / "grafana" / "dashboard.json"
 SDK = ROOT / ".tools" / "python"
+METRIC = re.compile(r"\b(?:nv|dbsam)_\w+(?=[{\[) ]|$)")
+GPU = re.compile(r"nv_gpu_\w+")
+"""Only a server with a GPU tells these."""
 
 # Reads with Grafana's own types and writes: what they do not know is lost.
 READ_AND_WRITE = """
@@ -133,3 +140,16 @@ def test_panels_have_places_of_their_own():
     assert all(
         panel.get("description") or panel["type"] == "row" for panel in dashboard()["panels"]
     )
+
+
+@pytest.mark.triton
+def test_the_real_server_has_every_metric_that_is_asked_for(triton):
+    triton.check()
+    with urllib.request.urlopen(f"http://{triton.metrics_url}/metrics", timeout=10) as page:
+        told = set(re.findall(r"^(\w+)(?:\{| )", page.read().decode(), re.M))
+    texts = [*queries(), *adapter_queries(), *(rule["expr"] for rule in rules())]
+    asked = {name for text in texts for name in METRIC.findall(text)}
+    assert {name for name in asked - told if not GPU.fullmatch(name)} == set()
+    # The other way round: what the front tells about itself is looked at somewhere.
+    own = {name for name in told if name.startswith("dbsam_")}
+    assert own - asked <= {front_metrics.CACHE_METRICS["images"]}
