@@ -95,6 +95,12 @@ def build_parser() -> Parser:
     )
     load.add_argument("--seconds", type=float, default=10.0, help="measured time of each load")
     load.add_argument("--warm-up", type=float, default=1.0, metavar="S", help="time before it")
+    _add_subject(parser)
+    parser.add_argument("--output", type=Path, default=Path("loadtest"), help="folder for results")
+    return parser
+
+
+def _add_subject(parser: Parser) -> None:
     subject = parser.add_argument_group("image (without --image a drawn one)")
     subject.add_argument("--image", type=Path, help="file with one image")
     subject.add_argument(
@@ -115,8 +121,6 @@ def build_parser() -> Parser:
     subject.add_argument(
         "--artefact", type=Path, help="the export that is served, to compare answers with"
     )
-    parser.add_argument("--output", type=Path, default=Path("loadtest"), help="folder for results")
-    return parser
 
 
 def _subject(args: argparse.Namespace) -> Subject:
