@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from .admission import Admission, Limits
+from .array_guard import guard_arrays
 from .bls import BlsGraphs
 from .contract import RAW_IMAGE
 from .embedding_cache import EmbeddingCache
@@ -76,6 +77,7 @@ class TritonFront:
             preprocess(np.zeros((2, 2, 3), np.uint8), how)
         except DbsamError as error:
             raise self.triton.TritonModelException(f"{args['model_name']}: {error}") from error
+        guard_arrays(self.triton)
         self._cache = EmbeddingCache(settings.cache_mib << 20)
         graphs = BlsGraphs(self.triton, how)
         self._interactive = Interactive(how, graphs, self._cache, settings.chunk)

@@ -53,7 +53,7 @@ class Graphs(Protocol):
         """`image` (1, 3, S, S) → an embedding for `decode`, and its bytes."""
 
     def decode(self, graph: str, embedding: Any, feed: Arrays) -> tuple[FloatArray, FloatArray]:
-        """ReadPrompts (n, …) in the model frame → logits (n, M, 4G, 4G) and their IoU (n, M)."""
+        """Prompts (n, …) in the model frame → logits (n, M, 4G, 4G) and their IoU (n, M)."""
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,7 @@ import json
 import os
 import pickle
 import re
-import struct
 import warnings
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,28 +25,12 @@ from torch import Tensor
 
 from ..core.errors import CheckpointError
 from ..files.atomic import write_atomically
+from ..files.damage import DAMAGED, reason_of
 from ..files.regular import regular_size
 from ..files.zip_files import open_zip, plain_sizes
 from .pickles import declared_storages
 
 StateDict = dict[str, Tensor]
-
-_DAMAGED = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    NotImplementedError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    struct.error,
-    zipfile.BadZipFile,
-)
-"""What a damaged PyTorch file raises depends on the byte that is wrong."""
 
 WRAPPERS = ("net", "model", "state_dict", "model_state_dict")
 """Keys under which training scripts put the state dict; `net` is DB-SAM's own."""
@@ -132,16 +114,16 @@ def _read(path: Path) -> object:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # PyTorch begins with advice to load it unsafely; what it found comes after that.
-        reason = str(error).rpartition("WeightsUnpickler error:")[2]
+        reason = reason_of(ValueError(str(error).rpartition("WeightsUnpickler error:")[2]))
         match = re.search(r"(?:GLOBAL|global) (\S+)", reason)
-        what = f"it asks for {_line(match.group(1))}" if match else _line(reason)
+        what = f"it asks for {match.group(1)[:100]}" if match else reason
         raise CheckpointError(
             f"checkpoint {path}: refused, it holds more than tensors ({what}) and loading it could "
             "run code; save the state dict alone, best as .safetensors"
         ) from error
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise CheckpointError(
-            f"checkpoint {path}: not a PyTorch weights file ({_line(error)})"
+            f"checkpoint {path}: not a PyTorch weights file ({reason_of(error)})"
         ) from error
 
 
@@ -152,9 +134,9 @@ def _read_safetensors(path: Path) -> StateDict:
         if header > MAX_PICKLE_BYTES:
             raise ValueError(f"its header has {header} bytes; at most {MAX_PICKLE_BYTES} are read")
         return load_file(path)
-    except (SafetensorError, OSError, ValueError, LookupError, AttributeError) as error:
+    except (SafetensorError, *DAMAGED) as error:
         raise CheckpointError(
-            f"checkpoint {path}: not a safetensors file ({_line(error)})"
+            f"checkpoint {path}: not a safetensors file ({reason_of(error)})"
         ) from error
 
 
@@ -193,12 +175,6 @@ def _check_declared(path: Path) -> None:
 def _check_held(declared: int, held: int, what: str) -> None:
     if declared != held:
         raise ValueError(f"{what} should have {declared} bytes, and the file holds {held}")
-
-
-def _line(reason: object) -> str:
-    """A reason in one short line that a terminal shows."""
-    text = (str(reason).strip() or type(reason).__name__).splitlines()[0]
-    return "".join(char for char in text if char.isprintable())[:200]
 
 
 def _tensors(path: Path, content: object) -> StateDict:
