@@ -373,7 +373,10 @@ def test_the_command_takes_the_newest_export_and_fills_the_folder_beside_it(
             main(["--no-wait"])
         assert main(["--no-wait", "--output", "elsewhere"]) == 0
     capsys.readouterr()
+    waits, real = [], module.build_repository
+    monkeypatch.setattr(module, "build_repository", lambda *a, wait: waits.append(wait) or real(*a))
     assert main(["--artefact", "build/fp16"]) == 0
+    assert waits == [True]
     assert "newest" not in capsys.readouterr().err
     os.utime(beside / REPOSITORY_NAME, (10**9, 10**9))
     older, newer = beside, Path("build/model_repository_fp16")
