@@ -20,6 +20,7 @@ from .prediction.command import add_image_options, add_prompt_options, predict_i
 from .prediction.loading import open_server
 from .prediction.model import Model
 from .privacy import VARIABLES
+from .serving.check import check_server
 from .serving.choice import choose_repository
 from .serving.control import KEY_VARIABLE, write_key
 from .serving.environment import (
@@ -53,6 +54,8 @@ examples:
     python -m dbsam_deploy.serve
   start, segment one image, stop
     python -m dbsam_deploy.serve --try skin.png --box 120 80 410 333 --output out/
+  for a health probe: status 0 if all models answer
+    python -m dbsam_deploy.serve --check localhost:8000
   the command for a GPU host
     python -m dbsam_deploy.serve --docker
 """
@@ -66,6 +69,12 @@ def build_parser() -> Parser:
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--install", action="store_true", help="make the server's environment")
     action.add_argument("--docker", action="store_true", help="print the command for a GPU host")
+    action.add_argument(
+        "--check",
+        metavar="URL",
+        help="ask a running server; status 0 if its models answer (with --repository: answer "
+        "right), else 1 and why. host:port is HTTP, triton://host:port gRPC",
+    )
     action.add_argument(
         "--try", dest="image", type=Path, metavar="IMAGE", help="start, segment IMAGE, stop"
     )
@@ -84,6 +93,18 @@ def build_parser() -> Parser:
         default=DEFAULT_FOLDER,
         help="the server's virtual environment; in NVIDIA's container /opt/tritonserver",
     )
+    _add_server_options(parser)
+    parser.add_argument_group("--check").add_argument(
+        "--timeout", type=float, default=30.0, metavar="SECONDS", help="for the whole answer"
+    )
+    attempt = parser.add_argument_group("--try")
+    add_prompt_options(attempt)
+    add_image_options(attempt)
+    parser.set_defaults(overlay=True)
+    return parser
+
+
+def _add_server_options(parser: Parser) -> None:
     server = parser.add_argument_group("server")
     server.add_argument(
         "--host", default=LOOPBACK, help="0.0.0.0 opens the server to the network, without a login"
@@ -102,11 +123,6 @@ def build_parser() -> Parser:
         metavar="SECONDS",
         help="how long accepted requests may take after Ctrl-C or SIGTERM",
     )
-    attempt = parser.add_argument_group("--try")
-    add_prompt_options(attempt)
-    add_image_options(attempt)
-    parser.set_defaults(overlay=True)
-    return parser
 
 
 def docker_command(repository: Repository, ports: Ports, host: str = LOOPBACK) -> str:
@@ -198,10 +214,10 @@ def _serve(server: TritonServer) -> int:
             except KeyboardInterrupt:
                 stop.again = True
                 _say(f"finishing accepted requests, at most {server.grace_s:g} s (Ctrl-C: at once)")
-                all_done = server.drain()
-                stop.again = False
-                if not all_done:
+                if not server.drain():
                     _say(f"some requests were not answered within {server.grace_s:g} s")
+            finally:
+                stop.again = False  # nothing cuts short the stopping of the server
     except KeyboardInterrupt:
         pass
     finally:
@@ -262,6 +278,9 @@ def main(argv: list[str] | None = None) -> int:
     prompted = args.box or args.box3d or args.point or args.slice is not None
     if args.image is None and prompted:
         raise InputError("prompts and --slice go with --try IMAGE")
+    if args.check is not None:
+        _say(check_server(args.check, args.repository, timeout_s=args.timeout))
+        return 0
     repository = choose_repository(args.repository, args.artefact, say_on_stderr)
     ports = Ports(args.http_port, args.grpc_port, args.metrics_port)
     if args.docker:

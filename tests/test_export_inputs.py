@@ -6,6 +6,7 @@ import io
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,10 @@ from support.manifests import reseal
 from support.toy_exports import FIGURES, Toy
 
 from dbsam_deploy import export as door
-from dbsam_deploy.artefact import load_artefact
+from dbsam_deploy.artefact import Artefact, load_artefact
 from dbsam_deploy.core.errors import InputError
+from dbsam_deploy.engines.build import Choice
+from dbsam_deploy.engines.device import Gpu
 from dbsam_deploy.export import Stages, export, main
 from dbsam_deploy.files.inputs import key_of
 from dbsam_deploy.quantization import quantizer
@@ -87,6 +90,43 @@ def test_the_comparison_gets_both_models_and_as_many_images_as_are_asked_for(toy
     assert (how, case.name) == (toy.graphs["a"].preprocessing, "2DBox_case[0]")
     with pytest.raises(InputError, match="--data-images 0: expected at least 1"):
         export(replace(toy.options, data_images=0), stages=toy.stages("a"))
+
+
+@pytest.mark.parametrize("gpu", [None, Gpu("Another", "sm_90", "13.0"), Gpu("This", "sm_86", "13")])
+def test_engines_are_built_of_what_is_published_and_verified_where_they_run(
+    toy: Toy, gpu: Gpu | None
+) -> None:
+    record = SimpleNamespace(targets=("sm_86",), parity=None, is_verified=False)
+    request: Any = SimpleNamespace(
+        options=SimpleNamespace(kind="a kind"), builder=SimpleNamespace(gpu=gpu)
+    )
+    done: list[tuple[object, ...]] = []
+
+    def build(artefact: Artefact, asked: object, step: Callable[[str], None]) -> Any:
+        step("building")
+        done.append((artefact.folder, asked))
+        return {"encoder": record}
+
+    def verify(*arguments: Any, progress: Callable[[str], None]) -> Any:
+        progress("case")
+        artefact, kind, reference, cases, gate = arguments
+        done.append((artefact.folder, kind, reference.backend, len(cases), gate))
+        return {"encoder": SimpleNamespace(**{**vars(record), "is_verified": True})}
+
+    stages = replace(
+        toy.stages("a"),
+        choose_engines=lambda *asked: done.append(asked) or Choice(request, "a note"),
+        build_engines=build,
+        verify_engines=verify,
+    )
+    options = replace(toy.options, engine="tensorrt-rtx", targets=("sm_86",))
+    published = export(options, Console(quiet=True), stages=stages)
+    folder, runs_here = toy.output / "fp32", gpu is not None and gpu.target == "sm_86"
+    assert done[:2] == [("tensorrt-rtx", ("sm_86",), folder), (folder, request)]
+    gate = load_recipe("fp32").gate
+    assert done[2:] == [(folder, "a kind", "pytorch-cpu", 1, gate)] * runs_here
+    assert published.engines["encoder"].is_verified == runs_here
+    assert published.engine_note == "a note"
 
 
 def test_an_export_that_does_not_say_what_it_was_made_of_is_made_again(toy: Toy) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..core.errors import InputError
+from ..files.damage import reason_of
 from ..files.regular import small_text
 from ..images.npz_files import read_label_names, read_labels
 from ..images.volumes import Volume, read_image
@@ -122,7 +123,9 @@ def read_split(path: Path, subset: str) -> list[str]:
         text = small_text(path)
         content = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not a readable JSON or TOML split: {error}") from error
+        raise InputError(
+            f"{path} is not a readable JSON or TOML split: {reason_of(error)}"
+        ) from error
     if not isinstance(content, dict) or not all(
         isinstance(names, list) and all(isinstance(name, str) for name in names)
         for names in content.values()

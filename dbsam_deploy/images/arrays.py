@@ -13,9 +13,10 @@ from PIL import Image
 
 from ..core.contract import MAX_IMAGE_PIXELS
 from ..core.errors import InputError
+from ..files.damage import DAMAGED, reason_of
 from .intensity import STORED, Intensity, Window, to_uint8
 from .scans import check_channels_last, check_voxels
-from .volumes import DAMAGED_PICTURE, Volume, load_pixels, picture_values, read_image
+from .volumes import Volume, load_pixels, picture_values, read_image
 
 ImageLike = Any
 """A path, a `Volume`, a PIL image, or numbers: NumPy, nested lists or a torch tensor."""
@@ -76,10 +77,10 @@ def _picture(image: Image.Image) -> tuple[npt.NDArray[Any], tuple[str, ...]]:
         return picture_values(image)
     except InputError:
         raise
-    except DAMAGED_PICTURE as error:
+    except DAMAGED as error:
         raise InputError(
-            f"a PIL image of mode {image.mode} that cannot be read: {error}; is its file whole, "
-            "and was it still open?"
+            f"a PIL image of mode {image.mode} that cannot be read: {reason_of(error)}; is its "
+            "file whole, and was it still open?"
         ) from error
 
 

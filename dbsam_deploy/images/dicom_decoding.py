@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from ..core.errors import InputError, MissingError
 from ..extras import pip_line, require
+from ..files.damage import reason_of
 from .dicom_files import HEADER_TAGS, MAX_HEADER_BYTES, DicomFile
 from .quiet import without_stderr
 
@@ -91,8 +92,9 @@ def decode(file: DicomFile) -> Iterator[npt.NDArray[Any]]:
     except (InputError, MissingError):
         raise
     except Exception as error:  # each decoder has its own
-        text = " ".join(str(error).split())
-        raise InputError(f"{file.path}: its pixels cannot be decoded: {text}") from error
+        raise InputError(
+            f"{file.path}: its pixels cannot be decoded: {reason_of(error)}"
+        ) from error
 
 
 def coded_size(encoded: bytes) -> tuple[int, int] | None:
@@ -162,8 +164,9 @@ def _encoded_frames(dataset: Any, file: DicomFile, count: int) -> Iterator[bytes
     try:
         yield from encaps.generate_frames(dataset.PixelData, number_of_frames=count)
     except Exception as error:
-        text = " ".join(str(error).split())
-        raise InputError(f"{file.path}: its compressed pixels are damaged: {text}") from error
+        raise InputError(
+            f"{file.path}: its compressed pixels are damaged: {reason_of(error)}"
+        ) from error
 
 
 def _by_gdcm(file: DicomFile) -> Iterator[npt.NDArray[Any]]:

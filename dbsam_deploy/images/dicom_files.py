@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import os
 import re
-import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import Any, BinaryIO
 
 from ..core.errors import InputError
 from ..extras import require
+from ..files.damage import DAMAGED, reason_of
 from ..files.regular import regular_size
 from .dicom_inflating import inflated, is_deflated
 from .scans import MAX_VOLUME_BYTES
@@ -53,21 +53,6 @@ HEADER_TAGS = (
     *("SegmentedRedPaletteColorLookupTableData", "SegmentedGreenPaletteColorLookupTableData"),
     *("SegmentedBluePaletteColorLookupTableData", "PaletteColorLookupTableUID"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
-)
-
-# What pydicom and the decoders raise on a damaged file depends on the element they trip over.
-_DAMAGED = (
-    ArithmeticError,
-    AttributeError,
-    AssertionError,
-    EOFError,
-    LookupError,
-    NotImplementedError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    struct.error,
 )
 
 
@@ -139,12 +124,11 @@ def reading_dicom(path: Path) -> Iterator[Any]:
         except InputError:
             raise
         except (
-            *_DAMAGED,
+            *DAMAGED,
             pydicom.errors.InvalidDicomError,
             pydicom.errors.BytesLengthException,
         ) as error:
-            text = " ".join(str(error).split())
-            raise InputError(f"{path} is not readable DICOM: {text}") from error
+            raise InputError(f"{path} is not readable DICOM: {reason_of(error)}") from error
 
 
 def looks_like_dicom(path: Path) -> bool:

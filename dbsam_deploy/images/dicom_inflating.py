@@ -11,6 +11,7 @@ import zlib
 from pathlib import Path
 
 from ..core.errors import InputError
+from ..files.damage import reason_of
 from .scans import MAX_VOLUME_BYTES
 
 _SYNTAX = b"1.2.840.10008.1.2.1.99"
@@ -61,7 +62,9 @@ def inflated(path: Path, limit: int) -> tuple[bytes, int]:
                         "damaged or made to do harm"
                     )
         except zlib.error as error:
-            raise InputError(f"{path}: its deflated data are damaged: {error}") from error
+            raise InputError(
+                f"{path}: its deflated data are damaged: {reason_of(error)}"
+            ) from error
         if len(unpack.unused_data) + len(stream.read(_AFTER_BYTES)) > _AFTER_BYTES:
             raise InputError(f"{path}: bytes follow its deflated data; the file is damaged")
     return bytes(kept), size

@@ -129,7 +129,8 @@ def _check_finite(
     if values.dtype.kind != "f":
         return
     for index, plane in enumerate(values):  # a mask of the whole volume would be a copy of it
-        finite = np.isfinite(plane.astype(np.float64))  # a wider type may exceed float64
+        with np.errstate(over="ignore", invalid="ignore"):  # a wider type may exceed float64
+            finite = np.isfinite(plane.astype(np.float64))
         measured = finite if excluded is None else finite[~excluded[index]]
         if not measured.all():
             raise InputError(

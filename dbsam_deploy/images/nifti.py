@@ -5,9 +5,7 @@ from __future__ import annotations
 import gzip
 import logging
 import math
-import struct
 import warnings
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..core.errors import InputError
+from ..files.damage import DAMAGED, reason_of
 from ..files.regular import regular_size
 from .scans import Scan, ScanGeometry, check_voxels, require_nibabel
 
@@ -57,10 +56,10 @@ def read_nifti(path: Path, *, volume: int | None = None) -> Scan:
             stored = _stored(nibabel, stream, header, chosen)
             if compressed:
                 _read_to_the_end(stream, announced, path)  # compares checksum and length
-    except (ArithmeticError, EOFError, OSError, ValueError, zlib.error, struct.error) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} is not a readable NIfTI file: {error}") from error
+    except InputError:
+        raise
+    except DAMAGED as error:
+        raise InputError(f"{path} is not a readable NIfTI file: {reason_of(error)}") from error
     sizes = shape[:3] + (1,) * (3 - len(shape))
     stored = stored.reshape(sizes).transpose(2, 1, 0)
     padding = _fill_values(stored)
@@ -80,7 +79,7 @@ def _nifti_header(nibabel: Any, stream: Any, path: Path) -> Any:
     try:
         header = kind(block)
     except (nibabel.spatialimages.HeaderDataError, nibabel.wrapstruct.WrapStructError) as error:
-        raise InputError(f"{path} is not a readable NIfTI file: {error}") from error
+        raise InputError(f"{path} is not a readable NIfTI file: {reason_of(error)}") from error
     finally:
         log.disabled = was_disabled
     offset = float(header["vox_offset"])

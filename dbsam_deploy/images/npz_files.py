@@ -9,11 +9,8 @@ along z, as everywhere in this library. `spacing` (optional) is millimetres alon
 from __future__ import annotations
 
 import math
-import struct
-import tokenize
 import warnings
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +22,7 @@ import numpy.typing as npt
 
 from ..core.errors import InputError
 from ..core.imaging import FloatArray
+from ..files.damage import DAMAGED, reason_of
 from ..files.regular import regular_size
 from ..files.zip_files import open_zip
 from .scans import check_channels_last, check_voxels
@@ -32,19 +30,6 @@ from .scans import check_channels_last, check_voxels
 MAX_BOXES_BYTES = 16 * 1024 * 1024
 MAX_SPACING_BYTES = 1024
 MAX_NAMES_BYTES = 4 * 1024 * 1024
-
-_DAMAGED = (
-    zipfile.BadZipFile,
-    zlib.error,
-    OSError,
-    EOFError,
-    ValueError,
-    SyntaxError,
-    tokenize.TokenError,
-    RuntimeError,  # an encrypted member
-    NotImplementedError,  # an unknown compression
-    struct.error,
-)
 
 
 @dataclass(frozen=True)
@@ -189,8 +174,10 @@ def open_npy(path: Path) -> npt.NDArray[Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about npy headers written by Python 2
             return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-    except _DAMAGED as error:
-        raise InputError(f"{path} is not a readable npy file of numbers: {error}") from error
+    except DAMAGED as error:
+        raise InputError(
+            f"{path} is not a readable npy file of numbers: {reason_of(error)}"
+        ) from error
 
 
 @contextmanager
@@ -202,8 +189,8 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
             yield archive
     except InputError:
         raise
-    except _DAMAGED as error:
-        raise InputError(f"{path} is not a readable npz file: {error}") from error
+    except DAMAGED as error:
+        raise InputError(f"{path} is not a readable npz file: {reason_of(error)}") from error
 
 
 def _image_shape(

@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
-import struct
 import warnings
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from PIL import Image, ImageOps
 from ..core.contract import MAX_IMAGE_PIXELS
 from ..core.errors import InputError
 from ..core.imaging import ByteArray, FloatArray
+from ..files.damage import DAMAGED, reason_of
 from ..files.regular import regular_size
 from ..files.user_paths import user_path
 from .dicom import read_dicom
@@ -50,8 +50,8 @@ SOFT_TISSUE_TEXT = (
 PICTURE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
 _ORIENTATION, _PHOTOMETRIC = 0x0112, 262
 
-DAMAGED_PICTURE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
-"""What Pillow raises while it reads a damaged file."""
+# Pillow logs some faults of a file, which without a handler would be printed.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 @dataclass(frozen=True)
@@ -214,6 +214,7 @@ def _read_picture(path: Path, window: Window | None) -> Volume:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about tags that nothing here reads
             warnings.simplefilter("error", Image.DecompressionBombWarning)
+            _check_sums(path)
             with path.open("rb") as file, Image.open(file, formats=PICTURE_FORMATS) as image:
                 if image.width * image.height > MAX_IMAGE_PIXELS:
                     raise Image.DecompressionBombError
@@ -227,9 +228,9 @@ def _read_picture(path: Path, window: Window | None) -> Volume:
         ) from error
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    except DAMAGED_PICTURE as error:
+    except DAMAGED as error:
         raise InputError(
-            f"{path} is not a readable PNG, JPEG, TIFF, BMP or WebP: {error}"
+            f"{path} is not a readable PNG, JPEG, TIFF, BMP or WebP: {reason_of(error)}"
         ) from error
     pixels, intensity = to_uint8(values[None], window, path, notes=notes)
     return Volume(path, "picture", pixels, intensity, files=(path,))
@@ -255,6 +256,13 @@ def _turned(image: Image.Image) -> tuple[str, ...]:
     if orientation in range(2, 9):
         return (f"turned upright as its EXIF orientation {orientation} says",)
     return ()
+
+
+def _check_sums(path: Path) -> None:
+    """Compare the checksums of a PNG, which Pillow does not do for the pixels it decodes."""
+    with path.open("rb") as file, Image.open(file, formats=PICTURE_FORMATS) as image:
+        if image.format == "PNG":
+            image.verify()
 
 
 def load_pixels(image: Image.Image) -> None:

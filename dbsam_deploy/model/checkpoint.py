@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import pickle
 import re
-import struct
 import warnings
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,28 +25,12 @@ from torch import Tensor
 
 from ..core.errors import CheckpointError
 from ..files.atomic import write_atomically
+from ..files.damage import DAMAGED, reason_of
 from ..files.regular import regular_size
 from ..files.zip_files import open_zip, plain_sizes
 from .pickles import declared_storages
 
 StateDict = dict[str, Tensor]
-
-_DAMAGED = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    NotImplementedError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    struct.error,
-    zipfile.BadZipFile,
-)
-"""What a damaged PyTorch file raises depends on the byte that is wrong."""
 
 WRAPPERS = ("net", "model", "state_dict", "model_state_dict")
 """Keys under which training scripts put the state dict; `net` is DB-SAM's own."""
@@ -131,16 +114,16 @@ def _read(path: Path) -> object:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # PyTorch begins with advice to load it unsafely; what it found comes after that.
-        reason = str(error).rpartition("WeightsUnpickler error:")[2]
+        reason = reason_of(ValueError(str(error).rpartition("WeightsUnpickler error:")[2]))
         match = re.search(r"(?:GLOBAL|global) (\S+)", reason)
-        what = f"it asks for {_line(match.group(1))}" if match else _line(reason)
+        what = f"it asks for {match.group(1)[:100]}" if match else reason
         raise CheckpointError(
             f"checkpoint {path}: refused, it holds more than tensors ({what}) and loading it could "
             "run code; save the state dict alone, best as .safetensors"
         ) from error
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise CheckpointError(
-            f"checkpoint {path}: not a PyTorch weights file ({_line(error)})"
+            f"checkpoint {path}: not a PyTorch weights file ({reason_of(error)})"
         ) from error
 
 
@@ -151,9 +134,9 @@ def _read_safetensors(path: Path) -> StateDict:
         if header > MAX_PICKLE_BYTES:
             raise ValueError(f"its header has {header} bytes; at most {MAX_PICKLE_BYTES} are read")
         return load_file(path)
-    except (SafetensorError, OSError, ValueError, LookupError, AttributeError) as error:
+    except (SafetensorError, *DAMAGED) as error:
         raise CheckpointError(
-            f"checkpoint {path}: not a safetensors file ({_line(error)})"
+            f"checkpoint {path}: not a safetensors file ({reason_of(error)})"
         ) from error
 
 
@@ -194,12 +177,6 @@ def _check_held(declared: int, held: int, what: str) -> None:
         raise ValueError(f"{what} should have {declared} bytes, and the file holds {held}")
 
 
-def _line(reason: object) -> str:
-    """A reason in one short line that a terminal shows."""
-    text = (str(reason).strip() or type(reason).__name__).splitlines()[0]
-    return "".join(char for char in text if char.isprintable())[:200]
-
-
 def _tensors(path: Path, content: object) -> StateDict:
     for wrapper in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
@@ -238,8 +215,16 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], about: Mapping[s
             if not torch.isfinite(value).all():
                 raise CheckpointError(f"{name} holds values that float16 cannot; not written")
         stored[name] = value
+    content = save(stored, metadata=dict(about))
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    # `save` puts its metadata in another order each time; equal weights shall be equal files.
+    header["__metadata__"] = dict(sorted(about.items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
     with write_atomically(path) as stream:
-        stream.write(save(stored, metadata=dict(about)))
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.write(memoryview(content)[8 + size :])
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:

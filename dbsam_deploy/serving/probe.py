@@ -48,8 +48,9 @@ def probe_image(noise: bytes | None = None) -> npt.NDArray[np.uint8]:
     """A bright disc on a dark ramp, RGB.
 
     Args:
-        noise: three bytes for the last pixel, random ones if None. They change the answer next to
-            nothing, and let no cache of an image's embedding stand in for the encoder.
+        noise: three bytes that colour the last pixel, random ones if None. They change the answer
+            next to nothing (brightest and darkest stay), and let no embedding that was kept stand
+            in for the encoder.
 
     Returns:
         (48, 64, 3) uint8.
@@ -58,7 +59,7 @@ def probe_image(noise: bytes | None = None) -> npt.NDArray[np.uint8]:
     y, x = np.mgrid[:height, :width]
     image = np.repeat((30 + x)[..., None], 3, axis=2).astype(np.uint8)
     image[(y - 24) ** 2 + (x - 32) ** 2 < 14**2] = (220, 180, 150)
-    image[-1, -1] = np.frombuffer(os.urandom(3) if noise is None else noise, np.uint8)
+    image[-1, -1] = 40 + np.frombuffer(os.urandom(3) if noise is None else noise, np.uint8) % 128
     return image
 
 
@@ -103,15 +104,6 @@ def ask(
     answer = _infer(url, model, question(model, image, side), timeout_s)
     check_answer(model, answer, image.shape[:2], url)
     return answer
-
-
-def probe(http_url: str, *, timeout_s: float = 120.0) -> None:
-    """Ask the model with boxes.
-
-    Raises:
-        ServingError: see `ask`.
-    """
-    ask(http_url, BOXES_MODEL, timeout_s=timeout_s)
 
 
 def check_answer(model: str, answer: Arrays, size: tuple[int, ...], url: str) -> None:

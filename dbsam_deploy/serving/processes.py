@@ -100,16 +100,6 @@ def how_ended(process: subprocess.Popen[bytes]) -> str:
     return f"by {signal.Signals(number).name}" if signalled else f"with status {number}"
 
 
-def wait_for_end(process: subprocess.Popen[bytes], seconds: float) -> bool:
-    """Whether the process ended within `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not has_ended(process):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
-
-
 def end_group(process: subprocess.Popen[bytes]) -> None:
     """Kill a process and all of its group, and wait briefly for them to go.
 

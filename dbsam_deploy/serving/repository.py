@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import sys
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from ..files.locks import one_writer
 from ..files.manifests import Body, ManifestKind, is_inside, is_sha256
 from ..files.publication import new_folder, remove, replace_folder, tidy
 from ..resources import resource_dir
+from .known_answer import known_answers
 from .triton_config import BYTECODE, GRAPH_MODELS, Platform, front_spec, render_configs
 
 REPOSITORY_STEM = "model_repository"
@@ -64,6 +65,7 @@ class Repository:
         weights: where the weights came from, as in the export's manifest.
         files: path relative to `folder` → SHA-256.
         plugins: path relative to `folder` of the library that the plans need, "" for none.
+        known_answers: see `known_answer.known_answers`.
     """
 
     folder: Path
@@ -74,6 +76,7 @@ class Repository:
     weights: dict[str, Any]
     files: dict[str, str]
     plugins: str = ""
+    known_answers: dict[str, Any] = field(default_factory=dict)
 
 
 def repository_beside(folder: Path) -> Path:
@@ -129,6 +132,7 @@ def build_repository(artefact: Artefact, output: Path, *, wait: bool = True) -> 
                 platforms=platforms,
                 weights=artefact.weights,
                 plugins=_copy_plugins(artefact, fresh),
+                known_answers=known_answers(artefact, say),
                 files=file_hashes(fresh),
             )
             write_repository(replace(repository, folder=fresh))

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from ..core.errors import InputError, ServingError
 from ..core.front import DRAINING
 from .control import Control, new_key, requests_in_flight, restriction
 from .environment import ServerEnvironment
+from .known_answer import compare
 from .ports import LOOPBACK, Ports, is_loopback, reserve
-from .probe import is_up, probe
+from .probe import BOXES_MODEL, ask, is_up
 from .processes import (
     claim_shared_memory,
     end_group,
@@ -28,15 +28,12 @@ from .processes import (
     hide_word,
     how_ended,
     start_tied,
-    wait_for_end,
 )
 from .runtime import CONTROL, MODELS, backends, lay_out, make_runtime, server_variables
 from .server_log import ServerLog
 from .snapshot import take_snapshot
 from .triton_config import BYTECODE
 
-_STOP_S = 5.0
-"""How long a server that has nothing to do may take to end."""
 _IDLE_LOOKS = 3
 """A request on its way to the models is counted a moment later."""
 _DEAD_WHILE_LOADING_S = 5.0
@@ -94,6 +91,7 @@ class TritonServer:
         self._output: ServerLog | None = None
         self._plugins = ""
         self._said = ""
+        self.known_answers: dict[str, Any] = {}
         # Names the stubs' shared memory, so that what a killed server leaves can be told apart.
         self.shared_memory_prefix = f"dbsam_{os.getpid()}_{uuid.uuid4().hex[:12]}_"
 
@@ -148,7 +146,8 @@ class TritonServer:
             if warning := network_warning(self.host, self.environment):
                 self.event(warning)
             self._runtime = make_runtime()
-            self._plugins = take_snapshot(self.repository, self._runtime / MODELS).plugins
+            copied = take_snapshot(self.repository, self._runtime / MODELS)
+            self._plugins, self.known_answers = copied.plugins, copied.known_answers
             lay_out(self.environment, self._runtime)
             for prefix in free_left_shared_memory():
                 self.event(f"removed the shared memory of a server that was killed ({prefix}*)")
@@ -229,7 +228,7 @@ class TritonServer:
             if has_ended(process):
                 raise ServingError(self.why_ended())
             if is_up(self.http_url):
-                probe(self.http_url)
+                self.check()
                 return
             if not ended_children(process.pid):
                 dead_since = None
@@ -261,13 +260,25 @@ class TritonServer:
         return self._said if self._output is None else self._output.text()
 
     def check(self) -> None:
-        """Prove that the server answers, by a request through the ensemble.
+        """Prove that the server answers, and answers right, by a request through the ensemble.
 
         Raises:
             ServingError: it is not running or does not answer properly.
         """
         _ = self.pid
-        probe(self.http_url)
+        self.ask(BOXES_MODEL)
+
+    def ask(self, model: str, *, timeout_s: float = 120.0) -> None:
+        """Prove it of one model.
+
+        Args:
+            model: one of `probe.SERVED`.
+            timeout_s: how long the answer may take.
+
+        Raises:
+            ServingError: no answer, or not the one that the repository knows.
+        """
+        compare(model, ask(self.http_url, model, timeout_s=timeout_s), self.known_answers)
 
     @property
     def has_ended(self) -> bool:
@@ -303,11 +314,13 @@ class TritonServer:
         return True
 
     def stop(self) -> None:
-        """Stop the server, remove its folder and shared memory; harmless when stopped.
+        """Stop the server at once, remove its folder and shared memory; harmless when stopped.
 
-        Requests that it still works on are cut off; `drain` waits for them.
+        Requests that it still works on are cut off; `drain` waits for them. Nothing else would be
+        gained by Triton's own way to end, which takes seconds, and its whole timeout where a
+        model's process has died before.
         """
-        self._end(_STOP_S)
+        self._end()
         if self._output is not None:
             self._said = self._output.text()
             self._output.close()
@@ -316,14 +329,10 @@ class TritonServer:
             shutil.rmtree(self._runtime)
             self._runtime = None
 
-    def _end(self, seconds: float = 0.0) -> None:
+    def _end(self) -> None:
         """End the process, its stubs included, and free its shared memory."""
         process, self._process = self._process, None
         if process is not None:
-            if seconds and not has_ended(process):
-                with suppress(ProcessLookupError):
-                    process.send_signal(signal.SIGTERM)
-                wait_for_end(process, seconds)
             end_group(process)
             if self._output is not None:
                 self._output.finish()

@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from ..core.errors import ServingError
-from .probe import SERVED, ask, is_refusal
+from .probe import SERVED, is_refusal
 from .processes import STOPPED, Stub, stubs
 from .server import TritonServer
 
@@ -56,22 +56,22 @@ class _Question:
     """A request of our own, asked in a thread: behind a dead model it waits for very long."""
 
     def __init__(
-        self, url: str, model: str, counts: dict[str, int], cpu_s: dict[int, float]
+        self, server: TritonServer, model: str, counts: dict[str, int], cpu_s: dict[int, float]
     ) -> None:
         self.model, self.counts, self.cpu_s = model, counts, cpu_s
         self.error = ""
         self.is_done = threading.Event()
         self._began, self._took = time.monotonic(), 0.0
-        threading.Thread(target=self._ask, args=(url,), daemon=True).start()
+        threading.Thread(target=self._ask, args=(server,), daemon=True).start()
 
     @property
     def age_s(self) -> float:
         """Seconds since it was asked, until the answer."""
         return self._took or time.monotonic() - self._began
 
-    def _ask(self, url: str) -> None:
+    def _ask(self, server: TritonServer) -> None:
         try:
-            ask(url, self.model, timeout_s=_LONGEST_S)
+            server.ask(self.model, timeout_s=_LONGEST_S)
         except ServingError as error:
             self.error = error.message
         self._took = time.monotonic() - self._began
@@ -172,7 +172,7 @@ class Supervisor:
             for model in faults:
                 self.server.control.reload(model, self.pace.reload)
             for name in self._served():
-                ask(self.server.http_url, name, timeout_s=self._patience())
+                self.server.ask(name, timeout_s=self._patience())
         except ServingError as error:
             self._restart(f"{', '.join(faults)} could not be revived: {error.message}")
             return
@@ -222,7 +222,7 @@ class Supervisor:
             if self._round:
                 counts = self.server.control.answered()
                 busy = {stub.pid: stub.cpu_s for stub in stubs(self.server.pid)}
-                self._asked = _Question(self.server.http_url, self._round[0], counts, busy)
+                self._asked = _Question(self.server, self._round[0], counts, busy)
                 return
         except ServingError as error:
             if not self.server.has_ended:

@@ -104,6 +104,25 @@ def test_colours_of_16_bits_in_tiff_are_refused(tmp_path: Path) -> None:
         read_image(path)
 
 
+def test_a_flipped_bit_of_a_png_is_found(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Each chunk has a checksum, which Pillow does not compare for pixels."""
+    path = tmp_path / "a.png"
+    Image.fromarray(COLOURS).save(path)
+    content = path.read_bytes()
+    refused = 0
+    for _ in range(60):
+        broken = bytearray(content)
+        broken[rng.integers(8, len(content))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(broken)
+        try:
+            found = read_image(path).pixels[0]
+        except InputError:
+            refused += 1
+        else:  # within the empty chunk at the end
+            np.testing.assert_array_equal(found, COLOURS)
+    assert refused > 40
+
+
 FILES: dict[str, tuple[np.ndarray, dict[str, Any]]] = {
     "a.png": (COLOURS, {}),
     "a.jpg": (COLOURS, {"quality": 95}),

@@ -81,6 +81,16 @@ def test_what_is_written_is_half_precision_and_reads_back(tmp_path):
         assert stream.metadata() == {"about": "a test"}
 
 
+def test_equal_weights_are_equal_files(tmp_path):
+    about = dict.fromkeys("abcdef", "1")
+    contents = set()
+    for number in range(4):
+        path = tmp_path / str(number)
+        write_checkpoint(path, TENSORS, about)
+        contents.add(path.read_bytes())
+    assert len(contents) == 1
+
+
 @pytest.mark.parametrize("value", [65520.0, float("inf"), float("nan")])
 def test_what_half_precision_cannot_hold_is_not_written(tmp_path, value):
     path = tmp_path / "w.safetensors"

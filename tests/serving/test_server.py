@@ -26,7 +26,6 @@ from dbsam_deploy.prediction.predictor import Predictor
 from dbsam_deploy.recipe import load_recipe
 from dbsam_deploy.serving.environment import ServerEnvironment, find_environment
 from dbsam_deploy.serving.ports import Ports
-from dbsam_deploy.serving.probe import probe
 from dbsam_deploy.serving.repository import REPOSITORY_NAME, build_repository, file_hashes
 from dbsam_deploy.serving.server import TritonServer
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
@@ -102,23 +101,6 @@ def test_metrics_count_requests(triton):
     while successes() == before and time.monotonic() < deadline:
         time.sleep(0.05)
     assert successes() == before + 1
-
-
-@pytest.mark.triton
-def test_a_killed_python_model_is_noticed_although_the_ready_flag_stays_up(
-    tiny_repository, server_environment, tmp_path
-):
-    log = tmp_path / "log"
-    with TritonServer(tiny_repository.folder, server_environment, log=log, ports=FREE) as server:
-        server.check()
-        for stat in Path("/proc").glob("[0-9]*/cmdline"):
-            line = stat.read_text()
-            if "dbsam_interactive/1/model.py" in line and server.shared_memory_prefix in line:
-                os.kill(int(stat.parent.name), signal.SIGKILL)
-        with urllib.request.urlopen(f"http://{server.http_url}/v2/health/ready") as answer:
-            assert answer.status == 200
-        with pytest.raises(ServingError):
-            probe(server.http_url, timeout_s=20)
 
 
 @pytest.mark.triton
@@ -241,13 +223,6 @@ def test_a_taken_port_is_named_before_anything_starts(tmp_path):
         with pytest.raises(InputError, match=r"--grpc-port"):
             server.start()
     assert not (tmp_path / "log").exists()
-
-
-def test_the_probe_reports_a_server_that_is_not_there():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        with pytest.raises(ServingError, match="did not answer"):
-            probe(f"127.0.0.1:{taken.getsockname()[1]}", timeout_s=2)
 
 
 WRONG = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import time
 import urllib.error
 import urllib.request
@@ -15,11 +16,14 @@ import pytest
 import tritonclient.grpc as grpc
 from support.serving import traffic
 
+from dbsam_deploy import serve
+from dbsam_deploy.cli import run
 from dbsam_deploy.core.errors import InputError, ServingError
 from dbsam_deploy.serving.control import KEY_HEADER, Control, new_key
 from dbsam_deploy.serving.ports import Ports
 from dbsam_deploy.serving.probe import SERVED, ask
 from dbsam_deploy.serving.processes import stubs
+from dbsam_deploy.serving.repository import build_repository
 from dbsam_deploy.serving.server import TritonServer
 from dbsam_deploy.serving.supervisor import Pace, Supervisor
 
@@ -164,6 +168,50 @@ def test_a_server_that_was_killed_is_started_again_with_ports_and_key(watched):
     assert not seen.wrong
     assert any("ended by SIGKILL" in event for event in watched.events)
     assert Control(server.http_url, server.key).models()["dbsam"] == "READY"
+
+
+@pytest.mark.triton
+def test_the_check_finds_a_dead_model_although_the_ready_flag_stays_up(watched, capsys):
+    url = watched.server.http_url
+    os.kill(watched.pid_of("dbsam_interactive"), signal.SIGKILL)
+    assert http_status(url, "/v2/health/ready", None, None) == 200
+    assert run(serve.main, ["--check", url, "--timeout", "20"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "is not healthy" in error
+    before = watched.supervisor.revived
+    watched.until(lambda: watched.supervisor.revived > before)
+    assert run(serve.main, ["--check", url]) == 0
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("scheme", ["", "http://", "triton://"])
+def test_the_check_wants_the_answers_that_the_repository_knows(
+    watched, tiny_repository, make_artefact, tmp_path, capsys, scheme
+):
+    server = watched.server
+    url = scheme + (server.grpc_url if scheme == "triton://" else server.http_url)
+    assert run(serve.main, ["--check", url, "--repository", str(tiny_repository.folder)]) == 0
+    told = capsys.readouterr().out
+    assert all(model in told for model in SERVED)
+    assert "as its repository says" in told
+    other = build_repository(make_artefact(tmp_path / "a", 64, seed=1), tmp_path / "r").folder
+    assert run(serve.main, ["--check", url, "--repository", str(other)]) == 1
+    assert "but not what its repository says" in capsys.readouterr().err
+
+
+def test_the_check_says_in_one_line_that_nothing_is_there(capsys):
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        url = f"127.0.0.1:{bound.getsockname()[1]}"
+        assert run(serve.main, ["--check", url]) == 1
+        assert run(serve.main, ["--check", f"triton://{url}", "--timeout", "2"]) == 1
+    assert run(serve.main, ["--check", "https://host:8000"]) == 2
+    assert run(serve.main, ["--check", "localhost"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 4
+    assert "did not answer" in error
+    assert "expected host:port" in error
 
 
 def test_a_server_that_cannot_be_kept_alive_is_given_up_with_its_reason(tmp_path):

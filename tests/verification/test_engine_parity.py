@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 from support.cuda import CpuGpu, stand_in_device
-from support.engines import STAND_IN_GPU, fake_runtime, put_engines
+from support.engines import STAND_IN_GPU, CpuEngine, fake_runtime, put_engines
 
 from dbsam_deploy.artefact import graph_file, load_artefact
 from dbsam_deploy.core.errors import AccuracyError, EngineError
@@ -71,6 +71,21 @@ def test_engines_that_agree_are_signed_and_can_then_be_used(copied, cases, kind)
         assert record.layers["fused_attention"] == 1
     assert not unverified_here(records, Gpu("any", "sm_86", "13.0"))
     assert unverified_here(put_again(copied, kind), Gpu("any", "sm_86", "13.0"))
+
+
+def test_tensorrt_rtx_runs_with_general_and_then_with_special_kernels(copied, cases, monkeypatch):
+    put_engines(copied, TENSORRT_RTX)
+    kernels, options = [], stand_ins(version="1.7.1.116")
+    create = CpuEngine.create_execution_context
+
+    def noted(engine, config):
+        kernels.append(config.dynamic_shapes_kernel_specialization_strategy)
+        return create(engine, config)
+
+    monkeypatch.setattr(CpuEngine, "create_execution_context", noted)
+    verify_engines(copied, TENSORRT_RTX, OnnxRuntimeSession(copied), cases[:1], GATE, **options)
+    known = options["runtime"].DynamicShapesKernelSpecializationStrategy
+    assert list(dict.fromkeys(kernels)) == [known.NONE, known.EAGER]
 
 
 def put_again(artefact, kind):
