@@ -320,6 +320,14 @@ def test_one_of_several_series_is_taken_by_uid_or_number(tmp_path: Path) -> None
     assert read_image(tmp_path / "ct", series=4, window=(0, 400)).pixels[0, 1, 0] < 70
 
 
+@pytest.mark.parametrize("name", ["a.dcm", "A.DICOM"])
+def test_a_file_that_is_called_dicom_and_is_none(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("pydicom")
+    (tmp_path / name).write_text("no DICOM at all")
+    with pytest.raises(InputError, match=rf"{name} is not DICOM"):
+        read_image(tmp_path / name)
+
+
 def test_options_of_one_kind_of_file_are_refused_for_another(tmp_path: Path) -> None:
     picture, series = tmp_path / "a.png", tmp_path / "ct"
     Image.fromarray(np.eye(8, dtype=np.uint8)).save(picture)
