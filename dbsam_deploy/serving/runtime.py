@@ -9,12 +9,15 @@ import sys
 import tempfile
 from pathlib import Path
 
+from ..core import array_guard
 from ..core.errors import ServingError
 from ..core.front import CONTROL_VARIABLE
 from ..privacy import VARIABLES
 from .environment import ServerEnvironment
 
 STANDINS = Path(__file__).parent / "standin_backends"
+GUARD = Path(array_guard.__file__)
+"""Module that the stand-ins import, as the front model does."""
 MODELS, CONTROL = "models", "control"
 """Names in the folder: the repository's copy, and where the front looks for orders."""
 
@@ -54,7 +57,8 @@ def lay_out(environment: ServerEnvironment, folder: Path) -> None:
     shutil.copy2(environment.stub, python / environment.stub.name)
     for standin in sorted(STANDINS.iterdir()):
         (folder / standin.name).mkdir()
-        shutil.copyfile(standin / "model.py", folder / standin.name / "model.py")
+        for file in (standin / "model.py", GUARD):
+            shutil.copyfile(file, folder / standin.name / file.name)
 
 
 def backends(environment: ServerEnvironment, folder: Path) -> Path:
