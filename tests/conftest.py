@@ -302,7 +302,13 @@ def triton(
 ) -> Iterator[TritonServer]:
     """One real Triton server on `tiny_repository` for the whole run, on free loopback ports."""
     log = tmp_path_factory.mktemp("triton") / "server.log"
-    server = TritonServer(tiny_repository.folder, server_environment, log=log, ports=Ports(0, 0, 0))
+    server = TritonServer(
+        tiny_repository.folder,
+        server_environment,
+        log=log,
+        ports=Ports(0, 0, 0),
+        expose_stages=True,
+    )
     with server:
         yield server
 

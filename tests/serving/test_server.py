@@ -156,7 +156,7 @@ def test_complete_configurations_survive_auto_completion(
     server = TritonServer(folder, server_environment, log=log, ports=FREE, auto_complete=True)
     with server:
         assert_answers_like_local(server, tiny_artefact)
-        url = f"http://{server.http_url}/v2/models/dbsam_encoder/config"
+        url = f"http://{server.http_url}/v2/models/dbsam_encoder{server.ending}/config"
         with urllib.request.urlopen(url, timeout=10) as answer:
             assert b'"max_batch_size":1' in answer.read()
 
