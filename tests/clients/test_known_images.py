@@ -87,7 +87,8 @@ def cases(predictor):
 @pytest.mark.triton
 @pytest.mark.parametrize(("protocol", "options"), WAYS)
 def test_masks_of_an_open_image_equal_local_ones(triton, predictor, image, protocol, options):
-    with DbsamClient(url_of(triton, protocol), protocol, **options) as client:
+    url = url_of(triton, protocol)
+    with DbsamClient(url, protocol, key=triton.key, **options) as client:
         opened = client.open(image)
         assert opened.known.cached is False
         for number, (prompts, expected) in enumerate(cases(predictor)):
@@ -102,7 +103,7 @@ def test_masks_of_an_open_image_equal_local_ones(triton, predictor, image, proto
 def test_the_same_by_asyncio(triton, predictor, image, protocol, options):
     async def ask():
         url = url_of(triton, protocol)
-        async with AsyncDbsamClient(url, protocol, **options) as client:
+        async with AsyncDbsamClient(url, protocol, key=triton.key, **options) as client:
             opened = await client.open(image)
             return await asyncio.gather(
                 *(opened.predict(**prompts, logits=True) for prompts, _ in cases(predictor))
