@@ -193,7 +193,8 @@ def test_selectors_find_the_pods_and_nothing_that_changes(render):
 @pytest.mark.parametrize("verb", ["install", "upgrade"])
 def test_the_commands_of_the_page_give_a_chart(deployment_tool, verb):
     """`helm install` and `helm upgrade` of docs/how-to/deploy.md, rendered instead of sent."""
-    (line,) = re.findall(rf"^helm {verb} .*$", PAGE.read_text(), re.M)
+    text = PAGE.read_text().replace("\\\n", "")
+    (line,) = re.findall(rf"^helm {verb} .*$", text, re.M)
     words = shlex.split(line.replace("--reuse-values", f"--set {CLAIM}"))
     done = subprocess.run(
         [deployment_tool("helm"), "template", *words[2:]], cwd=ROOT, capture_output=True, text=True
