@@ -96,6 +96,7 @@ class TritonServer:
         self._process: subprocess.Popen[bytes] | None = None
         self._runtime: Path | None = None
         self._output: ServerLog | None = None
+        self._leash = -1
         self._plugins = ""
         self._said = ""
         self.known_answers: dict[str, Any] = {}
@@ -204,7 +205,7 @@ class TritonServer:
         try:
             variables = server_variables(self.environment, runtime)
             variables[STAGES_VARIABLE] = self.ending
-            process = start_tied(self._command(runtime), variables, lock)
+            process, self._leash = start_tied(self._command(runtime), variables, lock)
         finally:
             os.close(lock)
         self._process = process
@@ -354,6 +355,7 @@ class TritonServer:
         process, self._process = self._process, None
         if process is not None:
             end_group(process)
+            os.close(self._leash)
             if self._output is not None:
                 self._output.finish()
             free_shared_memory(self.shared_memory_prefix)
