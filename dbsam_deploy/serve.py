@@ -233,7 +233,8 @@ def _serve(server: TritonServer) -> int:
             _say(f"  key      {key_file} (for Triton's own APIs; inference needs none)")
             _say("Ctrl-C stops it")
             try:
-                Supervisor(server, _event).run()
+                # Its log has them too.
+                Supervisor(server, _event if log == server.log else lambda text: None).run()
             except KeyboardInterrupt:
                 stop.again = True
                 _say(f"finishing accepted requests, at most {server.grace_s:g} s (Ctrl-C: at once)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -72,15 +73,14 @@ def server_variables(environment: ServerEnvironment, folder: Path) -> dict[str, 
         CONTROL_VARIABLE: str(folder / CONTROL),
         **VARIABLES,
     }
-    if environment.is_installation:
-        # Its Python models import what this process imports: NumPy and Pillow of the image.
-        return {**ours, "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    # The stub embeds an isolated Python: it reads no variable of Python's, and takes its prefix,
+    # with all packages, from the first python3 on the path.
+    installed = environment.is_installation
+    binaries = Path(sys.executable).parent if installed else environment.folder / "bin"
+    ours["PATH"] = ":".join([str(binaries.absolute()), os.environ.get("PATH", os.defpath)])
+    if installed:
+        return ours
     libraries = [str(path) for path in environment.library_path]
     inherited = os.environ.get("LD_LIBRARY_PATH")
-    # The stub embeds Python and takes its prefix from the first python3 on the path.
-    binaries = str((environment.folder / "bin").absolute())
-    return {
-        **ours,
-        "LD_LIBRARY_PATH": ":".join([*libraries, *([inherited] if inherited else [])]),
-        "PATH": ":".join([binaries, os.environ.get("PATH", os.defpath)]),
-    }
+    ours["LD_LIBRARY_PATH"] = ":".join([*libraries, *([inherited] if inherited else [])])
+    return ours
