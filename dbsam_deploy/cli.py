@@ -53,6 +53,7 @@ DOORS = {
     "predict": Door("predict", "segment an image or volume with boxes or points"),
     "serve": Door("serve", "install, start and try the Triton server"),
     "client": Door("client", "segment an image through a running server"),
+    "loadtest": Door("loadtest", "latency and throughput of a running server under load"),
     "evaluate": Door("evaluate", "Dice and NSD of a model on a folder of labelled images"),
     "train": Door("train", "train a model by a recipe", "options.train_options", "train"),
     "engine": Door("engine", "build, verify and inspect TensorRT engines"),

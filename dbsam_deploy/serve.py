@@ -19,9 +19,9 @@ from .core.errors import InputError
 from .prediction.command import add_image_options, add_prompt_options, predict_image
 from .prediction.loading import open_server
 from .prediction.model import Model
-from .privacy import VARIABLES
 from .serving.check import check_server
 from .serving.choice import choose_repository
+from .serving.containers import FOR_ONNX, Container, container_for
 from .serving.control import KEY_VARIABLE, write_key
 from .serving.environment import (
     DEFAULT_FOLDER,
@@ -37,8 +37,8 @@ from .serving.supervisor import Supervisor
 from .sessions.backends import untrained_note
 
 TRY_TIMEOUT_S = 300.0
-DOCKER_IMAGE = "nvcr.io/nvidia/tritonserver:24.10-py3"
-"""The container of the server release that the wheel carries (2.51.0)."""
+DOCKER_IMAGE = "dbsam-triton"
+"""What the image of `deployment/Dockerfile` is called; the release of its Triton follows."""
 
 DESCRIPTION = """\
 Start the real Triton Inference Server on the repository that an export filled.
@@ -125,29 +125,52 @@ def _add_server_options(parser: Parser) -> None:
     )
 
 
-def docker_command(repository: Repository, ports: Ports, host: str = LOOPBACK) -> str:
-    """The command that serves `repository` on a GPU host with the real backends.
+def _container(repository: Repository) -> Container:
+    """The container that runs a repository's plans.
 
-    The image has NumPy but not what the Python models need beside it, so that is installed first.
+    Raises:
+        InputError: none is known that does, or the repository does not say what built them.
     """
-    packages = ["pillow"]
-    if repository.preprocessing.mode == "medsam":
-        packages += ["'numpy<2'", "scikit-image"]
-    inside = (
-        f"pip install --quiet {' '.join(packages)} && exec tritonserver "
-        "--model-repository=/models --disable-auto-complete-config"
-    )
-    if repository.plugins:
-        inside += f" --backend-config=tensorrt,plugins=/models/{repository.plugins}"
+    engine = repository.engine
+    if engine:
+        return container_for(
+            engine["tensorrt"],
+            cuda=engine["cuda"],
+            version_compatible=engine["version_compatible"],
+        )
+    if "tensorrt" in repository.platforms.values():
+        raise InputError(
+            f"{repository.folder} does not say which TensorRT built its plans: build engines with "
+            "`python -m dbsam_deploy.engine build`, which fills it anew"
+        )
+    return FOR_ONNX
+
+
+def docker_command(repository: Repository, ports: Ports, host: str = LOOPBACK) -> str:
+    """The commands that make an image for `repository` and serve it on a GPU host.
+
+    Raises:
+        InputError: no container is known that runs its plans.
+    """
+    container = _container(repository)
+    image = f"{DOCKER_IMAGE}:{container.release}"
+    build = ["docker build -f deployment/Dockerfile", f"-t {image}"]
+    build.append(f"--build-arg TRITON_RELEASE={container.release}")
+    if repository.engine:
+        build.append(f"--build-arg TENSORRT={container.tensorrt}")
     pairs = ((ports.http, 8000), (ports.grpc, 8001), (ports.metrics, 8002))
-    lines = [
-        "docker run --rm --gpus all --shm-size=1g",
-        *(f"-e {name}={value}" for name, value in VARIABLES.items()),
+    start = [
+        "docker run --rm --init --gpus all --shm-size=2g --read-only --tmpfs /tmp",
+        "--cap-drop=ALL --security-opt=no-new-privileges",
         *(f"-p {host}:{outer or inner}:{inner}" for outer, inner in pairs),
         f"-v {shlex.quote(str(repository.folder.absolute()))}:/models:ro",
-        f'{DOCKER_IMAGE} bash -c "{inside}"',
+        image,
     ]
-    return " \\\n  ".join(lines)
+    return f"# once, in the project's folder\n{_lines([*build, '.'])}\n{_lines(start)}"
+
+
+def _lines(words: list[str]) -> str:
+    return " \\\n  ".join(words)
 
 
 class _Stop:
@@ -210,7 +233,8 @@ def _serve(server: TritonServer) -> int:
             _say(f"  key      {key_file} (for Triton's own APIs; inference needs none)")
             _say("Ctrl-C stops it")
             try:
-                Supervisor(server, _event).run()
+                # Its log has them too.
+                Supervisor(server, _event if log == server.log else lambda text: None).run()
             except KeyboardInterrupt:
                 stop.again = True
                 _say(f"finishing accepted requests, at most {server.grace_s:g} s (Ctrl-C: at once)")
@@ -246,7 +270,7 @@ def _server(args: argparse.Namespace, repository: Repository, ports: Ports) -> T
         log=args.log or free_log(repository.folder.absolute().parent, "triton-server"),
         ports=ports,
         host=args.host,
-        key=os.environ.get(KEY_VARIABLE),
+        key=os.environ.get(KEY_VARIABLE) or None,
         grace_s=args.grace,
     )
 

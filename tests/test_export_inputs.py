@@ -9,6 +9,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 from support.manifests import reseal
@@ -66,6 +67,8 @@ def test_a_publication_says_what_it_was_made_of(toy: Toy, capsys) -> None:
     assert (artefact.versions, artefact.quantization) == ({"python": "3"}, {})
     assert artefact.key == key_of(artefact.inputs)
     assert artefact.inputs["weights"] == "a"
+    parts = {"weights", "model", "recipe", "calibration", "images of the comparison", "python"}
+    assert set(artefact.inputs) == parts | {"code of the export", "code of the comparison"}
     printed = capsys.readouterr().out
     assert f"serve --repository {toy.output / 'model_repository_fp32'}\n" in printed
     assert all(item.file in printed for item in artefact.graphs.values())
@@ -134,6 +137,13 @@ def test_an_export_that_does_not_say_what_it_was_made_of_is_made_again(toy: Toy)
     reseal(toy.output / "fp32" / "manifest.json", inputs={}, key="")
     assert "exported again: an earlier version of this library made it\n" in said_again(toy)
     assert "up to date; nothing was exported again\n" in said_again(toy)
+    with np.load(toy.data / "2DBox_case.npz") as arrays:
+        image, labels = arrays["imgs"], arrays["gts"]
+    np.savez(toy.data / "2DBox_case.npz", imgs=image + np.uint8(1), gts=labels)
+    assert "changed since: images of the comparison\n" in said_again(toy)
+    labels[8, 8:40] = 0  # the box is a row shorter
+    np.savez(toy.data / "2DBox_case.npz", imgs=image + np.uint8(1), gts=labels)
+    assert "changed since: images of the comparison\n" in said_again(toy)
 
 
 ALWAYS = {"torch", "segment-anything", "onnx", "onnxscript", "onnx-ir", "numpy"}

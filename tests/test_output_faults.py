@@ -343,7 +343,7 @@ def test_without_waiting_the_second_is_refused(command):
 
 def test_a_disk_that_is_full_inside_pytorchs_writer_says_so(tmp_path):
     """PyTorch hides it behind an error of its own."""
-    state = TrainingState(Position("tune"), {"w": torch.zeros(1000)}, {}, {})
+    state = TrainingState(Position("tune"), {"w": torch.zeros(100_000)}, {}, {})
     path = tmp_path / "state.pt"
     save_state(path, "key", state)
     before = path.read_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import signal
@@ -22,9 +23,12 @@ from support.serving import ask_grpc, processes_of, wait_until
 
 from dbsam_deploy import serve
 from dbsam_deploy.cli import run
+from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.prediction.predictor import Predictor
+from dbsam_deploy.serving.containers import CONTAINERS, FOR_ONNX
 from dbsam_deploy.serving.control import requests_in_flight
 from dbsam_deploy.serving.environment import ServerEnvironment
+from dbsam_deploy.serving.ports import Ports
 from dbsam_deploy.serving.probe import probe_image
 from dbsam_deploy.serving.processes import SHARED_MEMORY, children, free_left_shared_memory
 from dbsam_deploy.serving.repository import build_repository
@@ -176,20 +180,43 @@ def test_a_second_signal_ends_the_waiting_but_never_the_stopping(tmp_path, monke
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_the_docker_command_names_ports_volume_and_packages(tiny_repository, capsys):
+def test_the_docker_command_names_image_ports_and_volume(tiny_repository, capsys):
     root = str(tiny_repository.folder)
     assert serve.main(["--docker", "--repository", root, "--http-port", "9000"]) == 0
     text = capsys.readouterr().out
+    assert f"--build-arg TRITON_RELEASE={FOR_ONNX.release}" in text
+    assert text.count(f"dbsam-triton:{FOR_ONNX.release}") == 2
     assert "--gpus all" in text
     assert "--shm-size" in text
-    assert "-e ORT_DISABLE_TELEMETRY=1" in text
     assert "-p 127.0.0.1:9000:8000" in text
     assert f"-v {root}:/models:ro" in text
-    assert "nvcr.io/nvidia/tritonserver:24.10-py3" in text
-    assert "pip install --quiet pillow" in text
+    assert "pip install" not in text, "nothing is installed at the start"
     assert subprocess.run(["bash", "-n", "-c", text], check=False).returncode == 0
     assert serve.main(["--docker", "--repository", root, "--host", "0.0.0.0"]) == 0  # noqa: S104
     assert "-p 0.0.0.0:8001:8001" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("engine", "words"),
+    [
+        ({"tensorrt": "10.16.0.72", "cuda": "13.2", "version_compatible": False}, "26.03"),
+        ({"tensorrt": "11.1.0.106", "cuda": "", "version_compatible": False}, "26.07"),
+        ({"tensorrt": "11.0.0.114", "cuda": "13.3", "version_compatible": True}, "26.08"),
+        ({"tensorrt": "10.5.0.18", "cuda": "12.6", "version_compatible": False}, None),
+        ({}, None),
+    ],
+)
+def test_the_plans_choose_the_image(tiny_repository, engine, words):
+    plans = dict.fromkeys(tiny_repository.platforms, "tensorrt")
+    repository = dataclasses.replace(tiny_repository, engine=engine, platforms=plans)
+    if words is None:
+        with pytest.raises(InputError, match=r"no Triton container is known|does not say which"):
+            serve.docker_command(repository, Ports())
+        return
+    text = serve.docker_command(repository, Ports())
+    assert f"TRITON_RELEASE={words}" in text
+    (container,) = [one for one in CONTAINERS if one.release == words]
+    assert f"TENSORRT={container.tensorrt}" in text
 
 
 @pytest.mark.parametrize(

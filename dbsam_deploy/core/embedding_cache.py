@@ -1,4 +1,8 @@
-"""Image embeddings kept between requests, the least recently used one dropped first."""
+"""Image embeddings kept between requests, the least recently used one dropped first.
+
+Those that nobody announced to come back to (one-shot requests, health checks) take a quarter of the
+memory at most once it is full, so that they do not push out images that somebody works on.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _POLL_S = 0.1
+_ONCE_PART = 4
+"""One in so many bytes of a full cache is for embeddings of one-shot requests."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +62,8 @@ class EmbeddingCache:
 
     def __init__(self, budget: int) -> None:
         self._budget = budget
-        self._kept: OrderedDict[str, Kept] = OrderedDict()
+        self._lasting: OrderedDict[str, Kept] = OrderedDict()
+        self._once: OrderedDict[str, Kept] = OrderedDict()
         self._flights: dict[str, _Flight] = {}
         self._lock = threading.Lock()
         self.counts = CacheCounts()
@@ -64,17 +71,23 @@ class EmbeddingCache:
     def get(self, image_id: str) -> Kept | None:
         """The embedding, if it is kept; it then is the most recently used one."""
         with self._lock:
-            return self._find(image_id)
+            return self._find(image_id, lasting=True)
 
-    def _find(self, image_id: str) -> Kept | None:
-        kept = self._kept.get(image_id)
+    def _find(self, image_id: str, *, lasting: bool) -> Kept | None:
+        shelf = self._once if image_id in self._once else self._lasting
+        kept = shelf.pop(image_id, None)
         if kept is not None:
-            self._kept.move_to_end(image_id)
+            (self._lasting if lasting else shelf)[image_id] = kept
             self.counts.hits += 1
         return kept
 
     def get_or_make(
-        self, image_id: str, make: Callable[[], Kept], check: Callable[[], None]
+        self,
+        image_id: str,
+        make: Callable[[], Kept],
+        check: Callable[[], None],
+        *,
+        lasting: bool = True,
     ) -> tuple[Kept, bool]:
         """The embedding, computed if need be: once, however many threads ask at the same time.
 
@@ -82,12 +95,13 @@ class EmbeddingCache:
             image_id: whose embedding.
             make: computes it; what it raises, every thread that waits for it gets too.
             check: called while another thread computes; raises when waiting has no use any more.
+            lasting: whether somebody means to come back to this image.
 
         Returns:
             The embedding, and whether it was kept already.
         """
         with self._lock:
-            kept = self._find(image_id)
+            kept = self._find(image_id, lasting=lasting)
             if kept is not None:
                 return kept, True
             flight = self._flights.get(image_id)
@@ -97,7 +111,7 @@ class EmbeddingCache:
             else:
                 self.counts.joined += 1
         if mine:
-            self._fly(image_id, flight, make)
+            self._fly(image_id, flight, make, self._lasting if lasting else self._once)
         else:
             while not flight.landed.wait(_POLL_S):
                 check()
@@ -107,7 +121,9 @@ class EmbeddingCache:
             raise RuntimeError("an embedding landed without a value")
         return flight.kept, False
 
-    def _fly(self, image_id: str, flight: _Flight, make: Callable[[], Kept]) -> None:
+    def _fly(
+        self, image_id: str, flight: _Flight, make: Callable[[], Kept], shelf: dict[str, Kept]
+    ) -> None:
         try:
             flight.kept = make()
         except BaseException as error:
@@ -115,16 +131,18 @@ class EmbeddingCache:
         with self._lock:
             del self._flights[image_id]
             if flight.kept is not None:
-                self._keep(image_id, flight.kept)
+                self._keep(image_id, flight.kept, shelf)
         flight.landed.set()
 
-    def _keep(self, image_id: str, kept: Kept) -> None:
+    def _keep(self, image_id: str, kept: Kept, shelf: dict[str, Kept]) -> None:
         if kept.nbytes > self._budget:
             return
-        self._kept[image_id] = kept
+        shelf[image_id] = kept
         self.counts.nbytes += kept.nbytes
         while self.counts.nbytes > self._budget:
-            _, oldest = self._kept.popitem(last=False)
+            once = sum(item.nbytes for item in self._once.values())
+            full = not self._lasting or once > self._budget // _ONCE_PART
+            _, oldest = (self._once if full else self._lasting).popitem(last=False)
             self.counts.nbytes -= oldest.nbytes
             self.counts.evictions += 1
-        self.counts.images = len(self._kept)
+        self.counts.images = len(self._once) + len(self._lasting)

@@ -6,6 +6,7 @@ Pillow, and scikit-image in MedSAM mode. Python 3.10 is enough, for server image
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import threading
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from .admission import Admission, Limits
+from .array_guard import guard_arrays
 from .bls import BlsGraphs
 from .contract import RAW_IMAGE
 from .embedding_cache import EmbeddingCache
@@ -76,6 +78,7 @@ class TritonFront:
             preprocess(np.zeros((2, 2, 3), np.uint8), how)
         except DbsamError as error:
             raise self.triton.TritonModelException(f"{args['model_name']}: {error}") from error
+        guard_arrays(self.triton)
         self._cache = EmbeddingCache(settings.cache_mib << 20)
         graphs = BlsGraphs(self.triton, how)
         self._interactive = Interactive(how, graphs, self._cache, settings.chunk)
@@ -114,9 +117,7 @@ class TritonFront:
                 "stopping: this server takes no more; retry another one", "UNAVAILABLE"
             )
         arrays = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-        allowed_s = self._settings.max_wait_ms / 1000
-        if request.timeout():
-            allowed_s = min(allowed_s, request.timeout() / 1e6)
+        allowed_s = request.timeout() / 1e6 or math.inf
         job = _Asked(request, sender, arrays, arrived, arrived + allowed_s)
         lane = _IMAGE if RAW_IMAGE.name in arrays else _PROMPT
         self._count(IN_FLIGHT)
@@ -127,8 +128,11 @@ class TritonFront:
             raise
 
     def _work(self, job: _Asked) -> None:
-        self._count(QUEUE_US, int((time.monotonic() - job.arrived) * 1e6))
+        waited_s = time.monotonic() - job.arrived
+        self._count(QUEUE_US, int(waited_s * 1e6))
         try:
+            if waited_s > self._settings.max_wait_ms / 1000:
+                raise self._late(waited_s)
             outputs = self._interactive.answer(
                 job.arrays, job.request.requested_output_names(), self._check(job)
             )
@@ -142,18 +146,17 @@ class TritonFront:
 
     def _check(self, job: _Asked) -> Callable[[], None]:
         def check() -> None:
-            late_s = time.monotonic() - job.deadline
-            if late_s > 0:
-                self._count(LATE)
-                raise RefusedError(
-                    f"late: not answered within {job.deadline - job.arrived:.3g} s, dropped",
-                    "CANCELLED",
-                )
+            if time.monotonic() > job.deadline:
+                raise self._late(job.deadline - job.arrived)
             if job.request.is_cancelled():
                 self._count(CANCELLED)
                 raise RefusedError("the client has gone: dropped", "CANCELLED")
 
         return check
+
+    def _late(self, seconds: float) -> RefusedError:
+        self._count(LATE)
+        return RefusedError(f"late: not answered within {seconds:.3g} s, dropped", "CANCELLED")
 
     def _failure(self, error: Exception, request_id: str) -> Any:
         """The error as a response, with the request's id; what is not the client's is logged."""

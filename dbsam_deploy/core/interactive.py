@@ -53,7 +53,7 @@ class Graphs(Protocol):
         """`image` (1, 3, S, S) → an embedding for `decode`, and its bytes."""
 
     def decode(self, graph: str, embedding: Any, feed: Arrays) -> tuple[FloatArray, FloatArray]:
-        """ReadPrompts (n, …) in the model frame → logits (n, M, 4G, 4G) and their IoU (n, M)."""
+        """Prompts (n, …) in the model frame → logits (n, M, 4G, 4G) and their IoU (n, M)."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Interactive:
             EngineError: logits that are not finite.
         """
         check()
-        name, kept, cached, prompts = self._open(arrays, check)
+        name, kept, cached, prompts = self._open(arrays, check, IMAGE_ID.name in wanted)
         answer: Arrays = {
             IMAGE_ID.name: np.array([name.encode()], object),
             CACHED.name: np.array([cached], np.uint8),
@@ -99,7 +99,7 @@ class Interactive:
         return {name: array for name, array in answer.items() if name in wanted}
 
     def _open(
-        self, arrays: Arrays, check: Callable[[], None]
+        self, arrays: Arrays, check: Callable[[], None], lasting: bool
     ) -> tuple[str, Kept, bool, ReadPrompts | None]:
         asked = _asked(arrays)
         if RAW_IMAGE.name in arrays:
@@ -108,7 +108,9 @@ class Interactive:
             if asked not in (None, name):
                 raise InputError(f"image_id {asked} is not that of raw_image, {name}: send one")
             prompts = read_prompts(arrays, (image.shape[0], image.shape[1]), self.how)
-            kept, cached = self.cache.get_or_make(name, lambda: self._encode(image), check)
+            kept, cached = self.cache.get_or_make(
+                name, lambda: self._encode(image), check, lasting=lasting
+            )
             return name, kept, cached, prompts
         if asked is None:
             raise InputError("no image: send raw_image, or the image_id of an earlier answer")

@@ -1,4 +1,4 @@
-"""ReadPrompts of one request, in the image frame → what the decoders take, in the model frame."""
+"""Prompts of one request, in the image frame → what the decoders take, in the model frame."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .errors import InputError
 from .imaging import Arrays, Preprocessing, check_boxes, to_model_frame
 from .prompts import check_mask_input, check_mask_pixels, check_tokens
 
-_PROMPT_SETS = (POINT_COORDS, POINT_LABELS, MASK_INPUT, HAS_MASK_INPUT)
+_POINTS, _MASKS = (POINT_COORDS, POINT_LABELS), (MASK_INPUT, HAS_MASK_INPUT)
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ def read_prompts(
 
     Args:
         arrays: inputs of `contract.interactive_spec`; those that are not prompts are passed over.
+            `mask_input` and `has_mask_input` may be left out together.
         original_size: height and width of the image.
         how: mode and sizes.
 
@@ -57,16 +58,16 @@ def read_prompts(
         InputError: boxes and prompt sets together, an incomplete set, one that is not usable, or an
             answer that would be too large.
     """
-    given = [name for name in _PROMPT_SETS if name in arrays]
+    given = [name for name in (*_POINTS, *_MASKS) if name in arrays]
     if BOXES not in arrays and not given:
         return None
     if BOXES in arrays:
         if given:
             raise InputError(f"boxes together with {given}: a box in a prompt set is two points")
         return _boxes(arrays, original_size, how)
-    if len(given) != len(_PROMPT_SETS):
-        missing = [name for name in _PROMPT_SETS if name not in arrays]
-        raise InputError(f"prompt sets without {missing}: expected all of {list(_PROMPT_SETS)}")
+    needed = [*_POINTS, *(_MASKS if set(_MASKS) & set(given) else ())]
+    if missing := [name for name in needed if name not in arrays]:
+        raise InputError(f"prompt sets without {missing}: expected all of {needed}")
     return _prompt_sets(arrays, original_size, how)
 
 
@@ -79,9 +80,12 @@ def _boxes(arrays: Arrays, size: tuple[int, int], how: Preprocessing) -> ReadPro
 
 def _prompt_sets(arrays: Arrays, size: tuple[int, int], how: Preprocessing) -> ReadPrompts:
     coords, labels = check_tokens(arrays[POINT_COORDS], arrays[POINT_LABELS], size)
-    count, has_mask = len(coords), arrays[HAS_MASK_INPUT]
+    count, side = len(coords), how.mask_side
     check_mask_pixels(count * NUM_MASK_TOKENS, size)
-    masks = check_mask_input(arrays[MASK_INPUT], count, how.mask_side)
+    if MASK_INPUT in arrays:
+        masks, has_mask = check_mask_input(arrays[MASK_INPUT], count, side), arrays[HAS_MASK_INPUT]
+    else:
+        masks, has_mask = np.zeros((count, side, side), np.float32), np.zeros(count, np.float32)
     if has_mask.shape != (count,) or not np.isin(has_mask, (0, 1)).all():
         raise InputError(f"has_mask_input {has_mask}: expected 0 or 1 for {count} prompts")
     feed: Arrays = {

@@ -24,7 +24,7 @@ class FrontSettings:
     """
 
     cache_mib: int = 512
-    chunk: int = 16
+    chunk: int = 8
     image_workers: int = 2
     prompt_workers: int = 2
     max_waiting: int = 32

@@ -59,7 +59,7 @@ def check_server(url: str, repository: Path | None = None, *, timeout_s: float =
         if not answered:
             raise ServingError(f"{url} serves none of {', '.join(probe.SERVED)}")
     except ServingError as error:
-        if "busy:" in error.message:
+        if probe.is_overload(error.message):
             return f"alive: {error.message}"
         raise
     finally:

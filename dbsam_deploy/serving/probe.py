@@ -125,7 +125,12 @@ def check_answer(model: str, answer: Arrays, size: tuple[int, ...], url: str) ->
 
 def is_refusal(text: str) -> bool:
     """Whether an error is a living server's: it has too much to do, or it stops."""
-    return "busy:" in text or "stopping:" in text
+    return is_overload(text) or "stopping:" in text
+
+
+def is_overload(text: str) -> bool:
+    """Whether an error is that of a server which has too much to do."""
+    return "busy:" in text or "late:" in text
 
 
 def is_up(http_url: str) -> bool:

@@ -66,6 +66,7 @@ class Repository:
         files: path relative to `folder` → SHA-256.
         plugins: path relative to `folder` of the library that the plans need, "" for none.
         known_answers: see `known_answer.known_answers`.
+        engine: what built its plans: `tensorrt`, `cuda` and `version_compatible`; {} without plans.
     """
 
     folder: Path
@@ -77,6 +78,7 @@ class Repository:
     files: dict[str, str]
     plugins: str = ""
     known_answers: dict[str, Any] = field(default_factory=dict)
+    engine: dict[str, Any] = field(default_factory=dict)
 
 
 def repository_beside(folder: Path) -> Path:
@@ -133,6 +135,7 @@ def build_repository(artefact: Artefact, output: Path, *, wait: bool = True) -> 
                 weights=artefact.weights,
                 plugins=_copy_plugins(artefact, fresh),
                 known_answers=known_answers(artefact, say),
+                engine=_engine(artefact),
                 files=file_hashes(fresh),
             )
             write_repository(replace(repository, folder=fresh))
@@ -152,6 +155,15 @@ def _with_plans(artefact: Artefact) -> Artefact:
         for graph, record in verified_plans(artefact).items()
     }
     return replace(artefact, graphs={**artefact.graphs, **plans})
+
+
+def _engine(artefact: Artefact) -> dict[str, Any]:
+    """See `Repository.engine`; plans of one export come from one builder."""
+    for record in verified_plans(artefact).values():
+        compatible = record.flags.version_compatible
+        built = {"tensorrt": record.version, "cuda": record.cuda}
+        return {**built, "version_compatible": compatible}
+    return {}
 
 
 def _copy_plugins(artefact: Artefact, root: Path) -> str:

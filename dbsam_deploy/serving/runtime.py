@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
+from ..core import array_guard
 from ..core.errors import ServingError
 from ..core.front import CONTROL_VARIABLE
 from ..privacy import VARIABLES
 from .environment import ServerEnvironment
 
 STANDINS = Path(__file__).parent / "standin_backends"
+GUARD = Path(array_guard.__file__)
+"""Module that the stand-ins import, as the front model does."""
 MODELS, CONTROL = "models", "control"
 """Names in the folder: the repository's copy, and where the front looks for orders."""
 
@@ -53,7 +57,8 @@ def lay_out(environment: ServerEnvironment, folder: Path) -> None:
     shutil.copy2(environment.stub, python / environment.stub.name)
     for standin in sorted(STANDINS.iterdir()):
         (folder / standin.name).mkdir()
-        shutil.copyfile(standin / "model.py", folder / standin.name / "model.py")
+        for file in (standin / "model.py", GUARD):
+            shutil.copyfile(file, folder / standin.name / file.name)
 
 
 def backends(environment: ServerEnvironment, folder: Path) -> Path:
@@ -68,15 +73,14 @@ def server_variables(environment: ServerEnvironment, folder: Path) -> dict[str, 
         CONTROL_VARIABLE: str(folder / CONTROL),
         **VARIABLES,
     }
-    if environment.is_installation:
-        # Its Python models import what this process imports: NumPy and Pillow of the image.
-        return {**ours, "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    # The stub embeds an isolated Python: it reads no variable of Python's, and takes its prefix,
+    # with all packages, from the first python3 on the path.
+    installed = environment.is_installation
+    binaries = Path(sys.executable).parent if installed else environment.folder / "bin"
+    ours["PATH"] = ":".join([str(binaries.absolute()), os.environ.get("PATH", os.defpath)])
+    if installed:
+        return ours
     libraries = [str(path) for path in environment.library_path]
     inherited = os.environ.get("LD_LIBRARY_PATH")
-    # The stub embeds Python and takes its prefix from the first python3 on the path.
-    binaries = str((environment.folder / "bin").absolute())
-    return {
-        **ours,
-        "LD_LIBRARY_PATH": ":".join([*libraries, *([inherited] if inherited else [])]),
-        "PATH": ":".join([binaries, os.environ.get("PATH", os.defpath)]),
-    }
+    ours["LD_LIBRARY_PATH"] = ":".join([*libraries, *([inherited] if inherited else [])])
+    return ours

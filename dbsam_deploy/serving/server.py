@@ -19,6 +19,7 @@ from .known_answer import compare
 from .ports import LOOPBACK, Ports, is_loopback, reserve
 from .probe import BOXES_MODEL, ask, is_up
 from .processes import (
+    SHARED_MEMORY,
     claim_shared_memory,
     end_group,
     ended_children,
@@ -34,6 +35,8 @@ from .server_log import ServerLog
 from .snapshot import take_snapshot
 from .triton_config import BYTECODE
 
+LITTLE_MIB = 512
+"""Less shared memory than this is said in the log."""
 _IDLE_LOOKS = 3
 """A request on its way to the models is counted a moment later."""
 _DEAD_WHILE_LOADING_S = 5.0
@@ -149,6 +152,7 @@ class TritonServer:
             copied = take_snapshot(self.repository, self._runtime / MODELS)
             self._plugins, self.known_answers = copied.plugins, copied.known_answers
             lay_out(self.environment, self._runtime)
+            self._say_what_is_little()
             for prefix in free_left_shared_memory():
                 self.event(f"removed the shared memory of a server that was killed ({prefix}*)")
             self._launch()
@@ -156,6 +160,14 @@ class TritonServer:
             self.stop()
             raise
         return self
+
+    def _say_what_is_little(self) -> None:
+        free = shutil.disk_usage(SHARED_MEMORY).free >> 20
+        if free < LITTLE_MIB:
+            self.event(
+                f"WARNING: only {free} MiB are free in /dev/shm, through which images, masks and "
+                "kept embeddings go: larger requests will fail (in a container: --shm-size=2g)"
+            )
 
     def restart(self) -> None:
         """End the process at once and start another one on the same ports, files and key.

@@ -16,10 +16,19 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from ..core.errors import ServingError
-from .probe import SERVED, is_refusal
+from .probe import BOXES_MODEL, INTERACTIVE_MODEL, PROMPTS_MODEL, SERVED, is_refusal
 from .processes import STOPPED, Stub, stubs
 from .server import TritonServer
+from .triton_config import GRAPH_MODELS
 
+FRONT = INTERACTIVE_MODEL
+_ENCODER, _DECODER, _PROMPT_DECODER = GRAPH_MODELS.values()
+_GRAPHS = {
+    BOXES_MODEL: (_ENCODER, _DECODER),
+    PROMPTS_MODEL: (_ENCODER, _PROMPT_DECODER),
+    INTERACTIVE_MODEL: (_ENCODER, _DECODER),
+}
+"""Model for clients → the models that its answer comes from, in their order."""
 _LONGEST_S = 600.0
 
 
@@ -59,6 +68,8 @@ class _Question:
         self, server: TritonServer, model: str, counts: dict[str, int], cpu_s: dict[int, float]
     ) -> None:
         self.model, self.counts, self.cpu_s = model, counts, cpu_s
+        self.graphs = _GRAPHS[model]
+        self.path = (FRONT, *self.graphs)
         self.error = ""
         self.is_done = threading.Event()
         self._began, self._took = time.monotonic(), 0.0
@@ -237,28 +248,33 @@ class Supervisor:
 
     def _judge(self, asked: _Question) -> None:
         """What an answer, or having none for long, tells."""
-        if not asked.is_done.is_set():
-            if asked.age_s < self._patience():
+        if asked.is_done.is_set():
+            self._asked = None
+            if asked.error and not is_refusal(asked.error):
+                self._revive(dict.fromkeys(asked.path, asked.error))
                 return
-            if self._is_computing(asked) and asked.age_s < self.pace.slow * self._patience():
-                return
-        self._asked = None
-        if asked.is_done.is_set() and (not asked.error or is_refusal(asked.error)):
             self._round = self._round[1:]
             if not self._round:
                 self._later(asked.age_s)
             return
-        text = asked.error or f"no answer within {asked.age_s:.0f} s"
+        patience = self._patience()
+        if asked.age_s < patience:
+            return
         try:
             now = self.server.control.answered()
         except ServingError as error:
             self._restart(error.message)
             return
-        still = [name for name in self._expected if now.get(name, 0) == asked.counts.get(name, 0)]
-        if still:
-            self._revive(dict.fromkeys(still, f"it answers nothing ({asked.model}: {text})"))
-        else:
-            self._restart(f"{asked.model}: {text}")
+        still = [name for name in asked.graphs if now.get(name, 0) == asked.counts.get(name, 0)]
+        text = f"it answers nothing ({asked.model} waits for {asked.age_s:.0f} s)"
+        if asked.age_s > self.pace.slow * patience:
+            if still:
+                self._revive(dict.fromkeys((FRONT, *still), text))
+            else:
+                self._asked, self._round = None, []  # slow, since all of them answer others
+                self._later(asked.age_s)
+        elif still == list(asked.graphs) and not self._is_computing(asked):
+            self._revive(dict.fromkeys((FRONT, *still[:1]), text))
 
     def _is_computing(self, asked: _Question) -> bool:
         """Whether a model has computed since the question, for at least half of one core."""

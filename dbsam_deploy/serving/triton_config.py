@@ -13,6 +13,10 @@ from ..core.contract import (
     BOX_MASKS,
     IOU_SCORES,
     MASKS,
+    MAX_POINTS,
+    NUM_BOXES,
+    NUM_POINTS,
+    NUM_PROMPTS,
     TRITON_TYPES,
     Geometry,
     GraphSpec,
@@ -33,6 +37,13 @@ Platform = Literal["onnxruntime", "tensorrt"]
 _HEAD = "# Rendered from dbsam_deploy/core/contract.py; do not edit by hand."
 
 _BACKENDS = {"onnxruntime": 'backend: "onnxruntime"', "tensorrt": 'platform: "tensorrt_plan"'}
+
+_MAX_SIZES = {
+    NUM_BOXES: FrontSettings.chunk,
+    NUM_PROMPTS: FrontSettings.chunk,
+    NUM_POINTS: MAX_POINTS,
+}
+"""Free axis of a graph → the largest size that the front model sends, so that none needs more."""
 
 BYTECODE = "__pycache__"
 """Folder that Triton's Python leaves beside the code of a model."""
@@ -81,6 +92,8 @@ def _graph_model(spec: GraphSpec, platform: Platform) -> str:
         "dynamic_batching { }",
         "instance_group [ { count: 1 } ]",  # the CPU default of two would load the weights twice
     ]
+    free = {axis for tensor in spec.inputs for axis in tensor.dynamic_axes.values()} - {BATCH}
+    lines += [_parameter(f"max_{axis}", _MAX_SIZES[axis]) for axis in sorted(free)]
     if platform == "tensorrt" and spec.name == "encoder":
         lines.append("optimization { cuda { graphs: true } }")
     if spec.name == "encoder":
@@ -113,7 +126,7 @@ def _front_model(spec: GraphSpec, how: Preprocessing) -> str:
     ]
     values = {key: getattr(how, key) for key in ("image_size", "embedding_stride", "mode")}
     for key, value in {**values, **asdict(FrontSettings())}.items():
-        lines.append(f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}')
+        lines.append(_parameter(key, value))
     return _text(lines)
 
 
@@ -158,6 +171,10 @@ def _tensors(kind: str, specs: Iterable[TensorSpec], *, drop_batch: bool = False
             f'  {{ name: "{spec.name}" data_type: {_type(spec)} dims: [ {dims} ]{optional} }}'
         )
     return [f"{kind} [", ",\n".join(rows), "]"]
+
+
+def _parameter(key: str, value: object) -> str:
+    return f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}'
 
 
 def _type(spec: TensorSpec) -> str:

@@ -87,7 +87,8 @@ def cases(predictor):
 @pytest.mark.triton
 @pytest.mark.parametrize(("protocol", "options"), WAYS)
 def test_masks_of_an_open_image_equal_local_ones(triton, predictor, image, protocol, options):
-    with DbsamClient(url_of(triton, protocol), protocol, **options) as client:
+    url = url_of(triton, protocol)
+    with DbsamClient(url, protocol, key=triton.key, **options) as client:
         opened = client.open(image)
         assert opened.known.cached is False
         for number, (prompts, expected) in enumerate(cases(predictor)):
@@ -102,7 +103,7 @@ def test_masks_of_an_open_image_equal_local_ones(triton, predictor, image, proto
 def test_the_same_by_asyncio(triton, predictor, image, protocol, options):
     async def ask():
         url = url_of(triton, protocol)
-        async with AsyncDbsamClient(url, protocol, **options) as client:
+        async with AsyncDbsamClient(url, protocol, key=triton.key, **options) as client:
             opened = await client.open(image)
             return await asyncio.gather(
                 *(opened.predict(**prompts, logits=True) for prompts, _ in cases(predictor))
@@ -125,6 +126,8 @@ def test_an_image_is_sent_once_and_again_only_where_it_was_dropped(
         assert opened.known.cached is False
         opened.predict(boxes=BOXES)
         assert requests[2:] == [["image_id", "boxes"]]
+        opened.predict(**POINTS)
+        assert requests[3:] == [["image_id", "point_coords", "point_labels"]]
         assert opened.known.cached is True
         refused = load_library("tritonclient.utils").InferenceServerException
         dropped = refused(f"image_id {opened.known.id}: not kept (any more)", "NOT_FOUND")

@@ -34,6 +34,27 @@ def test_the_least_recently_used_goes_first():
     assert (counts.misses, counts.evictions, counts.images, counts.nbytes) == (4, 1, 3, 30)
 
 
+def test_one_shot_images_do_not_push_out_what_somebody_works_on():
+    cache = EmbeddingCache(80)
+    fill(cache, *"abcdefgh")
+    for number in range(20):
+        cache.get_or_make(f"once {number}", lambda: kept("x"), nothing, lasting=False)
+    assert [name for name in "abcdefgh" if cache.get(name)] == list("cdefgh")
+    assert cache.get("once 19"), "the last ones have a quarter"
+    assert cache.get("once 17") is None
+    fill(cache, "new")
+    assert cache.get("once 19"), "asked for by its id, it lasts"
+    assert cache.get("c") is None
+    assert cache.counts.nbytes == 80
+
+
+def test_one_shot_images_have_the_whole_cache_where_there_are_no_others():
+    cache = EmbeddingCache(50)
+    for number in range(9):
+        cache.get_or_make(str(number), lambda: kept("x"), nothing, lasting=False)
+    assert [number for number in range(9) if cache.get(str(number))] == [4, 5, 6, 7, 8]
+
+
 def test_several_go_where_one_is_large():
     cache = EmbeddingCache(30)
     fill(cache, "a", "b", "c")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -266,6 +267,25 @@ def test_late_and_abandoned_requests_do_no_work(start):
     model.finalize()
     assert Family.values["dbsam_requests_cancelled_total"] == 1
     assert Family.values["dbsam_requests_late_total"] == 1
+
+
+def test_what_waited_too_long_is_dropped_though_its_client_waits_for_ever(start):
+    hold, begun = threading.Event(), threading.Semaphore(0)
+
+    def slow(model, feed):
+        begun.release()
+        assert hold.wait(10)
+        return graphs(model, feed)
+
+    model = start(slow, image_workers=1, max_wait_ms=1)
+    running, waiting = (Request(raw_image=IMAGE, boxes=BOXES) for _ in range(2))
+    model.execute([running])
+    assert begun.acquire(timeout=10)
+    model.execute([waiting])
+    time.sleep(0.01)
+    hold.set()
+    assert running.result().error is None, "it did not wait, it was only slow"
+    assert (waiting.result().error.code, waiting.result().error.text[:5]) == ("CANCELLED", "late:")
 
 
 def test_a_server_that_stops_takes_nothing_new(start, tmp_path, monkeypatch):

@@ -96,6 +96,15 @@ SETS = {
 }
 
 
+def test_without_earlier_masks_they_are_zero():
+    made = read_prompts({name: SETS[name] for name in ("point_coords", "point_labels")}, SIZE, HOW)
+    expected = read_prompts(SETS, SIZE, HOW)
+    assert list(made.feed) == list(expected.feed)
+    for name, array in made.feed.items():
+        np.testing.assert_array_equal(array, expected.feed[name])
+        assert (array.dtype, array.shape) == (expected.feed[name].dtype, expected.feed[name].shape)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -121,8 +121,8 @@ def test_probes_are_patient_and_the_pod_may_finish(render):
     pod, server = server_of(render(CLAIM, "graceSeconds=45", "deregisterSeconds=7"))
     assert server["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", "7"]
     assert pod["terminationGracePeriodSeconds"] > 45 + 7
-    startup = server["startupProbe"]
-    assert startup["periodSeconds"] * startup["failureThreshold"] == 600
+    for probe, seconds in (("startupProbe", 600), ("livenessProbe", 300)):
+        assert server[probe]["periodSeconds"] * server[probe]["failureThreshold"] == seconds
 
 
 @pytest.mark.parametrize("values", [(CLAIM,), EVERYTHING], ids=["default", "everything"])
@@ -193,7 +193,8 @@ def test_selectors_find_the_pods_and_nothing_that_changes(render):
 @pytest.mark.parametrize("verb", ["install", "upgrade"])
 def test_the_commands_of_the_page_give_a_chart(deployment_tool, verb):
     """`helm install` and `helm upgrade` of docs/how-to/deploy.md, rendered instead of sent."""
-    (line,) = re.findall(rf"^helm {verb} .*$", PAGE.read_text(), re.M)
+    text = PAGE.read_text().replace("\\\n", "")
+    (line,) = re.findall(rf"^helm {verb} .*$", text, re.M)
     words = shlex.split(line.replace("--reuse-values", f"--set {CLAIM}"))
     done = subprocess.run(
         [deployment_tool("helm"), "template", *words[2:]], cwd=ROOT, capture_output=True, text=True

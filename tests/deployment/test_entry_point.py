@@ -123,6 +123,7 @@ def test_an_installation_gets_its_own_backends_and_the_plugins(tiny_repository, 
     said = (tmp_path / "log").read_text()
     assert f"said --backend-directory={installed}/backends\n" in said
     assert "said --allow-gpu-metrics=true\n" in said
+    assert f"PATH={Path(sys.executable).parent}:" in said, "whose packages the models get"
     assert re.search(rf"said --backend-config=tensorrt,plugins=/.+/{plugins}\ncompiled", said)
 
 

@@ -18,6 +18,7 @@ from dbsam_deploy.images.volumes import (
     label_dtype,
     label_map_bytes,
     npz_bytes,
+    picture_values,
     png_bytes,
     read_image,
 )
@@ -81,14 +82,17 @@ def test_a_picture_is_turned_upright_and_says_so(tmp_path: Path, suffix: str) ->
         (9, "abcd"),
     ],
 )
-def test_every_exif_orientation(tmp_path: Path, orientation: int, corners: str) -> None:
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_every_exif_orientation(
+    tmp_path: Path, orientation: int, corners: str, suffix: str
+) -> None:
     """Where the four quarters of a picture (a b / c d) are shown; there is no orientation 9."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     shades = {"a": 10, "b": 80, "c": 150, "d": 220}
     pixels = np.kron(np.array([[10, 80], [150, 220]], np.uint8), np.ones((2, 3), np.uint8))
-    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
-    volume = read_image(tmp_path / "a.png")
+    Image.fromarray(pixels).save(tmp_path / f"a.{suffix}", exif=exif)
+    volume = read_image(tmp_path / f"a.{suffix}")
     shown = volume.pixels[0]
     found = [shown[0, 0], shown[0, -1], shown[-1, 0], shown[-1, -1]]
     assert found == [shades[corner] for corner in corners]
@@ -129,6 +133,14 @@ def test_a_fifo_is_not_opened(tmp_path: Path) -> None:
     for name, kind in (("a.png", "FIFO"), ("a.npz", "FIFO"), ("b.nii", "device")):
         with pytest.raises(InputError, match=f"is a {kind}: expected a regular file"):
             read_image(tmp_path / name)
+
+
+def test_a_picture_in_memory_has_the_values_of_its_file(rng: np.random.Generator) -> None:
+    pixels = rng.integers(0, 256, (7, 11, 3), dtype=np.uint8)
+    with Image.open(io.BytesIO(png_bytes(pixels))) as image:
+        values, notes = picture_values(image)
+    np.testing.assert_array_equal(values, pixels)
+    assert notes == ()
 
 
 def test_transparency_is_laid_over_black(tmp_path: Path) -> None:
@@ -270,6 +282,8 @@ def test_a_nifti_gives_its_pixels_and_takes_a_label_map(tmp_path: Path, name: st
     assert volume.spacing_mm == pytest.approx((2.5, 0.7, 0.8))
     expected = np.clip((stored + 500) / 1000, 0, 1).transpose(2, 1, 0) * 255
     np.testing.assert_allclose(volume.pixels, expected, rtol=0, atol=1)
+    with pytest.raises(InputError, match=rf"{name}.*window"):
+        read_image(path, window=(5000, 10))  # all black
     labels = np.arange(60, dtype=np.uint8).reshape(3, 4, 5)
     plain = label_map_bytes(labels, volume, compressed=False)
     assert gzip.decompress(label_map_bytes(labels, volume)) == plain
@@ -306,6 +320,16 @@ def test_a_ct_in_dicom_is_shown_by_the_window_that_it_says(
     assert said in str(volume.intensity)
 
 
+def test_where_the_lowest_value_is_white_the_picture_is_inverted(tmp_path: Path) -> None:
+    pytest.importorskip("pydicom")
+    values = np.linspace(-900, 900, 60).reshape(3, 4, 5).astype(int)
+    write_dicom_series(tmp_path / "ct", values, PhotometricInterpretation="MONOCHROME1")
+    volume = read_image(tmp_path / "ct", window=(0, 1000))
+    expected = 255 - np.clip((values + 500) / 1000, 0, 1) * 255
+    np.testing.assert_allclose(volume.pixels, expected, rtol=0, atol=1)
+    assert volume.intensity.is_inverted
+
+
 def test_one_of_several_series_is_taken_by_uid_or_number(tmp_path: Path) -> None:
     pytest.importorskip("pydicom")
     for number, value in ((3, 100), (4, -100)):
@@ -318,6 +342,14 @@ def test_one_of_several_series_is_taken_by_uid_or_number(tmp_path: Path) -> None
         volume = read_image(tmp_path / "ct", series=series, window=(0, 400))
         assert volume.pixels[0, 1, 0] == pytest.approx(191, abs=1)
     assert read_image(tmp_path / "ct", series=4, window=(0, 400)).pixels[0, 1, 0] < 70
+
+
+@pytest.mark.parametrize("name", ["a.dcm", "A.DICOM"])
+def test_a_file_that_is_called_dicom_and_is_none(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("pydicom")
+    (tmp_path / name).write_text("no DICOM at all")
+    with pytest.raises(InputError, match=rf"{name} is not DICOM"):
+        read_image(tmp_path / name)
 
 
 def test_options_of_one_kind_of_file_are_refused_for_another(tmp_path: Path) -> None:

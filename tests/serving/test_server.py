@@ -150,7 +150,7 @@ def test_complete_configurations_survive_auto_completion(
         assert_answers_like_local(server, tiny_artefact)
         url = f"http://{server.http_url}/v2/models/dbsam_encoder/config"
         with urllib.request.urlopen(url, timeout=10) as answer:
-            assert b'"max_batch_size":4' in answer.read()
+            assert b'"max_batch_size":1' in answer.read()
 
 
 @pytest.mark.triton

@@ -77,8 +77,18 @@ class Traffic:
 
 
 @contextmanager
-def traffic(url: str, clients: int = 4, *, timeout_s: float = 10.0) -> Iterator[Traffic]:
-    """Ask a server over gRPC from several threads while the block runs; nothing is retried."""
+def traffic(
+    url: str, clients: int = 4, *, timeout_s: float = 10.0, fresh: bool = False
+) -> Iterator[Traffic]:
+    """Ask a server over gRPC from several threads while the block runs; nothing is retried.
+
+    Args:
+        url: host:port of its gRPC endpoint.
+        clients: threads.
+        timeout_s: for each request.
+        fresh: let each image differ in one pixel, so that each has to be encoded; its mask may
+            differ in that corner.
+    """
     seen, end = Traffic(), threading.Event()
     image = probe_image(b"\0\0\0")
     first = grpc.InferenceServerClient(url, channel_args=QUICK)
@@ -90,14 +100,15 @@ def traffic(url: str, clients: int = 4, *, timeout_s: float = 10.0) -> Iterator[
         while not end.is_set():
             began = time.monotonic()
             try:
-                masks = ask_grpc(client, image, timeout_s)
+                masks = ask_grpc(client, probe_image() if fresh else image, timeout_s)
             except grpc.InferenceServerException as error:
                 now = time.monotonic()
                 seen.failed.append((now, now - began, str(error)))
                 end.wait(0.02)
                 continue
             now = time.monotonic()
-            answers = seen.right if np.array_equal(masks, expected) else seen.wrong
+            others = (masks != expected).mean() if masks.shape == expected.shape else 1.0
+            answers = seen.right if others <= 0.01 * fresh else seen.wrong
             answers.append((now, now - began))
         client.close()
 

@@ -19,8 +19,6 @@ from dbsam_deploy.engines.manifest import (
     write_record,
 )
 from dbsam_deploy.recipe import Gate, Parity
-from dbsam_deploy.serve import docker_command
-from dbsam_deploy.serving.ports import Ports
 from dbsam_deploy.serving.repository import build_repository, load_repository
 from dbsam_deploy.sessions.engine_session import TensorrtSession
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
@@ -146,8 +144,9 @@ def test_fused_operators_that_are_no_plugins_are_refused(copied, cases, monkeypa
     served = repository.folder / repository.plugins
     assert served.read_bytes() == b"a library"
     assert load_repository(repository.folder) == repository
-    command = docker_command(repository, Ports())
-    assert f"--backend-config=tensorrt,plugins=/models/{repository.plugins}" in command
+    built = records["encoder"]
+    assert repository.engine["tensorrt"] == built.version
+    assert repository.engine["cuda"] == built.cuda
     library.write_bytes(b"changed")
     with pytest.raises(EngineError, match="was changed after"):
         plugin_library(library.parent, records["encoder"])
@@ -166,7 +165,6 @@ def test_verified_plans_are_served_and_unverified_ones_are_not(copied, cases, tm
     folder = repository.folder / "dbsam_decoder"
     assert {path.name for path in (folder / "1").iterdir()} == {"model.plan", "model.onnx"}
     assert "max_batch_size: 1\n" in (folder / "config.pbtxt").read_text()
-    assert "--backend-config" not in docker_command(repository, Ports())
     (engine_folder(copied, TENSORRT) / "decoder.plan").write_bytes(b"changed")
     with pytest.raises(EngineError, match="was changed after"):
         build_repository(copied, tmp_path / "repository")
