@@ -203,7 +203,8 @@ class Exchanges(ABC):
         **prompts: Unpack[PromptArrays],
     ) -> Exchange[Prediction]:
         request = self._begin()
-        side = yield from self._mask_side(request)
+        sized = logits or prompts.get("mask_input") is not None
+        side = (yield from self._mask_side(request)) if sized else 1
         call = known_prompts_call(image, Wanted(side, logits, self._packed), **prompts)
         arrays = yield from self._ask_known(call, image, request)
         return known_result(arrays, image, multimask=multimask)

@@ -13,9 +13,12 @@ from ..core.contract import (
     ANY_MASKS,
     BOXES,
     CACHED,
+    HAS_MASK_INPUT,
     IMAGE_ID,
+    MASK_INPUT,
     MASKS_PACKED,
     NUM_MASK_TOKENS,
+    POINT_COORDS,
     RAW_IMAGE,
     TensorSpec,
     interactive_spec,
@@ -28,6 +31,7 @@ from ..core.prompts import PromptArrays, check_mask_pixels
 from .calls import Call, prompt_arrays
 
 _MODEL = interactive_spec(1)
+_EARLIER_MASK = (MASK_INPUT, HAS_MASK_INPUT)
 _LOGITS = _MODEL.outputs[2].name
 
 _Outputs = dict[TensorSpec, tuple[int, ...]]
@@ -109,7 +113,9 @@ def known_boxes_call(image: KnownImage, boxes: npt.NDArray[Any], wanted: Wanted)
 def known_prompts_call(image: KnownImage, wanted: Wanted, **prompts: Unpack[PromptArrays]) -> Call:
     """A request for the four mask tokens of each prompt set, see `calls.prompt_call`."""
     arrays = prompt_arrays(image.size, wanted.side, **prompts)
-    count = len(next(iter(arrays.values())))
+    count = len(arrays[POINT_COORDS])
+    if prompts.get("mask_input") is None:  # no zeros on the way
+        arrays = {name: array for name, array in arrays.items() if name not in _EARLIER_MASK}
     return _call(image, arrays, wanted.outputs(count, NUM_MASK_TOKENS, image.size))
 
 
