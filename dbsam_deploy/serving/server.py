@@ -228,6 +228,7 @@ class TritonServer:
             f"--http-port={self.ports.http}",
             f"--grpc-address={self.host}",
             f"--grpc-port={self.ports.grpc}",
+            "--grpc-infer-allocation-pool-size=0",  # else eight answers stay, of up to 1 GiB each
             f"--metrics-address={self.host}",
             f"--metrics-port={self.ports.metrics}",
             f"--allow-gpu-metrics={str(self.environment.is_installation).lower()}",

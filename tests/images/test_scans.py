@@ -187,6 +187,7 @@ def test_nifti_that_is_no_grey_volume_is_refused(
         ((1, 5, 13421773), 1, "1 slices of 5×13421773 pixels; at most 67108864 pixels in a slice"),
         ((177, 1, 3033169), 1, "in a slice and 536870912 voxels in all are read"),
         ((17, 1, 15790321), 8, "voxels of 8 bytes; at most 2147483648 bytes are read"),
+        ((17, 2048, 8192), 8, "17×2048×8192 voxels of 8 bytes"),
     ],
 )
 def test_check_voxels_refuses(shape: tuple[int, ...], voxel_bytes: int, message: str) -> None:
