@@ -38,6 +38,7 @@ from dbsam_deploy.serving.server import Ports, TritonServer
 from dbsam_deploy.verification.cases import bundled_examples
 
 TINY_SIZE = 128
+SHIPPED_SIZE = 256
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 SHARED_WEIGHTS = Path(__file__).resolve().parents[2] / "shared/data/weights/lite_medsam.pth"
 
@@ -217,23 +218,53 @@ def _publish(
 
 
 @pytest.fixture(scope="session")
-def published_export(once: Once) -> tuple[ExportOptions, Published]:
-    """`db_sam_tiny` at 256×256 in fp16 through the whole export; not to be changed."""
-    options = ExportOptions("fp16", image_size=256, engine="none")
-    return once("fp16", lambda folder: _publish(replace(options, output=folder / "build")))
+def shipped_model() -> DbSam:
+    """`db_sam_tiny` with its trained weights, for images of 256×256; not to be changed."""
+    return load_model(image_size=SHIPPED_SIZE).model
 
 
 @pytest.fixture(scope="session")
-def float_graphs(once: Once) -> Path:
+def published_export(once: Once) -> tuple[ExportOptions, Published]:
+    """`db_sam_tiny` at 256×256 in fp16 through the whole export; not to be changed.
+
+    Its graphs as they were before their fusions are kept for `half_graphs`.
+    """
+    options = ExportOptions("fp16", image_size=SHIPPED_SIZE, engine="none")
+
+    def make(folder: Path) -> tuple[ExportOptions, Published]:
+        (folder / "plain").mkdir()
+
+        def keep(model: DbSam, name: str, recipe: Recipe, scratch: Path) -> None:
+            shutil.copy(export_graph(model, name, recipe, scratch).path, folder / "plain")
+
+        return _publish(replace(options, output=folder / "build"), Stages(export_graph=keep))
+
+    return once("fp16", make)
+
+
+@pytest.fixture(scope="session")
+def half_graphs(published_export: tuple[ExportOptions, Published]) -> Path:
+    """Folder with `db_sam_tiny`'s graphs at 256×256 as fp16 exports them; not to be changed."""
+    return published_export[0].output.parent / "plain"
+
+
+@pytest.fixture(scope="session")
+def float_graphs(once: Once, shipped_model: DbSam) -> Path:
     """Folder with `db_sam_tiny`'s graphs at 256×256 in float32; not to be changed."""
 
     def make(folder: Path) -> Path:
-        model = load_model(image_size=256).model
-        for name in graph_specs(Geometry(256)):
-            export_graph(model, name, load_recipe("fp32"), folder)
+        for name in graph_specs(Geometry(SHIPPED_SIZE)):
+            export_graph(shipped_model, name, load_recipe("fp32"), folder)
         return folder
 
     return once("float_graphs", make)
+
+
+@pytest.fixture(scope="session")
+def shipped_graphs(request: pytest.FixtureRequest) -> Callable[[str], Path]:
+    """Precision, fp32 or fp16 → the folder with `db_sam_tiny`'s graphs; not to be changed."""
+    names = {"fp32": "float_graphs", "fp16": "half_graphs"}
+    return lambda precision: request.getfixturevalue(names[precision])
 
 
 def _at_opset(path: Path, recipe: Recipe, folder: Path) -> Path:
@@ -269,7 +300,7 @@ def quick_stages(float_graphs: Path) -> Stages:
 @pytest.fixture(scope="session")
 def published_fp32(quick_stages: Stages, once: Once) -> tuple[ExportOptions, Published]:
     """`db_sam_tiny` at 256×256 in float32; not to be changed."""
-    options = ExportOptions("fp32", image_size=256, engine="none")
+    options = ExportOptions("fp32", image_size=SHIPPED_SIZE, engine="none")
     return once(
         "fp32", lambda folder: _publish(replace(options, output=folder / "build"), quick_stages)
     )
@@ -278,7 +309,9 @@ def published_fp32(quick_stages: Stages, once: Once) -> tuple[ExportOptions, Pub
 @pytest.fixture(scope="session")
 def published_int8(quick_stages: Stages, once: Once) -> tuple[ExportOptions, Published]:
     """`db_sam_tiny` at 256×256 in int8, ranges from the bundled images; not to be changed."""
-    options = ExportOptions("int8", image_size=256, calibration=bundled_examples(), engine="none")
+    options = ExportOptions(
+        "int8", image_size=SHIPPED_SIZE, calibration=bundled_examples(), engine="none"
+    )
     return once(
         "int8", lambda folder: _publish(replace(options, output=folder / "build"), quick_stages)
     )
