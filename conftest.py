@@ -24,8 +24,10 @@ if "--benchmark" not in sys.argv:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import functools
+import gc
 import importlib.util
 import shutil
+from collections import Counter
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,6 @@ from timing import ratios as benchmarking
 from dbsam_deploy.core.errors import InputError, MissingError
 from dbsam_deploy.extras import pip_line
 from dbsam_deploy.hardware import Hardware, describe_hardware, installed_versions
-from dbsam_deploy.quantization.modelopt_tool import find_python
 from dbsam_deploy.serving.environment import DEFAULT_FOLDER, ServerEnvironment, find_environment
 
 pytest_plugins = ["pytester", "support.random_numbers"]
@@ -76,6 +77,8 @@ def _missing_openvino() -> str:
 
 
 def _missing_modelopt() -> str:
+    from dbsam_deploy.quantization.modelopt_tool import find_python  # which loads onnx_ir
+
     try:
         find_python()
     except MissingError as error:
@@ -102,6 +105,27 @@ MISSING: dict[str, Callable[[], str]] = {
     "data": _missing_data,
 }
 """Marker → why its tests cannot run on this machine, or "" if they can."""
+
+LONG = (
+    "test_export.py",
+    "test_export_int8.py",
+    "fusions/test_fusions.py",
+    "engines/test_build.py",
+    "serving/test_server.py",
+    "test_export_faults.py",
+    "timing/test_benchmark_gate.py",
+    "model/test_shipped_checkpoint.py",
+    "kernels/test_library.py",
+    "model/test_lite_medsam.py",
+    "kernels/test_plugin_calls.py",
+    "training/test_loop.py",
+    "graphs/test_onnx_export.py",
+    "quantization/test_put_back.py",
+    "quantization/test_one_sided.py",
+    "timing/test_gpu.py",
+)
+"""Files in tests/ that take longest. They begin, so that no worker is left with one at the end; the
+first two make what many others use, each by one of two workers."""
 
 FIXTURE_MARKERS = {"plugin_library": "nvcc", "rtx": "rtx", "server_environment": "triton"}
 """Fixture → the marker that every test using it has."""
@@ -147,6 +171,8 @@ def pytest_configure(config: pytest.Config) -> None:
         )
     if config.getoption("rebaseline") and config.getoption("twice"):
         raise pytest.UsageError("--rebaseline records one measurement: leave --twice out")
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False  # pytest-xdist's order, by the number of tests
     if config.getoption("benchmark"):
         config.pluginmanager.register(BenchmarkGate(config), GATE)
     for option, does in {"rebaseline": "records", "twice": "repeats"}.items():
@@ -162,13 +188,31 @@ def _is_benchmark(item: pytest.Item) -> bool:
     return item.path.is_relative_to(BENCHMARKS)
 
 
+def _long_files_first(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Files in the order of LONG, then those with the most tests."""
+    files = [str(item.path.relative_to(ROOT)) for item in items if item.path.is_relative_to(ROOT)]
+    counts, place = Counter(files), {f"tests/{name}": number for number, name in enumerate(LONG)}
+
+    def key(item: pytest.Item) -> tuple[int, int, str]:
+        name = os.path.relpath(item.path, ROOT)
+        return place.get(name, len(LONG)), -counts[name], name
+
+    return sorted(items, key=key)  # stable: the tests of a file stay in their order
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Take what is loaded by now out of every later search for cyclic garbage."""
+    gc.freeze()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep the benchmarks or the tests, never both: timing wants an otherwise idle process."""
     chosen = [item for item in items if _is_benchmark(item) == config.getoption("benchmark")]
     others = [item for item in items if _is_benchmark(item) != config.getoption("benchmark")]
     config.hook.pytest_deselected(items=others)
-    items[:] = chosen
+    items[:] = _long_files_first(chosen)
     for item in items:
         for fixture, marker in FIXTURE_MARKERS.items():
             if fixture in getattr(item, "fixturenames", ()):
