@@ -14,6 +14,7 @@ from support.engines import put_engines
 from dbsam_deploy.core.contract import Geometry, graph_specs
 from dbsam_deploy.core.errors import EngineError, InputError, MissingError
 from dbsam_deploy.core.imaging import Preprocessing
+from dbsam_deploy.engines import process
 from dbsam_deploy.engines.device import Gpu, find_gpu, target_name
 from dbsam_deploy.engines.kinds import (
     KINDS,
@@ -334,6 +335,7 @@ def fake_tensorrt(folder, body, monkeypatch):
         "    def __init__(self, severity): pass\n" + body
     )
     monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.syspath_prepend(folder)
     return BuildJob(kind="tensorrt", onnx="none.onnx", plan=str(folder / "x.plan"))
 
 
@@ -370,6 +372,14 @@ def test_a_builder_is_described_by_its_own_process(tmp_path, monkeypatch):
     builder = describe_builder(TENSORRT)
     assert (builder.version, builder.kind) == ("11.4.0.106", TENSORRT)
     assert builder.targets == (() if builder.gpu is None else (builder.gpu.target,))
+
+
+def test_a_builder_that_is_not_installed_is_told_without_a_process(monkeypatch):
+    monkeypatch.setattr(process, "run_python", lambda *args, **options: pytest.fail("started"))
+    absent = replace(TENSORRT, module="no_such_builder")
+    said = f"no_such_builder, which is not installed: {pip_line('gpu')}"
+    with pytest.raises(EngineError, match=f"^TensorRT does not start: .*{re.escape(said)}"):
+        describe_builder(absent)
 
 
 @pytest.mark.rtx
