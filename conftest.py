@@ -190,12 +190,11 @@ def _is_benchmark(item: pytest.Item) -> bool:
 
 def _long_files_first(items: list[pytest.Item]) -> list[pytest.Item]:
     """Files in the order of LONG, then those with the most tests."""
-    files = [str(item.path.relative_to(ROOT)) for item in items if item.path.is_relative_to(ROOT)]
-    counts, place = Counter(files), {f"tests/{name}": number for number, name in enumerate(LONG)}
+    counts = Counter(item.path for item in items)
+    place = {ROOT / "tests" / name: number for number, name in enumerate(LONG)}
 
-    def key(item: pytest.Item) -> tuple[int, int, str]:
-        name = os.path.relpath(item.path, ROOT)
-        return place.get(name, len(LONG)), -counts[name], name
+    def key(item: pytest.Item) -> tuple[int, int, Path]:
+        return place.get(item.path, len(LONG)), -counts[item.path], item.path
 
     return sorted(items, key=key)  # stable: the tests of a file stay in their order
 
