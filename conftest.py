@@ -23,11 +23,12 @@ if "--benchmark" not in sys.argv:
     # needs. PyTorch and NumPy read this when they are loaded, so it stands before their imports.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Kernels and models are kept here between runs, and nothing goes into the user's own cache.
+os.environ["XDG_CACHE_HOME"] = os.path.join(os.path.dirname(__file__), ".test-cache")
+
 import functools
-import gc
 import importlib.util
 import shutil
-from collections import Counter
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,14 @@ from dbsam_deploy.extras import pip_line
 from dbsam_deploy.hardware import Hardware, describe_hardware, installed_versions
 from dbsam_deploy.serving.environment import DEFAULT_FOLDER, ServerEnvironment, find_environment
 
-pytest_plugins = ["pytester", "support.random_numbers"]
+pytest_plugins = ["pytester", "support.random_numbers", "support.run_order"]
 
 ROOT = Path(__file__).resolve().parent
 BENCHMARKS = ROOT / "benchmarks"
 GATE = "dbsam-benchmark-gate"
 TEST_SET = ROOT.parent / "shared" / "data" / "testset" / "dev"
+DEPLOYMENT_TOOLS = ("dclint", "hadolint", "helm", "nginx", "promtool")
+TOOL_PATH = f"{ROOT / '.tools' / 'bin'}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 
 
 def _missing_gpu() -> str:
@@ -90,6 +93,11 @@ def _missing_nvcc() -> str:
     return "" if shutil.which("nvcc") else "no nvcc on the PATH: install the CUDA toolkit"
 
 
+def _missing_deployment() -> str:
+    there = any(shutil.which(name, path=TOOL_PATH) for name in DEPLOYMENT_TOOLS)
+    return "" if there else f"none of {', '.join(DEPLOYMENT_TOOLS)}: python3 .ci/tools"
+
+
 def _missing_data() -> str:
     return "" if TEST_SET.is_dir() else f"no test set in {TEST_SET}"
 
@@ -103,31 +111,16 @@ MISSING: dict[str, Callable[[], str]] = {
     "modelopt": _missing_modelopt,
     "nvcc": _missing_nvcc,
     "data": _missing_data,
+    "deployment": _missing_deployment,
 }
 """Marker → why its tests cannot run on this machine, or "" if they can."""
 
-LONG = (
-    "test_export.py",
-    "test_export_int8.py",
-    "fusions/test_fusions.py",
-    "engines/test_build.py",
-    "serving/test_server.py",
-    "test_export_faults.py",
-    "timing/test_benchmark_gate.py",
-    "model/test_shipped_checkpoint.py",
-    "kernels/test_library.py",
-    "model/test_lite_medsam.py",
-    "kernels/test_plugin_calls.py",
-    "training/test_loop.py",
-    "graphs/test_onnx_export.py",
-    "quantization/test_put_back.py",
-    "quantization/test_one_sided.py",
-    "timing/test_gpu.py",
-)
-"""Files in tests/ that take longest. They begin, so that no worker is left with one at the end; the
-first two make what many others use, each by one of two workers."""
-
-FIXTURE_MARKERS = {"plugin_library": "nvcc", "rtx": "rtx", "server_environment": "triton"}
+FIXTURE_MARKERS = {
+    "plugin_library": "nvcc",
+    "rtx": "rtx",
+    "server_environment": "triton",
+    "deployment_tool": "deployment",
+}
 """Fixture → the marker that every test using it has."""
 
 
@@ -171,8 +164,6 @@ def pytest_configure(config: pytest.Config) -> None:
         )
     if config.getoption("rebaseline") and config.getoption("twice"):
         raise pytest.UsageError("--rebaseline records one measurement: leave --twice out")
-    if hasattr(config.option, "loadscopereorder"):
-        config.option.loadscopereorder = False  # pytest-xdist's order, by the number of tests
     if config.getoption("benchmark"):
         config.pluginmanager.register(BenchmarkGate(config), GATE)
     for option, does in {"rebaseline": "records", "twice": "repeats"}.items():
@@ -188,30 +179,13 @@ def _is_benchmark(item: pytest.Item) -> bool:
     return item.path.is_relative_to(BENCHMARKS)
 
 
-def _long_files_first(items: list[pytest.Item]) -> list[pytest.Item]:
-    """Files in the order of LONG, then those with the most tests."""
-    counts = Counter(item.path for item in items)
-    place = {ROOT / "tests" / name: number for number, name in enumerate(LONG)}
-
-    def key(item: pytest.Item) -> tuple[int, int, Path]:
-        return place.get(item.path, len(LONG)), -counts[item.path], item.path
-
-    return sorted(items, key=key)  # stable: the tests of a file stay in their order
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_collection_finish() -> None:
-    """Take what is loaded by now out of every later search for cyclic garbage."""
-    gc.freeze()
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep the benchmarks or the tests, never both: timing wants an otherwise idle process."""
     chosen = [item for item in items if _is_benchmark(item) == config.getoption("benchmark")]
     others = [item for item in items if _is_benchmark(item) != config.getoption("benchmark")]
     config.hook.pytest_deselected(items=others)
-    items[:] = _long_files_first(chosen)
+    items[:] = chosen
     for item in items:
         for fixture, marker in FIXTURE_MARKERS.items():
             if fixture in getattr(item, "fixturenames", ()):
@@ -277,6 +251,19 @@ def test_set() -> Path:
 def server_environment() -> ServerEnvironment:
     """The Triton server's own environment; tests that use it carry the marker `triton`."""
     return find_environment(ROOT / DEFAULT_FOLDER)
+
+
+@pytest.fixture(scope="session")
+def deployment_tool() -> Callable[[str], str]:
+    """Name → path of a tool that checks `deployment/`, from .tools/ or the PATH, or a skip."""
+
+    def find(name: str) -> str:
+        found = shutil.which(name, path=TOOL_PATH)
+        if found is None:
+            pytest.skip(f"no {name}: python3 .ci/tools")
+        return found
+
+    return find
 
 
 class BenchmarkGate:

@@ -5,6 +5,7 @@ another share of time than a process that computes all along.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ from timing import ratios as benchmarking
 
 from dbsam_deploy.clients.client import DbsamClient
 from dbsam_deploy.prediction.predictor import Predictor
-from dbsam_deploy.serving.repository import build_repository
-from dbsam_deploy.serving.server import Ports, TritonServer
+from dbsam_deploy.serving.ports import Ports
+from dbsam_deploy.serving.repository import build_repository, file_hashes, write_repository
+from dbsam_deploy.serving.server import TritonServer
 
 ONE_THREAD = 'parameters { key: "intra_op_thread_count" value { string_value: "1" } }\n'
 REFERENCE_CONFIG = """\
@@ -30,13 +32,15 @@ OVERHEAD_ROUNDS = 15
 @pytest.fixture(scope="module")
 def server(subject, server_environment, tmp_path_factory) -> Iterator[TritonServer]:
     folder: Path = tmp_path_factory.mktemp("benchmark_server")
-    models = build_repository(subject.artefact, folder / "model_repository").folder
+    repository = build_repository(subject.artefact, folder / "model_repository")
+    models = repository.folder
     (models / "reference" / "1").mkdir(parents=True)
     (models / "reference" / "1" / "model.onnx").write_bytes(benchmarking.reference_graph())
     (models / "reference" / "config.pbtxt").write_text(REFERENCE_CONFIG)
     for model in ("dbsam_encoder", "dbsam_decoder", "reference"):
         with (models / model / "config.pbtxt").open("a") as stream:
             stream.write(ONE_THREAD)
+    write_repository(replace(repository, files=file_hashes(models)))  # with the reference
     log, ports = folder / "server.log", Ports(0, 0, 0)
     with TritonServer(models, server_environment, log=log, ports=ports) as server:
         yield server

@@ -23,14 +23,20 @@ if TYPE_CHECKING:
     from .artefact import load_artefact
     from .clients.async_client import AsyncDbsamClient
     from .clients.client import DbsamClient
+    from .clients.retries import Retries
     from .core.errors import (
         AccuracyError,
+        BusyError,
         CheckpointError,
         DbsamError,
+        DeadlineError,
         EngineError,
         ExportError,
         InputError,
+        NoServerError,
+        NotKeptError,
         ServingError,
+        StoppingError,
     )
     from .core.masks import Prediction
     from .images.volumes import Volume, read_image
@@ -46,17 +52,23 @@ __version__ = "0.1.0"
 __all__ = [
     "AccuracyError",
     "AsyncDbsamClient",
+    "BusyError",
     "CheckpointError",
     "DbsamClient",
     "DbsamError",
+    "DeadlineError",
     "EngineError",
     "ExportError",
     "InputError",
     "Model",
+    "NoServerError",
+    "NotKeptError",
     "Prediction",
     "Result",
+    "Retries",
     "SamPredictor",
     "ServingError",
+    "StoppingError",
     "Volume",
     "build_model",
     "load",
@@ -69,6 +81,7 @@ _MODULES = {
     "artefact": ("load_artefact",),
     "clients.async_client": ("AsyncDbsamClient",),
     "clients.client": ("DbsamClient",),
+    "clients.retries": ("Retries",),
     "core.errors": tuple(name for name in __all__ if name.endswith("Error")),
     "core.masks": ("Prediction",),
     "images.volumes": ("Volume", "read_image"),

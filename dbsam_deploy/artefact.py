@@ -12,6 +12,7 @@ from .core.errors import InputError
 from .core.imaging import Preprocessing
 from .files.atomic import sha256_of
 from .files.manifests import Body, ManifestKind, is_inside, is_sha256
+from .files.user_paths import user_path
 
 MANIFEST_NAME = "manifest.json"
 BUILD_FOLDER = Path("build")
@@ -159,7 +160,7 @@ def load_artefact(folder: str | Path) -> Artefact:
 
 def read_artefact(folder: str | Path) -> Artefact:
     """Like `load_artefact` without the graphs' hashes, for those who `take_graphs` afterwards."""
-    folder = Path(folder)
+    folder = user_path(folder, "the export")
     path = folder / MANIFEST_NAME
     if not path.exists() and (inside := find_exports(folder)):
         raise InputError(

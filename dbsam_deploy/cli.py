@@ -23,6 +23,7 @@ from rich.table import Table
 
 from .core.errors import DbsamError, InputError
 from .extras import check_installed
+from .files.user_paths import user_path
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ DOORS = {
     "predict": Door("predict", "segment an image or volume with boxes or points"),
     "serve": Door("serve", "install, start and try the Triton server"),
     "client": Door("client", "segment an image through a running server"),
+    "loadtest": Door("loadtest", "latency and throughput of a running server under load"),
     "evaluate": Door("evaluate", "Dice and NSD of a model on a folder of labelled images"),
     "train": Door("train", "train a model by a recipe", "options.train_options", "train"),
     "engine": Door("engine", "build, verify and inspect TensorRT engines"),
@@ -115,6 +117,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str | None = None, **options: Any) -> None:
         options.setdefault("formatter_class", HelpFormatter)
         super().__init__(prog if prog is None else as_called(prog), **options)
+        self.register("type", Path, user_path)  # of every `type=Path`
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None

@@ -37,7 +37,8 @@ from .prediction.loading import open_named, open_server
 from .prediction.model import Model
 from .serving.choice import choose_repository
 from .serving.environment import DEFAULT_FOLDER, find_environment
-from .serving.server import Ports, TritonServer
+from .serving.ports import Ports
+from .serving.server import TritonServer
 from .sessions.backends import untrained_note
 from .sessions.options import TRITON, add_model_options, add_server_options, model_options
 

@@ -106,8 +106,15 @@ EXTRAS = (
     Extra(
         "client-http",
         "client of the Triton server (HTTP)",
-        ("tritonclient[http]>=2.51",),
-        ("tritonclient.http",),
+        ("tritonclient[http]>=2.51", "urllib3>=2.0"),
+        ("tritonclient.http", "urllib3"),
+    ),
+    Extra(
+        "loadtest",
+        "load tests of a Triton server",
+        ("hdrhistogram>=0.10.3", "matplotlib>=3.9", "jinja2>=3.1"),
+        ("hdrh.histogram", "matplotlib", "jinja2"),
+        includes=("client", "client-http"),
     ),
     Extra("nifti", "NIfTI files", ("nibabel>=5.2",), ("nibabel",)),
     Extra(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from .core.errors import InputError
+from .files.regular import small_text
 from .resources import resource_dir
 
 T = TypeVar("T")
@@ -159,8 +160,8 @@ def read_recipe(path: Path) -> Recipe:
         InputError: not TOML, an unknown or missing key, or a value of the wrong type.
     """
     try:
-        body = tomllib.loads(path.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
+        body = tomllib.loads(small_text(path))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"recipe {path}: {error}") from error
     body["precision"] = path.stem
     body["fp32_islands"] = tuple(body.get("fp32_islands", ()))

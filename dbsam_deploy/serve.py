@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import signal
 import sys
@@ -11,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
 
 from .artefact import BUILD_FOLDER
 from .cli import HelpFormatter, Parser, run, say_on_stderr
@@ -19,21 +19,26 @@ from .core.errors import InputError
 from .prediction.command import add_image_options, add_prompt_options, predict_image
 from .prediction.loading import open_server
 from .prediction.model import Model
-from .privacy import VARIABLES
+from .serving.check import check_server
 from .serving.choice import choose_repository
+from .serving.containers import FOR_ONNX, Container, container_for
+from .serving.control import KEY_VARIABLE, write_key
 from .serving.environment import (
     DEFAULT_FOLDER,
     find_environment,
     has_gpu_driver,
     install_environment,
 )
+from .serving.ports import LOOPBACK, Ports
 from .serving.repository import Repository
-from .serving.server import LOOPBACK, Ports, TritonServer, remove_bytecode
+from .serving.server import TritonServer, network_warning, remove_bytecode
+from .serving.server_log import STANDARD_OUTPUT, free_log
+from .serving.supervisor import Supervisor
 from .sessions.backends import untrained_note
 
 TRY_TIMEOUT_S = 300.0
-DOCKER_IMAGE = "nvcr.io/nvidia/tritonserver:24.10-py3"
-"""The container of the server release that the wheel carries (2.51.0)."""
+DOCKER_IMAGE = "dbsam-triton"
+"""What the image of `deployment/Dockerfile` is called; the release of its Triton follows."""
 
 DESCRIPTION = """\
 Start the real Triton Inference Server on the repository that an export filled.
@@ -49,6 +54,8 @@ examples:
     python -m dbsam_deploy.serve
   start, segment one image, stop
     python -m dbsam_deploy.serve --try skin.png --box 120 80 410 333 --output out/
+  for a health probe: status 0 if all models answer
+    python -m dbsam_deploy.serve --check localhost:8000
   the command for a GPU host
     python -m dbsam_deploy.serve --docker
 """
@@ -63,6 +70,12 @@ def build_parser() -> Parser:
     action.add_argument("--install", action="store_true", help="make the server's environment")
     action.add_argument("--docker", action="store_true", help="print the command for a GPU host")
     action.add_argument(
+        "--check",
+        metavar="URL",
+        help="ask a running server; status 0 if its models answer (with --repository: answer "
+        "right), else 1 and why. host:port is HTTP, triton://host:port gRPC",
+    )
+    action.add_argument(
         "--try", dest="image", type=Path, metavar="IMAGE", help="start, segment IMAGE, stop"
     )
     parser.add_argument(
@@ -75,16 +88,14 @@ def build_parser() -> Parser:
         "--repository", type=Path, help="model repository to serve as it is, without its export"
     )
     parser.add_argument(
-        "--server-env", type=Path, default=DEFAULT_FOLDER, help="the server's virtual environment"
+        "--server-env",
+        type=Path,
+        default=DEFAULT_FOLDER,
+        help="the server's virtual environment; in NVIDIA's container /opt/tritonserver",
     )
-    server = parser.add_argument_group("server")
-    server.add_argument(
-        "--host", default=LOOPBACK, help="0.0.0.0 opens the server to the network, without a login"
-    )
-    for name, port in (("http", 8000), ("grpc", 8001), ("metrics", 8002)):
-        server.add_argument(f"--{name}-port", type=int, default=port, help="0 takes a free one")
-    server.add_argument(
-        "--log", type=Path, help="file for the server's log (default: beside the repository)"
+    _add_server_options(parser)
+    parser.add_argument_group("--check").add_argument(
+        "--timeout", type=float, default=30.0, metavar="SECONDS", help="for the whole answer"
     )
     attempt = parser.add_argument_group("--try")
     add_prompt_options(attempt)
@@ -93,44 +104,94 @@ def build_parser() -> Parser:
     return parser
 
 
-def docker_command(repository: Repository, ports: Ports, host: str = LOOPBACK) -> str:
-    """The command that serves `repository` on a GPU host with the real backends.
-
-    The image has NumPy but not what the Python models need beside it, so that is installed first.
-    """
-    packages = ["pillow"]
-    if repository.preprocessing.mode == "medsam":
-        packages += ["'numpy<2'", "scikit-image"]
-    inside = (
-        f"pip install --quiet {' '.join(packages)} && exec tritonserver "
-        "--model-repository=/models --disable-auto-complete-config"
+def _add_server_options(parser: Parser) -> None:
+    server = parser.add_argument_group("server")
+    server.add_argument(
+        "--host", default=LOOPBACK, help="0.0.0.0 opens the server to the network, without a login"
     )
-    if repository.plugins:
-        inside += f" --backend-config=tensorrt,plugins=/models/{repository.plugins}"
+    for name, port in (("http", 8000), ("grpc", 8001), ("metrics", 8002)):
+        server.add_argument(f"--{name}-port", type=int, default=port, help="0 takes a free one")
+    server.add_argument(
+        "--log",
+        type=Path,
+        help="file for the server's log (default: beside the repository); - is standard output",
+    )
+    server.add_argument(
+        "--grace",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="how long accepted requests may take after Ctrl-C or SIGTERM",
+    )
+
+
+def _container(repository: Repository) -> Container:
+    """The container that runs a repository's plans.
+
+    Raises:
+        InputError: none is known that does, or the repository does not say what built them.
+    """
+    engine = repository.engine
+    if engine:
+        return container_for(
+            engine["tensorrt"],
+            cuda=engine["cuda"],
+            version_compatible=engine["version_compatible"],
+        )
+    if "tensorrt" in repository.platforms.values():
+        raise InputError(
+            f"{repository.folder} does not say which TensorRT built its plans: build engines with "
+            "`python -m dbsam_deploy.engine build`, which fills it anew"
+        )
+    return FOR_ONNX
+
+
+def docker_command(repository: Repository, ports: Ports, host: str = LOOPBACK) -> str:
+    """The commands that make an image for `repository` and serve it on a GPU host.
+
+    Raises:
+        InputError: no container is known that runs its plans.
+    """
+    container = _container(repository)
+    image = f"{DOCKER_IMAGE}:{container.release}"
+    build = ["docker build -f deployment/Dockerfile", f"-t {image}"]
+    build.append(f"--build-arg TRITON_RELEASE={container.release}")
+    if repository.engine:
+        build.append(f"--build-arg TENSORRT={container.tensorrt}")
     pairs = ((ports.http, 8000), (ports.grpc, 8001), (ports.metrics, 8002))
-    lines = [
-        "docker run --rm --gpus all --shm-size=1g",
-        *(f"-e {name}={value}" for name, value in VARIABLES.items()),
+    start = [
+        "docker run --rm --init --gpus all --shm-size=2g --read-only --tmpfs /tmp",
+        "--cap-drop=ALL --security-opt=no-new-privileges",
         *(f"-p {host}:{outer or inner}:{inner}" for outer, inner in pairs),
         f"-v {shlex.quote(str(repository.folder.absolute()))}:/models:ro",
-        f'{DOCKER_IMAGE} bash -c "{inside}"',
+        image,
     ]
-    return " \\\n  ".join(lines)
+    return f"# once, in the project's folder\n{_lines([*build, '.'])}\n{_lines(start)}"
 
 
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    """End like Ctrl-C, once: a second signal must not cut short the stopping of the server."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise KeyboardInterrupt
+def _lines(words: list[str]) -> str:
+    return " \\\n  ".join(words)
+
+
+class _Stop:
+    """Turns Ctrl-C and SIGTERM into KeyboardInterrupt: once, and again where that does no harm."""
+
+    def __init__(self) -> None:
+        self.again = True
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """The signals' handler."""
+        if self.again:
+            self.again = False
+            raise KeyboardInterrupt
 
 
 @contextmanager
-def _stoppable() -> Iterator[None]:
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, _interrupt) for number in numbers}
+def _stoppable() -> Iterator[_Stop]:
+    numbers, stop = (signal.SIGINT, signal.SIGTERM), _Stop()
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
-        yield
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -149,22 +210,43 @@ def _describe(repository: Repository) -> str:
 
 def _announce(server: TritonServer, seconds: float) -> None:
     _say(f"ready after {seconds:.1f} s; a request through the ensemble was answered")
-    _say("CPU stand-ins serve the onnxruntime and tensorrt backends (see the log)")
+    if not server.environment.is_installation:
+        _say("CPU stand-ins serve the onnxruntime and tensorrt backends (see the log)")
     _say(f"  gRPC     {server.grpc_url}\n  HTTP     {server.http_url}")
     _say(f"  metrics  http://{server.metrics_url}/metrics\n  log      {server.log}")
 
 
+def _event(text: str) -> None:
+    _say(f"{time.strftime('%H:%M:%S')} {text}")
+
+
 def _serve(server: TritonServer) -> int:
-    """Serve until Ctrl-C or SIGTERM; both end it cleanly."""
+    """Serve until Ctrl-C or SIGTERM; both let it finish what it has accepted."""
     _say("starting the Triton server ...")
-    start = time.monotonic()
+    began = time.monotonic()
+    log = Path("server.log") if server.log == STANDARD_OUTPUT else server.log
+    key_file = log.with_name(f"{log.stem.removeprefix('triton-')}.key")
     try:
-        with _stoppable(), server:
-            _announce(server, time.monotonic() - start)
+        with _stoppable() as stop, server:
+            write_key(server.key, key_file)
+            _announce(server, time.monotonic() - began)
+            _say(f"  key      {key_file} (for Triton's own APIs; inference needs none)")
             _say("Ctrl-C stops it")
-            server.wait()
+            try:
+                # Its log has them too.
+                Supervisor(server, _event if log == server.log else lambda text: None).run()
+            except KeyboardInterrupt:
+                stop.again = True
+                _say(f"finishing accepted requests, at most {server.grace_s:g} s (Ctrl-C: at once)")
+                if not server.drain():
+                    _say(f"some requests were not answered within {server.grace_s:g} s")
+            finally:
+                stop.again = False  # nothing cuts short the stopping of the server
     except KeyboardInterrupt:
-        _say("stopped")
+        pass
+    finally:
+        key_file.unlink(missing_ok=True)
+    _say("stopped")
     return 0
 
 
@@ -177,11 +259,20 @@ def _server(args: argparse.Namespace, repository: Repository, ports: Ports) -> T
     medsam = repository.preprocessing.mode == "medsam"
     environment = find_environment(args.server_env, medsam=medsam)
     _say(_describe(repository))
-    if has_gpu_driver():
+    if has_gpu_driver() and not environment.is_installation:
         _say("this machine has a GPU; the server below uses the CPU only. For the GPU:")
         _say(docker_command(repository, ports, args.host))
-    log = args.log or repository.folder.absolute().parent / "triton-server.log"
-    return TritonServer(repository.folder, environment, log=log, ports=ports, host=args.host)
+    if warning := network_warning(args.host, environment):
+        say_on_stderr(warning)
+    return TritonServer(
+        repository.folder,
+        environment,
+        log=args.log or free_log(repository.folder.absolute().parent, "triton-server"),
+        ports=ports,
+        host=args.host,
+        key=os.environ.get(KEY_VARIABLE) or None,
+        grace_s=args.grace,
+    )
 
 
 def _try(args: argparse.Namespace, repository: Repository, ports: Ports) -> int:
@@ -211,6 +302,9 @@ def main(argv: list[str] | None = None) -> int:
     prompted = args.box or args.box3d or args.point or args.slice is not None
     if args.image is None and prompted:
         raise InputError("prompts and --slice go with --try IMAGE")
+    if args.check is not None:
+        _say(check_server(args.check, args.repository, timeout_s=args.timeout))
+        return 0
     repository = choose_repository(args.repository, args.artefact, say_on_stderr)
     ports = Ports(args.http_port, args.grpc_port, args.metrics_port)
     if args.docker:

@@ -63,6 +63,16 @@ def test_round_trip(artefact: Artefact) -> None:
     assert load_artefact(artefact.folder).path("encoder").read_bytes() == b"encoder" * 50
 
 
+def test_a_graph_that_it_does_not_have_is_named(artefact: Artefact) -> None:
+    message = f"{artefact.folder} has the graphs encoder, decoder, not other; export again"
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        artefact.path("other")
+    edit(artefact, graphs={"other": entry()})
+    known = r"graphs \['other'\], expected some of encoder, decoder, prompt_decoder"
+    with pytest.raises(InputError, match=known):
+        load_artefact(artefact.folder)
+
+
 def test_graph_file_describes_the_content(artefact: Artefact) -> None:
     item = artefact.graphs["decoder"]
     assert item.file == "onnx/decoder.onnx"
@@ -134,7 +144,7 @@ def test_a_graph_outside_the_folder_is_refused(
         ({"preprocessing": {"image_size": 10**40, "mode": "sam"}}, "from 64 to 2048"),
         ({"graphs": []}, "not a manifest"),
         ({"graphs": {"encoder": {"file": "x"}}}, "not a manifest"),
-        ({"preprocessing": {"image_size": "big"}}, "not a manifest"),
+        ({"preprocessing": {"image_size": "big"}}, "image size .big.: expected a multiple of 16"),
         ({"preprocessing": {"image_size": 250, "mode": "sam"}}, "multiple of 16"),
         ({"preprocessing": {"image_size": 256, "mode": "other"}}, "expected one of"),
     ],

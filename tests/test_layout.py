@@ -39,6 +39,7 @@ ORDER = (
     "quantization",
     "diagnosis",
     "evaluation",
+    "loadtesting",
     "synthetic",
     "training",
     "options",
@@ -52,6 +53,7 @@ DOORS = {
     "engine",
     "evaluate",
     "export",
+    "loadtest",
     "plugins",
     "predict",
     "sensitivity",
@@ -71,7 +73,10 @@ STAGES = {
 }
 """The export's steps: none knows another, and `export` alone puts them in order."""
 
-FOLDERS = ("dbsam_deploy", "export", "kernels", "triton_models", "benchmarks", "tests", "docs")
+FOLDERS = (
+    *("dbsam_deploy", "export", "kernels", "triton_models"),
+    *("deployment", "benchmarks", "tests", "docs"),
+)
 MACHINE_PATH = re.compile(r"(?<![\w.$}:/-])/(?:work|root|home|Users|mnt)/\w")
 MAX_MODULE_LINES, MAX_FUNCTION_LINES = 400, 50
 MAX_FILE_BYTES = 1_000_000

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -15,8 +17,9 @@ import pytest
 
 from dbsam_deploy import privacy
 from dbsam_deploy.child_process import run_python
+from dbsam_deploy.serving import server
 from dbsam_deploy.serving.environment import ServerEnvironment
-from dbsam_deploy.serving.server import _environment
+from dbsam_deploy.serving.runtime import server_variables
 from dbsam_deploy.sessions.onnxruntime_providers import import_onnxruntime
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -144,7 +147,7 @@ def test_nothing_is_sent_later(recorder, tmp_path):
 def test_workers_and_servers_inherit_it(monkeypatch, tmp_path):
     for name in privacy.VARIABLES:
         monkeypatch.setenv(name, "0")
-    server = _environment(ServerEnvironment(tmp_path, tmp_path, tmp_path, ()))
+    server = server_variables(ServerEnvironment(tmp_path, tmp_path, tmp_path, ()), tmp_path)
     assert privacy.VARIABLES.items() <= server.items()
     privacy.switch_off()
     asked = f"import os; print([os.environ[name] for name in {list(privacy.VARIABLES)}])"
@@ -169,3 +172,44 @@ def test_a_sender_that_was_imported_before_stays(monkeypatch):
     monkeypatch.delitem(sys.modules, "openvino_telemetry")
     privacy.switch_off()
     assert sys.modules["openvino_telemetry"] is None
+
+
+@pytest.mark.triton
+def test_every_process_of_a_running_server_has_it_switched_off(triton):
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if int(stat.read_text().rpartition(")")[2].split()[2]) == triton.pid:
+                pairs = (stat.parent / "environ").read_bytes().decode().split("\0")
+                found[stat.parent.name] = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+    assert len(found) > 3, "the server and its Python models"
+    for variables in found.values():
+        assert privacy.VARIABLES.items() <= variables.items()
+
+
+@pytest.mark.slow
+@pytest.mark.triton
+def test_a_running_server_asks_nobody_and_keeps_nothing(
+    tiny_repository, server_environment, tmp_path, monkeypatch
+):
+    """Traced past the nine seconds after which ONNX Runtime would have sent its queue."""
+    strace = shutil.which("strace")
+    if strace is None:
+        pytest.skip("no strace on the PATH")
+    trace, home, start = tmp_path / "trace", tmp_path / "home", server.start_tied
+    home.mkdir()
+    for name in ("HOME", "XDG_CACHE_HOME", "TMPDIR"):
+        monkeypatch.setenv(name, str(home))
+    options = ["-f", "-qq", "-o", str(trace), "-e", "trace=network,openat"]
+    monkeypatch.setattr(
+        server, "start_tied", lambda command, *more: start([strace, *options, *command], *more)
+    )
+    log, ports = tmp_path / "log", server.Ports(0, 0, 0)
+    with server.TritonServer(tiny_repository.folder, server_environment, log=log, ports=ports):
+        time.sleep(12)
+        lines = trace.read_text().splitlines()
+    assert any("bind(" in line and "sin" in line for line in lines), "it listens, so it is traced"
+    sent = [line for line in lines if re.search(r"(connect|sendto|sendmsg)\(.*AF_INET", line)]
+    assert sent == []
+    assert [line for line in lines if "resolv.conf" in line] == []
+    assert [path for path in home.rglob("*") if path.is_file()] == []

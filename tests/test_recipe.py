@@ -1,11 +1,18 @@
 """Recipes: every committed file is valid, unknown content is refused."""
 
 import re
+from pathlib import Path
 
 import pytest
 
 from dbsam_deploy.core.errors import InputError
-from dbsam_deploy.recipe import CALIBRATORS, available_precisions, load_recipe, read_recipe
+from dbsam_deploy.recipe import (
+    CALIBRATORS,
+    available_precisions,
+    calibration_plan,
+    load_recipe,
+    read_recipe,
+)
 from dbsam_deploy.resources import resource_dir
 
 EIGHT_BITS = (0.98, 0.95, 0.85, 0.005)
@@ -29,6 +36,52 @@ def test_committed_recipes_carry_the_agreed_gates(precision):
         gate.mask_agreement_p5,
         gate.dice_drop,
     )
+
+
+@pytest.mark.parametrize("precision", available_precisions())
+def test_a_recipe_cannot_be_changed_and_is_equal_to_itself(precision):
+    recipe = load_recipe(precision)
+    assert hash(recipe) == hash(load_recipe(precision))  # no list and no table in it
+    assert recipe == load_recipe(precision)
+
+
+def test_a_recipe_holds_what_its_file_says(tmp_path):
+    text = (resource_dir("export") / "int8.toml").read_text()
+    for old, new in (
+        ("fp32_islands = []", 'fp32_islands = ["a.*", "b"]'),
+        ('graphs = ["encoder"]', 'graphs = ["decoder", "encoder"]'),
+        ('operators = ["MatMul", "Gemm", "Conv"]', 'operators = ["Conv", "Gemm"]'),
+        ("outputs = []", 'outputs = ["Gemm"]'),
+        ("weights_only = []", 'weights_only = ["c.*", "d"]'),
+    ):
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    recipe = read_recipe(path)
+    assert (recipe.precision, recipe.dtype, recipe.opset) == ("mine", "float32", 18)
+    assert recipe.fp32_islands == ("a.*", "b")
+    found = recipe.quantization
+    assert found.graphs == ("decoder", "encoder")
+    assert (found.operators, found.outputs) == (("Conv", "Gemm"), ("Gemm",))
+    assert found.weights_only == ("c.*", "d")
+    assert found.exclude[0] == "*.sampling_offsets"
+    assert (found.smoothing, found.rounding, found.recentre) == (0, "gptq", True)
+    assert (found.calibration.percentile, found.calibration.seed) == (99.999, 0)
+    parity = recipe.parity
+    assert (parity.images, parity.boxes_per_image) == (6, 8)
+    assert (parity.box_jitter_px, parity.min_object_px) == (20, 16)
+    path.write_text(text.replace('fp32_islands = ["a.*", "b"]', ""))
+    assert read_recipe(path).fp32_islands == ()
+
+
+@pytest.mark.parametrize("table", ["gate", "parity"])
+def test_a_table_that_is_not_there_is_named(tmp_path, table):
+    text = (resource_dir("export") / "fp32.toml").read_text()
+    path = tmp_path / "fp32.toml"
+    path.write_text(re.sub(rf"(?ms)^\[{table}\].*?(?=^\[|\Z)", "", text))
+    with pytest.raises(InputError, match=rf"fp32\.toml \[{table}\]: unknown keys \[\], missing"):
+        read_recipe(path)
 
 
 def test_unknown_precision():
@@ -79,6 +132,12 @@ def test_what_the_committed_recipes_quantise():
         ('["MatMul", "Gemm", "Conv"]', '["MatMul", "Softmax"]', r"operators \['Softmax'\]"),
         ("outputs = []", 'outputs = ["LayerNorm"]', r"outputs \['LayerNorm'\]"),
         ("outputs = []", "outputs = [1]", r"outputs = \[1\], expected strings"),
+        ('["encoder"]', "[1]", r"graphs = \[1\], expected strings"),
+        ('["MatMul", "Gemm", "Conv"]', "[1]", r"operators = \[1\], expected strings"),
+        ("weights_only = []", "weights_only = [1]", r"weights_only = \[1\], expected strings"),
+        ("exclude = [", "exclude = [1,", r"exclude = \[1, .*, expected strings"),
+        ("recentre = true", "recentre = 2", r"recentre \[2\], expected True, False"),
+        ('rounding = "gptq"', 'rounding = "up"', r"rounding \['up'\], expected nearest, gptq"),
         ('tool = "onnxruntime"', 'tool = "hope"', r"tool \['hope'\], expected onnxruntime"),
         ("smoothing = ", "smoothing = 1", "smoothing is 0 to below 1"),
         ("smoothing = ", "extra = 1\nsmoothing = ", r"unknown keys \['extra'\]"),
@@ -174,3 +233,27 @@ def test_fp8_in_an_old_opset_is_refused_before_anything_is_exported(tmp_path):
     path.write_text(text.replace("opset = 19", "opset = 18"))
     with pytest.raises(InputError, match="opset = 18; fp8 needs opset 19 or later"):
         read_recipe(path)
+
+
+IMAGES = Path("images")
+
+
+def test_only_recipes_with_ranges_ask_for_images():
+    for precision in ("int8", "fp8"):
+        recipe = load_recipe(precision)
+        for budget in (None, 0.005, 0.999):
+            assert calibration_plan(recipe, IMAGES, budget) is recipe.quantization.calibration
+            with pytest.raises(InputError, match=r"int8 and fp8 need real images.*--calib"):
+                calibration_plan(recipe, None, budget)
+    for precision in ("fp32", "int8_weights"):
+        recipe = load_recipe(precision)
+        assert calibration_plan(recipe, None, None) is None
+        for path, budget in ((IMAGES, None), (None, 0.005), (IMAGES, 0.005)):
+            with pytest.raises(InputError, match=rf"with ranges .*; {precision} has none"):
+                calibration_plan(recipe, path, budget)
+
+
+@pytest.mark.parametrize("budget", [0.0, 1.0, -0.1, 1.5, float("nan")])
+def test_a_budget_is_a_loss_between_0_and_1(budget):
+    with pytest.raises(InputError, match=f"--budget {budget}: expected a loss between 0 and 1"):
+        calibration_plan(load_recipe("int8"), IMAGES, budget)

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+import tritonclient.grpc as grpc
 from PIL import Image
+from support.serving import ask_grpc, processes_of, wait_until
 
 from dbsam_deploy import serve
 from dbsam_deploy.cli import run
+from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.prediction.predictor import Predictor
+from dbsam_deploy.serving.containers import CONTAINERS, FOR_ONNX
+from dbsam_deploy.serving.control import requests_in_flight
+from dbsam_deploy.serving.environment import ServerEnvironment
+from dbsam_deploy.serving.ports import Ports
+from dbsam_deploy.serving.probe import probe_image
+from dbsam_deploy.serving.processes import SHARED_MEMORY, children, free_left_shared_memory
 from dbsam_deploy.serving.repository import build_repository
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
 
@@ -53,51 +68,155 @@ def test_the_command_tries_one_image(served_copy, server_environment, tiny_artef
     assert "STAND-IN" in (tmp_path / "build" / "triton-server.log").read_text()
 
 
-@pytest.mark.triton
-def test_interrupting_the_command_twice_still_stops_the_server(served_copy, server_environment):
-    command = serve_command("--repository", str(served_copy.folder))
-    command += ["--server-env", str(server_environment.folder)]
+@contextmanager
+def serving(repository, environment) -> Iterator[tuple[subprocess.Popen[str], dict[str, str]]]:
+    """`serve` as a process, and what it announced: gRPC, HTTP, log, key and so on."""
+    command = serve_command("--repository", str(repository.folder))
+    command += ["--server-env", str(environment.folder)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     try:
-        lines = []
+        lines, told = [], {}
         for line in process.stdout:
             lines.append(line)
+            told.update([line.split()[:2]] if line.startswith("  ") else [])
             if "Ctrl-C stops it" in line:
                 break
         else:
             pytest.fail("".join(lines))
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.5)
-        process.send_signal(signal.SIGTERM)
-        rest = process.stdout.read()
-        assert process.wait(60) == 0
+        yield process, told
     finally:
         process.kill()
         process.stdout.close()
         process.wait()
-    assert "stopped" in rest
-    assert len(children) == 1
-    deadline = time.monotonic() + 5  # a stopped process needs a moment to go
-    while (left := Path(f"/proc/{children[0]}")).exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not left.exists()
 
 
-def test_the_docker_command_names_ports_volume_and_packages(tiny_repository, capsys):
+@pytest.mark.triton
+def test_sigterm_lets_accepted_requests_finish_and_refuses_new_ones(
+    served_copy, server_environment
+):
+    image = np.random.default_rng().integers(0, 256, (2500, 2500, 3), dtype=np.uint8)
+    answers, refusals = [], []
+
+    def ask() -> None:
+        client = grpc.InferenceServerClient(told["gRPC"])
+        try:
+            answers.append(ask_grpc(client, image, 60).shape)
+        except grpc.InferenceServerException as error:
+            answers.append(error.status())
+        client.close()
+
+    with serving(served_copy, server_environment) as (process, told):
+        assert Path(told["key"]).stat().st_mode & 0o777 == 0o600
+        check = ["--check", told["HTTP"], "--repository", str(served_copy.folder)]
+        assert run(serve.main, check) == 0
+        threads = [threading.Thread(target=ask) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        metrics = urlsplit(told["metrics"]).netloc
+        assert wait_until(lambda: requests_in_flight(metrics) >= 4)
+        process.send_signal(signal.SIGTERM)
+        client = grpc.InferenceServerClient(told["gRPC"])
+        while process.poll() is None:
+            try:
+                ask_grpc(client, probe_image(), 60)
+            except grpc.InferenceServerException as error:
+                refusals.append((error.status(), error.message()))
+            time.sleep(0.02)
+        client.close()
+        assert process.wait(60) == 0
+        for thread in threads:
+            thread.join()
+    assert set(answers) <= {(1, 2500, 2500), "StatusCode.UNAVAILABLE"}
+    assert answers.count((1, 2500, 2500)) >= 4
+    assert len(answers) == 8, "none hangs"
+    assert {status for status, _ in refusals} == {"StatusCode.UNAVAILABLE"}
+    assert "stopping: this server takes no more" in refusals[0][1]
+    assert not Path(told["key"]).exists()
+
+
+@pytest.mark.triton
+def test_nothing_outlives_a_command_that_is_killed(served_copy, server_environment):
+    log = served_copy.folder.parent / "triton-server.log"
+    log.write_text("an earlier server\n")
+    with serving(served_copy, server_environment) as (process, told):
+        assert told["log"] == str(log)
+        (server,) = children(process.pid)
+        words = Path(f"/proc/{server}/cmdline").read_text()
+        prefix = re.search(r"shm-region-prefix-name=(\w+)", words)
+        assert prefix[1] not in free_left_shared_memory(), "it lives"
+        process.kill()
+        process.wait()
+        assert wait_until(lambda: not processes_of(server))
+    assert prefix[1] in free_left_shared_memory()
+    assert not list(SHARED_MEMORY.glob(f"{prefix[1]}*"))
+    assert log.read_text().startswith("an earlier server\n")
+    assert "Started GRPCInferenceService" in log.read_text()
+
+
+def test_a_second_signal_ends_the_waiting_but_never_the_stopping(tmp_path, monkeypatch):
+    said: list[str] = []
+
+    class Server:
+        log, key, grace_s = tmp_path / "triton-server.log", "k" * 32, 60
+        grpc_url = http_url = metrics_url = ""
+        environment = ServerEnvironment(tmp_path, tmp_path, tmp_path, ())
+
+        def __enter__(self):
+            return self
+
+        def drain(self) -> bool:
+            said.append("drain")
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+            return True
+
+        def __exit__(self, *exception: object) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            said.append("stopped")
+
+    monkeypatch.setattr(serve.Supervisor, "run", lambda self: os.kill(os.getpid(), signal.SIGINT))
+    assert serve._serve(Server()) == 0
+    assert said == ["drain", "stopped"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_docker_command_names_image_ports_and_volume(tiny_repository, capsys):
     root = str(tiny_repository.folder)
     assert serve.main(["--docker", "--repository", root, "--http-port", "9000"]) == 0
     text = capsys.readouterr().out
+    assert f"--build-arg TRITON_RELEASE={FOR_ONNX.release}" in text
+    assert text.count(f"dbsam-triton:{FOR_ONNX.release}") == 2
     assert "--gpus all" in text
     assert "--shm-size" in text
-    assert "-e ORT_DISABLE_TELEMETRY=1" in text
     assert "-p 127.0.0.1:9000:8000" in text
     assert f"-v {root}:/models:ro" in text
-    assert "nvcr.io/nvidia/tritonserver:24.10-py3" in text
-    assert "pip install --quiet pillow" in text
+    assert "pip install" not in text, "nothing is installed at the start"
     assert subprocess.run(["bash", "-n", "-c", text], check=False).returncode == 0
     assert serve.main(["--docker", "--repository", root, "--host", "0.0.0.0"]) == 0  # noqa: S104
     assert "-p 0.0.0.0:8001:8001" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("engine", "words"),
+    [
+        ({"tensorrt": "10.16.0.72", "cuda": "13.2", "version_compatible": False}, "26.03"),
+        ({"tensorrt": "11.1.0.106", "cuda": "", "version_compatible": False}, "26.07"),
+        ({"tensorrt": "11.0.0.114", "cuda": "13.3", "version_compatible": True}, "26.08"),
+        ({"tensorrt": "10.5.0.18", "cuda": "12.6", "version_compatible": False}, None),
+        ({}, None),
+    ],
+)
+def test_the_plans_choose_the_image(tiny_repository, engine, words):
+    plans = dict.fromkeys(tiny_repository.platforms, "tensorrt")
+    repository = dataclasses.replace(tiny_repository, engine=engine, platforms=plans)
+    if words is None:
+        with pytest.raises(InputError, match=r"no Triton container is known|does not say which"):
+            serve.docker_command(repository, Ports())
+        return
+    text = serve.docker_command(repository, Ports())
+    assert f"TRITON_RELEASE={words}" in text
+    (container,) = [one for one in CONTAINERS if one.release == words]
+    assert f"TENSORRT={container.tensorrt}" in text
 
 
 @pytest.mark.parametrize(
@@ -129,7 +248,8 @@ def test_a_gpu_machine_is_told_the_docker_command(tiny_repository, monkeypatch, 
         raise Stopped
 
     monkeypatch.setattr(serve, "has_gpu_driver", lambda: True)
-    monkeypatch.setattr(serve, "find_environment", lambda *_args, **_options: None)
+    wheel = ServerEnvironment(Path("e"), Path("r"), Path("s"), ())
+    monkeypatch.setattr(serve, "find_environment", lambda *_args, **_options: wheel)
     monkeypatch.setattr(serve, "TritonServer", stop)
     with pytest.raises(Stopped):
         serve.main(["--repository", str(tiny_repository.folder)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, Self, Unpack
 
 import numpy.typing as npt
@@ -11,6 +12,8 @@ from ..core.masks import Prediction
 from ..core.prompts import PromptArrays
 from .calls import load_library
 from .exchange import Exchange, Exchanges, Returned
+from .known_images import KnownImage, boxes_alone
+from .retries import ServerRequest
 
 
 class AsyncDbsamClient(Exchanges):
@@ -26,6 +29,19 @@ class AsyncDbsamClient(Exchanges):
             return transport.InferenceServerClient(self.url)
         self._errors = (load_library("aiohttp").ClientError,)
         return transport.InferenceServerClient(self.url, conn_timeout=timeout_s)
+
+    def _ask(
+        self, request: ServerRequest, method: Callable[..., Any], *args: Any, **options: Any
+    ) -> Callable[[], Any]:
+        if self.transport == "grpc":
+            return super()._ask(request, method, *args, **options)
+        left_s = request.left_s()
+
+        async def ask() -> Any:  # this transport knows no time limit of one call
+            async with asyncio.timeout(left_s):
+                return await method(*args, **options)
+
+        return ask
 
     async def _pause(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
@@ -47,6 +63,10 @@ class AsyncDbsamClient(Exchanges):
         """See `DbsamClient.segment_prompts`."""
         return await _finish(self._prompts(image, multimask=multimask, **prompts))
 
+    async def open(self, image: npt.NDArray[Any]) -> AsyncOpenImage:
+        """See `DbsamClient.open`."""
+        return AsyncOpenImage(self, await _finish(self._open(image)))
+
     async def close(self) -> None:
         """See `DbsamClient.close`."""
         await _finish(self._closing())
@@ -56,6 +76,29 @@ class AsyncDbsamClient(Exchanges):
 
     async def __aexit__(self, *exception: object) -> None:
         await self.close()
+
+
+class AsyncOpenImage:
+    """`client.OpenImage` for asyncio."""
+
+    def __init__(self, client: AsyncDbsamClient, known: KnownImage) -> None:
+        self._client, self.known = client, known
+
+    async def predict(
+        self,
+        *,
+        multimask: bool = False,
+        logits: bool = False,
+        **prompts: Unpack[PromptArrays],
+    ) -> Prediction:
+        """See `client.OpenImage.predict`."""
+        boxes = boxes_alone(prompts, multimask=multimask)
+        if boxes is not None:
+            return await _finish(self._client._known_boxes(self.known, boxes, logits=logits))
+        exchange = self._client._known_prompts(
+            self.known, multimask=multimask, logits=logits, **prompts
+        )
+        return await _finish(exchange)
 
 
 async def _finish(exchange: Exchange[Returned]) -> Returned:

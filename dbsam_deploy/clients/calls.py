@@ -1,37 +1,37 @@
-"""What both Triton clients share: building a request, shared memory, reading the answer, errors."""
+"""What both Triton clients share: building a request, shared memory, reading the answer."""
 
 from __future__ import annotations
 
-import http.client
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from types import ModuleType
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
 from ..core.contract import (
+    IMAGE_ID,
     NUM_MASK_TOKENS,
+    POINT_COORDS,
     TRITON_TYPES,
     GraphSpec,
     TensorSpec,
     ensemble_spec,
     prompts_ensemble_spec,
 )
-from ..core.errors import DbsamError, InputError, ServingError
+from ..core.errors import InputError, ServingError
 from ..core.imaging import Arrays, check_boxes, check_contrast, check_image
 from ..core.masks import Prediction
-from ..core.prompts import Places, check_mask_input, check_mask_pixels, join_prompts
+from ..core.prompts import Places, PromptArrays, check_mask_input, check_mask_pixels, join_prompts
 from ..extras import require
 from .shared_memory import SharedRegion
 
-Transport = Literal["grpc", "http"]
-
 BOX_MODEL = ensemble_spec(1).name
 """The box ensemble; its name does not depend on the mask grid."""
+
+MAX_TIMEOUT_S = 7 * 24 * 3600
+"""Longest time a request may take: a week."""
 
 _ALIGNMENT = 64
 
@@ -47,8 +47,12 @@ class Call:
     def regions(self) -> tuple[dict[str, int], int]:
         """Offset of each tensor in one shared region, and the region's size in bytes."""
         offsets, end = {}, 0
-        sizes = {name: array.nbytes for name, array in self.arrays.items()}
-        sizes |= {f"->{spec.name}": self.output_bytes(spec) for spec in self.spec.outputs}
+        sizes = {name: array.nbytes for name, array in self.arrays.items() if _is_plain(array)}
+        sizes |= {
+            f"->{spec.name}": self.output_bytes(spec)
+            for spec in self.spec.outputs
+            if spec.dtype != "bytes"
+        }
         for name, size in sizes.items():
             offsets[name] = end
             end += -(-max(size, 1) // _ALIGNMENT) * _ALIGNMENT
@@ -97,26 +101,45 @@ def box_result(arrays: Arrays, spec: GraphSpec) -> Prediction:
     return Prediction(masks[:, None], ious[:, None], *logits)
 
 
-def prompt_call(
-    image: npt.NDArray[Any],
-    side: int,
-    *,
-    mask_input: npt.NDArray[Any] | None = None,
-    **places: Unpack[Places],
-) -> Call:
+def prompt_call(image: npt.NDArray[Any], side: int, **prompts: Unpack[PromptArrays]) -> Call:
     """A request for the four mask tokens of each prompt set.
 
     Args:
         image: (H, W, 3) uint8 RGB.
         side: 4G, the side of the server's mask grid.
-        mask_input: (N, 4G, 4G) float logits of an earlier answer.
-        **places: boxes and points, see `Places`.
+        **prompts: boxes, points and earlier logits, see `PromptArrays`.
 
     Raises:
         InputError: the image or a prompt is not usable.
     """
     image = check_contrast(check_image(np.asarray(image)))
     size = _size_of(image)
+    spec = prompts_ensemble_spec(side)
+    arrays = {spec.inputs[0].name: np.ascontiguousarray(image)}
+    arrays |= prompt_arrays(size, side, **prompts)
+    tokens = (len(arrays[POINT_COORDS]), NUM_MASK_TOKENS)
+    shapes = ((*tokens, *size), tokens, (*tokens, side, side))
+    return Call(spec, arrays, dict(zip(spec.output_names, shapes, strict=True)))
+
+
+def prompt_arrays(
+    size: tuple[int, int],
+    side: int,
+    *,
+    mask_input: npt.NDArray[Any] | None = None,
+    **places: Unpack[Places],
+) -> Arrays:
+    """Prompt sets as the server's inputs; those of the image are not among them.
+
+    Args:
+        size: height and width of the image.
+        side: 4G, the side of the server's mask grid.
+        mask_input: (N, 4G, 4G) float logits of an earlier answer.
+        **places: boxes and points, see `Places`.
+
+    Raises:
+        InputError: a prompt is not usable.
+    """
     coords, labels = join_prompts(size, **places)
     count = len(coords)
     check_mask_pixels(count * NUM_MASK_TOKENS, size)
@@ -125,11 +148,9 @@ def prompt_call(
     else:
         masks = check_mask_input(mask_input, count, side)
     has_mask = np.full(count, mask_input is not None, np.float32)
-    spec = prompts_ensemble_spec(side)
-    tokens = (count, NUM_MASK_TOKENS)
-    shapes = ((*tokens, *size), tokens, (*tokens, side, side))
-    arrays = _named(spec, image, coords, labels, masks, has_mask)
-    return Call(spec, arrays, dict(zip(spec.output_names, shapes, strict=True)))
+    found = (coords, labels, masks, has_mask)
+    names = prompts_ensemble_spec(side).input_names[1:]
+    return dict(zip(names, map(np.ascontiguousarray, found), strict=True))
 
 
 def prompt_result(arrays: Arrays, spec: GraphSpec, *, multimask: bool) -> Prediction:
@@ -152,15 +173,29 @@ def check_options(url: str, transport: str, timeout_s: float) -> None:
     """Refuse what no connection can be made from.
 
     Raises:
-        InputError: not host:port, an unknown transport, or no positive timeout.
+        InputError: not host:port, an unknown transport, or no usable timeout.
     """
+    bare = url.rpartition("://")[2].rstrip("/")
     host, _, port = url.rpartition(":")
-    if not host or "/" in url or not port.isdigit():
-        raise InputError(f"url {url!r}: expected host:port, for example localhost:8001")
+    if not host or "/" in url or not port.isascii() or not port.isdigit():
+        hint = bare if ":" in bare and "/" not in bare else "localhost:8001"
+        raise InputError(f"url {url!r}: expected host:port, for example {hint}")
+    if ":" in host and not (host[0] == "[" and host[-1] == "]"):
+        raise InputError(f"url {url!r}: expected an IPv6 address in brackets: [{host}]:{port}")
+    if not 0 < int(port) < 65536:
+        raise InputError(f"url {url!r}: port {port}: expected 1 to 65535")
     if transport not in ("grpc", "http"):
         raise InputError(f"transport {transport!r}: expected grpc or http")
     if not timeout_s > 0:
         raise InputError(f"timeout_s {timeout_s}: expected more than 0 seconds")
+    if timeout_s > MAX_TIMEOUT_S:
+        raise InputError(f"timeout_s {timeout_s:g}: expected at most {MAX_TIMEOUT_S} seconds")
+
+
+def is_here(url: str) -> bool:
+    """Whether a server's address is one of this machine's own, reached without a network."""
+    host = url.rpartition(":")[0].strip("[]")
+    return host == "localhost" or host == "::1" or host.startswith("127.")
 
 
 def load_library(name: str) -> ModuleType:
@@ -169,7 +204,7 @@ def load_library(name: str) -> ModuleType:
     Raises:
         MissingError: it is not installed.
     """
-    http = name == "aiohttp" or name.startswith("tritonclient.http")
+    http = name in ("aiohttp", "urllib3") or name.startswith("tritonclient.http")
     extra = "client-http" if http else "client"
     return require(name, extra=extra, what_for="the client of a Triton server")
 
@@ -186,7 +221,7 @@ def tensors(
     inputs, outputs = [], []
     for name, array in call.arrays.items():
         tensor = library.InferInput(name, list(array.shape), _triton_type(name, array))
-        if region is None:
+        if region is None or not _is_plain(array):
             tensor.set_data_from_numpy(array)
         else:
             region.write(array, offsets[name])
@@ -194,7 +229,7 @@ def tensors(
         inputs.append(tensor)
     for spec in call.spec.outputs:
         output = library.InferRequestedOutput(spec.name)
-        if region is not None:
+        if region is not None and spec.dtype != "bytes":
             size = call.output_bytes(spec)
             output.set_shared_memory(region.name, size, offsets[f"->{spec.name}"])
         outputs.append(output)
@@ -220,7 +255,7 @@ def read_result(call: Call, result: Any, region: SharedRegion | None) -> Arrays:
                 f"expected {TRITON_TYPES[spec.dtype]}{list(shape)}: is the repository of this "
                 "library's version?"
             )
-        if region is None:
+        if region is None or spec.dtype == "bytes":
             arrays[spec.name] = np.array(result.as_numpy(spec.name))
         else:
             arrays[spec.name] = region.read(shape, spec.dtype, offsets[f"->{spec.name}"])
@@ -231,9 +266,14 @@ def _attributes(found: Any) -> dict[str, Any]:
     return {"datatype": found.datatype, "shape": list(found.shape)}
 
 
+def _is_plain(array: npt.NDArray[Any]) -> bool:
+    """Whether its bytes are its values, so that shared memory can hold them."""
+    return array.dtype != object
+
+
 def _triton_type(name: str, array: npt.NDArray[Any]) -> str:
     known = load_library("tritonclient.utils").np_to_triton_dtype(array.dtype)
-    if known is None or known == "BYTES":
+    if known is None or (known == "BYTES" and name != IMAGE_ID.name):
         raise InputError(f"{name}: dtype {array.dtype} cannot be sent")
     return str(known)
 
@@ -253,39 +293,3 @@ def mask_side(metadata: Any) -> int:
         f"the server's model {BOX_MODEL} gives no {name}: is its repository of this library's "
         "version? export again, or name the right server"
     )
-
-
-@contextmanager
-def translated(url: str, *others: type[BaseException]) -> Iterator[None]:
-    """Turn what `tritonclient` raises into this library's errors, with the server's text.
-
-    Args:
-        url: host:port, for messages.
-        others: further exception types of the transport.
-
-    Raises:
-        InputError: the server refused the request as invalid.
-        ServingError: no connection, a timeout, or an error inside the server.
-    """
-    refused = load_library("tritonclient.utils").InferenceServerException
-    unreachable: tuple[type[BaseException], ...] = (OSError, http.client.HTTPException, *others)
-    advice = "start one with `python -m dbsam_deploy.serve`, or check host and port"
-    try:
-        yield
-    except DbsamError:
-        raise
-    except refused as error:
-        # gRPC and HTTP spell the status differently.
-        status = str(error.status() or "")
-        text = str(error.message()).removeprefix("[request id: <id_unknown>] ").strip()
-        if "INVALID_ARGUMENT" in status or status == "400":
-            raise InputError(f"the server refused the request: {text}") from error
-        if "DEADLINE_EXCEEDED" in status:
-            raise ServingError(f"Triton on {url} did not answer in time (timeout_s)") from error
-        if status == "StatusCode.UNAVAILABLE":
-            raise ServingError(f"no Triton server answers on {url} ({text}): {advice}") from error
-        raise ServingError(f"Triton on {url}: {text}") from error
-    except TimeoutError as error:
-        raise ServingError(f"Triton on {url} did not answer in time (timeout_s)") from error
-    except unreachable as error:
-        raise ServingError(f"no Triton server answers on {url} ({error}): {advice}") from error

@@ -2,51 +2,45 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from typing import Any, Self, Unpack
 
 import numpy.typing as npt
 
-from ..core.errors import InputError
 from ..core.masks import Prediction
 from ..core.prompts import PromptArrays
 from .exchange import Exchange, Exchanges, Returned
+from .http_connection import HttpConnection
+from .known_images import KnownImage, boxes_alone
 
 
 class DbsamClient(Exchanges):
-    """A blocking client; a context manager that closes its connection.
+    """A blocking client; a context manager that closes its connections.
 
-    One client belongs to one thread; over HTTP another one is refused. Nothing is retried.
+    Threads may share one: over gRPC their requests share a channel, over HTTP each takes a
+    connection of a pool. A process forked from the client's own may use it over HTTP, with
+    connections of its own; gRPC does not survive a fork, and is refused there.
 
     Args:
         url: host:port, by default 8001 for gRPC and 8000 for HTTP.
         transport: `grpc` or `http`.
         shared_memory: move images and masks through shared memory; the server must be on this
             machine (and in a container share its /dev/shm).
-        timeout_s: how long one request may take.
+        timeout_s: how long one request may take, all attempts together; the server is told, too.
+        retries: when a refused request is sent again, see `Retries`.
+        key: of the server's restricted interfaces, which shared memory needs; by default that of
+            the environment's DBSAM_SERVER_KEY, if there is one.
+        packed: masks of opened images come as compressed bits; by default from other machines.
 
     Raises:
         EngineError: `tritonclient` is not installed.
-        InputError: an unusable option.
+        InputError: an unusable option, or gRPC in a process forked from one that used it.
     """
 
     def _connect(self, timeout_s: float) -> Any:
-        self._thread = threading.get_ident()
         if self.transport == "grpc":
             return self._library.InferenceServerClient(self.url)
-        return self._library.InferenceServerClient(
-            self.url, connection_timeout=timeout_s, network_timeout=timeout_s
-        )
-
-    def _check_usable(self) -> None:
-        super()._check_usable()
-        # tritonclient's HTTP runs on gevent, which hangs or fails in another thread.
-        if self.transport == "http" and threading.get_ident() != self._thread:
-            raise InputError(
-                f"the HTTP client of {self.url} belongs to the thread that made it: make one in "
-                "each thread, or use gRPC"
-            )
+        return HttpConnection(self.url, self._library)
 
     def _pause(self, seconds: float) -> None:
         time.sleep(seconds)
@@ -72,7 +66,8 @@ class DbsamClient(Exchanges):
 
         Raises:
             InputError: an unusable image or box, found here or by the server.
-            ServingError: no server, a timeout, or an error inside the server.
+            ServingError: no server, a timeout, or an error inside the server; its subclasses tell
+                these apart.
         """
         return _finish(self._boxes(image, boxes, logits=logits, check=check))
 
@@ -92,9 +87,30 @@ class DbsamClient(Exchanges):
 
         Raises:
             InputError: an unusable image or prompt, found here or by the server.
-            ServingError: no server, a timeout, or an error inside the server.
+            ServingError: no server, a timeout, or an error inside the server; its subclasses tell
+                these apart.
         """
         return _finish(self._prompts(image, multimask=multimask, **prompts))
+
+    def open(self, image: npt.NDArray[Any]) -> OpenImage:
+        """An image to prompt many times, which the server encodes once: now, if it lacks it.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+
+        Raises:
+            InputError: an unusable image.
+            ServingError: see `segment`.
+        """
+        return OpenImage(self, _finish(self._open(image)))
+
+    def take(self, image: npt.NDArray[Any]) -> OpenImage:
+        """As `open`, but nothing is asked before the first prompt.
+
+        Raises:
+            InputError: an unusable image.
+        """
+        return OpenImage(self, KnownImage.of(image))
 
     def close(self) -> None:
         """Free shared memory and close the connection; stop the server after this, not before."""
@@ -105,6 +121,58 @@ class DbsamClient(Exchanges):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+class OpenImage:
+    """An image that a server keeps encoded; threads may share it.
+
+    Requests name it by its content. Where the server does not keep it (any more), the image itself
+    is sent, and the same request goes on: nobody notices but by the time it takes.
+
+    Attributes:
+        known: the image, its id, and whether the last answer needed no encoder (`cached`).
+    """
+
+    def __init__(self, client: DbsamClient, known: KnownImage) -> None:
+        self._client, self.known = client, known
+
+    def predict(
+        self,
+        *,
+        multimask: bool = False,
+        logits: bool = False,
+        **prompts: Unpack[PromptArrays],
+    ) -> Prediction:
+        """Masks for N prompt sets, see `DbsamClient.segment_prompts`.
+
+        Boxes alone go to the box decoder, as in `DbsamClient.segment`, unless `multimask`.
+
+        Args:
+            multimask: return the three alternatives instead of the single mask.
+            logits: return the logits too, to prompt again with.
+            **prompts: see `core.prompts.PromptArrays`.
+
+        Raises:
+            InputError: an unusable prompt, found here or by the server.
+            ServingError: see `DbsamClient.segment`.
+        """
+        boxes = boxes_alone(prompts, multimask=multimask)
+        if boxes is not None:
+            return self.predict_boxes(boxes, logits=logits)
+        return self.predict_prompts(multimask=multimask, logits=logits, **prompts)
+
+    def predict_boxes(self, boxes: npt.NDArray[Any], *, logits: bool = False) -> Prediction:
+        """One mask a box, by the box decoder; see `predict`."""
+        return _finish(self._client._known_boxes(self.known, boxes, logits=logits))
+
+    def predict_prompts(
+        self, *, multimask: bool = False, logits: bool = False, **prompts: Unpack[PromptArrays]
+    ) -> Prediction:
+        """Masks by the prompt decoder, for boxes alone as well; see `predict`."""
+        exchange = self._client._known_prompts(
+            self.known, multimask=multimask, logits=logits, **prompts
+        )
+        return _finish(exchange)
 
 
 def _finish(exchange: Exchange[Returned]) -> Returned:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import uuid
 import warnings
-from dataclasses import dataclass, field
 from multiprocessing import shared_memory
 from pathlib import Path
 from typing import Any
@@ -68,39 +68,66 @@ class SharedRegion:
         self._block.unlink()
 
 
-@dataclass
 class RegionPool:
-    """The registered regions of one client.
+    """The registered regions of one client, for any number of threads.
 
     A region whose request ended in an error may still be written by the server, so it is not used
-    again: it is unlinked at once and its name stays in `stale` until the server lets go of it.
-
-    Attributes:
-        idle: registered and free.
-        stale: names of unlinked regions that the server still has to unregister.
+    again: it is unlinked at once and its name stays stale until the server lets go of it. A process
+    that was forked from the client's own begins without any: its parent still uses them.
     """
 
-    idle: list[SharedRegion] = field(default_factory=list)
-    stale: list[str] = field(default_factory=list)
+    def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
+        self._idle: list[SharedRegion] = []
+        self._stale: list[str] = []
+        self._lock, self._process = threading.Lock(), os.getpid()
+
+    def _locked(self) -> threading.Lock:
+        if self._process != os.getpid():
+            self._begin()
+        return self._lock
 
     def take(self, size: int) -> SharedRegion | None:
         """A registered region of at least `size` bytes, if there is one; drops a smaller one."""
-        for index, region in enumerate(self.idle):
-            if region.size >= size:
-                return self.idle.pop(index)
-        if self.idle:
-            self.retire(self.idle.pop())
+        with self._locked():
+            for index, region in enumerate(self._idle):
+                if region.size >= size:
+                    return self._idle.pop(index)
+            dropped = self._idle.pop() if self._idle else None
+        if dropped is not None:
+            self.retire(dropped)
         return None
+
+    def give_back(self, region: SharedRegion) -> None:
+        """Keep a registered region for the next request."""
+        with self._locked():
+            self._idle.append(region)
 
     def retire(self, region: SharedRegion) -> None:
         """Unlink `region` and remember its name."""
-        self.stale.append(region.name)
+        with self._locked():
+            self._stale.append(region.name)
         region.unlink()
 
     def retire_all(self) -> None:
         """Unlink every idle region."""
-        while self.idle:
-            self.retire(self.idle.pop())
+        with self._locked():
+            idle, self._idle = self._idle, []
+        for region in idle:
+            self.retire(region)
+
+    def claim_stale(self) -> list[str]:
+        """Names that the server still has to unregister; the caller's to deal with from now on."""
+        with self._locked():
+            names, self._stale = self._stale, []
+        return names
+
+    def leave_stale(self, names: list[str]) -> None:
+        """Names that the server did not let go of yet."""
+        with self._locked():
+            self._stale += names
 
 
 def region_size(needed: int) -> int:

@@ -15,7 +15,7 @@ Coordinate frames:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from .errors import InputError
@@ -36,7 +36,7 @@ MAX_MASK_PIXELS = 1024**3
 MAX_POINTS = 64
 """Largest number of points (padding and box corners included) in one prompt set."""
 
-DType = Literal["float32", "int32", "int64", "uint8"]
+DType = Literal["float32", "int32", "int64", "uint8", "bytes"]
 Frame = Literal["image", "model", "mask grid", "none"]
 
 TRITON_TYPES = {
@@ -44,14 +44,16 @@ TRITON_TYPES = {
     "int32": "INT32",
     "int64": "INT64",
     "uint8": "UINT8",
+    "bytes": "BYTES",
 }
-"""Contract dtype → Triton's datatype on the wire; `TYPE_` in front of it in a configuration."""
+"""Contract dtype → Triton's datatype on the wire."""
 
 BATCH, NUM_BOXES, NUM_PROMPTS, NUM_POINTS = "batch", "num_boxes", "num_prompts", "num_points"
+NUM_MASKS = "num_masks"
 HEIGHT, WIDTH = "height", "width"
 
 IMAGE, IMAGE_EMBEDDINGS = "image", "image_embeddings"
-BOXES, MODEL_BOXES = "boxes", "model_boxes"
+BOXES = "boxes"
 POINT_COORDS, POINT_LABELS = "point_coords", "point_labels"
 MASK_INPUT, HAS_MASK_INPUT = "mask_input", "has_mask_input"
 LOW_RES_MASKS, IOU_PREDICTIONS = "low_res_masks", "iou_predictions"
@@ -60,13 +62,17 @@ LOW_RES_MASKS, IOU_PREDICTIONS = "low_res_masks", "iou_predictions"
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor: name, dtype, axes (a size or the name of a dynamic axis), meaning and frame."""
+    """One tensor: name, dtype, axes (a size or the name of a dynamic axis), meaning and frame.
+
+    An `optional` input may be left out of a request.
+    """
 
     name: str
     dtype: DType
     axes: tuple[int | str, ...]
     meaning: str
     frame: Frame = "none"
+    optional: bool = False
 
     @property
     def dynamic_axes(self) -> dict[int, str]:
@@ -99,9 +105,10 @@ def check_image_size(image_size: int) -> int:
     Raises:
         InputError: not a multiple of 16 between 64 and 2048.
     """
-    if image_size % PATCH_SIZE or not 64 <= image_size <= 2048:
+    whole = hasattr(image_size, "__index__") and not isinstance(image_size, bool)
+    if not whole or image_size % PATCH_SIZE or not 64 <= image_size <= 2048:
         raise InputError(
-            f"image size {image_size}: expected a multiple of {PATCH_SIZE} from 64 to 2048 "
+            f"image size {image_size!r}: expected a multiple of {PATCH_SIZE} from 64 to 2048 "
             "(SAM uses 1024)"
         )
     return image_size
@@ -213,30 +220,8 @@ def graph_specs(size: Geometry) -> dict[str, GraphSpec]:
 
 RAW_IMAGE = TensorSpec("raw_image", "uint8", (HEIGHT, WIDTH, 3), "RGB, 0–255", "image")
 RAW_BOXES = TensorSpec(BOXES, "float32", (NUM_BOXES, 4), "x0, y0, x1, y1", "image")
-ORIGINAL_SIZE = TensorSpec("original_size", "int64", (2,), "height, width of raw_image", "image")
 MASKS = TensorSpec("masks", "uint8", (NUM_BOXES, HEIGHT, WIDTH), "1 inside, 0 outside", "image")
 IOU_SCORES = TensorSpec("iou_scores", "float32", (NUM_BOXES,), "iou_predictions of each mask")
-
-
-def preprocess_spec(size: Geometry) -> GraphSpec:
-    """Triton's `dbsam_preprocess`: the user's image and boxes → graph inputs, batch of one."""
-    image, boxes = encoder_spec(size).inputs[0], decoder_spec(size).inputs[1]
-    model_boxes = TensorSpec(MODEL_BOXES, boxes.dtype, (1, *boxes.axes[1:]), boxes.meaning, "model")
-    model_image = TensorSpec(IMAGE, image.dtype, (1, *image.axes[1:]), image.meaning, "model")
-    return GraphSpec(
-        "dbsam_preprocess", (RAW_IMAGE, RAW_BOXES), (model_image, model_boxes, ORIGINAL_SIZE)
-    )
-
-
-def postprocess_spec(size: Geometry) -> GraphSpec:
-    """Triton's `dbsam_postprocess`: low-resolution logits → masks in the image frame."""
-    low, iou = decoder_spec(size).outputs
-    fixed = tuple(
-        TensorSpec(spec.name, spec.dtype, (1, *spec.axes[1:]), spec.meaning, spec.frame)
-        for spec in (low, iou)
-    )
-    outputs = ensemble_spec(size.mask_side).outputs
-    return GraphSpec("dbsam_postprocess", (*fixed, ORIGINAL_SIZE), outputs)
 
 
 def ensemble_spec(mask_side: int) -> GraphSpec:
@@ -276,38 +261,10 @@ def _raw_mask_input(side: int) -> TensorSpec:
     )
 
 
-def _low_res_logits(side: int, prompts: str, count: int) -> TensorSpec:
+def _low_res_logits(side: int, prompts: str, count: int | str) -> TensorSpec:
     axes = (prompts, count, side, side)
     meaning = "mask logits, usable as a later mask_input"
     return TensorSpec("low_res_logits", "float32", axes, meaning, "mask grid")
-
-
-def _batch_of_one(spec: TensorSpec, name: str | None = None) -> TensorSpec:
-    return TensorSpec(name or spec.name, spec.dtype, (1, *spec.axes[1:]), spec.meaning, spec.frame)
-
-
-def preprocess_prompts_spec(size: Geometry) -> GraphSpec:
-    """Triton's `dbsam_preprocess_prompts`: image and prompt sets → `prompt_decoder`'s inputs.
-
-    Inputs in the image frame share their names with graph inputs in the model frame, so every
-    output but the image is called `model_…`.
-    """
-    graph = prompt_decoder_spec(size).inputs[1:]
-    outputs = (
-        _batch_of_one(encoder_spec(size).inputs[0]),
-        *(_batch_of_one(spec, f"model_{spec.name}") for spec in graph),
-        ORIGINAL_SIZE,
-    )
-    return GraphSpec(
-        "dbsam_preprocess_prompts", prompts_ensemble_spec(size.mask_side).inputs, outputs
-    )
-
-
-def postprocess_prompts_spec(size: Geometry) -> GraphSpec:
-    """Triton's `dbsam_postprocess_prompts`: logits of all mask tokens → masks, image frame."""
-    inputs = tuple(_batch_of_one(spec) for spec in prompt_decoder_spec(size).outputs)
-    outputs = prompts_ensemble_spec(size.mask_side).outputs
-    return GraphSpec("dbsam_postprocess_prompts", (*inputs, ORIGINAL_SIZE), outputs)
 
 
 def prompts_ensemble_spec(mask_side: int) -> GraphSpec:
@@ -326,3 +283,46 @@ def prompts_ensemble_spec(mask_side: int) -> GraphSpec:
     logits = _low_res_logits(mask_side, NUM_PROMPTS, NUM_MASK_TOKENS)
     outputs = (PROMPT_MASKS, PROMPT_IOU_SCORES, logits)
     return GraphSpec("dbsam_prompts", inputs, outputs)
+
+
+IMAGE_ID = TensorSpec("image_id", "bytes", (1,), "content hash, see `image_id.image_id`")
+CACHED = TensorSpec("cached", "uint8", (1,), "1: the embedding was kept; 0: it was computed")
+MASKS_PACKED = TensorSpec(
+    "masks_packed", "bytes", (1,), "zlib of numpy.packbits of masks: their bits in C order", "image"
+)
+ANY_MASKS = TensorSpec(
+    "masks", "uint8", (NUM_PROMPTS, NUM_MASKS, HEIGHT, WIDTH), "1 inside, 0 outside", "image"
+)
+ANY_IOU_SCORES = TensorSpec(
+    "iou_scores", "float32", (NUM_PROMPTS, NUM_MASKS), "iou_predictions of each mask"
+)
+BOX_MASKS = TensorSpec("box_masks", "uint8", MASKS.axes, "masks of boxes, for `dbsam`", "image")
+BOX_IOU_SCORES = TensorSpec("box_iou_scores", "float32", IOU_SCORES.axes, "for `dbsam`")
+
+
+def interactive_spec(mask_side: int, *, prompts: bool = True) -> GraphSpec:
+    """Triton's `dbsam_interactive`: encode once, prompt many; every other call goes through it.
+
+    A request has an image, or the `image_id` of an earlier answer, or both; and boxes, or prompt
+    sets, or nothing, which only encodes. Boxes get one mask each, prompt sets `NUM_MASK_TOKENS`.
+    Only outputs that were asked for are computed.
+
+    Args:
+        mask_side: side 4G of the mask grid.
+        prompts: whether there is a prompt decoder; without it only boxes are taken.
+    """
+    inputs = [RAW_IMAGE, IMAGE_ID, RAW_BOXES]
+    if prompts:
+        inputs += prompts_ensemble_spec(mask_side).inputs[1:]
+    outputs = (
+        ANY_MASKS,
+        ANY_IOU_SCORES,
+        _low_res_logits(mask_side, NUM_PROMPTS, NUM_MASKS),
+        IMAGE_ID,
+        CACHED,
+        MASKS_PACKED,
+        BOX_MASKS,
+        BOX_IOU_SCORES,
+    )
+    optional = tuple(replace(spec, optional=True) for spec in inputs)
+    return GraphSpec("dbsam_interactive", optional, outputs)

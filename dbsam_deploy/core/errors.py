@@ -8,6 +8,11 @@
     ├── EngineError       a runtime or engine that is missing or refuses      (exit status 2)
     │   └── MissingError  a package or tool that one line installs
     └── ServingError      Triton: repository, server process, client request  (exit status 1)
+        ├── NoServerError   nothing answers there, or it stopped answering
+        ├── StoppingError   the server is stopping and takes no new request
+        ├── BusyError       the server has enough to do, or still loads the model
+        ├── NotKeptError    the server does not keep the image of that id (any more)
+        └── DeadlineError   the answer did not come in time
 
 A message says what was found, what was expected and what to do. Command line entry points print it
 as one line (`dbsam_deploy.cli.run`); anything that is not a `DbsamError` is a bug and keeps its
@@ -77,3 +82,32 @@ class ServingError(DbsamError):
     """The Triton repository, server or request failed."""
 
     exit_status = 1
+
+
+class NoServerError(ServingError):
+    """No server answers at that address, or the connection to it broke."""
+
+
+class StoppingError(ServingError):
+    """The server is stopping: it finishes what it has, and another one should be asked."""
+
+
+class BusyError(ServingError):
+    """The server refused a request because of the others that wait, or still loads the model.
+
+    Args:
+        message: see `DbsamError`.
+        retry_after_s: when to ask again, in seconds, if the server said so.
+    """
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class NotKeptError(ServingError):
+    """The server has no embedding under that image_id (any more): send the image."""
+
+
+class DeadlineError(ServingError):
+    """An answer did not come within the time that the caller gave."""

@@ -25,6 +25,7 @@ from PIL import Image
 
 from .contract import MAX_IMAGE_PIXELS, MAX_POINTS, MAX_PROMPTS, Geometry
 from .errors import EngineError, InputError, MissingError
+from .upscaling import FloatArray, Upscale, resample, sign_mask
 
 Mode = Literal["sam", "medsam", "lite_medsam"]
 MODES: tuple[Mode, ...] = ("sam", "medsam", "lite_medsam")
@@ -35,7 +36,6 @@ PIXEL_STD = np.array([58.395, 57.12, 57.375], np.float32)
 SCIKIT_IMAGE_LINE = 'pip install "scikit-image>=0.24"'
 """Right both for a user of the library and inside Triton's environment."""
 
-FloatArray = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]
 Arrays = dict[str, npt.NDArray[Any]]
 """Arrays by the names of the contract's tensors."""
@@ -236,7 +236,7 @@ def _unit_range(pixels: ByteArray) -> FloatArray:
 
 
 def area_resize(image: ByteArray, size: tuple[int, int]) -> ByteArray:
-    """Resize by area: each pixel of the result is the mean of the part of the image it covers.
+    """Upscale by area: each pixel of the result is the mean of the part of the image it covers.
 
     OpenCV's INTER_AREA; where it enlarges, OpenCV's rounded weights may differ by one grey value.
 
@@ -278,8 +278,24 @@ def to_model_frame(
     return (points_xy.astype(np.float64) * np.tile(scale, repeat)).astype(np.float32)
 
 
+def check_finite(logits: npt.NDArray[Any]) -> None:
+    """Refuse logits that no mask can be made of.
+
+    Raises:
+        EngineError: NaN or infinity.
+    """
+    if not np.isfinite(logits).all():
+        raise EngineError(
+            "the model returned NaN or infinity: its precision is too low for this image, or "
+            "its file is damaged; export again and compare with --precision fp32"
+        )
+
+
 def postprocess(
-    low_res_masks: npt.NDArray[Any], original_size: tuple[int, int], how: Preprocessing
+    low_res_masks: npt.NDArray[Any],
+    original_size: tuple[int, int],
+    how: Preprocessing,
+    out: ByteArray | None = None,
 ) -> ByteArray:
     """Low-resolution logits → masks in the image frame (SAM's `postprocess_masks`, then > 0).
 
@@ -287,6 +303,7 @@ def postprocess(
         low_res_masks: (..., 4G, 4G) logits.
         original_size: height and width of the image.
         how: the preprocessing that made the model frame.
+        out: (..., H, W) uint8 array to fill; a new one by default.
 
     Returns:
         (..., H, W) uint8, 1 inside the mask.
@@ -299,36 +316,25 @@ def postprocess(
     if low_res_masks.shape[-2:] != (side, side):
         raise InputError(f"low_res_masks {low_res_masks.shape}: expected (..., {side}, {side})")
     lead = low_res_masks.shape[:-2]
-    out = np.empty((*lead, *original_size), np.uint8)
+    masks = np.empty((*lead, *original_size), np.uint8) if out is None else out
+    stages = _stages(original_size, how)
     for index in np.ndindex(*lead):
         logits = np.asarray(low_res_masks[index], np.float32)
-        if not np.isfinite(logits).all():
-            raise EngineError(
-                "the model returned NaN or infinity: its precision is too low for this image, or "
-                "its file is damaged; export again and compare with --precision fp32"
-            )
-        out[index] = upscale_logits(logits, original_size, how) > 0
-    return out
+        check_finite(logits)
+        sign_mask(logits, stages, masks[index])
+    return masks
 
 
 def upscale_logits(
     logits: FloatArray, original_size: tuple[int, int], how: Preprocessing
 ) -> FloatArray:
     """One (4G, 4G) logit map → (H, W) logits in the image frame, bilinear as in the original."""
-    if how.mode != "medsam":
-        height, width = how.content_size(original_size)
-        logits = _bilinear(logits, (how.image_size, how.image_size), (height, width))
-    return _bilinear(logits, original_size, original_size)
+    return resample(logits, _stages(original_size, how))
 
 
-def _bilinear(x: FloatArray, size: tuple[int, int], crop: tuple[int, int]) -> FloatArray:
-    """`F.interpolate(mode="bilinear", align_corners=False)` to `size`, then its top-left `crop`."""
-    for axis in (0, 1):
-        source = (np.arange(crop[axis]) + 0.5) * (x.shape[axis] / size[axis]) - 0.5
-        source = np.clip(source, 0, x.shape[axis] - 1)
-        low = np.floor(source).astype(np.intp)
-        high = np.minimum(low + 1, x.shape[axis] - 1)
-        weight = (source - low).astype(np.float32)
-        weight = weight[:, None] if axis == 0 else weight[None, :]
-        x = np.take(x, low, axis) * (1 - weight) + np.take(x, high, axis) * weight
-    return x
+def _stages(original_size: tuple[int, int], how: Preprocessing) -> tuple[Upscale, ...]:
+    to_image = Upscale(original_size, original_size)
+    if how.mode == "medsam":
+        return (to_image,)
+    whole = (how.image_size, how.image_size)
+    return Upscale(whole, how.content_size(original_size)), to_image

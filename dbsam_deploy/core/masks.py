@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import zlib
 from dataclasses import dataclass
+
+import numpy as np
 
 from .errors import InputError
 from .imaging import ByteArray, FloatArray
+
+_LEVEL = 1
+"""zlib's quickest level: masks are long runs, and a higher one saves little."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,3 +39,44 @@ class Prediction:
         if self.logits is None:
             raise InputError("these masks came without logits: ask the model for them too")
         return self.logits
+
+
+class MaskPacker:
+    """Packs masks piece by piece to the bytes of `contract.MASKS_PACKED`."""
+
+    def __init__(self) -> None:
+        self._zip = zlib.compressobj(_LEVEL)
+        self._parts: list[bytes] = []
+        self._rest = np.zeros(0, np.uint8)  # bits that do not fill a byte yet
+
+    def add(self, masks: ByteArray) -> None:
+        """Append masks of any shape, values 0 and 1."""
+        bits = masks.reshape(-1)
+        if len(self._rest):
+            bits = np.concatenate([self._rest, bits])
+        whole = len(bits) // 8 * 8
+        self._rest = bits[whole:].copy()
+        self._parts.append(self._zip.compress(np.packbits(bits[:whole]).data))
+
+    def finish(self) -> bytes:
+        """All bytes; a last one that is not full ends with zeros."""
+        self._parts.append(self._zip.compress(np.packbits(self._rest).data))
+        return b"".join([*self._parts, self._zip.flush()])
+
+
+def unpack_masks(data: bytes, shape: tuple[int, ...]) -> ByteArray:
+    """Masks of `shape` from the bytes of `contract.MASKS_PACKED`.
+
+    Raises:
+        InputError: not such bytes, or not of that many masks.
+    """
+    count = math.prod(shape)
+    expected = (count + 7) // 8
+    unzip = zlib.decompressobj()
+    try:
+        packed = unzip.decompress(data, expected + 1)
+    except zlib.error as error:
+        raise InputError(f"packed masks are damaged ({error}): ask for them again") from error
+    if len(packed) != expected or not unzip.eof:
+        raise InputError(f"packed masks of another size than {shape}: ask for them again")
+    return np.unpackbits(np.frombuffer(packed, np.uint8), count=count).reshape(shape)

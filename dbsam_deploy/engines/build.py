@@ -1,12 +1,14 @@
 """ONNX → plan: builds an artefact's engines of one kind and writes a manifest beside each.
 
-What is built is not yet verified: a plan without a passed gate is refused by every session.
+What is built is not yet verified: a plan without a passed gate is refused by every session. The
+engines of a kind appear together, in a folder that replaces the earlier one. They are made beside
+it, in a folder that holds the log and the job of a build that failed, and finished engines for the
+next run; it is removed when all are there.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -15,7 +17,8 @@ from pathlib import Path
 from ..artefact import Artefact, graph_file
 from ..core.contract import GraphSpec, graph_specs
 from ..core.errors import EngineError, InputError
-from ..files.atomic import write_atomically
+from ..files.atomic import sha256_of, write_atomically
+from ..files.publication import beside, keep_only, remove, replace_folder, tidy
 from ..kernels.plugin_build import DEFAULT_OUTPUT, LIBRARY_NAME, read_library
 from .device import find_gpu
 from .kinds import KINDS, TENSORRT, TENSORRT_RTX, Kind
@@ -24,6 +27,7 @@ from .manifest import (
     EngineRecord,
     Flags,
     build_command,
+    engine_files,
     engine_folder,
     read_plan,
     read_record,
@@ -33,6 +37,7 @@ from .manifest import (
 from .network import BuildJob
 from .process import Builder, describe_builder, run_job
 from .profiles import plan_ranges, profile_shapes
+from .timings import keep_timings, put_timings
 
 CHOICES = ("auto", "none", *KINDS)
 """What an export may be asked for: `auto` is TensorRT where it can be built and run."""
@@ -215,30 +220,54 @@ def build_engines(
     Raises:
         EngineError: a builder refused, its process ended, or attention was not fused.
     """
-    folder = engine_folder(artefact, request.options.kind)
-    folder.mkdir(parents=True, exist_ok=True)
+    place = engine_folder(artefact, request.options.kind)
+    work = beside(place, "work").resolve()
+    fresh, scratch = work / "files", work / "scratch"
+    for folder in (fresh, scratch):
+        folder.mkdir(parents=True, exist_ok=True)
+    tidy(place)
+    keep_only(scratch, ())
     found = {graph: read_attention(artefact.path(graph)) for graph in artefact.graphs}
-    library = _place_plugins(request, found, folder)
+    library = _place_plugins(request, found, fresh)
     specs = graph_specs(artefact.preprocessing)
     records = {}
     for graph, attention in found.items():
         wanted = _wanted(artefact, request, specs[graph])
         if attention.operators and library is not None:
-            wanted = replace(wanted, plugins=graph_file(library, folder))
-        record = _kept(folder, wanted)
-        if record is None:
+            wanted = replace(wanted, plugins=graph_file(library, fresh))
+        record = _kept(place, wanted)
+        if record is not None:
+            _copy_plan(place, fresh, record)
+        elif (record := _kept(fresh, wanted)) is None:
             progress(f"building {request.options.kind.name} {graph}")
-            record = _build(artefact, request, specs[graph], wanted, attention)
-        else:
-            progress(f"{request.options.kind.name} {graph} was built before")
+            job = _job(artefact, request, specs[graph], wanted, work)
+            records[graph] = _build(job, wanted, attention, fresh, progress)
+            continue
+        progress(f"{request.options.kind.name} {graph} was built before")
         records[graph] = record
+    keep_only(fresh, engine_files(records))
+    if _hashes(place) != _hashes(fresh):
+        replace_folder(fresh, place)
+    remove(work)
     return records
+
+
+def _copy_plan(place: Path, fresh: Path, record: EngineRecord) -> None:
+    """Take an engine over from the folder that will be replaced."""
+    write_record(fresh, record)
+    shutil.copyfile(place / record.plan.file, fresh / record.plan.file)
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """Name → SHA-256 of all that lies in a folder; "" for what is no file."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return {path.name: sha256_of(path) if path.is_file() else "" for path in paths}
 
 
 def _place_plugins(
     request: Request, found: dict[str, PlacedAttention], folder: Path
 ) -> Path | None:
-    """Copy the plugin library beside the plans that need it; None where none does.
+    """Copy the plugin library beside the plans that will need it; None where none does.
 
     Raises:
         EngineError: it is needed and not there.
@@ -257,9 +286,8 @@ def _place_plugins(
         )
     library = read_library(source)
     target = folder / LIBRARY_NAME
-    if target.resolve() != library.path.resolve():
-        with library.path.open("rb") as built, write_atomically(target) as stream:
-            shutil.copyfileobj(built, stream)
+    with library.path.open("rb") as built, write_atomically(target) as stream:
+        shutil.copyfileobj(built, stream)
     return target
 
 
@@ -294,53 +322,52 @@ def _kept(folder: Path, wanted: EngineRecord) -> EngineRecord | None:
     return record if record.same_build(wanted) else None
 
 
-def _build(
-    artefact: Artefact,
-    request: Request,
-    spec: GraphSpec,
-    wanted: EngineRecord,
-    attention: PlacedAttention,
-) -> EngineRecord:
-    folder = engine_folder(artefact, request.options.kind).resolve()
-    record_path(folder, spec.name).unlink(missing_ok=True)
-    plan, partial = folder / wanted.plan.file, folder / f"{wanted.plan.file}.partial"
-    ahead = request.options.kind.ahead_of_time
-    layers = folder / f"{spec.name}.layers.json"
-    job = BuildJob(
+def _job(
+    artefact: Artefact, request: Request, spec: GraphSpec, wanted: EngineRecord, work: Path
+) -> BuildJob:
+    """What the builder process is told; it writes into `work/scratch`."""
+    scratch, ahead = work / "scratch", request.options.kind.ahead_of_time
+    return BuildJob(
         kind=wanted.kind,
         onnx=str(artefact.path(spec.name).resolve()),
-        plan=str(partial),
-        layers="" if ahead else str(layers),
-        timing_cache="" if ahead else str(folder / _timing_cache_name(wanted)),
-        plugins="" if wanted.plugins is None else str(folder / wanted.plugins.file),
+        plan=str(scratch / wanted.plan.file),
+        layers="" if ahead else str(scratch / f"{spec.name}.layers.json"),
+        timing_cache="" if ahead else str(scratch / "kernels.timing"),
+        plugins="" if wanted.plugins is None else str(work / "files" / wanted.plugins.file),
         targets=wanted.targets if ahead else (),
         shapes=profile_shapes(spec, wanted.ranges),
         dtypes={tensor.name: tensor.dtype for tensor in (*spec.inputs, *spec.outputs)},
         flags=wanted.flags,
     )
-    try:
-        run_job(job, folder, spec.name)
-        report = None
-        if job.layers:
-            if wanted.flags.quick_plugins:
-                attention = attention.of_quick_plugins()
-            report = read_layers(layers.read_text(), attention)
-            if wanted.plugins is not None or wanted.flags.quick_plugins:
-                check_plugins(report, f"{spec.name}.plan")
-        partial.replace(plan)
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+def _build(
+    job: BuildJob,
+    wanted: EngineRecord,
+    attention: PlacedAttention,
+    fresh: Path,
+    progress: Callable[[str], None],
+) -> EngineRecord:
+    """Build an engine and put it into `fresh`, its manifest last."""
+    record_path(fresh, wanted.graph).unlink(missing_ok=True)
+    built, plan = Path(job.plan), fresh / wanted.plan.file
+    if job.timing_cache:
+        put_timings(wanted, Path(job.timing_cache), progress)
+    run_job(job, built.parent, wanted.graph)
+    report = None
+    if job.layers:
+        if wanted.flags.quick_plugins:
+            attention = attention.of_quick_plugins()
+        report = read_layers(Path(job.layers).read_text(), attention)
+        if wanted.plugins is not None or wanted.flags.quick_plugins:
+            check_plugins(report, plan.name)
+    if job.timing_cache:
+        keep_timings(wanted, Path(job.timing_cache), progress)
+    built.replace(plan)
     record = replace(
         wanted,
-        plan=graph_file(plan, folder),
+        plan=graph_file(plan, fresh),
         layers=None if report is None else report.as_dict(),
     )
-    write_record(folder, record)
+    write_record(fresh, record)
     return record
-
-
-def _timing_cache_name(record: EngineRecord) -> str:
-    """Timing caches belong to one GPU model and one TensorRT."""
-    gpu = "" if record.built_on is None else record.built_on.name
-    name = f"{gpu} {record.targets[0]} {record.version}".lower()
-    return re.sub(r"[^a-z0-9.]+", "-", name).strip("-") + ".timing"

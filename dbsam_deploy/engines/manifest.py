@@ -15,7 +15,9 @@ from typing import Any
 
 from ..artefact import ENGINES, Artefact, GraphFile, described_file
 from ..core.errors import EngineError
+from ..files.atomic import sha256_of
 from ..files.manifests import Body, ManifestKind
+from ..files.private import cache_folder, keep, private_folder
 from .device import Gpu
 from .kinds import TENSORRT, Kind, kind_named
 from .profiles import Range
@@ -165,7 +167,8 @@ def read_records(artefact: Artefact, kind: Kind) -> dict[str, EngineRecord]:
     """Manifests of all an artefact's plans of one kind, checked against the artefact.
 
     Raises:
-        EngineError: a plan is missing, or was built from another ONNX file.
+        EngineError: a plan is missing, or was built from another ONNX file; or the folder holds
+            something else.
     """
     folder = engine_folder(artefact, kind)
     again = build_command(artefact.folder, kind)
@@ -186,7 +189,15 @@ def read_records(artefact: Artefact, kind: Kind) -> dict[str, EngineRecord]:
                 f"{source.file} has {source.sha256[:12]}: {again}"
             )
         records[graph] = record
+    names = engine_files(records)
+    _MANIFEST.check_nothing_else(record_path(folder, next(iter(records))), names)
     return records
+
+
+def engine_files(records: Mapping[str, EngineRecord]) -> set[str]:
+    """Names of all files that a folder with these engines has."""
+    described = [item for r in records.values() for item in (r.plan, r.plugins) if item]
+    return {item.file for item in described} | {record_path(Path(), g).name for g in records}
 
 
 def build_command(folder: Path, kind: Kind) -> str:
@@ -225,6 +236,27 @@ def plugin_library(folder: Path, record: EngineRecord) -> Path | None:
         return None
     _checked(folder, record, record.plugins)
     return folder / record.plugins.file
+
+
+def own_plugin_library(folder: Path, record: EngineRecord) -> Path | None:
+    """A copy of the plugin library in this user's cache: the bytes that were hashed; None for none.
+
+    A runtime opens it by its path, and here nobody else can put another one there.
+
+    Raises:
+        EngineError: it is missing or has changed, or the cache is not this user's alone.
+    """
+    if record.plugins is None:
+        return None
+    content, stem = _checked(folder, record, record.plugins), "libdbsam_plugins"
+    place = private_folder(cache_folder("plugins"), "plugin libraries")
+    path = place / f"{stem}-{record.plugins.sha256}.so"
+    if path.is_file() and sha256_of(path) == record.plugins.sha256:
+        return path
+    try:
+        return keep(place, stem, ".so", content)
+    except OSError as error:
+        raise EngineError(f"plugin libraries cannot be kept in {place}: {error}") from error
 
 
 def _checked(folder: Path, record: EngineRecord, item: GraphFile) -> bytes:

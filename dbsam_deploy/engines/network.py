@@ -95,6 +95,8 @@ def _problem(error: Any) -> str:
 
 
 _DTYPES = {"float32": "FLOAT", "int32": "INT32"}
+Tensors = dict[str, tuple[str, list[int | None]]]
+"""Name → dtype and sizes, None for one that is not fixed."""
 
 
 def check_tensors(trt: Any, network: Any, dtypes: dict[str, str]) -> None:
@@ -168,14 +170,16 @@ def build_plan(trt: Any, logger: Any, job: BuildJob) -> int:
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise EngineError("the builder made no engine; its errors are in the log")
-    Path(job.plan).write_bytes(memoryview(plan))
+    with write_atomically(Path(job.plan)) as stream:
+        stream.write(memoryview(plan))
     if job.timing_cache:
         cache = config.get_timing_cache().serialize()
         with write_atomically(Path(job.timing_cache)) as stream:
             stream.write(memoryview(cache))
     if job.layers:
         text = inspect_plan(trt, logger, Path(job.plan).read_bytes(), job.flags.version_compatible)
-        Path(job.layers).write_text(text)
+        with write_atomically(Path(job.layers)) as stream:
+            stream.write(text.encode())
     return int(network.num_layers)
 
 
@@ -209,6 +213,19 @@ def load_engine(trt: Any, runtime: Any, plan: bytes, *, version_compatible: bool
             f"{trt.__name__} {trt.__version__} refuses the engine; its reason is in the log above"
         )
     return engine
+
+
+def engine_tensors(trt: Any, engine: Any) -> tuple[Tensors, Tensors]:
+    """An engine's inputs and its outputs, as `sessions.session.check_contract` takes them."""
+    names = {getattr(trt.DataType, theirs): ours for ours, theirs in _DTYPES.items()}
+    found: tuple[Tensors, Tensors] = {}, {}
+    for index in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(index)
+        kind = engine.get_tensor_dtype(name)
+        sizes = [size if size >= 0 else None for size in engine.get_tensor_shape(name)]
+        is_input = engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
+        found[0 if is_input else 1][name] = names.get(kind, str(kind)), sizes
+    return found
 
 
 def inspect_plan(trt: Any, logger: Any, plan: bytes, version_compatible: bool) -> str:

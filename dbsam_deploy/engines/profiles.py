@@ -22,16 +22,17 @@ from ..core.contract import (
 from ..core.errors import InputError
 
 MAX_BATCH: dict[str, dict[str, int]] = {
-    "onnxruntime": {"encoder": 4, "decoder": 8, "prompt_decoder": 8},
+    "onnxruntime": {"encoder": 1, "decoder": 1, "prompt_decoder": 1},
     "tensorrt": {"encoder": 4, "decoder": 1, "prompt_decoder": 1},
 }
 """Platform → graph → largest batch: images for the encoder, whole requests for the decoders.
 
-The encoder's limit keeps its activations (1 GiB an image at 1024²) small. On ONNX Runtime memory
-grows with what is asked, and a decoder batch costs little. A plan's decoder has a profile up to
-`MAX_PROMPTS` prompts already, 256 rows of about 10 MiB each; eight requests of that size would take
-20 GiB at load time, and their upscaled features would pass `MAX_ELEMENTS`. Batches of a decoder are
-not missed: eight boxes fill a GPU, and the encoder takes ten times as long.
+The encoder's limit keeps its activations (1 GiB an image at 1024²) small. ONNX Runtime keeps what
+it once took, and on a CPU a batch is no quicker than its images one by one. A plan's decoder has a
+profile up to `MAX_PROMPTS` prompts already, 256 rows of about 10 MiB each; eight requests of that
+size would take 20 GiB at load time, and their upscaled features would pass `MAX_ELEMENTS`. Batches
+of a decoder are not missed: eight boxes fill a GPU, and the encoder takes ten times as long. One
+request at a time also means that no bit of an answer depends on who else asked.
 """
 
 MAX_ELEMENTS = 2**31 - 1

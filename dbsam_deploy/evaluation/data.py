@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..core.errors import InputError
+from ..files.damage import reason_of
+from ..files.regular import small_text
 from ..images.npz_files import read_label_names, read_labels
 from ..images.volumes import Volume, read_image
 
@@ -118,10 +120,12 @@ def read_split(path: Path, subset: str) -> list[str]:
             leaves the folder, or a file that is listed twice.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = small_text(path)
         content = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not a readable JSON or TOML split: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path} is not a readable JSON or TOML split: {reason_of(error)}"
+        ) from error
     if not isinstance(content, dict) or not all(
         isinstance(names, list) and all(isinstance(name, str) for name in names)
         for names in content.values()

@@ -16,8 +16,10 @@ from .atomic import write_atomically
 
 
 def cache_folder(name: str) -> Path:
-    """Where this user's files of one kind are kept."""
-    return Path.home() / ".cache" / "dbsam_deploy" / name
+    """Where this user's files of one kind are kept: below XDG_CACHE_HOME, or else `~/.cache`."""
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))  # one that is not absolute does not count
+    caches = given if given.is_absolute() else Path.home() / ".cache"
+    return caches / "dbsam_deploy" / name
 
 
 def private_folder(folder: Path, what: str, hint: str = "") -> Path:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from ..core.errors import DbsamError, InputError
 
+MAX_TEXT_BYTES = 16 * 1024 * 1024
+"""Longest text file that is read: a recipe, or a list of cases."""
+
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a FIFO"),
@@ -35,3 +38,21 @@ def regular_size(path: Path, error: type[DbsamError] = InputError) -> int:
         kind = next((name for test, name in _KINDS if test(status.st_mode)), "a special file")
         raise error(f"{path} is {kind}: expected a regular file; copy its content into one")
     return status.st_size
+
+
+def small_text(path: Path) -> str:
+    """Content of a text file that a user wrote.
+
+    Args:
+        path: a regular file.
+
+    Raises:
+        InputError: see `regular_size`; more than `MAX_TEXT_BYTES`, or no text.
+    """
+    size = regular_size(path)
+    if size > MAX_TEXT_BYTES:
+        raise InputError(f"{path}: {size} bytes; at most {MAX_TEXT_BYTES} of a text are read")
+    try:
+        return path.read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as reason:
+        raise InputError(f"{path} is not a readable text file: {reason}") from reason

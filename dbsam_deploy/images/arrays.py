@@ -13,20 +13,27 @@ from PIL import Image
 
 from ..core.contract import MAX_IMAGE_PIXELS
 from ..core.errors import InputError
+from ..files.damage import DAMAGED, reason_of
 from .intensity import STORED, Intensity, Window, to_uint8
-from .volumes import DAMAGED_PICTURE, Volume, picture_values, read_image
+from .scans import check_channels_last, check_voxels
+from .volumes import Volume, load_pixels, picture_values, read_image
 
 ImageLike = Any
 """A path, a `Volume`, a PIL image, or numbers: NumPy, nested lists or a torch tensor."""
 
 
 def as_volume(
-    image: ImageLike, *, window: Window | str | None = None, series: str | int | None = None
+    image: ImageLike,
+    *,
+    window: Window | str | None = None,
+    series: str | int | None = None,
+    volume: int | None = None,
 ) -> Volume:
     """An image in any form as slices of 0–255.
 
-    Numbers are (H, W) grey, (H, W, 3) RGB, (H, W, 4) RGBA (laid over black) or (D, H, W) slices; a
-    torch tensor may be (C, H, W) or (1, C, H, W) too. uint8 is taken as it is; so are whole numbers
+    Numbers are (H, W) grey, (H, W, 3) RGB, (H, W, 4) RGBA (laid over black) or slices (D, H, W),
+    (D, H, W, 1) or (D, H, W, 3); (3, H, W) may be either and is refused. A torch tensor may be
+    (C, H, W) or (1, C, H, W) too. uint8 is taken as it is; so are whole numbers
     within 0–255 of any type, grey or colour. Floats within 0–1 become 0–255. Everything else goes
     the way of a file, see `intensity.to_uint8`; `Volume.intensity` says what was done.
 
@@ -34,19 +41,20 @@ def as_volume(
         image: see `ImageLike`.
         window: (level, width) that maps values to 0–255, as for a file, see `read_image`.
         series: of a DICOM folder, see `read_image`.
+        volume: which one of a 4D NIfTI file, from 0.
 
     Raises:
         InputError: not an image, or see `read_image`.
         EngineError: a file whose format's extra is not installed.
     """
     if isinstance(image, Volume):
-        if window is not None or series is not None:
+        if window is not None or series is not None or volume is not None:
             raise InputError("this image was read before: give window and series to read_image")
         return image
     if isinstance(image, str | os.PathLike):
-        return read_image(os.fspath(image), window=window, series=series)
-    if isinstance(window, str) or series is not None:
-        raise InputError('the window "file" and a series are for DICOM files')
+        return read_image(Path(image), window=window, series=series, volume=volume)
+    if isinstance(window, str) or series is not None or volume is not None:
+        raise InputError('the window "file", a series and a volume are of files')
     if isinstance(image, Image.Image):
         values, notes = _picture(image)
         pixels, intensity = to_uint8(values[None], window, Path("picture"), notes=notes)
@@ -65,13 +73,14 @@ def _picture(image: Image.Image) -> tuple[npt.NDArray[Any], tuple[str, ...]]:
             f"a PIL image of {image.width}×{image.height} pixels: expected 1–{MAX_IMAGE_PIXELS}"
         )
     try:
+        load_pixels(image)
         return picture_values(image)
     except InputError:
         raise
-    except DAMAGED_PICTURE as error:
+    except DAMAGED as error:
         raise InputError(
-            f"a PIL image of mode {image.mode} that cannot be read: {error}; is its file whole, "
-            "and was it still open?"
+            f"a PIL image of mode {image.mode} that cannot be read: {reason_of(error)}; is its "
+            "file whole, and was it still open?"
         ) from error
 
 
@@ -119,16 +128,20 @@ def _numbers(image: Any) -> npt.NDArray[Any]:
             "path, a PIL image, or real numbers of shape (H, W), (H, W, 3) or (H, W, 4)"
         )
     values = _channels_last(values) if channels_first else values
-    if values.ndim == 3 and values.shape[2] == 1:
+    if values.ndim == 3 and not channels_first:
+        check_channels_last(values.shape, "image", "three slices as (3, H, W, 1)")
+    if values.ndim in (3, 4) and values.shape[-1] == 1:
         values = values[..., 0]
-    if values.ndim not in (2, 3) or 0 in values.shape:
+    slices = values.ndim == 3 or (values.ndim == 4 and values.shape[3] == 3)
+    if not (values.ndim == 2 or slices) or 0 in values.shape:
         raise InputError(
             f"image of shape {values.shape}: expected (H, W), (H, W, 3), (H, W, 4) or slices "
-            "(D, H, W), none of them 0"
+            "(D, H, W) or (D, H, W, 3), none of them 0"
         )
-    height, width = values.shape[:2] if _is_colour(values) else values.shape[-2:]
-    if height * width > MAX_IMAGE_PIXELS:
-        raise InputError(f"image of shape {values.shape}: at most {MAX_IMAGE_PIXELS} pixels")
+    if values.ndim == 2 or _is_colour(values):
+        check_voxels((1, *values.shape[:2]), Path("array"))
+    else:
+        check_voxels(values.shape[:3], Path("array"), values.itemsize)
     return values
 
 
@@ -152,7 +165,7 @@ def _from_numbers(values: npt.NDArray[Any], window: Window | None) -> Volume:
     colour = _is_colour(values)
     if colour and values.shape[2] == 4:
         values, notes = _over_black(values)
-    stack = values if values.ndim == 3 and not colour else values[None]
+    stack = values[None] if values.ndim == 2 or colour else values
     pixels, intensity = to_uint8(stack, window, path)
     intensity = (intensity if known is None else known).with_notes(*notes)
     if np.may_share_memory(pixels, given):  # the caller may write to it, a result must not change

@@ -6,11 +6,8 @@ bytes, and that a compressed image is no larger than the header says.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +15,9 @@ import numpy.typing as npt
 
 from ..core.errors import InputError, MissingError
 from ..extras import pip_line, require
-from .dicom_files import HEADER_TAGS, DicomFile
+from ..files.damage import reason_of
+from .dicom_files import HEADER_TAGS, MAX_HEADER_BYTES, DicomFile
+from .quiet import without_stderr
 
 _EXTENDED_JPEG = "1.2.840.10008.1.2.4.51"
 _PREFERRED = ("pydicom", "pyjpegls", "pylibjpeg", "pillow", "gdcm")
@@ -43,6 +42,11 @@ def check_decodable(file: DicomFile) -> None:
             raise InputError(
                 f"{file.path} was cut short: {found} bytes of pixels, expected {expected}: fetch "
                 "it again"
+            )
+        if file.is_deflated and found > expected + MAX_HEADER_BYTES:
+            raise InputError(
+                f"{file.path}: {found} bytes of pixels once it is inflated, expected {expected}: "
+                "it is damaged or made to do harm"
             )
         return
     _choose_decoder(file)
@@ -79,18 +83,18 @@ def decode(file: DicomFile) -> Iterator[npt.NDArray[Any]]:
         # says, which only pydicom's reading of the whole file copes with.
         named = require("pydicom.uid", extra="dicom", what_for="DICOM").UID(file.transfer_syntax)
         plain = not plugin and file.header.original_encoding[0] == named.is_implicit_VR
-        source = file.path if plain else _whole(file)
+        source = file.source() if plain else _whole(file)
         options = {"transfer_syntax_uid": file.transfer_syntax} if plain else {}
         planes = require("pydicom.pixels", extra="dicom", what_for="DICOM").iter_pixels(
             source, decoding_plugin=plugin, **options
         )
-        for plane in planes:
-            yield _within_bits(plane, file)
+        yield from planes
     except (InputError, MissingError):
         raise
     except Exception as error:  # each decoder has its own
-        text = " ".join(str(error).split())
-        raise InputError(f"{file.path}: its pixels cannot be decoded: {text}") from error
+        raise InputError(
+            f"{file.path}: its pixels cannot be decoded: {reason_of(error)}"
+        ) from error
 
 
 def coded_size(encoded: bytes) -> tuple[int, int] | None:
@@ -148,7 +152,7 @@ def _whole(file: DicomFile) -> Any:
     """The data set with its pixel data, which must be there to its end."""
     pydicom = require("pydicom", extra="dicom", what_for="DICOM")
     tags = [*HEADER_TAGS, "ExtendedOffsetTable", "ExtendedOffsetTableLengths", "PixelData"]
-    dataset = pydicom.dcmread(file.path, force=True, specific_tags=tags)
+    dataset = pydicom.dcmread(file.source(), force=True, specific_tags=tags)
     if "PixelData" not in dataset:
         raise InputError(f"{file.path} was cut short within its pixel data: fetch it again")
     dataset.file_meta.TransferSyntaxUID = pydicom.uid.UID(file.transfer_syntax)
@@ -160,16 +164,9 @@ def _encoded_frames(dataset: Any, file: DicomFile, count: int) -> Iterator[bytes
     try:
         yield from encaps.generate_frames(dataset.PixelData, number_of_frames=count)
     except Exception as error:
-        text = " ".join(str(error).split())
-        raise InputError(f"{file.path}: its compressed pixels are damaged: {text}") from error
-
-
-def _within_bits(stored: npt.NDArray[Any], file: DicomFile) -> npt.NDArray[Any]:
-    """Stored values without what old files keep in the bits above them, such as overlays."""
-    unused = stored.dtype.itemsize * 8 - int(file.header.get("BitsStored", 0) or 0)
-    if stored.ndim != 2 or stored.dtype.kind not in "ui" or not 0 < unused < 8 * stored.itemsize:
-        return stored
-    return np.asarray(np.right_shift(np.left_shift(stored, unused), unused))
+        raise InputError(
+            f"{file.path}: its compressed pixels are damaged: {reason_of(error)}"
+        ) from error
 
 
 def _by_gdcm(file: DicomFile) -> Iterator[npt.NDArray[Any]]:
@@ -179,24 +176,10 @@ def _by_gdcm(file: DicomFile) -> Iterator[npt.NDArray[Any]]:
     shape = (-1, int(header.Rows), int(header.Columns))
     reader = gdcm.ImageReader()
     reader.SetFileName(str(file.path))
-    with _without_stderr():  # it tries 8 bits first, and says that they do not do
+    with without_stderr():  # it tries 8 bits first, and says that they do not do
         if not reader.Read():
             raise InputError(f"{file.path}: its compressed pixels are damaged")
         image = reader.GetImage()
         content = image.GetBuffer().encode("utf-8", "surrogateescape")
     kind = "<i2" if int(header.PixelRepresentation) else "<u2"
-    for plane in np.frombuffer(content, kind).reshape(shape):
-        yield _within_bits(plane, file)
-
-
-@contextlib.contextmanager
-def _without_stderr() -> Iterator[None]:
-    """Nothing that C code prints on stderr gets there."""
-    kept = os.dup(2)
-    with Path(os.devnull).open("wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+    yield from np.frombuffer(content, kind).reshape(shape)

@@ -6,9 +6,9 @@ slice less looks like any other. What is plainly no DICOM (a licence, a thumbnai
 
 from __future__ import annotations
 
+import io
 import os
 import re
-import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +18,10 @@ from typing import Any, BinaryIO
 
 from ..core.errors import InputError
 from ..extras import require
+from ..files.damage import DAMAGED, reason_of
+from ..files.regular import regular_size
+from .dicom_inflating import inflated, is_deflated
+from .scans import MAX_VOLUME_BYTES
 
 MAX_FILES = 20_000
 """Most files that are looked at below a folder."""
@@ -51,21 +55,6 @@ HEADER_TAGS = (
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
 )
 
-# What pydicom and the decoders raise on a damaged file depends on the element they trip over.
-_DAMAGED = (
-    ArithmeticError,
-    AttributeError,
-    AssertionError,
-    EOFError,
-    LookupError,
-    NotImplementedError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    struct.error,
-)
-
 
 @dataclass(frozen=True)
 class DicomFile:
@@ -76,12 +65,20 @@ class DicomFile:
         header: pydicom data set of the elements that reading an image needs.
         transfer_syntax: UID of the encoding of its pixels.
         pixel_bytes: bytes from its pixel data's element to the file's end; 0 without pixel data.
+        is_deflated: whether all this lies deflated in the file.
     """
 
     path: Path
     header: Any
     transfer_syntax: str
     pixel_bytes: int
+    is_deflated: bool = False
+
+    def source(self) -> Path | BinaryIO:
+        """What pydicom reads the pixels from."""
+        if not self.is_deflated:
+            return self.path
+        return io.BytesIO(inflated(self.path, MAX_VOLUME_BYTES)[0])
 
     @property
     def kind(self) -> str:
@@ -127,12 +124,11 @@ def reading_dicom(path: Path) -> Iterator[Any]:
         except InputError:
             raise
         except (
-            *_DAMAGED,
+            *DAMAGED,
             pydicom.errors.InvalidDicomError,
             pydicom.errors.BytesLengthException,
         ) as error:
-            text = " ".join(str(error).split())
-            raise InputError(f"{path} is not readable DICOM: {text}") from error
+            raise InputError(f"{path} is not readable DICOM: {reason_of(error)}") from error
 
 
 def looks_like_dicom(path: Path) -> bool:
@@ -148,15 +144,20 @@ def read_header(path: Path) -> DicomFile:
     """The header of one DICOM file, also of one without preamble.
 
     Raises:
-        InputError: no DICOM, damaged, deflated, or a header beyond the limits.
+        InputError: no DICOM, damaged, or a header beyond the limits.
         MissingError: pydicom is not installed.
     """
-    with reading_dicom(path) as pydicom, path.open("rb") as stream:
-        size = os.fstat(stream.fileno()).st_size
+    with reading_dicom(path) as pydicom, path.open("rb") as file:
+        size = regular_size(path)
         if size == 0:
             raise InputError(f"{path} is empty; expected a DICOM file: fetch it again")
         if not looks_like_dicom(path):
             raise InputError(f"{path} is not DICOM: it has no DICM mark and starts as no data set")
+        stream: BinaryIO = file
+        deflated = is_deflated(path)
+        if deflated:
+            content, size = inflated(path, MAX_HEADER_BYTES)
+            stream = io.BytesIO(content)
         header = pydicom.dcmread(
             _Bounded(stream, path),
             stop_before_pixels=True,
@@ -166,7 +167,8 @@ def read_header(path: Path) -> DicomFile:
         )
         if "SOPClassUID" not in header and "Rows" not in header:
             raise InputError(f"{path} is not readable DICOM: it ends before it says what it is")
-        return DicomFile(path, header, _transfer_syntax(header), size - stream.tell())
+        left = size - stream.tell()
+        return DicomFile(path, header, _transfer_syntax(header), left, deflated)
 
 
 def find_dicom(path: Path) -> DicomFolder:
@@ -218,9 +220,7 @@ class _Bounded:
     def read(self, count: int = -1) -> bytes:
         """Like a file's."""
         if count < 0:  # pydicom asks for all the rest only to inflate it, to any size
-            raise InputError(
-                f"{self._path}: deflated DICOM is not accepted; convert it with dcmconv first"
-            )
+            raise InputError(f"{self._path}: deflated in an unknown way: convert it with dcmconv")
         content = self._stream.read(min(count, MAX_HEADER_BYTES + 1))
         self._bytes += len(content)
         self._reads += 1
@@ -250,14 +250,19 @@ def _transfer_syntax(header: Any) -> str:
 
 def _files_below(folder: Path) -> list[Path]:
     files = []
-    for root, folders, names in os.walk(folder):
+    for root, folders, names in os.walk(folder, onerror=_cannot_look):
+        links = [name for name in folders if Path(root, name).is_symlink()]  # not followed
         folders.sort()
-        files += [Path(root, name) for name in sorted(names)]
+        files += [Path(root, name) for name in sorted([*names, *links])]
         if len(files) > MAX_FILES:
             raise InputError(
                 f"{folder}: more than {MAX_FILES} files below it; name the folder of one series"
             )
     return files
+
+
+def _cannot_look(error: OSError) -> None:
+    raise InputError(f"{error.filename} cannot be looked into: {error.strerror}") from error
 
 
 def _has_mark(path: Path) -> bool:

@@ -129,7 +129,8 @@ def _check_finite(
     if values.dtype.kind != "f":
         return
     for index, plane in enumerate(values):  # a mask of the whole volume would be a copy of it
-        finite = np.isfinite(plane.astype(np.float64))  # a wider type may exceed float64
+        with np.errstate(over="ignore", invalid="ignore"):  # a wider type may exceed float64
+            finite = np.isfinite(plane.astype(np.float64))
         measured = finite if excluded is None else finite[~excluded[index]]
         if not measured.all():
             raise InputError(
@@ -230,7 +231,7 @@ def _percentile_range(
         "0.5–99.5 percentiles coincide"
     )
     # A constant image is refused once the ends of its range have been tried.
-    return low, high if low < high else low + 1, "range", text
+    return low, high if low < high else max(low + 1, math.nextafter(low, math.inf)), "range", text
 
 
 def _percentiles(values: npt.NDArray[Any]) -> tuple[float, float]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import gzip
 import logging
 import math
-import struct
 import warnings
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..core.errors import InputError
+from ..files.damage import DAMAGED, reason_of
 from ..files.regular import regular_size
 from .scans import Scan, ScanGeometry, check_voxels, require_nibabel
 
@@ -25,6 +24,7 @@ MAX_NIFTI_BYTES = 16 * 1024 * 1024 * 1024
 """A whole file after it is decompressed; one volume of it is kept, see `scans.MAX_VOLUME_BYTES`."""
 SLACK_BYTES = 4096
 """What may follow the last voxel: some programs fill up a block."""
+_BLOCK_BYTES = 1024 * 1024
 
 
 def read_nifti(path: Path, *, volume: int | None = None) -> Scan:
@@ -51,15 +51,15 @@ def read_nifti(path: Path, *, volume: int | None = None) -> Scan:
             stream: Any = gzip.GzipFile(fileobj=file) if compressed else file
             header = _nifti_header(nibabel, stream, path)
             shape, chosen = _volume_of(header, volume, path)
-            _check_size(header, None if compressed else size, path)
+            announced = _check_size(header, None if compressed else size, path)
             affine = _affine(header, path)
             stored = _stored(nibabel, stream, header, chosen)
             if compressed:
-                _read_to_the_end(stream, path)  # compares checksum and length
-    except (ArithmeticError, EOFError, OSError, ValueError, zlib.error, struct.error) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} is not a readable NIfTI file: {error}") from error
+                _read_to_the_end(stream, announced, path)  # compares checksum and length
+    except InputError:
+        raise
+    except DAMAGED as error:
+        raise InputError(f"{path} is not a readable NIfTI file: {reason_of(error)}") from error
     sizes = shape[:3] + (1,) * (3 - len(shape))
     stored = stored.reshape(sizes).transpose(2, 1, 0)
     padding = _fill_values(stored)
@@ -79,7 +79,7 @@ def _nifti_header(nibabel: Any, stream: Any, path: Path) -> Any:
     try:
         header = kind(block)
     except (nibabel.spatialimages.HeaderDataError, nibabel.wrapstruct.WrapStructError) as error:
-        raise InputError(f"{path} is not a readable NIfTI file: {error}") from error
+        raise InputError(f"{path} is not a readable NIfTI file: {reason_of(error)}") from error
     finally:
         log.disabled = was_disabled
     offset = float(header["vox_offset"])
@@ -119,8 +119,8 @@ def _volume_of(
     return shape[:3], (..., volume, *[0] * len(shape[4:]))
 
 
-def _check_size(header: Any, file_bytes: int | None, path: Path) -> None:
-    """Compare what the header announces with the file and the limit, before it is read."""
+def _check_size(header: Any, file_bytes: int | None, path: Path) -> int:
+    """What the header announces in bytes, compared with the file and the limit, before reading."""
     announced = int(header["vox_offset"]) + header.get_data_dtype().itemsize * math.prod(
         int(side) for side in header.get_data_shape()
     )
@@ -133,6 +133,7 @@ def _check_size(header: Any, file_bytes: int | None, path: Path) -> None:
             f"{path}: {file_bytes} bytes, but its header announces {announced}: the file is "
             "truncated or its header damaged"
         )
+    return announced
 
 
 def _affine(header: Any, path: Path) -> npt.NDArray[np.float64]:
@@ -152,14 +153,14 @@ def _stored(nibabel: Any, stream: Any, header: Any, chosen: tuple[Any, ...]) -> 
     return values if dtype.isnative else values.astype(dtype.newbyteorder("="))
 
 
-def _read_to_the_end(stream: gzip.GzipFile, path: Path) -> None:
-    """Read what follows the voxels, so that gzip checks what it unpacked.
+def _read_to_the_end(stream: gzip.GzipFile, announced: int, path: Path) -> None:
+    """Read other volumes and what follows them, so that gzip checks what it unpacked.
 
     Raises:
-        InputError: more than `SLACK_BYTES` follow.
+        InputError: more than `SLACK_BYTES` follow the last voxel.
     """
-    left = SLACK_BYTES + 1
-    while left > 0 and (content := stream.read(left)):
+    left = announced - stream.tell() + SLACK_BYTES + 1
+    while left > 0 and (content := stream.read(min(left, _BLOCK_BYTES))):
         left -= len(content)
     if left <= 0:
         raise InputError(

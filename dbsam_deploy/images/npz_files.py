@@ -9,11 +9,8 @@ along z, as everywhere in this library. `spacing` (optional) is millimetres alon
 from __future__ import annotations
 
 import math
-import struct
-import tokenize
 import warnings
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,25 +22,14 @@ import numpy.typing as npt
 
 from ..core.errors import InputError
 from ..core.imaging import FloatArray
+from ..files.damage import DAMAGED, reason_of
 from ..files.regular import regular_size
-from .scans import check_voxels
+from ..files.zip_files import open_zip
+from .scans import check_channels_last, check_voxels
 
 MAX_BOXES_BYTES = 16 * 1024 * 1024
 MAX_SPACING_BYTES = 1024
 MAX_NAMES_BYTES = 4 * 1024 * 1024
-
-_DAMAGED = (
-    zipfile.BadZipFile,
-    zlib.error,
-    OSError,
-    EOFError,
-    ValueError,
-    SyntaxError,
-    tokenize.TokenError,
-    RuntimeError,  # an encrypted member
-    NotImplementedError,  # an unknown compression
-    struct.error,
-)
 
 
 @dataclass(frozen=True)
@@ -96,6 +82,19 @@ def read_images(path: Path, key: str = "imgs") -> npt.NDArray[Any]:
     """
     with _opened(path) as archive:
         return _images(archive, key, path)
+
+
+def read_array(path: Path, name: str, limit_bytes: int) -> npt.NDArray[Any]:
+    """One array of at most `limit_bytes`.
+
+    Raises:
+        InputError: damaged, pickled or too large, or no array of this name.
+    """
+    with _opened(path) as archive:
+        found = _array(archive, name, limit_bytes, path)
+    if found is None:
+        raise InputError(f"{path}: no array `{name}`")
+    return found
 
 
 def has_labels(path: Path) -> bool:
@@ -175,22 +174,23 @@ def open_npy(path: Path) -> npt.NDArray[Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about npy headers written by Python 2
             return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-    except _DAMAGED as error:
-        raise InputError(f"{path} is not a readable npy file of numbers: {error}") from error
+    except DAMAGED as error:
+        raise InputError(
+            f"{path} is not a readable npy file of numbers: {reason_of(error)}"
+        ) from error
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     """The archive, with what a damaged one raises turned into one `InputError`."""
-    regular_size(path)
     try:
-        with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
+        with open_zip(path) as archive, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about npy headers written by Python 2
             yield archive
     except InputError:
         raise
-    except _DAMAGED as error:
-        raise InputError(f"{path} is not a readable npz file: {error}") from error
+    except DAMAGED as error:
+        raise InputError(f"{path} is not a readable npz file: {reason_of(error)}") from error
 
 
 def _image_shape(
@@ -235,11 +235,8 @@ def stack_shape(
         raise InputError(
             f"{path}: {key} of shape {shape}; expected (H, W), (H, W, 3), (D, H, W) or (D, H, W, 3)"
         )
-    if len(shape) == 3 and shape[0] == 3 and not colour and not is_stack:
-        raise InputError(
-            f"{path}: {key} of shape {shape} may be one image with its channels first or three "
-            "slices: store an image as (H, W, 3), and with three slices their `spacing`"
-        )
+    if len(shape) == 3 and not is_stack:
+        check_channels_last(shape, f"{path}: {key}", "with three slices their `spacing`")
     full = shape if len(shape) == (4 if colour else 3) else (1, *shape)
     check_voxels(full[:3], path)
     return full

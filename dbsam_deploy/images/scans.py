@@ -100,6 +100,24 @@ def check_voxels(shape: tuple[int, ...], path: Path, voxel_bytes: int = 1) -> No
         )
 
 
+def check_channels_last(shape: tuple[int, ...], what: str, slices: str) -> None:
+    """Refuse (3, H, W), which is an image with its channels first as often as three slices.
+
+    Args:
+        shape: three sides.
+        what: what has it, for the message.
+        slices: how three slices are given, for the message.
+
+    Raises:
+        InputError: three planes, and no channels at the end.
+    """
+    if shape[0] == 3 and shape[2] not in (1, 3, 4):
+        raise InputError(
+            f"{what} of shape {tuple(shape)} may be one image with its channels first or three "
+            f"slices: give an image as (H, W, 3), {slices}"
+        )
+
+
 def require_nibabel() -> ModuleType:
     """The package nibabel.
 
@@ -150,7 +168,6 @@ def nifti_bytes(
     if header is None:
         image.header.set_xyzt_units("mm")
         image.set_sform(geometry.affine, code="scanner")
-        image.set_qform(None, code="unknown")
     if not compressed:
         return bytes(image.to_bytes())
     # mtime 0: the same labels give the same file

@@ -11,11 +11,11 @@ MedSAM's challenge format name their last slice instead; they are converted when
 
 from __future__ import annotations
 
+import contextlib
 import io
+import logging
 import os
-import struct
 import warnings
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,15 @@ from PIL import Image, ImageOps
 from ..core.contract import MAX_IMAGE_PIXELS
 from ..core.errors import InputError
 from ..core.imaging import ByteArray, FloatArray
+from ..files.damage import DAMAGED, reason_of
 from ..files.regular import regular_size
+from ..files.user_paths import user_path
 from .dicom import read_dicom
 from .dicom_files import looks_like_dicom
 from .intensity import Intensity, Window, to_uint8
 from .nifti import read_nifti
 from .npz_files import read_npz
+from .quiet import without_stderr
 from .scans import Scan, ScanGeometry, nifti_bytes
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
@@ -47,8 +50,8 @@ SOFT_TISSUE_TEXT = (
 PICTURE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
 _ORIENTATION, _PHOTOMETRIC = 0x0112, 262
 
-DAMAGED_PICTURE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
-"""What Pillow raises while it reads a damaged file."""
+# Pillow logs some faults of a file, which without a handler would be printed.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ def read_image(
             a DICOM folder with gaps or several series, see `dicom.read_dicom`.
         EngineError: the format's extra, or a decoder, is not installed.
     """
-    path = Path(path)
+    path = user_path(path, "the image")
     _check_is_there(path)
     name = path.name.lower()
     if volume is not None:
@@ -209,12 +212,14 @@ def _from_scan(
 def _read_picture(path: Path, window: Window | None) -> Volume:
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about tags that nothing here reads
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=PICTURE_FORMATS) as image:
+            _check_sums(path)
+            with path.open("rb") as file, Image.open(file, formats=PICTURE_FORMATS) as image:
                 if image.width * image.height > MAX_IMAGE_PIXELS:
                     raise Image.DecompressionBombError
                 turned = _turned(image)  # Pillow turns a TIFF itself, and forgets the tag
-                image.load()
+                load_pixels(image)
                 values, notes = picture_values(image, path)
                 notes = notes if turned == notes[: len(turned)] else (*turned, *notes)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -223,9 +228,9 @@ def _read_picture(path: Path, window: Window | None) -> Volume:
         ) from error
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    except DAMAGED_PICTURE as error:
+    except DAMAGED as error:
         raise InputError(
-            f"{path} is not a readable PNG, JPEG, TIFF, BMP or WebP: {error}"
+            f"{path} is not a readable PNG, JPEG, TIFF, BMP or WebP: {reason_of(error)}"
         ) from error
     pixels, intensity = to_uint8(values[None], window, path, notes=notes)
     return Volume(path, "picture", pixels, intensity, files=(path,))
@@ -243,6 +248,8 @@ def _turned(image: Image.Image) -> tuple[str, ...]:
             f"a {image.format} of {frames} pages or frames: expected one; save the one that is "
             "meant as a file of its own, or all of them as (D, H, W) in an npz"
         )
+    if image.format == "TIFF":
+        _check_strips(image)
     if image.format == "TIFF" and image.mode not in ("1", "L"):
         tags = getattr(image, "tag_v2", {})
         if tags.get(_PHOTOMETRIC) == 0:
@@ -251,6 +258,47 @@ def _turned(image: Image.Image) -> tuple[str, ...]:
     if orientation in range(2, 9):
         return (f"turned upright as its EXIF orientation {orientation} says",)
     return ()
+
+
+def _check_strips(image: Image.Image) -> None:
+    """Refuse a TIFF whose strips or tiles are fewer than its size needs: Pillow leaves the rest 0.
+
+    Raises:
+        InputError: they do not cover it.
+    """
+    tiles = [tile[1] for tile in getattr(image, "tile", ())]
+    pixels = getattr(image, "_tile_size", image.size)  # as stored, before it is turned
+    covered = sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in tiles)
+    if tiles and covered < pixels[0] * pixels[1]:
+        raise InputError(
+            f"a TIFF of {pixels[0]}×{pixels[1]} pixels, of which its strips hold {covered}: the "
+            "file is damaged"
+        )
+
+
+def _check_sums(path: Path) -> None:
+    """Compare the checksums of a PNG, which Pillow does not do for the pixels it decodes."""
+    with path.open("rb") as file, Image.open(file, formats=PICTURE_FORMATS) as image:
+        if image.format == "PNG":
+            image.verify()
+
+
+def load_pixels(image: Image.Image) -> None:
+    """Decode an open picture.
+
+    Pillow 13 maps the file of a grey TIFF into memory, and where the picture is to be turned by 90
+    degrees it takes the width for the height: other pixels, without a word. It maps only what it
+    opened by name.
+    """
+    name = getattr(image, "filename", "")
+    if image.format == "TIFF" and name:
+        image.filename = ""  # type: ignore[attr-defined]
+    try:
+        with without_stderr() if image.format == "TIFF" else contextlib.nullcontext():
+            image.load()  # libtiff prints
+    finally:
+        if name:
+            image.filename = name  # type: ignore[attr-defined]
 
 
 def picture_values(

@@ -1,11 +1,15 @@
 """One weights file → a plain, hashed state dict that fits a model, or an error that says why not.
 
-Nothing in a file is ever executed: pickles are read with `weights_only=True`.
+Nothing in a file is ever executed: pickles are read with `weights_only=True`. What a file declares
+is compared with what it holds before anything is allocated.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
+import json
+import os
 import pickle
 import re
 import warnings
@@ -21,12 +25,23 @@ from torch import Tensor
 
 from ..core.errors import CheckpointError
 from ..files.atomic import write_atomically
+from ..files.damage import DAMAGED, reason_of
 from ..files.regular import regular_size
+from ..files.zip_files import open_zip, plain_sizes
+from .pickles import declared_storages
 
 StateDict = dict[str, Tensor]
 
 WRAPPERS = ("net", "model", "state_dict", "model_state_dict")
 """Keys under which training scripts put the state dict; `net` is DB-SAM's own."""
+
+MAX_CHECKPOINT_BYTES = 16 * 1024 * 1024 * 1024
+"""Largest file that is read: SAM's ViT-H with its optimiser has 8 GB."""
+MAX_PICKLE_BYTES = 32 * 1024 * 1024
+"""Longest pickle within a file, or header of a safetensors file; real ones have kilobytes."""
+
+_COUNT_BYTES = 8
+"""What precedes the numbers of a storage in files from before 2020."""
 
 DIFF_LINES = 8
 """How many keys of each kind an error lists; with its heading a diff fits one screen."""
@@ -50,9 +65,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: missing, unreadable, unsafe (would run code), or holding no tensors.
     """
-    if not path.exists():
-        raise CheckpointError(f"checkpoint {path}: no such file")
-    regular_size(path, CheckpointError)
+    _size(path)
     with path.open("rb") as stream:
         sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
     tensors = _tensors(path, _read(path))
@@ -65,8 +78,7 @@ def read_training_state(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, unreadable, unsafe, or not a table.
     """
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint {path}: no such file")
+    _size(path)
     content = _read(path)
     if not isinstance(content, dict):
         raise CheckpointError(
@@ -75,29 +87,94 @@ def read_training_state(path: Path) -> dict[str, Any]:
     return content
 
 
+def _size(path: Path) -> int:
+    """Bytes of a file that is small enough to be read.
+
+    Raises:
+        CheckpointError: no such file, none at all, or too large.
+    """
+    if not os.path.exists(path):
+        raise CheckpointError(f"checkpoint {path}: no such file")
+    size = regular_size(path, CheckpointError)
+    if size > MAX_CHECKPOINT_BYTES:
+        raise CheckpointError(
+            f"checkpoint {path}: {size} bytes; at most {MAX_CHECKPOINT_BYTES} are read; save the "
+            "state dict alone"
+        )
+    return size
+
+
 def _read(path: Path) -> object:
     if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"checkpoint {path}: not a safetensors file ({error})") from error
+        return _read_safetensors(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols
+            _check_declared(path)
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
-        match = re.search(r"(?:GLOBAL|global) (\S+)", str(error))
-        what = f"it asks for {match.group(1)}" if match else reason
+        # PyTorch begins with advice to load it unsafely; what it found comes after that.
+        reason = reason_of(ValueError(str(error).rpartition("WeightsUnpickler error:")[2]))
+        match = re.search(r"(?:GLOBAL|global) (\S+)", reason)
+        what = f"it asks for {match.group(1)[:100]}" if match else reason
         raise CheckpointError(
             f"checkpoint {path}: refused, it holds more than tensors ({what}) and loading it could "
             "run code; save the state dict alone, best as .safetensors"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except DAMAGED as error:
         raise CheckpointError(
-            f"checkpoint {path}: not a PyTorch weights file ({reason})"
+            f"checkpoint {path}: not a PyTorch weights file ({reason_of(error)})"
         ) from error
+
+
+def _read_safetensors(path: Path) -> StateDict:
+    try:
+        with path.open("rb") as stream:
+            header = int.from_bytes(stream.read(8), "little")
+        if header > MAX_PICKLE_BYTES:
+            raise ValueError(f"its header has {header} bytes; at most {MAX_PICKLE_BYTES} are read")
+        return load_file(path)
+    except (SafetensorError, *DAMAGED) as error:
+        raise CheckpointError(
+            f"checkpoint {path}: not a safetensors file ({reason_of(error)})"
+        ) from error
+
+
+def _check_declared(path: Path) -> None:
+    """Compare what a PyTorch file declares with what it holds, before `torch.load` believes it.
+
+    Raises:
+        Those of `pickles.declared_storages` and `zip_files.plain_sizes`; ValueError: storages that
+            the file does not hold.
+    """
+    size = _size(path)
+    with path.open("rb") as stream:
+        if stream.read(4) != b"PK\x03\x04":  # a file from before 2020: five pickles, then numbers
+            stream.seek(0)
+            declared = declared_storages(stream, pickles=5)
+            left = size - stream.tell() - _COUNT_BYTES * len(declared)
+            _check_held(sum(declared.values()), left, "its storages")
+            return
+    with open_zip(path, CheckpointError) as archive:
+        sizes = plain_sizes(archive, size)
+        records = [name for name in sizes if name.endswith("/data.pkl")]
+        if len(records) != 1:
+            raise ValueError(f"{len(records)} data.pkl in it; expected one")
+        record = records[0]
+        if sizes[record] > MAX_PICKLE_BYTES:
+            raise ValueError(f"its data.pkl has {sizes[record]} bytes")
+        declared = declared_storages(io.BytesIO(archive.read(record)))
+        for key, count in declared.items():
+            name = f"{record.removesuffix('.pkl')}/{key}"
+            _check_held(count, sizes.get(name, 0), f"its storage {key}")
+        damaged = archive.testzip()  # PyTorch does not compare checksums
+    if damaged is not None:
+        raise ValueError(f"the checksum of its {damaged} is wrong: fetch it again")
+
+
+def _check_held(declared: int, held: int, what: str) -> None:
+    if declared != held:
+        raise ValueError(f"{what} should have {declared} bytes, and the file holds {held}")
 
 
 def _tensors(path: Path, content: object) -> StateDict:
@@ -138,8 +215,16 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], about: Mapping[s
             if not torch.isfinite(value).all():
                 raise CheckpointError(f"{name} holds values that float16 cannot; not written")
         stored[name] = value
+    content = save(stored, metadata=dict(about))
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    # `save` puts its metadata in another order each time; equal weights shall be equal files.
+    header["__metadata__"] = dict(sorted(about.items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
     with write_atomically(path) as stream:
-        stream.write(save(stored, metadata=dict(about)))
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.write(memoryview(content)[8 + size :])
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ..artefact import MANIFEST_NAME
-from ..clients.calls import Transport
 from ..clients.client import DbsamClient
+from ..clients.retries import Retries, Transport
 from ..core.errors import InputError
 from ..core.imaging import Mode
+from ..files.user_paths import user_path
 from ..sessions.backends import ModelOptions, open_backend
-from ..sessions.options import TRITON, model_options
+from ..sessions.options import TRITON, model_options, read_key
 from .model import Model
 from .predictor import Predictor, ServedPredictor
 
@@ -42,14 +43,15 @@ def load(
     engine_cache: str | Path | None = None,
     shared_memory: bool = False,
     timeout_s: float | None = None,
+    retries: Retries | None = None,
+    key: str | None = None,
 ) -> Model:
     """Open a model: an export, a weights file or a server.
 
     Args:
         source: folder of an export, a weights file, `triton://host:8001` or
             `triton+http://host:8000`; the newest export below `build/` if none is named.
-        backend: runtime, see `sessions.backends.BACKENDS`; by default `onnxruntime` for an export
-            and `pytorch` for weights.
+        backend: see `backends.BACKENDS`; by default `onnxruntime` for an export, else `pytorch`.
         device: `cpu` or `cuda`; by default the backend's own.
         variant: of a weights file whose keys do not tell it.
         image_size: side of the model frame, for weights.
@@ -57,28 +59,53 @@ def load(
         preprocess: another mode than the model's own: `sam`, `medsam` or `lite_medsam`.
         runtime_precision: `float32` or `bfloat16`, for OpenVINO.
         engine_cache: folder that keeps engines and compiled models.
-        shared_memory: for a server on this machine.
-        timeout_s: how long one request to a server may take, by default a minute.
+        shared_memory: for a server, see `open_server`.
+        timeout_s: for a server, too.
+        retries: for a server, too.
+        key: for a server, too.
 
     Raises:
-        InputError, CheckpointError, EngineError: no such source, options that do not go with it,
-            weights that do not fit, or a runtime or device that is missing.
+        InputError, CheckpointError, EngineError: a source, option, runtime or device that is not.
     """
     options = ModelOptions(
         backend=backend or "onnxruntime",
-        device=None if device is None else str(device),
+        device=device and str(device),
         variant=variant,
         image_size=image_size,
-        decoder_weights=_path(decoder_weights),
-        engine_cache=_path(engine_cache),
+        decoder_weights=_path("decoder_weights", decoder_weights),
+        engine_cache=_path("engine_cache", engine_cache),
         runtime_precision=runtime_precision,
         preprocess=preprocess,
     )
+    _check_kinds(options, backend, timeout_s)
+    served = {"shared_memory": shared_memory, "timeout_s": timeout_s, "retries": retries}
+    return _open(source, options, backend, **served, key=key)
+
+
+def _open(
+    source: str | Path | None, options: ModelOptions, backend: str | None, **served: Any
+) -> Model:
+    """What `load` opens; `served` are the options of a server."""
     if source is not None and "://" in str(source):
         scheme, address = _address(str(source), options, backend)
-        return open_server(address, scheme, shared_memory=shared_memory, timeout_s=timeout_s)
-    _refuse_server_options(shared_memory=shared_memory, timeout_s=timeout_s)
+        return open_server(address, scheme, **served)
+    _refuse_server_options(**served)
     return open_model(_with_source(source, options, backend))
+
+
+def _check_kinds(options: ModelOptions, backend: Any, timeout_s: Any) -> None:
+    """Refuse what is no text or number where one is expected.
+
+    Raises:
+        InputError: with its name.
+    """
+    names = ("variant", "preprocess", "runtime_precision")
+    texts = {"backend": backend, **{name: getattr(options, name) for name in names}}
+    for name, value in texts.items():
+        if value is not None and not isinstance(value, str):
+            raise InputError(f"{name} is {value!r:.80}: expected text")
+    if timeout_s is not None and not isinstance(timeout_s, int | float):
+        raise InputError(f"timeout_s is {timeout_s!r:.80}: expected a number of seconds")
 
 
 def _address(source: str, options: ModelOptions, backend: str | None) -> tuple[str, str]:
@@ -109,8 +136,8 @@ def _refuse_server_options(**given: Any) -> None:
             )
 
 
-def _path(value: str | Path | None) -> Path | None:
-    return None if value is None else Path(value)
+def _path(name: str, value: str | Path | None) -> Path | None:
+    return None if value is None else user_path(value, name)
 
 
 def _with_source(
@@ -125,7 +152,7 @@ def _with_source(
         raise InputError('a server needs its address: load("triton://localhost:8001")')
     if source is None:
         return options
-    path = Path(source)
+    path = user_path(source, "a model")
     if path.name == MANIFEST_NAME and path.is_file():
         path = path.parent
     if path.suffix in GRAPH_SUFFIXES and path.is_file():
@@ -161,6 +188,8 @@ def open_server(
     *,
     shared_memory: bool = False,
     timeout_s: float | None = None,
+    retries: Retries | None = None,
+    key: str | None = None,
     logits: bool = True,
     note: str = "",
 ) -> Model:
@@ -171,6 +200,9 @@ def open_server(
         scheme: one of `SCHEMES`.
         shared_memory: for a server on this machine.
         timeout_s: how long one request may take, by default a minute.
+        retries: when a request that the server refused is sent again.
+        key: of the server's restricted interfaces, which shared memory needs; by default that of
+            the environment's DBSAM_SERVER_KEY, if there is one.
         logits: ask for the logits of boxes too, which a label map does not need.
         note: what the user must know of the model.
 
@@ -182,8 +214,14 @@ def open_server(
     address = address.rstrip("/") or "localhost"
     has_port = ":" in address.rpartition("]")[2]  # an IPv6 address has colons of its own
     url = address if has_port else f"{address}:{port}"
-    wait_s = TIMEOUT_S if timeout_s is None else timeout_s
-    client = DbsamClient(url, protocol, shared_memory=shared_memory, timeout_s=wait_s)
+    client = DbsamClient(
+        url,
+        protocol,
+        shared_memory=shared_memory,
+        timeout_s=TIMEOUT_S if timeout_s is None else timeout_s,
+        retries=retries or Retries(),
+        key=key,
+    )
     predictor = ServedPredictor(client, logits=logits)
     return Model(predictor, name=f"server {url}", backend=f"triton-{protocol}", note=note)
 
@@ -211,5 +249,6 @@ def open_named(
         scheme,
         shared_memory=bool(args.shared_memory),
         timeout_s=args.timeout,
+        key=None if args.key_file is None else read_key(args.key_file),
         logits=logits,
     )

@@ -41,8 +41,7 @@ class SamNames(TypedDict, total=False):
 class Model:
     """An opened model; a context manager that frees what it holds.
 
-    Calls of several threads wait for each other, and share the image of `set_image`; a server's
-    over HTTP are refused in all threads but the one that opened it.
+    Calls of several threads wait for each other, and share the image of `set_image`.
 
     Attributes:
         name: variant and precision, or the server, in words.
@@ -88,6 +87,7 @@ class Model:
         *,
         window: Window | str | None = None,
         series: str | int | None = None,
+        volume: int | None = None,
     ) -> None:
         """Take an image for the `predict` calls that name none, and encode it.
 
@@ -96,6 +96,7 @@ class Model:
             image_format: `RGB`, or `BGR` for colours as OpenCV reads them.
             window: (level, width) that maps values to 0–255, or "file", see `read_image`.
             series: of a DICOM folder, see `read_image`.
+            volume: which one of a 4D NIfTI file, from 0.
 
         Raises:
             InputError: not one image, or another format.
@@ -103,17 +104,14 @@ class Model:
         self.image = None  # never answer for the one before
         if image_format not in ("RGB", "BGR"):
             raise InputError(f"image_format {image_format!r}: expected RGB or BGR")
-        volume = as_volume(image, window=window, series=series)
-        if volume.is_volume:
-            raise InputError(f"{volume.path} has {volume.shape[0]} slices: expected one image")
-        if image_format == "BGR":
-            turned = np.ascontiguousarray(volume.pixels[..., ::-1])
-            volume = dataclasses.replace(
-                volume, pixels=turned if volume.pixels.ndim == 4 else volume.pixels
-            )
+        read = as_volume(image, window=window, series=series, volume=volume)
+        if read.is_volume:
+            raise InputError(f"{read.path} has {read.shape[0]} slices: expected one image")
+        if image_format == "BGR" and read.pixels.ndim == 4:
+            read = dataclasses.replace(read, pixels=np.ascontiguousarray(read.pixels[..., ::-1]))
         with self._lock:
-            self.predictor.set_image(volume.slice_rgb(0))
-            self.image = volume
+            self.predictor.set_image(read.slice_rgb(0))
+            self.image = read
 
     def predict(
         self,
@@ -128,6 +126,7 @@ class Model:
         slice_index: int | None = None,
         window: Window | str | None = None,
         series: str | int | None = None,
+        volume: int | None = None,
         **sam: Unpack[SamNames],
     ) -> Result:
         """Masks of an image, each prompt's own, with their IoU and logits.
@@ -148,33 +147,27 @@ class Model:
             slice_index: which slice of a volume.
             window: (level, width) that maps stored values to 0–255, or "file", see `read_image`.
             series: of a DICOM folder, see `read_image`.
+            volume: which one of a 4D NIfTI file, from 0.
             sam: SAM's names of the same, see `SamNames`.
 
         Raises:
             InputError: no image or prompt, or one that is not usable.
             ServingError: a server that does not answer.
         """
-        _refuse_unknown(sam)
-        prompts = _prompts(
-            _one_of("boxes", boxes, "box", sam.get("box")),
-            _one_of("points", points, POINT_COORDS, sam.get(POINT_COORDS)),
-            _one_of("labels", labels, POINT_LABELS, sam.get(POINT_LABELS)),
-            mask_input,
-            boxes_3d,
-        )
+        boxes, points, labels = _renamed(sam, boxes, points, labels)
+        prompts = _prompts(boxes, points, labels, mask_input, boxes_3d)
         three = bool(multimask or sam.get("multimask_output"))
         prompts = dataclasses.replace(prompts, multimask=three, slice_index=slice_index)
-        return self.run(self._taken(image, window, series), prompts, keep_masks=True)
+        taken = self._taken(image, window=window, series=series, volume=volume)
+        return self.run(taken, prompts, keep_masks=True)
 
-    def _taken(
-        self, image: ImageLike, window: Window | str | None, series: str | int | None
-    ) -> Volume:
+    def _taken(self, image: ImageLike, **how: Any) -> Volume:
         if image is not _OF_SET_IMAGE:
-            return as_volume(image, window=window, series=series)
+            return as_volume(image, **how)
         if self.image is None:
             raise InputError("no image: give one, or call set_image before")
-        if window is not None or series is not None:
-            raise InputError("a window or series goes with an image: give it to set_image")
+        if given := [name for name, value in how.items() if value is not None]:
+            raise InputError(f"{given[0]} goes with an image: give it to set_image")
         return self.image
 
     def segment(
@@ -189,6 +182,7 @@ class Model:
         slice_index: int | None = None,
         window: Window | str | None = None,
         series: str | int | None = None,
+        volume: int | None = None,
         progress: Progress | None = None,
     ) -> Result:
         """One label map of an image or volume; memory does not grow with the number of prompts.
@@ -203,6 +197,7 @@ class Model:
             slice_index: which slice of a volume, for all but 3D boxes.
             window: (level, width) that maps stored values to 0–255, or "file", see `read_image`.
             series: of a DICOM folder, see `read_image`.
+            volume: which one of a 4D NIfTI file, from 0.
             progress: called with slices done and slices in all.
 
         Raises:
@@ -211,7 +206,8 @@ class Model:
         """
         prompts = _prompts(boxes, points, labels, None, boxes_3d)
         prompts = dataclasses.replace(prompts, multimask=multimask, slice_index=slice_index)
-        return self.run(as_volume(image, window=window, series=series), prompts, progress)
+        read = as_volume(image, window=window, series=series, volume=volume)
+        return self.run(read, prompts, progress)
 
     def run(
         self,
@@ -266,10 +262,20 @@ def own_boxes(prompts: Prompts, volume: Volume) -> Prompts:
     return dataclasses.replace(prompts, boxes=volume.boxes)
 
 
-def _refuse_unknown(given: Mapping[str, Any]) -> None:
-    """Raise a TypeError, as Python does, for a keyword that is none of `SamNames`."""
-    if unknown := sorted(given.keys() - SamNames.__annotations__.keys()):
+def _renamed(sam: Mapping[str, Any], boxes: Any, points: Any, labels: Any) -> tuple[Any, Any, Any]:
+    """`boxes`, `points` and `labels`, which may have come under SAM's names.
+
+    Raises:
+        TypeError: as Python does, for a keyword that is none of `SamNames`.
+        InputError: one of them under both names.
+    """
+    if unknown := sorted(sam.keys() - SamNames.__annotations__.keys()):
         raise TypeError(f"predict() got an unexpected keyword argument {unknown[0]!r}")
+    return (
+        _one_of("boxes", boxes, "box", sam.get("box")),
+        _one_of("points", points, POINT_COORDS, sam.get(POINT_COORDS)),
+        _one_of("labels", labels, POINT_LABELS, sam.get(POINT_LABELS)),
+    )
 
 
 def _one_of(name: str, value: Any, sam_name: str, sam_value: Any) -> Any:

@@ -38,7 +38,7 @@ from ..core.prompts import PromptArrays, check_mask_input, join_prompts
 from ..sessions.session import Session
 
 if TYPE_CHECKING:  # a local prediction, and an export's key, do without the client
-    from ..clients.client import DbsamClient
+    from ..clients.client import DbsamClient, OpenImage
 
 
 class Promptable(Protocol):
@@ -182,37 +182,40 @@ class Predictor:
 
 
 class ServedPredictor:
-    """A Triton server's ensembles as a `Promptable`; the server encodes the image at each call.
+    """A Triton server as a `Promptable`: it encodes an image once and is asked by the image's id.
 
     Args:
-        client: connected, of one thread.
-        logits: ask for the logits of boxes too; those of other prompts always come.
+        client: connected.
+        logits: ask for the logits, too.
     """
 
     def __init__(self, client: DbsamClient, *, logits: bool = True) -> None:
         self.client = client
         self._logits = logits
-        self._image: ByteArray | None = None
+        self._image: OpenImage | None = None
 
     def set_image(self, image: npt.NDArray[Any]) -> None:
-        """See `Promptable`; nothing is sent yet.
+        """See `Promptable`; it is sent with the first prompt, if the server lacks it.
 
         Raises:
             InputError: see `check_image` and `check_contrast`.
         """
-        self._image = check_contrast(check_image(image))
+        before, self._image = self._image, None  # never answer for the one before
+        pixels = check_contrast(check_image(image))
+        same = before is not None and np.array_equal(before.known.pixels, pixels)
+        self._image = before if same else self.client.take(pixels)
 
     def predict_boxes(self, boxes: npt.NDArray[Any]) -> Prediction:
         """See `Predictor.predict_boxes`; errors are those of `DbsamClient.segment`."""
-        return self.client.segment(self._current(), boxes, logits=self._logits)
+        return self._current().predict_boxes(boxes, logits=self._logits)
 
     def predict_prompts(
         self, *, multimask: bool = False, **prompts: Unpack[PromptArrays]
     ) -> Prediction:
         """See `Predictor.predict_prompts`; errors are those of `DbsamClient.segment_prompts`."""
-        return self.client.segment_prompts(self._current(), multimask=multimask, **prompts)
+        return self._current().predict_prompts(multimask=multimask, logits=self._logits, **prompts)
 
-    def _current(self) -> ByteArray:
+    def _current(self) -> OpenImage:
         if self._image is None:
             raise InputError("no image: call set_image before asking for masks")
         return self._image

@@ -19,6 +19,7 @@ from ..core.contract import IOU_PREDICTIONS
 from ..core.errors import InputError
 from ..core.imaging import ByteArray, FloatArray
 from ..files.atomic import write_file
+from ..files.user_paths import user_path
 from ..images.overlays import Panel, draw_overlay, evenly_spaced
 from ..images.volumes import Volume, label_map_bytes, npz_bytes, png_bytes
 from .prompts import Prompts
@@ -134,7 +135,7 @@ class Result:
                 input, or a folder that cannot be written.
             EngineError: NIfTI without nibabel.
         """
-        path = Path(path)
+        path = user_path(path)
         content = self._content(path)
         if os.path.exists(path) and any(path.samefile(source) for source in self.image.files):
             raise InputError(f"{path} is the input itself: choose another name or folder")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 from zipfile import BadZipFile
+from zlib import error as ZlibError
 
 import numpy as np
 import onnx
@@ -19,6 +20,7 @@ from ..core.contract import IMAGE, graph_specs
 from ..core.errors import InputError
 from ..core.imaging import FloatArray, Preprocessing, preprocess
 from ..files.atomic import sha256_of, write_atomically
+from ..files.manifests import seal_of
 from ..model.weights import LoadedModel
 from ..recipe import Quantization, Recipe, calibration_plan
 from ..sessions.pytorch_session import PytorchSession
@@ -28,6 +30,12 @@ from .layers import find_layers
 from .modelopt_tool import check_modelopt
 from .qdq import Calibrated, calibrate, describe, quantize_graph
 from .sweep import Judge, Sweep, accepts, check_groups, groups_of, sweep
+
+_DAMAGED = (
+    *(OSError, ValueError, TypeError, LookupError, AttributeError, EOFError, RecursionError),
+    *(BadZipFile, ZlibError),
+)
+"""What reading a damaged record or its codes raises."""
 
 
 def calibration_images(
@@ -157,6 +165,7 @@ class Quantizer:
             np.savez(stream, allow_pickle=False, **calibrated.codes)
         body = {
             "codes": codes_file,
+            "codes_sha256": sha256_of(scratch / codes_file),
             "key": key,
             "graph": str(calibrated.path.relative_to(path.parent)),
             "sha256": sha256_of(calibrated.path),
@@ -164,7 +173,7 @@ class Quantizer:
             "lowest": calibrated.lowest,
         }
         with write_atomically(state) as stream:
-            stream.write(json.dumps(body).encode())
+            stream.write(json.dumps({**body, "seal": seal_of(body)}).encode())
         return calibrated
 
     def _known(self, state: Path, key: list[Any], folder: Path) -> Calibrated | None:
@@ -173,14 +182,18 @@ class Quantizer:
             return None
         try:
             known = json.loads(state.read_text())
-            found = folder / known["graph"]
+            if known.pop("seal") != seal_of(known):
+                raise ValueError("its seal does not fit")
+            found, codes_file = folder / known["graph"], state.parent / known["codes"]
             if known["key"] != key or not found.is_file() or sha256_of(found) != known["sha256"]:
                 return None
+            if sha256_of(codes_file) != known["codes_sha256"]:
+                raise ValueError(f"{codes_file.name} has changed")
             layers = find_layers(onnx.load(found), self.plan.operators)
             ranges = known["thresholds"], known["lowest"]
-            with np.load(state.parent / known["codes"], allow_pickle=False) as codes:
+            with np.load(codes_file, allow_pickle=False) as codes:
                 return Calibrated(found, layers, *ranges, dict(codes), self._feeds)
-        except (OSError, ValueError, TypeError, KeyError, EOFError, BadZipFile) as error:
+        except _DAMAGED as error:
             say_on_stderr(f"{state} is damaged ({error}); the ranges are found anew")
             return None
 

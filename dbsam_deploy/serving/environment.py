@@ -2,12 +2,14 @@
 
 The server comes from the `nvidia-pytriton` wheel, which carries the real `tritonserver` with its
 Python backend. It needs NumPy 1 (with NumPy 2 its Python models answer empty arrays), so it never
-shares an environment with this library.
+shares an environment with this library. In NVIDIA's container it is NVIDIA's own installation,
+with all backends, and this library's Python.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import platform
 import shutil
@@ -49,16 +51,18 @@ class ServerEnvironment:
     """A checked server environment.
 
     Attributes:
-        folder: the virtual environment.
-        root: the wheel's `tritonserver` folder.
+        folder: the virtual environment, or NVIDIA's installation.
+        root: the folder with `bin/tritonserver`.
         stub: the Python backend's process for this Python version.
         library_path: folders for LD_LIBRARY_PATH.
+        is_installation: NVIDIA's, with its own backends; else this library's stand-ins serve.
     """
 
     folder: Path
     root: Path
     stub: Path
     library_path: tuple[Path, ...]
+    is_installation: bool = False
 
     @property
     def binary(self) -> Path:
@@ -76,12 +80,15 @@ def find_environment(folder: Path = DEFAULT_FOLDER, *, medsam: bool = False) -> 
     """Check the server environment in `folder`.
 
     Args:
-        folder: virtual environment made by `install_environment`.
+        folder: virtual environment made by `install_environment`, or an installation of NVIDIA's
+            (`/opt/tritonserver`).
         medsam: the repository uses MedSAM's preprocessing, which needs scikit-image.
 
     Raises:
         EngineError: not Linux, or it is missing, incomplete, with NumPy 2 or no fitting stub.
     """
+    if (folder / "bin" / "tritonserver").is_file():
+        return _installation(folder, medsam=medsam)
     _check_system()
     python = folder / "bin" / "python3"
     if not python.is_file():
@@ -119,6 +126,22 @@ def find_environment(folder: Path = DEFAULT_FOLDER, *, medsam: bool = False) -> 
         )
     libraries = (root.parent.parent / "nvidia_pytriton.libs", Path(found["libdir"]))
     return ServerEnvironment(folder, root, stub, libraries)
+
+
+def _installation(folder: Path, *, medsam: bool) -> ServerEnvironment:
+    """NVIDIA's own server, whose Python models run with the packages of this process."""
+    stub = folder / "backends" / "python" / "triton_python_backend_stub"
+    if not stub.is_file():
+        raise EngineError(
+            f"{folder} has tritonserver and no Python backend: take an image with all backends "
+            "(its tag ends with -py3)"
+        )
+    if medsam and importlib.util.find_spec("skimage") is None:
+        raise EngineError(
+            "this Python lacks scikit-image, which the repository's preprocessing (medsam) needs: "
+            "build the image with deployment/Dockerfile"
+        )
+    return ServerEnvironment(folder, folder, stub, (), is_installation=True)
 
 
 def install_environment(

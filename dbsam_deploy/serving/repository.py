@@ -1,4 +1,4 @@
-"""Fills a Triton model repository from an export: configurations, graphs and Python models.
+"""Fills a Triton model repository from an export: configurations, graphs and the front model.
 
 `python -m dbsam_deploy.serving.repository --refresh` renders the committed
 `triton_models/*/config.pbtxt` anew.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import sys
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,18 @@ from ..core.errors import InputError, ServingError
 from ..core.imaging import Preprocessing
 from ..engines.kinds import TENSORRT
 from ..engines.manifest import engine_folder, plugin_library, verified_plans
-from ..files.atomic import sha256_of, writing_to
+from ..files.atomic import sha256_of, write_file, writing_to
 from ..files.locks import one_writer
 from ..files.manifests import Body, ManifestKind, is_inside, is_sha256
 from ..files.publication import new_folder, remove, replace_folder, tidy
 from ..resources import resource_dir
-from .triton_config import BYTECODE, GRAPH_MODELS, Platform, python_specs, render_configs
+from .known_answer import known_answers
+from .triton_config import BYTECODE, GRAPH_MODELS, Platform, front_spec, render_configs
 
 REPOSITORY_STEM = "model_repository"
 """First part of the name of a repository; the name of its export follows."""
-REPOSITORY_NAME = "repository.json"
-_MANIFEST = ManifestKind(
+REPOSITORY_NAME, CONFIG_NAME = "repository.json", "config.pbtxt"
+MANIFEST = ManifestKind(
     "a repository of this library",
     "export again",
     InputError,
@@ -39,7 +40,7 @@ _MANIFEST = ManifestKind(
     "it filled with --repository",
 )
 RUNTIME = "dbsam_runtime"
-"""Name under which a Python model imports its copy of `core`."""
+"""Name under which the front model imports its copy of `core`."""
 VERSION = "1"
 """The one model version in the repository."""
 COMMITTED = Preprocessing(1024)
@@ -64,6 +65,8 @@ class Repository:
         weights: where the weights came from, as in the export's manifest.
         files: path relative to `folder` → SHA-256.
         plugins: path relative to `folder` of the library that the plans need, "" for none.
+        known_answers: see `known_answer.known_answers`.
+        engine: what built its plans: `tensorrt`, `cuda` and `version_compatible`; {} without plans.
     """
 
     folder: Path
@@ -74,6 +77,8 @@ class Repository:
     weights: dict[str, Any]
     files: dict[str, str]
     plugins: str = ""
+    known_answers: dict[str, Any] = field(default_factory=dict)
+    engine: dict[str, Any] = field(default_factory=dict)
 
 
 def repository_beside(folder: Path) -> Path:
@@ -129,11 +134,11 @@ def build_repository(artefact: Artefact, output: Path, *, wait: bool = True) -> 
                 platforms=platforms,
                 weights=artefact.weights,
                 plugins=_copy_plugins(artefact, fresh),
-                files=_hashes(fresh),
+                known_answers=known_answers(artefact, say),
+                engine=_engine(artefact),
+                files=file_hashes(fresh),
             )
-            body = asdict(repository)
-            del body["folder"]
-            _MANIFEST.write(fresh / REPOSITORY_NAME, body)
+            write_repository(replace(repository, folder=fresh))
             replace_folder(fresh, output)
         except BaseException:
             with suppress(OSError):
@@ -150,6 +155,15 @@ def _with_plans(artefact: Artefact) -> Artefact:
         for graph, record in verified_plans(artefact).items()
     }
     return replace(artefact, graphs={**artefact.graphs, **plans})
+
+
+def _engine(artefact: Artefact) -> dict[str, Any]:
+    """See `Repository.engine`; plans of one export come from one builder."""
+    for record in verified_plans(artefact).values():
+        compatible = record.flags.version_compatible
+        built = {"tensorrt": record.version, "cuda": record.cuda}
+        return {**built, "version_compatible": compatible}
+    return {}
 
 
 def _copy_plugins(artefact: Artefact, root: Path) -> str:
@@ -202,18 +216,17 @@ def _write_models(
 ) -> None:
     for name, text in render_configs(artefact.preprocessing, platforms).items():
         (root / name / VERSION).mkdir(parents=True)  # an ensemble needs the empty folder too
-        (root / name / "config.pbtxt").write_text(text)
+        (root / name / CONFIG_NAME).write_text(text)
     for graph in platforms:
         _copy_graph(artefact, served, graph, root / GRAPH_MODELS[graph] / VERSION)
     core, templates = Path(contract.__file__).parent, resource_dir("triton_models")
-    how = artefact.preprocessing
-    for spec in python_specs(how, prompts="prompt_decoder" in platforms):
-        folder = root / spec.name / VERSION
-        shutil.copyfile(templates / spec.name / VERSION / "model.py", folder / "model.py")
-        # The Python models import `core` as `dbsam_runtime`: a server has no dbsam_deploy.
-        (folder / RUNTIME).mkdir()
-        for module in sorted(core.glob("*.py")):
-            shutil.copyfile(module, folder / RUNTIME / module.name)
+    name = front_spec(artefact.preprocessing, prompts="prompt_decoder" in platforms).name
+    folder = root / name / VERSION
+    shutil.copyfile(templates / name / VERSION / "model.py", folder / "model.py")
+    # The model imports `core` as `dbsam_runtime`: a server has no dbsam_deploy.
+    (folder / RUNTIME).mkdir()
+    for module in sorted(core.glob("*.py")):
+        shutil.copyfile(module, folder / RUNTIME / module.name)
 
 
 def _copy_graph(artefact: Artefact, served: Artefact, graph: str, folder: Path) -> None:
@@ -236,9 +249,18 @@ def _copy_checked(source: Path, target: Path, sha256: str) -> None:
         raise ServingError(f"{source} is not what the export published; export again")
 
 
-def _hashes(root: Path) -> dict[str, str]:
+def file_hashes(root: Path) -> dict[str, str]:
+    """SHA-256 of every file below a repository's folder but its manifest, see `Repository`."""
     files = sorted(path for path in root.rglob("*") if path.is_file())
-    return {path.relative_to(root).as_posix(): sha256_of(path) for path in files}
+    names = {path.relative_to(root).as_posix(): path for path in files}
+    return {name: sha256_of(path) for name, path in names.items() if name != REPOSITORY_NAME}
+
+
+def write_repository(repository: Repository) -> Path:
+    """Write the manifest (atomically) and return its path."""
+    body = asdict(repository)
+    del body["folder"]
+    return MANIFEST.write(repository.folder / REPOSITORY_NAME, body)
 
 
 def load_repository(folder: Path) -> Repository:
@@ -246,24 +268,35 @@ def load_repository(folder: Path) -> Repository:
 
     A `config.pbtxt` may differ from what was rendered, since operators tune it; graphs and code may
     not. A server loads every model and the highest version it finds, so none may be added either.
-    Bytecode, which Triton's Python leaves, is passed over: a start removes it.
+    Bytecode, which a container's Python leaves, is passed over: it is removed before it is served.
 
     Raises:
         InputError: no repository of this library, another format, one that was edited, a missing or
             changed file, or a model, version or file that it does not list.
     """
-    path = folder / REPOSITORY_NAME
-    repository = _MANIFEST.read(path, lambda body: _repository(folder, body))
-    tuned = {name for name in repository.files if Path(name).name == "config.pbtxt"}
-    models = {Path(name).parts[0] for name in tuned}
-    _MANIFEST.check_nothing_else(
-        path,
-        repository.files,
-        empty=[f"{model}/{VERSION}" for model in models],
-        ignored=[BYTECODE],
-    )
-    _MANIFEST.check(path, {**repository.files, **dict.fromkeys(tuned)})
+    repository = read_repository(folder)
+    MANIFEST.check(folder / REPOSITORY_NAME, fixed_hashes(repository))
     return repository
+
+
+def read_repository(folder: Path) -> Repository:
+    """Like `load_repository` without the files' hashes, for those who check them afterwards."""
+    path = folder / REPOSITORY_NAME
+    repository = MANIFEST.read(path, lambda body: _repository(folder, body))
+    empty = [f"{model}/{VERSION}" for model in models_of(repository)]
+    MANIFEST.check_nothing_else(path, repository.files, empty=empty, ignored=[BYTECODE])
+    return repository
+
+
+def fixed_hashes(repository: Repository) -> dict[str, str | None]:
+    """Each file's SHA-256, None of a configuration, which may be tuned."""
+    files = repository.files.items()
+    return {name: None if Path(name).name == CONFIG_NAME else digest for name, digest in files}
+
+
+def models_of(repository: Repository) -> list[str]:
+    """Names of its Triton models."""
+    return [Path(name).parts[0] for name in repository.files if Path(name).name == CONFIG_NAME]
 
 
 def _repository(folder: Path, body: Body) -> Repository:
@@ -295,12 +328,11 @@ def refresh_configs(root: Path, *, check: bool = False) -> list[Path]:
     """
     stale = []
     for name, text in committed_configs().items():
-        path = root / name / "config.pbtxt"
+        path = root / name / CONFIG_NAME
         if not path.is_file() or path.read_text() != text:
             stale.append(path)
             if not check:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(text)
+                write_file(path, text.encode())
     return stale
 
 

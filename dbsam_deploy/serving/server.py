@@ -2,60 +2,69 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
-import tempfile
 import time
-import urllib.error
-import urllib.request
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
-from ..core.contract import IOU_SCORES, MASKS, RAW_BOXES, RAW_IMAGE, TRITON_TYPES, ensemble_spec
 from ..core.errors import InputError, ServingError
-from ..privacy import VARIABLES
+from ..core.front import DRAINING
+from .control import Control, new_key, requests_in_flight, restriction
 from .environment import ServerEnvironment
+from .known_answer import compare
+from .ports import LOOPBACK, Ports, is_loopback, reserve
+from .probe import BOXES_MODEL, ask, is_up
+from .processes import (
+    SHARED_MEMORY,
+    claim_shared_memory,
+    end_group,
+    ended_children,
+    free_left_shared_memory,
+    free_shared_memory,
+    has_ended,
+    hide_word,
+    how_ended,
+    start_tied,
+)
+from .runtime import CONTROL, MODELS, backends, lay_out, make_runtime, server_variables
+from .server_log import ServerLog
+from .snapshot import take_snapshot
 from .triton_config import BYTECODE
 
-LOOPBACK = "127.0.0.1"
-STANDINS = Path(__file__).parent / "standin_backends"
-
-_STOP_S = 30.0
-_KILLED_S = 5.0
-_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Linux keeps POSIX shared memory
-_PROBE_SIDE = 8
-
-
-@dataclass(frozen=True)
-class Ports:
-    """The server's three ports; 0 takes a free one."""
-
-    http: int = 8000
-    grpc: int = 8001
-    metrics: int = 8002
+LITTLE_MIB = 512
+"""Less shared memory than this is said in the log."""
+_IDLE_LOOKS = 3
+"""A request on its way to the models is counted a moment later."""
+_DEAD_WHILE_LOADING_S = 5.0
 
 
 class TritonServer:
     """A `tritonserver` process on one model repository; a context manager.
 
-    The onnxruntime and tensorrt backends are this library's CPU stand-ins, and say so in the log.
+    The onnxruntime and tensorrt backends are NVIDIA's in its container; elsewhere they are this
+    library's CPU stand-ins, and say so in the log. The server gets a private copy of the
+    repository, which was checked when it was made and is removed when the server stops: nothing
+    that happens to the repository reaches it. It is killed when the thread that started it ends.
 
     Args:
         repository: folder filled by `repository.build_repository`.
         environment: checked server environment.
-        log: file for the server's output, replaced.
+        log: file for the server's output and the events around it, continued; `-` is standard
+            output.
         ports: ports to listen on.
         host: address to listen on; anything but the loopback opens the server to the network.
+        key: opens Triton's own APIs (`control.RESTRICTED`); None for a random one.
+        grace_s: how long requests that were accepted may take after `drain` was called.
         auto_complete: let Triton complete configurations; ours are complete, so this costs seconds
             and is for tests.
         start_timeout_s: how long loading the models may take.
+
+    Raises:
+        InputError: an unusable key.
     """
 
     def __init__(
@@ -66,6 +75,8 @@ class TritonServer:
         log: Path,
         ports: Ports | None = None,
         host: str = LOOPBACK,
+        key: str | None = None,
+        grace_s: float = 30.0,
         auto_complete: bool = False,
         start_timeout_s: float = 300.0,
     ) -> None:
@@ -74,12 +85,18 @@ class TritonServer:
         self.log = log
         self.host = host
         self.ports = ports or Ports()
+        self.key = new_key(key)
+        self.grace_s = grace_s
         self._auto_complete = auto_complete
         self._start_timeout_s = start_timeout_s
         self._process: subprocess.Popen[bytes] | None = None
         self._runtime: Path | None = None
+        self._output: ServerLog | None = None
+        self._plugins = ""
+        self._said = ""
+        self.known_answers: dict[str, Any] = {}
         # Names the stubs' shared memory, so that what a killed server leaves can be told apart.
-        self.shared_memory_prefix = f"dbsam_{uuid.uuid4().hex[:12]}_"
+        self.shared_memory_prefix = f"dbsam_{os.getpid()}_{uuid.uuid4().hex[:12]}_"
 
     @property
     def http_url(self) -> str:
@@ -101,13 +118,18 @@ class TritonServer:
         return LOOPBACK if self.host == "0.0.0.0" else self.host  # noqa: S104 - compared only
 
     @property
+    def control(self) -> Control:
+        """The owner's calls."""
+        return Control(self.http_url, self.key)
+
+    @property
     def pid(self) -> int:
         """Process id of the running server.
 
         Raises:
             ServingError: it does not run.
         """
-        if self._process is None or _has_ended(self._process):
+        if self._process is None or has_ended(self._process):
             raise ServingError(f"the Triton server is not running; its log is {self.log}")
         return self._process.pid
 
@@ -115,58 +137,122 @@ class TritonServer:
         """Start the server and return once a request through the ensemble was answered.
 
         Raises:
-            InputError: a port is taken.
+            InputError: a port is taken, the log belongs to another server, or the repository is
+                not what was published.
             ServingError: it is running already, ended, or did not answer in time.
         """
-        if self._process is not None:
+        if self._runtime is not None:
             raise ServingError("this Triton server was started already")
-        self.ports = _reserve(self.ports, self.host)
-        remove_bytecode(self.repository)
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        self._runtime = Path(tempfile.mkdtemp(prefix="dbsam-triton-"))
+        self.ports = reserve(self.ports, self.host)
         try:
-            _lay_out_backends(self.environment, self._runtime)
-            with self.log.open("wb") as stream:
-                self._process = subprocess.Popen(
-                    self._command(self._runtime),
-                    stdin=subprocess.DEVNULL,
-                    stdout=stream,
-                    stderr=subprocess.STDOUT,
-                    env=_environment(self.environment),
-                    start_new_session=True,  # Ctrl-C reaches us alone; we stop the server
-                )
-            self._wait_ready()
+            self._output = ServerLog(self.log)
+            if warning := network_warning(self.host, self.environment):
+                self.event(warning)
+            self._runtime = make_runtime()
+            copied = take_snapshot(self.repository, self._runtime / MODELS)
+            self._plugins, self.known_answers = copied.plugins, copied.known_answers
+            lay_out(self.environment, self._runtime)
+            self._say_what_is_little()
+            for prefix in free_left_shared_memory():
+                self.event(f"removed the shared memory of a server that was killed ({prefix}*)")
+            self._launch()
         except BaseException:
             self.stop()
             raise
         return self
 
-    def _command(self, backends: Path) -> list[str]:
+    def _say_what_is_little(self) -> None:
+        free = shutil.disk_usage(SHARED_MEMORY).free >> 20
+        if free < LITTLE_MIB:
+            self.event(
+                f"WARNING: only {free} MiB are free in /dev/shm, through which images, masks and "
+                "kept embeddings go: larger requests will fail (in a container: --shm-size=2g)"
+            )
+
+    def restart(self) -> None:
+        """End the process at once and start another one on the same ports, files and key.
+
+        Raises:
+            ServingError: see `start`; the server is stopped then, and may be started so again.
+        """
+        if self._runtime is None:
+            raise ServingError("this Triton server was not started")
+        self._end()
+        try:
+            reserve(self.ports, self.host)
+            self._launch()
+        except InputError as error:
+            raise ServingError(error.message) from error
+
+    def event(self, text: str) -> None:
+        """Write a line into the log."""
+        if self._output is not None:
+            self._output.event(text)
+
+    def _launch(self) -> None:
+        runtime, output = self._runtime, self._output
+        assert runtime is not None  # noqa: S101 - for the type checker
+        assert output is not None  # noqa: S101
+        lock = claim_shared_memory(self.shared_memory_prefix)
+        try:
+            variables = server_variables(self.environment, runtime)
+            process = start_tied(self._command(runtime), variables, lock)
+        finally:
+            os.close(lock)
+        self._process = process
+        assert process.stdout is not None  # noqa: S101
+        output.follow(process.stdout)
+        # It has read its command line before it says anything.
+        if output.wait_for_first_line(10.0) and not hide_word(process.pid, self.key):
+            self.event("this system lets nobody hide the key: the server's command line shows it")
+        self._wait_ready(process)
+
+    def _command(self, runtime: Path) -> list[str]:
         command = [
             str(self.environment.binary),
-            f"--model-repository={self.repository}",
-            f"--backend-directory={backends}",
+            f"--model-repository={runtime / MODELS}",
+            f"--backend-directory={backends(self.environment, runtime)}",
+            # Only so can a model whose process has died be loaded anew.
+            "--model-control-mode=explicit",
+            "--load-model=*",
             f"--http-address={self.host}",
             f"--http-port={self.ports.http}",
             f"--grpc-address={self.host}",
             f"--grpc-port={self.ports.grpc}",
+            "--grpc-infer-allocation-pool-size=0",  # else eight answers stay, of up to 1 GiB each
             f"--metrics-address={self.host}",
             f"--metrics-port={self.ports.metrics}",
-            "--allow-gpu-metrics=false",
-            "--exit-timeout-secs=5",
+            f"--allow-gpu-metrics={str(self.environment.is_installation).lower()}",
+            "--metrics-config=summary_latencies=true",  # p99 of each model
+            f"--exit-timeout-secs={max(1, round(self.grace_s))}",
             f"--backend-config=python,shm-region-prefix-name={self.shared_memory_prefix}",
+            *restriction(self.key),
         ]
+        if self._plugins and self.environment.is_installation:
+            plugins = runtime / MODELS / self._plugins
+            command.append(f"--backend-config=tensorrt,plugins={plugins}")
         return command if self._auto_complete else [*command, "--disable-auto-complete-config"]
 
-    def _wait_ready(self) -> None:
-        process, deadline = self._process, time.monotonic() + self._start_timeout_s
-        while process is not None:
-            if _has_ended(process):
-                raise ServingError(f"tritonserver ended: {self._reason()} (whole log: {self.log})")
-            if _is_up(self.http_url):
-                probe(self.http_url)
+    def _wait_ready(self, process: subprocess.Popen[bytes]) -> None:
+        start = time.monotonic()
+        dead_since: float | None = None
+        while True:
+            now = time.monotonic()
+            if has_ended(process):
+                raise ServingError(self.why_ended())
+            if is_up(self.http_url):
+                self.check()
                 return
-            if time.monotonic() > deadline:
+            if not ended_children(process.pid):
+                dead_since = None
+            elif dead_since is None:
+                dead_since = now
+            elif now - dead_since > _DEAD_WHILE_LOADING_S:
+                raise ServingError(
+                    f"the process of a model ended while it was loaded: {self._reason()} "
+                    f"(whole log: {self.log})"
+                )
+            if now - start > self._start_timeout_s:
                 raise ServingError(
                     f"tritonserver was not ready after {self._start_timeout_s:g} s: "
                     f"{self._reason()} (whole log: {self.log})"
@@ -178,53 +264,92 @@ class TritonServer:
         lines = self.log_text().splitlines()
         errors = [line.split("] ", 1)[-1] for line in lines if line.startswith("E")]
         errors = [line for line in errors if "cuda" not in line.lower()]  # usual without a GPU
-        errors = errors or [line for line in lines if line.startswith("error")] or lines
+        errors = errors or [line for line in lines if line.startswith("error")]
+        errors = errors or [line.split("] ", 1)[-1] for line in lines[-2:]]
         return "; ".join(dict.fromkeys(line.strip().strip('"') for line in errors[:2])) or "no log"
 
     def log_text(self) -> str:
-        """What the server has written so far."""
-        return self.log.read_text(errors="replace") if self.log.is_file() else ""
+        """What the server has written since it was started; of a long log the end."""
+        return self._said if self._output is None else self._output.text()
 
     def check(self) -> None:
-        """Prove that the server answers, by a request through the ensemble.
+        """Prove that the server answers, and answers right, by a request through the ensemble.
 
         Raises:
             ServingError: it is not running or does not answer properly.
         """
         _ = self.pid
-        probe(self.http_url)
+        self.ask(BOXES_MODEL)
 
-    def wait(self) -> None:
-        """Block until the server ends by itself.
+    def ask(self, model: str, *, timeout_s: float = 120.0) -> None:
+        """Prove it of one model.
+
+        Args:
+            model: one of `probe.SERVED`.
+            timeout_s: how long the answer may take.
 
         Raises:
-            ServingError: it ended; nobody asked it to.
+            ServingError: no answer, or not the one that the repository knows.
         """
-        while self._process is not None and not _has_ended(self._process):
-            time.sleep(0.2)
-        raise ServingError(
-            f"tritonserver ended by itself: {self._reason()} (whole log: {self.log})"
+        compare(model, ask(self.http_url, model, timeout_s=timeout_s), self.known_answers)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether its process is gone."""
+        return self._process is None or has_ended(self._process)
+
+    def why_ended(self) -> str:
+        """One line about a server that ended without being asked to."""
+        if self._process is None or self._output is None:
+            return f"tritonserver does not run (log: {self.log})"
+        self._output.finish()
+        return (
+            f"tritonserver ended {how_ended(self._process)}: {self._reason()} "
+            f"(whole log: {self.log})"
         )
 
+    def drain(self) -> bool:
+        """Let the models refuse what is new and wait for what was accepted, at most `grace_s`.
+
+        Returns:
+            Whether all accepted requests were answered.
+        """
+        if self._runtime is None:
+            return True
+        (self._runtime / CONTROL / DRAINING).touch()
+        deadline, idle = time.monotonic() + self.grace_s, 0
+        while idle < _IDLE_LOOKS and not self.has_ended:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+            with suppress(ServingError):
+                idle = 0 if requests_in_flight(self.metrics_url) else idle + 1
+        return True
+
     def stop(self) -> None:
-        """Stop the server, remove its backend folder and shared memory; harmless when stopped."""
-        process, self._process = self._process, None
-        if process is not None:
-            if not _has_ended(process):
-                process.send_signal(signal.SIGTERM)
-            deadline = time.monotonic() + _STOP_S
-            while not _has_ended(process) and time.monotonic() < deadline:
-                time.sleep(0.02)
-            # Whatever is left of the group, stubs included. The server is not reaped before this,
-            # so its number cannot have become another process's.
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            _wait_group_gone(process.pid)
-        for left in _SHARED_MEMORY.glob(f"{self.shared_memory_prefix}*"):
-            left.unlink(missing_ok=True)
+        """Stop the server at once, remove its folder and shared memory; harmless when stopped.
+
+        Requests that it still works on are cut off; `drain` waits for them. Nothing else would be
+        gained by Triton's own way to end, which takes seconds, and its whole timeout where a
+        model's process has died before.
+        """
+        self._end()
+        if self._output is not None:
+            self._said = self._output.text()
+            self._output.close()
+            self._output = None
         if self._runtime is not None:
             shutil.rmtree(self._runtime)
             self._runtime = None
+
+    def _end(self) -> None:
+        """End the process, its stubs included, and free its shared memory."""
+        process, self._process = self._process, None
+        if process is not None:
+            end_group(process)
+            if self._output is not None:
+                self._output.finish()
+            free_shared_memory(self.shared_memory_prefix)
 
     def __enter__(self) -> Self:
         return self.start()
@@ -233,11 +358,21 @@ class TritonServer:
         self.stop()
 
 
+def network_warning(host: str, environment: ServerEnvironment) -> str:
+    """What is wrong with a server of the wheel that others reach, "" for one that nobody does."""
+    if is_loopback(host) or environment.is_installation:
+        return ""
+    return (
+        f"WARNING: this CPU server listens on {host}. It is Triton 2.51 (24.10), which a chunked "
+        "HTTP body of many small chunks ends (fixed in later releases), and it asks nobody for a "
+        "login: keep it on 127.0.0.1, or serve from the container (--docker)"
+    )
+
+
 def remove_bytecode(folder: Path) -> None:
     """Remove the bytecode of the models' code, so that a server compiles what was checked.
 
-    Triton's Python writes it into the repository whatever PYTHONDONTWRITEBYTECODE says, and would
-    run it in place of its source.
+    A container's Python that may write there leaves it, and would run it in place of its source.
 
     Raises:
         ServingError: a folder of it cannot be removed.
@@ -250,124 +385,3 @@ def remove_bytecode(folder: Path) -> None:
                 f"{found} may be run in place of the code beside it and cannot be removed "
                 f"({error.strerror}): delete it"
             ) from error
-
-
-def probe(http_url: str, *, timeout_s: float = 120.0) -> None:
-    """Send a small image and one box through the ensemble and check the answer's shape.
-
-    The ready flag alone is not proof: it stays up when a Python model's process has died.
-
-    Args:
-        http_url: host:port of the server's HTTP endpoint.
-        timeout_s: how long the answer may take.
-
-    Raises:
-        ServingError: no answer, an error, or not one mask of the image's size.
-    """
-    side = _PROBE_SIDE
-    image = [index % 256 for index in range(side * side * 3)]  # one colour is refused
-    values = {
-        RAW_IMAGE.name: ([side, side, 3], RAW_IMAGE, image),
-        RAW_BOXES.name: ([1, 4], RAW_BOXES, [0.0, 0.0, float(side), float(side)]),
-    }
-    inputs = [
-        {"name": name, "shape": shape, "datatype": TRITON_TYPES[spec.dtype], "data": data}
-        for name, (shape, spec, data) in values.items()
-    ]
-    model = ensemble_spec(1).name
-    expected = {MASKS.name: [1, side, side], IOU_SCORES.name: [1]}
-    outputs = [{"name": name} for name in expected]
-    request = urllib.request.Request(
-        f"http://{http_url}/v2/models/{model}/infer",
-        data=json.dumps({"inputs": inputs, "outputs": outputs}).encode(),
-        headers={"Content-Type": "application/json"},
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=timeout_s) as response:  # noqa: S310
-            body = json.load(response)
-    except urllib.error.HTTPError as error:
-        text = error.read(2000).decode(errors="replace")
-        raise ServingError(f"{model} on {http_url} refused the health request: {text}") from error
-    except (OSError, ValueError) as error:
-        raise ServingError(f"{model} on {http_url} did not answer ({error})") from error
-    shapes = {item["name"]: item["shape"] for item in body["outputs"]}
-    if shapes != expected:
-        raise ServingError(f"{model} on {http_url} answered {shapes}, expected {expected}")
-
-
-def _has_ended(process: subprocess.Popen[bytes]) -> bool:
-    """Whether the process ended, without reaping it: `TritonServer.stop` does that."""
-    if process.returncode is not None:
-        return True
-    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
-
-
-def _wait_group_gone(group: int) -> None:
-    """Wait briefly for killed processes to go, so that none still makes shared memory."""
-    deadline = time.monotonic() + _KILLED_S
-    while time.monotonic() < deadline:
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return
-        time.sleep(0.02)
-
-
-def _is_up(http_url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://{http_url}/v2/health/ready", timeout=2) as response:
-            return bool(response.status == 200)
-    except OSError:
-        return False
-
-
-def _lay_out_backends(environment: ServerEnvironment, folder: Path) -> None:
-    """Copy the Python backend and the stand-ins; Triton refuses links that leave the folder."""
-    python = folder / "python"
-    python.mkdir()
-    source = environment.root / "backends" / "python"
-    for name in ("libtriton_python.so", "triton_python_backend_utils.py"):
-        shutil.copy2(source / name, python / name)
-    shutil.copy2(environment.stub, python / environment.stub.name)
-    for standin in sorted(STANDINS.iterdir()):
-        (folder / standin.name).mkdir()
-        shutil.copyfile(standin / "model.py", folder / standin.name / "model.py")
-
-
-def _environment(environment: ServerEnvironment) -> dict[str, str]:
-    """The child's variables: its own libraries and interpreter, nothing of this one's Python."""
-    variables = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    variables.update(PYTHONSAFEPATH="1")  # nothing is imported from the working folder
-    libraries: Sequence[str] = [str(path) for path in environment.library_path]
-    inherited = [variables["LD_LIBRARY_PATH"]] if variables.get("LD_LIBRARY_PATH") else []
-    variables["LD_LIBRARY_PATH"] = ":".join([*libraries, *inherited])
-    # The stub embeds Python and takes its prefix from the first python3 on the path.
-    binaries = str((environment.folder / "bin").absolute())
-    variables["PATH"] = ":".join([binaries, variables.get("PATH", os.defpath)])
-    return variables | VARIABLES
-
-
-def _reserve(ports: Ports, host: str) -> Ports:
-    """Check that each port is free and choose a free one where 0 was asked for."""
-    sockets, numbers = [], []
-    try:
-        for option, port in (
-            ("http", ports.http),
-            ("grpc", ports.grpc),
-            ("metrics", ports.metrics),
-        ):
-            listener = socket.socket()
-            sockets.append(listener)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                listener.bind((host, port))
-            except (OSError, OverflowError) as error:
-                raise InputError(
-                    f"cannot listen on {host}:{port} ({error}): choose another with "
-                    f"--{option}-port, or stop what uses it"
-                ) from error
-            numbers.append(listener.getsockname()[1])
-    finally:
-        for listener in sockets:
-            listener.close()
-    return Ports(*numbers)

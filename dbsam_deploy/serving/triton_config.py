@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict
 from typing import Literal
 
+from ..core.bls import MODEL_STEM
 from ..core.contract import (
     BATCH,
-    BOXES,
-    MODEL_BOXES,
+    BOX_IOU_SCORES,
+    BOX_MASKS,
+    IOU_SCORES,
+    MASKS,
+    MAX_POINTS,
+    NUM_BOXES,
+    NUM_POINTS,
+    NUM_PROMPTS,
     TRITON_TYPES,
     Geometry,
     GraphSpec,
@@ -17,14 +24,12 @@ from ..core.contract import (
     decoder_spec,
     encoder_spec,
     ensemble_spec,
-    postprocess_prompts_spec,
-    postprocess_spec,
-    preprocess_prompts_spec,
-    preprocess_spec,
+    interactive_spec,
     prompt_decoder_spec,
     prompts_ensemble_spec,
 )
 from ..core.imaging import Preprocessing
+from ..core.settings import FrontSettings
 from ..engines.profiles import MAX_BATCH
 
 Platform = Literal["onnxruntime", "tensorrt"]
@@ -33,31 +38,17 @@ _HEAD = "# Rendered from dbsam_deploy/core/contract.py; do not edit by hand."
 
 _BACKENDS = {"onnxruntime": 'backend: "onnxruntime"', "tensorrt": 'platform: "tensorrt_plan"'}
 
+_MAX_SIZES = {
+    NUM_BOXES: FrontSettings.chunk,
+    NUM_PROMPTS: FrontSettings.chunk,
+    NUM_POINTS: MAX_POINTS,
+}
+"""Free axis of a graph → the largest size that the front model sends, so that none needs more."""
+
 BYTECODE = "__pycache__"
 """Folder that Triton's Python leaves beside the code of a model."""
-GRAPH_MODELS = {
-    "encoder": "dbsam_encoder",
-    "decoder": "dbsam_decoder",
-    "prompt_decoder": "dbsam_prompt_decoder",
-}
+GRAPH_MODELS = {name: MODEL_STEM + name for name in ("encoder", "decoder", "prompt_decoder")}
 """Exported graph → the Triton model that runs it."""
-
-
-@dataclass(frozen=True)
-class EnsembleStep:
-    """One model of an ensemble; `renames` maps its tensor names to other names in the ensemble."""
-
-    model: str
-    spec: GraphSpec
-    renames: Mapping[str, str] = field(default_factory=dict)
-
-
-def python_specs(size: Geometry, *, prompts: bool) -> tuple[GraphSpec, ...]:
-    """Specs of the Python models; `prompts` adds those of the `dbsam_prompts` ensemble."""
-    specs = [preprocess_spec(size), postprocess_spec(size)]
-    if prompts:
-        specs += [preprocess_prompts_spec(size), postprocess_prompts_spec(size)]
-    return tuple(specs)
 
 
 def render_configs(how: Preprocessing, platforms: Mapping[str, Platform]) -> dict[str, str]:
@@ -74,31 +65,21 @@ def render_configs(how: Preprocessing, platforms: Mapping[str, Platform]) -> dic
     graphs = {"encoder": encoder_spec(how), "decoder": decoder_spec(how)}
     if prompts:
         graphs["prompt_decoder"] = prompt_decoder_spec(how)
-    configs = {spec.name: _python_model(spec, how) for spec in python_specs(how, prompts=prompts)}
-    for graph, spec in graphs.items():
-        configs[GRAPH_MODELS[graph]] = _graph_model(spec, platforms[graph])
-    box_steps = (
-        _step(preprocess_spec(how)),
-        _step(graphs["encoder"]),
-        _step(graphs["decoder"], **{BOXES: MODEL_BOXES}),
-        _step(postprocess_spec(how)),
-    )
-    configs["dbsam"] = _ensemble(ensemble_spec(how.mask_side), box_steps)
+    configs = {GRAPH_MODELS[name]: _graph_model(graphs[name], platforms[name]) for name in graphs}
+    front = front_spec(how, prompts=prompts)
+    configs[front.name] = _front_model(front, how)
+    renames = {MASKS.name: BOX_MASKS.name, IOU_SCORES.name: BOX_IOU_SCORES.name}
+    boxes = ensemble_spec(how.mask_side)
+    configs[boxes.name] = _through_front(boxes, front, renames)
     if prompts:
-        # The graph's prompt inputs are the preprocessing's outputs of the name `model_…`.
-        renames = {name: f"model_{name}" for name in graphs["prompt_decoder"].input_names[1:]}
-        steps = (
-            _step(preprocess_prompts_spec(how)),
-            _step(graphs["encoder"]),
-            _step(graphs["prompt_decoder"], **renames),
-            _step(postprocess_prompts_spec(how)),
-        )
-        configs["dbsam_prompts"] = _ensemble(prompts_ensemble_spec(how.mask_side), steps)
+        sets = prompts_ensemble_spec(how.mask_side)
+        configs[sets.name] = _through_front(sets, front, {})
     return configs
 
 
-def _step(spec: GraphSpec, **renames: str) -> EnsembleStep:
-    return EnsembleStep(GRAPH_MODELS.get(spec.name, spec.name), spec, renames)
+def front_spec(size: Geometry, *, prompts: bool) -> GraphSpec:
+    """The one Python model of a repository."""
+    return interactive_spec(size.mask_side, prompts=prompts)
 
 
 def _graph_model(spec: GraphSpec, platform: Platform) -> str:
@@ -111,6 +92,8 @@ def _graph_model(spec: GraphSpec, platform: Platform) -> str:
         "dynamic_batching { }",
         "instance_group [ { count: 1 } ]",  # the CPU default of two would load the weights twice
     ]
+    free = {axis for tensor in spec.inputs for axis in tensor.dynamic_axes.values()} - {BATCH}
+    lines += [_parameter(f"max_{axis}", _MAX_SIZES[axis]) for axis in sorted(free)]
     if platform == "tensorrt" and spec.name == "encoder":
         lines.append("optimization { cuda { graphs: true } }")
     if spec.name == "encoder":
@@ -131,21 +114,34 @@ def _graph_model(spec: GraphSpec, platform: Platform) -> str:
     return _text(lines)
 
 
-def _python_model(spec: GraphSpec, how: Preprocessing) -> str:
+def _front_model(spec: GraphSpec, how: Preprocessing) -> str:
     lines = [
         f'name: "{spec.name}"',
         'backend: "python"',
         "max_batch_size: 0",
         *_tensors("input", spec.inputs),
         *_tensors("output", spec.outputs),
+        # Without a kind Triton makes one on every GPU, each with a cache of its own.
+        "instance_group [ { count: 1 kind: KIND_CPU } ]",
     ]
-    for key in ("image_size", "embedding_stride", "mode"):
-        value = getattr(how, key)
-        lines.append(f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}')
+    values = {key: getattr(how, key) for key in ("image_size", "embedding_stride", "mode")}
+    for key, value in {**values, **asdict(FrontSettings())}.items():
+        lines.append(_parameter(key, value))
     return _text(lines)
 
 
-def _ensemble(spec: GraphSpec, steps: Iterable[EnsembleStep]) -> str:
+def _through_front(spec: GraphSpec, front: GraphSpec, renames: Mapping[str, str]) -> str:
+    """An ensemble that is the front model with fewer tensors.
+
+    Args:
+        spec: the ensemble.
+        front: the front model.
+        renames: output of the ensemble → of the front model, where they differ.
+    """
+    maps = [
+        *(("input_map", name, name) for name in spec.input_names),
+        *(("output_map", renames.get(name, name), name) for name in spec.output_names),
+    ]
     lines = [
         f'name: "{spec.name}"',
         'platform: "ensemble"',
@@ -154,16 +150,15 @@ def _ensemble(spec: GraphSpec, steps: Iterable[EnsembleStep]) -> str:
         *_tensors("output", spec.outputs),
         "ensemble_scheduling {",
         "  step [",
+        "    {",
+        f'      model_name: "{front.name}"',
+        "      model_version: -1",
+        *(f'      {kind} {{ key: "{key}" value: "{value}" }}' for kind, key, value in maps),
+        "    }",
+        "  ]",
+        "}",
     ]
-    blocks = []
-    for step in steps:
-        block = ["    {", f'      model_name: "{step.model}"', "      model_version: -1"]
-        for kind, tensors in (("input_map", step.spec.inputs), ("output_map", step.spec.outputs)):
-            for tensor in tensors:
-                value = step.renames.get(tensor.name, tensor.name)
-                block.append(f'      {kind} {{ key: "{tensor.name}" value: "{value}" }}')
-        blocks.append("\n".join([*block, "    }"]))
-    return _text([*lines, ",\n".join(blocks), "  ]", "}"])
+    return _text(lines)
 
 
 def _tensors(kind: str, specs: Iterable[TensorSpec], *, drop_batch: bool = False) -> list[str]:
@@ -171,12 +166,19 @@ def _tensors(kind: str, specs: Iterable[TensorSpec], *, drop_batch: bool = False
     for spec in specs:
         axes = spec.axes[1:] if drop_batch and spec.axes[0] == BATCH else spec.axes
         dims = ", ".join("-1" if isinstance(axis, str) else str(axis) for axis in axes)
-        rows.append(f'  {{ name: "{spec.name}" data_type: {_type(spec)} dims: [ {dims} ] }}')
+        optional = " optional: true" if spec.optional else ""
+        rows.append(
+            f'  {{ name: "{spec.name}" data_type: {_type(spec)} dims: [ {dims} ]{optional} }}'
+        )
     return [f"{kind} [", ",\n".join(rows), "]"]
 
 
+def _parameter(key: str, value: object) -> str:
+    return f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}'
+
+
 def _type(spec: TensorSpec) -> str:
-    return f"TYPE_{TRITON_TYPES[spec.dtype]}"
+    return "TYPE_STRING" if spec.dtype == "bytes" else f"TYPE_{TRITON_TYPES[spec.dtype]}"
 
 
 def _text(lines: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..artefact import Artefact, export_note, find_export, load_artefact
+from ..artefact import Artefact, export_note, find_export, read_artefact
 from ..cli import say_on_stderr
 from ..core.errors import InputError
 from ..core.imaging import Mode, Preprocessing
@@ -165,7 +165,7 @@ def _published(options: ModelOptions, open_session: Callable[[Artefact], Session
     folder = find_export(options.artefact)
     if options.artefact is None:
         say_on_stderr(export_note(folder))
-    artefact = load_artefact(folder)
+    artefact = read_artefact(folder)  # the session hashes what it takes
     name = f"{artefact.variant} {artefact.precision}"
     return Opened(open_session(artefact), artefact.preprocessing, artefact.weights, name)
 

@@ -18,27 +18,28 @@ from ..engines.manifest import (
     EngineRecord,
     check_runs_here,
     engine_folder,
-    plugin_library,
+    own_plugin_library,
     read_plan,
     read_records,
     require_parity,
 )
-from ..engines.network import inspect_engine, load_engine
+from ..engines.network import engine_tensors, inspect_engine, load_engine
 from ..engines.profiles import check_sizes
 from ..engines.runner import EngineRunner
 from ..engines.shapes import axis_sizes
-from .session import Feed, check_feed
+from .session import OPENED_LATER, Feed, check_contract, check_feed
 
 SPECIALIZATIONS = ("lazy", "eager", "none")
 """When TensorRT-RTX compiles kernels for a new shape: behind its first run, before it, or never."""
 
 
 class EngineSession(ABC):
-    """An artefact's engines of one kind on the first GPU; engines are loaded when first used.
+    """An artefact's engines of one kind on the first GPU.
 
     Every plan is checked before it is loaded: its content, the runtime's version, this GPU, and
-    that it passed its gate on such a GPU together with the others. Runs of several threads take
-    turns.
+    that it passed its gate on such a GPU together with the others; a loaded engine is compared with
+    the contract. All plans are read when the session opens, and so are loaded, but for the prompt
+    decoder's, which waits for its first use. Runs of several threads take turns.
 
     Args:
         kind: which engines.
@@ -50,8 +51,8 @@ class EngineSession(ABC):
 
     Raises:
         MissingError: the runtime or PyCUDA is not installed.
-        EngineError: no GPU, or plans that are missing, changed, for another version or GPU, or not
-            verified.
+        EngineError: no GPU, or plans that are missing, changed, for another version or GPU, not
+            verified, or not of the contract's graphs.
     """
 
     def __init__(
@@ -79,12 +80,20 @@ class EngineSession(ABC):
         self._plans = {
             graph: read_plan(self._folder, record) for graph, record in self._records.items()
         }
+        self._libraries = {
+            graph: own_plugin_library(self._folder, record)
+            for graph, record in self._records.items()
+        }
         self._cuda_graphs = cuda_graphs
         self._logger = self._trt.Logger(self._trt.Logger.WARNING)
         self._runtime = self._trt.Runtime(self._logger)
         self._engines: dict[str, Any] = {}
         self._runners: dict[str, EngineRunner] = {}
         self._lock = threading.Lock()
+        with self._device.current():
+            for graph in self._records:
+                if graph not in OPENED_LATER:
+                    self._engine(graph)
 
     @property
     def gpu(self) -> Gpu:
@@ -126,16 +135,18 @@ class EngineSession(ABC):
     def _engine(self, graph: str) -> Any:
         if graph not in self._engines:
             record = self._records[graph]
-            library = plugin_library(self._folder, record)
+            library = self._libraries[graph]
             if library is not None:
                 self._load_plugins(library)
             self._check_plan(graph, self._plans[graph])
-            self._engines[graph] = load_engine(
+            engine = load_engine(
                 self._trt,
                 self._runtime,
                 self._plans[graph],
                 version_compatible=record.flags.version_compatible,
             )
+            check_contract(self._specs[graph], *engine_tensors(self._trt, engine))
+            self._engines[graph] = engine
             del self._plans[graph]
         return self._engines[graph]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Collection
 from typing import Any
 
 from ..artefact import Artefact, take_graphs
@@ -16,13 +18,14 @@ from .onnxruntime_providers import (
     open_session,
     require_provider,
 )
-from .session import Feed, Found, check_contract, check_feed
+from .session import OPENED_LATER, Feed, Found, check_contract, check_feed
 
 
 class OnnxRuntimeSession:
     """The exported graphs on ONNX Runtime, made of the very bytes that were checked.
 
-    All graphs are opened at once, so that they belong together whatever becomes of the folder.
+    All graphs are read and checked at once, so that they belong together whatever becomes of the
+    folder. The prompt decoder is opened when the first point prompt comes.
 
     Args:
         artefact: a published export.
@@ -36,8 +39,8 @@ class OnnxRuntimeSession:
     """
 
     devices: tuple[str, ...] = ("cpu", "cuda")
-    at_once = True
-    """Whether graphs are opened with the session; else their content waits for their first use."""
+    later: Collection[str] = OPENED_LATER
+    """Graphs whose content waits for their first use."""
 
     def __init__(self, artefact: Artefact, *, device: str = "cpu", threads: int = 0) -> None:
         if device not in self.devices:
@@ -49,18 +52,20 @@ class OnnxRuntimeSession:
         self._specs = graph_specs(artefact.preprocessing)
         self._sessions: dict[str, Any] = {}
         self._content: dict[str, bytes] = {}
+        self._lock = threading.Lock()
         for graph, content in take_graphs(artefact):
             self._content[graph] = content
             del content
-            if self.at_once:
+            if graph not in self.later:
                 self._open(graph)
 
     def run(self, graph: str, feed: Feed) -> dict[str, FloatArray]:
         """See `Session.run`."""
         spec = self._specs[graph]
         check_feed(spec, feed)
-        if graph not in self._sessions:
-            self._open(graph)
+        with self._lock:
+            if graph not in self._sessions:
+                self._open(graph)
         outputs = self._sessions[graph].run(spec.output_names, feed)
         return dict(zip(spec.output_names, outputs, strict=True))
 

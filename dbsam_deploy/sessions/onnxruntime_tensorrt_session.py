@@ -20,7 +20,7 @@ from ..files.manifests import ManifestKind
 from ..files.private import cache_folder, private_folder
 from .onnxruntime_providers import TENSORRT
 from .onnxruntime_session import OnnxRuntimeSession
-from .session import Feed, check_feed
+from .session import OPENED_LATER, Feed, check_feed
 
 _LIST = ManifestKind("a list of engines", "they are built again", EngineError)
 _LIST_NAME = "engines.json"
@@ -42,7 +42,7 @@ class OnnxRuntimeTensorrtSession(OnnxRuntimeSession):
     """
 
     devices = (TENSORRT.label,)
-    at_once = False  # an engine takes minutes
+    later = (*OPENED_LATER, "encoder", "decoder")  # an engine takes minutes
 
     def __init__(self, artefact: Artefact, *, engine_cache: Path | None = None) -> None:
         super().__init__(artefact, device=TENSORRT.label)

@@ -11,13 +11,15 @@ from ..artefact import BUILD_FOLDER
 from ..cli import check_paths
 from ..core.errors import InputError
 from ..core.imaging import MODES
+from ..files.regular import regular_size
 from ..resources import VARIANT_NAMES
 from .backends import BACKENDS, LOCAL_BACKENDS, RUNTIME_PRECISIONS, ModelOptions, names_with
 
 TRITON = "triton"
 """The backend that is a running server, with options of its own."""
 _SERVER_NEEDS = "a running Triton server (extra client)"
-SERVER_OPTIONS = ("url", "transport", "shared_memory", "timeout")
+_MAX_KEY_BYTES = 4096
+SERVER_OPTIONS = ("url", "transport", "shared_memory", "timeout", "key_file")
 
 
 def add_model_options(
@@ -101,7 +103,31 @@ def add_server_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGro
         help="for a server on this machine: no copies",
     )
     server.add_argument("--timeout", type=float, metavar="S", help="seconds to wait (default: 60)")
+    server.add_argument(
+        "--key-file",
+        type=Path,
+        metavar="FILE",
+        help="server.key that `python -m dbsam_deploy.serve` wrote, which --shared-memory needs "
+        "(default: DBSAM_SERVER_KEY of the environment)",
+    )
     return server
+
+
+def read_key(path: Path) -> str:
+    """The key in a file that `serve` wrote.
+
+    Raises:
+        InputError: no such file, or something else in it.
+    """
+    if regular_size(path) > _MAX_KEY_BYTES:
+        raise InputError(f"{path}: too long for a key: expected the server.key of `serve`")
+    try:
+        key = path.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as a key: {error}") from error
+    if not key.isprintable() or not key or " " in key:
+        raise InputError(f"{path} holds no key: expected the server.key of `serve`")
+    return key
 
 
 def model_options(args: argparse.Namespace) -> ModelOptions:

@@ -12,6 +12,9 @@ from ..core.imaging import Arrays, FloatArray
 Feed = Arrays
 """A graph's inputs."""
 
+OPENED_LATER = frozenset({"prompt_decoder"})
+"""Graphs that a session reads and checks when it opens, and opens when they are first used."""
+
 
 class Session(Protocol):
     """Runs the graphs of one model; `backend` names the runtime."""

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -23,10 +21,13 @@ from ..core.contract import EMBEDDING_CHANNELS
 from ..core.errors import InputError
 from ..core.imaging import ByteArray, FloatArray, preprocess
 from ..files.atomic import write_atomically
+from ..images.npz_files import read_array
 from ..model.weights import LoadedModel
 from .augmentation import Augmentation, augment
 from .samples import Mixture
 
+MAX_PART_BYTES = 256 * 1024 * 1024
+"""Largest image, or embeddings of one, that is read."""
 _STREAM = 1
 """Separates these draws from training's own, which have the same seed."""
 
@@ -55,10 +56,10 @@ class Bank:
         """
         path = self.path(index)
         try:
-            with np.load(path, allow_pickle=False) as content:
-                image, embeddings = content["image"], content["embeddings"]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise InputError(f"{path}: damaged ({error}); delete it and start again") from error
+            image = read_array(path, "image", MAX_PART_BYTES)
+            embeddings = read_array(path, "embeddings", MAX_PART_BYTES)
+        except InputError as error:
+            raise InputError(f"{error}: delete it and start again") from error
         if image.ndim != 3 or embeddings.ndim != 3 or len(embeddings) != EMBEDDING_CHANNELS:
             raise InputError(
                 f"{path}: image {image.shape} and embeddings {embeddings.shape}; expected "

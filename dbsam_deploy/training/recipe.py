@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..core.errors import InputError
+from ..files.regular import small_text
 from ..recipe import build_table
 from .augmentation import Augmentation
 from .choices import Freeze, find_training_recipe
@@ -135,8 +136,8 @@ def read_training_recipe(path: Path) -> TrainingRecipe:
         InputError: not TOML, an unknown or missing key, a value of the wrong type or out of range.
     """
     try:
-        body = tomllib.loads(path.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
+        body = tomllib.loads(small_text(path))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"recipe {path}: {error}") from error
     body["name"] = path.stem
     for table, kind in (("optimizer", Optimizer), ("augmentation", Augmentation)):

@@ -61,7 +61,11 @@ def recipe_key(recipe: TrainingRecipe, data: str) -> str:
 
 
 def save_state(path: Path, key: str, state: TrainingState) -> None:
-    """Write a resume point atomically."""
+    """Write a resume point atomically.
+
+    Raises:
+        OSError: the disk refuses; an earlier file is as it was.
+    """
     body = {
         "format": FORMAT,
         "key": key,
@@ -71,7 +75,12 @@ def save_state(path: Path, key: str, state: TrainingState) -> None:
         _OPTIMIZER: state.optimizer,
     }
     with write_atomically(path) as stream:
-        torch.save(body, stream)
+        try:
+            torch.save(body, stream)
+        except RuntimeError as error:  # PyTorch's writer hides what the disk said behind its own
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def load_state(path: Path, key: str) -> TrainingState:

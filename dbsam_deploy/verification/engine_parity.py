@@ -12,7 +12,6 @@ from ..engines.device import Gpu
 from ..engines.kinds import TENSORRT, TENSORRT_RTX, Kind
 from ..engines.layers import check_plugins, read_attention, read_layers
 from ..engines.manifest import EngineRecord, PassedGate, engine_folder, read_records, sign
-from ..files.atomic import write_atomically
 from ..recipe import Gate
 from ..sessions.engine_session import EngineSession, TensorrtRtxSession, TensorrtSession
 from ..sessions.session import Session
@@ -83,15 +82,12 @@ def verify_engines(
 
 
 def _inspected(artefact: Artefact, session: EngineSession, graph: str) -> EngineRecord:
-    """A graph's manifest with what the builder made of it, which is also saved beside the plan."""
-    record, folder = session.records[graph], engine_folder(artefact, session.kind)
-    text = session.layers(graph)
+    """A graph's manifest with what the builder made of it."""
+    record = session.records[graph]
     attention = read_attention(artefact.path(graph))
     if record.flags.quick_plugins:
         attention = attention.of_quick_plugins()
-    report = read_layers(text, attention)
+    report = read_layers(session.layers(graph), attention)
     if record.plugins is not None or record.flags.quick_plugins:
         check_plugins(report, record.plan.file)
-    with write_atomically(folder / f"{graph}.layers.json") as stream:
-        stream.write(text.encode())
     return replace(record, layers=report.as_dict())

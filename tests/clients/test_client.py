@@ -16,6 +16,8 @@ from dbsam_deploy.clients import calls as client_requests
 from dbsam_deploy.clients import exchange
 from dbsam_deploy.clients.async_client import AsyncDbsamClient
 from dbsam_deploy.clients.client import DbsamClient
+from dbsam_deploy.clients.failures import translated
+from dbsam_deploy.clients.retries import ServerRequest
 from dbsam_deploy.core.errors import InputError, ServingError
 from dbsam_deploy.prediction.predictor import Predictor
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
@@ -63,7 +65,9 @@ def test_ensemble_masks_equal_local_prediction_bit_for_bit(
     image, boxes = random_case(*size)
     predictor.set_image(image)
     expected = predictor.predict_boxes(boxes)
-    with DbsamClient(url_of(triton, protocol), protocol, shared_memory=shared) as client:
+    with DbsamClient(
+        url_of(triton, protocol), protocol, shared_memory=shared, key=triton.key
+    ) as client:
         answer = client.segment(image, boxes)
     np.testing.assert_array_equal(answer.masks, expected.masks)
     np.testing.assert_array_equal(answer.ious, expected.ious)
@@ -89,7 +93,7 @@ def test_asyncio_answers_equal_local_prediction(triton, predictor, protocol, sha
 
     async def ask():
         url = url_of(triton, protocol)
-        async with AsyncDbsamClient(url, protocol, shared_memory=shared) as client:
+        async with AsyncDbsamClient(url, protocol, shared_memory=shared, key=triton.key) as client:
             return await asyncio.gather(*(client.segment(*case) for case in cases))
 
     answers = asyncio.run(ask())
@@ -125,7 +129,9 @@ def assert_same_prompts(answer, expected):
 def test_prompts_equal_local_prediction(triton, predictor, protocol, shared, size):
     image, cases = prompt_cases(size)
     predictor.set_image(image)
-    with DbsamClient(url_of(triton, protocol), protocol, shared_memory=shared) as client:
+    with DbsamClient(
+        url_of(triton, protocol), protocol, shared_memory=shared, key=triton.key
+    ) as client:
         for case in cases:
             expected = predictor.predict_prompts(**case)
             assert_same_prompts(client.segment_prompts(image, **case), expected)
@@ -139,7 +145,7 @@ def test_prompts_by_asyncio_equal_local_prediction(triton, predictor, protocol, 
 
     async def ask():
         url = url_of(triton, protocol)
-        async with AsyncDbsamClient(url, protocol, shared_memory=shared) as client:
+        async with AsyncDbsamClient(url, protocol, shared_memory=shared, key=triton.key) as client:
             return await asyncio.gather(*(client.segment_prompts(image, **c) for c in cases))
 
     for case, answer in zip(cases, asyncio.run(ask()), strict=True):
@@ -187,7 +193,7 @@ def test_the_prompt_ensemble_refuses_bad_requests_and_lives_on(triton, protocol)
             inputs, outputs = client_requests.tensors(library, call, None)
             with (
                 pytest.raises(InputError, match=message),
-                client_requests.translated(url),
+                translated(ServerRequest(url, protocol, 60)),
             ):
                 server.infer(good.spec.name, inputs, outputs=outputs)
     finally:
@@ -200,7 +206,9 @@ def test_the_prompt_ensemble_refuses_bad_requests_and_lives_on(triton, protocol)
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
 def test_shared_memory_is_kept_between_requests_and_given_back(triton, protocol):
     before, already = regions(), set(registered(triton))
-    with DbsamClient(url_of(triton, protocol), protocol, shared_memory=True) as client:
+    with DbsamClient(
+        url_of(triton, protocol), protocol, shared_memory=True, key=triton.key
+    ) as client:
         client.segment(*random_case(50, 60))
         (first,) = regions() - before
         client.segment(*random_case(61, 40))
@@ -221,7 +229,8 @@ def registered(triton) -> dict:
     library = client_requests.load_library("tritonclient.grpc")
     server = library.InferenceServerClient(triton.grpc_url)
     try:
-        status = server.get_system_shared_memory_status(as_json=True)
+        key = {"triton-grpc-protocol-dbsam-key": triton.key}
+        status = server.get_system_shared_memory_status(headers=key, as_json=True)
         return status.get("regions", {})
     finally:
         server.close()
@@ -237,10 +246,12 @@ def test_a_timeout_is_an_error_and_the_server_lives_on(triton, protocol, shared)
         warnings.simplefilter("ignore", ResourceWarning)  # the region is let go a little later
         with (
             pytest.raises(ServingError, match="did not answer in time"),
-            DbsamClient(url, protocol, shared_memory=shared, timeout_s=0.03) as client,
+            DbsamClient(
+                url, protocol, shared_memory=shared, key=triton.key, timeout_s=0.03
+            ) as client,
         ):
             client.segment(image, boxes)
-    with DbsamClient(url, protocol, shared_memory=shared) as client:
+    with DbsamClient(url, protocol, shared_memory=shared, key=triton.key) as client:
         assert client.segment(image[:50, :50], boxes).masks.shape == (1, 1, 50, 50)
 
 
@@ -251,7 +262,7 @@ def test_a_cancelled_task_leaves_no_shared_memory(triton):
     before, already = regions(), set(registered(triton))
 
     async def ask():
-        async with AsyncDbsamClient(triton.grpc_url, shared_memory=True) as client:
+        async with AsyncDbsamClient(triton.grpc_url, shared_memory=True, key=triton.key) as client:
             task = asyncio.create_task(client.segment(image, boxes))
             while regions() == before:
                 await asyncio.sleep(0.001)
@@ -291,7 +302,7 @@ def test_an_answer_of_another_shape_is_refused(triton, monkeypatch):
     monkeypatch.setattr(exchange, "box_call", expects_other_shapes)
     for shared in (False, True):
         with (
-            DbsamClient(triton.grpc_url, shared_memory=shared) as client,
+            DbsamClient(triton.grpc_url, shared_memory=shared, key=triton.key) as client,
             pytest.raises(ServingError, match="masks as UINT8"),
         ):
             client.segment(image, boxes)
@@ -310,7 +321,9 @@ def test_the_command_writes_mask_and_overlay(triton, predictor, tmp_path, capsys
     for label, mask in enumerate(predictor.predict_boxes(boxes).masks[:, 0], start=1):
         expected[mask == 1] = label
     url = url_of(triton, "http" if "http" in more else "grpc")
+    (tmp_path / "server.key").write_text(f"{triton.key}\n")
     options = [str(tmp_path / "a.png"), *more, url, "--output", str(tmp_path / "out")]
+    options += ["--key-file", str(tmp_path / "server.key")]
     for box in boxes:
         options += ["--box", *map(str, box)]
     assert run(client_door.main, options) == 0

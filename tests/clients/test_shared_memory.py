@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import itertools
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -34,15 +36,51 @@ def test_region_sizes_are_powers_of_two():
 def test_a_pool_hands_out_what_fits_and_drops_what_does_not():
     pool = RegionPool()
     small, large = SharedRegion(64), SharedRegion(256)
-    pool.idle += [small, large]
+    pool.give_back(small)
+    pool.give_back(large)
     assert pool.take(128) is large
     assert pool.take(128) is None
-    assert pool.stale == [small.name]
+    assert pool.claim_stale() == [small.name]
     assert large.name in regions()
-    pool.idle.append(large)
+    pool.give_back(large)
     pool.retire_all()
-    assert pool.stale == [small.name, large.name]
+    assert pool.claim_stale() == [large.name]
     assert not {small.name, large.name} & regions()
+
+
+def test_threads_never_take_the_same_region():
+    pool, taken = RegionPool(), []
+    made = [SharedRegion(64) for _ in range(8)]
+    for region in made:
+        pool.give_back(region)
+
+    def take() -> None:
+        for _ in range(200):
+            region = pool.take(64)
+            if region is not None:
+                assert region not in taken
+                taken.append(region)
+                taken.remove(region)
+                pool.give_back(region)
+
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        for done in [threads.submit(take) for _ in range(8)]:
+            done.result()
+    pool.retire_all()
+    assert sorted(pool.claim_stale()) == sorted(region.name for region in made)
+
+
+def test_a_forked_process_leaves_its_parents_regions_alone():
+    pool, region = RegionPool(), SharedRegion(64)
+    pool.give_back(region)
+    child = os.fork()
+    if child == 0:  # what is taken for free here would be written by two processes
+        status = int(pool.take(64) is not None)
+        pool.retire_all()
+        os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert region.name in regions()
+    pool.retire_all()
 
 
 def test_full_shared_memory_is_an_error_not_a_crash(monkeypatch):

@@ -7,14 +7,20 @@ from pathlib import Path
 import pytest
 
 import dbsam_deploy
+from dbsam_deploy.core import contract
 from dbsam_deploy.core.contract import (
+    EMBEDDING_CHANNELS,
+    MAX_IMAGE_PIXELS,
+    MAX_MASK_PIXELS,
+    MAX_POINTS,
+    MAX_PROMPTS,
+    NUM_MASK_TOKENS,
     Geometry,
+    TensorSpec,
+    check_image_size,
     ensemble_spec,
     graph_specs,
-    postprocess_prompts_spec,
-    postprocess_spec,
-    preprocess_prompts_spec,
-    preprocess_spec,
+    interactive_spec,
     prompts_ensemble_spec,
 )
 from dbsam_deploy.core.errors import InputError
@@ -34,32 +40,139 @@ def test_graphs_fit_together(image_size, stride):
     assert list(specs) == [spec.name for spec in specs.values()]
 
 
-def test_the_ensemble_passes_each_tensor_on_as_it_is_expected():
-    specs = graph_specs(Geometry(512))
-    pre, post = preprocess_spec(Geometry(512)), postprocess_spec(Geometry(512))
-    image, boxes, size = pre.outputs
-    assert (image.name, image.dtype) == ("image", specs["encoder"].inputs[0].dtype)
-    assert image.axes[1:] == specs["encoder"].inputs[0].axes[1:]
-    assert boxes.axes[1:] == specs["decoder"].inputs[1].axes[1:]
-    assert post.inputs[2] == size
-    for given, wanted in zip(specs["decoder"].outputs, post.inputs, strict=False):
-        assert (given.name, given.dtype, given.axes[1:]) == (
-            wanted.name,
-            wanted.dtype,
-            wanted.axes[1:],
-        )
-    ensemble = ensemble_spec(Geometry(512).mask_side)
-    assert ensemble.inputs == pre.inputs
-    assert ensemble.outputs == post.outputs
+def test_the_ensembles_are_the_front_with_fewer_tensors():
+    front = interactive_spec(128)
+    assert all(tensor.optional for tensor in front.inputs)
+    given = {tensor.name: (tensor.dtype, tensor.axes) for tensor in front.inputs}
+    for spec in (ensemble_spec(128), prompts_ensemble_spec(128)):
+        for tensor in spec.inputs:
+            assert given[tensor.name] == (tensor.dtype, tensor.axes)
+    assert interactive_spec(128, prompts=False).input_names == ["raw_image", "image_id", "boxes"]
+    assert interactive_spec(128, prompts=False).outputs == front.outputs
 
 
-def test_coordinates_name_their_frame():
-    for spec in graph_specs(Geometry(64)).values():
-        for tensor in (*spec.inputs, *spec.outputs):
-            if tensor.name in ("image", "boxes", "point_coords"):
-                assert tensor.frame == "model"
-            if tensor.name in ("low_res_masks", "mask_input"):
-                assert tensor.frame == "mask grid"
+SIZES = Geometry(512)
+"""Grid 32 and mask grid 128: no two sizes in the table below are the same."""
+
+GRAPHS = {
+    "encoder": (
+        ["image float32 (batch, 3, 512, 512) in model"],
+        ["image_embeddings float32 (batch, 256, 32, 32) in none"],
+    ),
+    "decoder": (
+        [
+            "image_embeddings float32 (batch, 256, 32, 32) in none",
+            "boxes float32 (batch, num_boxes, 4) in model",
+        ],
+        [
+            "low_res_masks float32 (batch, num_boxes, 1, 128, 128) in mask grid",
+            "iou_predictions float32 (batch, num_boxes, 1) in none",
+        ],
+    ),
+    "prompt_decoder": (
+        [
+            "image_embeddings float32 (batch, 256, 32, 32) in none",
+            "point_coords float32 (batch, num_prompts, num_points, 2) in model",
+            "point_labels int32 (batch, num_prompts, num_points) in none",
+            "mask_input float32 (batch, num_prompts, 1, 128, 128) in mask grid",
+            "has_mask_input float32 (batch, num_prompts) in none",
+        ],
+        [
+            "low_res_masks float32 (batch, num_prompts, 4, 128, 128) in mask grid",
+            "iou_predictions float32 (batch, num_prompts, 4) in none",
+        ],
+    ),
+    "dbsam": (
+        [
+            "raw_image uint8 (height, width, 3) in image",
+            "boxes float32 (num_boxes, 4) in image",
+        ],
+        [
+            "masks uint8 (num_boxes, height, width) in image",
+            "iou_scores float32 (num_boxes) in none",
+            "low_res_logits float32 (num_boxes, 1, 128, 128) in mask grid",
+        ],
+    ),
+    "dbsam_prompts": (
+        [
+            "raw_image uint8 (height, width, 3) in image",
+            "point_coords float32 (num_prompts, num_points, 2) in image",
+            "point_labels int32 (num_prompts, num_points) in none",
+            "mask_input float32 (num_prompts, 128, 128) in mask grid",
+            "has_mask_input float32 (num_prompts) in none",
+        ],
+        [
+            "masks uint8 (num_prompts, 4, height, width) in image",
+            "iou_scores float32 (num_prompts, 4) in none",
+            "low_res_logits float32 (num_prompts, 4, 128, 128) in mask grid",
+        ],
+    ),
+    "dbsam_interactive": (
+        [
+            "raw_image uint8 (height, width, 3) in image, optional",
+            "image_id bytes (1) in none, optional",
+            "boxes float32 (num_boxes, 4) in image, optional",
+            "point_coords float32 (num_prompts, num_points, 2) in image, optional",
+            "point_labels int32 (num_prompts, num_points) in none, optional",
+            "mask_input float32 (num_prompts, 128, 128) in mask grid, optional",
+            "has_mask_input float32 (num_prompts) in none, optional",
+        ],
+        [
+            "masks uint8 (num_prompts, num_masks, height, width) in image",
+            "iou_scores float32 (num_prompts, num_masks) in none",
+            "low_res_logits float32 (num_prompts, num_masks, 128, 128) in mask grid",
+            "image_id bytes (1) in none",
+            "cached uint8 (1) in none",
+            "masks_packed bytes (1) in image",
+            "box_masks uint8 (num_boxes, height, width) in image",
+            "box_iou_scores float32 (num_boxes) in none",
+        ],
+    ),
+}
+"""What deployed graphs, servers and clients agreed on: a change here breaks those in the field."""
+
+
+def described(tensor: TensorSpec) -> str:
+    row = f"{tensor.name} {tensor.dtype} ({', '.join(map(str, tensor.axes))}) in {tensor.frame}"
+    return f"{row}, optional" if tensor.optional else row
+
+
+def test_every_tensor_that_crosses_a_boundary():
+    specs = [
+        *graph_specs(SIZES).values(),
+        ensemble_spec(SIZES.mask_side),
+        prompts_ensemble_spec(SIZES.mask_side),
+        interactive_spec(SIZES.mask_side),
+    ]
+    for spec in specs:
+        rows = ([described(item) for item in side] for side in (spec.inputs, spec.outputs))
+        assert tuple(rows) == GRAPHS[spec.name]
+        assert spec.input_names == [row.split()[0] for row in GRAPHS[spec.name][0]]
+        assert spec.output_names == [row.split()[0] for row in GRAPHS[spec.name][1]]
+        assert all(tensor.meaning for tensor in (*spec.inputs, *spec.outputs))
+    assert [spec.name for spec in specs] == list(GRAPHS)
+
+
+def test_the_limits_are_those_that_the_documents_name():
+    assert (MAX_IMAGE_PIXELS, MAX_MASK_PIXELS) == (64 * 2**20, 2**30)
+    assert (MAX_PROMPTS, MAX_POINTS) == (256, 64)
+    assert (EMBEDDING_CHANNELS, NUM_MASK_TOKENS) == (256, 4)
+
+
+def test_names_on_the_wire():
+    assert contract.TRITON_TYPES == {
+        "float32": "FP32",
+        "int32": "INT32",
+        "int64": "INT64",
+        "uint8": "UINT8",
+        "bytes": "BYTES",
+    }
+
+
+def test_a_geometry_that_is_not_told_a_stride_is_sams():
+    assert (Geometry(512).grid, Geometry(512).mask_side) == (32, 128)
+    fine = Geometry(512, embedding_stride=4)
+    assert (fine.grid, fine.mask_side) == (128, 512)
 
 
 def test_dynamic_axes_by_position():
@@ -67,7 +180,13 @@ def test_dynamic_axes_by_position():
     assert boxes.dynamic_axes == {0: "batch", 1: "num_boxes"}
 
 
-@pytest.mark.parametrize("size", [0, -16, 63, 100, 4096])
+@pytest.mark.parametrize("size", [64, 80, 1024, 2048])
+def test_possible_image_sizes(size):
+    assert check_image_size(size) == size
+    assert Geometry(size).image_size == size
+
+
+@pytest.mark.parametrize("size", [0, -16, 48, 63, 72, 100, 2064, 4096, 64.0, True, "64", None])
 def test_impossible_image_sizes(size):
     with pytest.raises(InputError, match="multiple of 16 from 64 to 2048"):
         Geometry(size)
@@ -90,12 +209,9 @@ def _tensor_names() -> set[str]:
     size = Geometry(64)
     specs = [
         *graph_specs(size).values(),
-        preprocess_spec(size),
-        postprocess_spec(size),
         ensemble_spec(size.mask_side),
-        preprocess_prompts_spec(size),
-        postprocess_prompts_spec(size),
         prompts_ensemble_spec(size.mask_side),
+        interactive_spec(size.mask_side),
     ]
     return {tensor.name for spec in specs for tensor in (*spec.inputs, *spec.outputs)}
 

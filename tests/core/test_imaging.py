@@ -1,5 +1,7 @@
 """Pre- and post-processing against independent references written with torch and Pillow."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from dbsam_deploy.core.contract import MAX_IMAGE_PIXELS, MAX_POINTS, MAX_PROMPTS
-from dbsam_deploy.core.errors import EngineError, InputError
+from dbsam_deploy.core.errors import EngineError, InputError, MissingError
 from dbsam_deploy.core.imaging import (
     Preprocessing,
     area_resize,
@@ -121,6 +123,14 @@ def test_medsam_preprocess_of_a_constant_image_is_zero() -> None:
     pytest.importorskip("skimage")
     image = np.full((20, 30, 3), 77, np.uint8)
     assert (preprocess(image, Preprocessing(64, "medsam")) == 0).all()
+
+
+def test_medsam_preprocess_names_the_package_that_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "skimage.transform", None)
+    with pytest.raises(MissingError, match=r'scikit-image, which is not.*: pip install "scik'):
+        preprocess(np.zeros((20, 30, 3), np.uint8), Preprocessing(64, "medsam"))
 
 
 def area_mean(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -344,7 +354,7 @@ def test_check_boxes_accepts_the_whole_image() -> None:
             np.zeros((1, MAX_POINTS - 1)),
             f"{MAX_POINTS - 1} points in a prompt",
         ),
-        (np.zeros((1, 1, 2)), np.full((1, 1), 2), "point labels"),
+        (np.zeros((1, 1, 2)), np.full((1, 1), 2), r"point labels \[2\]: expected only -1, 0 and 1"),
         (np.zeros((1, 1, 2)), np.full((1, 1), 0.5), "point labels"),
         (np.array([[[21, 5]]]), np.ones((1, 1)), "outside the image"),
         (np.array([[[5, 10.5]]]), np.ones((1, 1)), "outside the image"),

@@ -28,7 +28,8 @@ from dbsam_deploy.engines.kinds import TENSORRT, TENSORRT_RTX
 from dbsam_deploy.engines.manifest import Flags, engine_folder, read_records, write_record
 from dbsam_deploy.engines.process import Builder
 from dbsam_deploy.engines.profiles import plan_ranges
-from dbsam_deploy.files.atomic import sha256_of
+from dbsam_deploy.files.atomic import sha256_of, write_atomically
+from dbsam_deploy.files.private import cache_folder
 from dbsam_deploy.fusions import fuse_file
 from dbsam_deploy.model import variant_config
 from dbsam_deploy.quantization.qdq import calibrate, quantize_graph
@@ -114,8 +115,8 @@ def test_half_precision_engines_with_fused_operators_for_three_gpus(
         assert record.version == request.builder.version
     assert json.loads((folder / "encoder.plan.json").read_text())["parity"] is None
     assert read_records(artefact, TENSORRT_RTX) == records
-    left = {path.name for path in folder.iterdir() if path.suffix != ".log"}
-    assert left == {
+    assert {path.name for path in folder.parent.iterdir()} == {"tensorrt-rtx"}
+    assert {path.name for path in folder.iterdir()} == {
         *(f"{graph}.plan" for graph in artefact.graphs),
         *(f"{graph}.plan.json" for graph in artefact.graphs),
     }
@@ -185,8 +186,10 @@ def test_an_operator_that_nobody_has_is_named(rtx, tmp_path):
     artefact = wrong_graph(tmp_path, make)
     with pytest.raises(EngineError, match=r"the ONNX parser refuses it: .*'node_7', Mystery"):
         build_engines(artefact, rtx("sm_86"))
-    left = {path.name for path in engine_folder(artefact, TENSORRT_RTX).iterdir()}
+    folder = engine_folder(artefact, TENSORRT_RTX)
+    left = {path.name for path in folder.with_name(".tensorrt-rtx.work").glob("scratch/*")}
     assert left == {"decoder.job.json", "decoder.build.log"}
+    assert not folder.exists()
 
 
 def test_a_graph_with_other_inputs_than_the_contract_is_refused(rtx, tmp_path):
@@ -291,8 +294,11 @@ def fake_run(jobs, layers):
 
     def run_job(job, folder, graph):
         jobs.append(job)
-        Path(job.plan).write_bytes(f"plan of {graph}".encode())
+        with write_atomically(Path(job.plan)) as stream:
+            stream.write(f"plan of {graph}".encode())
         Path(job.layers).write_text(json.dumps({"Layers": layers}))
+        with Path(job.timing_cache).open("a") as stream:
+            stream.write(graph + " ")
         return {"network_layers": 1, "seconds": 0.1}
 
     return run_job
@@ -300,6 +306,7 @@ def fake_run(jobs, layers):
 
 def test_a_tensorrt_build_has_a_timing_cache_and_its_layers(make_artefact, monkeypatch, tmp_path):
     artefact, jobs = make_artefact(tmp_path / "a", 64), []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     fake_builder(monkeypatch)
     layers = [{"Name": "_gemm_mha_v2", "LayerType": "kgen"}]
     monkeypatch.setattr(engine_build, "run_job", fake_run(jobs, layers))
@@ -307,9 +314,12 @@ def test_a_tensorrt_build_has_a_timing_cache_and_its_layers(make_artefact, monke
     records = build_engines(artefact, check_options(EngineOptions(flags=flags)))
     folder = engine_folder(artefact, TENSORRT)
     for job in jobs:
-        assert job.timing_cache == str(folder / "nvidia-h100-pcie-sm-90-11.4.0.106.timing")
         assert (job.targets, job.plugins, job.flags) == ((), "", flags)
-        assert all(Path(path).is_absolute() for path in (job.onnx, job.plan, job.layers))
+        paths = (job.onnx, job.plan, job.layers, job.timing_cache)
+        assert all(Path(path).is_absolute() for path in paths)
+    (timings,) = cache_folder("tensorrt-timings").iterdir()
+    assert timings.name == f"nvidia-h100-pcie-sm-90-11.4.0.106-{sha256_of(timings)}.timing"
+    assert sorted(timings.read_text().split()) == ["decoder", "encoder", "prompt_decoder"]
     record = records["encoder"]
     assert record.built_on == GPU
     assert record.layers["fused_attention"] == 1
@@ -368,13 +378,15 @@ def test_the_plugin_library_goes_with_the_plans_that_need_it(fused, monkeypatch)
     assert records["decoder"].plugins is None
     assert records["encoder"].layers["plugins"] == 1
     loaded = {Path(job.onnx).stem: job.plugins for job in jobs}
-    copy = str((folder / library.name).resolve())
-    assert loaded == {"encoder": copy, "decoder": "", "prompt_decoder": ""}
+    copy = folder.with_name(".tensorrt.work").resolve() / "files" / library.name
+    assert loaded == {"encoder": str(copy), "decoder": "", "prompt_decoder": ""}
+    assert (folder / library.name).read_bytes() == library.read_bytes()
     signed = replace(records["encoder"], parity={})
     write_record(folder, signed)
     assert build_engines(artefact, request)["encoder"] == signed
     apart = check_options(EngineOptions(take_apart=True))
     assert build_engines(artefact, apart)["encoder"].plugins is None
+    assert not (folder / library.name).exists()
 
 
 def test_attention_that_was_not_fused_is_not_published(fused, monkeypatch):
@@ -383,4 +395,4 @@ def test_attention_that_was_not_fused_is_not_published(fused, monkeypatch):
     monkeypatch.setattr(engine_build, "run_job", fake_run([], layers))
     with pytest.raises(EngineError, match="0 plugin layers for 1 fused operators"):
         build_engines(artefact, check_options(EngineOptions(plugins=library)))
-    assert not list(engine_folder(artefact, TENSORRT).glob("encoder.plan*"))
+    assert not engine_folder(artefact, TENSORRT).exists()

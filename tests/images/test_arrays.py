@@ -114,6 +114,18 @@ def test_slices_of_an_array():
     assert volume.is_volume
 
 
+def test_slices_with_a_fourth_axis():
+    stack = np.random.default_rng().integers(0, 256, (3, 21, 34, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(as_volume(stack).pixels, stack)
+    np.testing.assert_array_equal(as_volume(stack[..., :1]).pixels, stack[..., 0])
+
+
+@pytest.mark.parametrize("convert", [np.asarray, np.ndarray.tolist, lambda x: x / 255])
+def test_channels_first_are_not_three_slices(rgb, convert):
+    with pytest.raises(InputError, match=r"\(3, 21, 34\) may be one image with its channels first"):
+        as_volume(convert(rgb.transpose(2, 0, 1)))
+
+
 @pytest.mark.parametrize(
     ("image", "message"),
     [

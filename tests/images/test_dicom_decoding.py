@@ -3,6 +3,7 @@
 import contextlib
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,6 +49,22 @@ def recoded(folder: Path, syntax: str, frame: bytes, **values: object) -> Path:
     return file
 
 
+def by_gdcm(gdcm: Any, file: Path, kind: int) -> None:
+    """Compress a file by GDCM, in place."""
+    reader = gdcm.ImageReader()
+    reader.SetFileName(str(file))
+    assert reader.Read()
+    change = gdcm.ImageChangeTransferSyntax()
+    change.SetTransferSyntax(gdcm.TransferSyntax(kind))
+    change.SetInput(reader.GetImage())
+    assert change.Change()
+    writer = gdcm.ImageWriter()
+    writer.SetFileName(str(file))
+    writer.SetFile(reader.GetFile())
+    writer.SetImage(change.GetOutput())
+    assert writer.Write()
+
+
 @pytest.mark.parametrize("kind", LOSSLESS)
 def test_lossless_kinds_are_exact(tmp_path: Path, kind: str) -> None:
     np.testing.assert_array_equal(read_dicom(compressed(tmp_path, LOSSLESS[kind])).values[0], RAMP)
@@ -57,22 +74,11 @@ def test_lossless_kinds_are_exact(tmp_path: Path, kind: str) -> None:
 def test_lossless_jpeg_is_exact(tmp_path: Path, syntax: str) -> None:
     gdcm = pytest.importorskip("gdcm")
     (file,) = write_dicom_series(tmp_path, RAMP[None], intercept=0, BitsStored=12, HighBit=11)
-    reader = gdcm.ImageReader()
-    reader.SetFileName(str(file))
-    assert reader.Read()
-    change = gdcm.ImageChangeTransferSyntax()
     kinds = {
         "57": gdcm.TransferSyntax.JPEGLosslessProcess14,
         "70": gdcm.TransferSyntax.JPEGLosslessProcess14_1,
     }
-    change.SetTransferSyntax(gdcm.TransferSyntax(kinds[syntax[-2:]]))
-    change.SetInput(reader.GetImage())
-    assert change.Change()
-    writer = gdcm.ImageWriter()
-    writer.SetFileName(str(file))
-    writer.SetFile(reader.GetFile())
-    writer.SetImage(change.GetOutput())
-    assert writer.Write()
+    by_gdcm(gdcm, file, kinds[syntax[-2:]])
     assert pydicom.dcmread(file).file_meta.TransferSyntaxUID == syntax
     np.testing.assert_array_equal(read_dicom(file).values[0], RAMP)
 
@@ -103,13 +109,32 @@ def test_files_of_others(name: str, plain: str) -> None:
     np.testing.assert_allclose(found.astype(int), expected.astype(int), atol=2)
 
 
-def test_a_high_throughput_codestream(tmp_path: Path) -> None:
-    """Nothing here encodes HTJ2K; its decoder reads a plain JPEG 2000 as well."""
-    frame = pydicom.dcmread(compressed(tmp_path / "a", LOSSLESS["JPEG 2000"]))
-    (code,) = pydicom.encaps.generate_frames(frame.PixelData, number_of_frames=1)
-    file = recoded(tmp_path / "b", "1.2.840.10008.1.2.4.201", code, BitsStored=12, HighBit=11)
-    assert get_decoder(UID("1.2.840.10008.1.2.4.201")).available_plugins == ("pylibjpeg",)
+@pytest.mark.parametrize("last", [201, 202, 203])
+def test_a_high_throughput_codestream(tmp_path: Path, last: int) -> None:
+    """`RAMP` by OpenJPH: `imagecodecs.htj2k_encode(RAMP.astype("uint16"), reversible=True)`."""
+    code = (Path(__file__).parent / "codestreams" / "ramp.j2c").read_bytes()
+    assert int.from_bytes(code[6:8], "big") & 0x4000  # the codestream says that it is HTJ2K
+    syntax = f"1.2.840.10008.1.2.4.{last}"
+    assert get_decoder(UID(syntax)).available_plugins == ("pylibjpeg",)
+    file = recoded(tmp_path, syntax, code)
     np.testing.assert_array_equal(read_dicom(file).values[0], RAMP)
+    edit(file, Rows=4, Columns=4)
+    with pytest.raises(InputError, match=r"says 4×4 pixels, the compressed image 40×48"):
+        read_dicom(file)
+    for cut in (30, 150, 320):
+        recoded(tmp_path, syntax, code[:-cut])
+        with pytest.raises(InputError, match=file.name):
+            read_dicom(file)
+
+
+def test_jpeg_of_twelve_bits_with_a_sign(tmp_path: Path) -> None:
+    gdcm = pytest.importorskip("gdcm")
+    (file,) = write_dicom_series(tmp_path, RAMP[None], intercept=0, BitsStored=12, HighBit=11)
+    by_gdcm(gdcm, file, gdcm.TransferSyntax.JPEGExtendedProcess2_4)
+    np.testing.assert_allclose(read_dicom(file).values[0], RAMP, atol=4)
+    edit(file, PixelRepresentation=1)
+    signed = np.where(RAMP >= 2048, RAMP - 4096, RAMP)
+    np.testing.assert_allclose(read_dicom(file).values[0], signed, atol=4)
 
 
 def test_baseline_jpeg_in_colour(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What a folder holds: every slice is read or refused by its name, and the rest is said."""
 
 import os
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,42 @@ def test_a_pipe_is_not_opened(tmp_path: Path, files: list[Path]) -> None:
     assert "pipe" in read_dicom(files[0].parent).notes[0]
     os.mkfifo(files[0].parent / "7.dcm")
     with pytest.raises(InputError, match=r"7\.dcm is no file"):
+        read_dicom(files[0].parent)
+
+
+@pytest.mark.parametrize("name", ["thing", "7.dcm"])
+@pytest.mark.parametrize("kind", ["socket", "device", "linked folder"])
+def test_what_is_no_file_is_not_opened(
+    files: list[Path], kind: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = files[0].parent
+    monkeypatch.chdir(folder)  # a socket's name has at most 108 bytes
+    if kind == "socket":
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(name)
+    else:
+        (folder / name).symlink_to("/dev/zero" if kind == "device" else folder.parent)
+    if name == "thing":
+        assert "passed over, since they hold no slices: thing" in read_dicom(folder).notes
+    else:
+        with pytest.raises(InputError, match=r"7\.dcm is no file"):
+            read_dicom(folder)
+
+
+def test_a_folder_that_cannot_be_looked_into_is_named(
+    files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever lies there would be missing; root may look everywhere, so this is played."""
+    (files[0].parent / "part").mkdir()
+    really = os.scandir
+
+    def scandir(path: str) -> object:
+        if Path(path).name == "part":
+            raise PermissionError(13, "Permission denied", str(path))
+        return really(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(InputError, match="part cannot be looked into: Permission denied"):
         read_dicom(files[0].parent)
 
 

@@ -7,8 +7,10 @@ import pytest
 from support.dicom_series import edit, write_dicom_series, write_enhanced
 
 from dbsam_deploy.core.errors import InputError
+from dbsam_deploy.images.dicom import read_dicom
 from dbsam_deploy.images.dicom_files import read_header
 from dbsam_deploy.images.dicom_frames import frames_of
+from dbsam_deploy.images.volumes import read_image
 
 pydicom = pytest.importorskip("pydicom")
 
@@ -31,6 +33,25 @@ def test_frames_keep_their_order_and_share(tmp_path: Path) -> None:
     assert {frame.thickness for frame in frames} == {2.0}
     assert {float(frame.values.RescaleIntercept) for frame in frames} == {-1024.0}
     assert {frame.number for frame in frames} == {None}
+
+
+def test_an_enhanced_mr(tmp_path: Path) -> None:
+    """No HU and no unit of its own: by percentiles; a second echo at the same places is said."""
+    volume = np.arange(4 * 5 * 6).reshape(4, 5, 6) * 3
+    path = tmp_path / "mr.dcm"
+    write_enhanced(path, volume, depths_mm=(6, 0, 3, 9), intercepts=[0] * 4)
+    edit(path, SOPClassUID="1.2.840.10008.5.1.4.1.1.4.1", Modality="MR")
+    scan = read_dicom(path)
+    np.testing.assert_array_equal(scan.values, volume[[1, 2, 0, 3]])
+    np.testing.assert_allclose(scan.spacing_mm, (3, 0.8, 0.7))
+    assert not scan.is_ct
+    image = read_image(path)
+    assert image.intensity.how == "percentiles"
+    np.testing.assert_allclose(image.geometry.affine[:3, 3], 0, atol=1e-9)
+    write_enhanced(path, volume, depths_mm=(0, 3, 0, 3), intercepts=[0] * 4)
+    edit(path, SOPClassUID="1.2.840.10008.5.1.4.1.1.4.1", Modality="MR")
+    with pytest.raises(InputError, match="twice"):
+        read_dicom(path)
 
 
 def test_frames_and_descriptions_must_agree(tmp_path: Path) -> None:

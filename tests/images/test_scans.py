@@ -180,9 +180,39 @@ def test_nifti_that_is_no_grey_volume_is_refused(
         read_nifti(tmp_path / "scan.nii")
 
 
-@pytest.mark.parametrize("shape", [(0, 4, 4), (1, 9000, 9000), (600, 1024, 1024)])
-def test_check_voxels_refuses(shape: tuple[int, ...]) -> None:
-    with pytest.raises(InputError, match="scan"):
+@pytest.mark.parametrize(
+    ("shape", "voxel_bytes", "message"),
+    [
+        ((0, 4, 5), 1, "array of 0×4×5 holds no voxel"),
+        ((4, 0, 5), 1, "array of 4×0×5 holds no voxel"),
+        ((4, 5, 0), 1, "array of 4×5×0 holds no voxel"),
+        ((1, 5, 13421773), 1, "1 slices of 5×13421773 pixels; at most 67108864 pixels in a slice"),
+        ((177, 1, 3033169), 1, "in a slice and 536870912 voxels in all are read"),
+        ((17, 1, 15790321), 8, "voxels of 8 bytes; at most 2147483648 bytes are read"),
+        ((17, 2048, 8192), 8, "17×2048×8192 voxels of 8 bytes"),
+    ],
+)
+def test_check_voxels_refuses(shape: tuple[int, ...], voxel_bytes: int, message: str) -> None:
+    """What is one voxel more than a limit allows, where it is about a limit."""
+    with pytest.raises(InputError, match=rf"^scan: .*{re.escape(message)}"):
+        check_voxels(shape, Path("scan"), voxel_bytes)
+
+
+@pytest.mark.parametrize(
+    ("shape", "voxel_bytes"),
+    [
+        ((1, 1, 1), 1),
+        ((8, 8192, 8192), 1),
+        ((512, 1024, 1024), 1),
+        ((512, 1024, 1024), 4),
+        ((16, 4096, 4096), 8),
+    ],
+)
+def test_check_voxels_takes_what_is_as_large_as_it_says(
+    shape: tuple[int, ...], voxel_bytes: int
+) -> None:
+    check_voxels(shape, Path("scan"), voxel_bytes)
+    if voxel_bytes == 1:
         check_voxels(shape, Path("scan"))
 
 
@@ -195,14 +225,14 @@ def test_flipped_bytes_never_escape_as_another_error(
 
 
 @pytest.mark.parametrize(
-    ("package", "extra", "read"),
-    [("nibabel", "nifti", read_nifti), ("pydicom", "dicom", read_dicom)],
+    ("kind", "package", "extra", "read"),
+    [("NIfTI", "nibabel", "nifti", read_nifti), ("DICOM", "pydicom", "dicom", read_dicom)],
 )
 def test_a_missing_extra_names_its_pip_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, extra: str, read
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, package: str, extra: str, read
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(EngineError, match=re.escape(pip_line(extra))):
+    with pytest.raises(EngineError, match=rf"{kind} file.*{re.escape(pip_line(extra))}"):
         read(tmp_path / "scan")
 
 
@@ -210,4 +240,16 @@ def test_geometry_without_a_header_makes_a_header() -> None:
     content = nifti_bytes(np.ones((2, 3, 4), np.uint8), ScanGeometry(OBLIQUE, (4, 3, 2)))
     image = nib.Nifti1Image.from_bytes(gzip.decompress(content))
     np.testing.assert_allclose(image.affine, OBLIQUE, rtol=1e-6)
-    assert image.header["sform_code"] == 1
+    assert (image.header["sform_code"], image.header["qform_code"]) == (1, 0)
+    assert image.header.get_xyzt_units()[0] == "mm"
+
+
+def test_a_compressed_label_map_holds_the_plain_one() -> None:
+    geometry = ScanGeometry(OBLIQUE, (4, 3, 2))
+    labels = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    plain = nifti_bytes(labels, geometry, compressed=False)
+    packed = nifti_bytes(labels, geometry)
+    assert gzip.decompress(packed) == plain
+    assert packed[4:8] == bytes(4)  # no time of writing
+    image = nib.Nifti1Image.from_bytes(plain)
+    np.testing.assert_array_equal(np.asarray(image.dataobj), labels.transpose(2, 1, 0))

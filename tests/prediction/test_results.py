@@ -57,7 +57,7 @@ def test_nifti_stays_in_place(model, tmp_path, suffix):
 
 
 def test_what_cannot_be_saved_says_why(model, result, picture, tmp_path):
-    stack = np.random.default_rng().integers(0, 256, (3, 40, 40), dtype=np.uint8)
+    stack = np.random.default_rng().integers(0, 256, (3, 40, 40, 1), dtype=np.uint8)
     volume = model.segment(stack, boxes_3d=[[3, 4, 0, 30, 28, 3]])
     for each, name, message in (
         (result, "mask.tif", "unknown ending"),

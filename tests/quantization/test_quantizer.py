@@ -4,6 +4,8 @@ import io
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -14,6 +16,7 @@ from rich.progress import Progress
 from dbsam_deploy.cli import progress_bars
 from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.core.imaging import Preprocessing
+from dbsam_deploy.files.work import WorkFolder
 from dbsam_deploy.model.weights import LoadedModel
 from dbsam_deploy.quantization import quantizer as quantized_graph
 from dbsam_deploy.quantization.qdq import quantize_graph
@@ -157,6 +160,66 @@ def test_ranges_of_an_interrupted_run_are_taken_over(make, encoder, observed, tm
     quantize_graph(first, recipe.quantization, encoder)
     make(recipe)._calibrate(encoder, tmp_path)
     assert len(observed) == 4
+
+
+def flip(path):
+    """Change one digit or byte in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    at = next(i for i in range(len(content) // 2, len(content)) if content[i] in b"12345678")
+    content[at] += 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_record_of_ranges_is_ignored_with_a_note(
+    make, encoder, tmp_path, monkeypatch, capsys
+):
+    exclude = (*INT8.quantization.exclude, *ONE_BLOCK)
+    recipe, calls = few(exclude=exclude), []
+    first = make(recipe)._calibrate(encoder, tmp_path)
+    monkeypatch.setattr(quantized_graph, "calibrate", lambda *a, **o: calls.append(a) or first)
+    state = tmp_path / "ranges.json"
+    (codes,) = tmp_path.glob("codes-*.npz")
+    damages = [
+        *(partial(state.write_text, text) for text in ("", "[]", "[" * 100_000)),
+        lambda: flip(state),
+        lambda: codes.write_bytes(codes.read_bytes()[:-1]),
+        codes.unlink,
+    ]
+    for damage in damages:
+        damage()
+        assert make(recipe)._calibrate(encoder, tmp_path).thresholds == first.thresholds
+        assert "ranges.json is damaged" in capsys.readouterr().err
+    assert len(calls) == len(damages)
+    make(recipe)._calibrate(encoder, tmp_path)
+    assert len(calls) == len(damages)
+
+
+def test_a_run_that_is_killed_while_it_quantises_goes_on_with_its_codes(
+    make, float_encoder, observed, tmp_path, monkeypatch
+):
+    """As in an export: the next run finds its scratch tidied, and exports the float graph again."""
+    exclude = (*INT8.quantization.exclude, *ONE_BLOCK)
+    recipe = few(rounding="gptq", exclude=exclude)
+
+    def run(root):
+        work = WorkFolder(root, (Quantizer.SCRATCH,))
+        work.open(pytest.fail)
+        path = Path(shutil.copy(float_encoder("int8"), work.scratch / "encoder.onnx"))
+        make(recipe).run("encoder", path)
+        return path.read_bytes()
+
+    whole = run(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(quantized_graph, "quantize_graph", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "killed")
+    assert len(observed) == 2
+    assert run(tmp_path / "killed") == whole
+    assert len(observed) == 2
+
+
+def interrupted(*arguments, **options):
+    raise KeyboardInterrupt
 
 
 def costs(self, exclude):

@@ -61,7 +61,7 @@ def test_the_repository_of_the_newest_export_is_filled_once(artefact, make_artef
 
 def test_a_repository_of_another_version_is_filled_anew(artefact):
     current = build_repository(artefact, BESIDE)
-    older = BESIDE / "dbsam_preprocess" / "1" / "dbsam_runtime" / "contract.py"
+    older = BESIDE / "dbsam_interactive" / "1" / "dbsam_runtime" / "contract.py"
     older.write_text(older.read_text() + "# of an earlier version\n")
     body = json.loads((BESIDE / REPOSITORY_NAME).read_text())
     body["files"][older.relative_to(BESIDE).as_posix()] = sha256_of(older)

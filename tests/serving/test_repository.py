@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -15,39 +16,34 @@ from support.manifests import reseal
 
 from dbsam_deploy.artefact import graph_file
 from dbsam_deploy.core.contract import (
-    Geometry,
-    decoder_spec,
-    encoder_spec,
     ensemble_spec,
-    postprocess_spec,
-    preprocess_spec,
     prompts_ensemble_spec,
 )
 from dbsam_deploy.core.errors import InputError, ServingError
 from dbsam_deploy.core.imaging import Preprocessing
 from dbsam_deploy.files.atomic import sha256_of
+from dbsam_deploy.files.locks import one_writer
 from dbsam_deploy.resources import resource_dir
 from dbsam_deploy.serving import repository as module
 from dbsam_deploy.serving.repository import (
     REPOSITORY_NAME,
     build_repository,
     committed_configs,
+    find_repositories,
     load_repository,
     main,
     refresh_configs,
+    repository_beside,
 )
 from dbsam_deploy.serving.triton_config import render_configs
 
 MODELS = {
     "dbsam",
-    "dbsam_preprocess",
+    "dbsam_interactive",
     "dbsam_encoder",
     "dbsam_decoder",
-    "dbsam_postprocess",
     "dbsam_prompts",
-    "dbsam_preprocess_prompts",
     "dbsam_prompt_decoder",
-    "dbsam_postprocess_prompts",
 }
 
 
@@ -101,7 +97,7 @@ def test_graph_models_drop_the_batch_axis_and_the_rest_keep_every_axis(size, str
     assert tensors(configs["dbsam"], "output")["masks"] == ("UINT8", [-1, -1, -1])
     assert tensors(configs["dbsam_prompts"], "output")["masks"] == ("UINT8", [-1, 4, -1, -1])
     for name in ("dbsam_encoder", "dbsam_decoder", "dbsam_prompt_decoder"):
-        assert int(re.search(r"max_batch_size: (\d+)", configs[name]).group(1)) > 1
+        assert "max_batch_size: 1" in configs[name]
         assert "dynamic_batching { }" in configs[name]
     for name in MODELS - {"dbsam_encoder", "dbsam_decoder", "dbsam_prompt_decoder"}:
         assert "max_batch_size: 0" in configs[name]
@@ -109,35 +105,28 @@ def test_graph_models_drop_the_batch_axis_and_the_rest_keep_every_axis(size, str
 
 def test_configurations_avoid_what_the_server_handles_badly():
     for text in committed_configs().values():
-        for trap in ("queue_policy", "preferred_batch_size", "kind:"):
+        for trap in ("queue_policy", "preferred_batch_size", "KIND_GPU"):
             assert trap not in text
+
+
+def matching(one: tuple[str, list[int]], other: tuple[str, list[int]]) -> bool:
+    """Whether Triton takes one tensor for the other: -1 goes with any size."""
+    sizes = zip(one[1], other[1], strict=True)
+    return one[0] == other[0] and all(a == b or -1 in (a, b) for a, b in sizes)
 
 
 @pytest.mark.parametrize(
     ("name", "ensemble"),
     [("dbsam", ensemble_spec(256)), ("dbsam_prompts", prompts_ensemble_spec(256))],
 )
-def test_every_ensemble_tensor_has_one_source_and_every_step_input_has_one(name, ensemble):
+def test_every_ensemble_tensor_is_one_of_the_front_of_its_type_and_shape(name, ensemble):
     configs = committed_configs()
-    made = set(ensemble.input_names)
-    for block in configs[name].split("model_name:")[1:]:
-        model = re.match(r' "(\w+)"', block).group(1)
-        inputs = dict(re.findall(r'input_map \{ key: "(\w+)" value: "(\w+)" \}', block))
-        outputs = dict(re.findall(r'output_map \{ key: "(\w+)" value: "(\w+)" \}', block))
-        assert set(inputs) == set(tensors(configs[model], "input"))
-        assert set(outputs) == set(tensors(configs[model], "output"))
-        assert set(inputs.values()) <= made, "a step reads what no earlier step made"
-        assert not made & set(outputs.values()), "two sources for one tensor"
-        made |= set(outputs.values())
-    assert set(ensemble.output_names) <= made
-
-
-def test_box_path_specs_fit_together():
-    size = Geometry(128)
-    pre, post = preprocess_spec(size), postprocess_spec(size)
-    assert pre.outputs[0].axes == (1, *encoder_spec(size).inputs[0].axes[1:])
-    assert pre.outputs[1].axes == (1, *decoder_spec(size).inputs[1].axes[1:])
-    assert post.inputs[0].axes == (1, *decoder_spec(size).outputs[0].axes[1:])
+    for kind, names in (("input", ensemble.input_names), ("output", ensemble.output_names)):
+        maps = re.findall(rf'{kind}_map \{{ key: "(\w+)" value: "(\w+)" \}}', configs[name])
+        assert [mine for _, mine in maps] == names
+        front, own = tensors(configs["dbsam_interactive"], kind), tensors(configs[name], kind)
+        for theirs, mine in maps:
+            assert matching(front[theirs], own[mine])
 
 
 def test_a_repository_holds_models_code_and_true_hashes(tiny_repository, tiny_artefact):
@@ -156,25 +145,25 @@ def test_a_repository_holds_models_code_and_true_hashes(tiny_repository, tiny_ar
     assert body["preprocessing"] == {"image_size": 128, "embedding_stride": 16, "mode": "sam"}
     assert (
         'key: "image_size" value { string_value: "128" }'
-        in (root / "dbsam_preprocess/config.pbtxt").read_text()
+        in (root / "dbsam_interactive/config.pbtxt").read_text()
     )
     assert load_repository(root) == tiny_repository
 
 
 def test_the_copied_runtime_needs_nothing_of_this_package(tiny_repository):
     """In a fresh interpreter that can import neither dbsam_deploy nor torch."""
-    version = tiny_repository.folder / "dbsam_preprocess_prompts" / "1"
+    version = tiny_repository.folder / "dbsam_interactive" / "1"
     code = (
         f"import sys; sys.path.insert(0, {str(version)!r})\n"
         "sys.modules.update({'dbsam_deploy': None, 'torch': None, 'onnx': None})\n"
-        "import dbsam_runtime.steps as steps\n"
+        "import dbsam_runtime.front\n"
         "print(sorted(name for name in sys.modules if name.startswith('dbsam')))"
     )
     result = subprocess.run(
         [sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
-    assert "dbsam_runtime.steps" in result.stdout
+    assert "dbsam_runtime.front" in result.stdout
 
 
 def test_replacing_leaves_nothing_of_the_earlier_repository(make_artefact, tmp_path):
@@ -202,7 +191,7 @@ def test_a_failure_keeps_the_earlier_repository(make_artefact, tmp_path, monkeyp
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(module, "_hashes", fail)
+    monkeypatch.setattr(module, "file_hashes", fail)
     with pytest.raises(OSError, match="disk full"):
         build_repository(make_artefact(tmp_path / "c", 64), output)
     assert load_repository(output) == first
@@ -278,7 +267,7 @@ def test_another_kind_of_graph_file_is_refused(make_artefact, tmp_path):
         (lambda r: (r / REPOSITORY_NAME).write_text('{"format": 99}'), "another manifest format"),
         (lambda r: (r / "dbsam_decoder/1/model.onnx").unlink(), "not there"),
         (lambda r: (r / "dbsam_decoder/1/model.onnx").write_bytes(b"x"), "was changed"),
-        (lambda r: (r / "dbsam_preprocess/1/model.py").write_text("import os"), "was changed"),
+        (lambda r: (r / "dbsam_interactive/1/model.py").write_text("import os"), "was changed"),
     ],
 )
 def test_loading_refuses_what_is_damaged(tiny_artefact, tmp_path, change, message):
@@ -301,6 +290,23 @@ def test_loading_refuses_paths_outside_the_repository(tiny_artefact, tmp_path):
         load_repository(root)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"plugins": "lib.so"}, "a plugin library that is none of its files"),
+        ({"weights": []}, "weights or platforms of another kind"),
+        ({"platforms": {"other": "onnxruntime"}}, "weights or platforms of another kind"),
+        ({"files": {"dbsam/config.pbtxt": "0" * 63}}, "a path inside the folder and a SHA-256"),
+        ({"preprocessing": {"image_size": 100}}, "image size 100"),
+    ],
+)
+def test_a_sealed_manifest_of_nonsense_is_refused(tiny_repository, tmp_path, change, message):
+    shutil.copytree(tiny_repository.folder, tmp_path / "r")
+    reseal(tmp_path / "r" / REPOSITORY_NAME, **change)
+    with pytest.raises(InputError, match=message):
+        load_repository(tmp_path / "r")
+
+
 def edit_mode(root):
     path = root / REPOSITORY_NAME
     path.write_text(path.read_text().replace('"sam"', '"medsam"'))
@@ -315,8 +321,8 @@ def edit_mode(root):
         (lambda r: (r / "dbsam_encoder/1/weights.bin").touch(), "weights.bin"),
         (lambda r: (r / "dbsam/1/model.onnx").touch(), "'dbsam/1/model.onnx'"),
         (
-            lambda r: (r / "dbsam_preprocess/1/__pycache__").symlink_to(r),
-            "dbsam_preprocess/1/__pycache__",
+            lambda r: (r / "dbsam_interactive/1/__pycache__").symlink_to(r),
+            "dbsam_interactive/1/__pycache__",
         ),
         (lambda r: (r / "dbsam_encoder/2").symlink_to("1"), "encoder/2'"),
         (edit_mode, "was edited after it was written"),
@@ -345,3 +351,48 @@ def test_the_command_builds_from_an_artefact(tiny_artefact, tmp_path, capsys):
     assert "fp32" in capsys.readouterr().out
     assert "prompt_decoder" in load_repository(output).platforms
     assert Path(output / "dbsam" / "1").is_dir()
+
+
+def test_the_command_takes_the_newest_export_and_fills_the_folder_beside_it(
+    make_artefact, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    for age, name in ((9, "fp16"), (5, "fp32")):
+        folder = make_artefact(tmp_path / "build" / name, 64).folder
+        os.utime(folder / "manifest.json", (10**9 - age, 10**9 - age))
+    assert main([]) == 0
+    printed = capsys.readouterr()
+    beside = Path("build/model_repository_fp32")
+    files = len(load_repository(beside).files)
+    assert printed.out == f"{beside}: {files} files, fp32\n"
+    assert printed.err.strip().endswith(
+        "is the newest export; --artefact takes another: build/fp16"
+    )
+    with one_writer(beside.parent, name=f".{beside.name}.lock"):
+        with pytest.raises(InputError, match="is being written by process"):
+            main(["--no-wait"])
+        assert main(["--no-wait", "--output", "elsewhere"]) == 0
+    capsys.readouterr()
+    waits, real = [], module.build_repository
+    monkeypatch.setattr(module, "build_repository", lambda *a, wait: waits.append(wait) or real(*a))
+    assert main(["--artefact", "build/fp16"]) == 0
+    assert waits == [True]
+    assert "newest" not in capsys.readouterr().err
+    os.utime(beside / REPOSITORY_NAME, (10**9, 10**9))
+    older, newer = beside, Path("build/model_repository_fp16")
+    assert find_repositories() == find_repositories(Path("build")) == (newer, older)
+    assert repository_beside(Path("fp16")) == Path("model_repository_fp16")
+    monkeypatch.chdir(tmp_path / "build" / "fp16")
+    assert repository_beside(Path()) == tmp_path / newer
+
+
+def test_the_command_checks_and_refreshes_configurations(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, "resource_dir", lambda _: tmp_path)
+    paths = [tmp_path / name / "config.pbtxt" for name in committed_configs()]
+    assert main(["--check"]) == 1
+    assert capsys.readouterr().out.splitlines() == [f"stale: {path}" for path in paths]
+    assert list(tmp_path.iterdir()) == []
+    assert main(["--refresh"]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"written: {path}" for path in paths]
+    assert main(["--refresh"]) == main(["--check"]) == 0
+    assert capsys.readouterr().out == ""

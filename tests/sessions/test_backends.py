@@ -13,6 +13,8 @@ import pytest
 from dbsam_deploy.artefact import Artefact
 from dbsam_deploy.cli import HelpFormatter
 from dbsam_deploy.core.errors import DbsamError, EngineError, InputError
+from dbsam_deploy.files import manifests
+from dbsam_deploy.files.manifests import ManifestKind
 from dbsam_deploy.sessions import (
     engine_session,
     fused_session,
@@ -53,6 +55,27 @@ def test_an_artefact_on_onnx_runtime(tiny_artefact: Artefact) -> None:
     assert found.preprocessing == tiny_artefact.preprocessing
     assert found.name == "tiny_test fp32"
     assert found.warning == "test graphs"
+
+
+def test_a_graph_is_read_once_and_these_bytes_are_hashed(tiny_artefact, monkeypatch) -> None:
+    monkeypatch.setattr(manifests, "sha256_of", lambda path: pytest.fail(f"hashes {path} again"))
+    read, take = [], ManifestKind.take
+
+    def counted(kind: ManifestKind, path: Path, name: str, expected: str) -> bytes:
+        read.append(name)
+        return take(kind, path, name, expected)
+
+    monkeypatch.setattr(ManifestKind, "take", counted)
+    opened("--artefact", tiny_artefact.folder)
+    assert sorted(read) == sorted(item.file for item in tiny_artefact.graphs.values())
+
+
+@pytest.mark.parametrize("graph", ["encoder", "prompt_decoder"])
+def test_a_changed_graph_is_refused_when_the_model_opens(make_artefact, tmp_path, graph) -> None:
+    path = make_artefact(tmp_path / "a").path(graph)
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    with pytest.raises(InputError, match=rf"{graph}\.onnx was changed after manifest\.json"):
+        opened("--artefact", tmp_path / "a")
 
 
 def test_a_variant_in_pytorch_with_another_preprocessing() -> None:

@@ -272,6 +272,76 @@ def test_a_changed_plan_is_refused_before_it_is_loaded(built):
         open_session(artefact).run("decoder", decoder_feed(1))
 
 
+@pytest.mark.parametrize("name", ["more.plan", "encoder.plan.json~", "old/encoder.plan"])
+def test_what_no_engine_lists_is_refused(built, name):
+    artefact = built()
+    path = engine_folder(artefact, TENSORRT) / name
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    with pytest.raises(EngineError, match=rf"does not list '{name.split('/')[0]}': move it out"):
+        open_session(artefact)
+
+
+@pytest.mark.parametrize("graph", ["encoder", "decoder"])
+def test_a_plan_of_another_graph_is_refused_when_the_session_opens(built, graph):
+    artefact = built(signed=False)
+    folder, record = engine_folder(artefact, TENSORRT), read_records(artefact, TENSORRT)[graph]
+    other = {"encoder": "decoder", "decoder": "prompt_decoder"}[graph]
+    shutil.copyfile(artefact.path(other), folder / f"{graph}.plan")
+    write_record(folder, replace(record, plan=graph_file(folder / f"{graph}.plan", folder)))
+    sign_engines(artefact, TENSORRT)
+    with pytest.raises(EngineError, match=rf"the file of {graph} has the inputs .*export again"):
+        open_session(artefact)
+
+
+def test_a_plan_of_another_image_size_or_dtype_is_refused(built, make_artefact, tmp_path):
+    artefact = built(signed=False)
+    folder, record = engine_folder(artefact, TENSORRT), read_records(artefact, TENSORRT)["encoder"]
+    shutil.copyfile(make_artefact(tmp_path / "b", 64).path("encoder"), folder / "encoder.plan")
+    write_record(folder, replace(record, plan=graph_file(folder / "encoder.plan", folder)))
+    sign_engines(artefact, TENSORRT)
+    with pytest.raises(EngineError, match=r"image as float32 \(None, 3, 64, 64\), expected"):
+        open_session(artefact)
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
+def test_new_engines_do_not_reach_a_living_session(built, make_artefact, tmp_path, kind):
+    """Neither the graphs that are loaded nor the one that waits for its first point."""
+    artefact = built(kind)
+    expected, session = OnnxRuntimeSession(artefact), open_session(artefact, kind)
+    make_artefact(artefact.folder, seed=1)
+    put_engines(load_artefact(artefact.folder), kind)
+    for graph in artefact.graphs:
+        for feed in feeds(graph)[:2]:
+            found = session.run(graph, feed)
+            for name, value in expected.run(graph, feed).items():
+                np.testing.assert_array_equal(found[name], value)
+    with pytest.raises(EngineError, match="was not compared with PyTorch"):
+        open_session(load_artefact(artefact.folder), kind)
+
+
+def test_the_plugins_that_are_loaded_are_those_that_were_hashed(built, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    artefact = built(signed=False)
+    folder, record = engine_folder(artefact, TENSORRT), read_records(artefact, TENSORRT)["encoder"]
+    library = folder / "libdbsam_plugins.so"
+    library.write_bytes(b"the library that was verified")
+    write_record(folder, replace(record, plugins=graph_file(library, folder)))
+    sign_engines(artefact, TENSORRT)
+    loaded = []
+    monkeypatch.setattr(
+        TensorrtSession, "_load_plugins", lambda self, path: loaded.append(path.read_bytes())
+    )
+    open_session(artefact)
+    (kept,) = (tmp_path / "cache/dbsam_deploy/plugins").iterdir()
+    kept.write_bytes(b"another")
+    open_session(artefact)
+    assert loaded == [b"the library that was verified"] * 2
+    library.write_bytes(b"another")
+    with pytest.raises(EngineError, match=r"libdbsam_plugins\.so was changed"):
+        open_session(artefact)
+
+
 def test_a_plan_of_another_onnx_file_is_refused(built, make_artefact):
     artefact = built()
     make_artefact(artefact.folder, seed=1)
@@ -288,9 +358,9 @@ def test_an_invalid_engine_is_explained_by_its_runtime(built):
     gpu = CpuGpu()
     device = stand_in_device(gpu)
     runtime = fake_runtime(gpu, VERSIONS["tensorrt-rtx"], validity=3)
-    session = TensorrtRtxSession(built(TENSORRT_RTX), device=device, runtime=runtime)
+    artefact = built(TENSORRT_RTX)
     with pytest.raises(EngineError, match="not valid here: VERSION_MISMATCH, UNSUPPORTED_CC"):
-        session.run("decoder", decoder_feed(1))
+        TensorrtRtxSession(artefact, device=device, runtime=runtime)
 
 
 def test_short_memory_is_an_error_of_the_engine(built):

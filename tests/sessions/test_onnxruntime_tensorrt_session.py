@@ -110,6 +110,7 @@ def test_the_cache_is_this_users_by_default(
     tiny_artefact: Artefact, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME")
     OnnxRuntimeTensorrtSession(tiny_artefact).run("decoder", feed())
     folder = Path(runtime.options[0]["trt_engine_cache_path"])
     assert folder.parent == tmp_path / ".cache" / "dbsam_deploy" / "onnxruntime-tensorrt"

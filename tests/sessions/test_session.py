@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from support.references import check_close, small_model
+from support.references import check_close, prompt_feed, small_model
 
 from dbsam_deploy.artefact import load_artefact, take_graphs, write_artefact
 from dbsam_deploy.core.contract import Geometry, decoder_spec
@@ -27,6 +27,11 @@ def feed(batch: int = 2, boxes: int = 3) -> dict:
         "image_embeddings": rng.standard_normal((batch, 256, 8, 8)).astype(np.float32),
         "boxes": (rng.random((batch, boxes, 4)) * SIZE).astype(np.float32),
     }
+
+
+def prompts() -> dict:
+    values = prompt_feed(np.random.default_rng(), box=True, points=2, size=Geometry(SIZE))
+    return {name: value[:1] for name, value in values.items()}
 
 
 def test_a_good_feed_passes():
@@ -94,11 +99,12 @@ def test_a_new_export_does_not_reach_a_living_session(make_artefact, tmp_path, b
     session = opened(backend, make_artefact(tmp_path / "a", seed=1), tmp_path)
     expected = opened(backend, make_artefact(tmp_path / "b", seed=1), tmp_path)
     make_artefact(tmp_path / "a", seed=2)
-    values = feed()
-    found, old = session.run("decoder", values), expected.run("decoder", values)
-    np.testing.assert_array_equal(found["low_res_masks"], old["low_res_masks"])
-    new = opened(backend, load_artefact(tmp_path / "a"), tmp_path).run("decoder", values)
-    assert not np.array_equal(new["low_res_masks"], old["low_res_masks"])
+    new = opened(backend, load_artefact(tmp_path / "a"), tmp_path)
+    for graph, values in (("decoder", feed()), ("prompt_decoder", prompts())):
+        found, old = session.run(graph, values), expected.run(graph, values)
+        np.testing.assert_array_equal(found["low_res_masks"], old["low_res_masks"])
+        fresh = new.run(graph, values)
+        assert not np.array_equal(fresh["low_res_masks"], old["low_res_masks"])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -137,6 +143,8 @@ def test_an_open_session_keeps_no_copy_of_the_files(tiny_artefact, monkeypatch):
 
     monkeypatch.setattr(onnxruntime_session, "take_graphs", take)
     session = OnnxRuntimeSession(tiny_artefact)
+    assert list(session._content) == ["prompt_decoder"]
+    session.run("prompt_decoder", prompts())
     assert len(kept) == 3
     assert {sys.getrefcount(kept[i]) - sys.getrefcount(object()) for i in range(3)} <= {0, 1}
     assert session._content == {}

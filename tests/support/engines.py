@@ -140,6 +140,34 @@ class CpuEngine:
         self._gpu, self._layers = gpu, layers
         self._session = onnxruntime.InferenceSession(plan, providers=["CPUExecutionProvider"])
 
+    @property
+    def num_io_tensors(self) -> int:
+        """Inputs and outputs."""
+        return len(self._tensors())
+
+    def _tensors(self) -> list[Any]:
+        return [*self._session.get_inputs(), *self._session.get_outputs()]
+
+    def _tensor(self, name: str) -> Any:
+        return next(item for item in self._tensors() if item.name == name)
+
+    def get_tensor_name(self, index: int) -> str:
+        """Name of a tensor."""
+        return str(self._tensors()[index].name)
+
+    def get_tensor_mode(self, name: str) -> Mode:
+        """Whether it is an input."""
+        inputs = {item.name for item in self._session.get_inputs()}
+        return Mode.INPUT if name in inputs else Mode.OUTPUT
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        """Its dtype."""
+        return getattr(DataType, {"tensor(float)": "FLOAT"}.get(self._tensor(name).type, "INT32"))
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        """Its sizes, -1 for those that are not fixed."""
+        return tuple(n if isinstance(n, int) else -1 for n in self._tensor(name).shape)
+
     def create_execution_context(self, how: Any = None) -> CpuContext:
         """A context; `how` is an allocation strategy or a runtime configuration."""
         return CpuContext(self._gpu, self._session, how is not Allocation.USER_MANAGED)
@@ -154,6 +182,20 @@ class CpuEngine:
         """An inspector."""
         text = json.dumps({"Layers": self._layers})
         return SimpleNamespace(get_engine_information=lambda form: text)
+
+
+class Mode(enum.Enum):
+    """`TensorIOMode`."""
+
+    INPUT = 1
+    OUTPUT = 2
+
+
+class DataType(enum.Enum):
+    """`DataType`."""
+
+    FLOAT = 0
+    INT32 = 3
 
 
 class Allocation(enum.Enum):
@@ -193,6 +235,8 @@ def fake_runtime(
         ExecutionContextAllocationStrategy=Allocation,
         LayerInformationFormat=SimpleNamespace(JSON=1),
         EngineValidity=Validity,
+        DataType=DataType,
+        TensorIOMode=Mode,
         EngineInvalidityDiagnostics=Diagnostics,
         DynamicShapesKernelSpecializationStrategy=SimpleNamespace(LAZY=0, EAGER=1, NONE=2),
         CudaGraphStrategy=SimpleNamespace(WHOLE_GRAPH_CAPTURE=1),

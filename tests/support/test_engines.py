@@ -9,7 +9,9 @@ from support.engines import (
     Allocation,
     CpuContext,
     CpuEngine,
+    DataType,
     Diagnostics,
+    Mode,
     Validity,
     fake_runtime,
 )
@@ -66,6 +68,8 @@ def test_the_stand_ins_have_only_names_that_the_real_interfaces_have():
         (CpuContext, trt.IExecutionContext),
         (Validity, trt.EngineValidity),
         (Diagnostics, trt.EngineInvalidityDiagnostics),
+        (DataType, trt.DataType),
+        (Mode, trt.TensorIOMode),
         (Allocation, trt.ExecutionContextAllocationStrategy),
     )
     for ours, real in pairs:

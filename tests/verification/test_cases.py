@@ -8,7 +8,7 @@ import pytest
 from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.core.imaging import check_boxes, check_image
 from dbsam_deploy.recipe import Parity
-from dbsam_deploy.verification.cases import bundled_examples, load_cases
+from dbsam_deploy.verification.cases import bundled_examples, even_shares, load_cases, read_case
 
 PARITY = Parity(images=6, boxes_per_image=8, box_jitter_px=20, min_object_px=16)
 
@@ -112,3 +112,74 @@ def test_files_that_need_not_give_are_not_read(tmp_path):
     assert len(load_cases(tmp_path, dataclasses.replace(PARITY, images=1))) == 1
     with pytest.raises(InputError, match=r"b\.npz"):
         load_cases(tmp_path, dataclasses.replace(PARITY, images=2))
+
+
+def two_objects(path, grey=False):
+    """Five slices of 40×30; the last four have an object of 20×10 pixels and one of 4×4."""
+    rng = np.random.default_rng(5)
+    images = rng.integers(0, 256, (5, 40, 30) if grey else (5, 40, 30, 3), dtype=np.uint8)
+    labels = np.zeros((5, 40, 30), np.uint16)
+    labels[1:, 5:25, 10:20], labels[1:, 30:34, 0:4] = 300, 2
+    path.parent.mkdir(exist_ok=True)
+    np.savez(path, imgs=images, gts=labels)
+    return images, labels
+
+
+EXACT = Parity(images=4, boxes_per_image=2, box_jitter_px=0, min_object_px=16)
+
+
+@pytest.mark.parametrize("grey", [False, True])
+def test_a_case_is_an_image_with_a_box_and_a_mask_for_each_object(tmp_path, grey):
+    images, labels = two_objects(tmp_path / "sub" / "a.npz", grey)
+    cases = load_cases(tmp_path, EXACT)
+    assert [case.name for case in cases] == ["a[1]", "a[2]", "a[3]", "a[4]"]
+    for index, case in enumerate(cases, 1):
+        for channel in range(3):
+            shown = images[index] if grey else images[index][..., channel]
+            np.testing.assert_array_equal(case.image[..., channel], shown)
+        assert case.image.flags.c_contiguous
+        assert case.boxes.tolist() == [[0, 30, 4, 34], [10, 5, 20, 25]]
+        assert case.boxes.dtype == np.float32
+        np.testing.assert_array_equal(case.truth, [labels[index] == 2, labels[index] == 300])
+        alone = read_case(tmp_path / "sub" / "a.npz", index, case.image, EXACT)
+        assert (alone.name, alone.boxes.tolist()) == (case.name, case.boxes.tolist())
+        np.testing.assert_array_equal(alone.truth, case.truth)
+    fewer = load_cases(tmp_path, dataclasses.replace(EXACT, images=2))
+    assert [case.name for case in fewer] == ["a[1]", "a[3]"]
+
+
+def test_small_objects_and_slices_without_labels_are_left_out(tmp_path):
+    images, _ = two_objects(tmp_path / "a.npz")
+    larger = dataclasses.replace(EXACT, min_object_px=17)
+    assert all(case.boxes.tolist() == [[10, 5, 20, 25]] for case in load_cases(tmp_path, larger))
+    assert read_case(tmp_path / "a.npz", 0, images[0], EXACT) is None
+    np.savez(tmp_path / "b.npz", imgs=images)
+    assert read_case(tmp_path / "b.npz", 1, images[1], EXACT) is None
+    (tmp_path / "b.npz").unlink()
+    for case in load_cases(tmp_path, dataclasses.replace(EXACT, boxes_per_image=1)):
+        assert len(case.boxes) == len(case.truth) == 1
+    too_large = dataclasses.replace(EXACT, min_object_px=201)
+    with pytest.raises(InputError, match="no object of at least 201 pixels in 1 files"):
+        load_cases(tmp_path, too_large)
+
+
+def test_each_side_of_a_box_grows_by_its_own_part_of_the_jitter_and_stays_inside(tmp_path):
+    images, _ = two_objects(tmp_path / "a.npz")
+    some = dataclasses.replace(EXACT, box_jitter_px=128)  # up to 5 pixels here
+    boxes = np.stack([case.boxes[1] for case in load_cases(tmp_path, some)])
+    grown = (boxes - [10, 5, 20, 25]) * [-1, -1, 1, 1]
+    assert (grown >= 0).all()
+    assert 3 < grown.max() <= 5
+    assert len(np.unique(grown)) == grown.size == 16
+    wide = dataclasses.replace(EXACT, box_jitter_px=1024)
+    boxes = np.stack([case.boxes for case in load_cases(tmp_path, wide)])
+    assert (boxes[..., :2].min(), boxes[..., 2].max(), boxes[..., 3].max()) == (0, 30, 40)
+    alone = [read_case(tmp_path / "a.npz", at, images[at], some).boxes.tolist() for at in (1, 1, 2)]
+    assert alone[0] == alone[1] != alone[2]
+
+
+def test_shares_are_even_and_the_first_get_what_is_over():
+    assert even_shares(7, [9, 1, 9]) == [3, 1, 3]
+    assert even_shares(2, [9, 9, 9]) == [1, 1, 0]
+    assert even_shares(9, [1, 2, 0]) == [1, 2, 0]
+    assert even_shares(0, [3]) == [0]

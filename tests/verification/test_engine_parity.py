@@ -1,12 +1,11 @@
 """Engines are signed when they passed their gate on the GPU, and stay unsigned if they miss it."""
 
-import json
 import shutil
 from dataclasses import replace
 
 import pytest
 from support.cuda import CpuGpu, stand_in_device
-from support.engines import STAND_IN_GPU, fake_runtime, put_engines
+from support.engines import STAND_IN_GPU, CpuEngine, fake_runtime, put_engines
 
 from dbsam_deploy.artefact import graph_file, load_artefact
 from dbsam_deploy.core.errors import AccuracyError, EngineError
@@ -20,9 +19,7 @@ from dbsam_deploy.engines.manifest import (
     write_record,
 )
 from dbsam_deploy.recipe import Gate, Parity
-from dbsam_deploy.serve import docker_command
 from dbsam_deploy.serving.repository import build_repository, load_repository
-from dbsam_deploy.serving.server import Ports
 from dbsam_deploy.sessions.engine_session import TensorrtSession
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
 from dbsam_deploy.verification.cases import bundled_examples, load_cases
@@ -63,17 +60,30 @@ def test_engines_that_agree_are_signed_and_can_then_be_used(copied, cases, kind)
     )
     ways = ["default"] if kind is TENSORRT else ["general kernels", "special kernels"]
     assert seen == [case.name for case in cases] * len(ways)
-    for graph, record in records.items():
+    for record in records.values():
         (parity,) = record.parity.values()
         assert parity.gpu == STAND_IN_GPU
         assert list(parity.figures) == ways
         assert parity.figures[ways[0]]["embedding_cosine"] == pytest.approx(1, abs=1e-6)
         assert parity.gate["embedding_cosine"] == 0.999
         assert record.layers["fused_attention"] == 1
-        layers = engine_folder(copied, kind) / f"{graph}.layers.json"
-        assert json.loads(layers.read_text())["Layers"]
     assert not unverified_here(records, Gpu("any", "sm_86", "13.0"))
     assert unverified_here(put_again(copied, kind), Gpu("any", "sm_86", "13.0"))
+
+
+def test_tensorrt_rtx_runs_with_general_and_then_with_special_kernels(copied, cases, monkeypatch):
+    put_engines(copied, TENSORRT_RTX)
+    kernels, options = [], stand_ins(version="1.7.1.116")
+    create = CpuEngine.create_execution_context
+
+    def noted(engine, config):
+        kernels.append(config.dynamic_shapes_kernel_specialization_strategy)
+        return create(engine, config)
+
+    monkeypatch.setattr(CpuEngine, "create_execution_context", noted)
+    verify_engines(copied, TENSORRT_RTX, OnnxRuntimeSession(copied), cases[:1], GATE, **options)
+    known = options["runtime"].DynamicShapesKernelSpecializationStrategy
+    assert list(dict.fromkeys(kernels)) == [known.NONE, known.EAGER]
 
 
 def put_again(artefact, kind):
@@ -127,15 +137,16 @@ def test_fused_operators_that_are_no_plugins_are_refused(copied, cases, monkeypa
         copied, TENSORRT, reference, cases, GATE, **stand_ins(layers=PLUGIN_LAYERS)
     )
     assert {record.layers["plugins"] for record in records.values()} == {1}
-    assert set(loaded) == {library}
+    assert {path.read_bytes() for path in loaded} == {b"a library"}
 
     repository = build_repository(copied, tmp_path / "repository")
     assert set(repository.platforms.values()) == {"tensorrt"}
     served = repository.folder / repository.plugins
     assert served.read_bytes() == b"a library"
     assert load_repository(repository.folder) == repository
-    command = docker_command(repository, Ports())
-    assert f"--backend-config=tensorrt,plugins=/models/{repository.plugins}" in command
+    built = records["encoder"]
+    assert repository.engine["tensorrt"] == built.version
+    assert repository.engine["cuda"] == built.cuda
     library.write_bytes(b"changed")
     with pytest.raises(EngineError, match="was changed after"):
         plugin_library(library.parent, records["encoder"])
@@ -154,7 +165,6 @@ def test_verified_plans_are_served_and_unverified_ones_are_not(copied, cases, tm
     folder = repository.folder / "dbsam_decoder"
     assert {path.name for path in (folder / "1").iterdir()} == {"model.plan", "model.onnx"}
     assert "max_batch_size: 1\n" in (folder / "config.pbtxt").read_text()
-    assert "--backend-config" not in docker_command(repository, Ports())
     (engine_folder(copied, TENSORRT) / "decoder.plan").write_bytes(b"changed")
     with pytest.raises(EngineError, match="was changed after"):
         build_repository(copied, tmp_path / "repository")

@@ -138,6 +138,53 @@ def test_each_figure_has_a_floor_of_its_own(good):
     assert misses(replace(at_the_floor, dice=0.4375), FLOORS) == ["Dice drop 0.1875 > 0.125"]
 
 
+class Painted:
+    """A session without a model: all is foreground, but for the mask tokens that are given.
+
+    Args:
+        rows: mask token → the share of rows, from the top, that are foreground.
+    """
+
+    backend = "painted"
+
+    def __init__(self, rows: dict[int, float]) -> None:
+        self.rows, self.prompted = rows, []
+
+    def run(self, graph, feed):
+        if graph == "encoder":
+            return {"image_embeddings": np.ones((1, 256, 4, 4), np.float32)}
+        boxes = graph == "decoder"
+        count = feed["boxes" if boxes else "point_labels"].shape[1]
+        logits = np.ones((1, count, 1 if boxes else 4, 16, 16), np.float32)
+        if not boxes:
+            self.prompted.append(feed)
+            for token, share in self.rows.items():
+                logits[:, :, token, int(share * 16) :] = -1
+        return {"low_res_masks": logits, "iou_predictions": logits[..., 0, 0]}
+
+
+def test_every_mask_token_is_compared_for_points_and_for_all_prompts_together(cases):
+    case = next(case for case in cases if case.image.shape[0] == case.image.shape[1])
+    deployed = Painted({2: 0.5, 3: 0})
+    figures = run(Painted({}), [case], deployed)
+    half = pytest.approx(2 / 3, abs=0.02)  # Dice of the upper half with the whole
+    assert figures.mask_agreement_mean == figures.embedding_cosine == 1
+    # Token 0 as the single mask, then tokens 1 to 3: 1, then 1, 2/3 and 0.
+    assert figures.prompt_agreement_mean * 4 - 2 == half
+    assert figures.prompt_agreement_p5 == 0
+    labels = [feed["point_labels"][0].tolist() for feed in deployed.prompted]
+    objects = len(case.boxes)
+    assert labels == [[[1, 0, -1]] * objects] * 2 + [[[1, 0, 2, 3]] * objects] * 2
+    for feed, earlier in zip(deployed.prompted, (0, 0, 1, 1), strict=True):
+        assert (feed["has_mask_input"] == earlier).all()
+        assert (feed["mask_input"] == earlier).all()
+        scale = 64 / case.image.shape[0]
+        corner = case.boxes[:, :2]
+        centre = corner + (case.boxes[:, 2:] - corner) / 2
+        np.testing.assert_allclose(feed["point_coords"][0, :, 0], centre * scale, rtol=1e-5)
+        np.testing.assert_allclose(feed["point_coords"][0, :, 1], corner * scale, rtol=1e-5)
+
+
 def test_percentiles_are_the_fifth_and_means_are_means(reference, cases, monkeypatch):
     """Of 20 prompted masks and more, one in ten is lost: the mean hardly moves, p5 falls to 0."""
     values = iter([0.0] + [1.0] * 9)

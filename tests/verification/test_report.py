@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -117,7 +118,7 @@ def record(**changes) -> SimpleNamespace:
 
 def test_a_plan_shows_its_worst_figures_and_what_is_fused():
     assert parity_note(record()) == "sm_80: cosine 0.900000, agreement p5 0.7000"
-    assert parity_note(record(parity={})) == NOT_RUN
+    assert parity_note(record(parity={})) == NOT_RUN == "not run: no GPU"
     both = {"x": record().parity["sm_80"], "y": record().parity["sm_80"]}
     assert parity_note(record(parity=both)).count("; ") == 1
     assert layers_note(record()) == (
@@ -135,6 +136,50 @@ def test_one_row_for_each_plan():
     assert found == ["1.5", "sm_80, sm_90", parity_note(record()), layers_note(record())]
     closing = printed(artefact(), FIGURES, Path("r"), engines={"encoder": record()})
     assert "engines: tensorrt 11.4" in closing
+
+
+def cells(text: str, line: int) -> list[str]:
+    """The cells of a printed table's row, as wide as they are printed."""
+    rows = [row for row in text.splitlines() if row[:1] in "│┃"]
+    return re.split("[│┃]", rows[line])[1:-1]
+
+
+def side_of(cell: str) -> str:
+    left, right = cell.startswith(" " * 2), cell.endswith(" " * 2)
+    return {(True, False): "right", (False, True): "left"}.get((left, right), "both")
+
+
+def test_numbers_stand_on_the_right_and_words_on_the_left():
+    console = Console(record=True, width=300, file=io.StringIO())
+    plain = SimpleNamespace(file="d", size_bytes=12345 * 2**20)
+    other = record(plan=plain, targets=(), parity={}, layers=None)
+    console.print(engine_table({"encoder": record(), "decoder": other}, "the title"))
+    text = console.export_text()
+    assert side_of(cells(text, 1)[1]) == "right"
+    assert [side_of(cells(text, 2)[place]) for place in (0, 3, 4)] == ["left"] * 3
+    facts = {"format": "int8", "calibrator": "max", "layers": 7, "excluded": ["x"]}
+    facts.update(mac_share=0.5, float_bytes=12 * 2**20)
+    body = {"calibration": None, "budget": None, "graphs": {"encoder": facts}}
+    console.print(quantization_table(artefact(quantization=body)))
+    text = console.export_text()
+    headings = "graph format ranges layers left_out work MiB of_float"
+    assert [cell.strip().replace(" ", "_") for cell in cells(text, 0)] == headings.split()
+    assert [side_of(cell) for cell in cells(text, 1)[2:5]] == ["left", "right", "right"]
+    assert side_of(cells(text, 1)[7]) == "right"
+
+
+def test_a_narrow_terminal_breaks_no_name_and_no_command():
+    folder = Path("build") / ("a folder with a long name [of mine] " * 3).strip()
+    console = Console(record=True, width=60, file=io.StringIO())
+    closing_table(artefact(folder=folder), FIGURES, Path("build/repo"), console)
+    text = console.export_text()
+    assert f"predict IMAGE --box x0 y0 x1 y1 --artefact '{folder}'\n" in text
+    assert all(f"{name}.onnx" in text for name in artefact().graphs)
+    facts = {"format": "int8-weights", "calibrator": "max", "layers": 7, "excluded": ["x"]}
+    facts.update(mac_share=0.5, float_bytes=12 * 2**20)
+    body = {"calibration": None, "budget": None, "graphs": {"prompt_decoder": facts}}
+    console.print(quantization_table(artefact(quantization=body)))
+    assert {"prompt_decoder", "int8-weights"} <= set(console.export_text().split())
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import triton_python_backend_utils as pb_utils
+from array_guard import guard_arrays
 
 _TYPES = {
     "tensor(float)": "TYPE_FP32",
@@ -22,6 +23,9 @@ _TYPES = {
     "tensor(int64)": "TYPE_INT64",
     "tensor(uint8)": "TYPE_UINT8",
 }
+
+_SMALL_ROWS = 2
+"""Prompts of a run whose memory (33 MiB each at 1024 pixels) is kept for the next run."""
 
 
 class TritonPythonModel:
@@ -32,6 +36,7 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the graph and compare its inputs and outputs with the configuration."""
+        guard_arrays(pb_utils)
         config = json.loads(args["model_config"])
         path = Path(args["model_repository"], args["model_version"], self.graph_file)
         if not path.is_file():
@@ -39,6 +44,10 @@ class TritonPythonModel:
         options = onnxruntime.SessionOptions()
         threads = config["parameters"].get("intra_op_thread_count", {}).get("string_value", "0")
         options.intra_op_num_threads = int(threads)
+        # A pattern would keep a second block as large as all tensors of a run.
+        options.enable_mem_pattern = False
+        self._tidy = onnxruntime.RunOptions()
+        self._tidy.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         self._session = onnxruntime.InferenceSession(
             str(path), options, providers=["CPUExecutionProvider"]
         )
@@ -46,9 +55,19 @@ class TritonPythonModel:
         _check(config["input"], self._session.get_inputs(), batched)
         _check(config["output"], self._session.get_outputs(), batched)
         self._inputs = [tensor.name for tensor in self._session.get_inputs()]
+        self._limits = {
+            tensor.name: _limits(tensor.shape[batched:], config["parameters"])
+            for tensor in self._session.get_inputs()
+        }
         self._outputs = [tensor.name for tensor in self._session.get_outputs()]
+        self._free = [name for name in self._inputs if self._limits[name][0][0] == 1]
         notice = self.notice.format(path=path)
         pb_utils.Logger.log_warn(f"STAND-IN, model {args['model_name']}: {notice}")
+
+    def _options(self, batch: dict[str, Any]) -> Any:
+        """Give a large run's memory back; a click keeps its own, which makes the next one quick."""
+        rows = max((batch[name].shape[1] for name in self._free), default=1)
+        return self._tidy if rows > _SMALL_ROWS else None
 
     def missing(self, path: Path) -> str:
         """Text for a graph file that is not there."""
@@ -60,9 +79,16 @@ class TritonPythonModel:
         An exception of ONNX Runtime is the requests' error, sent by Triton itself.
         """
         feeds = [{t.name(): t.as_numpy() for t in request.inputs()} for request in requests]
+        wrong = "; ".join(filter(None, (_mistake(feed, self._limits) for feed in feeds)))
+        if wrong:  # requests of one batch have one shape, so all have the mistake
+            error = pb_utils.TritonError(wrong, pb_utils.TritonError.INVALID_ARG)
+            return [pb_utils.InferenceResponse(error=error) for _ in requests]
+        return self._run(feeds)
+
+    def _run(self, feeds: list[dict[str, Any]]) -> list[Any]:
         sizes = [len(feed[self._inputs[0]]) for feed in feeds]
         batch = {name: np.concatenate([feed[name] for feed in feeds]) for name in self._inputs}
-        outputs = self._session.run(self._outputs, batch)
+        outputs = self._session.run(self._outputs, batch, self._options(batch))
         cuts = np.cumsum(sizes)[:-1]
         parts = zip(*(np.split(output, cuts) for output in outputs), strict=True)
         return [
@@ -74,6 +100,30 @@ class TritonPythonModel:
             )
             for part in parts
         ]
+
+
+def _limits(shape: list[Any], parameters: dict[str, Any]) -> list[tuple[int, int]]:
+    """Least and largest size of each axis; of a free one the parameter `max_<its name>`."""
+    found = []
+    for axis in shape:
+        if isinstance(axis, int):
+            found.append((axis, axis))
+        else:
+            found.append((1, int(parameters[f"max_{axis}"]["string_value"])))
+    return found
+
+
+def _mistake(feed: dict[str, Any], limits: dict[str, list[tuple[int, int]]]) -> str:
+    """What is wrong with the arrays' shapes, or ""; the first axis is the batch."""
+    for name, expected in limits.items():
+        sizes = feed[name].shape[1:]
+        fits = len(sizes) == len(expected) and all(
+            least <= size <= most for size, (least, most) in zip(sizes, expected, strict=True)
+        )
+        if not fits:
+            ranges = [str(low) if low == high else f"{low}–{high}" for low, high in expected]
+            return f"{name}: {list(sizes)} a request, expected [{', '.join(ranges)}]"
+    return ""
 
 
 def _check(configured: list[dict[str, Any]], graph: list[Any], batched: bool) -> None:

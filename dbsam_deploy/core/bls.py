@@ -1,0 +1,63 @@
+"""The graphs as Triton models, called from another model (business logic scripting)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .contract import IMAGE, IMAGE_EMBEDDINGS, IOU_PREDICTIONS, LOW_RES_MASKS, graph_specs
+from .errors import EngineError
+from .imaging import Arrays, FloatArray, Preprocessing
+from .refusal import RefusedError
+
+MODEL_STEM = "dbsam_"
+"""First part of the name of a graph's Triton model; the graph's name follows."""
+_RESTARTS = ("is not healthy", "no available versions", "is not ready", "is not found")
+"""Texts of Triton about a model whose process ended, or which is being loaded again."""
+_ITEM_BYTES = 4
+
+
+class BlsGraphs:
+    """`interactive.Graphs` on Triton models.
+
+    Args:
+        triton: `triton_python_backend_utils`.
+        how: mode and sizes of the model.
+    """
+
+    def __init__(self, triton: Any, how: Preprocessing) -> None:
+        self._triton = triton
+        (embeddings,) = graph_specs(how)["encoder"].outputs
+        sizes = [axis for axis in embeddings.axes if isinstance(axis, int)]
+        self._embedding_bytes = int(np.prod(sizes)) * _ITEM_BYTES
+
+    def encode(self, image: FloatArray) -> tuple[Any, int]:
+        """See `interactive.Graphs`; the tensor stays where the encoder left it, maybe on a GPU."""
+        pb = self._triton
+        (embedding,) = self._run("encoder", [pb.Tensor(IMAGE, image)], [IMAGE_EMBEDDINGS])
+        return embedding, self._embedding_bytes
+
+    def decode(self, graph: str, embedding: Any, feed: Arrays) -> tuple[FloatArray, FloatArray]:
+        """See `interactive.Graphs`."""
+        pb = self._triton
+        tensors = [pb.Tensor(name, np.ascontiguousarray(feed[name][None])) for name in feed]
+        outputs = [LOW_RES_MASKS, IOU_PREDICTIONS]
+        cpu = pb.PreferredMemory(pb.TRITONSERVER_MEMORY_CPU, 0)
+        low, iou = self._run(graph, [embedding, *tensors], outputs, preferred_memory=cpu)
+        return low.as_numpy()[0], iou.as_numpy()[0]
+
+    def _run(self, graph: str, tensors: list[Any], outputs: list[str], **options: Any) -> list[Any]:
+        """Raises EngineError, or RefusedError where the model is not there for the moment."""
+        pb, model = self._triton, MODEL_STEM + graph
+        request = pb.InferenceRequest(
+            model_name=model, requested_output_names=outputs, inputs=tensors, **options
+        )
+        response = request.exec()
+        if response.has_error():
+            text = response.error().message()
+            if any(part in text for part in _RESTARTS):
+                raise RefusedError(f"{model} is being restarted ({text}); retry", "UNAVAILABLE")
+            raise EngineError(f"{model} failed: {text}")
+        found = {tensor.name(): tensor for tensor in response.output_tensors()}
+        return [found[name] for name in outputs]

@@ -1,0 +1,131 @@
+"""Bilinear resizing of logits in stages, as PyTorch computes it, and masks of their sign.
+
+Element-wise IEEE arithmetic in a fixed order: each value is the same bit for bit whether the whole
+or a part is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float32]
+Span = tuple[int, int]
+"""First element of an axis, and last + 1."""
+_BLOCK_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Upscale:
+    """`F.interpolate(mode="bilinear", align_corners=False)` to `size`, then its top-left `crop`."""
+
+    size: tuple[int, int]
+    crop: tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class _Line:
+    """One axis of a stage: each element is `low·(1 - weight) + high·weight` of two elements."""
+
+    low: npt.NDArray[np.intp]
+    high: npt.NDArray[np.intp]
+    weight: FloatArray
+    is_identity: bool
+
+
+@lru_cache(64)
+def _line(length: int, size: int, crop: int) -> _Line:
+    if length == size:
+        return _Line(np.arange(crop), np.arange(crop), np.zeros(crop, np.float32), True)
+    source = (np.arange(crop) + 0.5) * (length / size) - 0.5
+    source = np.clip(source, 0, length - 1)
+    low = np.floor(source).astype(np.intp)
+    high = np.minimum(low + 1, length - 1)
+    return _Line(low, high, (source - low).astype(np.float32), False)
+
+
+def _lines(shape: tuple[int, int], stages: tuple[Upscale, ...], axis: int) -> list[_Line]:
+    lengths = [shape[axis], *(stage.crop[axis] for stage in stages)]
+    return [
+        _line(length, stage.size[axis], stage.crop[axis])
+        for length, stage in zip(lengths, stages, strict=False)
+    ]
+
+
+def resample(x: FloatArray, stages: tuple[Upscale, ...]) -> FloatArray:
+    """(h, w) → the last stage's crop."""
+    shape = (x.shape[0], x.shape[1])
+    height, width = stages[-1].crop
+    rows, columns = _lines(shape, stages, 0), _lines(shape, stages, 1)
+    out = np.empty((height, width), np.float32)
+    for block in _blocks((0, height)):
+        out[slice(*block)] = _part(x, rows, columns, block, (0, width))
+    return out
+
+
+def sign_mask(x: FloatArray, stages: tuple[Upscale, ...], out: npt.NDArray[np.uint8]) -> None:
+    """Write `resample(x, stages) > 0` into `out`.
+
+    Only what depends on a positive element is computed: where all are 0 or less, so is their mean.
+    """
+    positive = x > 0
+    out[...] = 0
+    if not positive.any():
+        return
+    shape = (x.shape[0], x.shape[1])
+    lines = [_lines(shape, stages, axis) for axis in (0, 1)]
+    rows, columns = (
+        _reached(lines[axis], np.flatnonzero(positive.any(axis=1 - axis))) for axis in (0, 1)
+    )
+    if columns[0] >= columns[1]:  # all positive elements are outside the crop, or between samples
+        return
+    for block in _blocks(rows):
+        part = _part(x, lines[0], lines[1], block, columns)
+        np.greater(part, 0, out=out[slice(*block), slice(*columns)].view(bool))
+
+
+def _blocks(rows: Span) -> Iterator[Span]:
+    """Rows that are computed together: few enough for the processor's cache."""
+    for start in range(*rows, _BLOCK_ROWS):
+        yield start, min(start + _BLOCK_ROWS, rows[1])
+
+
+def _reached(lines: list[_Line], positive: npt.NDArray[np.intp]) -> Span:
+    """First and last + 1 element of the last stage that depends on an element in `positive`."""
+    low, high = lines[-1].low, lines[-1].high
+    for line in reversed(lines[:-1]):
+        low, high = line.low[low], line.high[high]
+    start = int(np.searchsorted(high, positive[0], "left"))
+    return start, int(np.searchsorted(low, positive[-1], "right"))
+
+
+def _windows(lines: list[_Line], last: Span) -> list[Span]:
+    """Elements that each stage needs for `last` of the final one; the first item is the input's."""
+    windows = [last]
+    for line in reversed(lines):
+        start, stop = windows[0]
+        windows.insert(0, (int(line.low[start]), int(line.high[stop - 1]) + 1))
+    return windows
+
+
+def _part(
+    x: FloatArray, rows: list[_Line], columns: list[_Line], height: Span, width: Span
+) -> FloatArray:
+    windows = _windows(rows, height), _windows(columns, width)
+    x = x[slice(*windows[0][0]), slice(*windows[1][0])]
+    for index, lines in enumerate(zip(rows, columns, strict=True)):
+        for axis in (0, 1):
+            if not lines[axis].is_identity:
+                first = windows[axis][index][0]
+                x = _between(x, lines[axis], axis, first, slice(*windows[axis][index + 1]))
+    return x
+
+
+def _between(x: FloatArray, line: _Line, axis: int, first: int, wanted: slice) -> FloatArray:
+    low, high, weight = line.low[wanted] - first, line.high[wanted] - first, line.weight[wanted]
+    weight = weight[:, None] if axis == 0 else weight[None, :]
+    return np.take(x, low, axis) * (1 - weight) + np.take(x, high, axis) * weight

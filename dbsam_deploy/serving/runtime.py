@@ -1,0 +1,88 @@
+"""The folder that a server runs from: backends, its copy of the repository, its control folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from ..core import array_guard
+from ..core.errors import ServingError
+from ..core.front import CONTROL_VARIABLE
+from ..privacy import VARIABLES
+from .environment import ServerEnvironment
+
+STANDINS = Path(__file__).parent / "standin_backends"
+GUARD = Path(array_guard.__file__)
+"""Module that the stand-ins import, as the front model does."""
+MODELS, CONTROL = "models", "control"
+"""Names in the folder: the repository's copy, and where the front looks for orders."""
+
+# Triton passes paths to a shell and to a command line without quoting them.
+_PLAIN = re.compile(r"[A-Za-z0-9_./+-]+")
+_PLACES = ("/var/tmp", "/tmp", "/run")  # noqa: S108 - a folder of our own is made in one of them
+
+
+def make_runtime() -> Path:
+    """A new folder for this user alone, below the system's folder for temporary files.
+
+    Raises:
+        ServingError: there is no place for it whose path has only plain characters.
+    """
+    for place in (tempfile.gettempdir(), *_PLACES):
+        if _PLAIN.fullmatch(place) and os.access(place, os.W_OK | os.X_OK):
+            return Path(tempfile.mkdtemp(prefix="dbsam-triton-", dir=place))
+    raise ServingError(
+        f"no place for the server's files: the path of TMPDIR ({tempfile.gettempdir()}) has blanks "
+        "or other characters that Triton does not take; set it to a plain one"
+    )
+
+
+def lay_out(environment: ServerEnvironment, folder: Path) -> None:
+    """Copy the Python backend and the stand-ins; Triton refuses links that leave the folder.
+
+    An installation has backends of its own, see `backends`.
+    """
+    (folder / CONTROL).mkdir(mode=0o700)
+    if environment.is_installation:
+        return
+    python = folder / "python"
+    python.mkdir()
+    source = environment.root / "backends" / "python"
+    for name in ("libtriton_python.so", "triton_python_backend_utils.py"):
+        shutil.copy2(source / name, python / name)
+    shutil.copy2(environment.stub, python / environment.stub.name)
+    for standin in sorted(STANDINS.iterdir()):
+        (folder / standin.name).mkdir()
+        for file in (standin / "model.py", GUARD):
+            shutil.copyfile(file, folder / standin.name / file.name)
+
+
+def backends(environment: ServerEnvironment, folder: Path) -> Path:
+    """Where the server finds its backends."""
+    return environment.root / "backends" if environment.is_installation else folder
+
+
+def server_variables(environment: ServerEnvironment, folder: Path) -> dict[str, str]:
+    """Changes of the environment: the server's own libraries and interpreter."""
+    ours = {
+        "PYTHONSAFEPATH": "1",  # nothing is imported from the working folder
+        CONTROL_VARIABLE: str(folder / CONTROL),
+        # gRPC sends large answers in pieces of 1 MiB; glibc would keep them for ever.
+        "MALLOC_MMAP_THRESHOLD_": "1000000",
+        **VARIABLES,
+    }
+    # The stub embeds an isolated Python: it reads no variable of Python's, and takes its prefix,
+    # with all packages, from the first python3 on the path.
+    installed = environment.is_installation
+    binaries = Path(sys.executable).parent if installed else environment.folder / "bin"
+    ours["PATH"] = ":".join([str(binaries.absolute()), os.environ.get("PATH", os.defpath)])
+    if installed:
+        return ours
+    libraries = [str(path) for path in environment.library_path]
+    inherited = os.environ.get("LD_LIBRARY_PATH")
+    ours["LD_LIBRARY_PATH"] = ":".join([*libraries, *([inherited] if inherited else [])])
+    return ours

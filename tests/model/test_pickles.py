@@ -1,0 +1,222 @@
+"""Weights files that declare more than they hold: refused before `torch.load` believes them."""
+
+import io
+import pickle
+import struct
+import tracemalloc
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+
+from dbsam_deploy.core.errors import CheckpointError
+from dbsam_deploy.model.checkpoint import (
+    MAX_PICKLE_BYTES,
+    read_checkpoint,
+    read_training_state,
+)
+
+READERS = {"weights": read_checkpoint, "state": read_training_state}
+_INTS = {"count": 3, "size": 3, "stride": 1, "offset": 0}
+
+
+def tensor_pickle(**numbers: int) -> bytes:
+    """The pickle of `{"a": tensor}`, with other numbers than the tensor has."""
+    found = {**_INTS, **numbers}
+    number = {key: b"J" + struct.pack("<i", value) for key, value in found.items()}
+    storage = (
+        b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpu" + number["count"] + b"tQ"
+    )
+    arguments = b"(" + storage + number["offset"] + number["size"] + b"\x85"
+    arguments += number["stride"] + b"\x85\x89ccollections\nOrderedDict\n)Rt"
+    return b"\x80\2}X\1\0\0\0actorch._utils\n_rebuild_tensor_v2\n" + arguments + b"Rs."
+
+
+def call(name: str, argument: bytes = b"") -> bytes:
+    """The pickle of `{"a": name(argument)}`."""
+    return b"\x80\2}X\1\0\0\0ac" + name.encode() + b"\n(" + argument + b"tRs."
+
+
+def twice(first: bytes, second: bytes) -> bytes:
+    """One pickle with the tensors of two, `a` and `b`."""
+    entry = second.removeprefix(b"\x80\2}").replace(b"\0a", b"\0b", 1)
+    return first.removesuffix(b".") + entry
+
+
+def weights(path: Path, content: bytes, numbers: bytes = bytes(12), **options: int) -> Path:
+    """A file as `torch.save` writes it, with a pickle of our own."""
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        archive.writestr("a/data.pkl", content)
+        archive.writestr("a/byteorder", b"little")
+        archive.writestr("a/data/0", numbers)
+        archive.writestr("a/version", b"3\n")
+    return path
+
+
+def old_weights(path: Path, content: bytes, numbers: bytes = bytes(12)) -> Path:
+    """The same as PyTorch wrote it before 2020."""
+    stream = io.BytesIO()
+    system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}
+    for part in (0x1950A86A20F9469CFC6C, 1001, system):
+        pickle.dump(part, stream, 2)
+    stream.write(content.replace(b"tQ", b"NtQ"))
+    pickle.dump(["0"], stream, 2)
+    stream.write(struct.pack("<q", len(numbers) // 4) + numbers)
+    path.write_bytes(stream.getvalue())
+    return path
+
+
+@pytest.fixture(params=["zip", "old"])
+def write(request):
+    return weights if request.param == "zip" else old_weights
+
+
+def test_the_pickle_of_these_tests_is_one(tmp_path, write):
+    numbers = struct.pack("<3f", 1, 2, 3)
+    found = read_checkpoint(write(tmp_path / "a.pth", tensor_pickle(), numbers))
+    assert found.tensors["a"].tolist() == [1, 2, 3]
+
+
+def test_compressed_zeros_are_refused_before_they_are_read(tmp_path):
+    """3 MB of file, 3.2 GB of zeros."""
+    path = tmp_path / "a.pth"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        archive.writestr("a/data.pkl", tensor_pickle(count=50_000_000, size=50_000_000))
+        archive.writestr("a/data/0", bytes(200_000_000))
+    content = path.read_bytes()
+    assert len(content) < 2_000_000
+    tracemalloc.start()
+    for read in READERS.values():
+        with pytest.raises(CheckpointError, match=r"its entry a/data\.pkl is compressed"):
+            read(path)
+    assert tracemalloc.get_traced_memory()[1] < 4_000_000
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"count": 800_000_000, "size": 800_000_000},  # 3.2 GB from a file of some 600 bytes
+        {"count": 4, "size": 4},
+        {"size": 1_000_000},
+        {"size": 2, "stride": 4},
+        {"size": 1_000_000_000, "stride": 0},
+        {"offset": 1},
+        {"size": 2, "offset": -1},
+        {"size": 3, "stride": -1},
+        {"count": -1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("reader", READERS)
+def test_a_tensor_larger_than_its_bytes(tmp_path, write, numbers, reader):
+    path = write(tmp_path / "a.pth", tensor_pickle(**numbers))
+    found = r"a\.pth: not a PyTorch weights file \((its storages? |a tensor |a storage )"
+    with pytest.raises(CheckpointError, match=found):
+        READERS[reader](path)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        ("builtins\nbytearray", b"J\0\0\0\x7f"),  # 2 GB of zeros
+        ("torch\nFloatTensor", b"J\0\0\0\x7f"),
+        ("_codecs\nencode", b"X\1\0\0\0aX\6\0\0\0latin1"),
+        ("collections\nCounter", b""),
+        ("torch\nload", b""),
+        ("torch._utils\n_rebuild_qtensor", b""),
+    ],
+)
+def test_only_what_makes_tensors_is_called(tmp_path, write, name, argument):
+    path = write(tmp_path / "a.pth", call(name, argument))
+    with pytest.raises(CheckpointError, match=f"it asks for {name.split()[0]}"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x80\2}N" + b"\x85" * 200_000 + b"Ns.", "tuples 17 deep"),  # its hash recurses
+        (b"\x80\2}K\1\x85Ns.", "tuples as names"),
+        (b"\x80\2}(K\1\x85Nu.", "tuples as names"),
+        (b"\x80\2}X\xff\xff\xff\xffa.", "not a PyTorch weights file"),
+        (b"\x80\2h\7.", "not a PyTorch weights file"),
+        (b"\x80\2t.", "not a PyTorch weights file"),
+        (twice(tensor_pickle(), tensor_pickle(count=2, size=2)), "described in two ways"),
+        (b"\x80\2K\1Q.", "storage without its description"),
+        (call("collections\nOrderedDict", b"]"), "made from another object"),
+        (b"\x80\4\x95\1\0\0\0\0\0\0\0.", "opcode FRAME"),
+    ],
+)
+def test_a_pickle_that_no_weights_have(tmp_path, write, content, message):
+    path = write(tmp_path / "a.pth", content)
+    with pytest.raises(CheckpointError, match=message) as error:
+        read_checkpoint(path)
+    assert len(str(error.value).removeprefix(str(tmp_path))) < 600
+    assert "\n" not in str(error.value)
+
+
+def test_a_flipped_bit_of_the_weights_is_found(tmp_path):
+    path = tmp_path / "a.pth"
+    torch.save({"a": torch.arange(1000.0)}, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(struct.pack("<3f", 500, 501, 502)) + 1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="the checksum of its a/data/0 is wrong"):
+        read_checkpoint(path)
+
+
+def test_a_pickle_has_a_longest(tmp_path):
+    path = weights(tmp_path / "a.pth", bytes(MAX_PICKLE_BYTES + 1))
+    with pytest.raises(CheckpointError, match=r"data\.pkl has 33554433 bytes"):
+        read_checkpoint(path)
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", MAX_PICKLE_BYTES + 1) + bytes(99))
+    with pytest.raises(CheckpointError, match="its header has 33554433 bytes"):
+        read_checkpoint(tmp_path / "a.safetensors")
+
+
+def test_two_pickles(tmp_path):
+    path = weights(tmp_path / "a.pth", tensor_pickle())
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("b/data.pkl", tensor_pickle())
+    with pytest.raises(CheckpointError, match=r"2 data\.pkl in it"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_everything_that_a_model_holds(tmp_path, is_zip):
+    tensors = OrderedDict(
+        half=torch.randn(3).half(),
+        brain=torch.randn(3).bfloat16(),
+        complex=torch.ones(2, dtype=torch.complex64),
+        flags=torch.tensor([True, False]),
+        parameter=torch.nn.Parameter(torch.ones(2)),
+        view=torch.arange(10.0)[2:6:2],
+        turned=torch.randn(3, 4).T,
+        empty=torch.zeros(0, 3),
+        number=torch.tensor(3.0),
+    )
+    if is_zip:
+        tensors["wide"] = torch.ones(4, dtype=torch.uint16)
+    tensors["tied"] = tensors["turned"]
+    torch.save({"model": tensors}, tmp_path / "a.pth", _use_new_zipfile_serialization=is_zip)
+    found = read_checkpoint(tmp_path / "a.pth").tensors
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[key], value) for key, value in tensors.items())
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_the_state_of_an_optimiser(tmp_path, is_zip):
+    moments = torch.randn(2, 3)
+    optimizer = {
+        "state": {0: {"step": torch.tensor(1.0), "exp_avg": moments}},
+        "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.999), "fused": None, "params": [0, 1]}],
+    }
+    body = {"optimizer": optimizer, "step": 4, "name": "run"}
+    torch.save(body, tmp_path / "state.pt", _use_new_zipfile_serialization=is_zip)
+    found = read_training_state(tmp_path / "state.pt")
+    assert torch.equal(found["optimizer"]["state"][0].pop("exp_avg"), moments)
+    assert torch.equal(optimizer["state"][0].pop("exp_avg"), moments)
+    assert found == body

@@ -1,0 +1,76 @@
+"""A real server under a supervisor, whose encoder hangs or is slow when a test says so."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from dbsam_deploy.serving import runtime
+from dbsam_deploy.serving.ports import Ports
+from dbsam_deploy.serving.processes import stubs
+from dbsam_deploy.serving.repository import build_repository
+from dbsam_deploy.serving.server import TritonServer
+from dbsam_deploy.serving.supervisor import Supervisor
+
+BACK_WITHIN_S = 10.0
+_HOOK = """
+        import os, time
+        while os.path.exists({hang!r}) and "encoder" in self._graph:
+            time.sleep(0.05)
+        if os.path.exists({slow!r}):
+            time.sleep(0.3)
+"""
+
+
+class Watched:
+    """A server and its supervisor, which looks when the test lets it."""
+
+    def __init__(self, server: TritonServer, switches: Path) -> None:
+        self.server, self.events = server, []
+        self.hang, self.slow = switches / "hang", switches / "slow"
+        self.supervisor = Supervisor(server, self.events.append)
+        self.supervisor.begin()
+
+    def until(self, condition: Callable[[], bool], seconds: float = BACK_WITHIN_S) -> float:
+        """Let it look until the condition is true; the seconds that took."""
+        began = time.monotonic()
+        while not condition():
+            assert time.monotonic() - began < seconds, self.events
+            self.supervisor.look()
+            time.sleep(0.1)
+        return time.monotonic() - began
+
+    def pid_of(self, model: str) -> int:
+        """Process of a model."""
+        return next(stub.pid for stub in stubs(self.server.pid) if stub.model == model)
+
+
+def _with_switches(folder: Path) -> Path:
+    """The stand-ins, which look at two files before they run a request."""
+    shutil.copytree(runtime.STANDINS, folder / "standins")
+    model = folder / "standins" / "onnxruntime" / "model.py"
+    text = model.read_text()
+    end_of_docstring = 'is the requests\' error, sent by Triton itself.\n        """\n'
+    assert end_of_docstring in text
+    hook = _HOOK.format(hang=str(folder / "hang"), slow=str(folder / "slow"))
+    text = text.replace(end_of_docstring, end_of_docstring + hook)
+    place = "        batched = config["
+    assert place in text
+    model.write_text(text.replace(place, "        self._graph = str(path)\n" + place))
+    return folder / "standins"
+
+
+@pytest.fixture(scope="package")
+def watched(tiny_artefact, server_environment, tmp_path_factory) -> Iterator[Watched]:
+    """A supervised server on a repository of its own, which tests may spoil."""
+    folder = tmp_path_factory.mktemp("watched")
+    repository = build_repository(tiny_artefact, folder / "model_repository").folder
+    server = TritonServer(repository, server_environment, log=folder / "log", ports=Ports(0, 0, 0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime, "STANDINS", _with_switches(folder))
+        with server:
+            yield Watched(server, folder)
