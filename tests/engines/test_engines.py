@@ -367,15 +367,12 @@ def test_a_builder_that_ends_its_process_is_an_error_of_the_engine(
     assert BuildJob.from_json((tmp_path / "decoder.job.json").read_text()) == job
 
 
-def test_a_builder_is_described_by_its_own_process(tmp_path, monkeypatch):
+def test_a_builder_that_is_there_is_described_by_its_own_process(tmp_path, monkeypatch):
     fake_tensorrt(tmp_path, "__version__ = '11.4.0.106'\n", monkeypatch)
     builder = describe_builder(TENSORRT)
     assert (builder.version, builder.kind) == ("11.4.0.106", TENSORRT)
     assert builder.targets == (() if builder.gpu is None else (builder.gpu.target,))
-
-
-def test_a_builder_that_is_not_installed_is_told_without_a_process(monkeypatch):
-    monkeypatch.setattr(process, "run_python", None)
+    monkeypatch.setattr(process, "run_python", None)  # where there is none, no process is begun
     with pytest.raises(EngineError, match=r"^TensorRT does not start: .*none_such, which is not"):
         describe_builder(replace(TENSORRT, module="none_such"))
 

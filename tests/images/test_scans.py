@@ -225,14 +225,14 @@ def test_flipped_bytes_never_escape_as_another_error(
 
 
 @pytest.mark.parametrize(
-    ("kind", "package", "extra", "read"),
-    [("NIfTI", "nibabel", "nifti", read_nifti), ("DICOM", "pydicom", "dicom", read_dicom)],
+    ("what", "package", "extra", "read"),
+    [("NIfTI file", "nibabel", "nifti", read_nifti), ("DICOM", "pydicom", "dicom", read_dicom)],
 )
 def test_a_missing_extra_names_its_pip_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, package: str, extra: str, read
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, package: str, extra: str, read
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(EngineError, match=rf"{kind} file.*{re.escape(pip_line(extra))}"):
+    with pytest.raises(EngineError, match=rf"{what}.*{re.escape(pip_line(extra))}"):
         read(tmp_path / "scan")
 
 
