@@ -312,10 +312,9 @@ class TritonServer:
         if self._process is None or self._output is None:
             return f"tritonserver does not run (log: {self.log})"
         self._output.finish()
-        return (
-            f"tritonserver ended {how_ended(self._process)}: {self._reason()} "
-            f"(whole log: {self.log})"
-        )
+        how = how_ended(self._process)
+        why = "" if how.startswith("by ") else f": {self._reason()}"
+        return f"tritonserver ended {how}{why} (whole log: {self.log})"
 
     def drain(self) -> bool:
         """Let the models refuse what is new and wait for what was accepted, at most `grace_s`.
