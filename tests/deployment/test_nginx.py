@@ -78,13 +78,13 @@ def configured(folder: Path, port: int, changes: dict[str, str]) -> str:
     """The shipped configuration with the places of this test; everything else is as it is."""
     text = CONFIG.read_text()
     replaced = {
+        **changes,
         "/tmp/": f"{folder}/",  # noqa: S108 - what the container has
         "/etc/dbsam/": f"{folder}/",
         "/dev/stdout": f"{folder}/access.log",
         "/dev/stderr": f"{folder}/error.log",
         "listen 8443": f"listen 127.0.0.1:{port}",
         "worker_processes auto": "worker_processes 1",
-        **changes,
     }
     for old in replaced:
         assert old in text, f"{old!r} is not in {CONFIG.name} any more"
@@ -181,6 +181,30 @@ def test_what_reaches_the_server_has_a_length_and_no_secret(deployment_tool, tmp
     assert "transfer-encoding" not in head
     for secret in ("authorization", "5ecret", "dbsam-key"):
         assert secret not in head
+
+
+def test_certificates_of_clients_in_the_place_of_passwords(deployment_tool, tmp_path):
+    """The lines that stand in the configuration as a comment."""
+    with listener() as (address, got):
+        changes = {
+            "# ssl_client_certificate /etc/dbsam/clients-ca.crt": (
+                f"ssl_client_certificate {tmp_path}/tls.crt"  # which signs itself
+            ),
+            "# ssl_verify_client": "ssl_verify_client",
+            'auth_basic "dbsam"': "auth_basic off",
+            "server:8000": address,
+            "server:8001": address,
+        }
+        with running(deployment_tool("nginx"), tmp_path, changes) as proxy:
+            assert proxy.ask("GET", "/v2/health/ready", Authorization=LOGIN) == 400
+            assert got == [], "nobody came through"
+            context = ssl.create_default_context(cafile=str(proxy.certificate))
+            context.load_cert_chain(tmp_path / "tls.crt", tmp_path / "tls.key")
+            connection = http.client.HTTPSConnection("localhost", proxy.port, context=context)
+            connection.request("GET", "/v2/health/ready")
+            assert connection.getresponse().status == 200
+            connection.close()
+    assert b"GET /v2/health/ready" in b"".join(got)
 
 
 def expected(triton, picture: np.ndarray) -> np.ndarray:
