@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import http.client
 import json
@@ -22,7 +23,10 @@ import numpy as np
 import pytest
 from support.traffic import masks_over_grpc, masks_over_http
 
+from dbsam_deploy.clients.access import Access
+from dbsam_deploy.clients.async_client import AsyncDbsamClient
 from dbsam_deploy.clients.client import DbsamClient
+from dbsam_deploy.core.errors import InputError, ServingError
 
 CONFIG = Path(__file__).resolve().parents[2] / "deployment" / "nginx" / "nginx.conf"
 USER, PASSWORD = "radiology", "correct horse"
@@ -218,6 +222,39 @@ def test_right_masks_over_both_protocols_with_the_right_login(proxy, triton):
     for ask in (masks_over_http, masks_over_grpc):
         masks = ask(f"localhost:{proxy.port}", picture, BOX, proxy.certificate, LOGIN)
         np.testing.assert_array_equal(masks, wanted)
+
+
+@pytest.mark.parametrize("transport", ["grpc", "http"])
+def test_the_librarys_own_clients_come_through(proxy, triton, transport):
+    picture, url = image(), f"localhost:{proxy.port}"
+    access = Access(ca=proxy.certificate, login=f"{USER}:{PASSWORD}")
+    wanted = expected(triton, picture)
+    with DbsamClient(url, transport, access=access) as client:
+        np.testing.assert_array_equal(client.segment(picture, BOX, logits=True).masks[:, 0], wanted)
+        opened = client.open(picture)
+        np.testing.assert_array_equal(opened.predict(boxes=BOX).masks[:, 0], wanted)
+
+    async def ask() -> np.ndarray:
+        async with AsyncDbsamClient(url, transport, access=access) as client:
+            return (await client.segment(picture, BOX)).masks[:, 0]
+
+    np.testing.assert_array_equal(asyncio.run(ask()), wanted)
+    wrong = Access(ca=proxy.certificate, login=f"{USER}:wrong")
+    with (
+        DbsamClient(url, transport, access=wrong) as client,
+        pytest.raises(InputError, match="does not know this login"),
+    ):
+        client.segment(picture, BOX)
+    with (
+        DbsamClient(url, transport, access=access) as client,
+        pytest.raises(InputError, match="larger than the proxy"),
+    ):
+        client.segment(np.random.default_rng().integers(0, 256, (700, 700, 3), np.uint8), BOX)
+    with (
+        DbsamClient(url, transport, access=Access(), timeout_s=5) as client,
+        pytest.raises(ServingError, match="no Triton server answers"),
+    ):
+        client.segment(picture, BOX)  # an authority that nobody knows
 
 
 @pytest.mark.parametrize(
