@@ -121,8 +121,8 @@ def test_probes_are_patient_and_the_pod_may_finish(render):
     pod, server = server_of(render(CLAIM, "graceSeconds=45", "deregisterSeconds=7"))
     assert server["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", "7"]
     assert pod["terminationGracePeriodSeconds"] > 45 + 7
-    startup = server["startupProbe"]
-    assert startup["periodSeconds"] * startup["failureThreshold"] == 600
+    for probe, seconds in (("startupProbe", 600), ("livenessProbe", 300)):
+        assert server[probe]["periodSeconds"] * server[probe]["failureThreshold"] == seconds
 
 
 @pytest.mark.parametrize("values", [(CLAIM,), EVERYTHING], ids=["default", "everything"])

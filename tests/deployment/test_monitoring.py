@@ -84,6 +84,12 @@ def test_every_alert_is_tested_to_come_and_to_stay_away(alert):
     assert any(not one.get("exp_alerts") for one in cases)
 
 
+def test_the_page_explains_every_alert():
+    page = (ROOT / "docs" / "how-to" / "deploy.md").read_text()
+    alerts = {rule["alert"] for rule in rules() if "alert" in rule}
+    assert set(re.findall(r"`(Dbsam\w+)`", page)) == alerts
+
+
 def test_promtool_reads_every_query_of_the_dashboard_and_the_adapter(deployment_tool, tmp_path):
     found = [
         {"record": f"q:{index}", "expr": text}
