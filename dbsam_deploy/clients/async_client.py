@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ..core.masks import Prediction
 from ..core.prompts import PromptArrays
-from .calls import load_library
+from .calls import CHANNEL, load_library
 from .exchange import Exchange, Exchanges, Returned
 from .known_images import KnownImage, boxes_alone
 from .retries import ServerRequest
@@ -27,7 +27,7 @@ class AsyncDbsamClient(Exchanges):
         transport = load_library(f"tritonclient.{self.transport}.aio")
         if self.transport == "grpc":
             options = {} if self._access is None else self._access.grpc_options()
-            return transport.InferenceServerClient(self.url, **options)
+            return transport.InferenceServerClient(self.url, channel_args=list(CHANNEL), **options)
         self._errors = (load_library("aiohttp").ClientError,)
         options = {} if self._access is None else {"ssl_context": self._access.context()}
         return transport.InferenceServerClient(

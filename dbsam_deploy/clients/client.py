@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from ..core.masks import Prediction
 from ..core.prompts import PromptArrays
+from .calls import CHANNEL
 from .exchange import Exchange, Exchanges, Returned
 from .http_connection import HttpConnection
 from .known_images import KnownImage, boxes_alone
@@ -41,7 +42,9 @@ class DbsamClient(Exchanges):
     def _connect(self, timeout_s: float) -> Any:
         if self.transport == "grpc":
             options = {} if self._access is None else self._access.grpc_options()
-            return self._library.InferenceServerClient(self.url, **options)
+            return self._library.InferenceServerClient(
+                self.url, channel_args=list(CHANNEL), **options
+            )
         return HttpConnection(self.url, self._library, self._access)
 
     def _pause(self, seconds: float) -> None:

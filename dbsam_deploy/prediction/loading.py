@@ -29,7 +29,7 @@ SCHEMES: dict[str, tuple[Transport, int]] = {
     "triton+tls": ("grpc", 8443),
     "triton+https": ("http", 8443),
 }
-"""Scheme of a server's address → protocol and usual port."""
+"""Scheme of a server's address (`triton://host:8001`) → protocol and usual port."""
 TLS_SCHEMES = {"grpc": "triton+tls", "http": "triton+https"}
 """Protocol → the scheme of a proxy before the server."""
 TIMEOUT_S = 60.0
@@ -55,9 +55,7 @@ def load(
     """Open a model: an export, a weights file or a server.
 
     Args:
-        source: folder of an export, a weights file, `triton://host:8001`,
-            `triton+http://host:8000`, or `triton+tls://host:8443` and `triton+https://host:8443`
-            behind a proxy; the newest export below `build/` if none is named.
+        source: an export, a weights file or a server, see `SCHEMES`; by default the newest export.
         backend: see `backends.BACKENDS`; by default `onnxruntime` for an export, else `pytorch`.
         device: `cpu` or `cuda`; by default the backend's own.
         variant: of a weights file whose keys do not tell it.
@@ -66,7 +64,10 @@ def load(
         preprocess: another mode than the model's own: `sam`, `medsam` or `lite_medsam`.
         runtime_precision: `float32` or `bfloat16`, for OpenVINO.
         engine_cache: folder that keeps engines and compiled models.
-        shared_memory, timeout_s, retries, key: for a server, see `open_server`.
+        shared_memory: for a server, see `open_server`.
+        timeout_s: for a server, too.
+        retries: for a server, too.
+        key: for a server, too.
         access: for a server behind a proxy, see `Access`.
 
     Raises:
@@ -82,7 +83,6 @@ def load(
         runtime_precision=runtime_precision,
         preprocess=preprocess,
     )
-    _check_kinds(options, backend, timeout_s)
     served = {"shared_memory": shared_memory, "timeout_s": timeout_s, "retries": retries}
     return _open(source, options, backend, **served, key=key, access=access)
 
@@ -91,6 +91,7 @@ def _open(
     source: str | Path | None, options: ModelOptions, backend: str | None, **served: Any
 ) -> Model:
     """What `load` opens; `served` are the options of a server."""
+    _check_kinds(options, backend, served["timeout_s"])
     if source is not None and "://" in str(source):
         scheme, address = _address(str(source), options, backend)
         return open_server(address, scheme, **served)
