@@ -21,6 +21,7 @@ from dbsam_deploy.core.contract import (
 )
 from dbsam_deploy.core.errors import InputError, ServingError
 from dbsam_deploy.core.imaging import Preprocessing
+from dbsam_deploy.engines.profiles import MAX_BATCH
 from dbsam_deploy.files.atomic import sha256_of
 from dbsam_deploy.files.locks import one_writer
 from dbsam_deploy.resources import resource_dir
@@ -245,6 +246,10 @@ def test_plans_are_served_by_the_tensorrt_platform(make_artefact, tmp_path):
     encoder = (tmp_path / "r/dbsam_encoder/config.pbtxt").read_text()
     assert 'platform: "tensorrt_plan"' in encoder
     assert "graphs: true" in encoder
+    front = (tmp_path / "r/dbsam_interactive/config.pbtxt").read_text()
+    assert (
+        f'"image_workers" value {{ string_value: "{MAX_BATCH["tensorrt"]["encoder"]}" }}' in front
+    )
     assert "onnxruntime" not in encoder
     names = {path.name for path in (tmp_path / "r/dbsam_encoder/1").iterdir()}
     assert names == {"model.plan", "model.onnx"}
