@@ -115,10 +115,13 @@ def test_colours_of_16_bits_in_tiff_are_refused(tmp_path: Path) -> None:
         read_image(path)
 
 
-def test_a_flipped_bit_of_a_png_is_found(tmp_path: Path, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("level", [0, 6])  # 0: pixels stand there as they are
+def test_a_flipped_bit_of_a_png_is_found(
+    tmp_path: Path, rng: np.random.Generator, level: int
+) -> None:
     """Each chunk has a checksum, which Pillow does not compare for pixels."""
     path = tmp_path / "a.png"
-    Image.fromarray(COLOURS).save(path)
+    Image.fromarray(COLOURS).save(path, compress_level=level)
     content = path.read_bytes()
     refused = 0
     for _ in range(60):
