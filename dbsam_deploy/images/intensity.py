@@ -231,7 +231,7 @@ def _percentile_range(
         "0.5–99.5 percentiles coincide"
     )
     # A constant image is refused once the ends of its range have been tried.
-    return low, high if low < high else low + 1, "range", text
+    return low, high if low < high else max(low + 1, math.nextafter(low, math.inf)), "range", text
 
 
 def _percentiles(values: npt.NDArray[Any]) -> tuple[float, float]:

@@ -248,6 +248,8 @@ def _turned(image: Image.Image) -> tuple[str, ...]:
             f"a {image.format} of {frames} pages or frames: expected one; save the one that is "
             "meant as a file of its own, or all of them as (D, H, W) in an npz"
         )
+    if image.format == "TIFF":
+        _check_strips(image)
     if image.format == "TIFF" and image.mode not in ("1", "L"):
         tags = getattr(image, "tag_v2", {})
         if tags.get(_PHOTOMETRIC) == 0:
@@ -256,6 +258,22 @@ def _turned(image: Image.Image) -> tuple[str, ...]:
     if orientation in range(2, 9):
         return (f"turned upright as its EXIF orientation {orientation} says",)
     return ()
+
+
+def _check_strips(image: Image.Image) -> None:
+    """Refuse a TIFF whose strips or tiles are fewer than its size needs: Pillow leaves the rest 0.
+
+    Raises:
+        InputError: they do not cover it.
+    """
+    tiles = [tile[1] for tile in getattr(image, "tile", ())]
+    pixels = getattr(image, "_tile_size", image.size)  # as stored, before it is turned
+    covered = sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in tiles)
+    if tiles and covered < pixels[0] * pixels[1]:
+        raise InputError(
+            f"a TIFF of {pixels[0]}×{pixels[1]} pixels, of which its strips hold {covered}: the "
+            "file is damaged"
+        )
 
 
 def _check_sums(path: Path) -> None:

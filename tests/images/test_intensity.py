@@ -122,6 +122,16 @@ def test_a_constant_image_is_refused_in_the_same_words(dtype: type, window: tupl
         assert str(refused.value) == CONSTANT
 
 
+def test_a_huge_constant_is_refused_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
+    """Adding 1 to it changes nothing."""
+    with pytest.raises(InputError, match=r"all values are -4e\+25; there is nothing"):
+        to_uint8(np.full((1, 4, 5), -4e25), None, HERE)
+    signalling = np.full((1, 4, 5), 0x7FA00000, np.uint32).view(np.float32)
+    with pytest.raises(InputError, match="NaN"):
+        to_uint8(signalling, None, HERE)
+    assert not recwarn
+
+
 def test_one_colour_everywhere_is_constant_too() -> None:
     values = np.tile(np.array([200, 100, 50], np.uint8), (1, 4, 5, 1))
     for given in (values, values.astype(np.uint16)):

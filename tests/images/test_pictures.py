@@ -49,6 +49,17 @@ def test_tiff_in_which_0_is_white(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_image(path).pixels[0], (SHADES > 100) * np.uint8(255))
 
 
+def test_a_tiff_without_all_of_its_strips(tmp_path: Path) -> None:
+    """Pillow leaves what is missing black."""
+    path = tiff(tmp_path / "a.tif", SHADES, 1)
+    content = bytearray(path.read_bytes())
+    at = content.index(struct.pack("<HHII", 257, 4, 1, 20))
+    content[at + 8 : at + 12] = struct.pack("<I", 50_000)
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="of which its strips hold 600: the file is damaged"):
+        read_image(path)
+
+
 @pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "tiff_adobe_deflate", "packbits"])
 def test_compressed_tiff(tmp_path: Path, compression: str) -> None:
     path = tmp_path / "a.tif"
