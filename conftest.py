@@ -39,10 +39,9 @@ from timing import ratios as benchmarking
 from dbsam_deploy.core.errors import InputError, MissingError
 from dbsam_deploy.extras import pip_line
 from dbsam_deploy.hardware import Hardware, describe_hardware, installed_versions
-from dbsam_deploy.quantization.modelopt_tool import find_python
 from dbsam_deploy.serving.environment import DEFAULT_FOLDER, ServerEnvironment, find_environment
 
-pytest_plugins = ["pytester", "support.random_numbers", "support.toy_exports"]
+pytest_plugins = ["pytester", "support.random_numbers", "support.run_order"]
 
 ROOT = Path(__file__).resolve().parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -81,6 +80,8 @@ def _missing_openvino() -> str:
 
 
 def _missing_modelopt() -> str:
+    from dbsam_deploy.quantization.modelopt_tool import find_python  # which loads onnx_ir
+
     try:
         find_python()
     except MissingError as error:

@@ -42,7 +42,9 @@ def server(subject, server_environment, tmp_path_factory) -> Iterator[TritonServ
             stream.write(ONE_THREAD)
     write_repository(replace(repository, files=file_hashes(models)))  # with the reference
     log, ports = folder / "server.log", Ports(0, 0, 0)
-    with TritonServer(models, server_environment, log=log, ports=ports) as server:
+    with TritonServer(
+        models, server_environment, log=log, ports=ports, expose_stages=True
+    ) as server:
         yield server
 
 

@@ -117,6 +117,11 @@ def _add_server_options(parser: Parser) -> None:
         help="file for the server's log (default: beside the repository); - is standard output",
     )
     server.add_argument(
+        "--expose-stages",
+        action="store_true",
+        help="let clients ask encoder and decoders by their names, for debugging",
+    )
+    server.add_argument(
         "--grace",
         type=float,
         default=30.0,
@@ -272,6 +277,7 @@ def _server(args: argparse.Namespace, repository: Repository, ports: Ports) -> T
         host=args.host,
         key=os.environ.get(KEY_VARIABLE) or None,
         grace_s=args.grace,
+        expose_stages=args.expose_stages,
     )
 
 

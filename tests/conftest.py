@@ -11,22 +11,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 import torch
 from filelock import FileLock
-from onnx import TensorProto, helper
 from rich.console import Console
 from support import property_profiles  # noqa: F401 - loads how many examples are tried
-from support.graph_builder import GraphBuilder
 from support.references import small_model
+from support.tiny_artefact import make_tiny_artefact
+from support.toy_exports import toy, toy_graphs  # noqa: F401 - fixtures
 
-from dbsam_deploy.artefact import Artefact, graph_file, load_artefact, write_artefact
-from dbsam_deploy.core.contract import Geometry, GraphSpec, graph_specs
+from dbsam_deploy.artefact import Artefact
+from dbsam_deploy.core.contract import Geometry, graph_specs
 from dbsam_deploy.core.errors import EngineError
-from dbsam_deploy.core.imaging import Preprocessing
 from dbsam_deploy.export import ExportOptions, Published, Stages, export
 from dbsam_deploy.graphs.onnx_export import export_graph, fold_reshapes, simplify, trace
 from dbsam_deploy.kernels.plugin_build import Headers, PluginLibrary, build_plugins, find_headers
@@ -39,134 +37,11 @@ from dbsam_deploy.serving.repository import Repository, build_repository
 from dbsam_deploy.serving.server import TritonServer
 from dbsam_deploy.verification.cases import bundled_examples
 
-TINY_SIZE = 128
+SHIPPED_SIZE = 256
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 SHARED_WEIGHTS = Path(__file__).resolve().parents[2] / "shared/data/weights/lite_medsam.pth"
 
 Once = Callable[[str, Callable[[Path], Any]], Any]
-
-_TYPES = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32}
-
-
-class _Graph(GraphBuilder):
-    """Collects the nodes of a graph of the contract."""
-
-    def __init__(self, spec: GraphSpec) -> None:
-        super().__init__()
-        self.spec = spec
-
-    def axes(self, op: str, value: str, *axes: int, output: str | None = None, **more) -> str:
-        return self.add(op, value, self.constant(np.array(axes, np.int64)), output=output, **more)
-
-    def save(self, path: Path) -> None:
-        def describe(specs):
-            return [helper.make_tensor_value_info(s.name, _TYPES[s.dtype], s.axes) for s in specs]
-
-        graph = helper.make_graph(
-            self.nodes,
-            self.spec.name,
-            describe(self.spec.inputs),
-            describe(self.spec.outputs),
-            self.constants,
-        )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-        onnx.checker.check_model(model, full_check=True)
-        onnx.save(model, path)
-
-
-def _encoder(spec: GraphSpec, path: Path, rng: np.random.Generator, size: Geometry) -> None:
-    graph = _Graph(spec)
-    patch = [size.embedding_stride] * 2
-    weight = (rng.standard_normal((256, 3, *patch)) * 0.8 / patch[0]).astype(np.float32)
-    patches = graph.add("Conv", "image", graph.constant(weight), kernel_shape=patch, strides=patch)
-    graph.add("Tanh", patches, output="image_embeddings")
-    graph.save(path)
-
-
-def _image_term(graph: _Graph, rng: np.random.Generator) -> str:
-    """(B, 1, 1, 4G, 4G): what the image adds to every mask."""
-    weight = graph.constant((rng.standard_normal((1, 256, 1, 1)) * 0.3).astype(np.float32))
-    small = graph.add("Conv", "image_embeddings", weight, kernel_shape=[1, 1])
-    scales = graph.constant(np.array([1, 1, 4, 4], np.float32))
-    return graph.axes("Unsqueeze", graph.add("Resize", small, "", scales, mode="linear"), 1)
-
-
-def _grid(graph: _Graph, size: Geometry) -> tuple[str, str]:
-    """x and y of the mask grid's cells in the model frame, (1, 1, 1, 1, 4G) and (…, 4G, 1)."""
-    cell = np.float32(size.image_size / size.mask_side)
-    centres = (np.arange(size.mask_side, dtype=np.float32) + np.float32(0.5)) * cell
-    return (
-        graph.constant(centres.reshape(1, 1, 1, 1, -1)),
-        graph.constant(centres.reshape(1, 1, 1, -1, 1)),
-    )
-
-
-def _decoder(spec: GraphSpec, path: Path, rng: np.random.Generator, size: Geometry) -> None:
-    """Logits: distance to the box's nearest side, bent by the image."""
-    graph = _Graph(spec)
-    x, y = _grid(graph, size)
-    sides = []
-    for index, axis in enumerate((x, y, x, y)):
-        number = graph.constant(np.array([index], np.int64))
-        corner = graph.axes("Unsqueeze", graph.add("Gather", "boxes", number, axis=2), 3, 4)
-        order = (axis, corner) if index < 2 else (corner, axis)
-        sides.append(graph.add("Sub", *order))
-    inside = graph.add("Mul", graph.add("Min", *sides), graph.constant(np.float32(0.2)))
-    graph.add("Add", inside, _image_term(graph, rng), output="low_res_masks")
-    mean = graph.axes("ReduceMean", "low_res_masks", 3, 4, keepdims=0)
-    graph.add("Sigmoid", mean, output="iou_predictions")
-    graph.save(path)
-
-
-def _prompt_decoder(spec: GraphSpec, path: Path, rng: np.random.Generator, size: Geometry) -> None:
-    """Logits: a hill or a hollow at each point by its label, the image, and the earlier mask."""
-    graph = _Graph(spec)
-    x, y = _grid(graph, size)
-    squares = []
-    for index, axis in enumerate((x, y)):
-        number = graph.constant(np.array([index], np.int64))
-        at = graph.axes("Unsqueeze", graph.add("Gather", "point_coords", number, axis=3), 4)
-        distance = graph.add("Sub", axis, at)
-        squares.append(graph.add("Mul", distance, distance))
-    spread = graph.add(
-        "Div", graph.add("Add", *squares), graph.constant(np.float32(size.image_size))
-    )
-    heights = graph.constant(np.array([0, -4, 4, 2, 2], np.float32))  # labels -1, 0, 1, 2, 3
-    label = graph.add("Add", "point_labels", graph.constant(np.int32(1)))
-    height = graph.axes("Unsqueeze", graph.add("Gather", heights, label), 3, 4)
-    one = graph.constant(np.float32(1))
-    hills = graph.axes("ReduceSum", graph.add("Div", height, graph.add("Add", spread, one)), 2)
-    earlier = graph.add("Mul", "mask_input", graph.axes("Unsqueeze", "has_mask_input", 2, 3, 4))
-    logits = graph.add("Add", graph.add("Add", hills, _image_term(graph, rng)), earlier)
-    tokens = np.array([0, 0.5, -0.5, 1.5], np.float32).reshape(1, 1, 4, 1, 1)
-    graph.add("Add", logits, graph.constant(tokens), output="low_res_masks")
-    mean = graph.axes("ReduceMean", "low_res_masks", 3, 4, keepdims=0)
-    graph.add("Sigmoid", mean, output="iou_predictions")
-    graph.save(path)
-
-
-def make_tiny_artefact(
-    folder: Path, image_size: int = TINY_SIZE, mode: str = "sam", seed: int = 0, stride: int = 16
-) -> Artefact:
-    """Write an export of small graphs with random weights: masks follow both prompt and image."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(seed)
-    how = Preprocessing(image_size, mode, embedding_stride=stride)
-    specs = graph_specs(how)
-    paths = {name: folder / f"{name}.onnx" for name in specs}
-    _encoder(specs["encoder"], paths["encoder"], rng, how)
-    _decoder(specs["decoder"], paths["decoder"], rng, how)
-    _prompt_decoder(specs["prompt_decoder"], paths["prompt_decoder"], rng, how)
-    artefact = Artefact(
-        folder=folder,
-        variant="tiny_test",
-        precision="fp32",
-        preprocessing=how,
-        graphs={name: graph_file(path, folder) for name, path in paths.items()},
-        weights={"source": "random", "sha256": None, "trained": False, "note": "test graphs"},
-    )
-    write_artefact(artefact)
-    return load_artefact(folder)
 
 
 @pytest.fixture(scope="session")
@@ -219,23 +94,53 @@ def _publish(
 
 
 @pytest.fixture(scope="session")
-def published_export(once: Once) -> tuple[ExportOptions, Published]:
-    """`db_sam_tiny` at 256×256 in fp16 through the whole export; not to be changed."""
-    options = ExportOptions("fp16", image_size=256, engine="none")
-    return once("fp16", lambda folder: _publish(replace(options, output=folder / "build")))
+def shipped_model() -> DbSam:
+    """`db_sam_tiny` with its trained weights, for images of 256×256; not to be changed."""
+    return load_model(image_size=SHIPPED_SIZE).model
 
 
 @pytest.fixture(scope="session")
-def float_graphs(once: Once) -> Path:
+def published_export(once: Once) -> tuple[ExportOptions, Published]:
+    """`db_sam_tiny` at 256×256 in fp16 through the whole export; not to be changed.
+
+    Its graphs as they were before their fusions are kept for `half_graphs`.
+    """
+    options = ExportOptions("fp16", image_size=SHIPPED_SIZE, engine="none")
+
+    def make(folder: Path) -> tuple[ExportOptions, Published]:
+        (folder / "plain").mkdir()
+
+        def keep(model: DbSam, name: str, recipe: Recipe, scratch: Path) -> None:
+            shutil.copy(export_graph(model, name, recipe, scratch).path, folder / "plain")
+
+        return _publish(replace(options, output=folder / "build"), Stages(export_graph=keep))
+
+    return once("fp16", make)
+
+
+@pytest.fixture(scope="session")
+def half_graphs(published_export: tuple[ExportOptions, Published]) -> Path:
+    """Folder with `db_sam_tiny`'s graphs at 256×256 as fp16 exports them; not to be changed."""
+    return published_export[0].output.parent / "plain"
+
+
+@pytest.fixture(scope="session")
+def float_graphs(once: Once, shipped_model: DbSam) -> Path:
     """Folder with `db_sam_tiny`'s graphs at 256×256 in float32; not to be changed."""
 
     def make(folder: Path) -> Path:
-        model = load_model(image_size=256).model
-        for name in graph_specs(Geometry(256)):
-            export_graph(model, name, load_recipe("fp32"), folder)
+        for name in graph_specs(Geometry(SHIPPED_SIZE)):
+            export_graph(shipped_model, name, load_recipe("fp32"), folder)
         return folder
 
     return once("float_graphs", make)
+
+
+@pytest.fixture(scope="session")
+def shipped_graphs(request: pytest.FixtureRequest) -> Callable[[str], Path]:
+    """Precision, fp32 or fp16 → the folder with `db_sam_tiny`'s graphs; not to be changed."""
+    names = {"fp32": "float_graphs", "fp16": "half_graphs"}
+    return lambda precision: request.getfixturevalue(names[precision])
 
 
 def _at_opset(path: Path, recipe: Recipe, folder: Path) -> Path:
@@ -271,7 +176,7 @@ def quick_stages(float_graphs: Path) -> Stages:
 @pytest.fixture(scope="session")
 def published_fp32(quick_stages: Stages, once: Once) -> tuple[ExportOptions, Published]:
     """`db_sam_tiny` at 256×256 in float32; not to be changed."""
-    options = ExportOptions("fp32", image_size=256, engine="none")
+    options = ExportOptions("fp32", image_size=SHIPPED_SIZE, engine="none")
     return once(
         "fp32", lambda folder: _publish(replace(options, output=folder / "build"), quick_stages)
     )
@@ -280,7 +185,9 @@ def published_fp32(quick_stages: Stages, once: Once) -> tuple[ExportOptions, Pub
 @pytest.fixture(scope="session")
 def published_int8(quick_stages: Stages, once: Once) -> tuple[ExportOptions, Published]:
     """`db_sam_tiny` at 256×256 in int8, ranges from the bundled images; not to be changed."""
-    options = ExportOptions("int8", image_size=256, calibration=bundled_examples(), engine="none")
+    options = ExportOptions(
+        "int8", image_size=SHIPPED_SIZE, calibration=bundled_examples(), engine="none"
+    )
     return once(
         "int8", lambda folder: _publish(replace(options, output=folder / "build"), quick_stages)
     )
@@ -302,7 +209,13 @@ def triton(
 ) -> Iterator[TritonServer]:
     """One real Triton server on `tiny_repository` for the whole run, on free loopback ports."""
     log = tmp_path_factory.mktemp("triton") / "server.log"
-    server = TritonServer(tiny_repository.folder, server_environment, log=log, ports=Ports(0, 0, 0))
+    server = TritonServer(
+        tiny_repository.folder,
+        server_environment,
+        log=log,
+        ports=Ports(0, 0, 0),
+        expose_stages=True,
+    )
     with server:
         yield server
 

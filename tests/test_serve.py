@@ -30,7 +30,7 @@ from dbsam_deploy.serving.control import requests_in_flight
 from dbsam_deploy.serving.environment import ServerEnvironment
 from dbsam_deploy.serving.ports import Ports
 from dbsam_deploy.serving.probe import probe_image
-from dbsam_deploy.serving.processes import SHARED_MEMORY, children, free_left_shared_memory
+from dbsam_deploy.serving.processes import SHARED_MEMORY, children, free_left_shared_memory, stubs
 from dbsam_deploy.serving.repository import build_repository
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
 
@@ -144,6 +144,7 @@ def test_nothing_outlives_a_command_that_is_killed(served_copy, server_environme
         words = Path(f"/proc/{server}/cmdline").read_text()
         prefix = re.search(r"shm-region-prefix-name=(\w+)", words)
         assert prefix[1] not in free_left_shared_memory(), "it lives"
+        os.kill(stubs(server)[0].pid, signal.SIGSTOP)  # it cannot end by itself
         process.kill()
         process.wait()
         assert wait_until(lambda: not processes_of(server))

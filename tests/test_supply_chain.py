@@ -7,6 +7,7 @@ import importlib.util
 import sys
 from email.message import Message
 from importlib.machinery import SourceFileLoader
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,59 @@ def test_segment_anything_is_the_known_one(chain, tmp_path):
     with (tmp_path / "segment_anything/modeling/sam.py").open("a") as stream:
         stream.write("\n")
     assert chain.digest(copy) != chain.DIGESTS["segment-anything"]
+
+
+def test_every_copyleft_text_and_bundled_library_is_named_with_its_reason(chain):
+    names = chain.closure("dbsam-deploy", "all")
+    assert list(chain._unnamed(names)) == []
+    assert {"libgfortran", "libquadmath"} <= set(chain.bundled(distribution("numpy")))
+    assert "libgomp" in chain.bundled(distribution("torch"))
+
+
+@pytest.fixture
+def package(tmp_path) -> Path:
+    """An installed package that nobody has read."""
+    files = {
+        "odd-1.dist-info/METADATA": "Metadata-Version: 2.1\nName: odd\nVersion: 1\n",
+        "odd-1.dist-info/licenses/LICENSE": "GNU  Lesser\nGeneral Public License",
+        "odd-1.dist-info/licenses/sub/COPYING": "licensed under LGPL-2.1",
+        "odd-1.dist-info/licenses/NOTICE": "MIT; MPL",
+        "odd.libs/libreadline-0a1b2c3d.so.8.1": "",
+        "odd/libgomp.so.1": "",
+        "odd/libown.so": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    record = tmp_path / "odd-1.dist-info/RECORD"
+    record.write_text("".join(f"{name},,\n" for name in files))
+    return tmp_path
+
+
+def test_what_is_not_named_is_found(chain, package, monkeypatch):
+    (odd,) = importlib.metadata.distributions(path=[str(package)])
+    assert sorted(chain.unnamed_mentions(odd)) == ["LICENSE", "sub/COPYING"]
+    assert chain.unnamed_libraries(odd) == ["libgomp", "libreadline"]
+    named = {"bundled": {"odd": {"libgomp": "why"}}, "mentions": {"odd": {"LICENSE": "why"}}}
+    monkeypatch.setattr(chain, "TABLE", named)
+    assert chain.unnamed_mentions(odd) == ["sub/COPYING"]
+    assert chain.unnamed_libraries(odd) == ["libreadline"]
+
+
+def test_the_extras_for_gpus_are_in_the_table(chain, monkeypatch):
+    elsewhere = chain.TABLE["elsewhere"]
+    proprietary = {name for name, terms in elsewhere.items() if "proprietary" in terms}
+    assert {"tensorrt", "tensorrt-rtx-cu13"} <= proprietary
+    assert all(name.startswith("tensorrt") for name in proprietary)
+    others = [terms for terms in elsewhere.values() if "proprietary" not in terms]
+    assert all(chain.is_allowed(terms) for terms in others), others
+    less = {name: terms for name, terms in elsewhere.items() if name != "pycuda"}
+    monkeypatch.setattr(chain, "TABLE", {**chain.TABLE, "elsewhere": less})
+    assert chain.unnamed_elsewhere(chain.closure("dbsam-deploy", "all")) == ["pycuda"]
+
+
+def test_a_bill_of_materials_is_checked_by_its_schema(chain):
+    document = {"bomFormat": "CycloneDX", "specVersion": "1.6", "version": 1, "components": []}
+    assert chain.schema_error(document) == ""
+    component = {"type": "none of the kinds", "name": "x"}
+    assert "none of the kinds" in chain.schema_error({**document, "components": [component]})

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ..core.masks import Prediction
 from ..core.prompts import PromptArrays
-from .calls import load_library
+from .calls import CHANNEL, load_library
 from .exchange import Exchange, Exchanges, Returned
 from .known_images import KnownImage, boxes_alone
 from .retries import ServerRequest
@@ -26,7 +26,7 @@ class AsyncDbsamClient(Exchanges):
     def _connect(self, timeout_s: float) -> Any:
         transport = load_library(f"tritonclient.{self.transport}.aio")
         if self.transport == "grpc":
-            return transport.InferenceServerClient(self.url)
+            return transport.InferenceServerClient(self.url, channel_args=list(CHANNEL))
         self._errors = (load_library("aiohttp").ClientError,)
         return transport.InferenceServerClient(self.url, conn_timeout=timeout_s)
 

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from ..core.masks import Prediction
 from ..core.prompts import PromptArrays
+from .calls import CHANNEL
 from .exchange import Exchange, Exchanges, Returned
 from .http_connection import HttpConnection
 from .known_images import KnownImage, boxes_alone
@@ -39,7 +40,7 @@ class DbsamClient(Exchanges):
 
     def _connect(self, timeout_s: float) -> Any:
         if self.transport == "grpc":
-            return self._library.InferenceServerClient(self.url)
+            return self._library.InferenceServerClient(self.url, channel_args=list(CHANNEL))
         return HttpConnection(self.url, self._library)
 
     def _pause(self, seconds: float) -> None:

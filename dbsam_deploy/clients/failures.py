@@ -22,7 +22,9 @@ from .retries import ServerRequest
 _OWN_ID = re.compile(r"\[request id: [^\]]*\] |\s*\[request [\w.:-]+\]$")
 """The id as Triton puts it before some of its texts, and the front model behind its own."""
 _RETRY_AFTER = re.compile(r"retry after (\d+(?:\.\d+)?) ms")
-_BUSY = re.compile(r"\bbusy: |not at ready state|has no available versions|is not ready\b")
+_BUSY = re.compile(r"\bbusy: ")
+_LOADING = re.compile(r"not at ready state|has no available versions|is not ready\b")
+"""Triton's texts, with several statuses, for a model that is being loaded again."""
 _STOPPING = re.compile(r"\bstopping: |[Ss]erver is stopping")
 _NOT_KEPT = re.compile(r"\bimage_id \S+: not kept")
 _RESTRICTED = re.compile(r"This (?:API|protocol) is restricted")
@@ -80,6 +82,8 @@ def _refusal(request: ServerRequest, status: str, text: str) -> DbsamError:
         )
     if status in ("NOT_FOUND", "404") and _NOT_KEPT.search(text):
         return NotKeptError(f"{where}: {text} {number}")
+    if _LOADING.search(text):
+        return BusyError(f"{where} loads the model: {text} {number}")
     if status in ("UNAVAILABLE", "503"):
         # gRPC gives this status to its own failures, too: the text tells who speaks.
         if _STOPPING.search(text):

@@ -29,7 +29,7 @@ class FrontSettings:
     prompt_workers: int = 2
     max_waiting: int = 32
     max_waiting_mib: int = 512
-    max_wait_ms: int = 60_000
+    max_wait_ms: int = 300_000
 
 
 def settings_from_config(model_config: str) -> FrontSettings:

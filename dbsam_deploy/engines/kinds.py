@@ -33,9 +33,9 @@ class Kind:
     module: str
     oldest: tuple[int, int]
     extra: str
-    ahead_of_time: bool
-    takes_plugins: bool
-    captures: bool
+    ahead_of_time: bool = False
+    takes_plugins: bool = False
+    captures: bool = False
 
     @property
     def install(self) -> str:
@@ -51,9 +51,7 @@ TENSORRT = Kind(
     # alone and whose runtime interface is that of 11.
     oldest=(10, 16),
     extra="gpu",
-    ahead_of_time=False,
     takes_plugins=True,
-    captures=False,
 )
 TENSORRT_RTX = Kind(
     "tensorrt-rtx",
@@ -62,7 +60,6 @@ TENSORRT_RTX = Kind(
     oldest=(1, 7),
     extra="rtx",
     ahead_of_time=True,
-    takes_plugins=False,
     captures=True,
 )
 KINDS = {kind.name: kind for kind in (TENSORRT, TENSORRT_RTX)}

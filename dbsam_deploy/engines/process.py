@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import tempfile
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ..child_process import run_python
 from ..core.errors import EngineError
 from .device import Gpu
-from .kinds import Kind
+from .kinds import Kind, import_kind
 from .network import BuildJob
 
 _WORKER = f"{__package__}.worker"
@@ -44,13 +45,19 @@ def describe_builder(kind: Kind) -> Builder:
     Raises:
         EngineError: it is not installed, too old or broken.
     """
+    failure = f"{kind.title} does not start"
+    if find_spec(kind.module) is None:  # said without a process, which takes 0.2 s
+        try:
+            import_kind(kind)
+        except EngineError as error:
+            raise EngineError(f"{failure}: {error}") from error
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch) / "worker.log"
         answer = _run(
             ["--describe", kind.name],
             Path(scratch) / "answer.json",
             log,
-            f"{kind.title} does not start",
+            failure,
             timeout_s=_DESCRIBE_TIMEOUT_S,
         )
     gpu = answer["gpu"]

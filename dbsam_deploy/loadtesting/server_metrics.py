@@ -6,6 +6,7 @@ import re
 import urllib.request
 from dataclasses import dataclass
 
+from ..core.bls import public_name
 from ..core.errors import ServingError
 from ..core.front_metrics import CANCELLED, LATE, QUEUE_US, SHED
 
@@ -71,7 +72,7 @@ def parse_counters(text: str) -> dict[str, ModelCounters]:
     found: dict[str, dict[str, float]] = {}
     for name, model, value in _LINE.findall(text):
         if name in _COUNTERS:
-            values = found.setdefault(model, {})
+            values = found.setdefault(public_name(model), {})
             attribute, sign = _COUNTERS[name]
             values[attribute] = values.get(attribute, 0.0) + sign * float(value)
     return {model: ModelCounters(**values) for model, values in found.items()}

@@ -26,15 +26,23 @@ _PREFIX, _LOCK = "dbsam_", "lock"
 _PROC = Path("/proc")
 _KILLED_S = 5.0
 # Becomes the server's process. The kernel ends it when this process's thread ends in any way, also
-# by SIGKILL. Between fork and exec, in a process with threads, little is safe: hence a program.
+# by SIGKILL. Its stubs see that too late, or never while they are stopped: so a shell of the same
+# group ends them all when the pipe from this process breaks. Between fork and exec, in a process
+# with threads, little is safe: hence a program.
 _TIED = """
 import ctypes, os, signal, sys
-parent, count, *words = sys.argv[1:]
+parent, leash, count, *words = sys.argv[1:]
 changes, command = words[:int(count)], words[int(count):]
 if ctypes.CDLL(None).prctl(1, signal.SIGKILL):
     sys.exit("error: this system cannot end a server together with its parent")
 if os.getppid() != int(parent):
     sys.exit("error: the process that starts the server has ended")
+if os.fork() == 0:
+    os.dup2(int(leash), 0)
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1), os.dup2(nothing, 2)
+    os.execv("/bin/sh", ["sh", "-c", "trap '' HUP INT TERM; read line; kill -KILL 0"])
+os.close(int(leash))
 variables = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "DBSAM_"))}
 os.execve(command[0], command, variables | dict(word.split("=", 1) for word in changes))
 """
@@ -59,7 +67,7 @@ class Stub:
 
 def start_tied(
     command: Sequence[str], variables: Mapping[str, str], lock: int
-) -> subprocess.Popen[bytes]:
+) -> tuple[subprocess.Popen[bytes], int]:
     """Start a program in a session of its own; it is killed when the calling thread ends.
 
     Args:
@@ -68,18 +76,27 @@ def start_tied(
         lock: handle that the program and its children keep open, see `claim_shared_memory`.
 
     Returns:
-        The process; its standard output and error come through one pipe.
+        The process, whose standard output and error come through one pipe; and a handle: when it is
+        closed, or this process ends, all that the program started ends too.
     """
+    ours, leash = os.pipe()[::-1]
     changes = [f"{name}={value}" for name, value in variables.items()]
-    words = [str(os.getpid()), str(len(changes)), *changes, *command]
-    return subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", _TIED, *words],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        pass_fds=(lock,),
-        start_new_session=True,  # Ctrl-C reaches us alone; we stop the server
-    )
+    words = [str(os.getpid()), str(leash), str(len(changes)), *changes, *command]
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _TIED, *words],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            pass_fds=(lock, leash),
+            start_new_session=True,  # Ctrl-C reaches us alone; we stop the server
+        )
+    except BaseException:
+        os.close(ours)
+        raise
+    finally:
+        os.close(leash)
+    return process, ours
 
 
 def has_ended(process: subprocess.Popen[bytes]) -> bool:

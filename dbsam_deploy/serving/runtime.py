@@ -71,6 +71,8 @@ def server_variables(environment: ServerEnvironment, folder: Path) -> dict[str, 
     ours = {
         "PYTHONSAFEPATH": "1",  # nothing is imported from the working folder
         CONTROL_VARIABLE: str(folder / CONTROL),
+        # gRPC sends large answers in pieces of 1 MiB; glibc would keep them for ever.
+        "MALLOC_MMAP_THRESHOLD_": "1000000",
         **VARIABLES,
     }
     # The stub embeds an isolated Python: it reads no variable of Python's, and takes its prefix,

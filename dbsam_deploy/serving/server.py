@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
+from ..core.bls import STAGES_VARIABLE
 from ..core.errors import InputError, ServingError
 from ..core.front import DRAINING
 from .control import Control, new_key, requests_in_flight, restriction
@@ -33,6 +34,7 @@ from .processes import (
 from .runtime import CONTROL, MODELS, backends, lay_out, make_runtime, server_variables
 from .server_log import ServerLog
 from .snapshot import take_snapshot
+from .stages import new_ending, rename_stages, renamed_path
 from .triton_config import BYTECODE
 
 LITTLE_MIB = 512
@@ -59,6 +61,7 @@ class TritonServer:
         host: address to listen on; anything but the loopback opens the server to the network.
         key: opens Triton's own APIs (`control.RESTRICTED`); None for a random one.
         grace_s: how long requests that were accepted may take after `drain` was called.
+        expose_stages: let clients ask the single stages by their names, for debugging.
         auto_complete: let Triton complete configurations; ours are complete, so this costs seconds
             and is for tests.
         start_timeout_s: how long loading the models may take.
@@ -77,6 +80,7 @@ class TritonServer:
         host: str = LOOPBACK,
         key: str | None = None,
         grace_s: float = 30.0,
+        expose_stages: bool = False,
         auto_complete: bool = False,
         start_timeout_s: float = 300.0,
     ) -> None:
@@ -92,9 +96,11 @@ class TritonServer:
         self._process: subprocess.Popen[bytes] | None = None
         self._runtime: Path | None = None
         self._output: ServerLog | None = None
+        self._leash = -1
         self._plugins = ""
         self._said = ""
         self.known_answers: dict[str, Any] = {}
+        self.ending = "" if expose_stages else new_ending()
         # Names the stubs' shared memory, so that what a killed server leaves can be told apart.
         self.shared_memory_prefix = f"dbsam_{os.getpid()}_{uuid.uuid4().hex[:12]}_"
 
@@ -150,7 +156,9 @@ class TritonServer:
                 self.event(warning)
             self._runtime = make_runtime()
             copied = take_snapshot(self.repository, self._runtime / MODELS)
-            self._plugins, self.known_answers = copied.plugins, copied.known_answers
+            rename_stages(self._runtime / MODELS, self.ending)
+            self._plugins = renamed_path(copied.plugins, self.ending)
+            self.known_answers = copied.known_answers
             lay_out(self.environment, self._runtime)
             self._say_what_is_little()
             for prefix in free_left_shared_memory():
@@ -196,7 +204,8 @@ class TritonServer:
         lock = claim_shared_memory(self.shared_memory_prefix)
         try:
             variables = server_variables(self.environment, runtime)
-            process = start_tied(self._command(runtime), variables, lock)
+            variables[STAGES_VARIABLE] = self.ending
+            process, self._leash = start_tied(self._command(runtime), variables, lock)
         finally:
             os.close(lock)
         self._process = process
@@ -219,6 +228,7 @@ class TritonServer:
             f"--http-port={self.ports.http}",
             f"--grpc-address={self.host}",
             f"--grpc-port={self.ports.grpc}",
+            "--grpc-infer-allocation-pool-size=0",  # else eight answers stay, of up to 1 GiB each
             f"--metrics-address={self.host}",
             f"--metrics-port={self.ports.metrics}",
             f"--allow-gpu-metrics={str(self.environment.is_installation).lower()}",
@@ -346,6 +356,7 @@ class TritonServer:
         process, self._process = self._process, None
         if process is not None:
             end_group(process)
+            os.close(self._leash)
             if self._output is not None:
                 self._output.finish()
             free_shared_memory(self.shared_memory_prefix)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from ..core.bls import public_name
 from ..core.errors import ServingError
 from .probe import BOXES_MODEL, INTERACTIVE_MODEL, PROMPTS_MODEL, SERVED, is_refusal
 from .processes import STOPPED, Stub, stubs
@@ -68,7 +69,7 @@ class _Question:
         self, server: TritonServer, model: str, counts: dict[str, int], cpu_s: dict[int, float]
     ) -> None:
         self.model, self.counts, self.cpu_s = model, counts, cpu_s
-        self.graphs = _GRAPHS[model]
+        self.graphs = tuple(name + server.ending for name in _GRAPHS[model])
         self.path = (FRONT, *self.graphs)
         self.error = ""
         self.is_done = threading.Event()
@@ -173,8 +174,9 @@ class Supervisor:
     def _revive(self, faults: dict[str, str]) -> None:
         """Load models anew, whose processes are killed first: unloading waits for what they run."""
         began, self._asked, self._round = time.monotonic(), None, []
+        names = ", ".join(map(public_name, faults))
         for model, reason in faults.items():
-            self._event(f"{model}: {reason}; loading it anew")
+            self._event(f"{public_name(model)}: {reason}; loading it anew")
         try:
             for stub in stubs(self.server.pid):
                 if stub.model in faults:
@@ -185,11 +187,11 @@ class Supervisor:
             for name in self._served():
                 self.server.ask(name, timeout_s=self._patience())
         except ServingError as error:
-            self._restart(f"{', '.join(faults)} could not be revived: {error.message}")
+            self._restart(f"{names} could not be revived: {error.message}")
             return
         self.revived += len(faults)
         seconds = time.monotonic() - began
-        self._event(f"{', '.join(faults)}: revived after {seconds:.1f} s")
+        self._event(f"{names}: revived after {seconds:.1f} s")
         self._later(0.0)
 
     def _restart(self, reason: str) -> None:

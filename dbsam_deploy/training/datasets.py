@@ -6,9 +6,11 @@ processes or loader workers, sees exactly what a single uninterrupted process wo
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import cycle, islice
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,14 +26,31 @@ from .bank import Banks
 from .prompts import Growth, draw_prompts
 from .samples import Mixture
 
-_STREAM = {"distill": 2, "tune": 3}
-"""Separates the phases' draws, which have the same seed."""
-
 Example = dict[str, Tensor]
 
 
+class _Drawn(Dataset[Example], ABC):
+    """Examples that are drawn, each from a random stream of its own.
+
+    Attributes:
+        stream: separates the draws of the phases, which have the same seed.
+        seed: of the draws.
+    """
+
+    stream: ClassVar[int]
+    seed: int
+
+    def __getitem__(self, index: int) -> Example:
+        """Example number `index`."""
+        return self.draw(np.random.default_rng([self.seed, self.stream, index]))
+
+    @abstractmethod
+    def draw(self, rng: np.random.Generator) -> Example:
+        """One example."""
+
+
 @dataclass(frozen=True)
-class EmbeddingExamples(Dataset[Example]):
+class EmbeddingExamples(_Drawn):
     """Windows of the bank's images with the teacher's embeddings of the same place.
 
     Attributes:
@@ -41,14 +60,14 @@ class EmbeddingExamples(Dataset[Example]):
         seed: of the draws.
     """
 
+    stream: ClassVar[int] = 2
     bank: Banks
     preprocessing: Preprocessing
     crop_size: int
     seed: int
 
-    def __getitem__(self, index: int) -> Example:
+    def draw(self, rng: np.random.Generator) -> Example:
         """`pixels` (3, C, C), `corners` (2,) in tokens, `embeddings` (256, C/16, C/16)."""
-        rng = np.random.default_rng([self.seed, _STREAM["distill"], index])
         image, embeddings = self.bank.read(int(rng.integers(self.bank.count)))
         pixels = preprocess(_rescaled(image, rng), self.preprocessing)[0]
         if not self.crop_size:
@@ -69,7 +88,7 @@ class EmbeddingExamples(Dataset[Example]):
 
 
 @dataclass(frozen=True)
-class MaskExamples(Dataset[Example]):
+class MaskExamples(_Drawn):
     """Augmented labelled images with box prompts and their masks on the mask grid.
 
     Attributes:
@@ -81,6 +100,7 @@ class MaskExamples(Dataset[Example]):
         seed: of the draws.
     """
 
+    stream: ClassVar[int] = 3
     images: Mixture
     augmentation: Augmentation
     preprocessing: Preprocessing
@@ -88,9 +108,8 @@ class MaskExamples(Dataset[Example]):
     growth: Growth
     seed: int
 
-    def __getitem__(self, index: int) -> Example:
+    def draw(self, rng: np.random.Generator) -> Example:
         """`pixels` (3, S, S), `boxes` (N, 4) in the model frame, `masks` (N, 4G, 4G) of 0 and 1."""
-        rng = np.random.default_rng([self.seed, _STREAM["tune"], index])
         sample = augment(self.images.draw(rng), self.augmentation, int(rng.integers(2**31)))
         prompts = draw_prompts(sample, self.objects, self.growth, rng)
         chosen = list(islice(cycle(range(len(prompts.boxes))), self.objects))

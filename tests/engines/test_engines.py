@@ -14,6 +14,7 @@ from support.engines import put_engines
 from dbsam_deploy.core.contract import Geometry, graph_specs
 from dbsam_deploy.core.errors import EngineError, InputError, MissingError
 from dbsam_deploy.core.imaging import Preprocessing
+from dbsam_deploy.engines import process
 from dbsam_deploy.engines.device import Gpu, find_gpu, target_name
 from dbsam_deploy.engines.kinds import (
     KINDS,
@@ -329,11 +330,12 @@ def test_manifests_of_another_graph_are_noticed(make_artefact, tmp_path):
 
 def fake_tensorrt(folder, body, monkeypatch):
     """A module `tensorrt` for builder processes; returns a job for it."""
-    (folder / "tensorrt.py").write_text(
-        "import os, sys\nclass Logger:\n    WARNING = 1\n"
-        "    def __init__(self, severity): pass\n" + body
+    start = (
+        "import os, sys\nclass Logger:\n    WARNING = 1\n    def __init__(self, severity): pass\n"
     )
+    (folder / "tensorrt.py").write_text(start + body)
     monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.syspath_prepend(folder)
     return BuildJob(kind="tensorrt", onnx="none.onnx", plan=str(folder / "x.plan"))
 
 
@@ -365,11 +367,14 @@ def test_a_builder_that_ends_its_process_is_an_error_of_the_engine(
     assert BuildJob.from_json((tmp_path / "decoder.job.json").read_text()) == job
 
 
-def test_a_builder_is_described_by_its_own_process(tmp_path, monkeypatch):
+def test_a_builder_that_is_there_is_described_by_its_own_process(tmp_path, monkeypatch):
     fake_tensorrt(tmp_path, "__version__ = '11.4.0.106'\n", monkeypatch)
     builder = describe_builder(TENSORRT)
     assert (builder.version, builder.kind) == ("11.4.0.106", TENSORRT)
     assert builder.targets == (() if builder.gpu is None else (builder.gpu.target,))
+    monkeypatch.setattr(process, "run_python", None)  # where there is none, no process is begun
+    with pytest.raises(EngineError, match=r"^TensorRT does not start: .*none_such, which is not"):
+        describe_builder(replace(TENSORRT, module="none_such"))
 
 
 @pytest.mark.rtx

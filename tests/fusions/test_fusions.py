@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -22,24 +23,33 @@ from dbsam_deploy.fusions.nodes import DOMAIN, PLUGIN
 from dbsam_deploy.model import VARIANTS, variant_config
 
 ENCODERS = {
-    ("db_sam", "fp32"): (8, 4, 8),
-    ("db_sam", "fp16"): (8, 4, 8),
+    ("db_sam_tiny", "fp32"): (8, 4, 8),
+    ("db_sam_tiny", "fp16"): (8, 4, 8),
     ("db_sam_4level", "fp16"): (8, 4, 4),
     ("db_sam_plus", "fp16"): (8, 0, 4),
     ("lite_medsam", "fp16"): (0, 0, 0),
 }
-"""Small encoders and their counts: deformable sampling, channel attention, ViT attention."""
+"""The shipped encoder, small ones, and their counts: sampling, channel and ViT attention."""
 
 DTYPES = {"fp32": "float32", "fp16": "float16"}
 
 
+@pytest.fixture(scope="module")
+def config_of(small_models, shipped_model):
+    models = {"db_sam_tiny": shipped_model}
+    return lambda variant: (models.get(variant) or small_models(variant)).config
+
+
 @pytest.fixture(scope="module", params=ENCODERS, ids="-".join)
-def encoder(request, exported_graph, small_models, tmp_path_factory):
+def encoder(request, exported_graph, shipped_graphs, config_of, tmp_path_factory):
     """(variant, precision), the exported file, a fused copy, and what `fuse_file` returned."""
     variant, precision = request.param
-    before = exported_graph(variant, "encoder", precision)
+    if variant == "db_sam_tiny":
+        before = shipped_graphs(precision) / "encoder.onnx"
+    else:
+        before = exported_graph(variant, "encoder", precision)
     after = shutil.copy(before, tmp_path_factory.mktemp("fused") / before.name)
-    return request.param, before, after, fuse_file(after, small_models(variant).config)
+    return request.param, before, after, fuse_file(after, config_of(variant))
 
 
 def run(model, image):
@@ -68,9 +78,10 @@ def test_every_occurrence_is_fused(encoder):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_values_are_those_of_the_exported_file(encoder, batch):
-    (_, precision), before, after, _ = encoder
-    image = np.random.default_rng().standard_normal((batch, 3, 64, 64)).astype(np.float32)
+def test_values_are_those_of_the_exported_file(encoder, batch, config_of):
+    (variant, precision), before, after, _ = encoder
+    side = config_of(variant).image_size
+    image = np.random.default_rng().standard_normal((batch, 3, side, side)).astype(np.float32)
     expected = run(before, image)
     check_close(run(after, image), expected, DTYPES[precision])
     plain = onnx.inliner.inline_local_functions(onnx.load(after))
@@ -106,25 +117,25 @@ def test_channel_attention_meets_tokens_on_both_sides(encoder):
         assert "Transpose" not in users
 
 
-def test_fusing_twice_changes_nothing(encoder, small_models, tmp_path):
+def test_fusing_twice_changes_nothing(encoder, config_of, tmp_path):
     (variant, _), _, after, counts = encoder
     again = shutil.copy(after, tmp_path / after.name)
-    assert fuse_file(again, small_models(variant).config) == counts
+    assert fuse_file(again, config_of(variant)) == counts
     assert onnx.load(again) == onnx.load(after)
 
 
-def test_another_count_than_the_model_has_is_refused(exported_graph, small_models, tmp_path):
-    path = shutil.copy(exported_graph("db_sam", "encoder", "fp32"), tmp_path / "encoder.onnx")
+def test_another_count_than_the_model_has_is_refused(float_graphs, config_of, tmp_path):
+    path = Path(shutil.copy(float_graphs / "encoder.onnx", tmp_path))
     before = path.read_bytes()
-    config = replace(small_models("db_sam").config, depth=12)
-    with pytest.raises(ExportError, match=r"'rel_pos_attention': 8\}, db_sam has .*: 12\}"):
+    config = replace(config_of("db_sam_tiny"), depth=12)
+    with pytest.raises(ExportError, match=r"'rel_pos_attention': 8\}, db_sam_tiny has .*: 12\}"):
         fuse_file(path, config)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_graph_without_the_patterns_is_left_alone(exported_graph):
-    model = ir.load(exported_graph("db_sam", "decoder", "fp32"))
+def test_a_graph_without_the_patterns_is_left_alone(float_graphs):
+    model = ir.load(float_graphs / "decoder.onnx")
     before = ir.to_proto(model).SerializeToString()
     assert fuse(model) == FusionCounts()
     assert ir.to_proto(model).SerializeToString() == before

@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -14,6 +15,7 @@ from support.references import check_close, prompt_feed
 
 from dbsam_deploy.core.contract import Geometry, graph_specs
 from dbsam_deploy.core.errors import EngineError, ExportError
+from dbsam_deploy.graphs import onnx_export
 from dbsam_deploy.graphs.encoder_decoder import build_graph, example_inputs
 from dbsam_deploy.graphs.onnx_export import (
     check_onnx,
@@ -24,21 +26,21 @@ from dbsam_deploy.graphs.onnx_export import (
 from dbsam_deploy.graphs.precision import apply_precision
 from dbsam_deploy.recipe import load_recipe
 
-SIZE = 64
+SIZE = 256
 SIZES = Geometry(SIZE)
 DTYPES = {"fp32": "float32", "fp16": "float16"}
 
 
 @pytest.fixture(scope="module")
-def model(small_models):
-    return small_models("db_sam")
+def model(shipped_model):
+    return shipped_model
 
 
 @pytest.fixture(scope="module", params=["fp32", "fp16"])
-def exported(request, exported_graph):
-    paths = {name: exported_graph("db_sam", name, request.param) for name in graph_specs(SIZES)}
-    for path in paths.values():
-        assert list(path.parent.iterdir()) == [path]
+def exported(request, shipped_graphs):
+    folder = shipped_graphs(request.param)
+    paths = {name: folder / f"{name}.onnx" for name in graph_specs(SIZES)}
+    assert set(folder.iterdir()) == set(paths.values())
     return request.param, paths
 
 
@@ -47,10 +49,10 @@ def run(path, feed):
     return session.run(None, feed)
 
 
-def feed_of(name: str, batch: int, prompts: int) -> dict[str, np.ndarray]:
+def feed_of(name: str, batch: int, prompts: int, size: Geometry = SIZES) -> dict[str, np.ndarray]:
     if name == "prompt_decoder":
-        return prompt_feed(np.random.default_rng(), box=batch == 1, points=prompts, size=SIZES)
-    inputs = example_inputs(name, SIZES, batch=batch, prompts=prompts)
+        return prompt_feed(np.random.default_rng(), box=batch == 1, points=prompts, size=size)
+    inputs = example_inputs(name, size, batch=batch, prompts=prompts)
     return {key: value.numpy() for key, value in inputs.items()}
 
 
@@ -81,7 +83,7 @@ def test_values_equal_the_graph_at_other_batches_than_traced(exported, model, na
 def test_other_variants_export(variant, precision, small_models, exported_graph):
     wide, path = small_models(variant), exported_graph(variant, "encoder", precision)
     assert onnx.load(path).opset_import[0].version == load_recipe(precision).opset
-    feed = feed_of("encoder", 2, 1)
+    feed = feed_of("encoder", 2, 1, wide.config.frame)
     with torch.inference_mode():
         expected = wide.encode(torch.from_numpy(feed["image"])).numpy()
     dtype = DTYPES.get(precision, "float32")
@@ -128,9 +130,9 @@ def test_wrong_contract_is_refused(exported):
         check_onnx(paths["decoder"], graph_specs(Geometry(128))["decoder"])
 
 
-def test_island_that_computes_in_fp32_unnamed_is_refused(model, exported_graph):
+def test_island_that_computes_in_fp32_unnamed_is_refused(model, half_graphs):
     recipe = load_recipe("fp16")
-    graph = ir.load(exported_graph("db_sam", "decoder", "fp16"))
+    graph = ir.load(half_graphs / "decoder.onnx")
     islands = apply_precision(build_graph(model, "decoder"), recipe)
     assert islands
     check_precision(graph, recipe, islands)
@@ -138,11 +140,14 @@ def test_island_that_computes_in_fp32_unnamed_is_refused(model, exported_graph):
         check_precision(graph, recipe, [])
 
 
-def test_island_that_is_never_run_is_refused(model, tmp_path):
+def test_island_that_is_never_run_is_refused(model, half_graphs, tmp_path, monkeypatch):
     recipe = load_recipe("fp16")
+    traced = SimpleNamespace(model=ir.load(half_graphs / "decoder.onnx"))
+    monkeypatch.setattr(onnx_export, "trace", lambda *args, **options: traced)
     islands = (*recipe.fp32_islands, "prompt.mask_downscaling")
     with pytest.raises(ExportError, match="is never run as a module"):
         export_graph(model, "decoder", replace(recipe, fp32_islands=islands), tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_named_island_runs_in_fp32(model):

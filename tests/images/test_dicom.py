@@ -1,7 +1,6 @@
 """A DICOM series as a scan: order, geometry, values, and damage that is refused."""
 
 import gzip
-import re
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +8,7 @@ import pytest
 from support.damage import refusals
 from support.dicom_series import edit, rotation, write_dicom_series, write_enhanced
 
-from dbsam_deploy.core.errors import EngineError, InputError
-from dbsam_deploy.extras import pip_line
+from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.images.dicom import read_dicom
 from dbsam_deploy.images.scans import nifti_bytes
 from dbsam_deploy.images.volumes import label_map_bytes, png_bytes, read_image
@@ -149,14 +147,6 @@ def test_flipped_bytes_never_escape_as_another_error(
         for path in (plain, enhanced)
     ]
     assert sum(found) > 30
-
-
-def test_a_missing_extra_names_its_pip_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "pydicom", None)
-    with pytest.raises(EngineError, match=re.escape(pip_line("dicom"))):
-        read_dicom(tmp_path / "scan")
 
 
 def ct_series(folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import gzip
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from support.dicom_series import rotation
 
 from dbsam_deploy.core.errors import EngineError, InputError
 from dbsam_deploy.extras import pip_line
+from dbsam_deploy.images.dicom import read_dicom
 from dbsam_deploy.images.nifti import read_nifti
 from dbsam_deploy.images.scans import (
     ScanGeometry,
@@ -222,12 +224,16 @@ def test_flipped_bytes_never_escape_as_another_error(
     assert refusals(path, read_nifti, rng, times=1000, below=352) > 133  # of about 200
 
 
+@pytest.mark.parametrize(
+    ("what", "package", "extra", "read"),
+    [("NIfTI file", "nibabel", "nifti", read_nifti), ("DICOM", "pydicom", "dicom", read_dicom)],
+)
 def test_a_missing_extra_names_its_pip_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, package: str, extra: str, read
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "nibabel", None)
-    with pytest.raises(EngineError, match=f"NIfTI file.*{re.escape(pip_line('nifti'))}"):
-        read_nifti(tmp_path / "scan")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(EngineError, match=rf"{what}.*{re.escape(pip_line(extra))}"):
+        read(tmp_path / "scan")
 
 
 def test_geometry_without_a_header_makes_a_header() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dbsam_deploy.core.bls import public_name
 from dbsam_deploy.serving import runtime
 from dbsam_deploy.serving.ports import Ports
 from dbsam_deploy.serving.processes import stubs
@@ -46,7 +47,7 @@ class Watched:
 
     def pid_of(self, model: str) -> int:
         """Process of a model."""
-        return next(stub.pid for stub in stubs(self.server.pid) if stub.model == model)
+        return next(stub.pid for stub in stubs(self.server.pid) if public_name(stub.model) == model)
 
 
 def _with_switches(folder: Path) -> Path:

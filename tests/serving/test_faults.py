@@ -103,10 +103,9 @@ def test_half_open_and_slow_clients_keep_nobody_waiting(watched):
                 connection = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
                 connection.sendall(words)
         with traffic(watched.server.grpc_url, clients=2) as answers:
-            for _ in range(5):
-                began = time.monotonic()
-                ask(watched.server.http_url, "dbsam", timeout_s=10)
-                assert time.monotonic() - began < 5
+            end = time.monotonic() + 1
+            while time.monotonic() < end:
+                ask(watched.server.http_url, "dbsam", timeout_s=5)
     assert len(answers.right) > 4
     assert not answers.wrong
     assert not answers.failed

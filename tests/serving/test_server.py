@@ -6,8 +6,10 @@ import concurrent.futures
 import dataclasses
 import os
 import re
+import shutil
 import signal
 import socket
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -104,11 +106,17 @@ def test_metrics_count_requests(triton):
 
 
 @pytest.mark.triton
-def test_stopping_leaves_no_process_memory_or_file(tiny_repository, server_environment, tmp_path):
+def test_a_server_at_any_path_leaves_no_process_memory_or_file(
+    tiny_repository, server_environment, tmp_path, monkeypatch
+):
+    """Blanks and letters of other languages in every path, which Triton's stubs do not survive."""
+    place = tmp_path / "Büro Ärzte $HOME '; 影像"
+    shutil.copytree(tiny_repository.folder, place / "mo del")
+    monkeypatch.setenv("TMPDIR", str(place))
+    monkeypatch.setattr(tempfile, "tempdir", None)
     before = set(SHARED_MEMORY.iterdir())
-    server = TritonServer(
-        tiny_repository.folder, server_environment, log=tmp_path / "log", ports=FREE
-    )
+    log = place / "lo g"
+    server = TritonServer(place / "mo del", server_environment, log=log, ports=FREE)
     with server:
         group = server.pid
         assert len(processes_of(group)) > 3, "server and stubs"
@@ -148,7 +156,7 @@ def test_complete_configurations_survive_auto_completion(
     server = TritonServer(folder, server_environment, log=log, ports=FREE, auto_complete=True)
     with server:
         assert_answers_like_local(server, tiny_artefact)
-        url = f"http://{server.http_url}/v2/models/dbsam_encoder/config"
+        url = f"http://{server.http_url}/v2/models/dbsam_encoder{server.ending}/config"
         with urllib.request.urlopen(url, timeout=10) as answer:
             assert b'"max_batch_size":1' in answer.read()
 

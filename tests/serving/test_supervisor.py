@@ -90,6 +90,34 @@ def test_inference_metadata_and_health_need_no_key(watched):
 
 
 @pytest.mark.triton
+def test_a_single_stage_is_reached_by_nobody(watched):
+    """By its own name, nor by one that anything open to clients would tell."""
+    server = watched.server
+    client = grpc.InferenceServerClient(server.grpc_url)
+    told = [str(client.get_server_metadata())]
+    for stage in ("dbsam_encoder", "dbsam_decoder", "dbsam_prompt_decoder"):
+        assert http_status(server.http_url, f"/v2/models/{stage}", None, None) == 404
+        assert http_status(server.http_url, f"/v2/models/{stage}/infer", {}, None) == 404
+        with pytest.raises(grpc.InferenceServerException, match=r"is not found"):
+            client.get_model_metadata(stage)
+        assert stage + server.ending in server.control.models(), "it is there"
+    for model in SERVED:
+        told += [str(client.get_model_metadata(model)), str(client.get_model_config(model))]
+        for end in ("", "/config", "/ready"):
+            url = f"http://{server.http_url}/v2/models/{model}{end}"
+            with urllib.request.urlopen(url, timeout=10) as answer:
+                told.append(answer.read().decode())
+    client.close()
+    os.kill(watched.pid_of("dbsam_decoder"), signal.SIGKILL)
+    with pytest.raises(ServingError, match=r"dbsam_decoder is being restarted") as error:
+        ask(server.http_url, "dbsam", timeout_s=20)
+    told.append(str(error.value))
+    before = watched.supervisor.revived
+    watched.until(lambda: watched.supervisor.revived > before)
+    assert not [text for text in told if server.ending in text]
+
+
+@pytest.mark.triton
 def test_the_key_is_not_on_the_command_line(watched):
     words = Path(f"/proc/{watched.server.pid}/cmdline").read_text()
     assert f"{KEY_HEADER}=***" in words

@@ -42,26 +42,24 @@ def boxes(batch: int, count: int, grid: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng()
     return {
         "image_embeddings": rng.standard_normal((batch, 256, grid, grid), np.float32),
-        "boxes": rng.random((batch, count, 4), np.float32) * SIZE,
+        "boxes": rng.random((batch, count, 4), np.float32) * grid * 16,
     }
 
 
 @pytest.fixture(scope="module")
 def fused(
-    small_models: Callable[[str], DbSam],
-    exported_graph: Callable[[str, str, str], Path],
-    tmp_path_factory: pytest.TempPathFactory,
+    shipped_model: DbSam, float_graphs: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Artefact, PytorchSession]:
-    """A small db_sam whose encoder has all three fused operators, exported, and its reference."""
-    folder, model = tmp_path_factory.mktemp("fused"), small_models("db_sam")
+    """The shipped model, whose encoder has all three fused operators, and its reference."""
+    folder, config = tmp_path_factory.mktemp("fused"), shipped_model.config
     names = ("encoder", "decoder", "prompt_decoder")
     for name in names:
-        shutil.copy(exported_graph("db_sam", name, "fp32"), folder)
-    counts = fuse_file(folder / "encoder.onnx", model.config)
+        shutil.copy(float_graphs / f"{name}.onnx", folder)
+    counts = fuse_file(folder / "encoder.onnx", config)
     assert all(counts.as_dict().values())
     graphs = {name: graph_file(folder / f"{name}.onnx", folder) for name in names}
-    write_artefact(Artefact(folder, "db_sam", "fp32", Preprocessing(SIZE, "sam"), graphs))
-    return load_artefact(folder), PytorchSession(model)
+    write_artefact(Artefact(folder, config.name, "fp32", config.frame, graphs))
+    return load_artefact(folder), PytorchSession(shipped_model)
 
 
 def test_the_encoder_with_functions_equals_pytorch(fused, tmp_path: Path) -> None:
@@ -69,7 +67,7 @@ def test_the_encoder_with_functions_equals_pytorch(fused, tmp_path: Path) -> Non
     session = OpenvinoSession(artefact, cache=tmp_path)
     assert session.backend == "openvino-cpu-float32"
     for batch in (2, 1):
-        feed = image(batch)
+        feed = image(batch, artefact.preprocessing.image_size)
         found = session.run("encoder", feed)
         expected = reference.run("encoder", feed)
         assert list(found) == list(expected)
@@ -78,7 +76,7 @@ def test_the_encoder_with_functions_equals_pytorch(fused, tmp_path: Path) -> Non
 
 def test_bfloat16_is_near_and_not_float32(fused, tmp_path: Path) -> None:
     artefact, reference = fused
-    feed = image(1)
+    feed = image(1, artefact.preprocessing.image_size)
     expected = reference.run("encoder", feed)["image_embeddings"]
     found = OpenvinoSession(artefact, precision="bfloat16", cache=tmp_path).run("encoder", feed)
     check_close(found["image_embeddings"], expected, "bfloat16")

@@ -149,6 +149,7 @@ def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytes
     workers = [name for name in os.environ if name.startswith("PYTEST_XDIST")]
     for name in ("WORK", "ANSWER", *workers):  # a worker's benchmarks are switched off
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # other plugins only take time
     shutil.copy(ROOT / "conftest.py", pytester.path / "conftest.py")
     pytester.makeini("[pytest]\npython_files = test_*.py bench_*.py\nmarkers =\n  gpu\n  slow\n")
     pytester.mkdir("benchmarks")
@@ -158,7 +159,8 @@ def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytes
 
 
 def _run(project: pytest.Pytester, *options: str) -> pytest.RunResult:
-    return project.runpytest_subprocess("-p", "no:cacheprovider", *options)
+    plugins = ("-p", "no:cacheprovider", "-p", "pytest_benchmark.plugin")
+    return project.runpytest_subprocess(*plugins, *options)
 
 
 def _baselines(project: pytest.Pytester) -> list[Path]:

@@ -178,6 +178,7 @@ def on_cpu(compare_gpu, monkeypatch) -> Iterator[ModuleType]:
     monkeypatch.setattr(compare_gpu, "CudaGraphRecorder", _Rerun)
     monkeypatch.setattr(compare_gpu, "peak_bytes", lambda function, image: 10**9)
     monkeypatch.setattr(compare_gpu, "synchronized", lambda work: work)
+    monkeypatch.setattr(compare_gpu, "gc", SimpleNamespace(collect=lambda: 0))  # no memory is read
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tiny operators: a second thread only waits

@@ -1,6 +1,7 @@
 """Training as a user runs it, on the smallest model: learning, resuming, determinism, processes."""
 
 import csv
+import importlib.util
 import json
 import os
 import re
@@ -23,8 +24,11 @@ from dbsam_deploy.training.loop import learning_rate
 from dbsam_deploy.training.recipe import load_training_recipe
 from dbsam_deploy.verification.cases import bundled_examples
 
-pytest.importorskip("accelerate")
-pytest.importorskip("monai")
+# Not `importorskip`, which loads them where tests are only collected: monai takes seconds.
+pytestmark = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("accelerate", "monai"))),
+    reason="accelerate and monai, of the extra `train`, are not installed",
+)
 
 STEPS = 4
 

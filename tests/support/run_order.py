@@ -1,0 +1,52 @@
+"""Plugin: which test files begin, and what is done once they are loaded."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parents[1]
+
+LONG = (
+    "test_export.py",
+    "test_export_int8.py",
+    "fusions/test_fusions.py",
+    "engines/test_build.py",
+    "serving/test_server.py",
+    "test_export_faults.py",
+    "timing/test_benchmark_gate.py",
+    "model/test_shipped_checkpoint.py",
+    "kernels/test_library.py",
+    "model/test_lite_medsam.py",
+    "kernels/test_plugin_calls.py",
+    "training/test_loop.py",
+    "graphs/test_onnx_export.py",
+    "quantization/test_put_back.py",
+    "quantization/test_one_sided.py",
+    "timing/test_gpu.py",
+)
+"""Files that take longest. They begin, so that no worker is left with one at the end; the first two
+make what many others use, each in one of two workers."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let pytest-xdist hand out the files in our order, not by the number of their tests."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files in the order of LONG, then those with the most tests; within a file as it is."""
+    counts = Counter(item.path for item in items)
+    place = {TESTS / name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda i: (place.get(i.path, len(LONG)), -counts[i.path], i.path))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Take what is loaded by now out of every later search for cyclic garbage."""
+    gc.freeze()
