@@ -21,7 +21,6 @@ from dbsam_deploy.core.contract import (
 )
 from dbsam_deploy.core.errors import InputError, ServingError
 from dbsam_deploy.core.imaging import Preprocessing
-from dbsam_deploy.engines.profiles import MAX_BATCH
 from dbsam_deploy.files.atomic import sha256_of
 from dbsam_deploy.files.locks import one_writer
 from dbsam_deploy.resources import resource_dir
@@ -73,8 +72,7 @@ def test_check_notices_a_stale_configuration(tmp_path):
 
 
 def test_the_check_command_passes_on_the_committed_files(capsys):
-    assert main(["--check"]) == 0
-    assert capsys.readouterr().out == ""
+    assert (main(["--check"]), capsys.readouterr().out) == (0, "")
 
 
 @pytest.mark.parametrize(("size", "stride"), [(64, 16), (256, 16), (1024, 16), (256, 4)])
