@@ -245,9 +245,7 @@ def test_plans_are_served_by_the_tensorrt_platform(make_artefact, tmp_path):
     assert 'platform: "tensorrt_plan"' in encoder
     assert "graphs: true" in encoder
     front = (tmp_path / "r/dbsam_interactive/config.pbtxt").read_text()
-    assert (
-        f'"image_workers" value {{ string_value: "{MAX_BATCH["tensorrt"]["encoder"]}" }}' in front
-    )
+    assert '"image_workers" value { string_value: "4" }' in front, "as many as the encoder's batch"
     assert "onnxruntime" not in encoder
     names = {path.name for path in (tmp_path / "r/dbsam_encoder/1").iterdir()}
     assert names == {"model.plan", "model.onnx"}
