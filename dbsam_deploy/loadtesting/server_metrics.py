@@ -7,7 +7,6 @@ import urllib.request
 from dataclasses import dataclass
 
 from ..core.bls import public_name
-from ..core.bls import public_name
 from ..core.errors import ServingError
 from ..core.front_metrics import CANCELLED, LATE, QUEUE_US, SHED
 
