@@ -16,6 +16,7 @@ from .core.errors import InputError
 from .core.imaging import check_boxes
 from .hardware import describe_hardware
 from .images.volumes import read_image
+from .loadtesting.cpu_time import cpu_seconds
 from .loadtesting.generator import new_histogram
 from .loadtesting.page import write_report
 from .loadtesting.plots import require_libraries
@@ -71,6 +72,13 @@ def build_parser() -> Parser:
     )
     server.add_argument(
         "--key-file", type=Path, metavar="FILE", help="server.key, for the ways with shared memory"
+    )
+    server.add_argument(
+        "--server-pid",
+        type=int,
+        metavar="PID",
+        help="process of the server, or of `serve`, on this machine: tells the CPU time that a "
+        "request costs, which other programs on the machine change little",
     )
     server.add_argument("--timeout", type=float, default=60.0, metavar="S", help="time limit")
     load = parser.add_argument_group("load")
@@ -181,6 +189,10 @@ def _plan(args: argparse.Namespace) -> LoadPlan:
         if not least < getattr(args, name) <= 3600:
             option = f"--{name.replace('_', '-')}"
             raise InputError(f"{option} {getattr(args, name):g}: expected up to 3600 seconds")
+    if args.server_pid is not None:
+        cpu_seconds(args.server_pid)
+        if args.metrics_url == NONE:
+            raise InputError("--server-pid goes with the metrics, which count the requests")
     subject, loads = _subject(args), _loads(args)
     local: Promptable | None = None
     if args.artefact is not None:
@@ -199,6 +211,7 @@ def _plan(args: argparse.Namespace) -> LoadPlan:
         seconds=args.seconds,
         warm_up_s=args.warm_up,
         local=local,
+        server_pid=args.server_pid,
     )
 
 

@@ -77,6 +77,7 @@ MISTAKES = [
     ("loadtest", "--rate", "-1"),
     ("loadtest", "--image", "missing.png"),
     ("loadtest", "--seconds", "0"),
+    ("loadtest", "--server-pid", "999999999"),
     ("loadtest", "--box", "5", "5", "1", "1"),
     ("evaluate", "--data", "missing-folder"),
     ("evaluate",),

@@ -35,6 +35,7 @@ def rows_of(folder, name="loadtest.csv"):
 @pytest.mark.triton
 def test_a_page_tables_and_plots_of_right_answers(triton, tiny_artefact, tmp_path, capsys):
     words = [*of(triton), *QUICK, "--artefact", str(tiny_artefact.folder)]
+    words += ["--server-pid", str(triton.pid)]
     (tmp_path / "server.key").write_text(triton.key)
     words += ["--key-file", str(tmp_path / "server.key")]
     ways = ["--way", "grpc", "http", "grpc-shm", "--concurrency", "2"]
@@ -48,6 +49,7 @@ def test_a_page_tables_and_plots_of_right_answers(triton, tiny_artefact, tmp_pat
     for row in rows:
         assert int(row["right"]) == int(row["sent"]) > 0
         assert float(row["p50_ms"]) <= float(row["p99_ms"]) <= float(row["max_ms"])
+        assert 0 < float(row["core_ms"]) < 5000
         encoded = int(row["encoded"])
         assert encoded == 0 if row["work"] == "click" else encoded >= int(row["right"])
     assert len(rows_of(tmp_path, "percentiles.csv")) == len(rows) * 7

@@ -279,7 +279,7 @@ def faults_of(command: Command, every: int) -> tuple[Hashes, Hashes, list[int]]:
     with injected(Faults()) as faults:
         command.run("b")
     points, b = faults.points(), command.hashes()
-    return made(command, "a"), b, points[::every]
+    return made(command, "a"), b, points if len(points) < 26 else points[::every]
 
 
 @pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])

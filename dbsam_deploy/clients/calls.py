@@ -30,6 +30,13 @@ from .shared_memory import SharedRegion
 BOX_MODEL = ensemble_spec(1).name
 """The box ensemble; its name does not depend on the mask grid."""
 
+CHANNEL = (
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+)
+"""gRPC's options: no bound on a message; a server that came back is found within two seconds."""
 MAX_TIMEOUT_S = 7 * 24 * 3600
 """Longest time a request may take: a week."""
 

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from ..core.masks import Prediction
 from ..core.prompts import PromptArrays
+from .calls import CHANNEL
 from .exchange import Exchange, Exchanges, Returned
 from .http_connection import HttpConnection
 from .known_images import KnownImage, boxes_alone
@@ -31,6 +32,7 @@ class DbsamClient(Exchanges):
         key: of the server's restricted interfaces, which shared memory needs; by default that of
             the environment's DBSAM_SERVER_KEY, if there is one.
         packed: masks of opened images come as compressed bits; by default from other machines.
+        access: TLS and a login, for a proxy before the server, see `Access`.
 
     Raises:
         EngineError: `tritonclient` is not installed.
@@ -39,8 +41,11 @@ class DbsamClient(Exchanges):
 
     def _connect(self, timeout_s: float) -> Any:
         if self.transport == "grpc":
-            return self._library.InferenceServerClient(self.url)
-        return HttpConnection(self.url, self._library)
+            options = {} if self._access is None else self._access.grpc_options()
+            return self._library.InferenceServerClient(
+                self.url, channel_args=list(CHANNEL), **options
+            )
+        return HttpConnection(self.url, self._library, self._access)
 
     def _pause(self, seconds: float) -> None:
         time.sleep(seconds)

@@ -47,14 +47,19 @@ class BlsGraphs:
         self._embedding_bytes = int(np.prod(sizes)) * _ITEM_BYTES
 
     def encode(self, image: FloatArray) -> tuple[Any, int]:
-        """See `interactive.Graphs`; the tensor stays where the encoder left it, maybe on a GPU."""
+        """See `interactive.Graphs`; a tensor on a GPU stays there, as Triton's tensor.
+
+        On a CPU Triton's tensor is an array and the same again in shared memory: the array is kept.
+        """
         pb = self._triton
         (embedding,) = self._run("encoder", [pb.Tensor(IMAGE, image)], [IMAGE_EMBEDDINGS])
-        return embedding, self._embedding_bytes
+        return embedding.as_numpy() if embedding.is_cpu() else embedding, self._embedding_bytes
 
     def decode(self, graph: str, embedding: Any, feed: Arrays) -> tuple[FloatArray, FloatArray]:
         """See `interactive.Graphs`."""
         pb = self._triton
+        if isinstance(embedding, np.ndarray):
+            embedding = pb.Tensor(IMAGE_EMBEDDINGS, embedding)
         tensors = [pb.Tensor(name, np.ascontiguousarray(feed[name][None])) for name in feed]
         outputs = [LOW_RES_MASKS, IOU_PREDICTIONS]
         cpu = pb.PreferredMemory(pb.TRITONSERVER_MEMORY_CPU, 0)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ..core.bls import MODEL_STEM
 from ..core.contract import Geometry, graph_specs, interactive_spec
 from ..prediction.predictor import Promptable
+from .cpu_time import cpu_seconds
 from .generator import Sender, Tally, at_a_time, per_second
 from .server_metrics import ModelCounters, growth, read_counters
 from .work import Connection, Subject, Way, Work, find_expected, prepare
@@ -49,6 +50,7 @@ class LoadPlan:
         seconds: measured time of each.
         warm_up_s: time before it.
         local: the same model in this process, to compare with, or None.
+        server_pid: the server's process, if it is on this machine, or None.
     """
 
     connection: Connection
@@ -60,6 +62,7 @@ class LoadPlan:
     seconds: float
     warm_up_s: float
     local: Promptable | None = None
+    server_pid: int | None = None
 
     def points(self) -> int:
         """How many measurements there are."""
@@ -68,13 +71,28 @@ class LoadPlan:
 
 @dataclass(frozen=True, eq=False)
 class LoadPoint:
-    """One measurement; `server` has each model's counters where the metrics were read."""
+    """One measurement.
+
+    Attributes:
+        work: what was asked.
+        way: how.
+        load: how much.
+        tally: what became of it.
+        server: growth of each model's counters, warm-up included; None without metrics.
+        cpu_s: CPU time of the server meanwhile; None where its process is not known.
+    """
 
     work: Work
     way: str
     load: Load
     tally: Tally
     server: dict[str, ModelCounters] | None
+    cpu_s: float | None = None
+
+    def core_ms(self) -> float | None:
+        """CPU time of the server for each answered request, in milliseconds."""
+        answered = (self.server or {}).get(_FRONT, ModelCounters()).answered
+        return None if self.cpu_s is None or not answered else self.cpu_s / answered * 1e3
 
     def queue_ms(self) -> float | None:
         """Time in the server's queues for each answered request, of all models together."""
@@ -128,13 +146,22 @@ async def _run(plan: LoadPlan, report: Callable[[LoadPoint], None]) -> tuple[lis
             for work in plan.works:
                 ask = await prepare(work, client, plan.subject, expected)
                 for load in plan.loads:
-                    before = _counters(plan)
-                    tally = await _loaded(ask, load, plan)
-                    after = _counters(plan)
-                    server = None if after is None else growth(before or {}, after)
-                    points.append(LoadPoint(work, way.name, load, tally, server))
+                    points.append(await _measure(plan, work, way, load, ask))
                     report(points[-1])
     return points, expected.checked
+
+
+async def _measure(plan: LoadPlan, work: Work, way: Way, load: Load, ask: Sender) -> LoadPoint:
+    def cpu_s() -> float:
+        return 0.0 if plan.server_pid is None else cpu_seconds(plan.server_pid)
+
+    before, begun_s = _counters(plan), cpu_s()
+    tally = await _loaded(ask, load, plan)
+    used_s, after = cpu_s() - begun_s, _counters(plan)
+    server = None if after is None else growth(before or {}, after)
+    return LoadPoint(
+        work, way.name, load, tally, server, None if plan.server_pid is None else used_s
+    )
 
 
 async def _loaded(ask: Sender, load: Load, plan: LoadPlan) -> Tally:

@@ -36,6 +36,7 @@ COLUMNS: dict[str, Callable[[LoadPoint], Any]] = {
     "encoder_ms": LoadPoint.encoder_ms,
     "decoder_ms": LoadPoint.decoder_ms,
     "encoded": LoadPoint.encoded,
+    "core_ms": LoadPoint.core_ms,
 }
 """Column of the CSV file → its value."""
 SHORT = {
@@ -49,6 +50,7 @@ SHORT = {
     "queue_ms": "queue ms",
     "encoder_ms": "encoder ms",
     "decoder_ms": "decoder ms",
+    "core_ms": "core ms",
     "right": "right",
     "wrong": "wrong",
     "shed": "shed",
@@ -58,8 +60,8 @@ SHORT = {
 """Columns of the console's table and of the page, with their headings."""
 LEGEND = (
     "Latencies are those of right answers, seen by the client; queue, encoder and decoder are the "
-    "server's own, for each answered request. Shed: refused as busy; late: not answered within "
-    "the time limit."
+    "server's own, and core its CPU time (--server-pid), for each answered request. Shed: refused "
+    "as busy; late: not answered within the time limit."
 )
 
 

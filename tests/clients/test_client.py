@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from dbsam_deploy import client as client_door
+from dbsam_deploy import predict as predict_door
 from dbsam_deploy.cli import run
 from dbsam_deploy.clients import calls as client_requests
 from dbsam_deploy.clients import exchange
@@ -18,7 +19,7 @@ from dbsam_deploy.clients.async_client import AsyncDbsamClient
 from dbsam_deploy.clients.client import DbsamClient
 from dbsam_deploy.clients.failures import translated
 from dbsam_deploy.clients.retries import ServerRequest
-from dbsam_deploy.core.errors import InputError, ServingError
+from dbsam_deploy.core.errors import InputError, NoServerError, ServingError
 from dbsam_deploy.prediction.predictor import Predictor
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
 
@@ -331,3 +332,42 @@ def test_the_command_writes_mask_and_overlay(triton, predictor, tmp_path, capsys
     found = np.asarray(Image.open(tmp_path / "out" / "a_mask.png"))
     np.testing.assert_array_equal(found, expected)
     assert (tmp_path / "out" / "a_overlay.png").is_file()
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        ["--point", "20", "15", "1", "--point", "2", "2", "0", "--multimask"],
+        ["--box3d", "3", "4", "1", "40", "30", "3"],
+        ["--slice", "2", "--box", "3", "4", "40", "30", "--point", "20", "15", "1"],
+    ],
+    ids=lambda words: " ".join(word for word in words if word.startswith("--")),
+)
+def test_the_command_takes_what_predict_takes(triton, tiny_artefact, tmp_path, prompts):
+    volume = np.random.default_rng().integers(0, 256, (4, 40, 50), dtype=np.uint8)
+    pixels = volume[:1] if "--multimask" in prompts else volume
+    np.savez(tmp_path / "a.npz", imgs=np.repeat(pixels[..., None], 3, -1), spacing=[1, 1, 1])
+    words = [str(tmp_path / "a.npz"), *prompts, "--mask-format", "npz"]
+    local = ["--artefact", str(tiny_artefact.folder), "--output", str(tmp_path / "local")]
+    assert run(predict_door.main, [*words, *local]) == 0
+    served = ["--url", triton.grpc_url, "--output", str(tmp_path / "served")]
+    assert run(client_door.main, [*words, *served]) == 0
+    with (
+        np.load(tmp_path / "local" / "a_mask.npz") as expected,
+        np.load(tmp_path / "served" / "a_mask.npz") as found,
+    ):
+        assert set(found) == set(expected)
+        for name in expected:
+            np.testing.assert_array_equal(found[name], expected[name])
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_the_other_protocols_port_is_named(triton, protocol):
+    other = {"grpc": triton.http_url, "http": triton.grpc_url}[protocol]
+    with (
+        DbsamClient(other, protocol, timeout_s=10) as client,
+        pytest.raises(NoServerError, match=r"its (HTTP|gRPC) port"),
+    ):
+        client.segment(*random_case(20, 20))

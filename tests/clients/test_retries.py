@@ -168,6 +168,21 @@ def test_an_absent_server_is_waited_for_only_if_asked(protocol, closed_port):
         assert len(pauses) == expected
 
 
+def test_a_server_that_comes_back_is_found_again(protocol):
+    with scripted_server(protocol) as script:
+        port = int(script.url.split(":")[1])
+        retries = Retries(attempts=99, first_s=0.05, longest_s=0.05, lost_connection=True)
+        client = DbsamClient(script.url, protocol, retries=retries, timeout_s=20)
+        client.segment(IMAGE, BOX)
+    with client, ThreadPoolExecutor(1) as thread:
+        answer = thread.submit(client.segment, IMAGE, BOX)
+        time.sleep(0.3)
+        assert not answer.done()
+        with scripted_server(protocol, port) as script:
+            assert answer.result().masks.shape == (1, 1, 4, 4)
+            assert len(script.seen) == 1
+
+
 @pytest.mark.parametrize("way", [ask, ask_async])
 def test_the_wrong_port_is_named(protocol, way):
     other = {"grpc": "http", "http": "grpc"}[protocol]

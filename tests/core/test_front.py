@@ -27,7 +27,9 @@ BOXES = np.array([[1, 2, 30, 35]], np.float32)
 
 
 def tensor(name, array):
-    return SimpleNamespace(name=lambda: name, as_numpy=lambda: array, array=array)
+    return SimpleNamespace(
+        name=lambda: name, as_numpy=lambda: array, array=array, is_cpu=lambda: True
+    )
 
 
 class Family:
@@ -209,6 +211,33 @@ def test_one_bad_request_does_not_spoil_the_others(start):
     assert second.error.code == "INVALID_ARG"
     assert "reaches outside" in second.error.text
     assert second.error.text.endswith("[request bad?id]")
+
+
+def test_an_embedding_on_a_gpu_stays_there(start):
+    on_gpu = tensor("image_embeddings", None)
+    on_gpu.is_cpu = lambda: False
+    on_gpu.as_numpy = lambda: pytest.fail("copied to the host")
+    seen = []
+
+    def call(model, feed):
+        return {"image_embeddings": None} if model == "dbsam_encoder" else graphs(model, feed)
+
+    model = start(call)
+    make, pb = model.triton.InferenceRequest, model.triton
+
+    def request(model_name, requested_output_names, inputs, **options):
+        found = make(model_name, requested_output_names, inputs, **options)
+        if model_name == "dbsam_encoder":
+            encoded = SimpleNamespace(has_error=lambda: False, output_tensors=lambda: [on_gpu])
+            return SimpleNamespace(exec=lambda: encoded)
+        seen.append((inputs[0], options["preferred_memory"]))
+        return found
+
+    pb.InferenceRequest = request
+    assert ask(model, raw_image=IMAGE, boxes=BOXES).error is None
+    known = np.array([image_id(IMAGE).encode()], object)
+    assert ask(model, image_id=known, boxes=BOXES).error is None
+    assert [(given is on_gpu, where) for given, where in seen] == [(True, "cpu")] * 2
 
 
 @pytest.mark.parametrize(

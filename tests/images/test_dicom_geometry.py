@@ -132,6 +132,18 @@ def test_missing_slices_are_refused(tmp_path: Path, lost: tuple[int, ...], digit
         read_dicom(tmp_path / "ct")
 
 
+def test_a_gap_between_slices_with_numbers_in_a_row_is_uneven_and_not_missing(
+    tmp_path: Path,
+) -> None:
+    files = write_dicom_series(tmp_path / "ct", np.zeros((9, 2, 2), int))
+    files[4].unlink()
+    for number, file in enumerate(files[:4] + files[5:], 1):
+        edit(file, InstanceNumber=number)
+    scan = read_dicom(tmp_path / "ct")
+    assert (len(scan.values), scan.geometry) == (8, None)
+    assert "lie unevenly, 2.5 to 5 mm apart" in scan.unplaced
+
+
 def test_missing_slices_are_refused_without_numbers(tmp_path: Path) -> None:
     files = write_dicom_series(tmp_path / "ct", np.zeros((9, 2, 2), int))
     files[4].unlink()

@@ -199,3 +199,18 @@ def test_neither_the_values_nor_the_padding_are_changed() -> None:
         for is_inverted in (False, True):
             to_uint8(values, None, HERE, excluded=excluded, is_inverted=is_inverted)
         np.testing.assert_array_equal(values, before)
+
+
+def test_with_negative_values_zeros_count_among_the_percentiles() -> None:
+    values = np.repeat(np.array([-1000, 0, 1000], np.int16), [3, 990, 7]).reshape(1, 20, 50)
+    pixels, how = to_uint8(values, None, Path("scan"))
+    assert (how.low, how.high) == (0, 1000)
+    assert "percentile of all voxels (0 to 1000)" in str(how)
+    assert sorted(set(pixels.ravel().tolist())) == [0, 255]
+
+
+def test_what_is_constant_beside_its_padding_is_refused() -> None:
+    values = np.full((1, 8, 9), 700, np.int16)
+    values[:, :3] = -2000
+    with pytest.raises(InputError, match="scan: all values are 700; there is nothing to segment"):
+        to_uint8(values, (700, 400), Path("scan"), excluded=values == -2000)

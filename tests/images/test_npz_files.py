@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from dbsam_deploy.core.errors import InputError
-from dbsam_deploy.images.npz_files import read_npz
+from dbsam_deploy.images import npz_files, scans
+from dbsam_deploy.images.npz_files import read_label_names, read_npz
 from dbsam_deploy.images.scans import MAX_VOXELS
 
 
@@ -188,3 +189,33 @@ def test_three_planes_are_slices_only_where_the_file_says_so(tmp_path, beside):
     else:
         with pytest.raises(InputError, match="its channels first or three slices"):
             read_npz(path)
+
+
+def test_wide_numbers_count_as_many_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, shape = tmp_path / "a.npz", (2, 100, 100)
+    monkeypatch.setattr(scans, "MAX_VOLUME_BYTES", 50_000)
+    np.savez_compressed(path, imgs=np.zeros(shape, np.uint8))
+    assert read_npz(path).values.shape == shape
+    for dtype in ("<f8", "<U4", "|V16"):
+        np.savez_compressed(path, imgs=np.zeros(shape, dtype))
+        with pytest.raises(InputError, match="at most 50000 bytes are read"):
+            read_npz(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "array"),
+    [
+        ("boxes", "MAX_BOXES_BYTES", np.zeros((9, 4))),
+        ("spacing", "MAX_SPACING_BYTES", np.ones(3)),
+        ("label_ids", "MAX_NAMES_BYTES", np.arange(9)),
+    ],
+)
+def test_what_lies_beside_images_has_a_longest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, limit: str, array: np.ndarray
+) -> None:
+    path = tmp_path / "a.npz"
+    np.savez(path, imgs=np.zeros((8, 9), np.uint8), **{name: array})
+    monkeypatch.setattr(npz_files, limit, 20)
+    read = read_label_names if name.startswith("label") else read_npz
+    with pytest.raises(InputError, match=f"{name} has {array.nbytes} bytes; at most 20 are read"):
+        read(path)

@@ -1,6 +1,7 @@
 """Pictures as cameras, scanners and microscopes write them: the right pixels, or one line."""
 
 import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -115,10 +116,28 @@ def test_colours_of_16_bits_in_tiff_are_refused(tmp_path: Path) -> None:
         read_image(path)
 
 
-def test_a_flipped_bit_of_a_png_is_found(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_other_pixels_under_the_old_checksum_are_found(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(SHADES).save(path)
+    content = path.read_bytes()
+    at = content.index(b"IDAT")
+    length = int.from_bytes(content[at - 4 : at], "big")
+    rows = bytearray(zlib.decompress(content[at + 4 : at + 4 + length]))
+    rows[100] ^= 1
+    body = zlib.compress(bytes(rows))
+    size = len(body).to_bytes(4, "big")
+    path.write_bytes(content[: at - 4] + size + b"IDAT" + body + content[at + 4 + length :])
+    with pytest.raises(InputError, match="not a readable PNG"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("level", [0, 6])  # 0: pixels stand there as they are
+def test_a_flipped_bit_of_a_png_is_found(
+    tmp_path: Path, rng: np.random.Generator, level: int
+) -> None:
     """Each chunk has a checksum, which Pillow does not compare for pixels."""
     path = tmp_path / "a.png"
-    Image.fromarray(COLOURS).save(path)
+    Image.fromarray(COLOURS).save(path, compress_level=level)
     content = path.read_bytes()
     refused = 0
     for _ in range(60):

@@ -16,7 +16,7 @@ from dbsam_deploy.loadtesting.server_metrics import (
 TEXT = """\
 # HELP nv_inference_request_success Number of successful inference requests
 nv_inference_request_success{model="dbsam_interactive",version="1"} 12
-nv_inference_request_success{model="dbsam_encoder",version="1"} 2
+nv_inference_request_success{model="dbsam_encoder-0123456789abcdef",version="1"} 2
 nv_inference_queue_duration_us{model="dbsam_interactive",version="1"} 500
 nv_inference_compute_infer_duration_us{model="dbsam_encoder",version="1"} 1.5e+06
 nv_inference_compute_infer_duration_us{model="dbsam_decoder",version="1"} 40000

@@ -54,9 +54,9 @@ def _outputs(shapes: dict[str, list[int]]) -> dict[str, tuple[str, list[int]]]:
 
 
 @contextmanager
-def scripted_server(protocol: str) -> Iterator[Script]:
-    """A server of the protocol on a free loopback port."""
-    script = Script()
+def scripted_server(protocol: str, port: int = 0) -> Iterator[Script]:
+    """A server of the protocol on a loopback port, by default a free one."""
+    script = Script(url=f"127.0.0.1:{port}")
     with (_serve_grpc if protocol == "grpc" else _serve_http)(script):
         yield script
 
@@ -83,7 +83,7 @@ def _serve_grpc(script: Script) -> Iterator[None]:
 
     server = grpc.server(ThreadPoolExecutor(8))
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Servicer(), server)
-    script.url = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    script.url = f"127.0.0.1:{server.add_insecure_port(script.url)}"
     server.start()
     try:
         yield
@@ -129,7 +129,7 @@ def _serve_http(script: Script) -> Iterator[None]:
         def log_message(self, *words: Any) -> None:
             """Say nothing."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", int(script.url.split(":")[1])), Handler)
     script.url = f"127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
