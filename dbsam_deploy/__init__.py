@@ -21,6 +21,7 @@ from .privacy import switch_off
 
 if TYPE_CHECKING:
     from .artefact import load_artefact
+    from .clients.access import Access
     from .clients.async_client import AsyncDbsamClient
     from .clients.client import DbsamClient
     from .clients.retries import Retries
@@ -50,6 +51,7 @@ switch_off()  # before any library that would phone home is imported
 
 __version__ = "0.1.0"
 __all__ = [
+    "Access",
     "AccuracyError",
     "AsyncDbsamClient",
     "BusyError",
@@ -79,6 +81,7 @@ __all__ = [
 
 _MODULES = {
     "artefact": ("load_artefact",),
+    "clients.access": ("Access",),
     "clients.async_client": ("AsyncDbsamClient",),
     "clients.client": ("DbsamClient",),
     "clients.retries": ("Retries",),

@@ -26,16 +26,20 @@ class AsyncDbsamClient(Exchanges):
     def _connect(self, timeout_s: float) -> Any:
         transport = load_library(f"tritonclient.{self.transport}.aio")
         if self.transport == "grpc":
-            return transport.InferenceServerClient(self.url, channel_args=list(CHANNEL))
+            options = {} if self._access is None else self._access.grpc_options()
+            return transport.InferenceServerClient(self.url, channel_args=list(CHANNEL), **options)
         self._errors = (load_library("aiohttp").ClientError,)
-        return transport.InferenceServerClient(self.url, conn_timeout=timeout_s)
+        options = {} if self._access is None else {"ssl_context": self._access.context()}
+        return transport.InferenceServerClient(
+            self.url, conn_timeout=timeout_s, ssl=bool(options), **options
+        )
 
     def _ask(
         self, request: ServerRequest, method: Callable[..., Any], *args: Any, **options: Any
     ) -> Callable[[], Any]:
         if self.transport == "grpc":
             return super()._ask(request, method, *args, **options)
-        left_s = request.left_s()
+        left_s, options = request.left_s(), self._with_login(options)
 
         async def ask() -> Any:  # this transport knows no time limit of one call
             async with asyncio.timeout(left_s):

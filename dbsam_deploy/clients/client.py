@@ -32,6 +32,7 @@ class DbsamClient(Exchanges):
         key: of the server's restricted interfaces, which shared memory needs; by default that of
             the environment's DBSAM_SERVER_KEY, if there is one.
         packed: masks of opened images come as compressed bits; by default from other machines.
+        access: TLS and a login, for a proxy before the server, see `Access`.
 
     Raises:
         EngineError: `tritonclient` is not installed.
@@ -40,8 +41,11 @@ class DbsamClient(Exchanges):
 
     def _connect(self, timeout_s: float) -> Any:
         if self.transport == "grpc":
-            return self._library.InferenceServerClient(self.url, channel_args=list(CHANNEL))
-        return HttpConnection(self.url, self._library)
+            options = {} if self._access is None else self._access.grpc_options()
+            return self._library.InferenceServerClient(
+                self.url, channel_args=list(CHANNEL), **options
+            )
+        return HttpConnection(self.url, self._library, self._access)
 
     def _pause(self, seconds: float) -> None:
         time.sleep(seconds)

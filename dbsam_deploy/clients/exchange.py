@@ -23,6 +23,7 @@ from ..core.imaging import Arrays
 from ..core.masks import Prediction
 from ..core.prompts import PromptArrays
 from ..serving.control import KEY_HEADER, KEY_VARIABLE
+from .access import Access
 from .calls import (
     BOX_MODEL,
     Call,
@@ -98,6 +99,7 @@ class Exchanges(ABC):
         key: of the server's restricted interfaces, which shared memory needs; by default that of
             the environment's DBSAM_SERVER_KEY, if there is one.
         packed: masks of opened images come as compressed bits; by default from other machines.
+        access: TLS and a login, for a proxy before the server.
 
     Raises:
         EngineError: `tritonclient` is not installed.
@@ -117,6 +119,7 @@ class Exchanges(ABC):
         retries: Retries = Retries(),  # noqa: B008 - frozen
         key: str | None = None,
         packed: bool | None = None,
+        access: Access | None = None,
     ) -> None:
         check_options(url, transport, timeout_s)
         self.url, self.transport = url, transport
@@ -126,6 +129,7 @@ class Exchanges(ABC):
         self._packed = not shared_memory and (not is_here(url) if packed is None else packed)
         key = os.environ.get(KEY_VARIABLE) if key is None else key
         self._headers = {"headers": {_KEY_HEADERS[transport]: key}} if key else {}
+        self._access = access
         self._library = load_library(f"tritonclient.{transport}")
         self._refused = load_library("tritonclient.utils").InferenceServerException
         self._side: int | None = None
@@ -146,7 +150,14 @@ class Exchanges(ABC):
         self, request: ServerRequest, method: Callable[..., Any], *args: Any, **options: Any
     ) -> Callable[[], Any]:
         """A call of the transport that ends when the request's time does."""
+        options = self._with_login(options)
         return partial(method, *args, **options, client_timeout=request.left_s())
+
+    def _with_login(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Options of a call, with the headers of the client's login."""
+        if self._access is None or not self._access.headers:
+            return options
+        return {**options, "headers": {**options.get("headers", {}), **self._access.headers}}
 
     def _begin(self) -> ServerRequest:
         """A new request of the caller.

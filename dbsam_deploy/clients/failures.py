@@ -61,7 +61,8 @@ def translated(request: ServerRequest, *others: type[BaseException]) -> Iterator
         # gRPC and HTTP spell the status differently.
         status = str(error.status() or "").removeprefix("StatusCode.")
         text = " ".join(_OWN_ID.sub("", str(error.message())).split())
-        raise _refusal(request, status, text) from error
+        refusal = None if _RESTRICTED.search(text) else _proxys_refusal(request, status)
+        raise (refusal or _refusal(request, status, text)) from error
     except TimeoutError as error:
         raise request.late() from error
     except unreachable as error:
@@ -84,16 +85,28 @@ def _refusal(request: ServerRequest, status: str, text: str) -> DbsamError:
         return NotKeptError(f"{where}: {text} {number}")
     if _LOADING.search(text):
         return BusyError(f"{where} loads the model: {text} {number}")
-    if status in ("UNAVAILABLE", "503"):
+    if status in ("UNAVAILABLE", "503", "429"):
         # gRPC gives this status to its own failures, too: the text tells who speaks.
         if _STOPPING.search(text):
             return StoppingError(f"{where} is stopping: {text} {number}")
-        if _BUSY.search(text) or status == "503":
+        if _BUSY.search(text) or status in ("503", "429"):
             after = _RETRY_AFTER.search(text)
             wait_s = float(after.group(1)) / 1e3 if after else None
             return BusyError(f"{where} has no time for this: {text} {number}", wait_s)
         return _no_server(request, text)
     return ServingError(f"{where}: {text} {number}")
+
+
+def _proxys_refusal(request: ServerRequest, status: str) -> InputError | None:
+    """The error of what stands before the server, if it is one."""
+    if status in ("UNAUTHENTICATED", "PERMISSION_DENIED", "401", "403"):
+        return InputError(
+            f"what answers on {request.url} does not know this login or certificate: give "
+            "access=Access(login=...), or --login-file"
+        )
+    if status in ("RESOURCE_EXHAUSTED", "413"):
+        return InputError(f"{request.url}: the request is larger than the proxy before it allows")
+    return None
 
 
 def _no_server(request: ServerRequest, text: str) -> NoServerError:

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import quote
 
+from .access import Access
 from .calls import load_library
 
 _KEPT_CONNECTIONS = 32
@@ -26,19 +27,24 @@ class HttpConnection:
     Args:
         url: host:port.
         library: `tritonclient.http`.
+        access: TLS and a login; None for neither.
     """
 
-    def __init__(self, url: str, library: ModuleType) -> None:
+    def __init__(self, url: str, library: ModuleType, access: Access | None = None) -> None:
         self._urllib3 = load_library("urllib3")
         self._protocol = library.InferenceServerClient
         self._refused = load_library("tritonclient.utils").InferenceServerException
         self._host, _, port = url.rpartition(":")
         self._port = int(port)
+        self._access = access
         self._pool, self._process = self._new_pool(), os.getpid()
 
     def _new_pool(self) -> Any:
-        return self._urllib3.HTTPConnectionPool(
-            self._host.strip("[]"), self._port, maxsize=_KEPT_CONNECTIONS, retries=False
+        place, kept = (self._host.strip("[]"), self._port), _KEPT_CONNECTIONS
+        if self._access is None:
+            return self._urllib3.HTTPConnectionPool(*place, maxsize=kept, retries=False)
+        return self._urllib3.HTTPSConnectionPool(
+            *place, maxsize=kept, retries=False, ssl_context=self._access.context()
         )
 
     def _send(
@@ -60,7 +66,9 @@ class HttpConnection:
         except self._urllib3.exceptions.TimeoutError as error:
             raise TimeoutError(str(error)) from error
         except self._urllib3.exceptions.HTTPError as error:
-            raise ConnectionError(str(error)) from error
+            # While a body is sent, a time limit comes as a broken connection.
+            late = any(isinstance(argument, TimeoutError) for argument in error.args)
+            raise (TimeoutError if late else ConnectionError)(str(error)) from error
         if answer.status != 200:
             raise self._refused(_error_text(answer.data), status=str(answer.status))
         return answer
@@ -81,12 +89,13 @@ class HttpConnection:
         request_id: str,
         timeout: int,
         client_timeout: float,
+        headers: dict[str, str] | None = None,
     ) -> Any:
         """A model's answer; see `tritonclient.http.InferResult`."""
         body, length = self._protocol.generate_request_body(
             inputs, outputs=outputs, request_id=request_id, timeout=timeout
         )
-        headers = {} if length is None else {_LENGTH: str(length)}
+        headers = {**(headers or {}), **({} if length is None else {_LENGTH: str(length)})}
         path = f"/v2/models/{quote(model)}/infer"
         answer = self._send("POST", path, body, headers=headers, client_timeout=client_timeout)
         found = answer.headers.get(_LENGTH)

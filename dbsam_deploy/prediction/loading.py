@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from ..artefact import MANIFEST_NAME
+from ..clients.access import Access
 from ..clients.client import DbsamClient
 from ..clients.retries import Retries, Transport
 from ..core.errors import InputError
 from ..core.imaging import Mode
 from ..files.user_paths import user_path
 from ..sessions.backends import ModelOptions, open_backend
-from ..sessions.options import TRITON, model_options, read_key
+from ..sessions.options import TRITON, model_options, named_access, read_key
 from .model import Model
 from .predictor import Predictor, ServedPredictor
 
@@ -25,8 +26,12 @@ GRAPH_SUFFIXES = (".onnx", ".plan", ".engine")
 SCHEMES: dict[str, tuple[Transport, int]] = {
     "triton": ("grpc", 8001),
     "triton+http": ("http", 8000),
+    "triton+tls": ("grpc", 8443),
+    "triton+https": ("http", 8443),
 }
-"""Scheme of a server's address → protocol and usual port."""
+"""Scheme of a server's address (`triton://host:8001`) → protocol and usual port."""
+TLS_SCHEMES = {"grpc": "triton+tls", "http": "triton+https"}
+"""Protocol → the scheme of a proxy before the server."""
 TIMEOUT_S = 60.0
 
 
@@ -45,12 +50,12 @@ def load(
     timeout_s: float | None = None,
     retries: Retries | None = None,
     key: str | None = None,
+    access: Access | None = None,
 ) -> Model:
     """Open a model: an export, a weights file or a server.
 
     Args:
-        source: folder of an export, a weights file, `triton://host:8001` or
-            `triton+http://host:8000`; the newest export below `build/` if none is named.
+        source: an export, a weights file or a server, see `SCHEMES`; by default the newest export.
         backend: see `backends.BACKENDS`; by default `onnxruntime` for an export, else `pytorch`.
         device: `cpu` or `cuda`; by default the backend's own.
         variant: of a weights file whose keys do not tell it.
@@ -63,6 +68,7 @@ def load(
         timeout_s: for a server, too.
         retries: for a server, too.
         key: for a server, too.
+        access: for a server behind a proxy, see `Access`.
 
     Raises:
         InputError, CheckpointError, EngineError: a source, option, runtime or device that is not.
@@ -77,15 +83,15 @@ def load(
         runtime_precision=runtime_precision,
         preprocess=preprocess,
     )
-    _check_kinds(options, backend, timeout_s)
     served = {"shared_memory": shared_memory, "timeout_s": timeout_s, "retries": retries}
-    return _open(source, options, backend, **served, key=key)
+    return _open(source, options, backend, **served, key=key, access=access)
 
 
 def _open(
     source: str | Path | None, options: ModelOptions, backend: str | None, **served: Any
 ) -> Model:
     """What `load` opens; `served` are the options of a server."""
+    _check_kinds(options, backend, served["timeout_s"])
     if source is not None and "://" in str(source):
         scheme, address = _address(str(source), options, backend)
         return open_server(address, scheme, **served)
@@ -190,6 +196,7 @@ def open_server(
     timeout_s: float | None = None,
     retries: Retries | None = None,
     key: str | None = None,
+    access: Access | None = None,
     logits: bool = True,
     note: str = "",
 ) -> Model:
@@ -203,6 +210,7 @@ def open_server(
         retries: when a request that the server refused is sent again.
         key: of the server's restricted interfaces, which shared memory needs; by default that of
             the environment's DBSAM_SERVER_KEY, if there is one.
+        access: of a proxy; by default TLS alone for the schemes that have it.
         logits: ask for the logits of boxes too, which a label map does not need.
         note: what the user must know of the model.
 
@@ -211,6 +219,10 @@ def open_server(
         EngineError: `tritonclient` is not installed.
     """
     protocol, port = SCHEMES[scheme]
+    if scheme == TLS_SCHEMES[protocol]:
+        access = access or Access()
+    elif access is not None:
+        raise InputError(f"access goes with {TLS_SCHEMES[protocol]}://: {scheme}:// has no TLS")
     address = address.rstrip("/") or "localhost"
     has_port = ":" in address.rpartition("]")[2]  # an IPv6 address has colons of its own
     url = address if has_port else f"{address}:{port}"
@@ -221,6 +233,7 @@ def open_server(
         timeout_s=TIMEOUT_S if timeout_s is None else timeout_s,
         retries=retries or Retries(),
         key=key,
+        access=access,
     )
     predictor = ServedPredictor(client, logits=logits)
     return Model(predictor, name=f"server {url}", backend=f"triton-{protocol}", note=note)
@@ -242,13 +255,15 @@ def open_named(
     options = model_options(args)
     if args.backend != TRITON:
         return open_model(options, kept_embeddings=kept_embeddings)
-    transport = args.transport or "grpc"
+    transport, access = args.transport or "grpc", named_access(args)
     scheme = next(name for name, (known, _) in SCHEMES.items() if known == transport)
+    scheme = scheme if access is None else TLS_SCHEMES[transport]
     return open_server(
         args.url or "localhost",
         scheme,
         shared_memory=bool(args.shared_memory),
         timeout_s=args.timeout,
         key=None if args.key_file is None else read_key(args.key_file),
+        access=access,
         logits=logits,
     )

@@ -67,7 +67,7 @@ def render_configs(how: Preprocessing, platforms: Mapping[str, Platform]) -> dic
         graphs["prompt_decoder"] = prompt_decoder_spec(how)
     configs = {GRAPH_MODELS[name]: _graph_model(graphs[name], platforms[name]) for name in graphs}
     front = front_spec(how, prompts=prompts)
-    configs[front.name] = _front_model(front, how)
+    configs[front.name] = _front_model(front, how, platforms)
     renames = {MASKS.name: BOX_MASKS.name, IOU_SCORES.name: BOX_IOU_SCORES.name}
     boxes = ensemble_spec(how.mask_side)
     configs[boxes.name] = _through_front(boxes, front, renames)
@@ -114,7 +114,10 @@ def _graph_model(spec: GraphSpec, platform: Platform) -> str:
     return _text(lines)
 
 
-def _front_model(spec: GraphSpec, how: Preprocessing) -> str:
+def _front_model(spec: GraphSpec, how: Preprocessing, platforms: Mapping[str, Platform]) -> str:
+    # Enough requests at once to fill the encoder's batch.
+    batch = MAX_BATCH[platforms["encoder"]]["encoder"]
+    settings = FrontSettings(image_workers=max(batch, FrontSettings.image_workers))
     lines = [
         f'name: "{spec.name}"',
         'backend: "python"',
@@ -125,7 +128,7 @@ def _front_model(spec: GraphSpec, how: Preprocessing) -> str:
         "instance_group [ { count: 1 kind: KIND_CPU } ]",
     ]
     values = {key: getattr(how, key) for key in ("image_size", "embedding_stride", "mode")}
-    for key, value in {**values, **asdict(FrontSettings())}.items():
+    for key, value in {**values, **asdict(settings)}.items():
         lines.append(_parameter(key, value))
     return _text(lines)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..artefact import BUILD_FOLDER
 from ..cli import check_paths
+from ..clients.access import Access, read_login
 from ..core.errors import InputError
 from ..core.imaging import MODES
 from ..files.regular import regular_size
@@ -19,7 +20,10 @@ TRITON = "triton"
 """The backend that is a running server, with options of its own."""
 _SERVER_NEEDS = "a running Triton server (extra client)"
 _MAX_KEY_BYTES = 4096
-SERVER_OPTIONS = ("url", "transport", "shared_memory", "timeout", "key_file")
+SERVER_OPTIONS = (
+    *("url", "transport", "shared_memory", "timeout", "key_file"),
+    *("tls", "ca", "login_file"),
+)
 
 
 def add_model_options(
@@ -110,7 +114,31 @@ def add_server_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGro
         help="server.key that `python -m dbsam_deploy.serve` wrote, which --shared-memory needs "
         "(default: DBSAM_SERVER_KEY of the environment)",
     )
+    server.add_argument(
+        "--tls",
+        action="store_true",
+        default=None,
+        help="for a proxy with TLS before the server (usual port: 8443)",
+    )
+    server.add_argument(
+        "--ca", type=Path, metavar="PEM", help="TLS, whose certificates this file's authority signs"
+    )
+    server.add_argument(
+        "--login-file", type=Path, metavar="FILE", help="TLS and the user:password in this file"
+    )
     return server
+
+
+def named_access(args: argparse.Namespace) -> Access | None:
+    """TLS and login that a command line asks for.
+
+    Raises:
+        InputError: a file that cannot be used.
+    """
+    if not (args.tls or args.ca or args.login_file):
+        return None
+    login = None if args.login_file is None else read_login(args.login_file)
+    return Access(ca=args.ca, login=login)
 
 
 def read_key(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import http.client
 import json
@@ -22,7 +23,10 @@ import numpy as np
 import pytest
 from support.traffic import masks_over_grpc, masks_over_http
 
+from dbsam_deploy.clients.access import Access
+from dbsam_deploy.clients.async_client import AsyncDbsamClient
 from dbsam_deploy.clients.client import DbsamClient
+from dbsam_deploy.core.errors import InputError, ServingError
 
 CONFIG = Path(__file__).resolve().parents[2] / "deployment" / "nginx" / "nginx.conf"
 USER, PASSWORD = "radiology", "correct horse"
@@ -78,13 +82,13 @@ def configured(folder: Path, port: int, changes: dict[str, str]) -> str:
     """The shipped configuration with the places of this test; everything else is as it is."""
     text = CONFIG.read_text()
     replaced = {
+        **changes,
         "/tmp/": f"{folder}/",  # noqa: S108 - what the container has
         "/etc/dbsam/": f"{folder}/",
         "/dev/stdout": f"{folder}/access.log",
         "/dev/stderr": f"{folder}/error.log",
         "listen 8443": f"listen 127.0.0.1:{port}",
         "worker_processes auto": "worker_processes 1",
-        **changes,
     }
     for old in replaced:
         assert old in text, f"{old!r} is not in {CONFIG.name} any more"
@@ -183,6 +187,30 @@ def test_what_reaches_the_server_has_a_length_and_no_secret(deployment_tool, tmp
         assert secret not in head
 
 
+def test_certificates_of_clients_in_the_place_of_passwords(deployment_tool, tmp_path):
+    """The lines that stand in the configuration as a comment."""
+    with listener() as (address, got):
+        changes = {
+            "# ssl_client_certificate /etc/dbsam/clients-ca.crt": (
+                f"ssl_client_certificate {tmp_path}/tls.crt"  # which signs itself
+            ),
+            "# ssl_verify_client": "ssl_verify_client",
+            'auth_basic "dbsam"': "auth_basic off",
+            "server:8000": address,
+            "server:8001": address,
+        }
+        with running(deployment_tool("nginx"), tmp_path, changes) as proxy:
+            assert proxy.ask("GET", "/v2/health/ready", Authorization=LOGIN) == 400
+            assert got == [], "nobody came through"
+            context = ssl.create_default_context(cafile=str(proxy.certificate))
+            context.load_cert_chain(tmp_path / "tls.crt", tmp_path / "tls.key")
+            connection = http.client.HTTPSConnection("localhost", proxy.port, context=context)
+            connection.request("GET", "/v2/health/ready")
+            assert connection.getresponse().status == 200
+            connection.close()
+    assert b"GET /v2/health/ready" in b"".join(got)
+
+
 def expected(triton, picture: np.ndarray) -> np.ndarray:
     with DbsamClient(triton.grpc_url) as client:
         return client.segment(picture, BOX).masks[:, 0]
@@ -194,6 +222,39 @@ def test_right_masks_over_both_protocols_with_the_right_login(proxy, triton):
     for ask in (masks_over_http, masks_over_grpc):
         masks = ask(f"localhost:{proxy.port}", picture, BOX, proxy.certificate, LOGIN)
         np.testing.assert_array_equal(masks, wanted)
+
+
+@pytest.mark.parametrize("transport", ["grpc", "http"])
+def test_the_librarys_own_clients_come_through(proxy, triton, transport):
+    picture, url = image(), f"localhost:{proxy.port}"
+    access = Access(ca=proxy.certificate, login=f"{USER}:{PASSWORD}")
+    wanted = expected(triton, picture)
+    with DbsamClient(url, transport, access=access) as client:
+        np.testing.assert_array_equal(client.segment(picture, BOX, logits=True).masks[:, 0], wanted)
+        opened = client.open(picture)
+        np.testing.assert_array_equal(opened.predict(boxes=BOX).masks[:, 0], wanted)
+
+    async def ask() -> np.ndarray:
+        async with AsyncDbsamClient(url, transport, access=access) as client:
+            return (await client.segment(picture, BOX)).masks[:, 0]
+
+    np.testing.assert_array_equal(asyncio.run(ask()), wanted)
+    wrong = Access(ca=proxy.certificate, login=f"{USER}:wrong")
+    with (
+        DbsamClient(url, transport, access=wrong) as client,
+        pytest.raises(InputError, match="does not know this login"),
+    ):
+        client.segment(picture, BOX)
+    with (
+        DbsamClient(url, transport, access=access) as client,
+        pytest.raises(InputError, match="larger than the proxy"),
+    ):
+        client.segment(np.random.default_rng().integers(0, 256, (700, 700, 3), np.uint8), BOX)
+    with (
+        DbsamClient(url, transport, access=Access(), timeout_s=5) as client,
+        pytest.raises(ServingError, match="no Triton server answers"),
+    ):
+        client.segment(picture, BOX)  # an authority that nobody knows
 
 
 @pytest.mark.parametrize(

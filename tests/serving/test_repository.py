@@ -72,8 +72,7 @@ def test_check_notices_a_stale_configuration(tmp_path):
 
 
 def test_the_check_command_passes_on_the_committed_files(capsys):
-    assert main(["--check"]) == 0
-    assert capsys.readouterr().out == ""
+    assert (main(["--check"]), capsys.readouterr().out) == (0, "")
 
 
 @pytest.mark.parametrize(("size", "stride"), [(64, 16), (256, 16), (1024, 16), (256, 4)])
@@ -245,6 +244,8 @@ def test_plans_are_served_by_the_tensorrt_platform(make_artefact, tmp_path):
     encoder = (tmp_path / "r/dbsam_encoder/config.pbtxt").read_text()
     assert 'platform: "tensorrt_plan"' in encoder
     assert "graphs: true" in encoder
+    front = (tmp_path / "r/dbsam_interactive/config.pbtxt").read_text()
+    assert '"image_workers" value { string_value: "4" }' in front, "as many as the encoder's batch"
     assert "onnxruntime" not in encoder
     names = {path.name for path in (tmp_path / "r/dbsam_encoder/1").iterdir()}
     assert names == {"model.plan", "model.onnx"}
