@@ -225,7 +225,7 @@ class Exchanges(ABC):
         try:
             return (yield from self._run(call, request))
         except NotKeptError:
-            _LOG.debug("request %s: image %.12s is sent", request.id, image.id)
+            _LOG.debug("request %s: the image itself is sent", request.id)
         return (yield from self._run(with_pixels(call, image), request))
 
     def _mask_side(self, request: ServerRequest) -> Exchange[int]:
