@@ -26,6 +26,7 @@ from ..serving.control import KEY_HEADER, KEY_VARIABLE
 from .access import Access
 from .calls import (
     BOX_MODEL,
+    IMAGE_HEADER,
     Call,
     box_call,
     box_result,
@@ -225,7 +226,7 @@ class Exchanges(ABC):
         try:
             return (yield from self._run(call, request))
         except NotKeptError:
-            _LOG.debug("request %s: image %.12s is sent", request.id, image.id)
+            _LOG.debug("request %s: the image itself is sent", request.id)
         return (yield from self._run(with_pixels(call, image), request))
 
     def _mask_side(self, request: ServerRequest) -> Exchange[int]:
@@ -285,6 +286,7 @@ class Exchanges(ABC):
             outputs=outputs,
             request_id=request.id,
             timeout=int(request.left_s() * 1e6),
+            **({"headers": {IMAGE_HEADER: call.image}} if call.image else {}),
         )
         return read_result(call, result, region)
 

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -165,21 +166,33 @@ class TritonFront:
         text = f"{error} [request {name}]"
         if isinstance(error, RefusedError):
             code = error.code
-            pb.Logger.log_info(text)
+            if code != "NOT_FOUND":  # usual, and a hash of a patient's image is nothing for a log
+                self._log("info", text)
         elif isinstance(error, InputError):
             code = "INVALID_ARG"
         elif isinstance(error, DbsamError):
-            pb.Logger.log_error(text)
+            self._log("error", text)
         else:
             text = f"{type(error).__name__}: {text}"
-            pb.Logger.log_error("".join(traceback.format_exception(error)) + text)
+            self._log("error", "".join(traceback.format_exception(error)) + text)
         return pb.InferenceResponse(error=pb.TritonError(text, getattr(pb.TritonError, code)))
 
     def _send(self, sender: Any, response: Any) -> None:
+        """Send an answer; one that cannot be is told in few bytes, so that nobody waits for it."""
+        final = self.triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL
         try:
-            sender.send(response, flags=self.triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-        except Exception as error:  # the client's connection, not this model
-            self.triton.Logger.log_warn(f"an answer could not be sent: {error}")
+            sender.send(response, flags=final)
+        except Exception as error:
+            text = f"the answer could not be sent, is /dev/shm full? ({error})"
+            self._log("error", text)
+            pb = self.triton
+            failed = pb.InferenceResponse(error=pb.TritonError(text, pb.TritonError.UNAVAILABLE))
+            with suppress(Exception):
+                sender.send(failed, flags=final)
+
+    def _log(self, level: str, text: str) -> None:
+        with suppress(Exception):  # it takes shared memory too
+            getattr(self.triton.Logger, f"log_{level}")(text)
 
     def _count(self, what: str, by: int = 1) -> None:
         with self._lock:
@@ -189,4 +202,5 @@ class TritonFront:
         cache = asdict(self._cache.counts)
         with self._lock:
             values = dict(self._counts)
-        self._metrics.tell({**values, **{CACHE_METRICS[name]: cache[name] for name in cache}})
+        with suppress(Exception):  # it takes shared memory too
+            self._metrics.tell({**values, **{CACHE_METRICS[name]: cache[name] for name in cache}})

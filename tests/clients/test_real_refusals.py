@@ -70,14 +70,16 @@ def test_a_model_that_is_loaded_again_is_waited_for(triton, way, image):
         assert opened.known.cached is False  # its cache went with it
 
 
-def test_the_id_of_a_request_is_in_both_logs(triton, image, caplog):
+def test_the_id_of_a_request_is_in_both_logs(triton, image, draining, caplog):
     with (
-        DbsamClient(triton.grpc_url) as client,
-        caplog.at_level("DEBUG", "dbsam_deploy.clients"),
+        DbsamClient(triton.grpc_url, retries=Retries(attempts=2, first_s=0)) as client,
+        caplog.at_level("WARNING", "dbsam_deploy.clients"),
+        pytest.raises(StoppingError) as caught,
     ):
-        client.take(image).predict(boxes=BOX)  # not kept: refused by id, then sent
-    (number,) = {record.args[0] for record in caplog.records}
-    assert f"not kept (any more): send raw_image [request {number}]" in triton.log_text()
+        client.take(image).predict(boxes=BOX)
+    number = str(caught.value).rpartition("(request ")[2].rstrip(")")
+    assert f"(request {number}); attempt 2" in caplog.text
+    assert f"[request {number}]" in triton.log_text()
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])

@@ -108,13 +108,14 @@ def test_no_attempt_goes_beyond_the_deadline_which_the_server_knows(server, prot
         (("NOT_FOUND", "image_id abc: not kept (any more): send raw_image"), NotKeptError),
         (("CANCELLED", "too late: the deadline passed 3 ms ago"), DeadlineError),
         (("INTERNAL", "busy: this is no refusal"), ServingError),
+        (("UNAVAILABLE", "the answer could not be sent, is /dev/shm full?"), BusyError),
     ],
     ids=str,
 )
 def test_other_refusals_are_errors_at_once(server, protocol, refusal, kind):
     server.refusals.append(refusal)
     with pytest.raises(kind, match=r"request [0-9a-f]{12}") as caught:
-        ask(server, protocol)
+        ask(server, protocol, retries=Retries(attempts=1) if kind is BusyError else QUICK)
     assert type(caught.value) is kind
     assert len(server.seen) == 1
     assert server.seen[0].id in str(caught.value)

@@ -287,6 +287,30 @@ def test_what_does_not_fit_is_shed_at_once(start):
     assert waiting.result().error is None
 
 
+def test_a_full_shared_memory_is_an_answer_and_costs_no_worker(start, monkeypatch):
+    """Answers, log lines and metrics all go through it."""
+
+    class Full(Request):
+        def send(self, answer, flags):
+            if answer.error is None:
+                raise RuntimeError("Failed to increase the shared memory pool size")
+            super().send(answer, flags)
+
+    def full(*_):
+        raise RuntimeError("Failed to increase the shared memory pool size")
+
+    model = start(prompt_workers=1, image_workers=1)
+    for name in ("log_info", "log_warn", "log_error"):
+        monkeypatch.setattr(model.triton.Logger, name, full)
+    monkeypatch.setattr(Family, "increment", full)
+    for _ in range(3):  # more than there are workers
+        request = Full(raw_image=IMAGE, boxes=BOXES)
+        model.execute([request])
+        assert request.result().error.code == "UNAVAILABLE"
+        assert "is /dev/shm full?" in request.result().error.text
+    assert ask(model, raw_image=IMAGE, boxes=BOXES * 9).error.code == "INVALID_ARG"
+
+
 def test_late_and_abandoned_requests_do_no_work(start):
     model = start(lambda *_: pytest.fail("work was done"))
     gone = ask(model, raw_image=IMAGE, boxes=BOXES, cancelled=True)

@@ -98,6 +98,21 @@ def test_an_open_loop_sees_the_stall_that_a_closed_one_hides():
     assert seen.latency_ms(90) > 100
 
 
+def test_a_latency_counts_from_the_moment_when_a_request_was_due():
+    """Also where the client itself comes late to send it."""
+    late = []
+
+    async def answer(number: int) -> bool:
+        if not late:
+            late.append(number)
+            time.sleep(0.3)
+        return True
+
+    tally = asyncio.run(per_second(answer, 200, seconds=0.6))
+    assert tally.right > 60
+    assert tally.latency_ms(70) > 30
+
+
 def test_an_open_loop_sends_by_the_clock():
     tally = asyncio.run(per_second(Server(0.05), 200, seconds=0.5))
     assert 60 < tally.sent < 140
