@@ -23,8 +23,11 @@ _OWN_ID = re.compile(r"\[request id: [^\]]*\] |\s*\[request [\w.:-]+\]$")
 """The id as Triton puts it before some of its texts, and the front model behind its own."""
 _RETRY_AFTER = re.compile(r"retry after (\d+(?:\.\d+)?) ms")
 _BUSY = re.compile(r"\bbusy: |the answer could not be sent")
-_LOADING = re.compile(r"not at ready state|has no available versions|is not ready\b")
-"""Triton's texts, with several statuses, for a model that is being loaded again."""
+_LOADING = re.compile(
+    r"not at ready state|has no available versions|is not ready\b|is being restarted|"
+    r"Stub process '.*' is not healthy"
+)
+"""Triton's and the front's texts, with several statuses, for a model that is being loaded again."""
 _STOPPING = re.compile(r"\bstopping: |[Ss]erver is stopping")
 _NOT_KEPT = re.compile(r"\bimage_id \S+: not kept")
 _RESTRICTED = re.compile(r"This (?:API|protocol) is restricted")

@@ -9,17 +9,21 @@ import socket
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tritonclient.grpc as grpc
 from support.serving import traffic
 
 from dbsam_deploy import serve
 from dbsam_deploy.cli import run
+from dbsam_deploy.clients.client import DbsamClient
+from dbsam_deploy.clients.retries import Retries
 from dbsam_deploy.core.errors import InputError, ServingError
 from dbsam_deploy.serving.control import KEY_HEADER, Control, new_key
-from dbsam_deploy.serving.probe import SERVED, ask
+from dbsam_deploy.serving.probe import PROBE_SIZE, SERVED, ask, probe_image
 from dbsam_deploy.serving.repository import build_repository
 from dbsam_deploy.serving.supervisor import Pace, Supervisor
 
@@ -135,12 +139,19 @@ def test_the_key_is_not_on_the_command_line(watched):
 )
 def test_a_dead_or_stopped_model_is_revived_under_load(watched, model, number, reason):
     supervisor, before = watched.supervisor, watched.supervisor.revived
-    with traffic(watched.server.grpc_url, fresh=True) as seen:
+    patient = Retries(attempts=20, longest_s=0.5)
+    with (
+        traffic(watched.server.grpc_url, fresh=True) as seen,
+        DbsamClient(watched.server.grpc_url, retries=patient) as client,
+        ThreadPoolExecutor(1) as user,
+    ):
         time.sleep(0.2)
         os.kill(watched.pid_of(model), number)
+        answer = user.submit(client.segment, probe_image(), np.array([[2, 3, 30, 25]], np.float32))
         watched.until(lambda: supervisor.revived == before + 1)
         healthy = len(seen.right)
         watched.until(lambda: len(seen.right) > healthy + 8)
+        assert answer.result(20).masks.shape == (1, 1, *PROBE_SIZE), "its user sees nothing of it"
     assert not seen.wrong
     assert any(model in event and reason in event for event in watched.events)
     log = watched.server.log.read_text()
