@@ -26,7 +26,7 @@ from .loadtesting.work import ABOUT, WAYS, WORKS, Connection, Subject, drawn_sub
 from .prediction.loading import open_model
 from .prediction.predictor import Promptable
 from .sessions.backends import ModelOptions
-from .sessions.options import read_key
+from .sessions.options import add_access_options, named_access, read_key
 
 CONCURRENCY = (1, 2, 4, 8, 16, 32)
 NONE = "none"
@@ -80,6 +80,7 @@ def build_parser() -> Parser:
         help="process of the server, or of `serve`, on this machine: tells the CPU time that a "
         "request costs, which other programs on the machine change little",
     )
+    add_access_options(server)
     server.add_argument("--timeout", type=float, default=60.0, metavar="S", help="time limit")
     load = parser.add_argument_group("load")
     load.add_argument("--work", nargs="+", choices=WORKS, default=list(WORKS), help="what is asked")
@@ -202,6 +203,7 @@ def _plan(args: argparse.Namespace) -> LoadPlan:
             {"grpc": args.url, "http": args.http_url},
             args.timeout,
             None if args.key_file is None else read_key(args.key_file),
+            access=named_access(args),
         ),
         metrics_url=None if args.metrics_url == NONE else args.metrics_url,
         subject=subject,

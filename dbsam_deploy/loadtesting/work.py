@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from ..clients.access import Access
 from ..clients.async_client import AsyncDbsamClient
 from ..clients.retries import Retries, Transport
 from ..core.errors import ServingError
@@ -98,12 +99,14 @@ class Connection:
         timeout_s: how long one request may take.
         key: see `clients.client.DbsamClient`.
         packed: see there.
+        access: TLS and a login, see there.
     """
 
     urls: dict[Transport, str]
     timeout_s: float
     key: str | None = None
     packed: bool | None = None
+    access: Access | None = None
 
     @asynccontextmanager
     async def open(self, way: Way) -> AsyncIterator[AsyncDbsamClient]:
@@ -116,6 +119,7 @@ class Connection:
             retries=Retries(attempts=1),
             key=self.key,
             packed=self.packed,
+            access=self.access,
         )
         async with client:
             yield client
