@@ -37,6 +37,8 @@ CHANNEL = (
     ("grpc.max_reconnect_backoff_ms", 2000),
 )
 """gRPC's options: no bound on a message; a server that came back is found within two seconds."""
+IMAGE_HEADER = "dbsam-image"
+"""HTTP header, or gRPC metadata, with `Call.image`."""
 MAX_TIMEOUT_S = 7 * 24 * 3600
 """Longest time a request may take: a week."""
 
@@ -45,11 +47,15 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class Call:
-    """One request: the ensemble's spec, its input arrays, and the shapes its outputs must have."""
+    """One request: the model's spec, its input arrays, and the shapes its outputs must have.
+
+    `image` is what balancers may send all requests on one image to the same server by; "" for none.
+    """
 
     spec: GraphSpec
     arrays: Arrays
     shapes: dict[str, tuple[int, ...]]
+    image: str = ""
 
     def regions(self) -> tuple[dict[str, int], int]:
         """Offset of each tensor in one shared region, and the region's size in bytes."""

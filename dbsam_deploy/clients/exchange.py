@@ -26,6 +26,7 @@ from ..serving.control import KEY_HEADER, KEY_VARIABLE
 from .access import Access
 from .calls import (
     BOX_MODEL,
+    IMAGE_HEADER,
     Call,
     box_call,
     box_result,
@@ -285,6 +286,7 @@ class Exchanges(ABC):
             outputs=outputs,
             request_id=request.id,
             timeout=int(request.left_s() * 1e6),
+            **({"headers": {IMAGE_HEADER: call.image}} if call.image else {}),
         )
         return read_result(call, result, region)
 

@@ -32,6 +32,8 @@ from .calls import Call, prompt_arrays
 
 _MODEL = interactive_spec(1)
 _EARLIER_MASK = (MASK_INPUT, HAS_MASK_INPUT)
+_AFFINITY_DIGITS = 8
+"""Of an image's id, for balancers: they tell servers apart by it, and nobody an image."""
 _LOGITS = _MODEL.outputs[2].name
 
 _Outputs = dict[TensorSpec, tuple[int, ...]]
@@ -122,7 +124,8 @@ def known_prompts_call(image: KnownImage, wanted: Wanted, **prompts: Unpack[Prom
 def _call(image: KnownImage, prompts: Arrays, outputs: _Outputs) -> Call:
     spec = replace(_MODEL, inputs=(), outputs=tuple(outputs))
     arrays: Arrays = {IMAGE_ID.name: np.array([image.id.encode()], object), **prompts}
-    return Call(spec, arrays, {spec.name: shape for spec, shape in outputs.items()})
+    shapes = {spec.name: shape for spec, shape in outputs.items()}
+    return Call(spec, arrays, shapes, image.id[:_AFFINITY_DIGITS])
 
 
 def with_pixels(call: Call, image: KnownImage) -> Call:

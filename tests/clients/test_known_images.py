@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from support.scripted_server import scripted_server
 
 import dbsam_deploy as db
 from dbsam_deploy.clients.async_client import AsyncDbsamClient
@@ -137,6 +138,19 @@ def test_an_image_is_sent_once_and_again_only_where_it_was_dropped(
         sent(monkeypatch, client, dropped, dropped)
         with pytest.raises(NotKeptError):
             opened.predict(boxes=BOXES)
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_a_balancer_sees_which_requests_are_on_one_image(protocol, image):
+    """Clicks and the image itself carry the same few digits; a one-shot none."""
+    with scripted_server(protocol) as script, DbsamClient(script.url, protocol) as client:
+        script.refusals += [("NOT_FOUND", "image_id x: not kept (any more)")]
+        for _ in range(2):
+            with pytest.raises(ServingError):  # this server answers no such model
+                client.take(image).predict(boxes=BOXES)
+        client.segment(image, BOXES)
+    known = KnownImage.of(image)
+    assert [seen.image for seen in script.seen] == [*[known.id[:8]] * 3, ""]
 
 
 @pytest.mark.triton

@@ -27,11 +27,12 @@ HTTP_STATUS = {
 
 @dataclass(frozen=True)
 class Seen:
-    """A request as the server got it: its id, its time limit in µs, and when it came."""
+    """A request as the server got it: id, time limit in µs, when it came, `dbsam-image`."""
 
     id: str
     timeout_us: int
     at: float
+    image: str
 
 
 @dataclass
@@ -42,12 +43,14 @@ class Script:
     refusals: list[tuple[str, str]] = field(default_factory=list)
     seen: list[Seen] = field(default_factory=list)
 
-    def next(self, number: str, timeout_us: int) -> tuple[str, str] | None:
-        self.seen.append(Seen(number, timeout_us, time.monotonic()))
+    def next(self, number: str, timeout_us: int, image: str) -> tuple[str, str] | None:
+        self.seen.append(Seen(number, timeout_us, time.monotonic(), image))
         return self.refusals.pop(0) if self.refusals else None
 
 
 def _outputs(shapes: dict[str, list[int]]) -> dict[str, tuple[str, list[int]]]:
+    if "raw_image" not in shapes:
+        return {}
     height, width, _ = shapes["raw_image"]
     count = shapes["boxes"][0]
     return {"masks": ("UINT8", [count, height, width]), "iou_scores": ("FP32", [count])}
@@ -68,7 +71,9 @@ def _serve_grpc(script: Script) -> Iterator[None]:
 
     class Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
         def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
-            refusal = script.next(request.id, request.parameters["timeout"].int64_param)
+            image = dict(context.invocation_metadata()).get("dbsam-image", "")
+            timeout_us = request.parameters["timeout"].int64_param
+            refusal = script.next(request.id, timeout_us, image)
             if refusal is not None:
                 context.abort(getattr(grpc.StatusCode, refusal[0]), refusal[1])
             answer = service_pb2.ModelInferResponse(model_name=request.model_name)
@@ -105,7 +110,8 @@ def _serve_http(script: Script) -> Iterator[None]:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             length = int(self.headers.get("Inference-Header-Content-Length", len(body)))
             request = json.loads(body[:length])
-            refusal = script.next(request["id"], request["parameters"]["timeout"])
+            image = self.headers.get("dbsam-image", "")
+            refusal = script.next(request["id"], request["parameters"]["timeout"], image)
             if refusal is not None:
                 self._answer(HTTP_STATUS[refusal[0]], {"error": refusal[1]})
                 return
