@@ -31,7 +31,7 @@ from .serving.environment import (
 )
 from .serving.ports import LOOPBACK, Ports
 from .serving.repository import Repository
-from .serving.server import TritonServer, network_warning, remove_bytecode
+from .serving.server import TritonServer, network_warning
 from .serving.server_log import STANDARD_OUTPUT, free_log
 from .serving.supervisor import Supervisor
 from .sessions.backends import untrained_note
@@ -314,7 +314,6 @@ def main(argv: list[str] | None = None) -> int:
     repository = choose_repository(args.repository, args.artefact, say_on_stderr)
     ports = Ports(args.http_port, args.grpc_port, args.metrics_port)
     if args.docker:
-        remove_bytecode(repository.folder)
         _say(docker_command(repository, ports, args.host))
         return 0
     if args.image is not None:

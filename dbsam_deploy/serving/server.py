@@ -35,13 +35,14 @@ from .runtime import CONTROL, MODELS, backends, lay_out, make_runtime, server_va
 from .server_log import ServerLog
 from .snapshot import take_snapshot
 from .stages import new_ending, rename_stages, renamed_path
-from .triton_config import BYTECODE
 
 LITTLE_MIB = 512
 """Less shared memory than this is said in the log."""
 _IDLE_LOOKS = 3
 """A request on its way to the models is counted a moment later."""
 _DEAD_WHILE_LOADING_S = 5.0
+_GIVES_UP = "Waiting for in-flight requests to complete."
+"""What Triton says before it is ready only if a model did not load; ending takes it seconds."""
 
 
 class TritonServer:
@@ -249,6 +250,10 @@ class TritonServer:
             now = time.monotonic()
             if has_ended(process):
                 raise ServingError(self.why_ended())
+            if _GIVES_UP in self.log_text():
+                raise ServingError(
+                    f"tritonserver cannot load its models: {self._reason()} (whole log: {self.log})"
+                )
             if is_up(self.http_url):
                 self.check()
                 return
@@ -312,10 +317,9 @@ class TritonServer:
         if self._process is None or self._output is None:
             return f"tritonserver does not run (log: {self.log})"
         self._output.finish()
-        return (
-            f"tritonserver ended {how_ended(self._process)}: {self._reason()} "
-            f"(whole log: {self.log})"
-        )
+        how = how_ended(self._process)
+        why = "" if how.startswith("by ") else f": {self._reason()}"
+        return f"tritonserver ended {how}{why} (whole log: {self.log})"
 
     def drain(self) -> bool:
         """Let the models refuse what is new and wait for what was accepted, at most `grace_s`.
@@ -377,21 +381,3 @@ def network_warning(host: str, environment: ServerEnvironment) -> str:
         "HTTP body of many small chunks ends (fixed in later releases), and it asks nobody for a "
         "login: keep it on 127.0.0.1, or serve from the container (--docker)"
     )
-
-
-def remove_bytecode(folder: Path) -> None:
-    """Remove the bytecode of the models' code, so that a server compiles what was checked.
-
-    A container's Python that may write there leaves it, and would run it in place of its source.
-
-    Raises:
-        ServingError: a folder of it cannot be removed.
-    """
-    for found in sorted(folder.rglob(BYTECODE)):
-        try:
-            shutil.rmtree(found)
-        except OSError as error:
-            raise ServingError(
-                f"{found} may be run in place of the code beside it and cannot be removed "
-                f"({error.strerror}): delete it"
-            ) from error

@@ -73,8 +73,19 @@ class _Question:
         self.path = (FRONT, *self.graphs)
         self.error = ""
         self.is_done = threading.Event()
-        self._began, self._took = time.monotonic(), 0.0
+        self._began = self._changed = time.monotonic()
+        self._took, self._noted = 0.0, dict[str, int]()
         threading.Thread(target=self._ask, args=(server,), daemon=True).start()
+
+    def note(self, counts: dict[str, int]) -> None:
+        """Note what the graphs have answered by now."""
+        if counts != self._noted:
+            self._noted, self._changed = counts, time.monotonic()
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds in which no graph answered anything."""
+        return time.monotonic() - self._changed
 
     @property
     def age_s(self) -> float:
@@ -185,14 +196,25 @@ class Supervisor:
             for model in faults:
                 self.server.control.reload(model, self.pace.reload)
             for name in self._served():
-                self.server.ask(name, timeout_s=self._patience())
+                self._ask_after_reviving(name)
         except ServingError as error:
-            self._restart(f"{names} could not be revived: {error.message}")
+            reason = f"{names} could not be revived: {error.message}"
+            if FRONT in faults or self.server.has_ended:
+                self._restart(reason)
+            else:
+                self._revive({FRONT: reason})
             return
         self.revived += len(faults)
         seconds = time.monotonic() - began
         self._event(f"{names}: revived after {seconds:.1f} s")
         self._later(0.0)
+
+    def _ask_after_reviving(self, model: str) -> None:
+        try:
+            self.server.ask(model, timeout_s=self._patience())
+        except ServingError as error:
+            if not is_refusal(error.message):
+                raise
 
     def _restart(self, reason: str) -> None:
         """Start the server anew, with longer and longer pauses.
@@ -259,24 +281,25 @@ class Supervisor:
             if not self._round:
                 self._later(asked.age_s)
             return
-        patience = self._patience()
-        if asked.age_s < patience:
-            return
         try:
             now = self.server.control.answered()
         except ServingError as error:
             self._restart(error.message)
             return
+        asked.note({name: now.get(name, 0) for name in self._graphs()})
         still = [name for name in asked.graphs if now.get(name, 0) == asked.counts.get(name, 0)]
-        text = f"it answers nothing ({asked.model} waits for {asked.age_s:.0f} s)"
-        if asked.age_s > self.pace.slow * patience:
-            if still:
-                self._revive(dict.fromkeys((FRONT, *still), text))
-            else:
-                self._asked, self._round = None, []  # slow, since all of them answer others
-                self._later(asked.age_s)
-        elif still == list(asked.graphs) and not self._is_computing(asked):
-            self._revive(dict.fromkeys((FRONT, *still[:1]), text))
+        patience = self._patience()
+        if asked.age_s > self.pace.slow * patience and not still:
+            self._asked, self._round = None, []  # slow, since all of them answer others
+            self._later(asked.age_s)
+        elif asked.age_s > self.pace.slow * patience or (
+            asked.idle_s > patience and not self._is_computing(asked)
+        ):
+            text = f"it answers nothing ({asked.model} waits for {asked.age_s:.0f} s)"
+            self._revive({(still or [FRONT])[0]: text})
+
+    def _graphs(self) -> list[str]:
+        return [name + self.server.ending for name in GRAPH_MODELS.values()]
 
     def _is_computing(self, asked: _Question) -> bool:
         """Whether a model has computed since the question, for at least half of one core."""

@@ -20,7 +20,7 @@ from dbsam_deploy.serving.repository import (
     file_hashes,
     load_repository,
 )
-from dbsam_deploy.serving.server import Ports, TritonServer, remove_bytecode
+from dbsam_deploy.serving.server import Ports, TritonServer
 from dbsam_deploy.serving.snapshot import take_snapshot
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
 
@@ -85,19 +85,6 @@ def test_a_full_disk_is_one_line(repository, tmp_path):
         pytest.raises(InputError, match=r"copy cannot be written: No space left.*free some"),
     ):
         take_snapshot(repository.folder, tmp_path / "copy")
-
-
-def test_bytecode_is_removed_where_a_container_would_run_it(tmp_path):
-    for name in (
-        "a/1/__pycache__/model.pyc",
-        "a/1/dbsam_runtime/__pycache__/x.pyc",
-        "a/1/model.py",
-    ):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    remove_bytecode(tmp_path)
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["model.py"]
-    assert not list(tmp_path.rglob("__pycache__"))
 
 
 @pytest.mark.triton

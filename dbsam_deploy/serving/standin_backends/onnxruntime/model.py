@@ -87,7 +87,9 @@ class TritonPythonModel:
 
     def _run(self, feeds: list[dict[str, Any]]) -> list[Any]:
         sizes = [len(feed[self._inputs[0]]) for feed in feeds]
-        batch = {name: np.concatenate([feed[name] for feed in feeds]) for name in self._inputs}
+        batch = feeds[0]
+        if len(feeds) > 1:
+            batch = {name: np.concatenate([feed[name] for feed in feeds]) for name in self._inputs}
         outputs = self._session.run(self._outputs, batch, self._options(batch))
         cuts = np.cumsum(sizes)[:-1]
         parts = zip(*(np.split(output, cuts) for output in outputs), strict=True)
