@@ -26,7 +26,7 @@ from .loadtesting.work import ABOUT, WAYS, WORKS, Connection, Subject, drawn_sub
 from .prediction.loading import open_model
 from .prediction.predictor import Promptable
 from .sessions.backends import ModelOptions
-from .sessions.options import read_key
+from .sessions.options import add_access_options, named_access, read_key
 
 CONCURRENCY = (1, 2, 4, 8, 16, 32)
 NONE = "none"
@@ -80,6 +80,7 @@ def build_parser() -> Parser:
         help="process of the server, or of `serve`, on this machine: tells the CPU time that a "
         "request costs, which other programs on the machine change little",
     )
+    add_access_options(server)
     server.add_argument("--timeout", type=float, default=60.0, metavar="S", help="time limit")
     load = parser.add_argument_group("load")
     load.add_argument("--work", nargs="+", choices=WORKS, default=list(WORKS), help="what is asked")
@@ -202,6 +203,7 @@ def _plan(args: argparse.Namespace) -> LoadPlan:
             {"grpc": args.url, "http": args.http_url},
             args.timeout,
             None if args.key_file is None else read_key(args.key_file),
+            access=named_access(args),
         ),
         metrics_url=None if args.metrics_url == NONE else args.metrics_url,
         subject=subject,
@@ -221,8 +223,8 @@ def _about(args: argparse.Namespace, plan: LoadPlan, checked: str) -> dict[str, 
     return {
         "server": plan.connection.urls[plan.ways[0].transport],
         "client": f"dbsam-deploy {__version__} on {machine.cpu}, {machine.cores} cores",
-        "image": f"{args.image or 'drawn'}, {height} × {width} pixels",
-        "clicks": "boxes" if plan.subject.by_box else "points",
+        "picture": f"{args.image or 'drawn'}, {height} × {width} pixels",
+        "clicks": "a box each" if plan.subject.by_box else "a point each",
         "each load": f"{plan.warm_up_s:g} s of warm-up, {plan.seconds:g} s measured",
         "loop": "open: requests come at random moments" if args.rate else "closed",
         "answers": f"compared with {checked}",

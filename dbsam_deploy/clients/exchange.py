@@ -44,6 +44,7 @@ from .known_images import (
     KnownImage,
     Wanted,
     check_opened,
+    has_earlier_mask,
     known_boxes_call,
     known_prompts_call,
     known_result,
@@ -215,7 +216,7 @@ class Exchanges(ABC):
         **prompts: Unpack[PromptArrays],
     ) -> Exchange[Prediction]:
         request = self._begin()
-        sized = logits or prompts.get("mask_input") is not None
+        sized = logits or has_earlier_mask(**prompts)
         side = (yield from self._mask_side(request)) if sized else 1
         call = known_prompts_call(image, Wanted(side, logits, self._packed), **prompts)
         arrays = yield from self._ask_known(call, image, request)

@@ -97,7 +97,16 @@ class Wanted:
 def boxes_alone(prompts: PromptArrays, *, multimask: bool) -> npt.NDArray[Any] | None:
     """The boxes of prompts that are nothing else, which the box decoder takes; otherwise None."""
     others = [name for name, array in prompts.items() if name != BOXES and array is not None]
-    return None if others or multimask else prompts.get("boxes")
+    return None if others or multimask else _boxes_of(**prompts)
+
+
+def _boxes_of(*, boxes: npt.NDArray[Any] | None = None, **_: Any) -> npt.NDArray[Any] | None:
+    return boxes
+
+
+def has_earlier_mask(*, mask_input: npt.NDArray[Any] | None = None, **_: Any) -> bool:
+    """Whether prompts continue from the logits of an earlier answer."""
+    return mask_input is not None
 
 
 def open_call(image: KnownImage) -> Call:
@@ -116,7 +125,7 @@ def known_prompts_call(image: KnownImage, wanted: Wanted, **prompts: Unpack[Prom
     """A request for the four mask tokens of each prompt set, see `calls.prompt_call`."""
     arrays = prompt_arrays(image.size, wanted.side, **prompts)
     count = len(arrays[POINT_COORDS])
-    if prompts.get("mask_input") is None:  # no zeros on the way
+    if not has_earlier_mask(**prompts):  # no zeros on the way
         arrays = {name: array for name, array in arrays.items() if name not in _EARLIER_MASK}
     return _call(image, arrays, wanted.outputs(count, NUM_MASK_TOKENS, image.size))
 

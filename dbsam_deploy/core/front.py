@@ -199,8 +199,11 @@ class TritonFront:
             self._counts[what] += by
 
     def _tell(self) -> None:
-        cache = asdict(self._cache.counts)
         with self._lock:
             values = dict(self._counts)
+        in_flight = values.pop(IN_FLIGHT, 0)
+        cache = asdict(self._cache.counts)
+        values.update({CACHE_METRICS[name]: cache[name] for name in cache})
         with suppress(Exception):  # it takes shared memory too
-            self._metrics.tell({**values, **{CACHE_METRICS[name]: cache[name] for name in cache}})
+            # The last one last: once nothing is in flight, the others are told.
+            self._metrics.tell({**values, IN_FLIGHT: in_flight})

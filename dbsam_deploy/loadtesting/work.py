@@ -11,7 +11,9 @@ from typing import Literal
 
 import numpy as np
 
+from ..clients.access import Access
 from ..clients.async_client import AsyncDbsamClient
+from ..clients.known_images import boxes_alone
 from ..clients.retries import Retries, Transport
 from ..core.errors import ServingError
 from ..core.imaging import ByteArray, FloatArray
@@ -71,10 +73,11 @@ class Subject:
         for step in np.linspace(0.4, 0.6, _CLICKS):
             if self.by_box:
                 low, high = (x0 + (x1 - x0) * step / 2, y0 + (y1 - y0) * step / 2), (x1, y1)
-                found.append({"boxes": np.array([[*low, *high]], np.float32)})
+                found.append(PromptArrays(boxes=np.array([[*low, *high]], np.float32)))
                 continue
             place = np.array([[[x0 + (x1 - x0) * step, y0 + (y1 - y0) * step]]])
-            found.append({"point_coords": place, "point_labels": np.ones((1, 1), np.int32)})
+            labels = np.ones((1, 1), np.int32)
+            found.append(PromptArrays(point_coords=place, point_labels=labels))
         return found
 
 
@@ -98,12 +101,14 @@ class Connection:
         timeout_s: how long one request may take.
         key: see `clients.client.DbsamClient`.
         packed: see there.
+        access: TLS and a login, see there.
     """
 
     urls: dict[Transport, str]
     timeout_s: float
     key: str | None = None
     packed: bool | None = None
+    access: Access | None = None
 
     @asynccontextmanager
     async def open(self, way: Way) -> AsyncIterator[AsyncDbsamClient]:
@@ -116,6 +121,7 @@ class Connection:
             retries=Retries(attempts=1),
             key=self.key,
             packed=self.packed,
+            access=self.access,
         )
         async with client:
             yield client
@@ -153,7 +159,7 @@ async def find_expected(
     _same(one, (await opened.predict(boxes=box)).masks, "dbsam and dbsam_interactive")
     clicks = []
     for prompts in subject.clicks():
-        boxes = prompts.get("boxes")
+        boxes = boxes_alone(prompts, multimask=False)
         if boxes is not None:
             answer = await client.segment(subject.image, boxes)
         else:
@@ -173,7 +179,7 @@ async def find_expected(
 
 
 def _local(local: Promptable, prompts: PromptArrays) -> Prediction:
-    boxes = prompts.get("boxes")
+    boxes = boxes_alone(prompts, multimask=False)
     return local.predict_prompts(**prompts) if boxes is None else local.predict_boxes(boxes)
 
 

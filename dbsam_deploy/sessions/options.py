@@ -114,6 +114,12 @@ def add_server_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGro
         help="server.key that `python -m dbsam_deploy.serve` wrote, which --shared-memory needs "
         "(default: DBSAM_SERVER_KEY of the environment)",
     )
+    add_access_options(server)
+    return server
+
+
+def add_access_options(server: argparse._ArgumentGroup) -> None:
+    """Add the options of a proxy before the server, see `named_access`."""
     server.add_argument(
         "--tls",
         action="store_true",
@@ -126,7 +132,6 @@ def add_server_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGro
     server.add_argument(
         "--login-file", type=Path, metavar="FILE", help="TLS and the user:password in this file"
     )
-    return server
 
 
 def named_access(args: argparse.Namespace) -> Access | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -79,6 +80,9 @@ def test_the_id_of_a_request_is_in_both_logs(triton, image, draining, caplog):
         client.take(image).predict(boxes=BOX)
     number = str(caught.value).rpartition("(request ")[2].rstrip(")")
     assert f"(request {number}); attempt 2" in caplog.text
+    until = time.monotonic() + 5  # the log is written beside the answer
+    while f"[request {number}]" not in triton.log_text() and time.monotonic() < until:
+        time.sleep(0.02)
     assert f"[request {number}]" in triton.log_text()
 
 

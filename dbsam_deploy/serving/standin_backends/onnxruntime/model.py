@@ -51,7 +51,7 @@ class TritonPythonModel:
         self._session = onnxruntime.InferenceSession(
             str(path), options, providers=["CPUExecutionProvider"]
         )
-        batched = config["max_batch_size"] > 0
+        self._batched = batched = config["max_batch_size"] > 0
         _check(config["input"], self._session.get_inputs(), batched)
         _check(config["output"], self._session.get_outputs(), batched)
         self._inputs = [tensor.name for tensor in self._session.get_inputs()]
@@ -79,7 +79,8 @@ class TritonPythonModel:
         An exception of ONNX Runtime is the requests' error, sent by Triton itself.
         """
         feeds = [{t.name(): t.as_numpy() for t in request.inputs()} for request in requests]
-        wrong = "; ".join(filter(None, (_mistake(feed, self._limits) for feed in feeds)))
+        found = (_mistake(feed, self._limits, batched=self._batched) for feed in feeds)
+        wrong = "; ".join(filter(None, found))
         if wrong:  # requests of one batch have one shape, so all have the mistake
             error = pb_utils.TritonError(wrong, pb_utils.TritonError.INVALID_ARG)
             return [pb_utils.InferenceResponse(error=error) for _ in requests]
@@ -87,7 +88,9 @@ class TritonPythonModel:
 
     def _run(self, feeds: list[dict[str, Any]]) -> list[Any]:
         sizes = [len(feed[self._inputs[0]]) for feed in feeds]
-        batch = {name: np.concatenate([feed[name] for feed in feeds]) for name in self._inputs}
+        batch = feeds[0]
+        if len(feeds) > 1:
+            batch = {name: np.concatenate([feed[name] for feed in feeds]) for name in self._inputs}
         outputs = self._session.run(self._outputs, batch, self._options(batch))
         cuts = np.cumsum(sizes)[:-1]
         parts = zip(*(np.split(output, cuts) for output in outputs), strict=True)
@@ -113,10 +116,12 @@ def _limits(shape: list[Any], parameters: dict[str, Any]) -> list[tuple[int, int
     return found
 
 
-def _mistake(feed: dict[str, Any], limits: dict[str, list[tuple[int, int]]]) -> str:
-    """What is wrong with the arrays' shapes, or ""; the first axis is the batch."""
+def _mistake(
+    feed: dict[str, Any], limits: dict[str, list[tuple[int, int]]], *, batched: bool
+) -> str:
+    """What is wrong with the arrays' shapes, or ""; of a batched model without its first axis."""
     for name, expected in limits.items():
-        sizes = feed[name].shape[1:]
+        sizes = feed[name].shape[batched:]
         fits = len(sizes) == len(expected) and all(
             least <= size <= most for size, (least, most) in zip(sizes, expected, strict=True)
         )
