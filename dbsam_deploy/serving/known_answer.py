@@ -56,7 +56,7 @@ def known_answers(artefact: Artefact, say: Callable[[str], None]) -> dict[str, A
             say(f"no known answer for `serve --check`: {' '.join(str(error).split())[:200]}")
             return {}
         answers[model] = {
-            "masks": np.packbits(answer[MASKS.name]).tobytes().hex(),
+            MASKS.name: np.packbits(answer[MASKS.name]).tobytes().hex(),
             "scores": [round(float(score), 4) for score in answer[IOU_SCORES.name].ravel()],
         }
     return answers
@@ -76,7 +76,7 @@ def compare(model: str, answer: Arrays, known: dict[str, Any]) -> None:
     expected = known.get(model if model == PROMPTS_MODEL else BOXES_MODEL)
     if expected is None:
         return
-    packed = np.frombuffer(bytes.fromhex(expected["masks"]), np.uint8)
+    packed = np.frombuffer(bytes.fromhex(expected[MASKS.name]), np.uint8)
     scores = np.asarray(expected["scores"], np.float32)
     masks = np.unpackbits(packed).reshape(len(scores), *PROBE_SIZE).astype(bool)
     found = answer[MASKS.name].reshape(masks.shape).astype(bool)

@@ -59,7 +59,7 @@ def _with_switches(folder: Path) -> Path:
     assert end_of_docstring in text
     hook = _HOOK.format(hang=str(folder / "hang"), slow=str(folder / "slow"))
     text = text.replace(end_of_docstring, end_of_docstring + hook)
-    place = "        batched = config["
+    place = "        self._batched = batched = config["
     assert place in text
     model.write_text(text.replace(place, "        self._graph = str(path)\n" + place))
     return folder / "standins"
