@@ -32,6 +32,7 @@ from dbsam_deploy.serving.ports import Ports
 from dbsam_deploy.serving.probe import probe_image
 from dbsam_deploy.serving.processes import SHARED_MEMORY, children, free_left_shared_memory, stubs
 from dbsam_deploy.serving.repository import build_repository
+from dbsam_deploy.serving.runtime import remove_left_runtimes
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -143,13 +144,17 @@ def test_nothing_outlives_a_command_that_is_killed(served_copy, server_environme
         (server,) = children(process.pid)
         words = Path(f"/proc/{server}/cmdline").read_text()
         prefix = re.search(r"shm-region-prefix-name=(\w+)", words)
+        runtime = Path(re.search(r"--model-repository=([^\0]+)", words)[1]).parent
         assert prefix[1] not in free_left_shared_memory(), "it lives"
+        assert runtime not in remove_left_runtimes(), "it lives"
         os.kill(stubs(server)[0].pid, signal.SIGSTOP)  # it cannot end by itself
         process.kill()
         process.wait()
         assert wait_until(lambda: not processes_of(server))
     assert prefix[1] in free_left_shared_memory()
     assert not list(SHARED_MEMORY.glob(f"{prefix[1]}*"))
+    assert runtime in remove_left_runtimes()
+    assert not runtime.exists()
     assert log.read_text().startswith("an earlier server\n")
     assert "Started GRPCInferenceService" in log.read_text()
 

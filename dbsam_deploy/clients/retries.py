@@ -32,7 +32,7 @@ class Retries:
             for servers that are restarted. A request may then be computed twice.
     """
 
-    attempts: int = 5
+    attempts: int = 8
     first_s: float = 0.1
     longest_s: float = 5.0
     lost_connection: bool = False

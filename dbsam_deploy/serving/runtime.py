@@ -12,6 +12,7 @@ from pathlib import Path
 from ..core import array_guard
 from ..core.errors import ServingError
 from ..core.front import CONTROL_VARIABLE
+from ..files.atomic import is_file_at, locked
 from ..privacy import VARIABLES
 from .environment import ServerEnvironment
 
@@ -24,21 +25,52 @@ MODELS, CONTROL = "models", "control"
 # Triton passes paths to a shell and to a command line without quoting them.
 _PLAIN = re.compile(r"[A-Za-z0-9_./+-]+")
 _PLACES = ("/var/tmp", "/tmp", "/run")  # noqa: S108 - a folder of our own is made in one of them
+_PREFIX, _LOCK = "dbsam-triton-", "lock"
 
 
-def make_runtime() -> Path:
+def make_runtime() -> tuple[Path, int]:
     """A new folder for this user alone, below the system's folder for temporary files.
+
+    Returns:
+        The folder, and the handle of its lock: it is in use until that is closed.
 
     Raises:
         ServingError: there is no place for it whose path has only plain characters.
     """
     for place in (tempfile.gettempdir(), *_PLACES):
         if _PLAIN.fullmatch(place) and os.access(place, os.W_OK | os.X_OK):
-            return Path(tempfile.mkdtemp(prefix="dbsam-triton-", dir=place))
+            while True:
+                folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
+                handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+                if locked(handle) and is_file_at(handle, folder / _LOCK):
+                    return folder, handle
+                os.close(handle)  # `remove_left_runtimes` of another start was quicker
     raise ServingError(
         f"no place for the server's files: the path of TMPDIR ({tempfile.gettempdir()}) has blanks "
         "or other characters that Triton does not take; set it to a plain one"
     )
+
+
+def remove_left_runtimes() -> list[Path]:
+    """Remove the folders of servers that were killed together with what would have done it.
+
+    Returns:
+        The folders found; another user's, and one that is in use, are left alone.
+    """
+    found = []
+    for place in dict.fromkeys((tempfile.gettempdir(), *_PLACES)):
+        for lock in Path(place).glob(f"{_PREFIX}*/{_LOCK}"):
+            try:
+                handle = os.open(lock, os.O_RDWR | os.O_NOFOLLOW)
+            except OSError:
+                continue
+            try:
+                if os.fstat(handle).st_uid == os.geteuid() and locked(handle):
+                    shutil.rmtree(lock.parent, ignore_errors=True)
+                    found.append(lock.parent)
+            finally:
+                os.close(handle)
+    return found
 
 
 def lay_out(environment: ServerEnvironment, folder: Path) -> None:

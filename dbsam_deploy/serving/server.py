@@ -31,7 +31,15 @@ from .processes import (
     how_ended,
     start_tied,
 )
-from .runtime import CONTROL, MODELS, backends, lay_out, make_runtime, server_variables
+from .runtime import (
+    CONTROL,
+    MODELS,
+    backends,
+    lay_out,
+    make_runtime,
+    remove_left_runtimes,
+    server_variables,
+)
 from .server_log import ServerLog
 from .snapshot import take_snapshot
 from .stages import new_ending, rename_stages, renamed_path
@@ -96,6 +104,7 @@ class TritonServer:
         self._start_timeout_s = start_timeout_s
         self._process: subprocess.Popen[bytes] | None = None
         self._runtime: Path | None = None
+        self._runtime_lock = -1
         self._output: ServerLog | None = None
         self._leash = -1
         self._plugins = ""
@@ -155,20 +164,24 @@ class TritonServer:
             self._output = ServerLog(self.log)
             if warning := network_warning(self.host, self.environment):
                 self.event(warning)
-            self._runtime = make_runtime()
+            self._remove_leftovers()
+            self._runtime, self._runtime_lock = make_runtime()
             copied = take_snapshot(self.repository, self._runtime / MODELS)
             rename_stages(self._runtime / MODELS, self.ending)
             self._plugins = renamed_path(copied.plugins, self.ending)
             self.known_answers = copied.known_answers
             lay_out(self.environment, self._runtime)
             self._say_what_is_little()
-            for prefix in free_left_shared_memory():
-                self.event(f"removed the shared memory of a server that was killed ({prefix}*)")
             self._launch()
         except BaseException:
             self.stop()
             raise
         return self
+
+    def _remove_leftovers(self) -> None:
+        memory = [f"{SHARED_MEMORY / prefix}*" for prefix in free_left_shared_memory()]
+        for left in (*memory, *remove_left_runtimes()):
+            self.event(f"removed what a server that was killed had left: {left}")
 
     def _say_what_is_little(self) -> None:
         free = shutil.disk_usage(SHARED_MEMORY).free >> 20
@@ -353,6 +366,7 @@ class TritonServer:
             self._output = None
         if self._runtime is not None:
             shutil.rmtree(self._runtime)
+            os.close(self._runtime_lock)
             self._runtime = None
 
     def _end(self) -> None:
