@@ -36,6 +36,14 @@ class Watched:
         self.supervisor = Supervisor(server, self.events.append)
         self.supervisor.begin()
 
+    @property
+    def mended(self) -> int:
+        """How often a model was revived, or the server restarted.
+
+        Killing a stub under load makes Triton 2.51 itself abort at times (a lock in shared memory).
+        """
+        return self.supervisor.revived + self.supervisor.restarted
+
     def until(self, condition: Callable[[], bool], seconds: float = BACK_WITHIN_S) -> float:
         """Let it look until the condition is true; the seconds that took."""
         began = time.monotonic()
@@ -65,8 +73,16 @@ def _with_switches(folder: Path) -> Path:
     return folder / "standins"
 
 
+@pytest.fixture
+def watched(watched_server) -> Watched:
+    """The server, which the test before may have left ended."""
+    if watched_server.server.has_ended:
+        watched_server.supervisor.look()
+    return watched_server
+
+
 @pytest.fixture(scope="package")
-def watched(tiny_artefact, server_environment, tmp_path_factory) -> Iterator[Watched]:
+def watched_server(tiny_artefact, server_environment, tmp_path_factory) -> Iterator[Watched]:
     """A supervised server on a repository of its own, which tests may spoil."""
     folder = tmp_path_factory.mktemp("watched")
     repository = build_repository(tiny_artefact, folder / "model_repository").folder

@@ -19,6 +19,10 @@ from dbsam_deploy.serving.probe import probe_image, question
 QUICK = [("grpc.max_reconnect_backoff_ms", 500), ("grpc.use_local_subchannel_pool", 1)]
 
 
+RESTARTED_WITHIN_S = 60.0
+"""A server loads all models, on a machine that does other things as well."""
+
+
 def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
     """Whether a condition came true in time."""
     deadline = time.monotonic() + seconds
