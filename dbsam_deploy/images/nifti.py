@@ -208,7 +208,6 @@ def _extremes(dtype: np.dtype[Any]) -> npt.NDArray[Any]:
         return np.array(ends, dtype)
     single = float(np.finfo(np.float32).max)
     ends_of = [single] if dtype.itemsize == 4 else [single, float(np.finfo(np.float64).max)]
-    ends_of = [float(np.finfo(dtype).max)] if dtype.itemsize == 2 else ends_of
     return np.array([sign * end for end in ends_of for sign in (-1, 1)], dtype)
 
 

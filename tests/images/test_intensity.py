@@ -41,7 +41,7 @@ def test_bytes_are_taken_as_they_are(rng: np.random.Generator) -> None:
 @pytest.mark.parametrize(
     ("values", "window", "message"),
     [
-        (np.array([[[1, np.nan]]]), None, "NaN"),
+        (np.array([[[1, np.nan]]]), None, "^scan holds NaN or infinity: replace them"),
         (np.array([[[1, np.inf]]]), (1, 2), "NaN or infinity"),
         (np.zeros((1, 4, 4), np.float32), None, "all values are 0"),
         (np.full((1, 4, 4), 7, np.int16), None, "all values are 7"),
@@ -50,6 +50,9 @@ def test_bytes_are_taken_as_they_are(rng: np.random.Generator) -> None:
         (np.arange(4).reshape(1, 2, 2), (40, 0), "width > 0"),
         (np.arange(4).reshape(1, 2, 2), (40, -5), "width > 0"),
         (np.arange(4).reshape(1, 2, 2), (np.nan, 5), "finite level"),
+        (np.arange(4).reshape(1, 2, 2), (40,), r"^window \(40,\): expected two numbers, level and"),
+        (np.arange(4).reshape(1, 2, 2), ("a", 5), r"^window \('a', 5\): expected two numbers"),
+        (np.arange(4).reshape(1, 2, 2), 40, "^window 40: expected two numbers"),
     ],
 )
 def test_intensities_that_cannot_be_shown(
@@ -66,6 +69,7 @@ EXTREMES = [
     np.array([-(2**63), 0, 2**63 - 1], np.int64),
     np.array([-32768, 0, 32767], np.int16),
     np.array([-128, 0, 127], np.int8),
+    np.array([2**53 - 1, 2**53, 2**53 + 1], np.uint64),  # the last one is no float64
     np.array([2**60, 2**60 + 50, 2**60 + 100], np.uint64),
     np.array([-(2**60), -(2**60) + 50, -(2**60) + 100], np.int64),
     np.array([-5e-324, 0, 5e-324]),
@@ -88,6 +92,13 @@ def test_percentiles_are_numpys(rng: np.random.Generator) -> None:
     assert (how.low, how.high) == pytest.approx(np.percentile(values, PERCENTILES), rel=1e-12)
 
 
+def test_percentiles_between_the_ends_of_float64_do_not_overflow() -> None:
+    """Their difference has no float64."""
+    _, how = to_uint8(np.array([[[-1.7e308, 1.7e308]]]), None, HERE)
+    assert (how.how, how.high) == ("percentiles", -how.low)
+    assert how.high == pytest.approx(1.7e308 * 0.99, rel=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32, np.float64])
 @pytest.mark.parametrize("ground", [0, 100])
 def test_two_values_become_black_and_white(dtype: type, ground: int) -> None:
@@ -97,6 +108,9 @@ def test_two_values_become_black_and_white(dtype: type, ground: int) -> None:
     np.testing.assert_array_equal(pixels == 255, values == 700)
     assert (pixels[values == ground] == 0).all()
     assert (how.how, how.low, how.high) == ("range", ground, 700)
+    # Without the zeros one value would be left, and no range.
+    which = "all" if ground == 0 else "non-zero"
+    assert f"lowest to highest of {which} voxels ({ground} to 700), as their" in str(how)
     assert "coincide" in str(how)
 
 
@@ -168,6 +182,12 @@ def test_excluded_pixels_do_not_count_and_are_black(padding: float, is_inverted:
     assert np.abs(shown - (255 - expected if is_inverted else expected)).max() <= 3
     assert how.excluded == 1000
     assert "1000 padding or fill values left out" in str(how)
+
+
+def test_one_excluded_pixel_is_said_in_the_singular() -> None:
+    values = np.arange(20, dtype=np.uint8).reshape(1, 4, 5)
+    _, how = to_uint8(values, None, HERE, excluded=values == 19)
+    assert str(how) == "0–255 as stored; 1 padding or fill value left out, shown as 0"
 
 
 def test_all_excluded_is_nothing() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dbsam_deploy.core.errors import InputError
-from dbsam_deploy.images.nifti import read_nifti
+from dbsam_deploy.images.nifti import SLACK_BYTES, read_nifti
 from dbsam_deploy.images.scans import nifti_bytes
 from dbsam_deploy.images.volumes import read_image
 
@@ -70,11 +70,60 @@ def test_a_fill_value_is_no_intensity(tmp_path, fill: int) -> None:
     assert image.pixels[:, :, :2].max() == 0
 
 
+SINGLE, DOUBLE = (float(np.finfo(kind).max) for kind in (np.float32, np.float64))
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize(
+    ("dtype", "end"), [(np.float32, SINGLE), (np.float64, SINGLE), (np.float64, DOUBLE)]
+)
+def test_the_ends_of_floats_are_fill_values(tmp_path, dtype: type, end: float, sign: int) -> None:
+    array = np.linspace(0, 0.9, 60).reshape(3, 4, 5).astype(dtype)
+    array[1] = sign * end
+    padding = read_nifti(save(tmp_path / "a.nii", array)).padding
+    np.testing.assert_array_equal(padding.transpose(2, 1, 0), array == sign * end)
+    array[0, 0, 0] = np.nan  # then no range is known
+    assert read_nifti(save(tmp_path / "b.nii", array)).padding is None
+
+
+@pytest.mark.parametrize(
+    ("stored", "rescaled"),
+    [
+        (np.int16, np.float32),
+        (np.float32, np.float32),
+        (np.int32, np.float64),
+        (np.float64, np.float64),
+    ],
+)
+def test_a_slope_gives_a_type_that_holds_the_result(tmp_path, stored: type, rescaled: type) -> None:
+    """Single where it is exact, half the memory; 2**24 + 1 needs double."""
+    array = np.array([[[-7, 3, 2**24 + 1 if rescaled == np.float64 else 900]]], stored)
+    path = save(tmp_path / "a.nii", array, scl_slope=2, scl_inter=-1)
+    values = read_nifti(path).values
+    assert values.dtype == rescaled
+    assert values.ravel().tolist() == [-15, 5, array[0, 0, 2] * 2 - 1]
+
+
 def test_full_range_and_two_values_are_no_fill(tmp_path) -> None:
     full = np.linspace(-32768, 32767, 8000).astype(np.int16).reshape(20, 20, 20)
     assert read_nifti(save(tmp_path / "a.nii", full)).padding is None
     two = np.where(full > 0, 32767, -32768).astype(np.int16)
     assert read_nifti(save(tmp_path / "b.nii", two)).padding is None
+
+
+def test_a_block_may_follow_the_voxels_of_a_compressed_file(tmp_path) -> None:
+    array = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
+    path = save(tmp_path / "a.nii.gz", array)
+    content = gzip.decompress(path.read_bytes())
+    path.write_bytes(gzip.compress(content + bytes(SLACK_BYTES)))
+    np.testing.assert_array_equal(read_nifti(path).values.transpose(2, 1, 0), array)
+    path.write_bytes(gzip.compress(content + bytes(SLACK_BYTES + 1)))
+    with pytest.raises(InputError) as refused:
+        read_nifti(path)
+    assert str(refused.value) == (
+        f"{path}: more than 4096 bytes follow the voxels that its header announces: its header is "
+        "damaged"
+    )
 
 
 def test_announced_sizes_are_refused_before_anything_is_read(tmp_path) -> None:
