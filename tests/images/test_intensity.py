@@ -234,3 +234,6 @@ def test_what_is_constant_beside_its_padding_is_refused() -> None:
     values[:, :3] = -2000
     with pytest.raises(InputError, match="scan: all values are 700; there is nothing to segment"):
         to_uint8(values, (700, 400), Path("scan"), excluded=values == -2000)
+    stored = np.where(values == 700, 7, 0).astype(np.uint8)  # bytes keep their padding till here
+    with pytest.raises(InputError, match="scan: all values are 7; there is nothing to segment"):
+        to_uint8(stored, None, Path("scan"), excluded=stored == 0)
