@@ -160,31 +160,49 @@ def test_nothing_outlives_a_command_that_is_killed(served_copy, server_environme
     assert "Started GRPCInferenceService" in log.read_text()
 
 
-def test_a_second_signal_ends_the_waiting_but_never_the_stopping(tmp_path, monkeypatch):
-    said: list[str] = []
+_SIGNALLED = """
+import signal, sys, time
+from pathlib import Path
+from dbsam_deploy import serve
+from dbsam_deploy.serving.environment import ServerEnvironment
 
-    class Server:
-        log, key, grace_s = tmp_path / "triton-server.log", "k" * 32, 60
-        grpc_url = http_url = metrics_url = ""
-        environment = ServerEnvironment(tmp_path, tmp_path, tmp_path, ())
+class Server:
+    log, key, grace_s = Path(sys.argv[1], "triton-server.log"), "k" * 32, 60
+    grpc_url = http_url = metrics_url = ""
+    environment = ServerEnvironment(log.parent, log.parent, log.parent, ())
 
-        def __enter__(self):
-            return self
+    def __enter__(self):
+        return self
 
-        def drain(self) -> bool:
-            said.append("drain")
-            signal.raise_signal(signal.SIGTERM)
-            time.sleep(60)
-            return True
+    def drain(self):
+        print("drain", flush=True)
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(60)
 
-        def __exit__(self, *exception: object) -> None:
-            signal.raise_signal(signal.SIGINT)
-            said.append("stopped")
+    def __exit__(self, *exception):
+        signal.raise_signal(signal.SIGINT)
+        print("ended", flush=True)
 
-    monkeypatch.setattr(serve.Supervisor, "run", lambda self: signal.raise_signal(signal.SIGINT))
-    assert serve._serve(Server()) == 0
-    assert said == ["drain", "stopped"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+serve.Supervisor.run = lambda self: signal.raise_signal(signal.SIGINT)
+status = serve._serve(Server())
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+sys.exit(status)
+"""
+
+
+def test_a_second_signal_ends_the_waiting_but_never_the_stopping(tmp_path):
+    # In a process of its own: a signal that is not caught would end the tests.
+    command = [sys.executable, "-c", _SIGNALLED, str(tmp_path)]
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=50
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    said = result.stdout.splitlines()
+    assert [line for line in said if line in ("drain", "ended", "stopped")] == [
+        "drain",
+        "ended",
+        "stopped",
+    ]
 
 
 def test_the_docker_command_names_image_ports_and_volume(tiny_repository, capsys):
