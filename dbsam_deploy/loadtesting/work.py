@@ -156,7 +156,7 @@ async def find_expected(
     one = (await client.segment(subject.image, box)).masks
     _same(one, (await client.segment(subject.image, box)).masks, "the same request, asked twice")
     opened = await client.open(subject.image)
-    _same(one, (await opened.predict(boxes=box)).masks, "dbsam and dbsam_interactive")
+    _same(one, (await opened.predict(boxes=box)).masks, "one-shot and known image")
     clicks = []
     for prompts in subject.clicks():
         boxes = boxes_alone(prompts, multimask=False)
@@ -165,7 +165,7 @@ async def find_expected(
         else:
             answer = await client.segment_prompts(subject.image, **prompts)
         known = await opened.predict(**prompts)
-        _same(answer.masks, known.masks, "dbsam_prompts and dbsam_interactive")
+        _same(answer.masks, known.masks, "one-shot prompts and known image")
         clicks.append(known.masks)
     checked = "the one-shot and the interactive models against each other, each asked twice"
     if local is not None:
