@@ -60,9 +60,14 @@ def test_every_kind_of_damage(rng: np.random.Generator, tmp_path: Path) -> None:
     """Also within what is packed, with a right checksum."""
     for path in write_corpus(tmp_path):
         if path.is_file() and not path.name.startswith("case_"):
-            kinds = {damaged(path.read_bytes(), path.name, rng)[1] for _ in range(60)}
             packed = path.name.endswith((".gz", ".npz", ".png", "a.pth", "deflated.dcm"))
-            assert kinds == {"cut", "bytes", *["packed"] * packed}, path.name
+            expected = {"cut", "bytes", *["packed"] * packed}
+            kinds: set[str] = set()
+            for draw in range(400):  # one in eight is a cut: none in 400 has a chance of 1e-22
+                if draw >= 60 and kinds >= expected:
+                    break
+                kinds.add(damaged(path.read_bytes(), path.name, rng)[1])
+            assert kinds == expected, path.name
 
 
 @pytest.mark.slow

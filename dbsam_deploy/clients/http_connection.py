@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import quote
 
+from ..serving.control import error_text
 from .access import Access
 from .calls import load_library
 
@@ -70,7 +71,7 @@ class HttpConnection:
             late = any(isinstance(argument, TimeoutError) for argument in error.args)
             raise (TimeoutError if late else ConnectionError)(str(error)) from error
         if answer.status != 200:
-            raise self._refused(_error_text(answer.data), status=str(answer.status))
+            raise self._refused(error_text(answer.data), status=str(answer.status))
         return answer
 
     def get_model_metadata(self, model: str, **options: Any) -> dict[str, Any]:
@@ -119,11 +120,3 @@ class HttpConnection:
     def close(self) -> None:
         """Close the connections."""
         self._pool.close()
-
-
-def _error_text(body: bytes) -> str:
-    """Triton's error in an answer, or the answer's beginning where somebody else wrote it."""
-    try:
-        return str(json.loads(body)["error"])
-    except (ValueError, KeyError, TypeError):
-        return body[:200].decode(errors="replace") or "an empty answer"

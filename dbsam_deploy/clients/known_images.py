@@ -15,12 +15,14 @@ from ..core.contract import (
     CACHED,
     HAS_MASK_INPUT,
     IMAGE_ID,
+    LOW_RES_LOGITS,
     MASK_INPUT,
     MASKS_PACKED,
     NUM_MASK_TOKENS,
     POINT_COORDS,
     RAW_IMAGE,
     TensorSpec,
+    any_logits,
     interactive_spec,
 )
 from ..core.errors import ServingError
@@ -34,7 +36,6 @@ _MODEL = interactive_spec(1)
 _EARLIER_MASK = (MASK_INPUT, HAS_MASK_INPUT)
 _AFFINITY_DIGITS = 8
 """Of an image's id, for balancers: they tell servers apart by it, and nobody an image."""
-_LOGITS = _MODEL.outputs[2].name
 
 _Outputs = dict[TensorSpec, tuple[int, ...]]
 """Outputs to ask for → their shapes."""
@@ -90,7 +91,7 @@ class Wanted:
         found: _Outputs = {MASKS_PACKED: (1,)} if self.packed else pixels
         found |= {ANY_IOU_SCORES: (count, masks), CACHED: (1,)}
         if self.logits:
-            found[interactive_spec(self.side).outputs[2]] = (count, masks, self.side, self.side)
+            found[any_logits(self.side)] = (count, masks, self.side, self.side)
         return found
 
 
@@ -175,7 +176,7 @@ def known_result(arrays: Arrays, image: KnownImage, *, multimask: bool = False) 
     else:
         masks = _unpacked(arrays, (*ious.shape, *image.size))
     kept = slice(1, NUM_MASK_TOKENS) if multimask else slice(0, 1)
-    logits = arrays.get(_LOGITS)
+    logits = arrays.get(LOW_RES_LOGITS)
     return Prediction(masks[:, kept], ious[:, kept], None if logits is None else logits[:, kept])
 
 

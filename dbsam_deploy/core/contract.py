@@ -57,6 +57,7 @@ BOXES = "boxes"
 POINT_COORDS, POINT_LABELS = "point_coords", "point_labels"
 MASK_INPUT, HAS_MASK_INPUT = "mask_input", "has_mask_input"
 LOW_RES_MASKS, IOU_PREDICTIONS = "low_res_masks", "iou_predictions"
+LOW_RES_LOGITS = "low_res_logits"
 """Names of tensors that other modules pick out of a feed or an answer one by one."""
 
 
@@ -264,7 +265,7 @@ def _raw_mask_input(side: int) -> TensorSpec:
 def _low_res_logits(side: int, prompts: str, count: int | str) -> TensorSpec:
     axes = (prompts, count, side, side)
     meaning = "mask logits, usable as a later mask_input"
-    return TensorSpec("low_res_logits", "float32", axes, meaning, "mask grid")
+    return TensorSpec(LOW_RES_LOGITS, "float32", axes, meaning, "mask grid")
 
 
 def prompts_ensemble_spec(mask_side: int) -> GraphSpec:
@@ -300,6 +301,15 @@ BOX_MASKS = TensorSpec("box_masks", "uint8", MASKS.axes, "masks of boxes, for `d
 BOX_IOU_SCORES = TensorSpec("box_iou_scores", "float32", IOU_SCORES.axes, "for `dbsam`")
 
 
+def any_logits(mask_side: int) -> TensorSpec:
+    """`dbsam_interactive`'s logits: of boxes or of prompt sets.
+
+    Args:
+        mask_side: side 4G of the mask grid.
+    """
+    return _low_res_logits(mask_side, NUM_PROMPTS, NUM_MASKS)
+
+
 def interactive_spec(mask_side: int, *, prompts: bool = True) -> GraphSpec:
     """Triton's `dbsam_interactive`: encode once, prompt many; every other call goes through it.
 
@@ -317,7 +327,7 @@ def interactive_spec(mask_side: int, *, prompts: bool = True) -> GraphSpec:
     outputs = (
         ANY_MASKS,
         ANY_IOU_SCORES,
-        _low_res_logits(mask_side, NUM_PROMPTS, NUM_MASKS),
+        any_logits(mask_side),
         IMAGE_ID,
         CACHED,
         MASKS_PACKED,

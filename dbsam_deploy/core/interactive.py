@@ -21,9 +21,9 @@ from .contract import (
     BOXES,
     CACHED,
     IMAGE_ID,
+    LOW_RES_LOGITS,
     MASKS_PACKED,
     RAW_IMAGE,
-    interactive_spec,
 )
 from .embedding_cache import EmbeddingCache, Kept
 from .errors import InputError
@@ -130,7 +130,6 @@ class Interactive:
         self, kept: Kept, prompts: ReadPrompts, wanted: set[str], check: Callable[[], None]
     ) -> Arrays:
         size, count = kept.original_size, prompts.count
-        logits_name = interactive_spec(self.how.mask_side).outputs[2].name
         whole = bool(wanted & {ANY_MASKS.name, BOX_MASKS.name})
         masks = np.empty((count, prompts.masks, *size), np.uint8) if whole else None
         packer = MaskPacker() if MASKS_PACKED.name in wanted else None
@@ -148,11 +147,11 @@ class Interactive:
                     packer.add(some)
             else:
                 check_finite(low)
-            if logits_name in wanted:
+            if LOW_RES_LOGITS in wanted:
                 logits.append(low)
         answer: Arrays = {ANY_IOU_SCORES.name: np.concatenate(ious)}
         if logits:
-            answer[logits_name] = np.concatenate(logits)
+            answer[LOW_RES_LOGITS] = np.concatenate(logits)
         if packer is not None:
             answer[MASKS_PACKED.name] = np.array([packer.finish()], object)
         if masks is not None:

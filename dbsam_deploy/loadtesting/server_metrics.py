@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import urllib.request
 from dataclasses import dataclass
 
 from ..core.bls import public_name
 from ..core.errors import ServingError
 from ..core.front_metrics import CANCELLED, LATE, QUEUE_US, SHED
+from ..serving.control import metrics
 
 _LINE = re.compile(r'^(\w+)\{[^}]*\bmodel="([^"]+)"[^}]*\} ([0-9.eE+]+)$', re.M)
 _COUNTERS = {
@@ -21,7 +21,6 @@ _COUNTERS = {
     "nv_inference_compute_infer_duration_us": ("compute_us", 1),
 }
 """Metric → the attribute that it is a part of, and its sign."""
-_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -57,14 +56,12 @@ def read_counters(url: str) -> dict[str, ModelCounters]:
         ServingError: they cannot be read.
     """
     try:
-        with urllib.request.urlopen(f"http://{url}/metrics", timeout=_TIMEOUT_S) as answer:
-            text = answer.read().decode()
-    except (OSError, ValueError) as error:
+        return parse_counters(metrics(url))
+    except ServingError as error:
         raise ServingError(
-            f"no metrics on {url} ({error}): give --metrics-url host:port of the server's, or "
-            "--metrics-url none to measure without them"
+            f"{error}: give --metrics-url host:port of the server's, or --metrics-url none to "
+            "measure without them"
         ) from error
-    return parse_counters(text)
 
 
 def parse_counters(text: str) -> dict[str, ModelCounters]:

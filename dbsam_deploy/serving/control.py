@@ -117,10 +117,34 @@ class Control:
             with urllib.request.urlopen(request, timeout=timeout_s or self.timeout_s) as answer:  # noqa: S310
                 return json.loads(answer.read() or b"null")
         except urllib.error.HTTPError as error:
-            text = error.read(2000).decode(errors="replace")
+            text = error_text(error.read(2000))
             raise ServingError(f"Triton on {self.url} refused {path}: {text}") from error
         except (OSError, ValueError) as error:
             raise ServingError(f"Triton on {self.url} did not answer {path} ({error})") from error
+
+
+def error_text(body: bytes) -> str:
+    """Triton's error in an HTTP answer, or the answer's beginning where somebody else wrote it."""
+    try:
+        return str(json.loads(body)["error"])
+    except (ValueError, KeyError, TypeError):
+        return body[:200].decode(errors="replace") or "an empty answer"
+
+
+def metrics(url: str) -> str:
+    """A server's metrics in Prometheus' text format.
+
+    Args:
+        url: host:port of the metrics.
+
+    Raises:
+        ServingError: no answer.
+    """
+    try:
+        with urllib.request.urlopen(f"http://{url}/metrics", timeout=5) as page:
+            return str(page.read().decode())
+    except (OSError, ValueError) as error:
+        raise ServingError(f"no metrics on {url} ({error})") from error
 
 
 def requests_in_flight(metrics_url: str) -> int:
@@ -132,10 +156,5 @@ def requests_in_flight(metrics_url: str) -> int:
     Raises:
         ServingError: no answer.
     """
-    try:
-        with urllib.request.urlopen(f"http://{metrics_url}/metrics", timeout=5) as page:
-            text = page.read().decode()
-    except OSError as error:
-        raise ServingError(f"no metrics on {metrics_url} ({error})") from error
-    found = re.findall(rf"^{IN_FLIGHT}{{.*}} (\S+)$", text, re.MULTILINE)
+    found = re.findall(rf"^{IN_FLIGHT}{{.*}} (\S+)$", metrics(metrics_url), re.MULTILINE)
     return int(sum(map(float, found)))

@@ -32,6 +32,7 @@ from ..core.contract import (
 )
 from ..core.errors import ServingError
 from ..core.imaging import Arrays
+from .control import error_text
 
 BOXES_MODEL, PROMPTS_MODEL = ensemble_spec(1).name, prompts_ensemble_spec(1).name
 INTERACTIVE_MODEL = interactive_spec(1).name
@@ -162,7 +163,9 @@ def mask_side(http_url: str, timeout_s: float) -> int:
         inputs = json.loads(body)["inputs"]
         return int(next(item["shape"][-1] for item in inputs if item["name"] == MASK_INPUT))
     except (ValueError, KeyError, StopIteration) as error:
-        raise ServingError(f"{PROMPTS_MODEL} on {http_url}: {_text(body)} ({status})") from error
+        raise ServingError(
+            f"{PROMPTS_MODEL} on {http_url}: {error_text(body)} ({status})"
+        ) from error
 
 
 def _get(url: str, path: str, timeout_s: float) -> tuple[int, bytes]:
@@ -181,14 +184,6 @@ def _call(
         raise ServingError(f"{url} did not answer within {timeout_s:g} s") from error
     except (OSError, ValueError) as error:
         raise ServingError(f"{url} did not answer ({error})") from error
-
-
-def _text(body: bytes) -> str:
-    """The server's words."""
-    try:
-        return str(json.loads(body)["error"])
-    except (ValueError, KeyError, TypeError):
-        return body.decode(errors="replace")
 
 
 def _infer(url: str, model: str, arrays: Arrays, timeout_s: float) -> Arrays:
@@ -212,7 +207,7 @@ def _infer(url: str, model: str, arrays: Arrays, timeout_s: float) -> Arrays:
     )
     status, body, headers = _call(request, url, timeout_s)
     if status != 200:
-        raise ServingError(f"{model} on {url} refused the health request: {_text(body)}")
+        raise ServingError(f"{model} on {url} refused the health request: {error_text(body)}")
     try:
         return _read(body, int(headers[_BINARY_LENGTH]))
     except (ValueError, KeyError, TypeError) as error:

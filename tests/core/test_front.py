@@ -265,24 +265,30 @@ def test_a_bug_is_an_answer_and_a_traceback_in_the_log(start):
     assert "Traceback" in model.triton.logged[0]
 
 
-def test_what_does_not_fit_is_shed_at_once(start):
-    hold, begun = threading.Event(), threading.Semaphore(0)
+class Held:
+    """Graphs that answer when they are let go."""
 
-    def slow(model, feed):
-        begun.release()
-        assert hold.wait(10)
+    def __init__(self):
+        self.go, self.begun = threading.Event(), threading.Semaphore(0)
+
+    def __call__(self, model, feed):
+        self.begun.release()
+        assert self.go.wait(10)
         return graphs(model, feed)
 
-    model = start(slow, max_waiting=1, image_workers=1)
+
+def test_what_does_not_fit_is_shed_at_once(start):
+    held = Held()
+    model = start(held, max_waiting=1, image_workers=1)
     running, waiting, shed = (Request(raw_image=IMAGE, boxes=BOXES) for _ in range(3))
     model.execute([running])
-    assert begun.acquire(timeout=10)
+    assert held.begun.acquire(timeout=10)
     model.execute([waiting, shed])
     assert shed.result().error.code == "UNAVAILABLE"
     assert "busy: 1 requests wait, at most 1" in shed.result().error.text
     assert Family.values["dbsam_requests_shed_total"] == 1
     assert Family.values["dbsam_requests_in_flight"] == 2
-    hold.set()
+    held.go.set()
     assert running.result().error is None
     assert waiting.result().error is None
 
@@ -323,20 +329,14 @@ def test_late_and_abandoned_requests_do_no_work(start):
 
 
 def test_what_waited_too_long_is_dropped_though_its_client_waits_for_ever(start):
-    hold, begun = threading.Event(), threading.Semaphore(0)
-
-    def slow(model, feed):
-        begun.release()
-        assert hold.wait(10)
-        return graphs(model, feed)
-
-    model = start(slow, image_workers=1, max_wait_ms=300)
+    held = Held()
+    model = start(held, image_workers=1, max_wait_ms=300)
     running, waiting = (Request(raw_image=IMAGE, boxes=BOXES) for _ in range(2))
     model.execute([running])
-    assert begun.acquire(timeout=10)
+    assert held.begun.acquire(timeout=10)
     model.execute([waiting])
     time.sleep(0.4)
-    hold.set()
+    held.go.set()
     assert running.result().error is None, "it did not wait, it was only slow"
     assert (waiting.result().error.code, waiting.result().error.text[:5]) == ("CANCELLED", "late:")
 

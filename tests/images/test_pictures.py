@@ -50,13 +50,18 @@ def test_tiff_in_which_0_is_white(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_image(path).pixels[0], (SHADES > 100) * np.uint8(255))
 
 
+def with_other_tag(path: Path, tag: int, before: int, after: int) -> Path:
+    """The TIFF, one of whose tags has another value."""
+    content = bytearray(path.read_bytes())
+    at = content.index(struct.pack("<HHII", tag, 4, 1, before))
+    content[at + 8 : at + 12] = struct.pack("<I", after)
+    path.write_bytes(content)
+    return path
+
+
 def test_a_tiff_without_all_of_its_strips(tmp_path: Path) -> None:
     """Pillow leaves what is missing black."""
-    path = tiff(tmp_path / "a.tif", SHADES, 1)
-    content = bytearray(path.read_bytes())
-    at = content.index(struct.pack("<HHII", 257, 4, 1, 20))
-    content[at + 8 : at + 12] = struct.pack("<I", 50_000)
-    path.write_bytes(content)
+    path = with_other_tag(tiff(tmp_path / "a.tif", SHADES, 1), 257, 20, 50_000)
     with pytest.raises(InputError, match="of which its strips hold 600: the file is damaged"):
         read_image(path)
 
@@ -107,11 +112,7 @@ def test_a_camera_s_second_picture_is_left_out(tmp_path: Path) -> None:
 
 
 def test_colours_of_16_bits_in_tiff_are_refused(tmp_path: Path) -> None:
-    path = tiff(tmp_path / "a.tif", RAMP[:, :30], 2)
-    content = bytearray(path.read_bytes())
-    at = content.index(struct.pack("<HHII", 277, 4, 1, 1))
-    content[at + 8 : at + 12] = struct.pack("<I", 3)
-    path.write_bytes(content)
+    path = with_other_tag(tiff(tmp_path / "a.tif", RAMP[:, :30], 2), 277, 1, 3)
     with pytest.raises(InputError, match="not a readable PNG, JPEG, TIFF"):
         read_image(path)
 

@@ -17,6 +17,7 @@ from support.triton_calls import ask, metrics
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
+from dbsam_deploy.clients.client import DbsamClient
 from dbsam_deploy.core.image_id import image_id
 from dbsam_deploy.core.masks import unpack_masks
 from dbsam_deploy.prediction.predictor import Predictor
@@ -141,6 +142,17 @@ def test_a_storm_of_evictions_gives_right_masks_or_not_found(small, tiny_artefac
     assert seen["dbsam_cache_bytes"] <= 1 << 20
     assert seen["dbsam_cache_images"] <= 16
     assert seen["dbsam_cache_evictions_total"] > 10
+
+
+def test_a_client_sends_an_open_image_again_that_was_really_dropped(small, tiny_artefact):
+    images = [new_image() for _ in range(18)]  # two more than are kept
+    with DbsamClient(small.grpc_url) as client:
+        opened = [client.open(image) for image in images]
+        for number, was_kept in ((17, True), (0, False), (0, True)):
+            answer = opened[number].predict(boxes=BOX)
+            expected = local(tiny_artefact, images[number]).predict_boxes(BOX).masks
+            np.testing.assert_array_equal(answer.masks, expected)
+            assert opened[number].known.cached is was_kept
 
 
 def test_more_requests_than_may_wait_are_shed_at_once(small, tiny_artefact):
