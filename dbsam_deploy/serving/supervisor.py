@@ -46,6 +46,7 @@ class Pace:
         patience: how long one may take where no model computes; ten times the longest, if more.
         slow: how many times as long where one does.
         reload: how long loading one model may take.
+        unheard: calls in a row, of five seconds each, that Triton may leave unanswered.
         calm: after which failures are forgotten.
         tries: restarts within `calm` before it gives up; each pause is twice the one before.
     """
@@ -58,6 +59,7 @@ class Pace:
     patience: float = 5.0
     slow: float = 6.0
     reload: float = 120.0
+    unheard: int = 2
     calm: float = 60.0
     tries: int = 5
 
@@ -126,6 +128,7 @@ class Supervisor:
     _restarts: list[float] = field(default_factory=list)
     _round: list[str] = field(default_factory=list)
     _asked: _Question | None = None
+    _unheard: int = 0
     _probe_at: float = 0.0
     _slowest: float = 0.0
 
@@ -144,6 +147,7 @@ class Supervisor:
         """Remember what a healthy server looks like: right after its start."""
         self._expected = _by_model(stubs(self.server.pid))
         self._stopped, self._counts, self._round, self._asked = {}, {}, [], None
+        self._unheard = 0
         self._probe_at = time.monotonic() + self.pace.probe_least
 
     def look(self) -> None:
@@ -258,12 +262,19 @@ class Supervisor:
                 counts = self.server.control.answered()
                 busy = {stub.pid: stub.cpu_s for stub in stubs(self.server.pid)}
                 self._asked = _Question(self.server, self._round[0], counts, busy)
+                self._unheard = 0
                 return
         except ServingError as error:
-            if not self.server.has_ended:
-                self._restart(error.message)
+            self._left_unanswered(error)
             return
+        self._unheard = 0
         self._later(0.0)
+
+    def _left_unanswered(self, error: ServingError) -> None:
+        """Triton itself gave no answer: once may be a busy machine."""
+        self._unheard += 1
+        if self._unheard >= self.pace.unheard and not self.server.has_ended:
+            self._restart(error.message)
 
     def _silent(self) -> list[str]:
         """Models for clients that have answered nothing since this was last called."""
@@ -284,8 +295,9 @@ class Supervisor:
         try:
             now = self.server.control.answered()
         except ServingError as error:
-            self._restart(error.message)
+            self._left_unanswered(error)
             return
+        self._unheard = 0
         asked.note({name: now.get(name, 0) for name in self._graphs()})
         still = [name for name in asked.graphs if now.get(name, 0) == asked.counts.get(name, 0)]
         patience = self._patience()

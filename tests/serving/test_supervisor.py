@@ -241,6 +241,41 @@ def test_a_server_that_cannot_be_kept_alive_is_given_up_with_its_reason(tmp_path
     assert Broken.told[0] == "it ended; starting the server anew"
 
 
+def test_one_call_that_triton_leaves_unanswered_is_no_reason_to_restart():
+    class Busy:
+        has_ended = False
+        pid = os.getpid()
+        restarts = 0
+        unanswered = 1
+
+        @property
+        def control(self) -> Busy:
+            if self.unanswered:
+                self.unanswered -= 1
+                raise ServingError("it did not answer")
+            return self
+
+        def models(self) -> dict[str, str]:
+            return {}
+
+        def answered(self) -> dict[str, int]:
+            return {}
+
+        def event(self, text: str) -> None:
+            pass
+
+        def restart(self) -> None:
+            self.restarts += 1
+
+    server = Busy()
+    supervisor = Supervisor(server, pace=Pace(probe_least=0.0), sleep=lambda seconds: None)
+    for unanswered, restarts in ((1, 0), (1, 0), (2, 1)):
+        server.unanswered = unanswered
+        for _ in range(3):
+            supervisor.look()
+        assert server.restarts == restarts
+
+
 def test_a_key_is_long_random_and_fit_for_a_header():
     assert new_key() != new_key()
     assert len(new_key()) >= 32
