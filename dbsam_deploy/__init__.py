@@ -20,6 +20,9 @@ from typing import TYPE_CHECKING, Any
 from .privacy import switch_off
 
 if TYPE_CHECKING:
+    from .api.loading import load
+    from .api.model import Model
+    from .api.sam_predictor import SamPredictor, sam_model_registry
     from .artefact import load_artefact
     from .clients.access import Access
     from .clients.async_client import AsyncDbsamClient
@@ -42,10 +45,7 @@ if TYPE_CHECKING:
     from .core.masks import Prediction
     from .images.volumes import Volume, read_image
     from .model import build_model
-    from .prediction.loading import load
-    from .prediction.model import Model
     from .prediction.results import Result
-    from .prediction.sam_predictor import SamPredictor, sam_model_registry
 
 switch_off()  # before any library that would phone home is imported
 
@@ -89,10 +89,10 @@ _MODULES = {
     "core.masks": ("Prediction",),
     "images.volumes": ("Volume", "read_image"),
     "model": ("build_model",),
-    "prediction.loading": ("load",),
-    "prediction.model": ("Model",),
+    "api.loading": ("load",),
+    "api.model": ("Model",),
     "prediction.results": ("Result",),
-    "prediction.sam_predictor": ("SamPredictor", "sam_model_registry"),
+    "api.sam_predictor": ("SamPredictor", "sam_model_registry"),
 }
 _WHERE = {name: module for module, names in _MODULES.items() for name in names}
 

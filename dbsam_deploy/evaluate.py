@@ -12,6 +12,8 @@ from typing import Any
 
 from rich.console import Console
 
+from .api.loading import open_named, open_server
+from .api.model import Model
 from .cli import HelpFormatter, Parser, progress_bars, run, say_on_stderr, table_console
 from .core.errors import InputError
 from .evaluation import (
@@ -33,8 +35,6 @@ from .evaluation.published import compare
 from .evaluation.segmenters import KEPT_EMBEDDINGS
 from .evaluation.tables import print_result
 from .files.locks import one_writer
-from .prediction.loading import open_named, open_server
-from .prediction.model import Model
 from .serving.choice import choose_repository
 from .serving.environment import DEFAULT_FOLDER, find_environment
 from .serving.ports import Ports

@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 
 from . import __version__
+from .api.loading import open_model
 from .cli import Parser, progress_bars, run, say_on_stderr, table_console
 from .clients.calls import check_options, is_here
 from .core.errors import InputError
@@ -23,7 +24,6 @@ from .loadtesting.plots import require_libraries
 from .loadtesting.run import Load, LoadPlan, LoadPoint, run_plan
 from .loadtesting.tables import one_line, result_table
 from .loadtesting.work import ABOUT, WAYS, WORKS, Connection, Subject, drawn_subject
-from .prediction.loading import open_model
 from .prediction.predictor import Promptable
 from .sessions.backends import ModelOptions
 from .sessions.options import add_access_options, named_access, read_key

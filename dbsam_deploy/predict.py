@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
+from .api.command import add_predict_options, predict_image
+from .api.loading import open_named
 from .cli import Parser, run
-from .prediction.command import add_predict_options, predict_image
-from .prediction.loading import open_named
 from .sessions.options import add_model_options, add_server_options
 
 DESCRIPTION = """\

@@ -13,12 +13,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
+from .api.command import add_image_options, add_prompt_options, predict_image
+from .api.loading import open_server
+from .api.model import Model
 from .artefact import BUILD_FOLDER
 from .cli import HelpFormatter, Parser, run, say_on_stderr
 from .core.errors import InputError
-from .prediction.command import add_image_options, add_prompt_options, predict_image
-from .prediction.loading import open_server
-from .prediction.model import Model
 from .serving.check import check_server
 from .serving.choice import choose_repository
 from .serving.containers import FOR_ONNX, Container, container_for

@@ -35,10 +35,15 @@ ORDER = (
     "clients",
     "sessions",
     "prediction",
+    "outputs",
+    "volumes",
+    "pacs",
+    "api",
     "verification",
     "quantization",
     "diagnosis",
     "evaluation",
+    "cohort",
     "loadtesting",
     "synthetic",
     "training",
@@ -172,6 +177,22 @@ def test_only_export_composes_the_stages() -> None:
     assert stages("export") == STAGES - {"quantization.qdq"}  # the quantizer calls it
     exporters = {name for name in IMPORTS if "graphs.onnx_export" in stages(name)}
     assert exporters == {"export", "sensitivity"}  # a sweep needs the float encoder alone
+
+
+def _reached(name: str) -> set[str]:
+    """Rooms that a room or door imports, or what it imports does."""
+    modules = {n for n in IMPORTS if _within(n, name)}
+    while more := {one for n in modules for one in IMPORTS.get(n, ())} - modules:
+        modules |= more
+    return {_room(n) for n in modules}
+
+
+def test_export_and_server_do_without_volumes() -> None:
+    beyond = {"outputs", "volumes", "pacs", "api", "cohort"}
+    assert beyond <= set(ORDER)
+    assert _reached("export") & beyond == set()
+    assert _reached("serving") & beyond == set()
+    assert "prediction" in _reached("api")
 
 
 def test_modules_and_functions_stay_short() -> None:

@@ -1,1 +1,1 @@
-"""Image and prompts → masks: one opened model, one result."""
+"""Image and prompts → masks, one result."""

@@ -6,9 +6,9 @@ import base64
 import pytest
 
 import dbsam_deploy as db
+from dbsam_deploy.api.loading import open_server
 from dbsam_deploy.clients.access import Access, read_login
 from dbsam_deploy.core.errors import InputError
-from dbsam_deploy.prediction.loading import open_server
 from dbsam_deploy.sessions.options import add_server_options, named_access
 
 

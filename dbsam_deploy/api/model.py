@@ -16,10 +16,10 @@ from ..core.imaging import Preprocessing
 from ..images.arrays import ImageLike, as_array, as_volume
 from ..images.intensity import Window
 from ..images.volumes import Volume
-from .predictor import Promptable, ServedPredictor
-from .prompts import Prompts
-from .results import Result
-from .segment import Progress, segment
+from ..prediction.predictor import Promptable, ServedPredictor
+from ..prediction.prompts import Prompts
+from ..prediction.results import Result
+from ..prediction.segment import Progress, segment
 
 _OF_SET_IMAGE: Any = object()
 """No image was named; not None, which is what OpenCV gives for a file that it cannot read."""

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from support.dicom_series import write_dicom_series
 
+from dbsam_deploy.api.command import add_predict_options, planned_files
 from dbsam_deploy.cli import Parser
 from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.images.volumes import read_image
-from dbsam_deploy.prediction.command import add_predict_options, planned_files
 
 
 def parsed(*words: object) -> object:

@@ -20,9 +20,9 @@ import numpy.typing as npt
 from ..core.errors import InputError
 from ..core.imaging import upscale_logits
 from ..images.volumes import Volume
+from ..prediction.results import Result
 from .loading import load
 from .model import Model
-from .results import Result
 
 SamAnswer = tuple[npt.NDArray[Any], npt.NDArray[np.float32], npt.NDArray[np.float32]]
 

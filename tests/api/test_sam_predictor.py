@@ -44,7 +44,7 @@ def test_parameters_are_those_of_segment_anything(method):
     # Its own package imports torchvision, so the source is read instead.
     theirs = ast.parse((Path(spec.origin).parent / "predictor.py").read_text())
     ours = ast.parse(
-        Path(importlib.util.find_spec("dbsam_deploy.prediction.sam_predictor").origin).read_text()
+        Path(importlib.util.find_spec("dbsam_deploy.api.sam_predictor").origin).read_text()
     )
     assert _signature(ours, method) == _signature(theirs, method)
 

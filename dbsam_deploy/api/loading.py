@@ -14,10 +14,10 @@ from ..clients.retries import Retries, Transport
 from ..core.errors import InputError
 from ..core.imaging import Mode
 from ..files.user_paths import user_path
+from ..prediction.predictor import Predictor, ServedPredictor
 from ..sessions.backends import ModelOptions, open_backend
 from ..sessions.options import TRITON, model_options, named_access, read_key
 from .model import Model
-from .predictor import Predictor, ServedPredictor
 
 KEPT_EMBEDDINGS = 8
 """Images whose embedding a model keeps: 32 MiB at SAM's size."""

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dbsam_deploy.api.loading import load
+from dbsam_deploy.api.model import Model
 from dbsam_deploy.artefact import Artefact
-from dbsam_deploy.prediction.loading import load
-from dbsam_deploy.prediction.model import Model
 
 IMAGE = np.tile(np.arange(96, dtype=np.uint8), (80, 1))
 

@@ -21,10 +21,10 @@ from ..core.errors import InputError
 from ..files.atomic import write_file
 from ..images.scans import require_nibabel
 from ..images.volumes import OWN_WINDOW, Volume, no_grid, png_bytes, read_image
+from ..prediction.prompts import Prompts, check_prompts
+from ..prediction.results import Result
+from ..prediction.segment import Progress
 from .model import Model, own_boxes
-from .prompts import Prompts, check_prompts
-from .results import Result
-from .segment import Progress
 
 
 def add_predict_options(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,1 @@
+"""Many studies: each for itself, each once, here or on a cluster."""

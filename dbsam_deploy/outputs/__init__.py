@@ -1,0 +1,1 @@
+"""A segmentation as files: NIfTI, DICOM-SEG, RTSTRUCT, npz, PNG and tables."""

@@ -1,0 +1,1 @@
+"""A PACS over DICOMweb: studies in, segmentations out."""
