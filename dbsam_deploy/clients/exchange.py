@@ -218,9 +218,10 @@ class Exchanges(ABC):
         request = self._begin()
         sized = logits or has_earlier_mask(**prompts)
         side = (yield from self._mask_side(request)) if sized else 1
-        call = known_prompts_call(image, Wanted(side, logits, self._packed), **prompts)
+        wanted = Wanted(side, logits, self._packed)
+        call = known_prompts_call(image, wanted, multimask=multimask, **prompts)
         arrays = yield from self._ask_known(call, image, request)
-        return known_result(arrays, image, multimask=multimask)
+        return known_result(arrays, image)
 
     def _ask_known(self, call: Call, image: KnownImage, request: ServerRequest) -> Exchange[Arrays]:
         """Ask by the image's id, and with the image itself where the server lacks it."""
