@@ -16,13 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ..core.errors import InputError
-from ..core.imaging import FloatArray
+from ..core.imaging import ByteArray, FloatArray
 from ..core.masks import Prediction
 from ..prediction.segment import Progress, prompts_at_once
-from .stop_rules import Answer, Appearance, BoolArray, ChainRule, next_box, overlap, why_not
+from .stop_rules import SliceAnswer, Appearance, MaskArray, ChainRule, next_box, overlap, why_not
 
-Pixels = npt.NDArray[np.uint8]
-Intensities = Callable[[int], Pixels]
+Intensities = Callable[[int], ByteArray]
 """Slice → (H, W) grey or (H, W, 3) RGB pixels."""
 Bounds = Mapping[int, tuple[int, int]]
 """Label → its first slice and the one after its last."""
@@ -67,7 +66,7 @@ class Anchor:
 
     label: int
     index: int
-    mask: BoolArray
+    mask: MaskArray
     iou: float = 1.0
     logits: FloatArray | None = None
     box: FloatArray | None = None
@@ -87,7 +86,7 @@ class SliceMask:
 
     label: int
     index: int
-    mask: BoolArray
+    mask: MaskArray
     iou: float
     logits: FloatArray | None = None
 
@@ -128,17 +127,16 @@ def propagate(
 ) -> Iterator[SliceMask]:
     """Carry every anchor's object through the volume, to both sides.
 
-    A chain ends where the rule says so, before the next anchor of its label, at the label's bounds
-    and at the volume's ends. Between two anchors of a label, the slices up to the one on which
-    the chains of both agree best are the lower chain's, and the others the upper one's.
+    A chain ends where the rule says so, at its label's next anchor and bounds, and with the volume.
+    Between two anchors, each slice is of one of the two chains, which change on the slice on which
+    they agree best.
 
     Args:
         decoder: the model.
         anchors: any number of objects, one or more slices of each.
         depth: slices of the plane.
         rule: see `ChainRule`.
-        bounds: of labels whose extent is known: no rule ends their chains, and a slice without an
-            answer is passed over.
+        bounds: of labels of known extent: no rule ends a chain, empty masks are passed over.
         steps: 1 for upwards, -1 for downwards, in the order in which they are gone.
         spacing_mm: distance between slices, rows and columns, for a margin in mm.
         intensities: the slices' pixels, if the rule shall look at them.
@@ -146,25 +144,37 @@ def propagate(
         ended: called with the end of each chain.
 
     Yields:
-        Masks of the slices other than the anchors', each label and slice at most once; a label's
-        slices are not in order.
+        Masks of other slices than the anchors', each label and slice at most once, in no order.
 
     Raises:
-        InputError: two anchors of one label on one slice, an anchor outside the volume or its
-            label's bounds, or with an empty mask.
+        InputError: an anchor that is empty, given twice, or outside the volume or its bounds.
     """
-    known = bounds or {}
-    _check(anchors, depth, known)
-    chains = [
-        _Chain(anchor, step, _ends(anchor, step, anchors, depth, rule, known), rule, known)
-        for anchor in anchors
-        for step in steps
-    ]
+    _check(anchors, depth, bounds or {})
+    chains = _chains(anchors, steps, depth, rule, bounds or {})
+    pairs = _pairs(chains)
+    held = {chain for pair in pairs for chain in pair}
+    for chain, found in _steps(decoder, chains, steps, spacing_mm, intensities, progress):
+        if chain in held:
+            chain.hold(found)
+        else:
+            yield found
+    for chain in chains:
+        ended(chain.end())
+    yield from (mask for pair in pairs for mask in _joined(*pair))
+
+
+def _steps(
+    decoder: SliceDecoder,
+    chains: Sequence[_Chain],
+    steps: tuple[int, ...],
+    spacing_mm: tuple[float, float, float] | None,
+    intensities: Intensities | None,
+    progress: Progress,
+) -> Iterator[tuple[_Chain, SliceMask]]:
+    """Slice by slice the masks that the chains' rule accepts, all upwards first or downwards."""
     if intensities is not None:
         for chain in chains:
             chain.look_at(intensities(chain.anchor.index))
-    pairs = _pairs(chains)
-    held = {chain for pair in pairs for chain in pair}
     done = 0
     for number, step in enumerate(steps):
         own = [chain for chain in chains if chain.step == step]
@@ -175,18 +185,10 @@ def propagate(
             here = [chain for chain in own if index in chain.slices]
             pixels = None if intensities is None else intensities(index)
             for chain, found in _decode(decoder, index, here, spacing_mm):
-                if not chain.take(found, pixels):
-                    continue
-                if chain in held:
-                    chain.hold(found)
-                else:
-                    yield found
+                if chain.take(found, pixels):
+                    yield chain, found
             done += 1
     progress(done, done)
-    for chain in chains:
-        ended(chain.end())
-    for up, down in pairs:
-        yield from _joined(up, down)
 
 
 def _check(anchors: Sequence[Anchor], depth: int, bounds: Bounds) -> None:
@@ -208,6 +210,21 @@ def _check(anchors: Sequence[Anchor], depth: int, bounds: Bounds) -> None:
                 "nothing to carry on: draw another box, or prompt another slice"
             )
         seen.add((anchor.label, anchor.index))
+
+
+def _chains(
+    anchors: Sequence[Anchor],
+    steps: tuple[int, ...],
+    depth: int,
+    rule: ChainRule,
+    bounds: Bounds,
+) -> list[_Chain]:
+    """One of each anchor and direction."""
+    return [
+        _Chain(anchor, step, _ends(anchor, step, anchors, depth, rule, bounds), rule, bounds)
+        for anchor in anchors
+        for step in steps
+    ]
 
 
 def _ends(
@@ -251,18 +268,20 @@ class _Chain:
         self.is_bounded = anchor.label in bounds
         self.slices = range(anchor.index + step, limit[0], step)
         self.reason = limit[1]
-        self.first = self.before = Answer(anchor.mask, anchor.iou)
+        self.first = self.before = SliceAnswer(anchor.mask, anchor.iou)
         self.last = anchor.index
         self.held: dict[int, tuple[SliceMask, npt.NDArray[np.uint8]]] = {}
 
-    def look_at(self, pixels: Pixels) -> None:
+    def look_at(self, pixels: ByteArray) -> None:
         """Note what the object looks like on the anchor's slice."""
-        self.first = Answer(self.first.mask, self.first.iou, Appearance.of(pixels, self.first.mask))
+        self.first = SliceAnswer(
+            self.first.mask, self.first.iou, Appearance.of(pixels, self.first.mask)
+        )
 
-    def take(self, found: SliceMask, pixels: Pixels | None) -> bool:
+    def take(self, found: SliceMask, pixels: ByteArray | None) -> bool:
         """Go on by one slice, if what was found there is the object; else end, or pass over it."""
         look = pixels is not None and found.mask.any()
-        answer = Answer(
+        answer = SliceAnswer(
             found.mask,
             found.iou,
             Appearance.of(pixels, found.mask) if look and pixels is not None else None,

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from ..core.errors import InputError
 from ..core.imaging import FloatArray
 
-BoolArray = npt.NDArray[np.bool_]
+MaskArray = npt.NDArray[np.bool_]
 
 MARGIN_FRAME = 256
 """Side of the frame in which a margin in pixels is given; the longer side is scaled to it."""
@@ -46,20 +46,20 @@ class ChainRule:
             raise InputError(f"reach {self.reach}: expected at least 1 slice, or none for all")
 
 
-def mask_box(mask: BoolArray) -> FloatArray:
+def mask_box(mask: MaskArray) -> FloatArray:
     """(4,) float32 x0, y0, x1, y1 that encloses the pixels of an (H, W) mask, which has some."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float32)
 
 
-def overlap(one: BoolArray, other: BoolArray) -> float:
+def overlap(one: MaskArray, other: MaskArray) -> float:
     """IoU of two masks of one shape; 0 where both are empty."""
     union = np.count_nonzero(one | other)
     return float(np.count_nonzero(one & other) / union) if union else 0.0
 
 
 def next_box(
-    mask: BoolArray, rule: ChainRule, spacing_mm: tuple[float, float] | None = None
+    mask: MaskArray, rule: ChainRule, spacing_mm: tuple[float, float] | None = None
 ) -> FloatArray:
     """(4,) float32 box on the next slice, inside it.
 
@@ -84,14 +84,14 @@ class Appearance:
     sd: float
 
     @classmethod
-    def of(cls, pixels: npt.NDArray[np.uint8], mask: BoolArray) -> Appearance:
+    def of(cls, pixels: npt.NDArray[np.uint8], mask: MaskArray) -> Appearance:
         """Of (H, W) or (H, W, 3) pixels in an (H, W) mask, which has some."""
         inside = pixels[mask]
         return cls(float(inside.mean()), float(inside.std()))
 
 
 @dataclass(frozen=True, eq=False)
-class Answer:
+class SliceAnswer:
     """What the model says of an object on a slice.
 
     Attributes:
@@ -100,12 +100,12 @@ class Answer:
         appearance: of the mask, where the slice's pixels are known and it has some.
     """
 
-    mask: BoolArray
+    mask: MaskArray
     iou: float
     appearance: Appearance | None = None
 
 
-def why_not(answer: Answer, before: Answer, anchor: Answer, rule: ChainRule) -> str:
+def why_not(answer: SliceAnswer, before: SliceAnswer, anchor: SliceAnswer, rule: ChainRule) -> str:
     """Why an answer is not the object, in words; empty where it is.
 
     Args:
