@@ -19,7 +19,7 @@ from ..core.errors import InputError
 from ..core.imaging import ByteArray, FloatArray
 from ..core.masks import Prediction
 from ..prediction.segment import Progress, prompts_at_once
-from .stop_rules import SliceAnswer, Appearance, MaskArray, ChainRule, next_box, overlap, why_not
+from .stop_rules import Appearance, ChainRule, MaskArray, SliceAnswer, next_box, overlap, why_not
 
 Intensities = Callable[[int], ByteArray]
 """Slice → (H, W) grey or (H, W, 3) RGB pixels."""
