@@ -16,6 +16,7 @@ from .api.loading import open_named, open_server
 from .api.model import Model
 from .cli import HelpFormatter, Parser, progress_bars, run, say_on_stderr, table_console
 from .core.errors import InputError
+from .datasets.cases import CaseFile
 from .evaluation import (
     PROTOCOLS,
     EvaluationProtocol,
@@ -25,7 +26,6 @@ from .evaluation import (
     read_cases,
 )
 from .evaluation.boxes import BoxGrowth
-from .evaluation.data import CaseFile
 from .evaluation.evaluator import FileProgress
 from .evaluation.files import write_files
 from .evaluation.html import write_page

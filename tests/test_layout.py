@@ -26,6 +26,7 @@ ORDER = (
     "recipe",
     # one room a stage
     "images",
+    "datasets",
     "model",
     "kernels",
     "fusions",

@@ -9,9 +9,9 @@ import numpy.typing as npt
 
 from ..core.errors import InputError
 from ..core.imaging import FloatArray
+from ..datasets.cases import LabelledCase
 from ..images.volumes import label_dtype
 from .boxes import file_generator, fill_box, grow_box, tight_box
-from .data import LabelledCase
 from .metrics import BoolArray
 from .propagation import Box3D, LabelVolume, propagate
 from .protocols import CHALLENGE_MIN_DSC

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from ..core.errors import InputError
+from ..datasets.cases import LabelledCase
 from ..prediction.predictor import Promptable
 from .cvpr24 import evaluate_labels
-from .data import LabelledCase
 from .medsam import evaluate_volumes
 from .metrics import LEVEL, bootstrap_grouped, bootstrap_mean
 from .objects import evaluate_objects

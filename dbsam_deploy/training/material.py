@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import InputError
-from ..evaluation.data import find_cases
+from ..datasets.cases import find_cases
 from .recipe import Phase
 from .samples import Images, Mixture, NpzSlices, Source
 from .synthetic_images import Synthetic
