@@ -217,7 +217,7 @@ def test_dicom_series_gives_nifti_in_place(
     place = (saved.affine @ [0, 0, 2, 1])[:3]
     np.testing.assert_allclose(place, corner * [-1, -1, 1], atol=1e-3)
     # the same slice from its own file, as npz
-    command(files[2], "--box", 5, 4, 45, 30, "--window", 40, 1200, "--mask-format", "npz")
+    command(files[2], "--box", 5, 4, 45, 30, "--window", 40, 1200, "--format", "npz")
     with np.load(command.output / f"{files[2].stem}_mask.npz") as alone:
         np.testing.assert_array_equal(alone["segs"], mask)
 
@@ -306,7 +306,7 @@ MISTAKES = {
     "3D box outside": ("volume.npz --box3d 1 2 0 30 30 5", "z1 <= 4"),
     "3D box on an image": ("good.png --box3d 1 2 0 30 30 1", "2D image"),
     "window": ("good.png --box 1 2 30 30 --window 40 0", "width > 0"),
-    "nifti of a picture": ("good.png --box 1 2 30 30 --mask-format nifti", "position in space"),
+    "nifti of a picture": ("good.png --box 1 2 30 30 --format nifti", "position in space"),
     "pytorch option": ("good.png --box 1 2 30 30 --variant db_sam", "--backend pytorch"),
     "no such device": ("good.png --box 1 2 30 30 --backend tensorrt --device cpu", "runs on cuda"),
     "no artefact": ("good.png --box 1 2 30 30 --artefact {folder}/empty", "no manifest.json"),
