@@ -151,7 +151,6 @@ def propagate(
     Raises:
         InputError: an anchor that is empty, given twice, or outside the volume or its bounds.
     """
-    _check(anchors, depth, bounds or {})
     chains = _chains(anchors, steps, depth, rule, bounds or {}, limits or {})
     pairs = _pairs(chains)
     held = {chain for pair in pairs for chain in pair}
@@ -222,7 +221,8 @@ def _chains(
     bounds: Bounds,
     limits: Bounds,
 ) -> list[_Chain]:
-    """One of each anchor and direction."""
+    """One of each anchor and direction; errors are those of `propagate`."""
+    _check(anchors, depth, bounds)
     stops = ((bounds, "the object's known end"), (limits, "the last slice that was asked for"))
     return [
         _Chain(anchor, step, _ends(anchor, step, anchors, depth, rule, stops), rule, bounds)

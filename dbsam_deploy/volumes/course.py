@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from ..core.errors import InputError
 from .chain import Anchor
-from .objects import Found, Piece, TrackedObject
+from .objects import Piece, SliceFindings, TrackedObject
 from .planes import PlaneView
 
 Direction = Literal["both", "up", "down"]
@@ -105,7 +105,7 @@ class Course:
             raise InputError("no object was prompted on this plane: prompt one first")
         return found
 
-    def keep_to(self, found: Found, tracked: TrackedObject, limit: tuple[int, int]) -> None:
+    def keep_to(self, found: SliceFindings, tracked: TrackedObject, limit: tuple[int, int]) -> None:
         """Leave the object on the slices that this call may decide.
 
         What lies behind a slice on which the user found nothing is dropped. Slices that an earlier

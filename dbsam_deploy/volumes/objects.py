@@ -88,7 +88,7 @@ class Piece(NamedTuple):
         return cls(part != 0, (int(rows[0]), int(columns[0])))
 
 
-Found = dict[int, tuple[Piece, Decoded | None]]
+SliceFindings = dict[int, tuple[Piece, Decoded | None]]
 """Slice along an axis → the object's mask there, and what was decided; None for nothing."""
 
 
@@ -181,6 +181,11 @@ class TrackedObject:
         """Slices along an axis on which the user said what there is."""
         named = self.slices.items()
         return sorted(z for (a, z), one in named if a == axis and one.asked is not None)
+
+    def asked(self, axis: int, index: int) -> Asked | None:
+        """What the user asked on a slice."""
+        decoded = self.slices.get((axis, index))
+        return None if decoded is None else decoded.asked
 
     def anchor(self, axis: int, index: int, shape: tuple[int, int, int]) -> Anchor | None:
         """A slice that a chain starts from; None where there is nothing on it."""

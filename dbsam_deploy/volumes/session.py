@@ -15,9 +15,9 @@ from ..core.errors import InputError
 from ..images.volumes import Volume
 from ..outputs.segmentation import CodedTerm, Segmentation, SegmentedObject
 from ..prediction.predictor import Promptable
-from ..prediction.segment import Progress
+from ..prediction.segment import Progress, ignore_progress
 from .chain import ChainEnd, propagate
-from .course import Course, Direction
+from .course import Course, Direction, Starts
 from .embeddings import SharedPredictor
 from .frames import Plane, Space, plane_axis
 from .label_map import segmentation_of
@@ -26,8 +26,8 @@ from .objects import (
     Change,
     Decoded,
     Extent,
-    Found,
     Piece,
+    SliceFindings,
     TrackedObject,
     Undo,
     around,
@@ -41,10 +41,6 @@ from .stop_rules import ChainRule
 UNDO_BYTES = 64 * 1024 * 1024
 """What a session keeps to take changes back; the oldest goes first."""
 _Step = tuple[Change, tuple[Undo, ...], int]
-
-
-def _silent(done: int, total: int) -> None:
-    """Default `Progress`: says nothing."""
 
 
 class VolumePredictor:
@@ -153,8 +149,7 @@ class VolumePredictor:
     ) -> Change:
         """Segment an object on one slice; `propagate` carries it to the others.
 
-        In voxels a place on a slice is two numbers, see `planes`, or three, see `frames`; in
-        millimetres it is three, which say the slice, too.
+        In voxels a place is two numbers, see `planes`, or three, see `frames`; in mm it is three.
 
         Args:
             label: the object, which need not exist.
@@ -163,36 +158,31 @@ class VolumePredictor:
             labels: (P,) 1 inside, 0 outside; by default all are inside.
             mask_input: (4G, 4G) logits of an earlier answer, in addition.
             box_3d: x0, y0, z0, x1, y1, z1 instead, slices z0 … z1 - 1, or two opposite corners in
-                mm, with sides along the voxel axes. Its middle slice is segmented, and the object
-                lies within its slices.
+                mm. Its middle slice is segmented, and the object lies within its slices.
             index: slice of the plane, where the coordinates do not say it.
             plane: on whose slices the object is seen.
             space: of the coordinates.
             add: to what was asked on this slice before; else instead of it.
 
         Raises:
-            InputError: no prompt, one outside the volume or on several slices, a plane or mm of a
-                volume whose spacing or place in the patient is unknown.
+            InputError: no prompt, one outside the volume or on several slices, a plane or mm where
+                the spacing or the place in the patient is unknown.
         """
         with self._lock:
-            view = self._view(plane)
-            bounds: tuple[int, int] | None = None
-            if box_3d is not None:
-                if any(given is not None for given in (box, points, labels, index, mask_input)):
-                    raise InputError("a 3D box stands alone: drop the other prompts, or it")
-                index, asked, bounds = placed_3d(view, box_3d, space)
-                add = False
-            else:
+            view, bounds = self._view(plane), None
+            if box_3d is None:
                 index, asked = placed(view, box, points, labels, index, space)
-            tracked = self._objects.get(label)
-            before = None if tracked is None else tracked.slices.get((view.axis, index))
-            if add and before is not None:
-                asked = asked.after(before.asked)
+            elif any(given is not None for given in (box, points, labels, index, mask_input)):
+                raise InputError("a 3D box stands alone: drop the other prompts, or it")
+            else:
+                index, asked, bounds = placed_3d(view, box_3d, space)
+            if add and bounds is None and label in self._objects:
+                asked = asked.after(self._objects[label].asked(view.axis, index))
             mask, iou, logits = self._slices.segment(view, index, asked, mask_input)
             if self._encode_ahead:
                 self._slices.encode_ahead(view, index)
-            found: Found = {index: (Piece.of(mask), Decoded(iou, half(logits), asked))}
-            return self._commit(view.axis, {label: found}, bounds=bounds)
+            found = (Piece.of(mask), Decoded(iou, half(logits), asked))
+            return self._commit(view.axis, {label: {index: found}}, bounds=bounds)
 
     def set_mask(
         self, label: int, mask: Any, *, index: int | None = None, plane: Plane = "stored"
@@ -215,14 +205,14 @@ class VolumePredictor:
             if index is None:
                 if array.shape != self.volume.shape:
                     raise InputError(f"mask {array.shape}: expected {self.volume.shape}")
-                found: Found = {z: (Piece.of(one), None) for z, one in enumerate(array)}
+                found: SliceFindings = {z: (Piece.of(one), None) for z, one in enumerate(array)}
                 return self._commit(0, {label: found}, forget=True)
             if array.shape != view.size or not 0 <= index < view.depth:
                 raise InputError(
                     f"mask {array.shape} on slice {index}: expected {view.size} on one of "
                     f"0–{view.depth - 1}"
                 )
-            drawn: Found = {index: (Piece.of(array), Decoded(1.0, None, Asked()))}
+            drawn: SliceFindings = {index: (Piece.of(array), Decoded(1.0, None, Asked()))}
             return self._commit(view.axis, {label: drawn})
 
     def propagate(
@@ -234,7 +224,7 @@ class VolumePredictor:
         direction: Direction = "both",
         until: int | None = None,
         rule: ChainRule | None = None,
-        progress: Progress = _silent,
+        progress: Progress = ignore_progress,
     ) -> Change:
         """Carry objects from their prompted slices to the others, all in one pass.
 
@@ -259,26 +249,33 @@ class VolumePredictor:
             given = None if labels is None else np.atleast_1d(labels).tolist()
             chosen = [self._object(label) for label in given or sorted(self._objects)]
             starts = course.starts(chosen, are_named=given is not None)
-            ends: list[ChainEnd] = []
-            found: dict[int, Found] = {label: {} for label in starts.limits}
-            for one in propagate(
-                PlaneDecoder(self._slices, view),
-                starts.anchors,
-                view.depth,
-                rule or self.rule,
-                bounds=starts.bounds,
-                limits=starts.limits,
-                steps=course.steps,
-                spacing_mm=view.spacing_mm,
-                intensities=view.pixels,
-                progress=progress,
-                ended=ends.append,
-            ):
-                decoded = Decoded(one.iou, half(one.logits))
-                found[one.label][one.index] = (Piece.of(one.mask), decoded)
+            found, ends = self._carried(course, starts, rule or self.rule, progress)
             for label, slices in found.items():
                 course.keep_to(slices, self._objects[label], starts.limits[label])
-            return self._commit(view.axis, found, ends=tuple(ends), is_carried=True)
+            return self._commit(view.axis, found, ends=ends, is_carried=True)
+
+    def _carried(
+        self, course: Course, starts: Starts, rule: ChainRule, progress: Progress
+    ) -> tuple[dict[int, SliceFindings], tuple[ChainEnd, ...]]:
+        """What chains find, by object and slice; nothing is written yet."""
+        view, ends = course.view, list[ChainEnd]()
+        found: dict[int, SliceFindings] = {label: {} for label in starts.limits}
+        for one in propagate(
+            PlaneDecoder(self._slices, view),
+            starts.anchors,
+            view.depth,
+            rule,
+            bounds=starts.bounds,
+            limits=starts.limits,
+            steps=course.steps,
+            spacing_mm=view.spacing_mm,
+            intensities=view.pixels,
+            progress=progress,
+            ended=ends.append,
+        ):
+            decoded = Decoded(one.iou, half(one.logits))
+            found[one.label][one.index] = (Piece.of(one.mask), decoded)
+        return found, tuple(ends)
 
     def undo(self) -> Change:
         """Take the last change back, and return what that changed.
@@ -306,7 +303,7 @@ class VolumePredictor:
         with self._lock:
             extent = self._object(label).mask.extent
             slices = range(0) if extent is None else range(*extent[0])
-            empty: Found = {z: (Piece.nothing(), None) for z in slices}
+            empty: SliceFindings = {z: (Piece.nothing(), None) for z in slices}
             return self._commit(0, {label: empty}, forget=True)
 
     def mask(self, label: int, extent: Extent | None = None) -> npt.NDArray[np.bool_]:
@@ -356,7 +353,7 @@ class VolumePredictor:
     def _commit(
         self,
         axis: int,
-        found: Mapping[int, Found],
+        found: Mapping[int, SliceFindings],
         *,
         bounds: tuple[int, int] | None = None,
         ends: tuple[ChainEnd, ...] = (),
