@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self, TypedDict, Unpack
@@ -17,13 +16,15 @@ from ..core.imaging import Preprocessing
 from ..images.arrays import ImageLike, as_array, as_volume
 from ..images.intensity import Window
 from ..images.volumes import Volume
-from ..outputs.files import mean_confidence
 from ..outputs.segmentation import Segmentation
 from ..prediction.predictor import Promptable, ServedPredictor
 from ..prediction.prompts import Prompts, check_prompts
 from ..prediction.results import Result
 from ..prediction.segment import Progress, segment
-from ..volumes.study import segment_study
+from ..prediction.turns import Turns
+from ..volumes.embeddings import SharedPredictor
+from ..volumes.session import VolumePredictor
+from ..volumes.study import result_of, segment_study
 from ..volumes.study_prompts import StudyPrompts, from_prompts
 
 _OF_SET_IMAGE: Any = object()
@@ -74,7 +75,8 @@ class Model:
         self.weights = weights or {}
         self._reopen = reopen
         self.image: Volume | None = None
-        self._lock = threading.RLock()
+        self._lock = Turns()
+        self._shared: SharedPredictor | None = None
 
     def __repr__(self) -> str:
         return f"Model({self.name} on {self.backend})"
@@ -165,6 +167,38 @@ class Model:
         prompts = dataclasses.replace(prompts, multimask=three, slice_index=slice_index)
         taken = self._taken(image, window=window, series=series, volume=volume)
         return self.run(taken, prompts, keep_masks=True)
+
+    def volume(
+        self,
+        image: ImageLike,
+        *,
+        window: Window | str | None = None,
+        series: str | int | None = None,
+        volume: int | None = None,
+        encode_ahead: bool = True,
+    ) -> VolumePredictor:
+        """A session on a volume: prompts on its slices, carried to the others, and taken back.
+
+        Sessions of one model share its embeddings: 512 MiB in memory, then a scratch file.
+
+        Args:
+            image: see `predict`; of any number of slices.
+            window: (level, width) that maps stored values to 0–255, or "file", see `read_image`.
+            series: of a DICOM folder, see `read_image`.
+            volume: which one of a 4D NIfTI file, from 0.
+            encode_ahead: encode slices in a thread, outwards from the last prompted one, while no
+                prompt waits.
+
+        Raises:
+            InputError: an image that is not usable.
+        """
+        read = as_volume(image, window=window, series=series, volume=volume)
+        with self._lock:
+            if self._shared is None:
+                self._shared = SharedPredictor(self.predictor, turns=self._lock)
+        return VolumePredictor(
+            self._shared, read, model=self.name, note=self.note, encode_ahead=encode_ahead
+        )
 
     def _taken(self, image: ImageLike, **how: Any) -> Volume:
         if image is not _OF_SET_IMAGE:
@@ -276,34 +310,27 @@ class Model:
         if self._reopen is None:
             raise InputError(f"{self.name}: where a server's model runs is the server's business")
         if not self.backend.endswith(f"-{name}"):
-            self.__dict__.update(self._reopen(name).__dict__)
+            opened = self._reopen(name)
+            self._close_volumes()
+            self.__dict__.update(opened.__dict__)
         return self
 
     def close(self) -> None:
-        """Close the connection to a server; nothing for a model in this process."""
+        """Close the connection to a server, and drop the embeddings of volumes."""
+        self._close_volumes()
         if isinstance(self.predictor, ServedPredictor):
             self.predictor.client.close()
+
+    def _close_volumes(self) -> None:
+        shared, self._shared = self._shared, None
+        if shared is not None:
+            shared.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def result_of(found: Segmentation, prompts: Prompts) -> Result:
-    """Objects that were carried through a volume as the result of their 3D boxes."""
-    inside = [np.count_nonzero(found.labels == one.label) for one in found.objects]
-    decoded = np.flatnonzero(np.isfinite(found.confidence).any(axis=0))
-    return Result(
-        found.image,
-        prompts,
-        found.labels,
-        ious=mean_confidence(found)[:, None],
-        pixels=np.array(inside, np.int64)[:, None],
-        slices=tuple(decoded.tolist()),
-        note=found.note,
-    )
 
 
 def own_boxes(prompts: Prompts, volume: Volume) -> Prompts:

@@ -1,4 +1,4 @@
-"""`predict` on a volume whose objects are carried through it: progress, files, and going on later."""
+"""`predict` of objects that are carried through a volume: progress, files, going on later."""
 
 from __future__ import annotations
 

@@ -133,17 +133,18 @@ def _unpacked(packed: bytes | None, shape: tuple[int, ...]) -> npt.NDArray[np.fl
 
 
 class ResumedPredictor:
-    """A `Promptable` that asks another one what the checkpoint does not know; it encodes no slice
-    of which all is known.
+    """A `Promptable` that asks another one what its checkpoint does not know.
+
+    A slice of which all is known is not encoded.
 
     Args:
         shared: asked.
-        checkpoint: where its answers are kept.
+        checkpoint: where its answers are kept, if they are.
         logits: keep and give the logits, too.
     """
 
     def __init__(
-        self, shared: SharedPredictor, checkpoint: Checkpoint, *, logits: bool = False
+        self, shared: SharedPredictor, checkpoint: Checkpoint | None, *, logits: bool = False
     ) -> None:
         self._shared, self._checkpoint, self._logits = shared, checkpoint, logits
         self._image: npt.NDArray[Any] = np.zeros((0, 0, 3), np.uint8)
@@ -175,14 +176,17 @@ class ResumedPredictor:
         self, arrays: Mapping[str, Any], question: Callable[[Promptable], Prediction]
     ) -> Prediction:
         key = image_key(self._image)
-        name = hashlib.sha256(key.digest)
+        whole = hashlib.sha256(key.digest)
         for part, array in arrays.items():
             if array is not None:
-                name.update(f"{part} {array.dtype} {array.shape}".encode() + array.tobytes())
-        answer = self._checkpoint.get(name.hexdigest())
-        if answer is None:
-            answer = self._shared.ask(key, lambda: self._image, question)
-            if not self._logits:
-                answer = Prediction(answer.masks, answer.ious)
-            self._checkpoint.put(name.hexdigest(), answer)
+                whole.update(f"{part} {array.dtype} {array.shape}".encode() + array.tobytes())
+        name = whole.hexdigest()
+        known = None if self._checkpoint is None else self._checkpoint.get(name)
+        if known is not None:
+            return known
+        answer = self._shared.ask(key, lambda: self._image, question)
+        if not self._logits:
+            answer = Prediction(answer.masks, answer.ious)
+        if self._checkpoint is not None:
+            self._checkpoint.put(name, answer)
         return answer

@@ -49,7 +49,7 @@ class ImageKey(NamedTuple):
 
 def image_key(image: ByteArray) -> ImageKey:
     """The key of an (H, W, 3) uint8 image."""
-    digest = hashlib.blake2b(np.ascontiguousarray(image), digest_size=32).digest()
+    digest = hashlib.blake2b(image.tobytes(), digest_size=32).digest()
     return ImageKey(digest, (image.shape[0], image.shape[1]))
 
 
@@ -74,7 +74,9 @@ class EmbeddingStore:
         folder: Path | None = None,
     ) -> None:
         if ram_bytes < 0 or disk_bytes < 0:
-            raise InputError(f"{ram_bytes} and {disk_bytes} bytes of embeddings: expected 0 or more")
+            raise InputError(
+                f"{ram_bytes} and {disk_bytes} bytes of embeddings: expected 0 or more"
+            )
         self.ram_bytes, self.disk_bytes, self._folder = ram_bytes, disk_bytes, folder
         self._lock = threading.Lock()
         self._ram: OrderedDict[ImageKey, _Half] = OrderedDict()
@@ -95,7 +97,7 @@ class EmbeddingStore:
 
     @property
     def room(self) -> int | None:
-        """How many more can be kept without dropping one; None before the first tells their size."""
+        """How many more it keeps without dropping one; None before the first tells their size."""
         with self._lock:
             if not self._shape:
                 return None
@@ -123,7 +125,7 @@ class EmbeddingStore:
         with self._lock:
             if self._shape not in ((), half.shape):
                 raise InputError(
-                    f"an embedding {half.shape} in a store of {self._shape}: a store is of one model"
+                    f"an embedding {half.shape}, {self._shape} before: a store is of one model"
                 )
             self._shape = half.shape
             self._remember(key, half)
@@ -158,8 +160,8 @@ class EmbeddingStore:
             self._write(*self._ram.popitem(last=False))
 
     def _read(self, slot: int) -> FloatArray:
-        where = slot * self._each
-        mapped = np.memmap(self._file, np.float16, "r", where, self._shape)  # type: ignore[arg-type]
+        assert self._file is not None  # noqa: S101 - something was written
+        mapped = np.memmap(self._file, np.float16, "r", slot * self._each, self._shape)
         return np.asarray(mapped, np.float32)
 
     def _write(self, key: ImageKey, content: _Half) -> None:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ..core.imaging import FloatArray
 from ..outputs.segmentation import SegmentedObject
-from .chain import ChainEnd
+from .chain import Anchor, ChainEnd
 
 Extent = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 """First index and the one after the last along D, H and W."""
@@ -34,6 +34,11 @@ class Asked:
     points: npt.NDArray[np.float64] | None = None
     labels: npt.NDArray[np.int32] | None = None
 
+    @property
+    def is_drawn(self) -> bool:
+        """Whether a mask was given instead of prompts."""
+        return self.box is None and self.points is None
+
     def after(self, earlier: Asked | None) -> Asked:
         """These prompts with those given on the slice before: a new box replaces the old one."""
         if earlier is None:
@@ -42,12 +47,9 @@ class Asked:
         if self.points is None or earlier.points is None:
             given = earlier if self.points is None else self
             return Asked(box, given.points, given.labels)
-        assert self.labels is not None and earlier.labels is not None  # noqa: S101 - for mypy
-        return Asked(
-            box,
-            np.concatenate([earlier.points, self.points], axis=1),
-            np.concatenate([earlier.labels, self.labels], axis=1),
-        )
+        marks = [one.labels for one in (earlier, self) if one.labels is not None]
+        points = np.concatenate([earlier.points, self.points], axis=1)
+        return Asked(box, points, np.concatenate(marks, axis=1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,13 +74,22 @@ class Piece(NamedTuple):
     start: tuple[int, int]
 
     @classmethod
+    def nothing(cls) -> Piece:
+        """An empty mask."""
+        return cls(np.zeros((0, 0), bool), (0, 0))
+
+    @classmethod
     def of(cls, mask: npt.NDArray[np.generic]) -> Piece:
         """The part of an (H, W) mask that is not 0."""
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         if not rows.size:
-            return cls(np.zeros((0, 0), bool), (0, 0))
+            return cls.nothing()
         part = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
         return cls(part != 0, (int(rows[0]), int(columns[0])))
+
+
+SliceFindings = dict[int, tuple[Piece, Decoded | None]]
+"""Slice along an axis → the object's mask there, and what was decided; None for nothing."""
 
 
 @dataclass(frozen=True)
@@ -130,9 +141,7 @@ class ObjectMask:
         out = np.zeros([end - first for first, end in extent], bool)
         both = [
             (max(first, start), min(end, start + side))
-            for (first, end), start, side in zip(
-                extent, self._start, self._bits.shape, strict=True
-            )
+            for (first, end), start, side in zip(extent, self._start, self._bits.shape, strict=True)
         ]
         if all(first < end for first, end in both):
             source = self._bits[_within(both, self._start)]
@@ -172,6 +181,44 @@ class TrackedObject:
         """Slices along an axis on which the user said what there is."""
         named = self.slices.items()
         return sorted(z for (a, z), one in named if a == axis and one.asked is not None)
+
+    def asked(self, axis: int, index: int) -> Asked | None:
+        """What the user asked on a slice."""
+        decoded = self.slices.get((axis, index))
+        return None if decoded is None else decoded.asked
+
+    def anchor(self, axis: int, index: int, shape: tuple[int, int, int]) -> Anchor | None:
+        """A slice that a chain starts from; None where there is nothing on it."""
+        mask, decoded = self.slice_mask((axis, index), shape), self.slices[axis, index]
+        if not mask.any():
+            return None
+        logits = None if decoded.logits is None else decoded.logits.astype(np.float32)
+        box = None if decoded.asked is None else decoded.asked.box
+        asked = None if box is None else box[0].astype(np.float32)
+        return Anchor(self.about.label, index, mask, decoded.iou, logits, asked)
+
+    def confidence(self, axis: int, shape: tuple[int, int, int]) -> FloatArray:
+        """The decoder's own estimates on the slices along an axis; NaN where it was not asked."""
+        out = np.full(shape[axis], np.nan, np.float32)
+        for (own, index), decoded in self.slices.items():
+            if own == axis and not (decoded.asked is not None and decoded.asked.is_drawn):
+                out[index] = decoded.iou
+        return out
+
+    def decide(self, axis: int, found: Mapping[int, Decoded | None], *, forget: bool) -> None:
+        """Note what slices along an axis came to; None for nothing. `forget` all others."""
+        slices = {} if forget else dict(self.slices)
+        for index, decoded in found.items():
+            slices.pop((axis, index), None)
+            if decoded is not None:
+                slices[axis, index] = decoded
+        self.slices = slices
+        self.bounds = {} if forget else self.bounds
+
+    def bound(self, axis: int, index: int, bounds: tuple[int, int] | None) -> None:
+        """Note the slices that a 3D box holds; a prompt outside an earlier one makes it void."""
+        known = {a: b for a, b in self.bounds.items() if a != axis or b[0] <= index < b[1]}
+        self.bounds = known if bounds is None else {**known, axis: bounds}
 
     def slice_mask(self, name: SliceName, shape: tuple[int, int, int]) -> _Bits:
         """(H, W) of one slice of a volume of this shape."""

@@ -25,7 +25,7 @@ _SQUARE = 0.01
 _LONGEST = 2048
 """Pixels of the longer side that resampling goes up to, unless more are stored."""
 
-Shape = tuple[int, int]
+Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class PlaneView:
 
     volume: Volume
     axis: int
-    square: Shape
+    square: Size
 
     @property
     def depth(self) -> int:
@@ -48,7 +48,7 @@ class PlaneView:
         return self.volume.shape[self.axis]
 
     @property
-    def size(self) -> Shape:
+    def size(self) -> Size:
         """Height and width of a slice in voxels."""
         height, width = (side for axis, side in enumerate(self.volume.shape) if axis != self.axis)
         return height, width

@@ -4,34 +4,43 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from ..core.errors import InputError
-from ..core.imaging import ByteArray, FloatArray, is_constant, upscale_logits
-from ..core.masks import Prediction
-from ..images.volumes import Volume, label_dtype
-from ..outputs.segmentation import CodedTerm, Fractions, SegmentedObject, Segmentation
+from ..images.volumes import Volume
+from ..outputs.segmentation import CodedTerm, Segmentation, SegmentedObject
 from ..prediction.predictor import Promptable
-from ..prediction.segment import Progress, prompts_at_once
-from .chain import Anchor, ChainEnd, ChainRule, propagate
-from .embeddings import Ahead, ImageKey, SharedPredictor, image_key
+from ..prediction.segment import Progress, ignore_progress
+from .chain import ChainEnd, propagate
+from .course import Course, Direction, Starts
+from .embeddings import SharedPredictor
 from .frames import Plane, Space, plane_axis
-from .objects import Asked, Change, Decoded, Extent, Piece, TrackedObject, Undo, around, half
+from .label_map import segmentation_of
+from .objects import (
+    Asked,
+    Change,
+    Decoded,
+    Extent,
+    Piece,
+    SliceFindings,
+    TrackedObject,
+    Undo,
+    around,
+    half,
+)
 from .places import placed, placed_3d
-from .planes import PlaneView, view_along
+from .planes import PlaneView
+from .slices import PlaneDecoder, VolumeSlices
+from .stop_rules import ChainRule
 
 UNDO_BYTES = 64 * 1024 * 1024
 """What a session keeps to take changes back; the oldest goes first."""
-Direction = Literal["both", "up", "down"]
-
-
-def _silent(done: int, total: int) -> None:
-    """Default `Progress`: says nothing."""
+_Step = tuple[Change, tuple[Undo, ...], int]
 
 
 class VolumePredictor:
@@ -70,10 +79,10 @@ class VolumePredictor:
         self.shared = (
             predictor if isinstance(predictor, SharedPredictor) else SharedPredictor(predictor)
         )
+        self._slices = VolumeSlices(self.shared, volume)
         self._encode_ahead, self._undo_bytes = encode_ahead, undo_bytes
         self._objects: dict[int, TrackedObject] = {}
-        self._history: deque[tuple[Change, tuple[Undo, ...], int]] = deque()
-        self._keys: dict[tuple[int, int], ImageKey | None] = {}
+        self._history: deque[_Step] = deque()
         self._lock = threading.RLock()
 
     def __enter__(self) -> Self:
@@ -84,7 +93,7 @@ class VolumePredictor:
 
     def close(self) -> None:
         """Stop what is done ahead; drop embeddings that no other session shares."""
-        self.shared.stop_ahead(self)
+        self._slices.stop_ahead()
         if self._owns_shared:
             self.shared.close()
 
@@ -140,8 +149,7 @@ class VolumePredictor:
     ) -> Change:
         """Segment an object on one slice; `propagate` carries it to the others.
 
-        In voxels a place on a slice is two numbers, see `planes`, or three, see `frames`; in
-        millimetres it is three, which say the slice, too.
+        In voxels a place is two numbers, see `planes`, or three, see `frames`; in mm it is three.
 
         Args:
             label: the object, which need not exist.
@@ -150,35 +158,31 @@ class VolumePredictor:
             labels: (P,) 1 inside, 0 outside; by default all are inside.
             mask_input: (4G, 4G) logits of an earlier answer, in addition.
             box_3d: x0, y0, z0, x1, y1, z1 instead, slices z0 … z1 - 1, or two opposite corners in
-                mm, with sides along the voxel axes. Its middle slice is segmented, and the object
-                lies within its slices.
+                mm. Its middle slice is segmented, and the object lies within its slices.
             index: slice of the plane, where the coordinates do not say it.
             plane: on whose slices the object is seen.
             space: of the coordinates.
             add: to what was asked on this slice before; else instead of it.
 
         Raises:
-            InputError: no prompt, one outside the volume or on several slices, a plane or mm of a
-                volume whose spacing or place in the patient is unknown.
+            InputError: no prompt, one outside the volume or on several slices, a plane or mm where
+                the spacing or the place in the patient is unknown.
         """
         with self._lock:
-            view = self._view(plane)
-            bounds: dict[int, tuple[int, int]] = {}
-            if box_3d is not None:
-                if any(given is not None for given in (box, points, labels, index, mask_input)):
-                    raise InputError("a 3D box stands alone: drop the other prompts, or it")
-                index, asked, ends = placed_3d(view, box_3d, space)
-                bounds, add = {view.axis: ends}, False
-            else:
+            view, bounds = self._view(plane), None
+            if box_3d is None:
                 index, asked = placed(view, box, points, labels, index, space)
-            tracked = self._objects.get(label)
-            before = None if tracked is None else tracked.slices.get((view.axis, index))
-            if add and before is not None:
-                asked = asked.after(before.asked)
-            mask, iou, logits = self._segment(view, index, asked, mask_input)
-            self._ahead_of(view, index)
-            found = {index: (Piece.of(mask), Decoded(iou, half(logits), asked))}
-            return self._commit(view.axis, {label: found}, {label: bounds})
+            elif any(given is not None for given in (box, points, labels, index, mask_input)):
+                raise InputError("a 3D box stands alone: drop the other prompts, or it")
+            else:
+                index, asked, bounds = placed_3d(view, box_3d, space)
+            if add and bounds is None and label in self._objects:
+                asked = asked.after(self._objects[label].asked(view.axis, index))
+            mask, iou, logits = self._slices.segment(view, index, asked, mask_input)
+            if self._encode_ahead:
+                self._slices.encode_ahead(view, index)
+            found = (Piece.of(mask), Decoded(iou, half(logits), asked))
+            return self._commit(view.axis, {label: {index: found}}, bounds=bounds)
 
     def set_mask(
         self, label: int, mask: Any, *, index: int | None = None, plane: Plane = "stored"
@@ -201,14 +205,14 @@ class VolumePredictor:
             if index is None:
                 if array.shape != self.volume.shape:
                     raise InputError(f"mask {array.shape}: expected {self.volume.shape}")
-                found = {z: (Piece.of(one), None) for z, one in enumerate(array)}
+                found: SliceFindings = {z: (Piece.of(one), None) for z, one in enumerate(array)}
                 return self._commit(0, {label: found}, forget=True)
             if array.shape != view.size or not 0 <= index < view.depth:
                 raise InputError(
                     f"mask {array.shape} on slice {index}: expected {view.size} on one of "
                     f"0–{view.depth - 1}"
                 )
-            drawn = {index: (Piece.of(array), Decoded(1.0, None, Asked()))}
+            drawn: SliceFindings = {index: (Piece.of(array), Decoded(1.0, None, Asked()))}
             return self._commit(view.axis, {label: drawn})
 
     def propagate(
@@ -220,7 +224,7 @@ class VolumePredictor:
         direction: Direction = "both",
         until: int | None = None,
         rule: ChainRule | None = None,
-        progress: Progress = _silent,
+        progress: Progress = ignore_progress,
     ) -> Change:
         """Carry objects from their prompted slices to the others, all in one pass.
 
@@ -241,35 +245,151 @@ class VolumePredictor:
         """
         with self._lock:
             view = self._view(plane)
-            start = _Start(view, from_slice, direction, until)
-            chosen = self._chosen(labels, view)
-            anchors: list[Anchor] = []
-            limits: dict[int, tuple[int, int]] = {}
-            for label in chosen:
-                own = self._anchors(label, view, from_slice)
-                anchors += own
-                limits[label] = start.limits([a.index for a in own], self._walls(label, view, own))
-            ends: list[ChainEnd] = []
-            known = {
-                label: bounds
-                for label in chosen
-                if (bounds := self._objects[label].bounds.get(view.axis)) is not None
-            }
-            found: dict[int, dict[int, tuple[Piece, Decoded | None]]] = {l: {} for l in chosen}
-            for one in propagate(
-                _PlaneDecoder(self, view),
-                anchors,
-                view.depth,
-                rule or self.rule,
-                bounds=known,
-                limits=limits,
-                spacing_mm=view.spacing_mm,
-                intensities=view.pixels,
-                progress=progress,
-                ended=ends.append,
-            ):
-                decoded = Decoded(one.iou, half(one.logits))
-                found[one.label][one.index] = (Piece.of(one.mask), decoded)
-            for label, pieces in found.items():
-                self._leave_prompted(label, view.axis, pieces, limits[label])
-            return self._commit(view.axis, found, ends=tuple(ends))
+            course = Course.of(view, from_slice, direction, until)
+            given = None if labels is None else np.atleast_1d(labels).tolist()
+            chosen = [self._object(label) for label in given or sorted(self._objects)]
+            starts = course.starts(chosen, are_named=given is not None)
+            found, ends = self._carried(course, starts, rule or self.rule, progress)
+            for label, slices in found.items():
+                course.keep_to(slices, self._objects[label], starts.limits[label])
+            return self._commit(view.axis, found, ends=ends, is_carried=True)
+
+    def _carried(
+        self, course: Course, starts: Starts, rule: ChainRule, progress: Progress
+    ) -> tuple[dict[int, SliceFindings], tuple[ChainEnd, ...]]:
+        """What chains find, by object and slice; nothing is written yet."""
+        view, ends = course.view, list[ChainEnd]()
+        found: dict[int, SliceFindings] = {label: {} for label in starts.limits}
+        for one in propagate(
+            PlaneDecoder(self._slices, view),
+            starts.anchors,
+            view.depth,
+            rule,
+            bounds=starts.bounds,
+            limits=starts.limits,
+            steps=course.steps,
+            spacing_mm=view.spacing_mm,
+            intensities=view.pixels,
+            progress=progress,
+            ended=ends.append,
+        ):
+            decoded = Decoded(one.iou, half(one.logits))
+            found[one.label][one.index] = (Piece.of(one.mask), decoded)
+        return found, tuple(ends)
+
+    def undo(self) -> Change:
+        """Take the last change back, and return what that changed.
+
+        Raises:
+            InputError: nothing is left to take back.
+        """
+        with self._lock:
+            if not self._history:
+                raise InputError("nothing to undo: no change is kept")
+            change, records, _ = self._history.pop()
+            for record in reversed(records):
+                if record.is_new:
+                    del self._objects[record.label]
+                else:
+                    record.apply(self._objects[record.label])
+            return replace(change, iou=float("nan"), ends=())
+
+    def clear(self, label: int) -> Change:
+        """Forget an object's prompts and voxels; it keeps its name.
+
+        Raises:
+            InputError: no such object.
+        """
+        with self._lock:
+            extent = self._object(label).mask.extent
+            slices = range(0) if extent is None else range(*extent[0])
+            empty: SliceFindings = {z: (Piece.nothing(), None) for z in slices}
+            return self._commit(0, {label: empty}, forget=True)
+
+    def mask(self, label: int, extent: Extent | None = None) -> npt.NDArray[np.bool_]:
+        """An object's voxels, whatever covers them.
+
+        Args:
+            label: the object.
+            extent: along D, H and W; by default the whole volume.
+
+        Raises:
+            InputError: no such object.
+        """
+        with self._lock:
+            whole: Any = tuple((0, side) for side in self.volume.shape)
+            return self._object(label).mask.read(extent or whole)
+
+    def confidence(self, label: int, plane: Plane = "stored") -> npt.NDArray[np.float32]:
+        """The decoder's own estimate of the mask's IoU on each slice; NaN where it was not asked.
+
+        Raises:
+            InputError: no such object, or a plane that the volume does not have.
+        """
+        with self._lock:
+            return self._object(label).confidence(self._view(plane).axis, self.volume.shape)
+
+    def segmentation(self) -> Segmentation:
+        """All objects as they are now; what follows does not change it.
+
+        Raises:
+            InputError: there is no object.
+        """
+        with self._lock:
+            if not self._objects:
+                raise InputError(f"{self.volume.path}: no object yet: prompt one")
+            tracked = [self._objects[label] for label in sorted(self._objects)]
+            how = getattr(self.shared.predictor, "preprocessing", None)
+            return segmentation_of(self.volume, tracked, how, self.model, self.note)
+
+    def _view(self, plane: Plane) -> PlaneView:
+        return self._slices.along(plane_axis(self.volume, plane))
+
+    def _object(self, label: int) -> TrackedObject:
+        if label not in self._objects:
+            raise InputError(f"object {label}: no such object; there are {sorted(self._objects)}")
+        return self._objects[label]
+
+    def _commit(
+        self,
+        axis: int,
+        found: Mapping[int, SliceFindings],
+        *,
+        bounds: tuple[int, int] | None = None,
+        ends: tuple[ChainEnd, ...] = (),
+        is_carried: bool = False,
+        forget: bool = False,
+    ) -> Change:
+        """Write masks of slices into objects, with a record that takes it back."""
+        records: list[Undo] = []
+        for label, slices in found.items():
+            is_new = label not in self._objects
+            if is_new:
+                self.add_object(label=label)
+            tracked = self._objects[label]
+            others = [name for name, one in tracked.slices.items() if one.asked and name[0] != axis]
+            pieces = {z: piece for z, (piece, _) in slices.items()}
+            record = tracked.rewrite(axis, pieces, others if is_carried else ())
+            tracked.decide(axis, {z: decoded for z, (_, decoded) in slices.items()}, forget=forget)
+            if not is_carried:
+                for index in slices:
+                    tracked.bound(axis, index, bounds)
+            records.append(replace(record, is_new=is_new))
+        changed = [record.changed for record in records if record.changed is not None]
+        ious = [one.iou for slices in found.values() for _, one in slices.values() if one]
+        change = Change(
+            tuple(found),
+            axis,
+            tuple(sorted({z for slices in found.values() for z in slices})),
+            float(np.mean(ious)) if ious else float("nan"),
+            around(changed) if changed else None,
+            ends,
+        )
+        self._remember(change, tuple(records))
+        return change
+
+    def _remember(self, change: Change, records: tuple[Undo, ...]) -> None:
+        cost = sum(one.bytes_beside(self._objects[one.label].slices) for one in records)
+        self._history.append((change, records, cost))
+        while len(self._history) > 1 and sum(c for _, _, c in self._history) > self._undo_bytes:
+            self._history.popleft()

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
+
+import numpy as np
 
 from ..core.errors import InputError
 from ..images.volumes import Volume, label_dtype
+from ..outputs.files import mean_confidence
 from ..outputs.segmentation import Segmentation
 from ..prediction.predictor import Promptable
+from ..prediction.prompts import Prompts
+from ..prediction.results import Result
 from ..prediction.segment import Progress
 from .chain import ChainEnd, ChainRule
 from .checkpoint import Checkpoint, ResumedPredictor
@@ -99,38 +104,22 @@ def segment_study(
     """
     check_study(spec, volume)
     made_from = {
-        "image": hashlib.sha256(volume.pixels).hexdigest(),
+        "image": hashlib.sha256(np.ascontiguousarray(volume.pixels).data).hexdigest(),
         "set of prompts": repr(spec),
         "model": f"{model} {weights}",
         "rule": f"{rule!r} {fractions}",
     }
-    shared = SharedPredictor(predictor)
-    try:
-        with _resumed(shared, checkpoint, made_from, fractions) as asked:
-            return _segment(
-                VolumePredictor(
-                    asked, volume, model=model, note=note, rule=rule, encode_ahead=False
-                ),
-                spec,
-                progress,
-                say,
-            )
-    finally:
-        shared.close()
-
-
-@contextmanager
-def _resumed(
-    shared: SharedPredictor, path: Path | None, made_from: dict[str, str], logits: bool
-) -> Iterator[SharedPredictor]:
-    if path is None:
-        yield shared
-        return
-    checkpoint = Checkpoint(path, made_from)
-    try:
-        yield SharedPredictor(ResumedPredictor(shared, checkpoint, logits=logits))
-    finally:
-        checkpoint.close()
+    with ExitStack() as stack:
+        shared = SharedPredictor(predictor)
+        stack.callback(shared.close)
+        kept = None if checkpoint is None else Checkpoint(checkpoint, made_from)
+        if kept is not None:
+            stack.callback(kept.close)
+        asked = SharedPredictor(ResumedPredictor(shared, kept, logits=fractions))
+        session = VolumePredictor(
+            asked, volume, model=model, note=note, rule=rule, encode_ahead=False
+        )
+        return _segment(session, spec, progress, say)
 
 
 def _segment(
@@ -171,3 +160,18 @@ def _lost(ends: tuple[ChainEnd, ...], spec: StudyPrompts) -> Iterator[str]:
             where = ", ".join(str(z) for z in dict.fromkeys(end.anchor for end in own))
             why = "; ".join(dict.fromkeys(end.reason for end in own))
             yield f"{spec.objects[label - 1].name} was found on slice {where} alone: {why}"
+
+
+def result_of(found: Segmentation, prompts: Prompts) -> Result:
+    """Objects that were carried through a volume as the result of their 3D boxes."""
+    inside = [np.count_nonzero(found.labels == one.label) for one in found.objects]
+    decoded = np.flatnonzero(np.isfinite(found.confidence).any(axis=0))
+    return Result(
+        found.image,
+        prompts,
+        found.labels,
+        ious=mean_confidence(found)[:, None],
+        pixels=np.array(inside, np.int64)[:, None],
+        slices=tuple(decoded.tolist()),
+        note=found.note,
+    )
