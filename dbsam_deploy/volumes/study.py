@@ -19,7 +19,7 @@ from ..prediction.results import Result
 from ..prediction.segment import Progress
 from .chain import ChainEnd, ChainRule
 from .checkpoint import Checkpoint, ResumedPredictor
-from .embeddings import SharedPredictor
+from .embeddings import EmbeddingStore, SharedPredictor
 from .frames import Plane
 from .places import placed, placed_3d
 from .planes import view
@@ -27,6 +27,8 @@ from .session import VolumePredictor
 from .study_prompts import ObjectPrompts, StudyPrompts
 
 RULE = ChainRule()
+STORE_BYTES = 256 * 1024 * 1024
+"""Embeddings of slices in memory: 64 at SAM's size; more are in a scratch file."""
 
 
 def _silent(*_: object) -> None:
@@ -110,7 +112,7 @@ def segment_study(
         "rule": f"{rule!r} {fractions}",
     }
     with ExitStack() as stack:
-        shared = SharedPredictor(predictor)
+        shared = SharedPredictor(predictor, store=_store(spec))
         stack.callback(shared.close)
         kept = None if checkpoint is None else Checkpoint(checkpoint, made_from)
         if kept is not None:
@@ -120,6 +122,15 @@ def segment_study(
             asked, volume, model=model, note=note, rule=rule, encode_ahead=False
         )
         return _segment(session, spec, progress, say)
+
+
+def _store(spec: StudyPrompts) -> EmbeddingStore:
+    """Of slices that come up again: upwards for one object and downwards for another."""
+    starts = {(prompt.plane, prompt.index) for one in spec.objects for prompt in one.prompts}
+    starts |= {(one.plane, one.box_3d) for one in spec.objects if one.box_3d is not None}
+    if len(starts) < 2:
+        return EmbeddingStore(0, 0)
+    return EmbeddingStore(STORE_BYTES, exact=True)
 
 
 def _segment(
