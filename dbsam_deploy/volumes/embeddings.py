@@ -1,7 +1,8 @@
 """Embeddings of slices within a budget of bytes: in memory, then in a scratch file.
 
-An embedding is kept under its image's content, so sessions on one study share it, and as float16,
-so half the bytes do. It is rounded before it is first used: a mask does not depend on what was kept.
+An embedding is kept under its image's content, so sessions on one study share it, and by default as
+float16, in half the bytes. It is rounded before it is first used: a mask does not depend on what
+was kept.
 """
 
 from __future__ import annotations

@@ -18,9 +18,9 @@ from ..prediction.prompts import Prompts
 from ..prediction.results import Result
 from ..prediction.segment import Progress
 from .chain import ChainEnd, ChainRule
-from .checkpoint import Checkpoint, ResumedPredictor
 from .embeddings import EmbeddingStore, SharedPredictor
 from .frames import Plane
+from .kept_answers import KeptAnswers, ResumedPredictor
 from .places import placed, placed_3d
 from .planes import view
 from .session import VolumePredictor
@@ -105,17 +105,13 @@ def segment_study(
         ServingError: a server that does not answer.
     """
     check_study(spec, volume)
-    made_from = {
-        "image": hashlib.sha256(np.ascontiguousarray(volume.pixels).data).hexdigest(),
-        "set of prompts": repr(spec),
-        "model": f"{model} {weights}",
-        "rule": f"{rule!r} {fractions}",
-    }
     with ExitStack() as stack:
         shared = SharedPredictor(predictor, store=_store(spec))
         stack.callback(shared.close)
-        kept = None if checkpoint is None else Checkpoint(checkpoint, made_from)
-        if kept is not None:
+        kept = None
+        if checkpoint is not None:
+            run = _run_of(volume, spec, f"{model} {weights}", f"{rule!r} {fractions}")
+            kept = KeptAnswers(checkpoint, run)
             stack.callback(kept.close)
         asked = SharedPredictor(ResumedPredictor(shared, kept, logits=fractions))
         session = VolumePredictor(
@@ -124,10 +120,23 @@ def segment_study(
         return _segment(session, spec, progress, say)
 
 
+def _run_of(volume: Volume, spec: StudyPrompts, model: str, rule: str) -> dict[str, str]:
+    """What a run is about, for answers that are kept."""
+    pixels = np.ascontiguousarray(volume.pixels)
+    image = hashlib.sha256(repr((pixels.shape, volume.spacing_mm)).encode())
+    image.update(pixels.data)
+    return {
+        "image": image.hexdigest(),
+        "set of prompts": repr(spec),
+        "model": model,
+        "rule": rule,
+    }
+
+
 def _store(spec: StudyPrompts) -> EmbeddingStore:
     """Of slices that come up again: upwards for one object and downwards for another."""
-    starts = {(prompt.plane, prompt.index) for one in spec.objects for prompt in one.prompts}
-    starts |= {(one.plane, one.box_3d) for one in spec.objects if one.box_3d is not None}
+    starts: set[object] = {(one.plane, one.box_3d) for one in spec.objects if one.box_3d}
+    starts |= {(prompt.plane, prompt.index) for one in spec.objects for prompt in one.prompts}
     if len(starts) < 2:
         return EmbeddingStore(0, 0)
     return EmbeddingStore(STORE_BYTES, exact=True)

@@ -31,7 +31,7 @@ _TABLES = (
 )
 
 
-class Checkpoint:
+class KeptAnswers:
     """Answers of one model to the prompts of one study, in one file.
 
     Args:
@@ -133,20 +133,20 @@ def _unpacked(packed: bytes | None, shape: tuple[int, ...]) -> npt.NDArray[np.fl
 
 
 class ResumedPredictor:
-    """A `Promptable` that asks another one what its checkpoint does not know.
+    """A `Promptable` that asks another one what is not kept yet.
 
     A slice of which all is known is not encoded.
 
     Args:
         shared: asked.
-        checkpoint: where its answers are kept, if they are.
+        kept: where its answers are kept, if they are.
         logits: keep and give the logits, too.
     """
 
     def __init__(
-        self, shared: SharedPredictor, checkpoint: Checkpoint | None, *, logits: bool = False
+        self, shared: SharedPredictor, kept: KeptAnswers | None, *, logits: bool = False
     ) -> None:
-        self._shared, self._checkpoint, self._logits = shared, checkpoint, logits
+        self._shared, self._kept, self._logits = shared, kept, logits
         self._image: npt.NDArray[Any] = np.zeros((0, 0, 3), np.uint8)
 
     @property
@@ -181,12 +181,12 @@ class ResumedPredictor:
             if array is not None:
                 whole.update(f"{part} {array.dtype} {array.shape}".encode() + array.tobytes())
         name = whole.hexdigest()
-        known = None if self._checkpoint is None else self._checkpoint.get(name)
+        known = None if self._kept is None else self._kept.get(name)
         if known is not None:
             return known
         answer = self._shared.ask(key, lambda: self._image, question)
         if not self._logits:
             answer = Prediction(answer.masks, answer.ious)
-        if self._checkpoint is not None:
-            self._checkpoint.put(name, answer)
+        if self._kept is not None:
+            self._kept.put(name, answer)
         return answer

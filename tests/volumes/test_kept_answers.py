@@ -10,8 +10,8 @@ from support.bright import BrightPredictor
 
 from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.core.masks import Prediction
-from dbsam_deploy.volumes.checkpoint import Checkpoint, ResumedPredictor
 from dbsam_deploy.volumes.embeddings import SharedPredictor
+from dbsam_deploy.volumes.kept_answers import KeptAnswers, ResumedPredictor
 
 RUN = {"image": "abc", "model": "bright"}
 
@@ -19,7 +19,7 @@ RUN = {"image": "abc", "model": "bright"}
 def ask(path: Path, predictor: BrightPredictor, *, logits: bool = False) -> list[Prediction]:
     """Two boxes on one image and one on another."""
     rng = np.random.default_rng(0)
-    checkpoint = Checkpoint(path, RUN)
+    checkpoint = KeptAnswers(path, RUN)
     resumed = ResumedPredictor(SharedPredictor(predictor), checkpoint, logits=logits)
     answers = []
     for boxes in ([[1, 2, 9, 8], [0, 0, 5, 5]], [[3, 3, 10, 10]]):
@@ -44,7 +44,7 @@ def test_what_was_answered_is_not_asked_again(tmp_path: Path, *, logits: bool) -
 
 
 def test_another_prompt_on_the_slice_is_asked(tmp_path: Path) -> None:
-    checkpoint, predictor = Checkpoint(tmp_path / "run.db", RUN), BrightPredictor()
+    checkpoint, predictor = KeptAnswers(tmp_path / "run.db", RUN), BrightPredictor()
     resumed = ResumedPredictor(SharedPredictor(predictor), checkpoint)
     resumed.set_image(np.full((12, 15, 3), 200, np.uint8))
     small = resumed.predict_boxes(np.array([[1, 1, 3, 3]], np.float32))
@@ -57,7 +57,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_stays(tmp_path: Path) -> Non
     ask(path, BrightPredictor())
     before = path.read_bytes()
     with pytest.raises(InputError, match=r"run\.db keeps slices of a run with another model: "):
-        Checkpoint(path, {**RUN, "model": "dark"})
+        KeptAnswers(path, {**RUN, "model": "dark"})
     assert path.read_bytes() == before
 
 
@@ -75,9 +75,9 @@ def test_a_file_that_is_none_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "run.db"
     path.write_bytes(os.urandom(4096))
     with pytest.raises(InputError, match=r"run\.db, which keeps .* file is not a database"):
-        Checkpoint(path, RUN)
+        KeptAnswers(path, RUN)
 
 
 def test_nothing_answered_leaves_no_file(tmp_path: Path) -> None:
-    Checkpoint(tmp_path / "run.db", RUN).close()
+    KeptAnswers(tmp_path / "run.db", RUN).close()
     assert not list(tmp_path.iterdir())
