@@ -1,63 +1,38 @@
-"""A volume prompted again and again: what changes, what stays, and what is refused."""
+"""A volume prompted again and again: any plane, any space, what changes and how it is undone."""
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support.bright import BrightPredictor
-from support.dicom_series import rotation
+from support.wedge import (
+    ACQUIRED,
+    AXES,
+    BOX,
+    SHAPE,
+    SPACING,
+    WIDE,
+    affine_of,
+    bright,
+    scan,
+    tight,
+    wedge,
+)
 
 from dbsam_deploy.core.errors import InputError
+from dbsam_deploy.core.imaging import upscale_logits
 from dbsam_deploy.core.masks import Prediction
 from dbsam_deploy.images.intensity import STORED
-from dbsam_deploy.images.scans import ScanGeometry
 from dbsam_deploy.images.volumes import Volume
 from dbsam_deploy.prediction.predictor import Predictor
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
+from dbsam_deploy.volumes.embeddings import SharedPredictor
 from dbsam_deploy.volumes.frames import plane_axis, to_patient
 from dbsam_deploy.volumes.session import VolumePredictor
-from dbsam_deploy.volumes.stop_rules import ChainRule
-
-DEPTH, HEIGHT, WIDTH = SHAPE = (14, 40, 50)
-SPACING = (3.0, 1.0, 1.0)
-BOX = [12, 8, 40, 25]
-WIDE = ChainRule(margin_px=300, min_overlap=0)
-"""The next box is the whole slice, so nothing of an object is missed, however it changes."""
-
-
-def wedge(shape: tuple[int, int, int] = SHAPE) -> np.ndarray:
-    """An object that no flip or exchange of axes maps onto itself."""
-    truth = np.zeros(shape, bool)
-    truth[3:9, 10:22, 15:35] = True
-    truth[3:5, 10:13, 30:38] = True
-    truth[6:9, 18:22, 15:20] = False
-    return truth
-
-
-def scan(truth: np.ndarray, affine: np.ndarray | None = None) -> Volume:
-    pixels = np.where(truth, 200, 20).astype(np.uint8)
-    pixels[:, 0, 0] = 60  # no slice holds one value
-    place = None if affine is None else ScanGeometry(affine, truth.shape[::-1])
-    spacing = SPACING
-    if affine is not None:
-        spacing = tuple(np.linalg.norm(affine[:3, :3], axis=0)[::-1].tolist())
-    return Volume(Path("ct.nii"), "nifti", pixels, STORED, spacing_mm=spacing, geometry=place)
-
-
-def affine_of(directions: np.ndarray, spacing_xyz: tuple[float, ...]) -> np.ndarray:
-    """Voxels → mm right, anterior, superior; the directions are DICOM's, of x, y and z."""
-    affine = np.eye(4)
-    affine[:3, :3] = np.diag([-1, -1, 1]) @ directions @ np.diag(spacing_xyz)
-    affine[:3, 3] = [-31.5, 12.25, 300]
-    return affine
-
-
-def bright(truth: np.ndarray | None = None, **options) -> VolumePredictor:
-    volume = scan(wedge() if truth is None else truth, options.pop("affine", None))
-    options = {"model": "bright", "rule": WIDE, **options}
-    return VolumePredictor(BrightPredictor(), volume, **options)
 
 
 @pytest.fixture
@@ -84,16 +59,7 @@ def test_one_box_gives_the_object(session):
     assert (found.model, found.objects[0].name) == ("bright", "object 1")
 
 
-AXES = {"stored": 0, "coronal": 1, "sagittal": 2}
 INDEX = {"stored": 4, "coronal": 12, "sagittal": 31}
-
-
-def tight(mask: np.ndarray, margin: int = 1) -> list[float]:
-    """x0, y0, x1, y1 around a slice's mask, in the order columns, rows."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    low = [max(0, columns[0] - margin), max(0, rows[0] - margin)]
-    high = [min(mask.shape[1], columns[-1] + 1 + margin), min(mask.shape[0], rows[-1] + 1 + margin)]
-    return [*low, *high]
 
 
 def corners_3d(plane: str, index: int, box: list[float]) -> np.ndarray:
@@ -120,15 +86,6 @@ def test_a_slice_of_any_plane_is_exact_and_carried_to_the_whole_object(plane, st
     assert carried.changed == ((3, 9), (10, 22), (15, 38))
     known = np.isfinite(session.confidence(1, plane))
     np.testing.assert_array_equal(known, wedge().any(tuple(a for a in range(3) if a != axis)))
-
-
-ACQUIRED = {
-    "axial": np.eye(3),
-    "coronal": np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0]], float),
-    "sagittal": np.array([[0, 0, -1], [1, 0, 0], [0, -1, 0]], float),
-    "oblique": rotation(25, -15, 10),
-    "left-handed": np.diag([-1.0, 1, 1]) @ rotation(10, 20, -15),
-}
 
 
 @pytest.mark.parametrize("directions", ACQUIRED.values(), ids=ACQUIRED)
@@ -224,175 +181,6 @@ def test_a_single_point_takes_the_best_of_three():
     assert session.prompt(1, points=[22, 15], index=5).iou == pytest.approx(0.9)
 
 
-def test_every_change_tells_where_and_is_taken_back_exactly():
-    rng = np.random.default_rng(3)
-    truth = wedge()
-    truth[2:12, 28:36, 4:12] = True
-    session = bright(truth)
-    names, states = [1, 2, 3], []
-    for _ in range(40):
-        before = {label: _mask(session, label) for label in names}
-        kept = [_state(session, label) for label in names]
-        change = _random_change(session, rng, truth)
-        if change is None:
-            continue
-        states.append((before, kept))
-        differs = np.any([before[n] != _mask(session, n) for n in names], axis=0)
-        _check_extent(change.changed, differs)
-    assert len(states) > 25
-    for before, kept in reversed(states):
-        after = {label: _mask(session, label) for label in names}
-        change = session.undo()
-        for label in names:
-            np.testing.assert_array_equal(_mask(session, label), before[label])
-        assert [_state(session, label) for label in names] == kept
-        _check_extent(change.changed, np.any([after[n] != before[n] for n in names], axis=0))
-    assert session.objects == ()
-    with pytest.raises(InputError, match="nothing to undo"):
-        session.undo()
-
-
-def _random_change(session: VolumePredictor, rng: np.random.Generator, truth: np.ndarray):
-    label = int(rng.integers(1, 4))
-    plane = str(rng.choice(list(AXES)))
-    index = int(rng.choice(np.flatnonzero(np.moveaxis(truth, AXES[plane], 0).any((1, 2)))))
-    kind = rng.choice(["box", "carry", "draw", "clear", "all", "again"])
-    try:
-        if kind in ("box", "again"):
-            box = tight(np.take(truth, index, AXES[plane]), int(rng.integers(0, 3)))
-            return session.prompt(label, box=box, index=index, plane=plane)
-        if kind == "carry":
-            direction = str(rng.choice(["up", "down", "both"]))
-            return session.propagate(label, plane=plane, direction=direction)
-        if kind == "draw":
-            drawn = rng.random(np.take(truth, index, AXES[plane]).shape) < 0.1
-            return session.set_mask(label, drawn, index=index, plane=plane)
-        if kind == "all":
-            return session.set_mask(label, rng.random(truth.shape) < 0.01)
-        return session.clear(label)
-    except InputError:
-        return None
-
-
-def _mask(session: VolumePredictor, label: int) -> np.ndarray:
-    known = label in [one.label for one in session.objects]
-    return session.mask(label) if known else np.zeros(session.volume.shape, bool)
-
-
-def _state(session: VolumePredictor, label: int):
-    if label not in [one.label for one in session.objects]:
-        return None
-    return [np.nan_to_num(session.confidence(label, plane)).tolist() for plane in AXES]
-
-
-def _check_extent(changed, differs: np.ndarray) -> None:
-    if changed is None:
-        assert not differs.any()
-        return
-    inside = np.zeros_like(differs)
-    inside[tuple(slice(first, end) for first, end in changed)] = True
-    assert not (differs & ~inside).any()
-    for axis in range(3):  # and no larger than it must be
-        places = np.flatnonzero(differs.any(tuple(a for a in range(3) if a != axis)))
-        assert changed[axis] == (places[0], places[-1] + 1)
-
-
-def test_prompted_slices_are_joined_and_stay_as_they_are():
-    session = bright()
-    session.prompt(1, box=BOX, index=4)
-    drawn = np.zeros(SHAPE[1:], bool)
-    drawn[12:20, 17:30] = True
-    session.set_mask(1, drawn, index=7)
-    carried = session.propagate()
-    assert carried.slices == (3, 5, 6, 8)
-    expected = wedge()
-    expected[7] = drawn
-    np.testing.assert_array_equal(session.mask(1), expected)
-    assert {end.reason for end in carried.ends if end.last in (5, 6)} == {
-        "slice 7, whose mask is known",
-        "slice 4, whose mask is known",
-    }
-
-
-def test_a_slice_across_that_was_prompted_stays():
-    session = bright()
-    drawn = np.zeros((DEPTH, WIDTH), bool)
-    drawn[1:12, 20:22] = True  # what the model would never find
-    session.set_mask(1, drawn, index=15, plane="coronal")
-    session.prompt(1, box=BOX, index=5)
-    session.propagate()
-    expected = wedge()
-    expected[:, 15] = drawn
-    expected[5] = wedge()[5]  # the last word on the voxels that both slices hold
-    np.testing.assert_array_equal(session.mask(1), expected)
-
-
-def test_a_correction_replaces_what_was_carried_before():
-    truth = wedge()
-    truth[9:13, 10:22, 15:35] = True  # something bright above, which is not the object
-    session = bright(truth)
-    session.prompt(1, box=BOX, index=5)
-    session.propagate()
-    np.testing.assert_array_equal(session.mask(1), truth)
-    session.set_mask(1, np.zeros(SHAPE[1:]), index=9)  # it is not there any more
-    corrected = session.propagate()
-    np.testing.assert_array_equal(session.mask(1), wedge())
-    assert corrected.changed == ((10, 13), (10, 22), (15, 35))
-    session.undo()
-    session.undo()
-    np.testing.assert_array_equal(session.mask(1), truth)
-
-
-def test_how_far_a_call_goes():
-    def carried(**course) -> list[int]:
-        session = bright()
-        session.prompt(1, box=BOX, index=4)
-        session.prompt(1, box=BOX, index=6)
-        session.propagate(**course)
-        return np.flatnonzero(session.mask(1).any((1, 2))).tolist()
-
-    assert carried() == [3, 4, 5, 6, 7, 8]
-    assert carried(direction="up") == [4, 5, 6, 7, 8]
-    assert carried(direction="down") == [3, 4, 5, 6]
-    assert carried(from_slice=4) == [3, 4, 5, 6]  # 6 is prompted: what follows is its own
-    assert carried(from_slice=6, direction="up") == [4, 6, 7, 8]
-    assert carried(from_slice=6, until=7) == [4, 6, 7]
-    assert carried(direction="up", until=7) == [4, 5, 6, 7]
-    assert carried(from_slice=4, until=3) == [3, 4, 6]
-
-
-def test_a_call_of_one_direction_leaves_the_other_sides_slices():
-    session = bright()
-    session.prompt(1, box=BOX, index=5)
-    session.propagate()
-    session.propagate(direction="up", until=6)
-    assert np.flatnonzero(session.mask(1).any((1, 2))).tolist() == [3, 4, 5, 6, 7, 8]
-    session.propagate(direction="up", rule=ChainRule(margin_px=300, min_overlap=0, reach=1))
-    assert np.flatnonzero(session.mask(1).any((1, 2))).tolist() == [3, 4, 5, 6]
-
-
-def test_several_objects_open_a_slice_once_in_each_direction():
-    truth = wedge()
-    truth[2:12, 28:36, 4:12] = True
-    predictor = BrightPredictor()
-    session = VolumePredictor(predictor, scan(truth))  # the next box is near: one object each
-    liver = session.add_object("liver", colour=(200, 0, 0))
-    session.prompt(liver, box=BOX, index=5)
-    cyst = session.add_object("cyst")
-    session.prompt(cyst, box=[2, 26, 14, 38], index=5)
-    before, seen = predictor.encoded, []
-    session.propagate(progress=lambda done, total: seen.append((done, total)))
-    assert predictor.encoded - before == 11  # 6 to 12 upwards, 4 to 1 downwards
-    assert seen[-1] == (11, 11)
-    found = session.segmentation()
-    assert [(one.label, one.name) for one in found.objects] == [(1, "liver"), (2, "cyst")]
-    assert found.objects[0].colour == (200, 0, 0)
-    assert set(np.unique(found.labels[2:12, 28:36, 4:12])) == {2}
-    session.clear(cyst)
-    assert not (session.segmentation().labels == 2).any()
-    assert len(session.objects) == 2
-
-
 def test_the_higher_label_covers_the_lower_which_keeps_its_voxels():
     session = bright()
     session.prompt(300, box=BOX, index=5)
@@ -404,50 +192,6 @@ def test_the_higher_label_covers_the_lower_which_keeps_its_voxels():
     session.clear(300)
     np.testing.assert_array_equal(session.segmentation().labels[5] == 2, wedge()[5])
     assert (found.labels == 300).any()  # what was given out does not change
-
-
-def test_an_interrupted_call_changes_nothing():
-    for error in (KeyboardInterrupt(), RuntimeError("the model is gone")):
-        predictor = BrightPredictor(failing_at=4, error=error)
-        session = VolumePredictor(predictor, scan(wedge()), rule=WIDE)
-        session.prompt(1, box=BOX, index=5)
-        before = session.mask(1)
-        with pytest.raises(type(error)):
-            session.propagate()
-        np.testing.assert_array_equal(session.mask(1), before)
-        predictor.failing_at = None
-        session.propagate()
-        np.testing.assert_array_equal(session.mask(1), wedge())
-
-
-def test_slices_of_one_value_have_empty_masks_and_are_not_asked_for():
-    truth = wedge()
-    volume = scan(truth)
-    volume.pixels[9] = 77
-    volume.pixels[4] = 0
-    predictor = BrightPredictor()
-    session = VolumePredictor(predictor, volume, rule=WIDE)
-    assert session.prompt(2, box=BOX, index=9).changed is None
-    assert session.prompt(2, points=[20, 15], index=4).changed is None
-    assert predictor.encoded == 0
-    with pytest.raises(InputError, match="object 2: no prompt on this plane found anything"):
-        session.propagate(2)
-    session.prompt(1, box=BOX, index=7)
-    ends = session.propagate(1).ends
-    assert sorted((end.last, end.reason) for end in ends) == [
-        (5, "slice 4: the mask is empty"),
-        (8, "slice 9: the mask is empty"),
-    ]
-
-
-def test_the_history_is_bounded():
-    session = bright(undo_bytes=400)
-    for index in (3, 4, 5, 6, 7):
-        session.set_mask(1, np.random.default_rng(index).random(SHAPE[1:]) < 0.5, index=index)
-    session.undo()
-    with pytest.raises(InputError, match="nothing to undo"):  # 250 bytes each
-        session.undo()
-    assert np.flatnonzero(session.mask(1).any((1, 2))).tolist() == [3, 4, 5, 6]
 
 
 def test_a_whole_mask_replaces_an_object_and_its_prompts():
@@ -463,89 +207,6 @@ def test_a_whole_mask_replaces_an_object_and_its_prompts():
         session.set_mask(1, np.zeros((3, 4, 5)))
     with pytest.raises(InputError, match=r"on slice 50: expected \(14, 40\) on one of 0–49"):
         session.set_mask(1, np.zeros((14, 40)), index=50, plane="sagittal")
-
-
-WRONG = {
-    "nothing": ({}, "no prompt: give a box, points or a 3D box"),
-    "labels alone": ({"labels": [1], "box": BOX, "index": 1}, "labels go with points"),
-    "no slice": ({"box": BOX}, "slice None: expected a whole number, 0–13"),
-    "half a slice": ({"box": BOX, "index": 2.5}, "slice 2.5: expected a whole number"),
-    "a slice beyond": ({"box": BOX, "index": 14}, r"slice 14: .*ct.nii has 0–13"),
-    "below": ({"box": BOX, "index": -1}, "slice -1"),
-    "a box outside": ({"box": [1, 1, 51, 9], "index": 1}, "outside the image: .*x in 0–50"),
-    "a box across": ({"box": [1, 1, 9, 15], "index": 1, "plane": "coronal"}, "y in 0–14"),
-    "an empty box": ({"box": [9, 1, 9, 9], "index": 1}, "x0 < x1"),
-    "a box of nothing": ({"box": [np.nan] * 4, "index": 1}, "finite"),
-    "three numbers": ({"box": [1, 2, 3], "index": 1}, "box .*expected 4 numbers"),
-    "a point outside": ({"points": [[50.5, 3]], "index": 1}, "outside the image of 50×40"),
-    "a point below": ({"points": [[5, 3, -0.5]]}, "outside the volume"),
-    "two slices": ({"points": [[5, 3, 1], [5, 3, 4]]}, "on slices 1, 4 of the plane"),
-    "another slice": ({"points": [[5, 3, 1]], "index": 2}, "slice 2, but .* on slice 1"),
-    "labels of others": ({"points": [[5, 3]], "labels": [1, 0], "index": 1}, "point_labels"),
-    "a third label": ({"points": [[5, 3]], "labels": [2], "index": 1}, "expected only -1, 0"),
-    "millimetres": ({"points": [[5, 3, 1]], "space": "lps"}, "no position in space"),
-    "an odd space": ({"points": [[5, 3, 1]], "space": "mm"}, "space 'mm'"),
-    "an odd plane": ({"box": BOX, "index": 1, "plane": "oblique"}, "plane 'oblique'"),
-    "a 3D box and more": ({"box_3d": [1, 1, 1, 9, 9, 9], "index": 3}, "stands alone"),
-    "a flat 3D box": ({"box_3d": [1, 1, 5, 9, 9, 5]}, "first below"),
-    "a 3D box outside": ({"box_3d": [1, 1, 5, 9, 9, 15]}, "within 0–14"),
-    "a wide 3D box": ({"box_3d": [1, 1, 5, 99, 9, 8]}, "outside the image"),
-    "odd logits": ({"box": BOX, "index": 1, "mask_input": [[1, 2]]}, "mask_input"),
-}
-
-
-@pytest.mark.parametrize(("prompt", "message"), WRONG.values(), ids=WRONG)
-def test_prompts_that_are_none(prompt, message, tiny_artefact):
-    predictor = Predictor(OnnxRuntimeSession(tiny_artefact), tiny_artefact.preprocessing)
-    with (
-        VolumePredictor(predictor, scan(wedge()), encode_ahead=False) as session,
-        pytest.raises(InputError, match=message),
-    ):
-        session.prompt(1, **prompt)
-    assert session.objects == ()
-
-
-@pytest.mark.parametrize(
-    ("course", "message"),
-    [
-        ({"direction": "sideways"}, "direction 'sideways'"),
-        ({"from_slice": 14}, "slice 14: the plane has slices 0–13"),
-        ({"until": 3}, "until goes with a direction"),
-        ({"from_slice": 6}, "object 1: no prompt on slice 6 found anything|no object was prompted"),
-        ({"labels": 3}, "object 3: no such object"),
-        ({"labels": [1], "plane": "coronal"}, "object 1: no prompt on this plane"),
-        ({"plane": "sagittal"}, "no object was prompted on this plane"),
-    ],
-)
-def test_ways_that_lead_nowhere(session, course, message):
-    session.prompt(1, box=BOX, index=5)
-    with pytest.raises(InputError, match=message):
-        session.propagate(**course)
-
-
-def test_without_spacing_only_stored_slices_have_a_shape():
-    volume = Volume(Path("a.npz"), "npz", scan(wedge()).pixels, STORED)
-    session = VolumePredictor(BrightPredictor(), volume, rule=WIDE)
-    with pytest.raises(InputError, match=r"a\.npz: the distance between its voxels is unknown"):
-        session.prompt(1, box=[1, 1, 9, 9], index=5, plane="coronal")
-    session.prompt(1, box=BOX, index=5, plane="axial")
-    session.propagate()
-    np.testing.assert_array_equal(session.mask(1), wedge())
-
-
-@pytest.mark.parametrize("label", [0, -3, 70000, 1.5])
-def test_labels_that_no_map_holds(session, label):
-    with pytest.raises(InputError, match="expected a whole number from 1 to 65535"):
-        session.add_object("x", label=label)
-
-
-def test_nothing_yet(session):
-    for call in (session.segmentation, session.undo, session.propagate):
-        with pytest.raises(InputError):
-            call()
-    for call in (session.mask, session.clear, session.confidence):
-        with pytest.raises(InputError, match="object 1: no such object"):
-            call(1)
 
 
 def test_an_image_is_a_volume_of_one_slice():
@@ -566,3 +227,97 @@ def test_colours_go_through_every_plane():
     session.prompt(1, box=tight(truth[:, 12]), index=12, plane="coronal")
     session.propagate(plane="coronal")
     np.testing.assert_array_equal(session.mask(1), truth)
+
+
+def test_sessions_of_many_threads_answer_as_alone():
+    truths = [np.roll(wedge(), (step, 3 * step, -4 * step), (0, 1, 2)) for step in range(3)]
+    shared = SharedPredictor(BrightPredictor())
+    sessions = [VolumePredictor(shared, scan(truth), rule=WIDE) for truth in truths]
+    alone = [bright(truth) for truth in truths]
+
+    def work(session: VolumePredictor, truth: np.ndarray, label: int) -> None:
+        plane, axis = [("stored", 0), ("coronal", 1)][label % 2]
+        index = int(np.flatnonzero(np.moveaxis(truth, axis, 0).any((1, 2)))[label])
+        box = tight(np.take(truth, index, axis))
+        for _ in range(3):
+            session.prompt(label, box=box, index=index, plane=plane)
+            session.propagate(label, plane=plane)
+            session.segmentation()
+
+    labels = (1, 2, 3)
+    given = [(*pair, label) for pair in zip(sessions, truths, strict=True) for label in labels]
+    with ThreadPoolExecutor(len(given)) as pool:
+        list(pool.map(lambda one: work(*one), given))
+    for session, truth, own in zip(sessions, truths, alone, strict=True):
+        for label in labels:
+            work(own, truth, label)
+            np.testing.assert_array_equal(session.mask(label), own.mask(label))
+            np.testing.assert_array_equal(session.mask(label), truth)
+
+
+def test_fractions_are_the_models_and_agree_with_the_mask(tiny_artefact):
+    predictor = Predictor(OnnxRuntimeSession(tiny_artefact), tiny_artefact.preprocessing)
+    with VolumePredictor(predictor, scan(wedge()), encode_ahead=False) as session:
+        session.prompt(1, box=BOX, index=5)
+        drawn = np.zeros(SHAPE[1:], bool)
+        drawn[3:9, 4:30] = True
+        session.set_mask(1, drawn, index=6)
+        found = session.segmentation()
+        session.clear(1)  # what was given out does not change
+    predictor.set_embeddings(_half(predictor.encode(_rgb(5))), SHAPE[1:])
+    answer = predictor.predict_boxes(np.array([BOX]))
+    logits = answer.known_logits()[0, 0].astype(np.float16).astype(np.float32)
+    full = upscale_logits(logits, SHAPE[1:], tiny_artefact.preprocessing)
+    fractions = found.fractions(1, 5)
+    assert fractions.dtype == np.float32
+    np.testing.assert_allclose(fractions, 1 / (1 + np.exp(-full)), atol=2e-3)
+    np.testing.assert_array_equal(fractions > 0.5, found.labels[5] == 1)
+    np.testing.assert_array_equal(found.labels[5], answer.masks[0, 0])
+    np.testing.assert_array_equal(found.fractions(1, 6), drawn)
+    assert not found.fractions(1, 7).any()
+    assert found.confidence[0, 5] == answer.ious[0, 0]
+    assert np.isnan(np.delete(found.confidence[0], 5)).all()
+
+
+def _half(embeddings: np.ndarray) -> np.ndarray:
+    return embeddings.astype(np.float16).astype(np.float32)
+
+
+def _rgb(index: int) -> np.ndarray:
+    return scan(wedge()).slice_rgb(index)
+
+
+def test_a_slice_across_changes_fractions_only_where_it_lies(tiny_artefact):
+    predictor = Predictor(OnnxRuntimeSession(tiny_artefact), tiny_artefact.preprocessing)
+    with VolumePredictor(predictor, scan(wedge()), encode_ahead=False) as session:
+        session.prompt(1, box=BOX, index=5)
+        before = session.segmentation().fractions(1, 5)
+        opposite = ~session.mask(1)[:, 12]
+        session.set_mask(1, opposite, index=12, plane="coronal")
+        after = session.segmentation().fractions(1, 5)
+    np.testing.assert_array_equal(after[12], opposite[5])
+    np.testing.assert_array_equal(np.delete(after, 12, 0), np.delete(before, 12, 0))
+
+
+def test_each_slice_of_a_plane_is_encoded_once(tiny_artefact):
+    encoded = []
+
+    class Counting(Predictor):
+        def encode(self, image):
+            encoded.append(image.shape[:2])
+            return super().encode(image)
+
+    predictor = Counting(OnnxRuntimeSession(tiny_artefact), tiny_artefact.preprocessing)
+    volume = scan(wedge())
+    with VolumePredictor(predictor, volume) as session:
+        for label in (1, 2):
+            for index in (5, 6, 5):
+                session.prompt(label, box=[BOX[0] + label, *BOX[1:]], index=index)
+        session.propagate()
+        while session.shared._worker is not None:
+            time.sleep(0.005)
+        assert len(encoded) == len(np.unique(volume.pixels, axis=0))  # equal slices are one
+        with VolumePredictor(session.shared, scan(wedge())) as other:
+            other.prompt(1, box=BOX, index=3)
+            other.prompt(1, box=[10, 2, 30, 11], index=12, plane="coronal")
+        assert encoded[len(np.unique(volume.pixels, axis=0)) :] == [(42, 50)]
