@@ -53,6 +53,7 @@ HEADER_TAGS = (
     *("SegmentedRedPaletteColorLookupTableData", "SegmentedGreenPaletteColorLookupTableData"),
     *("SegmentedBluePaletteColorLookupTableData", "PaletteColorLookupTableUID"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
+    *("SegmentSequence", "SegmentationType", "MaximumFractionalValue", "ReferencedSeriesSequence"),
 )
 
 
@@ -62,7 +63,7 @@ class DicomFile:
 
     Attributes:
         path: the file.
-        header: pydicom data set of the elements that reading an image needs.
+        header: pydicom data set of the elements that reading an image or segmentation needs.
         transfer_syntax: UID of the encoding of its pixels.
         pixel_bytes: bytes from its pixel data's element to the file's end; 0 without pixel data.
         is_deflated: whether all this lies deflated in the file.
