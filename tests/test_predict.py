@@ -306,7 +306,6 @@ MISTAKES = {
     "3D box outside": ("volume.npz --box3d 1 2 0 30 30 5", "z1 <= 4"),
     "3D box on an image": ("good.png --box3d 1 2 0 30 30 1", "2D image"),
     "window": ("good.png --box 1 2 30 30 --window 40 0", "width > 0"),
-    "png of a volume": ("volume.npz --box3d 1 2 0 30 30 2 --mask-format png", "one slice"),
     "nifti of a picture": ("good.png --box 1 2 30 30 --mask-format nifti", "position in space"),
     "pytorch option": ("good.png --box 1 2 30 30 --variant db_sam", "--backend pytorch"),
     "no such device": ("good.png --box 1 2 30 30 --backend tensorrt --device cpu", "runs on cuda"),

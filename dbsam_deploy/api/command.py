@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,8 +18,9 @@ from rich.table import Table
 from ..cli import progress_bars, table_console
 from ..core.errors import InputError
 from ..files.atomic import write_file
-from ..images.scans import require_nibabel
-from ..images.volumes import OWN_WINDOW, Volume, no_grid, png_bytes, read_image
+from ..images.volumes import OWN_WINDOW, Volume, png_bytes, read_image
+from ..outputs.files import OVERLAY, planned, write
+from ..outputs.segmentation import Segmentation
 from ..prediction.prompts import Prompts, check_prompts
 from ..prediction.results import Result
 from ..prediction.segment import Progress
@@ -154,40 +154,6 @@ def prompts_from(args: argparse.Namespace, volume: Volume) -> Prompts:
     return check_prompts(prompts if len(prompts) else own_boxes(prompts, volume), volume)
 
 
-def planned_files(volume: Volume, mask_format: str, folder: Path, overlay: bool) -> dict[str, Path]:
-    """What will be written: `png`, `npz`, `nifti`, `overlay` → path.
-
-    Raises:
-        InputError: a format that cannot hold this volume, or a file that was read as input.
-        EngineError: NIfTI without nibabel.
-    """
-    stem = volume.path.resolve().name
-    for suffix in (".nii.gz", ".nii", volume.path.suffix):
-        stem = stem.removesuffix(suffix)
-    kinds: tuple[str, ...] = (mask_format,)
-    if mask_format == "auto":
-        if volume.geometry is not None or volume.unplaced:
-            kinds = ("nifti",)
-        else:
-            kinds = ("npz",) if volume.is_volume else ("png", "npz")
-    if "png" in kinds and volume.is_volume:
-        raise InputError(f"{volume.path} is a volume: PNG holds one slice; use --mask-format npz")
-    if "nifti" in kinds:
-        if volume.geometry is None:
-            raise InputError(
-                f"{volume.path}: {no_grid(volume)}, which NIfTI needs: use --mask-format npz"
-            )
-        require_nibabel()
-    endings = {"png": "_mask.png", "npz": "_mask.npz", "nifti": "_mask.nii.gz"}
-    paths = {kind: folder / f"{stem}{endings[kind]}" for kind in kinds}
-    if overlay:
-        paths["overlay"] = folder / f"{stem}_overlay.png"
-    for path in paths.values():
-        if os.path.exists(path) and any(path.samefile(source) for source in volume.files):
-            raise InputError(f"{path} is the input itself: choose another --output folder")
-    return paths
-
-
 @contextmanager
 def _progress(console: Console) -> Iterator[Progress]:
     with progress_bars(console, transient=True) as bar:
@@ -230,7 +196,8 @@ def predict_image(args: argparse.Namespace, open_model: Callable[[], Model]) -> 
         volume=args.volume,
     )
     prompts = prompts_from(args, volume)
-    paths = planned_files(volume, args.mask_format, args.output, args.overlay)
+    formats = () if args.mask_format == "auto" else (args.mask_format,)
+    paths = planned(volume, formats, args.output, overlay=args.overlay)
     console = table_console()
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     with open_model() as model:
@@ -246,10 +213,9 @@ def predict_image(args: argparse.Namespace, open_model: Callable[[], Model]) -> 
             start = time.perf_counter()
             result = model.run(volume, prompts, progress)
             latency_ms = (time.perf_counter() - start) * 1e3
-    for kind, path in paths.items():
-        if kind == "overlay":
-            write_file(path, png_bytes(np.asarray(result.plot())))
-        else:
-            result.save(path)
+        name = model.describe()
+    write(Segmentation.from_result(result, name), paths)
+    if OVERLAY in paths:
+        write_file(paths[OVERLAY], png_bytes(np.asarray(result.plot())))
     _report(console, result, paths, latency_ms)
     return 0

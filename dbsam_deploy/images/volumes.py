@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from ..core.contract import MAX_IMAGE_PIXELS
+from ..core.contract import IOU_PREDICTIONS, MAX_IMAGE_PIXELS
 from ..core.errors import InputError
 from ..core.imaging import ByteArray, FloatArray
 from ..files.damage import DAMAGED, reason_of
@@ -356,6 +356,23 @@ def npz_bytes(**arrays: Any) -> bytes:
     stream = io.BytesIO()
     np.savez_compressed(stream, **arrays)
     return stream.getvalue()
+
+
+def label_npz_bytes(
+    labels: npt.NDArray[Any], volume: Volume, ious: FloatArray, **more: Any
+) -> bytes:
+    """A label map as the content of an `.npz` file.
+
+    Args:
+        labels: (D, H, W); of an image `segs` is (H, W).
+        volume: what was segmented; its `spacing` along (z, y, x) in mm goes along.
+        ious: (N,) float32, predicted IoU of each object.
+        more: further arrays.
+    """
+    arrays = {"segs": labels if volume.is_volume else labels[0], IOU_PREDICTIONS: ious, **more}
+    if volume.spacing_mm is not None:
+        arrays["spacing"] = np.array(volume.spacing_mm, np.float64)
+    return npz_bytes(**arrays)
 
 
 def no_grid(volume: Volume) -> str:

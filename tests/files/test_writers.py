@@ -22,7 +22,7 @@ ELSEWHERE = {
     "kernels.plugin_build.open": "a log",
     "kernels.quick_plugins.write_text": "in a temporary folder",
     "model.checkpoint.save": "into bytes",
-    "api.command.save": "Result.save, which writes whole",
+    "outputs.files.write_bytes": "in the folder that replaces the slices",
     "quantization.modelopt_tool.savez": "in a temporary folder",
     "quantization.modelopt_tool.write_text": "in a temporary folder",
     "quantization.modelopt_worker.write_text": "in a folder that its one reader made and removes",
