@@ -21,7 +21,7 @@ from ..images.nifti import count_volumes
 from ..images.npz_files import read_label_names, read_labels
 from ..images.volumes import SOFT_TISSUE, SOFT_TISSUE_TEXT, Volume, read_image
 from .dicom_seg import read_segments
-from .labels import LabelMap, read_nifti_labels
+from .labels import ReadLabels, read_nifti_labels
 
 
 @dataclass(frozen=True)
@@ -135,13 +135,13 @@ def read_cases(files: Sequence[CaseFile]) -> Iterator[LabelledCase]:
     return (read_case(file) for file in files)
 
 
-def _read_npz(file: CaseFile) -> tuple[Volume, LabelMap]:
+def _read_npz(file: CaseFile) -> tuple[Volume, ReadLabels]:
     volume = read_image(file.path)
     labels = read_labels(file.path, volume.shape)
-    return volume, LabelMap(labels, read_label_names(file.path))
+    return volume, ReadLabels(labels, read_label_names(file.path))
 
 
-def _read_pair(file: CaseFile, labels: Path) -> tuple[Volume, LabelMap]:
+def _read_pair(file: CaseFile, labels: Path) -> tuple[Volume, ReadLabels]:
     if file.series:
         volume = read_image(file.path, window=file.window, series=file.series)
         found = read_segments(labels, volume)

@@ -17,7 +17,7 @@ from ..files.atomic import sha256_of, write_file
 from ..images.npz_files import read_array
 from ..images.volumes import npz_bytes
 from .cases import CaseFile, npz_name, read_case
-from .layouts import Found
+from .layouts import Labelled
 
 REPORT_NAME = "conversion.json"
 _RECORD, _MAX_RECORD_BYTES = "conversion", 1024 * 1024
@@ -62,7 +62,7 @@ class Conversion:
 
 
 def convert_cases(
-    found: Found, folder: Path, output: Path, progress: Callable[[int, str], None]
+    found: Labelled, folder: Path, output: Path, progress: Callable[[int, str], None]
 ) -> Conversion:
     """Write every case as `OUTPUT/<task>/<case>.npz`, and `conversion.json`.
 

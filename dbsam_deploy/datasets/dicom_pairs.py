@@ -10,10 +10,10 @@ from ..core.errors import InputError
 from ..images.dicom_files import DicomFile, read_header
 from .cases import CaseFile, Reading
 from .dicom_seg import is_segmentation, references
-from .layouts import Found, LeftOut
+from .layouts import Labelled, LeftOut
 
 
-def pair_segmentations(files: Iterable[Path], folder: Path, reading: Reading) -> Found:
+def pair_segmentations(files: Iterable[Path], folder: Path, reading: Reading) -> Labelled:
     """One case for each SEG file, with the series that it refers to.
 
     The whole tree is one task, as the folders of a DICOM tree are patients and studies. A case is
@@ -28,19 +28,7 @@ def pair_segmentations(files: Iterable[Path], folder: Path, reading: Reading) ->
     Raises:
         InputError: a modality is asked for.
     """
-    series: dict[str, list[DicomFile]] = {}
-    segmentations: list[DicomFile] = []
-    left_out: list[LeftOut] = []
-    for path in files:
-        try:
-            file = read_header(path)
-        except InputError as error:
-            left_out.append(LeftOut(path, f"cannot be read: {error.message}"))
-            continue
-        if is_segmentation(file):
-            segmentations.append(file)
-        elif file.is_image:
-            series.setdefault(str(file.header.get("SeriesInstanceUID", "")), []).append(file)
+    series, segmentations, left_out = _sorted(files)
     owner = {
         str(file.header.get("SOPInstanceUID", "")): uid for uid, of in series.items() for file in of
     }
@@ -64,7 +52,27 @@ def pair_segmentations(files: Iterable[Path], folder: Path, reading: Reading) ->
         if uid not in used
     ]
     of_series = {uid: tuple(file.path for file in series[uid]) for uid in used}
-    return Found(tuple(_named(pairs, of_series, folder, reading)), tuple(left_out))
+    return Labelled(tuple(_named(pairs, of_series, folder, reading)), tuple(left_out))
+
+
+def _sorted(
+    files: Iterable[Path],
+) -> tuple[dict[str, list[DicomFile]], list[DicomFile], list[LeftOut]]:
+    """Images by the SeriesInstanceUID, SEG files, and what cannot be read."""
+    series: dict[str, list[DicomFile]] = {}
+    segmentations: list[DicomFile] = []
+    left_out: list[LeftOut] = []
+    for path in files:
+        try:
+            file = read_header(path)
+        except InputError as error:
+            left_out.append(LeftOut(path, f"cannot be read: {error.message}"))
+            continue
+        if is_segmentation(file):
+            segmentations.append(file)
+        elif file.is_image:
+            series.setdefault(str(file.header.get("SeriesInstanceUID", "")), []).append(file)
+    return series, segmentations, left_out
 
 
 def _named(

@@ -21,7 +21,7 @@ from ..images.dicom_files import DicomFile, read_header, reading_dicom
 from ..images.dicom_frames import FLOAT, DicomSlice, frames_of
 from ..images.dicom_geometry import SAME_DIRECTION, arrange
 from ..images.volumes import Volume
-from .labels import ADVICE, SAME_PLACE, LabelMap
+from .labels import ADVICE, SAME_PLACE, ReadLabels
 
 SEG_CLASSES = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 """SOP classes of segmentations: bits or fractions a segment, and label maps."""
@@ -62,7 +62,7 @@ def references(file: DicomFile) -> tuple[set[str], set[str]]:
     return named - {""}, instances - {""}
 
 
-def read_segments(path: Path, volume: Volume) -> LabelMap:
+def read_segments(path: Path, volume: Volume) -> ReadLabels:
     """Read a SEG as a label map; fractional segments hold what is at least half inside.
 
     Args:
@@ -97,7 +97,7 @@ def read_segments(path: Path, volume: Volume) -> LabelMap:
             _draw(labels[z], _marked(stored, frame, file, kind), names, path)
     if kind == "FRACTIONAL":
         notes = (*notes, f"{path.name} holds fractions: from one half on a voxel counts as inside")
-    return LabelMap(labels, names, notes)
+    return ReadLabels(labels, names, notes)
 
 
 def _names(file: DicomFile) -> dict[int, str]:

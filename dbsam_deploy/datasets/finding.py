@@ -19,7 +19,7 @@ from ..files.regular import small_text
 from ..images.dicom_files import looks_like_dicom
 from .cases import CaseFile, Reading
 from .dicom_pairs import pair_segmentations
-from .layouts import Found, LeftOut, read_layout, stem_of
+from .layouts import Labelled, LeftOut, read_layout, stem_of
 
 EXPECTED = (
     "expected DIR/<task>/*.npz with imgs and gts, NIfTI images with label maps (nnU-Net's or the "
@@ -51,7 +51,7 @@ def reading_of(words: argparse.Namespace) -> Reading:
     return Reading(window, words.modality)
 
 
-def find_labelled(folder: Path, reading: Reading | None = None) -> Found:
+def find_labelled(folder: Path, reading: Reading | None = None) -> Labelled:
     """Everything with labels in a folder and its sub-folders, by name, and what has none.
 
     Where there are npz files, they alone are the data set.
@@ -66,7 +66,7 @@ def find_labelled(folder: Path, reading: Reading | None = None) -> Found:
         raise InputError(f"{folder}: no such folder; {EXPECTED}")
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.npz"))
     if names:
-        return Found(tuple(_npz_case(folder, name, reading) for name in names))
+        return Labelled(tuple(_npz_case(folder, name, reading) for name in names))
     parts, dicom = [], []
     for root, folders, files in os.walk(folder):
         here = Path(root)
@@ -84,7 +84,7 @@ def find_labelled(folder: Path, reading: Reading | None = None) -> Found:
     return _unique([case for part in parts for case in part.cases], parts)
 
 
-def _unique(cases: list[CaseFile], parts: Sequence[Found]) -> Found:
+def _unique(cases: list[CaseFile], parts: Sequence[Labelled]) -> Labelled:
     left_out = [one for part in parts for one in part.left_out]
     by_name: dict[tuple[str, str], CaseFile] = {}
     for case in sorted(cases, key=lambda one: (one.task, one.name)):
@@ -92,7 +92,7 @@ def _unique(cases: list[CaseFile], parts: Sequence[Found]) -> Found:
         if first is not case:
             why = f"has the name of {first.labels}: rename one of them"
             left_out.append(LeftOut(case.labels or case.path, why))
-    return Found(tuple(by_name.values()), tuple(left_out))
+    return Labelled(tuple(by_name.values()), tuple(left_out))
 
 
 def find_cases(

@@ -24,7 +24,7 @@ _FLOAT_NOISE = 1e-4
 
 
 @dataclass(frozen=True)
-class LabelMap:
+class ReadLabels:
     """Labels of an image or volume.
 
     Attributes:
@@ -37,11 +37,11 @@ class LabelMap:
     names: dict[int, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
-    def with_note(self, *notes: str) -> LabelMap:
+    def with_note(self, *notes: str) -> ReadLabels:
         """The same with further remarks."""
         return dataclasses.replace(self, notes=(*self.notes, *notes))
 
-    def named(self, names: dict[int, str], ignored: int | None, path: Path) -> LabelMap:
+    def named(self, names: dict[int, str], ignored: int | None, path: Path) -> ReadLabels:
         """The same with names, where a data set gives them.
 
         Raises:
@@ -56,7 +56,7 @@ class LabelMap:
         return dataclasses.replace(self, names=names)
 
 
-def read_nifti_labels(path: Path, volume: Volume) -> LabelMap:
+def read_nifti_labels(path: Path, volume: Volume) -> ReadLabels:
     """Read a label map in NIfTI.
 
     Args:
@@ -71,7 +71,7 @@ def read_nifti_labels(path: Path, volume: Volume) -> LabelMap:
         raise InputError(f"{path} holds {count} volumes; expected one label map")
     scan = read_nifti(path)
     notes = check_same_grid(scan.geometry, volume, path)
-    return LabelMap(_whole(scan.values, path), notes=notes)
+    return ReadLabels(_whole(scan.values, path), notes=notes)
 
 
 def check_same_grid(found: ScanGeometry | None, volume: Volume, path: Path) -> tuple[str, ...]:

@@ -44,7 +44,7 @@ class LeftOut:
 
 
 @dataclass(frozen=True)
-class Found:
+class Labelled:
     """What of a folder makes cases, and what does not."""
 
     cases: tuple[CaseFile, ...] = ()
@@ -79,7 +79,7 @@ def stem_of(path: Path) -> str:
 
 def read_layout(
     folder: Path, files: Sequence[Path], place: tuple[str, str], reading: Reading
-) -> tuple[Found, bool]:
+) -> tuple[Labelled, bool]:
     """The pairs of one folder, and whether it is a whole data set, with nothing else below it.
 
     Args:
@@ -247,14 +247,14 @@ def _cases(
     about: _About,
     place: tuple[str, str],
     reading: Reading,
-) -> Found:
+) -> Labelled:
     """Cases of one folder, each with the one modality that is asked for.
 
     Raises:
         InputError: there are several modalities and none is chosen, or an unknown one.
     """
     if not groups:
-        return Found(left_out=tuple(left_out))
+        return Labelled(left_out=tuple(left_out))
     numbers = {number for group in groups.values() if not group.whole for number in group.images}
     known = dict(about.modalities) or {number: "" for number in sorted(numbers)}
     folder = next((group.labels.parent for group in groups.values()), Path())
@@ -280,7 +280,7 @@ def _cases(
                 is_ct=known.get(chosen or 0, "").upper() == "CT",
             )
         )
-    return Found(tuple(cases), tuple(left_out))
+    return Labelled(tuple(cases), tuple(left_out))
 
 
 def _modality(wanted: str | None, known: Mapping[int, str], folder: Path) -> int | None:

@@ -11,7 +11,7 @@ import pytest
 from support.labelled_sets import write_nifti
 
 from dbsam_deploy.core.errors import InputError
-from dbsam_deploy.datasets.labels import LabelMap, read_nifti_labels
+from dbsam_deploy.datasets.labels import ReadLabels, read_nifti_labels
 from dbsam_deploy.images.nifti import count_volumes
 from dbsam_deploy.images.volumes import read_image
 
@@ -27,7 +27,7 @@ OBLIQUE = (0.8, -0.6, 0, 0.6, 0.8, 0, 0, 0, 1)
 LEFT_HANDED = (-1, 0, 0, 0, 1, 0, 0, 0, 1)
 
 
-def read(folder: Path, labels: npt.NDArray[Any], theirs: Any = (), **ours: Any) -> LabelMap:
+def read(folder: Path, labels: npt.NDArray[Any], theirs: Any = (), **ours: Any) -> ReadLabels:
     """Labels placed as `ours` for images placed as `theirs`."""
     images = write_nifti(folder / "image.nii.gz", IMAGE, **dict(theirs))
     return read_nifti_labels(write_nifti(folder / "map.nii.gz", labels, **ours), read_image(images))
