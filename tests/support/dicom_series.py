@@ -85,6 +85,8 @@ def write_enhanced(
     *,
     depths_mm: Sequence[float],
     intercepts: Sequence[float] | None = None,
+    directions: npt.NDArray[np.float64] | None = None,
+    **values: object,
 ) -> Path:
     """Write one enhanced CT file whose frames lie at `depths_mm` along z.
 
@@ -93,6 +95,9 @@ def write_enhanced(
         volume: (D, H, W) whole numbers in HU, at least the intercept of their frame.
         depths_mm: (D,) in the order of the frames.
         intercepts: of each frame; by default one of -1024 in the shared functional groups.
+        directions: (3, 3), columns are x, y and z, where they are not those of the patient; each
+            frame then has its own, as some makers write it.
+        values: further elements.
     """
     from pydicom.dataset import Dataset
     from pydicom.sequence import Sequence as Items
@@ -120,6 +125,13 @@ def write_enhanced(
         item(PlanePositionSequence=Items([item(ImagePositionPatient=[0, 0, float(depth)])]))
         for depth in depths_mm
     ]
+    if directions is not None:
+        del shared.PlaneOrientationSequence
+        for frame, depth in zip(frames, depths_mm, strict=True):
+            position = [f"{value:.6f}" for value in directions[:, 2] * depth]
+            cosines = [f"{value:.10f}" for value in directions[:, :2].T.ravel()]
+            frame.PlanePositionSequence[0].ImagePositionPatient = position
+            frame.PlaneOrientationSequence = Items([item(ImageOrientationPatient=cosines)])
     if intercepts is None:
         shared.PixelValueTransformationSequence = rescale(-1024.0)
     else:
@@ -127,6 +139,7 @@ def write_enhanced(
             frame.PixelValueTransformationSequence = rescale(low)
     dataset.SharedFunctionalGroupsSequence = Items([shared])
     dataset.PerFrameFunctionalGroupsSequence = Items(frames)
+    dataset.update(values)
     dataset.save_as(path, enforce_file_format=True)
     return path
 
