@@ -99,17 +99,10 @@ def write_enhanced(
             frame then has its own, as some makers write it.
         values: further elements.
     """
-    from pydicom.dataset import Dataset
     from pydicom.sequence import Sequence as Items
 
-    def item(**values: object) -> Dataset:
-        made = Dataset()
-        for name, value in values.items():
-            setattr(made, name, value)
-        return made
-
     def rescale(intercept: float) -> Items:
-        return Items([item(RescaleSlope="1", RescaleIntercept=str(intercept), RescaleType="HU")])
+        return Items([_item(RescaleSlope="1", RescaleIntercept=str(intercept), RescaleType="HU")])
 
     each = [-1024.0] * len(volume) if intercepts is None else intercepts
     stored = np.stack([plane - low for plane, low in zip(volume, each, strict=True)])
@@ -117,21 +110,17 @@ def write_enhanced(
     del dataset.RescaleSlope, dataset.RescaleIntercept
     dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = ENHANCED_CT_IMAGE_STORAGE
     dataset.NumberOfFrames = len(volume)
-    shared = item(
-        PlaneOrientationSequence=Items([item(ImageOrientationPatient=[1, 0, 0, 0, 1, 0])]),
-        PixelMeasuresSequence=Items([item(PixelSpacing=["0.8", "0.7"], SliceThickness="2")]),
+    shared = _item(
+        PlaneOrientationSequence=Items([_item(ImageOrientationPatient=[1, 0, 0, 0, 1, 0])]),
+        PixelMeasuresSequence=Items([_item(PixelSpacing=["0.8", "0.7"], SliceThickness="2")]),
     )
     frames = [
-        item(PlanePositionSequence=Items([item(ImagePositionPatient=[0, 0, float(depth)])]))
+        item(PlanePositionSequence=Items([_item(ImagePositionPatient=[0, 0, float(depth)])]))
         for depth in depths_mm
     ]
     if directions is not None:
         del shared.PlaneOrientationSequence
-        for frame, depth in zip(frames, depths_mm, strict=True):
-            position = [f"{value:.6f}" for value in directions[:, 2] * depth]
-            cosines = [f"{value:.10f}" for value in directions[:, :2].T.ravel()]
-            frame.PlanePositionSequence[0].ImagePositionPatient = position
-            frame.PlaneOrientationSequence = Items([item(ImageOrientationPatient=cosines)])
+        _turn(frames, directions, depths_mm)
     if intercepts is None:
         shared.PixelValueTransformationSequence = rescale(-1024.0)
     else:
@@ -142,6 +131,27 @@ def write_enhanced(
     dataset.update(values)
     dataset.save_as(path, enforce_file_format=True)
     return path
+
+
+def _item(**values: object) -> Any:
+    from pydicom.dataset import Dataset
+
+    made = Dataset()
+    for name, value in values.items():
+        setattr(made, name, value)
+    return made
+
+
+def _turn(
+    frames: list[Any], directions: npt.NDArray[np.float64], depths_mm: Sequence[float]
+) -> None:
+    from pydicom.sequence import Sequence as Items
+
+    for frame, depth in zip(frames, depths_mm, strict=True):
+        position = [f"{value:.6f}" for value in directions[:, 2] * depth]
+        cosines = [f"{value:.10f}" for value in directions[:, :2].T.ravel()]
+        frame.PlanePositionSequence[0].ImagePositionPatient = position
+        frame.PlaneOrientationSequence = Items([_item(ImageOrientationPatient=cosines)])
 
 
 def edit(path: Path, **values: object) -> None:
