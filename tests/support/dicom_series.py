@@ -115,7 +115,7 @@ def write_enhanced(
         PixelMeasuresSequence=Items([_item(PixelSpacing=["0.8", "0.7"], SliceThickness="2")]),
     )
     frames = [
-        item(PlanePositionSequence=Items([_item(ImagePositionPatient=[0, 0, float(depth)])]))
+        _item(PlanePositionSequence=Items([_item(ImagePositionPatient=[0, 0, float(depth)])]))
         for depth in depths_mm
     ]
     if directions is not None:
