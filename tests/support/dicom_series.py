@@ -101,9 +101,6 @@ def write_enhanced(
     """
     from pydicom.sequence import Sequence as Items
 
-    def rescale(intercept: float) -> Items:
-        return Items([_item(RescaleSlope="1", RescaleIntercept=str(intercept), RescaleType="HU")])
-
     each = [-1024.0] * len(volume) if intercepts is None else intercepts
     stored = np.stack([plane - low for plane, low in zip(volume, each, strict=True)])
     dataset = ct_slice(stored, 0)
@@ -122,10 +119,10 @@ def write_enhanced(
         del shared.PlaneOrientationSequence
         _turn(frames, directions, depths_mm)
     if intercepts is None:
-        shared.PixelValueTransformationSequence = rescale(-1024.0)
+        shared.PixelValueTransformationSequence = _rescale(-1024.0)
     else:
         for frame, low in zip(frames, intercepts, strict=True):
-            frame.PixelValueTransformationSequence = rescale(low)
+            frame.PixelValueTransformationSequence = _rescale(low)
     dataset.SharedFunctionalGroupsSequence = Items([shared])
     dataset.PerFrameFunctionalGroupsSequence = Items(frames)
     dataset.update(values)
@@ -140,6 +137,10 @@ def _item(**values: object) -> Any:
     for name, value in values.items():
         setattr(made, name, value)
     return made
+
+
+def _rescale(intercept: float) -> list[Any]:
+    return [_item(RescaleSlope="1", RescaleIntercept=str(intercept), RescaleType="HU")]
 
 
 def _turn(
