@@ -278,6 +278,6 @@ def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) 
         lines = (f"error: {' '.join(error.message.split())}", *error.details)
         print(as_called("\n  ".join(lines)), file=sys.stderr)
         return error.exit_status
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(": ".join(("interrupted", *map(str, interrupt.args))), file=sys.stderr)
         return 130

@@ -19,6 +19,7 @@ from .cvpr24 import evaluate_labels
 from .medsam import evaluate_volumes
 from .metrics import LEVEL, bootstrap_grouped, bootstrap_mean
 from .objects import evaluate_objects
+from .one_prompt import evaluate_one_prompt
 from .protocols import EvaluationProtocol
 from .results import (
     CaseResult,
@@ -47,6 +48,7 @@ _PASSES: dict[str, Callable[[LabelledCase, Run], CaseOutcome]] = {
     "objects": evaluate_objects,
     "medsam": evaluate_volumes,
     "cvpr24": evaluate_labels,
+    "one-prompt": evaluate_one_prompt,
 }
 
 

@@ -24,12 +24,16 @@ class Score:
         nsd: normalised surface distance (surface Dice); None where it was not asked for.
         box_dsc: Dice of the filled box: what a model reaches that only repeats its prompt.
         box_nsd: surface Dice of the filled box.
+        oracle_dsc: one-prompt alone: Dice of the model with a box on each of the object's slices.
+        cvpr24_dsc: one-prompt alone: Dice of the propagation of `cvpr24`.
     """
 
     dsc: float
     nsd: float | None
     box_dsc: float
     box_nsd: float | None
+    oracle_dsc: float | None = None
+    cvpr24_dsc: float | None = None
 
 
 @dataclass(frozen=True)
@@ -240,6 +244,8 @@ def mean_score(scores: Iterable[Score]) -> Score:
         _mean_or_none([score.nsd for score in found]),
         float(np.mean([score.box_dsc for score in found])),
         _mean_or_none([score.box_nsd for score in found]),
+        _mean_or_none([score.oracle_dsc for score in found]),
+        _mean_or_none([score.cvpr24_dsc for score in found]),
     )
 
 

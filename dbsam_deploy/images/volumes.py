@@ -391,7 +391,6 @@ def label_map_bytes(labels: npt.NDArray[Any], volume: Volume, *, compressed: boo
     """
     if volume.geometry is None:
         raise InputError(
-            f"{volume.path}: {no_grid(volume)}, which NIfTI needs: save it as .npz "
-            "(--mask-format npz)"
+            f"{volume.path}: {no_grid(volume)}, which NIfTI needs: save it as .npz (--format npz)"
         )
     return nifti_bytes(labels, volume.geometry, compressed=compressed)

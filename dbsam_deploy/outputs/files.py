@@ -84,9 +84,7 @@ def _stem(image: Volume) -> str:
 def _check_holds(name: str, image: Volume) -> None:
     if name == "nifti":
         if image.geometry is None:
-            raise InputError(
-                f"{image.path}: {no_grid(image)}, which NIfTI needs: use --mask-format npz"
-            )
+            raise InputError(f"{image.path}: {no_grid(image)}, which NIfTI needs: use --format npz")
         require_nibabel()
 
 
