@@ -55,6 +55,7 @@ ORDER = (
 DOORS = {
     "client",
     "completion",
+    "convert",
     "doctor",
     "engine",
     "evaluate",
