@@ -126,8 +126,17 @@ EXTRAS = (
             "python-gdcm>=3.0.24",
             "pylibjpeg>=2.0",
             "pylibjpeg-openjpeg>=2.0",
+            "highdicom>=0.26",
+            "contourpy>=1.3",
         ),
-        ("pydicom", "jpeg_ls", "gdcm", "pylibjpeg", "openjpeg"),
+        ("pydicom", "jpeg_ls", "gdcm", "pylibjpeg", "openjpeg", "highdicom", "contourpy"),
+    ),
+    Extra(
+        "pacs",
+        "studies of a PACS (DICOMweb)",
+        ("dicomweb-client>=0.60", "requests>=2.32", "urllib3>=2.6"),
+        ("dicomweb_client", "requests", "urllib3"),
+        includes=("dicom",),
     ),
     Extra("medsam", "MedSAM's preprocessing", ("scikit-image>=0.24",), ("skimage.transform",)),
     Extra(

@@ -1,5 +1,6 @@
 // Entry points of multi-scale deformable attention (entry_points.h).
 #include <cstdint>
+#include <type_traits>
 
 #include "entry_points.h"
 #include "ms_deform_attn.cuh"
@@ -83,22 +84,32 @@ int describe(DeformProblem& problem, int batch, int heads, int head_dim, int lev
   return dbsam::kSuccess;
 }
 
-}  // namespace
-
-extern "C" int dbsam_ms_deform_attn(const void* value, const void* offsets, const void* weights,
-                                    void* out, int batch, int heads, int head_dim, int levels,
-                                    int points, const int* level_shapes, int query_levels,
-                                    const int* query_shapes, int dtype, void* stream) {
+// `Value` is the type of the values; void for that of offsets, weights and output.
+template <typename Value>
+int run(const void* value, float value_scale, const void* offsets, const void* weights, void* out,
+        int batch, int heads, int head_dim, int levels, int points, const int* level_shapes,
+        int query_levels, const int* query_shapes, int dtype, void* stream) {
   DeformProblem problem{};
   const int status = describe(problem, batch, heads, head_dim, levels, points, level_shapes,
                               query_levels, query_shapes);
   if (status != dbsam::kSuccess) return status;
   return dbsam::dispatch_dtype(dtype, [&](auto element) -> int {
     using T = decltype(element);
+    using V = std::conditional_t<std::is_void_v<Value>, T, Value>;
     if (batch == 0) return dbsam::kSuccess;
     if (!dbsam::all_aligned(value, offsets, weights, out)) return dbsam::kErrorAlignment;
-    return launch<T, T>(value, 1.0f, offsets, weights, out, batch, problem, stream);
+    return launch<V, T>(value, value_scale, offsets, weights, out, batch, problem, stream);
   });
+}
+
+}  // namespace
+
+extern "C" int dbsam_ms_deform_attn(const void* value, const void* offsets, const void* weights,
+                                    void* out, int batch, int heads, int head_dim, int levels,
+                                    int points, const int* level_shapes, int query_levels,
+                                    const int* query_shapes, int dtype, void* stream) {
+  return run<void>(value, 1.0f, offsets, weights, out, batch, heads, head_dim, levels, points,
+                   level_shapes, query_levels, query_shapes, dtype, stream);
 }
 
 extern "C" int dbsam_ms_deform_attn_int8(const signed char* value, float value_scale,
@@ -106,15 +117,6 @@ extern "C" int dbsam_ms_deform_attn_int8(const signed char* value, float value_s
                                          int batch, int heads, int head_dim, int levels, int points,
                                          const int* level_shapes, int query_levels,
                                          const int* query_shapes, int dtype, void* stream) {
-  DeformProblem problem{};
-  const int status = describe(problem, batch, heads, head_dim, levels, points, level_shapes,
-                              query_levels, query_shapes);
-  if (status != dbsam::kSuccess) return status;
-  return dbsam::dispatch_dtype(dtype, [&](auto element) -> int {
-    using T = decltype(element);
-    if (batch == 0) return dbsam::kSuccess;
-    if (!dbsam::all_aligned(value, offsets, weights, out)) return dbsam::kErrorAlignment;
-    return launch<signed char, T>(value, value_scale, offsets, weights, out, batch, problem,
-                                  stream);
-  });
+  return run<signed char>(value, value_scale, offsets, weights, out, batch, heads, head_dim, levels,
+                          points, level_shapes, query_levels, query_shapes, dtype, stream);
 }

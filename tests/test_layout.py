@@ -26,6 +26,7 @@ ORDER = (
     "recipe",
     # one room a stage
     "images",
+    "datasets",
     "model",
     "kernels",
     "fusions",
@@ -54,6 +55,7 @@ ORDER = (
 DOORS = {
     "client",
     "completion",
+    "convert",
     "doctor",
     "engine",
     "evaluate",

@@ -10,9 +10,9 @@ import numpy.typing as npt
 
 from ..core.imaging import ByteArray, FloatArray
 from ..core.masks import Prediction
+from ..datasets.cases import LabelledCase
 from ..extras import require
 from .boxes import file_generator, fill_box, grow_box, tight_box
-from .data import LabelledCase
 from .metrics import BoolArray
 from .protocols import MEDSAM_MIN_PX, MEDSAM_SIDE
 from .results import CaseResult, ObjectResult, Overlay, Score, Skipped, mean_score

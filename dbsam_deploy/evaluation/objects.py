@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..core.imaging import FloatArray
+from ..datasets.cases import LabelledCase
 from .boxes import file_generator, fill_box, grow_box, tight_box
-from .data import LabelledCase
 from .metrics import BoolArray
 from .protocols import EvaluationProtocol
 from .results import CaseResult, ObjectResult, Overlay, Skipped, mean_score

@@ -61,7 +61,7 @@ class ManifestKind:
         if self.absent and not path.is_file():
             raise self.error(f"no {path.name} in {path.parent}: {self.absent}")
         try:
-            body = _strict_json(_small_file(path))
+            body = read_json(path)
             if body.pop("format") != self.version:
                 raise self.error(f"{path}: another manifest format; {self.again}")
             if body.pop("seal") != seal_of(body):
@@ -166,6 +166,15 @@ class ManifestKind:
                     )
                 if is_folder and name not in apart:
                     waiting.append(Path(entry.path))
+
+
+def read_json(path: Path) -> Body:
+    """The JSON object of a small file: each name stands once, every number is finite.
+
+    Raises:
+        OSError, ValueError, TypeError, RecursionError: it is not there, or is not that.
+    """
+    return _strict_json(_small_file(path))
 
 
 def seal_of(body: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ import io
 import logging
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from ..core.contract import MAX_IMAGE_PIXELS
+from ..core.contract import IOU_PREDICTIONS, MAX_IMAGE_PIXELS
 from ..core.errors import InputError
 from ..core.imaging import ByteArray, FloatArray
 from ..files.damage import DAMAGED, reason_of
@@ -70,6 +70,7 @@ class Volume:
         unplaced: why the slices of a series form no grid, which NIfTI needs; the predicate of a
             sentence, and empty where they do.
         notes: what of a folder was left out, and what was made of its geometry.
+        member: which volume of a 4D NIfTI file it is, where one was named.
     """
 
     path: Path
@@ -82,6 +83,7 @@ class Volume:
     files: tuple[Path, ...] = ()
     unplaced: str = ""
     notes: tuple[str, ...] = ()
+    member: int | None = None
 
     @property
     def is_volume(self) -> bool:
@@ -143,7 +145,9 @@ def read_image(
     if name.endswith(".npz"):
         return _from_npz(path, window, with_boxes)
     if name.endswith((".nii", ".nii.gz")):
-        return _from_scan(path, "nifti", read_nifti(path, volume=volume), window)
+        return replace(
+            _from_scan(path, "nifti", read_nifti(path, volume=volume), window), member=volume
+        )
     raise InputError(
         f"{path}: unknown kind of file; expected {', '.join(PICTURE_SUFFIXES)}, .npz, .nii, "
         ".nii.gz, DICOM or a folder with a DICOM series"
@@ -358,6 +362,21 @@ def npz_bytes(**arrays: Any) -> bytes:
     return stream.getvalue()
 
 
+def label_npz_bytes(labels: Any, volume: Volume, ious: FloatArray, **more: Any) -> bytes:
+    """(D, H, W) labels as the content of an `.npz` file: `segs`, (H, W) of an image, `spacing`.
+
+    Args:
+        labels: what `volume` was segmented into.
+        volume: the image.
+        ious: (N,) float32, predicted IoU of each object.
+        more: further arrays.
+    """
+    arrays = {"segs": labels if volume.is_volume else labels[0], IOU_PREDICTIONS: ious, **more}
+    if volume.spacing_mm is not None:
+        arrays["spacing"] = np.array(volume.spacing_mm, np.float64)
+    return npz_bytes(**arrays)
+
+
 def no_grid(volume: Volume) -> str:
     """Why a volume without geometry has none, in words."""
     if volume.unplaced:
@@ -374,7 +393,6 @@ def label_map_bytes(labels: npt.NDArray[Any], volume: Volume, *, compressed: boo
     """
     if volume.geometry is None:
         raise InputError(
-            f"{volume.path}: {no_grid(volume)}, which NIfTI needs: save it as .npz "
-            "(--mask-format npz)"
+            f"{volume.path}: {no_grid(volume)}, which NIfTI needs: save it as .npz (--format npz)"
         )
     return nifti_bytes(labels, volume.geometry, compressed=compressed)

@@ -61,6 +61,8 @@ class Segmentation:
         model: name of the model, in words.
         fractions: the objects' probabilities, where they were kept.
         note: what the user must know, for example untrained weights; else empty.
+        alternatives: (3, H, W) label maps of a slice's three alternatives, where they were asked
+            for.
     """
 
     image: Volume
@@ -70,6 +72,7 @@ class Segmentation:
     model: str
     fractions: Fractions | None = None
     note: str = ""
+    alternatives: npt.NDArray[np.unsignedinteger] | None = None
 
     @classmethod
     def from_result(cls, result: Result, model: str) -> Segmentation:
@@ -86,4 +89,12 @@ class Segmentation:
         objects = tuple(
             SegmentedObject(label, name) for label, name in enumerate(result.prompts.names, 1)
         )
-        return cls(result.image, result.labels, objects, confidence, model, note=result.note)
+        return cls(
+            result.image,
+            result.labels,
+            objects,
+            confidence,
+            model,
+            note=result.note,
+            alternatives=result.alternatives,
+        )

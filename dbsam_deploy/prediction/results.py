@@ -15,13 +15,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ..core.contract import IOU_PREDICTIONS
 from ..core.errors import InputError
 from ..core.imaging import ByteArray, FloatArray
 from ..files.atomic import write_file
 from ..files.user_paths import user_path
 from ..images.overlays import Panel, draw_overlay, evenly_spaced
-from ..images.volumes import Volume, label_map_bytes, npz_bytes, png_bytes
+from ..images.volumes import Volume, label_map_bytes, label_npz_bytes, png_bytes
 from .prompts import Prompts
 
 SUFFIXES = (".png", ".npz", ".nii.gz", ".nii")
@@ -152,15 +151,9 @@ class Result:
         if not name.endswith(".npz"):
             raise InputError(f"{path}: unknown ending; expected {', '.join(SUFFIXES)}")
         best = np.argmax(self.ious, axis=1)
-        arrays: dict[str, Any] = {
-            "segs": self.labels if self.image.is_volume else self.labels[0],
-            IOU_PREDICTIONS: np.take_along_axis(self.ious, best[:, None], axis=1)[:, 0],
-        }
-        if self.alternatives is not None:
-            arrays["alternatives"] = self.alternatives
-        if self.image.spacing_mm is not None:
-            arrays["spacing"] = np.array(self.image.spacing_mm, np.float64)
-        return npz_bytes(**arrays)
+        more = {} if self.alternatives is None else {"alternatives": self.alternatives}
+        ious = np.take_along_axis(self.ious, best[:, None], axis=1)[:, 0]
+        return label_npz_bytes(self.labels, self.image, ious, **more)
 
     def plot(self) -> Image.Image:
         """A picture: contours, prompts and a legend on the image, or on at most nine slices."""

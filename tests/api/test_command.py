@@ -2,14 +2,11 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
-from support.dicom_series import write_dicom_series
 
-from dbsam_deploy.api.command import add_predict_options, planned_files
+from dbsam_deploy.api.command import add_predict_options
 from dbsam_deploy.cli import Parser
 from dbsam_deploy.core.errors import InputError
-from dbsam_deploy.images.volumes import read_image
 
 
 def parsed(*words: object) -> object:
@@ -38,15 +35,3 @@ def test_a_window_is_two_numbers_or_one_word(words: tuple[object, ...], window: 
 def test_another_window_is_refused(window: tuple[object, ...]) -> None:
     with pytest.raises(InputError, match=r"expected|unrecognized"):
         parsed("a.png", "--overlay", "--window", *window)
-
-
-def test_a_stack_without_a_grid_gets_no_nifti(tmp_path: Path) -> None:
-    """Not even where the format is left to the program, which would write npz without a word."""
-    pytest.importorskip("pydicom")
-    write_dicom_series(tmp_path / "ct", np.arange(60).reshape(3, 4, 5), step=(0, 2, 5))
-    volume = read_image(tmp_path / "ct", window=(30, 60))
-    for kind in ("auto", "nifti"):
-        with pytest.raises(InputError, match=r"sheared by 21\.8° .*--mask-format npz"):
-            planned_files(volume, kind, tmp_path, overlay=False)
-    planned = planned_files(volume, "npz", tmp_path, overlay=False)
-    assert planned == {"npz": tmp_path / "ct_mask.npz"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from support.prompt_sets import prompt_sets
 
 from dbsam_deploy.core import imaging
 from dbsam_deploy.core.embedding_cache import EmbeddingCache
@@ -12,7 +13,6 @@ from dbsam_deploy.core.image_id import image_id
 from dbsam_deploy.core.imaging import Preprocessing
 from dbsam_deploy.core.interactive import Interactive
 from dbsam_deploy.core.masks import unpack_masks
-from dbsam_deploy.core.prompts import join_prompts
 from dbsam_deploy.core.refusal import RefusedError
 from dbsam_deploy.prediction.predictor import Predictor
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
@@ -89,13 +89,7 @@ def test_boxes_are_answered_as_locally_in_chunks(front, local, image):
 )
 def test_prompt_sets_are_answered_as_locally_in_chunks(front, local, image, rng, given):
     mask_input = rng.standard_normal((3, 32, 32)).astype(np.float32)
-    coords, labels = join_prompts(SIZE, **given)
-    sets = {
-        "point_coords": coords,
-        "point_labels": labels,
-        "mask_input": mask_input,
-        "has_mask_input": np.ones(3, np.float32),
-    }
+    sets = prompt_sets(SIZE, mask_input, **given)
     answer = front.answer({"raw_image": image, **sets}, ALL, nothing)
     single = local.predict_prompts(**given, mask_input=mask_input)
     several = local.predict_prompts(**given, mask_input=mask_input, multimask=True)

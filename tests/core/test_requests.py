@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from support.prompt_sets import prompt_sets
 
 from dbsam_deploy.core import imaging, prompts
 from dbsam_deploy.core.contract import MAX_MASK_PIXELS, MAX_POINTS, MAX_PROMPTS
@@ -62,13 +63,7 @@ def test_prompts_reach_the_graph_as_the_predictor_gives_them(image, rng, given, 
     predictor = Predictor(Recorder(), how)
     predictor.set_image(image)
     predictor.predict_prompts(**given, mask_input=mask_input)
-    coords, labels = join_prompts(SIZE, **given)
-    sets = {
-        "point_coords": coords,
-        "point_labels": labels,
-        "mask_input": mask_input,
-        "has_mask_input": np.ones(2, np.float32),
-    }
+    sets = prompt_sets(SIZE, mask_input, **given)
     made = read_prompts(sets, SIZE, how)
     assert (made.graph, made.count, made.masks) == ("prompt_decoder", 2, 4)
     assert list(made.feed) == [name for name in seen[1] if name != "image_embeddings"]

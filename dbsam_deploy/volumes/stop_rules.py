@@ -1,0 +1,132 @@
+"""How a mask prompts the next slice, and when an answer no longer is the object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ..core.errors import InputError
+from ..core.imaging import FloatArray
+
+MaskArray = npt.NDArray[np.bool_]
+
+MARGIN_FRAME = 256
+"""Side of the frame in which a margin in pixels is given; the longer side is scaled to it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChainRule:
+    """How a mask becomes the next slice's prompt, and when a chain ends.
+
+    Attributes:
+        margin_px: each side of the last mask's box moves outwards by so many pixels, where the
+            slice's longer side is 256.
+        margin_mm: the same in mm, instead, where the spacing is known.
+        min_overlap: least IoU of a mask with the one before it.
+        min_iou_ratio: least predicted IoU, as a part of the anchor's.
+        intensity_sds: furthest that a mask's mean intensity may be from the anchor's, in standard
+            deviations of the anchor's pixels.
+        reach: most slices to each side of an anchor; None for the whole volume.
+    """
+
+    margin_px: float = 3.0
+    margin_mm: float | None = None
+    min_overlap: float = 0.5
+    min_iou_ratio: float = 0.5
+    intensity_sds: float = 2.0
+    reach: int | None = None
+
+    def __post_init__(self) -> None:
+        values = (self.margin_px, self.margin_mm or 0.0, self.min_iou_ratio, self.intensity_sds)
+        if min(values) < 0 or not 0 <= self.min_overlap <= 1:
+            raise InputError(f"{self}: expected an overlap from 0 to 1 and no negative number")
+        if self.reach is not None and self.reach < 1:
+            raise InputError(f"reach {self.reach}: expected at least 1 slice, or none for all")
+
+
+def mask_box(mask: MaskArray) -> FloatArray:
+    """(4,) float32 x0, y0, x1, y1 that encloses the pixels of an (H, W) mask, which has some."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float32)
+
+
+def overlap(one: MaskArray, other: MaskArray) -> float:
+    """IoU of two masks of one shape; 0 where both are empty."""
+    union = np.count_nonzero(one | other)
+    return float(np.count_nonzero(one & other) / union) if union else 0.0
+
+
+def next_box(
+    mask: MaskArray, rule: ChainRule, spacing_mm: tuple[float, float] | None = None
+) -> FloatArray:
+    """(4,) float32 box on the next slice, inside it.
+
+    Args:
+        mask: (H, W) on this slice, not empty.
+        rule: says how much wider it is than the mask.
+        spacing_mm: distance between rows and between columns.
+    """
+    height, width = mask.shape
+    margin_y = margin_x = rule.margin_px * max(height, width) / MARGIN_FRAME
+    if rule.margin_mm is not None and spacing_mm is not None:
+        margin_y, margin_x = (rule.margin_mm / distance for distance in spacing_mm)
+    wider = mask_box(mask) + np.array([-margin_x, -margin_y, margin_x, margin_y])
+    return np.asarray(np.clip(wider, 0, (width, height, width, height)), np.float32)
+
+
+@dataclass(frozen=True)
+class Appearance:
+    """Mean and standard deviation of the pixels in a mask."""
+
+    mean: float
+    sd: float
+
+    @classmethod
+    def of(cls, pixels: npt.NDArray[np.uint8], mask: MaskArray) -> Appearance:
+        """Of (H, W) or (H, W, 3) pixels in an (H, W) mask, which has some."""
+        inside = pixels[mask]
+        return cls(float(inside.mean()), float(inside.std()))
+
+
+@dataclass(frozen=True, eq=False)
+class SliceAnswer:
+    """What the model says of an object on a slice.
+
+    Attributes:
+        mask: (H, W).
+        iou: the decoder's own estimate of its IoU.
+        appearance: of the mask, where the slice's pixels are known and it has some.
+    """
+
+    mask: MaskArray
+    iou: float
+    appearance: Appearance | None = None
+
+
+def why_not(answer: SliceAnswer, before: SliceAnswer, anchor: SliceAnswer, rule: ChainRule) -> str:
+    """Why an answer is not the object, in words; empty where it is.
+
+    Args:
+        answer: on this slice.
+        before: on the slice before it.
+        anchor: on the slice that the chain comes from.
+        rule: its limits.
+    """
+    if not answer.mask.any():
+        return "the mask is empty"
+    common = overlap(answer.mask, before.mask)
+    if common < rule.min_overlap:
+        return f"IoU with the mask before it {common:.2f}, under {rule.min_overlap:g}"
+    least = rule.min_iou_ratio * anchor.iou
+    if answer.iou < least:
+        return f"predicted IoU {answer.iou:.2f}, under {least:.2f}"
+    if answer.appearance is not None and anchor.appearance is not None:
+        distance = abs(answer.appearance.mean - anchor.appearance.mean)
+        if distance > rule.intensity_sds * anchor.appearance.sd:
+            return (
+                f"mean intensity {answer.appearance.mean:.0f}, more than {rule.intensity_sds:g} "
+                f"standard deviations from {anchor.appearance.mean:.0f}"
+            )
+    return ""
