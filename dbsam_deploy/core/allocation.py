@@ -1,8 +1,8 @@
 """Keeps glibc from returning memory that the next request needs again.
 
-The server starts with a low MALLOC_MMAP_THRESHOLD_, so that its large answers go back to the system.
-Its models' processes inherit that; there each array of a click would be mapped, filled with zeros
-page by page, and unmapped again: 3 of the 12 ms that a click took beside its decoding.
+The server starts with a low MALLOC_MMAP_THRESHOLD_, so that large answers are given back to the
+system. Its models' processes inherit that; there each array of a click would be mapped, filled with
+zeros page by page, and unmapped again: 3 of the 12 ms that a click took beside its decoding.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def test_without_earlier_masks_they_are_zero():
         ({"mask_input": np.zeros((2, 32, 32), np.float32)}, "mask_input"),
         ({"multimask": np.array([2], np.uint8)}, r"multimask \[2\]: expected"),
         ({"multimask": np.zeros(0, np.uint8)}, r"multimask \[\]: expected"),
-        ({"multimask": np.ones(1, np.uint8), "point_coords": None, "point_labels": None}, "without"),
+        ({"multimask": np.ones(1, np.uint8), "point_coords": None}, "without"),
     ],
 )
 def test_prompts_that_are_no_set_are_refused(change, message):

@@ -50,8 +50,8 @@ class TritonPythonModel:
         options.intra_op_num_threads = int(threads)
         # A pattern would keep a second block as large as all tensors of a run.
         options.enable_mem_pattern = False
-        # Its threads spin while they wait for work of a run, but not after it: the answer's way back
-        # needs their cores.
+        # Its threads spin while they wait for work of a run, but not after it: the cores are needed
+        # for the answer's way back.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         self._tidy = onnxruntime.RunOptions()
         self._tidy.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
