@@ -288,7 +288,7 @@ def prompts_ensemble_spec(mask_side: int) -> GraphSpec:
 
 IMAGE_ID = TensorSpec("image_id", "bytes", (1,), "content hash, see `image_id.image_id`")
 MULTIMASK = TensorSpec(
-    "multimask", "uint8", (1,), "0: mask token 0; 1: tokens 1–3; left out: all four"
+    "multimask_tokens", "uint8", (1,), "0: mask token 0; 1: tokens 1–3; left out: all four"
 )
 CACHED = TensorSpec("cached", "uint8", (1,), "1: the embedding was kept; 0: it was computed")
 MASKS_PACKED = TensorSpec(
@@ -318,7 +318,7 @@ def interactive_spec(mask_side: int, *, prompts: bool = True) -> GraphSpec:
 
     A request has an image, or the `image_id` of an earlier answer, or both; and boxes, or prompt
     sets, or nothing, which only encodes. Boxes get one mask each, prompt sets `NUM_MASK_TOKENS`, or
-    those of them that `multimask` names. Only outputs that were asked for are computed.
+    those of them that `multimask_tokens` names. Only outputs that were asked for are computed.
 
     Args:
         mask_side: side 4G of the mask grid.

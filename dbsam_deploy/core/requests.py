@@ -53,7 +53,7 @@ def read_prompts(
 
     Args:
         arrays: inputs of `contract.interactive_spec`; those that are not prompts are passed over.
-            `mask_input` and `has_mask_input` may be left out together, and `multimask`.
+            `mask_input` and `has_mask_input` may be left out together, and `multimask_tokens`.
         original_size: height and width of the image.
         how: mode and sizes.
 
@@ -109,5 +109,5 @@ def _tokens(arrays: Arrays) -> slice:
         return slice(0, NUM_MASK_TOKENS)
     value = arrays[MULTIMASK.name]
     if value.shape != (1,) or value[0] > 1:
-        raise InputError(f"multimask {value}: expected [0] or [1]")
+        raise InputError(f"multimask_tokens {value}: expected [0] or [1]")
     return slice(1, NUM_MASK_TOKENS) if value[0] else slice(0, 1)

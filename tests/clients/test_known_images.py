@@ -128,7 +128,7 @@ def test_an_image_is_sent_once_and_again_only_where_it_was_dropped(
         opened.predict(boxes=BOXES)
         assert requests[2:] == [["image_id", "boxes"]]
         opened.predict(**POINTS)
-        assert requests[3:] == [["image_id", "point_coords", "point_labels", "multimask"]]
+        assert requests[3:] == [["image_id", "point_coords", "point_labels", "multimask_tokens"]]
         assert opened.known.cached is True
         refused = load_library("tritonclient.utils").InferenceServerException
         dropped = refused(f"image_id {opened.known.id}: not kept (any more)", "NOT_FOUND")

@@ -99,7 +99,7 @@ def test_prompt_sets_are_answered_as_locally_in_chunks(front, local, image, rng,
     np.testing.assert_array_equal(answer["low_res_logits"][:, 1:], several.logits)
     assert "box_masks" not in answer
     for number, expected in enumerate((single, several)):
-        named = {**sets, "multimask": np.array([number], np.uint8)}
+        named = {**sets, "multimask_tokens": np.array([number], np.uint8)}
         answer = front.answer({"raw_image": image, **named}, ALL, nothing)
         np.testing.assert_array_equal(answer["masks"], expected.masks)
         np.testing.assert_array_equal(answer["iou_scores"], expected.ious)
@@ -119,7 +119,8 @@ def test_only_wanted_masks_are_made_of_logits(front, image, monkeypatch):
         "point_coords": np.array([[[20, 30], [0, 0]]], np.float32),
         "point_labels": np.array([[1, -1]], np.int32),
     }
-    for wanted in ({"multimask": np.zeros(1, np.uint8)}, {"multimask": np.ones(1, np.uint8)}, {}):
+    for tokens in (np.zeros(1, np.uint8), np.ones(1, np.uint8), None):
+        wanted = {} if tokens is None else {"multimask_tokens": tokens}
         front.answer({"raw_image": image, **sets, **wanted}, ALL, nothing)
     assert made == [1, 3, 4]
 
