@@ -21,7 +21,7 @@ from ..extras import require
 from .manifest import Study
 from .work import Orders, Outcome, do_study
 
-Work = Callable[[Study, Orders], Outcome]
+StudyWork = Callable[[Study, Orders], Outcome]
 
 
 class Crew(Protocol):
@@ -49,7 +49,7 @@ class LocalCrew:
         MissingError: loky is not installed.
     """
 
-    def __init__(self, workers: int, threads: int = 0, work: Work = do_study) -> None:
+    def __init__(self, workers: int, threads: int = 0, work: StudyWork = do_study) -> None:
         self._loky = require("loky", extra="batch", what_for="a batch")
         self._work, self._env = work, {"OMP_NUM_THREADS": str(threads)} if threads else {}
         self._threads = ThreadPoolExecutor(workers)
@@ -118,7 +118,7 @@ class RayCrew:
     """
 
     def __init__(
-        self, address: str, cpus: float = 1, gpus: float = 0, work: Work = do_study
+        self, address: str, cpus: float = 1, gpus: float = 0, work: StudyWork = do_study
     ) -> None:
         self._ray = ray = require("ray", extra="cluster", what_for="--ray")
         try:

@@ -16,9 +16,10 @@ from ..images.intensity import Window
 from ..images.volumes import OWN_WINDOW, PICTURE_SUFFIXES
 from ..volumes.study_prompts import Numbers, ObjectPrompts, SlicePrompt, StudyPrompts
 
-COLUMNS = ("name", "path", "prompts", "object", "box", "slice", "box3d", "window", "series", "volume")
+PROMPT_COLUMNS = ("object", "box", "slice", "box3d")
+COLUMNS = ("name", "path", "prompts", *PROMPT_COLUMNS, "window", "series", "volume")
 MAX_STUDIES = 100_000
-MAX_NAME = 100
+MAX_NAME, MAX_PATH = 100, 4000
 OWN_NAMES = ("batch.html", "batch.json")
 """What a batch writes beside the studies' folders."""
 
@@ -59,8 +60,8 @@ def read_manifest(path: Path, *, root: Path | None = None, propagate: bool = Fal
         propagate: of prompts in columns, see `StudyPrompts`.
 
     Raises:
-        InputError: with its row: no such column, a cell that is not usable, a file outside `root`, a
-            name that is there twice. That a file is missing is told when its study's turn comes.
+        InputError: with its row: no such column, a cell that is not usable, a file outside `root`,
+            a name that is there twice. A file that is missing is told when its study's turn comes.
     """
     text = small_text(path).removeprefix("\ufeff")
     if "\0" in text:
@@ -106,7 +107,7 @@ def _rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
 def _study(cells: dict[str, str], root: Path, propagate: bool) -> Study:
     cell = dict.fromkeys(COLUMNS, "") | cells
     path = _inside(cell["path"], root, "path")
-    in_columns = [name for name in ("object", "box", "slice", "box3d") if cell[name]]
+    in_columns = [name for name in PROMPT_COLUMNS if cell[name]]
     if cell["prompts"] and in_columns:
         raise InputError(f"prompts and {in_columns[0]}: give a prompts file or these columns")
     prompts: StudyPrompts | Path | None = None
@@ -162,6 +163,8 @@ def _inside(text: str, root: Path, what: str) -> Path:
     """
     if not text:
         raise InputError(f"no {what}")
+    if len(text) > MAX_PATH:
+        raise InputError(f"{what} {text[:60]!r}…: longer than {MAX_PATH} characters")
     if "://" in text:
         raise InputError(f"{what} {text[:200]!r}: expected a file or folder, not an address")
     try:

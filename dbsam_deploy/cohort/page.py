@@ -19,11 +19,13 @@ TEMPLATE = Path(__file__).with_name("report.html.jinja")
 MAX_PICTURES = 1000
 """In the page, some 5 KB each; those of further studies are in their folders."""
 
-Ended = tuple[Outcome, int]
+StudyEnd = tuple[Outcome, int]
 """What became of a study, and its attempts."""
 
 
-def write_report(folder: Path, title: str, about: dict[str, str], ended: Sequence[Ended]) -> Path:
+def write_report(
+    folder: Path, title: str, about: dict[str, str], ended: Sequence[StudyEnd]
+) -> Path:
     """Write both files, failures first, and return the page.
 
     Args:

@@ -1,4 +1,4 @@
-"""A study's result folder: complete, sealed with the hash of all that it was made from, or absent."""
+"""A study's result folder: whole, sealed with the hash of what it was made from, or absent."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ..core.errors import InputError
 from ..files.atomic import sha256_of, write_file, writing_to
 from ..files.inputs import Inputs, digest, key_of
 from ..files.manifests import Body, ManifestKind, is_inside, is_sha256
-from ..files.regular import regular_size
 from ..files.publication import new_folder, remove, replace_folder
+from ..files.regular import regular_size
 from ..images.overlays import Panel, draw_panel
 from ..outputs.files import mean_confidence, planned, write
 from ..outputs.segmentation import Segmentation
@@ -138,7 +138,7 @@ def found_objects(segmentation: Segmentation) -> tuple[FoundObject, ...]:
     voxel_ml = None if spacing is None else math.prod(spacing) / 1000
     counts = np.bincount(segmentation.labels.ravel(), minlength=1)
     confidences = mean_confidence(segmentation)
-    decoded = np.isfinite(segmentation.confidence).any(axis=1)
+    decoded = [bool(np.isfinite(row).any()) for row in segmentation.confidence]
     found = []
     for row, one in enumerate(segmentation.objects):
         voxels = int(counts[one.label]) if one.label < len(counts) else 0
@@ -199,8 +199,8 @@ def write_result(
 
 def picture(segmentation: Segmentation) -> bytes:
     """The slice with most of all objects, as a small JPEG; the middle one where there are none."""
-    sizes = (segmentation.labels > 0).sum(axis=(1, 2))
-    index = int(sizes.argmax()) if sizes.any() else len(sizes) // 2
+    sizes = [int(np.count_nonzero(plane)) for plane in segmentation.labels]
+    index = sizes.index(max(sizes)) if any(sizes) else len(sizes) // 2
     image = segmentation.image
     panel = Panel(image.slice_rgb(index), segmentation.labels[index], caption=f"slice {index}")
     stream = io.BytesIO()

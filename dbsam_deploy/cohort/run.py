@@ -8,7 +8,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 
 from .crews import Crew
 from .manifest import Study
-from .work import Orders, Outcome, log_of
+from .work import Orders, Outcome, log_of, tidy_up
 
 Report = Callable[[Outcome, int], None]
 """Called with each study's last outcome and the number of its attempts."""
@@ -56,6 +56,8 @@ def run_batch(
                     report(outcome, attempts[study.name])
     finally:
         crew.stop()
+        for study in studies:
+            tidy_up(study, orders)
 
 
 def _outcome(future: Future[Outcome], study: Study, orders: Orders, crew: Crew) -> Outcome:

@@ -6,7 +6,7 @@ import faulthandler
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from ..files.locks import one_writer
 from ..files.publication import tidy
 from ..images.volumes import Volume, read_image
 from ..prediction.prompts import Prompts
+from ..volumes.prompt_file import read_prompt_file
 from ..volumes.study import segment_study
 from ..volumes.study_prompts import StudyPrompts, from_prompts
 from .manifest import Study
@@ -125,11 +126,24 @@ def _watched(study: Study, orders: Orders) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
+def tidy_up(study: Study, orders: Orders) -> None:
+    """Remove what a killed worker left; nothing if somebody still works on the study."""
+    name = _lock_name(study)
+    if (orders.output / name).exists():
+        with suppress(InputError), one_writer(orders.output, wait=False, name=name):
+            tidy(orders.output / study.name)
+            log_of(study, orders).unlink(missing_ok=True)
+
+
+def _lock_name(study: Study) -> str:
+    return f".{study.name}.lock"
+
+
 def _found_or_made(
     study: Study, orders: Orders, model: Model, started: float
 ) -> tuple[StudyRecord, bool]:
     place = orders.output / study.name
-    with one_writer(orders.output, name=f".{study.name}.lock"):
+    with one_writer(orders.output, name=_lock_name(study)):
         tidy(place)
         made_of = _made_of(study, orders, model)
         if (found := find_record(place, key_of(made_of))) is not None:
@@ -176,7 +190,7 @@ def _asked(study: Study, volume: Volume, orders: Orders) -> StudyPrompts:
     if isinstance(study.prompts, StudyPrompts):
         return study.prompts
     if study.prompts is not None:
-        return read_prompts(study.prompts)
+        return read_prompt_file(study.prompts)
     own = own_boxes(Prompts(), volume)
     if not len(own):
         raise InputError(f"{study.path} comes without prompts, and has no boxes of its own")
