@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.orthanc import missing_orthanc
 from timing import ratios as benchmarking
 
 from dbsam_deploy.core.errors import InputError, MissingError
@@ -112,6 +113,7 @@ MISSING: dict[str, Callable[[], str]] = {
     "nvcc": _missing_nvcc,
     "data": _missing_data,
     "deployment": _missing_deployment,
+    "orthanc": missing_orthanc,
 }
 """Marker → why its tests cannot run on this machine, or "" if they can."""
 
@@ -120,6 +122,7 @@ FIXTURE_MARKERS = {
     "rtx": "rtx",
     "server_environment": "triton",
     "deployment_tool": "deployment",
+    "orthanc": "orthanc",
 }
 """Fixture → the marker that every test using it has."""
 

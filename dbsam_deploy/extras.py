@@ -129,6 +129,13 @@ EXTRAS = (
         ),
         ("pydicom", "jpeg_ls", "gdcm", "pylibjpeg", "openjpeg"),
     ),
+    Extra(
+        "pacs",
+        "studies of a PACS (DICOMweb)",
+        ("dicomweb-client>=0.60", "requests>=2.32", "urllib3>=2.6"),
+        ("dicomweb_client", "requests", "urllib3"),
+        includes=("dicom",),
+    ),
     Extra("medsam", "MedSAM's preprocessing", ("scikit-image>=0.24",), ("skimage.transform",)),
     Extra(
         "eval",

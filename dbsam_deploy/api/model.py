@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Self, TypedDict, Unpack
 
@@ -20,6 +19,9 @@ from ..prediction.predictor import Promptable, ServedPredictor
 from ..prediction.prompts import Prompts
 from ..prediction.results import Result
 from ..prediction.segment import Progress, segment
+from ..prediction.turns import Turns
+from ..volumes.embeddings import SharedPredictor
+from ..volumes.session import VolumePredictor
 
 _OF_SET_IMAGE: Any = object()
 """No image was named; not None, which is what OpenCV gives for a file that it cannot read."""
@@ -69,7 +71,8 @@ class Model:
         self.weights = weights or {}
         self._reopen = reopen
         self.image: Volume | None = None
-        self._lock = threading.RLock()
+        self._lock = Turns()
+        self._shared: SharedPredictor | None = None
 
     def __repr__(self) -> str:
         return f"Model({self.name} on {self.backend})"
@@ -161,6 +164,38 @@ class Model:
         taken = self._taken(image, window=window, series=series, volume=volume)
         return self.run(taken, prompts, keep_masks=True)
 
+    def volume(
+        self,
+        image: ImageLike,
+        *,
+        window: Window | str | None = None,
+        series: str | int | None = None,
+        volume: int | None = None,
+        encode_ahead: bool = True,
+    ) -> VolumePredictor:
+        """A session on a volume: prompts on its slices, carried to the others, and taken back.
+
+        Sessions of one model share its embeddings: 512 MiB in memory, then a scratch file.
+
+        Args:
+            image: see `predict`; of any number of slices.
+            window: (level, width) that maps stored values to 0–255, or "file", see `read_image`.
+            series: of a DICOM folder, see `read_image`.
+            volume: which one of a 4D NIfTI file, from 0.
+            encode_ahead: encode slices in a thread, outwards from the last prompted one, while no
+                prompt waits.
+
+        Raises:
+            InputError: an image that is not usable.
+        """
+        read = as_volume(image, window=window, series=series, volume=volume)
+        with self._lock:
+            if self._shared is None:
+                self._shared = SharedPredictor(self.predictor, turns=self._lock)
+        return VolumePredictor(
+            self._shared, read, model=self.name, note=self.note, encode_ahead=encode_ahead
+        )
+
     def _taken(self, image: ImageLike, **how: Any) -> Volume:
         if image is not _OF_SET_IMAGE:
             return as_volume(image, **how)
@@ -238,13 +273,21 @@ class Model:
         if self._reopen is None:
             raise InputError(f"{self.name}: where a server's model runs is the server's business")
         if not self.backend.endswith(f"-{name}"):
-            self.__dict__.update(self._reopen(name).__dict__)
+            opened = self._reopen(name)
+            self._close_volumes()
+            self.__dict__.update(opened.__dict__)
         return self
 
     def close(self) -> None:
-        """Close the connection to a server; nothing for a model in this process."""
+        """Close the connection to a server, and drop the embeddings of volumes."""
+        self._close_volumes()
         if isinstance(self.predictor, ServedPredictor):
             self.predictor.client.close()
+
+    def _close_volumes(self) -> None:
+        shared, self._shared = self._shared, None
+        if shared is not None:
+            shared.close()
 
     def __enter__(self) -> Self:
         return self

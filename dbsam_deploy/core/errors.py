@@ -7,6 +7,7 @@
     ├── AccuracyError     an artefact that misses its gate                    (exit status 1)
     ├── EngineError       a runtime or engine that is missing or refuses      (exit status 2)
     │   └── MissingError  a package or tool that one line installs
+    ├── PacsError         a PACS: no or a wrong answer, a refusal             (exit status 1)
     └── ServingError      Triton: repository, server process, client request  (exit status 1)
         ├── NoServerError   nothing answers there, or it stopped answering
         ├── StoppingError   the server is stopping and takes no new request
@@ -80,6 +81,12 @@ class MissingError(EngineError):
 
 class ServingError(DbsamError):
     """The Triton repository, server or request failed."""
+
+    exit_status = 1
+
+
+class PacsError(DbsamError):
+    """A PACS does not answer, answers what is unusable, or refuses."""
 
     exit_status = 1
 

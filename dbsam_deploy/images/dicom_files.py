@@ -40,7 +40,8 @@ _FIRST_GROUPS = (b"\x02\x00", b"\x08\x00", b"\x00\x08")
 
 HEADER_TAGS = (
     *("SpecificCharacterSet", "ImageType", "SOPClassUID", "SOPInstanceUID", "Modality"),
-    *("SeriesDescription", "SeriesInstanceUID", "SeriesNumber", "InstanceNumber"),
+    *("StudyInstanceUID", "SeriesInstanceUID", "SeriesDescription", "SeriesNumber"),
+    "InstanceNumber",
     *("ImagePositionPatient", "ImageOrientationPatient", "SliceThickness"),
     *("SpacingBetweenSlices", "SamplesPerPixel", "PhotometricInterpretation"),
     *("PlanarConfiguration", "NumberOfFrames", "Rows", "Columns", "PixelSpacing"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, Protocol, Unpack
+from typing import TYPE_CHECKING, Any, Protocol, Unpack, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,6 @@ from ..core.contract import (
 )
 from ..core.errors import InputError
 from ..core.imaging import (
-    ByteArray,
     FloatArray,
     Preprocessing,
     check_boxes,
@@ -56,6 +55,19 @@ class Promptable(Protocol):
         self, *, multimask: bool = False, **prompts: Unpack[PromptArrays]
     ) -> Prediction:
         """One prediction for each of N prompt sets, see `Predictor.predict_prompts`."""
+        ...
+
+
+@runtime_checkable
+class Encoding(Promptable, Protocol):
+    """A `Promptable` whose encoder and decoder are asked apart, so that embeddings can be kept."""
+
+    def encode(self, image: npt.NDArray[Any]) -> FloatArray:
+        """Embedding (1, 256, G, G) float32 of an image ((H, W, 3) uint8 RGB)."""
+        ...
+
+    def set_embeddings(self, image_embeddings: FloatArray, original_size: tuple[int, int]) -> None:
+        """Take an embedding of an image of this height and width for the following calls."""
         ...
 
 
@@ -97,7 +109,7 @@ class Predictor:
         if key in self._embeddings:
             self._embeddings.move_to_end(key)
         else:
-            self._embeddings[key] = self._encode(image)
+            self._embeddings[key] = self.encode(image)
             if len(self._embeddings) > self._kept:
                 self._embeddings.popitem(last=False)
         self.set_embeddings(self._embeddings[key], size)
@@ -107,7 +119,12 @@ class Predictor:
         self._embeddings.clear()
         self._image_embeddings = None
 
-    def _encode(self, image: ByteArray) -> FloatArray:
+    def encode(self, image: npt.NDArray[Any]) -> FloatArray:
+        """Embedding (1, 256, G, G) float32 of `image` ((H, W, 3) uint8 RGB), which is not kept.
+
+        Raises:
+            InputError: see `check_image`.
+        """
         feed = {IMAGE: preprocess(image, self.preprocessing)}
         return self.session.run("encoder", feed)[IMAGE_EMBEDDINGS]
 

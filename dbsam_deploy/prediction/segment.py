@@ -29,7 +29,7 @@ _MASK_BYTES_AT_ONCE = 256 * 1024 * 1024
 Progress = Callable[[int, int], None]
 
 
-def _ignore_progress(done: int, total: int) -> None:
+def ignore_progress(done: int, total: int) -> None:
     """Default `Progress`: says nothing."""
 
 
@@ -37,7 +37,7 @@ def segment(
     predictor: Promptable,
     volume: Volume,
     prompts: Prompts,
-    progress: Progress = _ignore_progress,
+    progress: Progress = ignore_progress,
     *,
     keep_masks: bool = False,
 ) -> Result:

@@ -119,6 +119,7 @@ def propagate(
     rule: ChainRule,
     *,
     bounds: Bounds | None = None,
+    limits: Bounds | None = None,
     steps: tuple[int, ...] = (1, -1),
     spacing_mm: tuple[float, float, float] | None = None,
     intensities: Intensities | None = None,
@@ -137,6 +138,7 @@ def propagate(
         depth: slices of the plane.
         rule: see `ChainRule`.
         bounds: of labels of known extent: no rule ends a chain, empty masks are passed over.
+        limits: of labels that shall not be carried further, whatever their extent.
         steps: 1 for upwards, -1 for downwards, in the order in which they are gone.
         spacing_mm: distance between slices, rows and columns, for a margin in mm.
         intensities: the slices' pixels, if the rule shall look at them.
@@ -149,8 +151,7 @@ def propagate(
     Raises:
         InputError: an anchor that is empty, given twice, or outside the volume or its bounds.
     """
-    _check(anchors, depth, bounds or {})
-    chains = _chains(anchors, steps, depth, rule, bounds or {})
+    chains = _chains(anchors, steps, depth, rule, bounds or {}, limits or {})
     pairs = _pairs(chains)
     held = {chain for pair in pairs for chain in pair}
     for chain, found in _steps(decoder, chains, steps, spacing_mm, intensities, progress):
@@ -218,10 +219,13 @@ def _chains(
     depth: int,
     rule: ChainRule,
     bounds: Bounds,
+    limits: Bounds,
 ) -> list[_Chain]:
-    """One of each anchor and direction."""
+    """One of each anchor and direction; errors are those of `propagate`."""
+    _check(anchors, depth, bounds)
+    stops = ((bounds, "the object's known end"), (limits, "the last slice that was asked for"))
     return [
-        _Chain(anchor, step, _ends(anchor, step, anchors, depth, rule, bounds), rule, bounds)
+        _Chain(anchor, step, _ends(anchor, step, anchors, depth, rule, stops), rule, bounds)
         for anchor in anchors
         for step in steps
     ]
@@ -233,13 +237,14 @@ def _ends(
     anchors: Sequence[Anchor],
     depth: int,
     rule: ChainRule,
-    bounds: Bounds,
+    stops: Sequence[tuple[Bounds, str]],
 ) -> tuple[int, str]:
     """The first slice that a chain must not enter, and why."""
     limits = [(depth if step > 0 else -1, "the end of the volume")]
-    if anchor.label in bounds:
-        first, end = bounds[anchor.label]
-        limits.append((end if step > 0 else first - 1, "the object's known end"))
+    for bounds, reason in stops:
+        if anchor.label in bounds:
+            first, end = bounds[anchor.label]
+            limits.append((end if step > 0 else first - 1, reason))
     if rule.reach is not None:
         limits.append((anchor.index + step * (rule.reach + 1), f"a reach of {rule.reach} slices"))
     limits += [

@@ -174,5 +174,5 @@ def _prompt(prompt: dict[str, Any]) -> SlicePrompt:
         None if box is None else tuple(map(float, box)),
         tuple(tuple(map(float, point)) for point in prompt.get("points", ())),
         prompt.get("slice"),
-        prompt.get("plane", "axial"),
+        prompt.get("plane", "stored"),
     )

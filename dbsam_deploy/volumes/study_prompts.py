@@ -6,14 +6,13 @@ Nothing here depends on a volume, so that one set of prompts goes with many stud
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from ..core.errors import InputError
 from ..outputs.segmentation import CodedTerm, SegmentedObject
 from ..prediction.prompts import Prompts
+from .frames import Plane, Space
 
-Plane = Literal["axial", "coronal", "sagittal"]
-Space = Literal["voxel", "lps", "ras"]
 Numbers = tuple[float, ...]
 
 
@@ -22,8 +21,8 @@ class SlicePrompt:
     """A box, points, or both, of one object on one slice.
 
     In voxels, a place on a slice has two coordinates, pixels from the first pixel's corner: x and y
-    on an axial slice (of the array as it is stored, slice k is `pixels[k]`), x and z on a coronal
-    one (one y), y and z on a sagittal one (one x). In millimetres a place has three.
+    on a stored slice (slice k is `pixels[k]`), and in any case the slice's two voxel axes in the
+    order x, y, z, see `planes`. In millimetres a place has three.
 
     Attributes:
         box: two opposite corners, lower values first in voxels: 4 numbers, or 6 in millimetres.
@@ -35,7 +34,7 @@ class SlicePrompt:
     box: Numbers | None = None
     points: tuple[Numbers, ...] = ()
     index: int | None = None
-    plane: Plane = "axial"
+    plane: Plane = "stored"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,146 @@
+"""A real Orthanc on a free port of the loopback, from .tools/ or Debian's packages."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dbsam_deploy.pacs.address import PacsAddress
+
+_PLUGIN = "usr/share/orthanc/plugins/libOrthancDicomWeb.so"
+_REFUSING = "function ReceivedInstanceFilter(dicom) return dicom.PatientID ~= 'REFUSED' end"
+
+
+@dataclass(frozen=True)
+class Installation:
+    """Where Orthanc is.
+
+    Attributes:
+        program: the server.
+        plugin: DICOMweb.
+        environment: what it needs to find the libraries that lie beside it.
+    """
+
+    program: Path
+    plugin: Path
+    environment: dict[str, str]
+
+
+TOOLS = Path(__file__).resolve().parents[2] / ".tools"
+
+
+def missing_orthanc() -> str:
+    """Why the tests with the marker `orthanc` cannot run here, or ""."""
+    return "" if find_orthanc() else "no Orthanc: python3 .ci/tools"
+
+
+def find_orthanc(tools: Path = TOOLS) -> Installation | None:
+    """What `.ci/tools` unpacked, or what the machine has installed; None without either."""
+    root = tools / "orthanc"
+    if (root / "usr/sbin/Orthanc").is_file():
+        libraries = os.pathsep.join(str(path) for path in sorted((root / "usr/lib").glob("*-*-*")))
+        dictionary = next((root / "usr/share").glob("libdcmtk*/dicom.dic"))
+        environment = {"LD_LIBRARY_PATH": libraries, "DCMDICTPATH": str(dictionary)}
+        # The link beside it leads out of the unpacked packages.
+        plugin = next((root / "usr/lib/orthanc").glob("libOrthancDicomWeb.so.*"))
+        return Installation(root / "usr/sbin/Orthanc", plugin, environment)
+    program = shutil.which("Orthanc", path=f"/usr/sbin{os.pathsep}{os.environ.get('PATH', '')}")
+    plugin = Path("/", _PLUGIN)
+    return Installation(Path(program), plugin, {}) if program and plugin.is_file() else None
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Until something listens there; what did not come up is ended, and its log raised."""
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            if process.poll() is not None or time.monotonic() > deadline:
+                process.kill()
+                raise RuntimeError(log.read_text()[-2000:]) from None
+            time.sleep(0.02)
+
+
+class Orthanc:
+    """A running Orthanc; its studies are gone with it.
+
+    It refuses what has the PatientID `REFUSED`.
+
+    Args:
+        installation: see `find_orthanc`.
+        folder: what it may write.
+        options: further words of its configuration.
+    """
+
+    def __init__(self, installation: Installation, folder: Path, **options: Any) -> None:
+        self.folder, self._installation = folder, installation
+        self.port = free_port()
+        script = folder / "refuse.lua"
+        script.write_text(_REFUSING)
+        configuration = {
+            "StorageDirectory": str(folder / "studies"),
+            "IndexDirectory": str(folder / "studies"),
+            "HttpPort": self.port,
+            "DicomServerEnabled": False,
+            "RemoteAccessAllowed": False,
+            "AuthenticationEnabled": False,
+            "Plugins": [str(installation.plugin)],
+            "LuaScripts": [str(script)],
+            "DicomWeb": {"Enable": True, "Root": "/dicom-web/"},
+            **options,
+        }
+        (folder / "orthanc.json").write_text(json.dumps(configuration))
+        self._process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Start it, with the studies that it had."""
+        with (self.folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [self._installation.program, "orthanc.json"],
+                cwd=self.folder,
+                env={**os.environ, **self._installation.environment},
+                stdout=log,
+                stderr=log,
+            )
+        wait_for(self.port, self._process, self.folder / "log")
+
+    def kill(self) -> None:
+        """End it at once; asked to stop, it takes two seconds."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def address(self, study: str, series: str | None = None) -> PacsAddress:
+        """Of a study here."""
+        more = f"&series={series}" if series else ""
+        return PacsAddress.parse(f"dicomweb://127.0.0.1:{self.port}/dicom-web?study={study}{more}")
+
+    def upload(self, *files: Path) -> None:
+        """Put files in by Orthanc's own API, which knows no DICOMweb."""
+        for file in files:
+            self.api("instances", file.read_bytes())
+
+    def api(self, path: str, body: bytes | None = None, method: str | None = None) -> Any:
+        """What Orthanc's own API answers."""
+        url = f"http://127.0.0.1:{self.port}/{path}"
+        request = urllib.request.Request(url, body, method=method)
+        with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310
+            return json.load(answer)
