@@ -126,8 +126,10 @@ EXTRAS = (
             "python-gdcm>=3.0.24",
             "pylibjpeg>=2.0",
             "pylibjpeg-openjpeg>=2.0",
+            "highdicom>=0.26",
+            "contourpy>=1.3",
         ),
-        ("pydicom", "jpeg_ls", "gdcm", "pylibjpeg", "openjpeg"),
+        ("pydicom", "jpeg_ls", "gdcm", "pylibjpeg", "openjpeg", "highdicom", "contourpy"),
     ),
     Extra(
         "pacs",

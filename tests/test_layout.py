@@ -56,6 +56,7 @@ DOORS = {
     "batch",
     "client",
     "completion",
+    "convert",
     "doctor",
     "engine",
     "evaluate",

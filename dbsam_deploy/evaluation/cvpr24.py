@@ -53,7 +53,7 @@ def evaluate_labels(case: LabelledCase, run: Run) -> CaseOutcome:
         found = _evaluate_image(case, index, boxes[index], run)
         objects += found
         name = f"{case.name}[{index}]" if case.volume.is_volume else case.name
-        cases.append(_case_result(case, name, found, 1, run))
+        cases.append(case_result(case, name, found, 1, run))
     return CaseOutcome(tuple(objects), tuple(cases), tuple(skipped))
 
 
@@ -148,9 +148,10 @@ def _cut_nsd(score: Score) -> Score:
     return score
 
 
-def _case_result(
+def case_result(
     case: LabelledCase, name: str, objects: list[ObjectResult], slices: int, run: Run
 ) -> CaseResult:
+    """The mean over a case's labels."""
     volume = objects[0].slice_index is None
     return CaseResult(
         task=case.task,
@@ -166,31 +167,48 @@ def _case_result(
 
 
 def _evaluate_volume(case: LabelledCase, run: Run) -> CaseOutcome:
-    boxes = _volume_boxes(case, run)
-    case, boxes, skipped = _cropped(case, boxes, run)
+    boxes = volume_boxes(case, run)
+    case, boxes, skipped = cropped(case, boxes, run)
     if not boxes:
         return CaseOutcome((), (), tuple(skipped))
     found, visited = propagate(case.volume, boxes, run.segmenter, run.progress)
-    results = []
-    for label, box in boxes.items():
-        truth: BoolArray = case.labels == label
-        filled = np.zeros(truth.shape, bool)
-        filled[box.z0 : box.z1] = fill_box(box.xyxy, case.volume.shape[1:], inclusive=True)
-        scored = _Scored(np.asarray(found == label), truth, filled)
-        result = _object(case, label, None, box.as_array(), scored, run)
-        results.append(result)
-        wrong = (scored.prediction != truth).sum((1, 2))
-        worst = int(wrong.argmax()) if wrong.any() else (box.z0 + box.z1) // 2
-        image, (x0, y0, x1, y1) = case.volume.slice_rgb(worst), box.xyxy.tolist()
-        run.gallery.offer(
-            Overlay(result, worst, image, truth[worst], scored.prediction[worst], (x0, y0, x1, y1))
-        )
-    outcome = _case_result(case, case.name, results, visited, run)
+    results = [
+        volume_object(case, label, box, np.asarray(found == label), run)
+        for label, box in boxes.items()
+    ]
+    outcome = case_result(case, case.name, results, visited, run)
     return CaseOutcome(tuple(results), (outcome,), tuple(skipped))
 
 
-def _volume_boxes(case: LabelledCase, run: Run) -> dict[int, Box3D]:
-    """Label → 3D box, of the labels that occur."""
+def volume_object(
+    case: LabelledCase, label: int, box: Box3D, found: BoolArray, run: Run
+) -> ObjectResult:
+    """Score a label of a volume and its filled 3D box, and offer its worst slice as a picture.
+
+    Args:
+        case: the volume.
+        label: which.
+        box: its 3D box.
+        found: (D, H, W) its mask.
+        run: takes the picture.
+    """
+    truth: BoolArray = case.labels == label
+    filled = np.zeros(truth.shape, bool)
+    filled[box.z0 : box.z1] = fill_box(box.xyxy, case.volume.shape[1:], inclusive=True)
+    result = _object(case, label, None, box.as_array(), _Scored(found, truth, filled), run)
+    wrong = (found != truth).sum((1, 2))
+    worst = int(wrong.argmax()) if wrong.any() else (box.z0 + box.z1) // 2
+    image, (x0, y0, x1, y1) = case.volume.slice_rgb(worst), box.xyxy.tolist()
+    run.gallery.offer(Overlay(result, worst, image, truth[worst], found[worst], (x0, y0, x1, y1)))
+    return result
+
+
+def volume_boxes(case: LabelledCase, run: Run) -> dict[int, Box3D]:
+    """Label → 3D box, of the labels that occur.
+
+    Raises:
+        InputError: a box of the file that is outside the volume or empty.
+    """
     labels = [int(label) for label in np.unique(case.labels) if label]
     own, size = case.volume.boxes, case.volume.shape[1:]
     if own is not None:
@@ -207,7 +225,7 @@ def _volume_boxes(case: LabelledCase, run: Run) -> dict[int, Box3D]:
     return boxes
 
 
-def _cropped(
+def cropped(
     case: LabelledCase, boxes: dict[int, Box3D], run: Run
 ) -> tuple[LabelledCase, dict[int, Box3D], list[Skipped]]:
     """With a limit: the middle slices of the labelled part only, as if the file had no others."""

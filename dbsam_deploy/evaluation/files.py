@@ -15,7 +15,7 @@ from .published import AVERAGES, SOURCE, Comparison
 from .results import CaseResult, EvaluationResult, Mean, ObjectResult, Score, TaskResult
 
 FORMAT = 1
-_SCORE = ("dsc", "nsd", "box_dsc", "box_nsd")
+_SCORE = ("dsc", "nsd", "box_dsc", "box_nsd", "oracle_dsc", "cvpr24_dsc")
 _ENDS = ("dsc_low", "dsc_high", "nsd_low", "nsd_high", "interval_of")
 
 OBJECT_COLUMNS = ("task", "file", "slice", "label", "label_name", "pixels", "box", *_SCORE)
@@ -89,7 +89,7 @@ def json_text(
 
 
 def _scores(score: Score) -> tuple[str, ...]:
-    values = (score.dsc, score.nsd, score.box_dsc, score.box_nsd)
+    values = [getattr(score, name) for name in _SCORE]
     return tuple("" if value is None else f"{value:.6f}" for value in values)
 
 

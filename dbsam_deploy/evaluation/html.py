@@ -16,6 +16,7 @@ from .tables import (
     BELOW,
     LEGEND,
     average_name,
+    beside_cells,
     interval_text,
     our_average,
     percent,
@@ -55,10 +56,14 @@ def write_page(
         model=model,
         settings=result.settings,
         plot=task_plot(result),
+        beside=beside_cells(result, None),
         tasks=[_task_cells(result, index) for index in range(len(result.tasks))],
         below=BELOW,
         legend=LEGEND,
-        summary=[(name, *_mean_cells(mean)) for name, mean in summary_rows(result)],
+        summary=[
+            (name, *_mean_cells(mean), *beside_cells(result, mean.score))
+            for name, mean in summary_rows(result)
+        ],
         above=(result.summary.tasks_above_box, len(result.tasks)),
         skipped=skipped_lines(result),
         published=[_published(item) for item in comparisons],
@@ -84,7 +89,8 @@ def _mean_cells(mean: Mean) -> tuple[str, ...]:
 
 def _task_cells(result: EvaluationResult, index: int) -> dict[str, Any]:
     task = result.tasks[index]
-    cells = (task.dimensions, str(task.cases), str(task.objects), *_mean_cells(task.mean)[1:])
+    counts = (task.dimensions, str(task.cases), str(task.objects))
+    cells = (*counts, *_mean_cells(task.mean)[1:], *beside_cells(result, task.mean.score))
     return {"name": task.task, "cells": cells, "below": task.below_box}
 
 

@@ -1,4 +1,4 @@
-"""The three protocols as data: boxes, frame, what a case is, and the tolerance of the NSD.
+"""The protocols as data: boxes, frame, what a case is, and the tolerance of the NSD.
 
 - `objects`: One object is a label on a slice (an instance, in microscopy); prompts and masks are in
   the image frame, whatever its size. The box encloses the object's pixels, each side grown by 0–20
@@ -27,6 +27,12 @@
   counts as 0 where Dice is at most 0.2, both as coded. Label maps are 16 bit, so more than 255
   boxes do not overflow. Spacing is taken in the order of the array's axes, as the official code
   does. A case's score is the mean over its labels, a task's the mean over its cases.
+- `one-prompt`: Volumes alone (stacks with a spacing). Each label has one box, on the slice with
+  most of it, and `volumes.chain` carries the mask to the other slices without being told where the
+  object ends. A label is scored on its own mask: Dice, and NSD as in `cvpr24`. Beside it stand the
+  filled 3D box, the oracle (a box on each of the object's slices, which nobody draws) and the
+  propagation of `cvpr24`, which is told first and last slice and an outline of the whole. All boxes
+  are as large as the object, unless a growth is given. Cases and tasks as in `cvpr24`.
 """
 
 from __future__ import annotations
@@ -37,7 +43,7 @@ from typing import Any, Literal
 from ..core.errors import InputError
 from .boxes import BoxGrowth
 
-ProtocolName = Literal["objects", "medsam", "cvpr24"]
+ProtocolName = Literal["objects", "medsam", "cvpr24", "one-prompt"]
 
 MEDSAM_SIDE = 256
 MEDSAM_MIN_PX = 100
@@ -89,6 +95,7 @@ _DEFAULTS: dict[str, EvaluationProtocol] = {
         "medsam", BoxGrowth(36, 36), tolerance=1, min_object_px=MEDSAM_MIN_PX + 1
     ),
     "cvpr24": EvaluationProtocol("cvpr24", BoxGrowth(0, 20), tolerance=2),
+    "one-prompt": EvaluationProtocol("one-prompt", BoxGrowth(0, 0), tolerance=2),
 }
 PROTOCOLS: tuple[str, ...] = tuple(_DEFAULTS)
 

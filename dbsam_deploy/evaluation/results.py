@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -24,12 +24,16 @@ class Score:
         nsd: normalised surface distance (surface Dice); None where it was not asked for.
         box_dsc: Dice of the filled box: what a model reaches that only repeats its prompt.
         box_nsd: surface Dice of the filled box.
+        oracle_dsc: one-prompt alone: Dice of the model with a box on each of the object's slices.
+        cvpr24_dsc: one-prompt alone: Dice of the propagation of `cvpr24`.
     """
 
     dsc: float
     nsd: float | None
     box_dsc: float
     box_nsd: float | None
+    oracle_dsc: float | None = None
+    cvpr24_dsc: float | None = None
 
 
 @dataclass(frozen=True)
@@ -200,6 +204,7 @@ class EvaluationResult:
         summary: means over everything.
         skipped: nothing is left out silently.
         worst: objects with the lowest Dice, at most two a task; empty unless asked for.
+        intensities: file → how its values became 0–255.
     """
 
     settings: dict[str, Any]
@@ -209,6 +214,7 @@ class EvaluationResult:
     summary: Summary
     skipped: tuple[Skipped, ...]
     worst: tuple[Overlay, ...] = ()
+    intensities: dict[str, str] = field(default_factory=dict)
 
     @property
     def object_mean(self) -> float:
@@ -224,6 +230,7 @@ class EvaluationResult:
         """For JSON; pictures are left out."""
         return {
             "settings": self.settings,
+            "intensities": self.intensities,
             "summary": asdict(self.summary),
             "tasks": [{**asdict(t), "below_box": t.below_box} for t in self.tasks],
             "cases": [asdict(case) for case in self.cases],
@@ -240,6 +247,8 @@ def mean_score(scores: Iterable[Score]) -> Score:
         _mean_or_none([score.nsd for score in found]),
         float(np.mean([score.box_dsc for score in found])),
         _mean_or_none([score.box_nsd for score in found]),
+        _mean_or_none([score.oracle_dsc for score in found]),
+        _mean_or_none([score.cvpr24_dsc for score in found]),
     )
 
 

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .published import AVERAGES, SOURCE, Comparison, PaperAverage
-from .results import EvaluationResult, Interval, Mean
+from .results import EvaluationResult, Interval, Mean, Score
 
 BELOW = "▼"
 LEGEND = (
@@ -106,6 +106,20 @@ def published_notes(result: EvaluationResult) -> list[str]:
     return notes
 
 
+def beside_cells(result: EvaluationResult, score: Score | None) -> tuple[str, ...]:
+    """What the protocol `one-prompt` puts beside the box: the columns' names for None.
+
+    Empty for the other protocols.
+    """
+    if result.summary.tasks.score.oracle_dsc is None:
+        return ()
+    if score is None:
+        return ("oracle", "of it", "cvpr24")
+    oracle = score.oracle_dsc or 0.0
+    share = f"{score.dsc / oracle:.2f}" if oracle else "–"
+    return (percent(oracle), share, percent(score.cvpr24_dsc))
+
+
 def print_result(
     console: Console, result: EvaluationResult, comparisons: Sequence[Comparison]
 ) -> None:
@@ -133,13 +147,14 @@ def _table(title: str, first: str, names: Sequence[str], caption: str | None = N
 def _task_table(result: EvaluationResult) -> Table:
     """One row a task, then the means."""
     title = f"ours, protocol {result.settings['protocol']}"
-    table = _table(title, "task", ("n", "DSC", "95 %", "NSD", "box", ""), LEGEND)
+    columns = ("n", "DSC", "95 %", "NSD", "box", *beside_cells(result, None), "")
+    table = _table(title, "task", columns, LEGEND)
     for task in result.tasks:
-        mark = BELOW if task.below_box else ""
-        table.add_row(escape(task.task), *_mean_cells(task.mean), mark)
+        cells = (*_mean_cells(task.mean), *beside_cells(result, task.mean.score))
+        table.add_row(escape(task.task), *cells, BELOW if task.below_box else "")
     table.add_section()
     for name, mean in summary_rows(result):
-        table.add_row(name, *_mean_cells(mean))
+        table.add_row(name, *_mean_cells(mean), *beside_cells(result, mean.score))
     table.add_section()
     above = f"{result.summary.tasks_above_box} of {len(result.tasks)}"
     table.add_row("tasks above their box", "", above)

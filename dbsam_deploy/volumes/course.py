@@ -116,7 +116,7 @@ class Course:
         walls = set(prompted) - set(starts)
         for z in list(found):
             ways = (range(min(z, start), max(z, start)) for start in starts)
-            if all(any(wall in way for wall in walls) for way in ways):
+            if z in walls or all(any(wall in way for wall in walls) for way in ways):
                 del found[z]
         origins = starts if self.from_slice is None else [self.from_slice]
         for own, z in tracked.slices:

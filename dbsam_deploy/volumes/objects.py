@@ -238,6 +238,8 @@ class TrackedObject:
         starts = [first for first, _ in extent]
         across = [a for a in range(3) if a != axis]
         for index, piece in pieces.items():
+            if not extent[axis][0] <= index < extent[axis][1]:
+                continue  # nothing is set there, before or after
             slab = np.moveaxis(new, axis, 0)[index - starts[axis]]
             slab[:] = False
             (row, column), (height, width) = piece.start, piece.mask.shape

@@ -24,6 +24,7 @@ ELSEWHERE = {
     "kernels.quick_plugins.write_text": "in a temporary folder",
     "model.checkpoint.save": "into bytes",
     "outputs.files.write_bytes": "in the folder that replaces the slices",
+    "pacs.fetch.write_bytes": "in a temporary folder, renamed when all is there",
     "quantization.modelopt_tool.savez": "in a temporary folder",
     "quantization.modelopt_tool.write_text": "in a temporary folder",
     "quantization.modelopt_worker.write_text": "in a folder that its one reader made and removes",
