@@ -195,7 +195,7 @@ def _crew(args: argparse.Namespace) -> Crew:
     return LocalCrew(args.workers or (1 if on_gpu else max(1, room)), args.threads)
 
 
-class _Rate(ProgressColumn):
+class _HourlyRate(ProgressColumn):
     """Studies an hour."""
 
     def render(self, task: Task) -> Text:
@@ -252,7 +252,7 @@ def main(argv: list[str] | None = None) -> int:
     check_installed("batch", what_for="a batch")
     with one_writer(args.output, wait=False, name=".batch.lock"):
         crew, start = _crew(args), time.perf_counter()
-        columns = (_Rate(), TimeRemainingColumn())
+        columns = (_HourlyRate(), TimeRemainingColumn())
         with progress_bars(Console(stderr=True), *columns, transient=True) as bar:
             journal = _Journal(bar, len(studies))
 

@@ -114,7 +114,7 @@ def _study(cells: dict[str, str], root: Path, propagate: bool) -> Study:
     if cell["prompts"]:
         prompts = _inside(cell["prompts"], root, "prompts")
     elif in_columns:
-        prompts = StudyPrompts((_object(cell),), propagate)
+        prompts = StudyPrompts((_object(cell),), propagate or bool(cell["box3d"]))
     return Study(
         cell["name"] or name_of(path),
         path,

@@ -153,6 +153,7 @@ def write_result(
     segmentation: Segmentation,
     formats: Sequence[str],
     made_of: Inputs,
+    notes: Sequence[str],
     started: float,
 ) -> StudyRecord:
     """Put a result folder in its place, whole or not at all; an earlier result is replaced.
@@ -162,6 +163,7 @@ def write_result(
         segmentation: what is written.
         formats: see `outputs.files.planned`.
         made_of: name of each part → its hash.
+        notes: what was said of its objects.
         started: `time.perf_counter()` when the study began.
 
     Raises:
@@ -174,7 +176,7 @@ def write_result(
             write(segmentation, paths)
             write_file(fresh / PICTURE_NAME, picture(segmentation))
             image = segmentation.image
-            notes = (str(image.intensity), *image.notes, *filter(None, [segmentation.note]))
+            said = (*notes, *filter(None, [segmentation.note]), str(image.intensity), *image.notes)
             record = StudyRecord(
                 key=key_of(made_of),
                 made_of=dict(made_of),
@@ -182,7 +184,7 @@ def write_result(
                 seconds=round(time.perf_counter() - started, 3),
                 shape=image.shape,
                 objects=found_objects(segmentation),
-                notes=notes,
+                notes=said,
                 files={
                     path.relative_to(fresh).as_posix(): sha256_of(path)
                     for path in sorted(fresh.rglob("*"))

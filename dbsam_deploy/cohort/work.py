@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import glob
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -17,9 +18,9 @@ from ..files.inputs import Inputs, key_of
 from ..files.locks import one_writer
 from ..files.publication import tidy
 from ..images.volumes import Volume, read_image
+from ..outputs.files import planned
 from ..prediction.prompts import Prompts
 from ..volumes.prompt_file import read_prompt_file
-from ..volumes.study import segment_study
 from ..volumes.study_prompts import StudyPrompts, from_prompts
 from .manifest import Study
 from .records import StudyRecord, content_hash, find_record, hash_of, write_result
@@ -70,6 +71,9 @@ class Outcome:
     seconds: float = 0.0
     refusal: DbsamError | None = None
 
+
+FRACTIONS = "dicom-seg-fractional"
+"""The format that needs probabilities."""
 
 _opened: dict[str, Model] = {}
 """The model of this process, by its source."""
@@ -155,16 +159,30 @@ def _found_or_made(
             series=study.series,
             volume=study.volume,
         )
-        segmentation = segment_study(
-            model.predictor,
-            volume,
-            _asked(study, volume, orders),
-            model=model.describe(),
-            note=model.note,
-        )
-        if content_hash(study.path) != made_of["input"]:
-            raise InputError(f"{study.path} changed while it was read: run again")
-        return write_result(place, segmentation, orders.formats, made_of, started), True
+        planned(volume, orders.formats, place, study.name)  # refuses before any work
+        notes: list[str] = []
+        with _kept(study, orders, key_of(made_of)) as unfinished:
+            segmentation = model.study(
+                volume,
+                _asked(study, volume, orders),
+                fractions=FRACTIONS in orders.formats,
+                say=notes.append,
+                checkpoint=unfinished if volume.is_volume else None,
+            )
+            if content_hash(study.path) != made_of["input"]:
+                raise InputError(f"{study.path} changed while it was read: run again")
+            return write_result(place, segmentation, orders.formats, made_of, notes, started), True
+
+
+@contextmanager
+def _kept(study: Study, orders: Orders, key: str) -> Iterator[Path]:
+    """The file that keeps slices for the next attempt, if this process dies."""
+    unfinished = orders.output / f".{study.name}.{key[:16]}.unfinished"
+    try:
+        yield unfinished
+    finally:
+        for path in orders.output.glob(f".{glob.escape(study.name)}.*.unfinished"):
+            path.unlink(missing_ok=True)  # those of other prompts as well
 
 
 def _made_of(study: Study, orders: Orders, model: Model) -> Inputs:

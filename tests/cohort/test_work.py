@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support.faulty_studies import BOX, RAISE, orders, study
 
-from dbsam_deploy.cohort import work
+from dbsam_deploy.api.model import Model
 from dbsam_deploy.cohort.records import PICTURE_NAME, RECORD_NAME, content_hash, find_record
 from dbsam_deploy.cohort.work import do_study
 from dbsam_deploy.core.errors import EngineError, InputError
@@ -154,13 +154,13 @@ def test_a_full_disk_is_worth_another_attempt_and_keeps_the_earlier_result(
 
 def test_an_input_that_changes_meanwhile_gives_no_result(given, tmp_path, monkeypatch):
     one = study(tmp_path, "one")
-    real = work.segment_study
+    real = Model.study
 
     def changing(*args, **more):
         study(tmp_path, "one", number=9)
         return real(*args, **more)
 
-    monkeypatch.setattr(work, "segment_study", changing)
+    monkeypatch.setattr(Model, "study", changing)
     assert "changed while it was read" in do_study(one, given).failure
     assert names(given.output) == []
 

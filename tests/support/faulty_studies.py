@@ -28,9 +28,7 @@ class Faulty:
 
     def __init__(self, inner: Any, marks: Path) -> None:
         self._inner, self._marks = inner, marks
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
+        self.predict_boxes, self.predict_prompts = inner.predict_boxes, inner.predict_prompts
 
     def set_image(self, image: np.ndarray) -> None:
         what = int(image[0, 0, 0])
@@ -45,7 +43,7 @@ class Faulty:
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         with (self._marks / f"begun_{int(image[0, 1, 0])}").open("a") as file:
-            file.write(f"{os.getpid()} {os.environ.get('RAY_NODE', '')}\n")
+            file.write(f"{os.getpid()}\n")
         self._inner.set_image(image)
 
 
