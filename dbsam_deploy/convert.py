@@ -27,8 +27,8 @@ files, or a folder with any of these below it. Labels on another grid than their
 not resampled.
 
 Each npz appears whole or not at all; the same command again makes only what is missing or was made
-from other files. OUT/{REPORT_NAME} says how each was made, and what was skipped and why; if
-anything was, the exit status is 1.
+from other files. OUT/{REPORT_NAME} says how each was made, and what was skipped and why. If that
+was anything but a series without SEG, the exit status is 1.
 
 examples:
   a data set of nnU-Net
@@ -74,12 +74,12 @@ def main(argv: list[str] | None = None) -> int:
         )
     kept = len(result.cases) - result.made
     print(f"{result.made} converted, {kept} kept as they were, {len(result.skipped)} skipped")
-    for path, why in result.skipped[:SHOWN]:
-        print(f"skipped {path}: {why}")
+    for one in result.skipped[:SHOWN]:
+        print(f"skipped {one.path}: {one.why}")
     if len(result.skipped) > SHOWN:
         print(f"and {len(result.skipped) - SHOWN} more")
     print(f"wrote {args.output / REPORT_NAME}")
-    return 1 if result.skipped else 0
+    return 1 if any(one.is_fault for one in result.skipped) else 0
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..core.errors import InputError
-from ..images.intensity import Window
+from ..images.intensity import Window, window_range
 from ..images.nifti import count_volumes
 from ..images.npz_files import read_label_names, read_labels
 from ..images.volumes import SOFT_TISSUE, SOFT_TISSUE_TEXT, Volume, read_image
@@ -35,6 +35,10 @@ class Reading:
 
     window: Window | None = None
     modality: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.window is not None:
+            window_range(self.window)
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,11 @@ class LabelledCase:
     def present(self, index: int) -> list[int]:
         """Labels on slice `index`, ascending."""
         return [int(label) for label in np.unique(self.labels[index]) if label]
+
+
+def own_task(folder: Path) -> str:
+    """The task of what lies directly in a data folder."""
+    return folder.resolve().name or "data"
 
 
 def npz_name(name: str) -> str:

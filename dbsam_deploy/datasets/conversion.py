@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..files.atomic import sha256_of, write_file
 from ..images.npz_files import read_array
 from ..images.volumes import npz_bytes
 from .cases import CaseFile, npz_name, read_case
-from .layouts import Labelled
+from .layouts import Labelled, LeftOut
 
 REPORT_NAME = "conversion.json"
 _RECORD, _MAX_RECORD_BYTES = "conversion", 1024 * 1024
@@ -53,12 +53,12 @@ class Conversion:
     Attributes:
         cases: all that are there now.
         made: how many of them this run made; the others were there.
-        skipped: path and why, of everything that makes no npz.
+        skipped: everything that makes no npz; paths relative to the data folder.
     """
 
     cases: tuple[Converted, ...]
     made: int
-    skipped: tuple[tuple[str, str], ...]
+    skipped: tuple[LeftOut, ...]
 
 
 def convert_cases(
@@ -81,7 +81,7 @@ def convert_cases(
         MissingError: the package for a format is not installed.
     """
     cases, made, targets = [], 0, set[str]()
-    skipped = [(_relative(one.path, folder), one.why) for one in found.left_out]
+    skipped = [replace(one, path=_relative(one.path, folder)) for one in found.left_out]
     for number, file in enumerate(found.cases):
         progress(number, file.name)
         target = f"{file.task}/{npz_name(PurePosixPath(file.name).name)}"
@@ -90,13 +90,11 @@ def convert_cases(
                 raise InputError(f"{target} would be made from another case too: rename one")
             targets.add(target.lower())
             key = _key(file)
-            record = _kept(output / target, key)
-            if record is None:
-                content, record = _converted(file, target, folder, key)
-            else:
-                content = b""
+            kept = _kept(output / target, key)
+            content, record = (b"", kept) if kept else _converted(file, target, folder, key)
         except InputError as error:
-            skipped.append((_relative(file.path, folder), " ".join(error.message.split())))
+            why = " ".join(error.message.split())
+            skipped.append(LeftOut(_relative(file.path, folder), why))
             continue
         if content:
             write_file(output / target, content)
@@ -104,16 +102,22 @@ def convert_cases(
         cases.append(record)
     progress(len(found.cases), "")
     result = Conversion(tuple(cases), made, tuple(skipped))
-    body = {"format": 1, "version": __version__, **asdict(result)}
-    body["skipped"] = [{"path": path, "why": why} for path, why in skipped]
-    del body["made"]
-    text = json.dumps(body, indent=2, ensure_ascii=False)
-    write_file(output / REPORT_NAME, f"{text}\n".encode())
+    write_file(output / REPORT_NAME, _report(result))
     return result
 
 
-def _relative(path: Path, folder: Path) -> str:
-    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
+def _report(result: Conversion) -> bytes:
+    body = {
+        "format": 1,
+        "version": __version__,
+        "cases": [asdict(case) for case in result.cases],
+        "skipped": [{"path": one.path.as_posix(), "why": one.why} for one in result.skipped],
+    }
+    return (json.dumps(body, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _relative(path: Path, folder: Path) -> Path:
+    return path.relative_to(folder) if path.is_relative_to(folder) else path
 
 
 def _key(file: CaseFile) -> str:
@@ -157,8 +161,8 @@ def _converted(file: CaseFile, target: str, folder: Path, key: str) -> tuple[byt
     case = read_case(file)
     record = Converted(
         target,
-        _relative(file.path, folder),
-        _relative(file.labels or file.path, folder),
+        _relative(file.path, folder).as_posix(),
+        _relative(file.labels or file.path, folder).as_posix(),
         case.volume.shape,
         str(case.volume.intensity),
         case.notes,

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..core.errors import InputError
-from ..images.dicom_files import DicomFile, read_header
-from .cases import CaseFile, Reading
+from ..images.dicom_files import DicomFile, has_mark, looks_like_dicom, read_header
+from .cases import CaseFile, Reading, own_task
 from .dicom_seg import is_segmentation, references
 from .layouts import Labelled, LeftOut
 
@@ -21,7 +21,7 @@ def pair_segmentations(files: Iterable[Path], folder: Path, reading: Reading) ->
     has several.
 
     Args:
-        files: DICOM files, of any kind.
+        files: of any kind; those that are no DICOM are passed over.
         folder: the data folder.
         reading: see `Reading`.
 
@@ -64,9 +64,12 @@ def _sorted(
     left_out: list[LeftOut] = []
     for path in files:
         try:
+            if not looks_like_dicom(path):
+                continue
             file = read_header(path)
-        except InputError as error:
-            left_out.append(LeftOut(path, f"cannot be read: {error.message}"))
+        except (InputError, OSError) as error:
+            if isinstance(error, OSError) or has_mark(path):
+                left_out.append(LeftOut(path, f"cannot be read: {error}"))
             continue
         if is_segmentation(file):
             segmentations.append(file)
@@ -84,13 +87,13 @@ def _named(
     both = [_common([*series[uid], path]) for path, uid in pairs]
     cases = []
     for (path, uid), place in zip(pairs, both, strict=True):
-        parts = list(place.relative_to(folder).parts) or [folder.resolve().name]
+        parts = list(place.relative_to(folder).parts) or [own_task(folder)]
         if both.count(place) > 1:
             parts.append(path.stem)
         cases.append(
             CaseFile(
                 _common(series[uid]),
-                folder.resolve().name,
+                own_task(folder),
                 "_".join(parts),
                 path,
                 series=uid,

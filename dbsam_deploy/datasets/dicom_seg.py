@@ -21,7 +21,7 @@ from ..images.dicom_files import DicomFile, read_header, reading_dicom
 from ..images.dicom_frames import FLOAT, DicomSlice, frames_of
 from ..images.dicom_geometry import SAME_DIRECTION, arrange
 from ..images.volumes import Volume
-from .labels import ADVICE, SAME_PLACE, ReadLabels
+from .labels import ADVICE, SAME_PLACE, ReadLabels, labels_in
 
 SEG_CLASSES = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 """SOP classes of segmentations: bits or fractions a segment, and label maps."""
@@ -217,7 +217,7 @@ def _draw(
     plane: npt.NDArray[Any], marked: npt.NDArray[Any], names: dict[int, str], path: Path
 ) -> None:
     """Add the labels of one frame to those of its slice."""
-    unknown = sorted(set(np.unique(marked).tolist()) - {0, *names})
+    unknown = sorted(labels_in(marked[None]) - {0, *names})
     if unknown:
         raise InputError(f"{path} holds label {unknown[0]}; its segments are {sorted(names)}")
     taken = (plane != 0) & (marked != 0) & (plane != marked)

@@ -16,8 +16,7 @@ from pathlib import Path, PurePosixPath
 from ..core.errors import InputError
 from ..files.damage import reason_of
 from ..files.regular import small_text
-from ..images.dicom_files import looks_like_dicom
-from .cases import CaseFile, Reading
+from .cases import CaseFile, Reading, own_task
 from .dicom_pairs import pair_segmentations
 from .layouts import Labelled, LeftOut, read_layout, stem_of
 
@@ -67,20 +66,19 @@ def find_labelled(folder: Path, reading: Reading | None = None) -> Labelled:
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.npz"))
     if names:
         return Labelled(tuple(_npz_case(folder, name, reading) for name in names))
-    parts, dicom = [], []
+    parts, others = [], list[Path]()
     for root, folders, files in os.walk(folder):
         here = Path(root)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         paths = [here / name for name in sorted(files) if not name.startswith(".")]
         relative = here.relative_to(folder).as_posix()
-        place = (folder.resolve().name, "") if relative == "." else (relative, f"{relative}/")
+        place = (own_task(folder), "") if relative == "." else (relative, f"{relative}/")
         part, is_whole = read_layout(here, paths, place, reading)
         parts.append(part)
         if is_whole:
             folders.clear()
-        dicom += [path for path in paths if not stem_of(path) and looks_like_dicom(path)]
-    if dicom:
-        parts.append(pair_segmentations(dicom, folder, reading))
+        others += [path for path in paths if not stem_of(path)]
+    parts.append(pair_segmentations(others, folder, reading))
     return _unique([case for part in parts for case in part.cases], parts)
 
 
@@ -153,7 +151,7 @@ def _npz_case(folder: Path, name: str, reading: Reading) -> CaseFile:
             "DICOM"
         )
     parent = PurePosixPath(name).parent.as_posix()
-    task = folder.resolve().name if parent == "." else parent
+    task = own_task(folder) if parent == "." else parent
     return CaseFile(folder / name, task, name)
 
 

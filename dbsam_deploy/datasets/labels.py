@@ -47,7 +47,7 @@ class ReadLabels:
         Raises:
             InputError: a label that it does not name.
         """
-        unknown = sorted(set(np.unique(self.values).tolist()) - {0, ignored, *names})
+        unknown = sorted(labels_in(self.values) - {0, ignored, *names})
         if names and unknown:
             raise InputError(
                 f"{path} holds label {unknown[0]}, which dataset.json does not name; it has "
@@ -123,10 +123,24 @@ def _whole(values: npt.NDArray[Any], path: Path) -> npt.NDArray[Any]:
     """Values as whole numbers: many programs save a label map as floats."""
     if values.dtype.kind in "iu":
         return values
-    whole = np.isfinite(values) & (values == np.rint(values)) & (np.abs(values) < 2**31)
-    if not whole.all():
-        raise InputError(
-            f"{path} holds {values[~whole].flat[0]:g}; expected whole numbers, one label a voxel: "
-            "a map of probabilities has to be thresholded first"
+    labels = np.empty(values.shape, np.int32)
+    for plane, out in zip(values, labels, strict=True):
+        whole = np.isfinite(plane) & (plane == np.rint(plane)) & (np.abs(plane) < 2**31)
+        if not whole.all():
+            raise InputError(
+                f"{path} holds {plane[~whole].flat[0]:g}; expected whole numbers, one label a "
+                "voxel: a map of probabilities has to be thresholded first"
+            )
+        out[:] = plane
+    return labels
+
+
+def labels_in(values: npt.NDArray[Any]) -> set[int]:
+    """The numbers that occur in (D, H, W) labels; counting is much faster than sorting."""
+    found: set[int] = set()
+    for plane in values:
+        countable = plane.min() >= 0 and plane.max() < 2**16
+        found |= set(
+            (np.flatnonzero(np.bincount(plane.ravel())) if countable else np.unique(plane)).tolist()
         )
-    return values.astype(np.int32)
+    return found

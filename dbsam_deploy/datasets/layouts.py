@@ -26,6 +26,7 @@ PAIRED_FOLDERS = (("imagesTr", "labelsTr"), ("images", "labels"))
 LABEL_ENDINGS = ("_mask", "_seg")
 _SUFFIXES = (".nii.gz", ".nii")
 _CHANNEL = re.compile(r"(.+)_(\d{4})")
+_MOST_CHANNELS = 100
 
 
 @dataclass(frozen=True)
@@ -93,19 +94,26 @@ def read_layout(
     """
     about = _read_about(folder) if folder / DATASET_JSON in files else None
     if about is not None and about.pairs is not None:
-        groups, left_out = _listed(about.pairs)
-        return _cases(groups, left_out, about, place, reading), True
-    for images, labels in PAIRED_FOLDERS:
-        found = [_by_stem(folder / name) for name in (images, labels)]
-        if all(found):
-            groups, left_out = _matched(found[0], found[1], labels)
+        images, labels, left_out = _listed(about.pairs)
+        groups, alone = _matched(images, labels, DATASET_JSON)
+        return _cases(groups, [*left_out, *alone], about, place, reading), True
+    for image_folder, label_folder in PAIRED_FOLDERS:
+        images, labels = _inside_of(folder / image_folder), _inside_of(folder / label_folder)
+        if images and labels:
+            groups, left_out = _matched(images, labels, label_folder)
             return _cases(groups, left_out, about or _About(), place, reading), True
     if about is not None:
         raise InputError(
             f"{folder / DATASET_JSON} lists no training images, and {folder} has no imagesTr and "
             "labelsTr with NIfTI files (.nii, .nii.gz)"
         )
-    groups, left_out = _side_by_side(files)
+    images, labels = _by_stem(files), {}
+    for stem in list(images):
+        for ending in LABEL_ENDINGS:
+            if stem.endswith(ending):
+                labels.setdefault(stem.removesuffix(ending), []).extend(images.pop(stem))
+    where = "this folder (x_mask.nii.gz or x_seg.nii.gz for x.nii.gz)"
+    groups, left_out = _matched(images, labels, where)
     return _cases(groups, left_out, _About(), place, reading), False
 
 
@@ -172,43 +180,46 @@ class _Group:
     whole: Path | None = None
 
 
-def _listed(pairs: Iterable[tuple[Path, Path]]) -> tuple[dict[str, _Group], list[LeftOut]]:
-    groups: dict[str, _Group] = {}
+_Files = dict[str, list[Path]]
+"""Stem → NIfTI files; more than one where a name is not unique."""
+
+
+def _listed(pairs: Iterable[tuple[Path, Path]]) -> tuple[_Files, _Files, list[LeftOut]]:
+    """Images, or the files of their channels, and label maps, by the image's stem."""
+    images: _Files = {}
+    labels: _Files = {}
     left_out = []
-    folders: dict[Path, dict[str, list[Path]]] = {}
-    for image, labels in pairs:
-        stem, group = stem_of(image), _Group(labels)
-        if image.parent not in folders:
-            folders[image.parent] = _by_stem(image.parent)
-        if image.is_file() and stem:
-            group.whole = image
-        else:
-            for name, files in folders[image.parent].items():
-                if (match := _CHANNEL.fullmatch(name)) and match[1] == stem:
-                    group.images[int(match[2])] = files[0]
-        missing = labels if not labels.is_file() else image
-        if missing == labels or not (group.whole or group.images) or not stem_of(labels):
-            why = "is listed in dataset.json, but no NIfTI file is there"
-            left_out.append(LeftOut(missing, why))
-        elif stem in groups:
-            left_out.append(LeftOut(image, "is listed twice in dataset.json"))
-        else:
-            groups[stem] = group
-    return groups, left_out
+    for image, label in pairs:
+        stem = stem_of(image)
+        channels = [
+            path
+            for number in range(_MOST_CHANNELS)
+            if (path := image.with_name(image.name.replace(stem, f"{stem}_{number:04d}"))).is_file()
+        ]
+        there = [image] if image.is_file() else channels
+        if not (stem and there and stem_of(label) and label.is_file()):
+            missing = label if there else image
+            left_out.append(LeftOut(missing, f"is listed in {DATASET_JSON}, but is no NIfTI file"))
+            continue
+        labels.setdefault(stem, []).append(label)
+        for path in there:
+            images.setdefault(stem_of(path), []).append(path)
+    return images, labels, left_out
 
 
-def _by_stem(folder: Path) -> dict[str, list[Path]]:
-    """Stem → NIfTI files of a folder; more than one where a file lies there in both suffixes."""
-    found: dict[str, list[Path]] = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+def _by_stem(files: Iterable[Path]) -> _Files:
+    found: _Files = {}
+    for path in sorted(files):
         if stem := stem_of(path):
             found.setdefault(stem, []).append(path)
     return found
 
 
-def _matched(
-    images: dict[str, list[Path]], labels: dict[str, list[Path]], labels_name: str
-) -> tuple[dict[str, _Group], list[LeftOut]]:
+def _inside_of(folder: Path) -> _Files:
+    return _by_stem(folder.iterdir()) if folder.is_dir() else {}
+
+
+def _matched(images: _Files, labels: _Files, where: str) -> tuple[dict[str, _Group], list[LeftOut]]:
     """Images with the label maps of equal stem, or of their stem without a modality's number."""
     twice = [
         LeftOut(files[1], f"stands beside {files[0].name}: keep one of them")
@@ -224,21 +235,10 @@ def _matched(
         elif match and match[1] in groups:
             groups[match[1]].images[int(match[2])] = files[0]
         else:
-            left_out.append(LeftOut(files[0], f"has no label map of its name in {labels_name}"))
+            left_out.append(LeftOut(files[0], f"has no label map of its name in {where}"))
     for stem in [stem for stem, group in groups.items() if not (group.whole or group.images)]:
         left_out.append(LeftOut(groups.pop(stem).labels, "has no image of its name"))
     return groups, left_out
-
-
-def _side_by_side(files: Sequence[Path]) -> tuple[dict[str, _Group], list[LeftOut]]:
-    """`x.nii.gz` with `x_mask.nii.gz` or `x_seg.nii.gz`."""
-    images: dict[str, list[Path]] = {}
-    labels: dict[str, list[Path]] = {}
-    for path in files:
-        if stem := stem_of(path):
-            ending = next((end for end in LABEL_ENDINGS if stem.endswith(end)), "")
-            (labels if ending else images).setdefault(stem.removesuffix(ending), []).append(path)
-    return _matched(images, labels, "this folder (x_mask.nii.gz or x_seg.nii.gz for x.nii.gz)")
 
 
 def _cases(

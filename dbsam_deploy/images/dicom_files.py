@@ -196,7 +196,7 @@ def find_dicom(path: Path) -> DicomFolder:
         try:
             found.append(read_header(item))
         except InputError:
-            if _has_mark(item):
+            if has_mark(item):
                 raise
             others.append(item)
     _check_others(others, [file.path for file in found])
@@ -271,7 +271,8 @@ def _cannot_look(error: OSError) -> None:
     raise InputError(f"{error.filename} cannot be looked into: {error.strerror}") from error
 
 
-def _has_mark(path: Path) -> bool:
+def has_mark(path: Path) -> bool:
+    """Whether a file has DICOM's preamble."""
     with path.open("rb") as stream:
         return stream.read(132)[128:] == b"DICM"
 

@@ -96,6 +96,7 @@ def test_a_dicom_tree(tmp_path: Path, shell: Shell) -> None:
     pytest.importorskip("highdicom")
     files = write_series(tmp_path / "lungs" / "p1" / "ct", IMAGE)
     write_seg(tmp_path / "lungs" / "p1" / "seg" / "1.dcm", files[::-1], LABELS[::-1])
+    write_series(tmp_path / "lungs" / "p1" / "scout", IMAGE)  # left out, which is no fault
     assert shell(tmp_path / "lungs", tmp_path / "npz")[0] == 0
     case = read_case(find_cases(tmp_path / "npz")[0])
     assert case.name == "lungs/p1.npz"
@@ -171,6 +172,7 @@ MISTAKES = {
     "inside": ("{data}", "{data}/npz", "choose a folder outside it"),
     "npz": ("{npz}", "{out}", "there is nothing to convert"),
     "empty": ("{empty}", "{out}", "no labelled images; expected"),
+    "window": ("{data} --window 40 -1", "{out}", "expected a finite level and a width > 0"),
     "missing": ("{data}/missing", "{out}", "no such folder"),
 }
 
@@ -185,7 +187,7 @@ def test_a_mistake_is_one_line(dataset: Path, tmp_path: Path, shell: Shell, name
         "npz": tmp_path / "old",
     }  # fmt: skip
     source, output, message = MISTAKES[name]
-    status, out, err = shell(source.format(**places), output.format(**places))
+    status, out, err = shell(*source.format(**places).split(), output.format(**places))
     assert (status, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from support.damage import refusals
 from support.dicom_series import edit, rotation, write_enhanced
 from support.labelled_sets import write_seg, write_series
 
@@ -213,8 +214,18 @@ def test_a_seg_without_its_series(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"seg\.dcm refers to no series below"):
         find_cases(tmp_path / "data")
     (tmp_path / "data" / "broken.dcm").write_bytes(bytes(128) + b"DICM" + bytes(9))
+    (tmp_path / "data" / "table.bin").write_bytes(b"\x08\x00" + bytes(range(200)))  # no DICOM
     reasons = {one.path.name: one.why for one in find_labelled(tmp_path / "data").left_out}
     assert reasons["broken.dcm"].startswith("cannot be read: ")
+    assert set(reasons) == {"broken.dcm", "seg.dcm"}
+
+
+def test_damage_is_refused_or_read(tmp_path: Path, rng: np.random.Generator) -> None:
+    seg = write_seg(tmp_path / "seg.dcm", write_series(tmp_path / "ct", VOLUME), LABELS)
+    volume = read_image(tmp_path / "ct")
+    below = seg.stat().st_size
+    refused = refusals(seg, lambda path: read_segments(path, volume), rng, times=60, below=below)
+    assert refused > 10
 
 
 @pytest.mark.parametrize("columns", [3, 5, 7, 8])

@@ -12,7 +12,7 @@ from support.labelled_sets import write_nifti, write_seg, write_series
 
 from dbsam_deploy import convert
 from dbsam_deploy.artefact import Artefact
-from dbsam_deploy.evaluation import PROTOCOLS, build_protocol, evaluate, find_cases, read_cases
+from dbsam_deploy.evaluation import build_protocol, evaluate, find_cases, read_cases
 from dbsam_deploy.prediction.predictor import Predictor
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
 
@@ -47,7 +47,7 @@ def test_one_volume_in_every_layout(
         folders.append(tmp_path / "npz" / folder.parent.name)
         assert convert.main([str(folder), str(folders[-1])]) == 0
     predictor = Predictor(OnnxRuntimeSession(tiny_artefact), tiny_artefact.preprocessing)
-    for name in PROTOCOLS:
+    for name in ("objects", "cvpr24"):  # the latter compares surfaces in mm
         found = [
             evaluate(
                 predictor,

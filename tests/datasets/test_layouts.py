@@ -93,6 +93,20 @@ def test_decathlon(tmp_path: Path) -> None:
     assert "soft-tissue" in read.notes[0]
 
 
+def test_listed_pairs_whose_channels_are_files(tmp_path: Path) -> None:
+    """As nnU-Net's first version wrote them."""
+    decathlon(tmp_path, modality={"0": "T2", "1": "ADC"})
+    folder = tmp_path / "imagesTr"
+    (folder / "b_1.nii.gz").rename(folder / "b_1_0000.nii.gz")
+    write_nifti(folder / "b_1_0001.nii.gz", np.flip(IMAGE, 0))
+    (case,) = find_cases(tmp_path, reading=Reading(modality="adc"))
+    assert (case.name, case.path.name) == ("b_1", "b_1_0001.nii.gz")
+    (folder / "b_1_0000.nii.gz").unlink()
+    (folder / "b_1_0001.nii.gz").unlink()
+    with pytest.raises(InputError, match=r"b_1\.nii\.gz is listed in dataset\.json, but"):
+        find_cases(tmp_path, reading=Reading(modality="adc"))
+
+
 def test_a_4d_image_of_the_decathlon(tmp_path: Path) -> None:
     values = np.stack([IMAGE, np.flip(IMAGE, 2)], -1)
     decathlon(tmp_path, values, modality={"0": "FLAIR", "1": "T1w"})
@@ -184,7 +198,7 @@ JSONS = {
     '{"labels": {}, "training": [{"image": "/x.nii.gz", "label": "y.nii.gz"}]}': "a path below",
     '{"labels": {}, "training": [{"image": "x.nii.gz", "label": "../y.nii.gz"}]}': "a path below",
     '{"labels": {}, "training": [{"image": "x.nii.gz"}]}': "not readable as nnU-Net's",
-    '{"labels": {}, "training": [{"image": "x.nii.gz", "label": "y.nii.gz"}]}': "no NIfTI file is",
+    '{"labels": {}, "training": [{"image": "x.nii.gz", "label": "y.nii.gz"}]}': "but is no NIfTI",
     '{"labels": {}}': "lists no training images",
     '{"name": "other"}': "no labelled images",
 }
