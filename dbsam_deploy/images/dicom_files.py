@@ -54,6 +54,7 @@ HEADER_TAGS = (
     *("SegmentedRedPaletteColorLookupTableData", "SegmentedGreenPaletteColorLookupTableData"),
     *("SegmentedBluePaletteColorLookupTableData", "PaletteColorLookupTableUID"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
+    *("SegmentSequence", "SegmentationType", "MaximumFractionalValue", "ReferencedSeriesSequence"),
 )
 
 
@@ -63,7 +64,7 @@ class DicomFile:
 
     Attributes:
         path: the file.
-        header: pydicom data set of the elements that reading an image needs.
+        header: pydicom data set of the elements that reading an image or segmentation needs.
         transfer_syntax: UID of the encoding of its pixels.
         pixel_bytes: bytes from its pixel data's element to the file's end; 0 without pixel data.
         is_deflated: whether all this lies deflated in the file.
@@ -195,7 +196,7 @@ def find_dicom(path: Path) -> DicomFolder:
         try:
             found.append(read_header(item))
         except InputError:
-            if _has_mark(item):
+            if has_mark(item):
                 raise
             others.append(item)
     _check_others(others, [file.path for file in found])
@@ -270,7 +271,8 @@ def _cannot_look(error: OSError) -> None:
     raise InputError(f"{error.filename} cannot be looked into: {error.strerror}") from error
 
 
-def _has_mark(path: Path) -> bool:
+def has_mark(path: Path) -> bool:
+    """Whether a file has DICOM's preamble."""
     with path.open("rb") as stream:
         return stream.read(132)[128:] == b"DICM"
 

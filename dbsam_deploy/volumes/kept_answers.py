@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from ..core.prompts import PromptArrays
 from ..prediction.predictor import Promptable
 from .embeddings import SharedPredictor, image_key
 
+COMMIT_S = 0.5
+"""Seconds of work that a crash may cost: a commit takes as long as a disk does, some 20 ms."""
 _TABLES = (
     "CREATE TABLE IF NOT EXISTS run (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
     "CREATE TABLE IF NOT EXISTS answer (question TEXT PRIMARY KEY, shape TEXT NOT NULL, "
@@ -44,6 +47,7 @@ class KeptAnswers:
 
     def __init__(self, path: Path, made_from: Mapping[str, str]) -> None:
         self.path = path
+        self._committed = time.monotonic()
         self._key = json.dumps(dict(made_from), sort_keys=True)
         with self._usable():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,22 +89,30 @@ class KeptAnswers:
         return Prediction(unpack_masks(row[1], shape), ious, _unpacked(row[3], shape))
 
     def put(self, question: str, answer: Prediction) -> None:
-        """Keep an answer; it is on the disk when this returns."""
+        """Keep an answer; it is on the disk within `COMMIT_S` of work, and when this is closed."""
         masks = MaskPacker()
         masks.add(answer.masks)
         ious = answer.ious.astype(np.float32).tobytes()
         logits = None if answer.logits is None else zlib.compress(answer.logits.tobytes(), 1)
         row = (json.dumps(answer.masks.shape), masks.finish(), ious, logits)
-        with self._usable(), self._base:
+        with self._usable():
             self._base.execute(
                 "INSERT OR REPLACE INTO answer VALUES (?, ?, ?, ?, ?, ?)",
                 (question, *row, self._seal(question, *row)),
             )
+            if time.monotonic() - self._committed >= COMMIT_S:
+                self._commit()
+
+    def _commit(self) -> None:
+        self._base.commit()
+        self._committed = time.monotonic()
 
     def close(self) -> None:
         """Close the file, and remove it if nothing is in it."""
         try:
             is_empty = len(self) == 0
+            with self._usable():
+                self._commit()
         finally:
             self._base.close()
         if is_empty:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.bright import BrightPredictor
+from support.small_disk import leave
 
 from dbsam_deploy.api.command import add_predict_options, predict_image
 from dbsam_deploy.api.model import Model
@@ -177,3 +178,33 @@ def test_an_image_has_nothing_to_propagate_through(command: Command) -> None:
     status, _, err = command.run("--box", 1, 2, 30, 30, "--propagate", image="one.npz")
     assert (status, err.count("\n")) == (2, 1)
     assert "is one image: --propagate goes with a volume" in err
+
+
+def test_a_disk_that_is_full_anywhere_on_the_way_leaves_earlier_results(
+    command: Command, small_disk: Path
+) -> None:
+    rng = np.random.default_rng(1)
+    pixels = rng.integers(0, 256, (40, 64, 64), dtype=np.uint8)  # masks that do not compress
+    pixels[:, 8:24, 8:24] = 200
+    np.savez(command.folder / "ct.npz", imgs=pixels)
+    command.output = small_disk / "out"
+    box = ("--box3d", 0, 0, 0, 64, 64, 40)
+    command("--slice", 4, "--box", 3, 8, 28, 22)
+    before = (command.output / "ct_mask.npz").read_bytes()
+    refusals = []
+    for room in range(0, 400_000, 12_000):
+        leave(small_disk, room)
+        command.predictor = BrightPredictor()
+        status, _, err = command.run(*box, "--overwrite")
+        if status == 0:
+            break
+        refusals.append(err)
+        assert (status, err.count("\n")) == (2, 1)
+        assert (command.output / "ct_mask.npz").read_bytes() == before
+        kept = {path.name for path in command.output.iterdir()}
+        assert kept <= {"ct_mask.npz", "ct_unfinished.db"}
+    assert len(refusals) > 3
+    assert any("which keeps finished slices" in err for err in refusals)
+    assert any("_mask.npz" in err for err in refusals)
+    np.testing.assert_array_equal(command.labels(), pixels >= 128)
+    leave(small_disk, 4_000_000)
