@@ -152,6 +152,8 @@ EXTRAS = (
         ),
         ("monai", "scipy.ndimage", "skimage.transform", "matplotlib", "jinja2"),
     ),
+    Extra("batch", "many studies at a time", ("loky>=3.4", "jinja2>=3.1"), ("loky", "jinja2")),
+    Extra("cluster", "a batch on a Ray cluster", ("ray>=2.40",), ("ray",), includes=("batch",)),
     Extra("completion", "completion of `dbsam` in a shell", ("shtab>=1.13",), ("shtab",)),
     Extra(
         "train",
