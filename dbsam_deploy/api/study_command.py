@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -54,7 +54,7 @@ def predict_study(
     paths: Mapping[str, Path],
     open_model: Callable[[], Model],
     introduce: Callable[[Model], None],
-) -> int:
+) -> Sequence[Path]:
     """Segment a study and write it; what is finished is kept if the run ends before.
 
     Args:
@@ -64,6 +64,9 @@ def predict_study(
         paths: what is written, see `outputs.files.planned`.
         open_model: called once the prompts are known to fit.
         introduce: prints image and model.
+
+    Returns:
+        The files, and the folder of a volume's PNG files.
     """
     check_study(spec, volume)
     unfinished = _unfinished(paths)
@@ -92,7 +95,7 @@ def predict_study(
         say(f"NOTE: {note}")
     for path in written:
         say(f"wrote {path}")
-    return 0
+    return written
 
 
 def _unfinished(paths: Mapping[str, Path]) -> Path:
