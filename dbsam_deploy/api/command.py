@@ -20,6 +20,7 @@ from ..core.errors import InputError
 from ..files.atomic import write_file
 from ..images.volumes import OWN_WINDOW, Volume, png_bytes, read_image
 from ..outputs.files import ENDINGS, OVERLAY, planned, write
+from ..outputs.merging import earlier, merged
 from ..outputs.segmentation import Segmentation
 from ..prediction.prompts import Prompts, check_prompts
 from ..prediction.results import Result
@@ -27,7 +28,7 @@ from ..prediction.segment import Progress
 from ..volumes.prompt_file import read_prompt_file
 from ..volumes.study_prompts import StudyPrompts, from_prompts
 from .model import Model, own_boxes
-from .study_command import check_replaceable, predict_study
+from .study_command import FRACTIONS, check_replaceable, predict_study
 
 
 def add_predict_options(parser: argparse.ArgumentParser) -> None:
@@ -123,6 +124,12 @@ def add_image_options(parser: argparse._ActionsContainer) -> None:
         "--overwrite", action="store_true", help="replace a volume's results that are there"
     )
     parser.add_argument(
+        "--merge",
+        action="store_true",
+        help="add these objects to a volume's results that are there (npz, NIfTI); one of the same "
+        "name is replaced",
+    )
+    parser.add_argument(
         "--resume",
         action="store_true",
         help="go on with a run on a volume that was interrupted, with the same options",
@@ -206,6 +213,11 @@ def _report(console: Console, result: Result, paths: dict[str, Path], latency_ms
         say(f"wrote {path}")
 
 
+def needs_logits(args: argparse.Namespace) -> bool:
+    """Whether a server has to send logits, which make an answer several times as large."""
+    return FRACTIONS in (args.format or ())
+
+
 def _introduce(volume: Volume, model: Model) -> None:
     say = partial(table_console().print, markup=False, highlight=False, soft_wrap=True)
     depth, height, width = volume.shape
@@ -257,10 +269,13 @@ def predict_image(args: argparse.Namespace, open_model: Callable[[], Model]) -> 
         raise InputError("--resume goes with objects that are carried through a volume")
     paths = planned(volume, args.format or (), args.output, overlay=args.overlay)
     if volume.is_volume:
-        check_replaceable(paths, may_replace=args.overwrite)
+        check_replaceable(paths, args)
+    elif args.merge:
+        raise InputError(f"{volume.path} is one image: --merge goes with a volume")
     if spec is not None:
         introduce = partial(_introduce, volume)
         return predict_study(args, volume, spec, paths, open_model, introduce)
+    old = earlier(volume, paths) if args.merge else None
     console = table_console()
     with open_model() as model:
         _introduce(volume, model)
@@ -269,7 +284,8 @@ def predict_image(args: argparse.Namespace, open_model: Callable[[], Model]) -> 
             result = model.run(volume, prompts, progress, propagate=False)
             latency_ms = (time.perf_counter() - start) * 1e3
         name = model.describe()
-    write(Segmentation.from_result(result, name), paths)
+    found = Segmentation.from_result(result, name)
+    write(found if old is None else merged(old, found), paths)
     if OVERLAY in paths:
         write_file(paths[OVERLAY], png_bytes(np.asarray(result.plot())))
     _report(console, result, paths, latency_ms)

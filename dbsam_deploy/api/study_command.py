@@ -23,24 +23,31 @@ from ..files.atomic import write_file
 from ..images.overlays import Panel, draw_overlay, evenly_spaced
 from ..images.volumes import Volume, png_bytes
 from ..outputs.files import OVERLAY, mean_confidence, write
+from ..outputs.merging import earlier, merged
 from ..outputs.segmentation import Segmentation
 from ..prediction.segment import Progress
 from ..volumes.study import check_study
 from ..volumes.study_prompts import StudyPrompts
 from .model import Model
 
+FRACTIONS = "dicom-seg-fractional"
+"""The format that needs the objects' probabilities."""
 RESUME_ENDING = "_unfinished.db"
 """Of the file in the output folder that keeps finished slices until the result is there."""
 
 
-def check_replaceable(paths: Mapping[str, Path], *, may_replace: bool) -> None:
+def check_replaceable(paths: Mapping[str, Path], args: argparse.Namespace) -> None:
     """Refuse to replace a volume's results, which may be hours of work, without being told to.
 
     Raises:
-        InputError: one of them is there.
+        InputError: one of them is there, or both ways to go on were named.
     """
     there = [path for path in paths.values() if path.exists()]
-    if there and not may_replace:
+    if args.overwrite and args.merge:
+        raise InputError("--overwrite and --merge: give one of them")
+    if args.merge and FRACTIONS in paths:
+        raise InputError(f"--merge: probabilities cannot be added to, drop {FRACTIONS}")
+    if there and not (args.overwrite or args.merge):
         raise InputError(
             f"{there[0]} is there already: --overwrite replaces it, --merge adds to it, or choose "
             "another --output folder"
@@ -66,6 +73,7 @@ def predict_study(
         introduce: prints image and model.
     """
     check_study(spec, volume)
+    old = earlier(volume, paths) if args.merge else None
     unfinished = _unfinished(paths)
     if not args.resume:
         with suppress(FileNotFoundError):
@@ -80,8 +88,14 @@ def predict_study(
         with _kept(unfinished), _progress(Console(stderr=True)) as progress:
             start = time.perf_counter()
             found = model.study(
-                volume, spec, progress=progress, say=notes.append, checkpoint=unfinished
+                volume,
+                spec,
+                fractions=FRACTIONS in paths,
+                progress=progress,
+                say=notes.append,
+                checkpoint=unfinished,
             )
+            found = found if old is None else merged(old, found)
             seconds = time.perf_counter() - start
             written = list(write(found, paths))
     unfinished.unlink(missing_ok=True)
