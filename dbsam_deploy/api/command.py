@@ -20,7 +20,7 @@ from ..core.errors import InputError
 from ..files.atomic import write_file
 from ..images.volumes import OWN_WINDOW, Volume, png_bytes, read_image
 from ..outputs.files import ENDINGS, OVERLAY, planned, write
-from ..outputs.merging import earlier, merged
+from ..outputs.merging import merged
 from ..outputs.segmentation import Segmentation
 from ..prediction.prompts import Prompts, check_prompts
 from ..prediction.results import Result
@@ -28,7 +28,7 @@ from ..prediction.segment import Progress
 from ..volumes.prompt_file import read_prompt_file
 from ..volumes.study_prompts import StudyPrompts, from_prompts
 from .model import Model, own_boxes
-from .study_command import FRACTIONS, check_replaceable, predict_study
+from .study_command import FRACTIONS, earlier_result, predict_study
 
 
 def add_predict_options(parser: argparse.ArgumentParser) -> None:
@@ -126,8 +126,8 @@ def add_image_options(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--merge",
         action="store_true",
-        help="add these objects to a volume's results that are there (npz, NIfTI); one of the same "
-        "name is replaced",
+        help="add these objects to a volume's results that are there (npz, NIfTI, DICOM-SEG); with "
+        "--overwrite in place of those of the same name",
     )
     parser.add_argument(
         "--resume",
@@ -268,14 +268,12 @@ def predict_image(args: argparse.Namespace, open_model: Callable[[], Model]) -> 
     if args.resume and spec is None:
         raise InputError("--resume goes with objects that are carried through a volume")
     paths = planned(volume, args.format or (), args.output, overlay=args.overlay)
-    if volume.is_volume:
-        check_replaceable(paths, args)
-    elif args.merge:
+    if args.merge and not volume.is_volume:
         raise InputError(f"{volume.path} is one image: --merge goes with a volume")
     if spec is not None:
         introduce = partial(_introduce, volume)
         return predict_study(args, volume, spec, paths, open_model, introduce)
-    old = earlier(volume, paths) if args.merge else None
+    old = earlier_result(args, volume, paths, prompts.names) if volume.is_volume else None
     console = table_console()
     with open_model() as model:
         _introduce(volume, model)
@@ -285,7 +283,7 @@ def predict_image(args: argparse.Namespace, open_model: Callable[[], Model]) -> 
             latency_ms = (time.perf_counter() - start) * 1e3
         name = model.describe()
     found = Segmentation.from_result(result, name)
-    write(found if old is None else merged(old, found), paths)
+    write(found if old is None else merged(old, found, overwrite=args.overwrite), paths)
     if OVERLAY in paths:
         write_file(paths[OVERLAY], png_bytes(np.asarray(result.plot())))
     _report(console, result, paths, latency_ms)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from ..files.atomic import write_file
 from ..images.overlays import Panel, draw_overlay, evenly_spaced
 from ..images.volumes import Volume, png_bytes
 from ..outputs.files import OVERLAY, mean_confidence, write
-from ..outputs.merging import earlier, merged
+from ..outputs.merging import Earlier, merged, read_earlier
 from ..outputs.segmentation import Segmentation
 from ..prediction.segment import Progress
 from ..volumes.study import check_study
@@ -36,15 +36,21 @@ RESUME_ENDING = "_unfinished.db"
 """Of the file in the output folder that keeps finished slices until the result is there."""
 
 
-def check_replaceable(paths: Mapping[str, Path], args: argparse.Namespace) -> None:
-    """Refuse to replace a volume's results, which may be hours of work, without being told to.
+def earlier_result(
+    args: argparse.Namespace, volume: Volume, paths: Mapping[str, Path], names: Iterable[str]
+) -> Earlier | None:
+    """What new objects are added to, with `--merge`; a volume's results may be hours of work.
+
+    Args:
+        args: the options of the command.
+        volume: what is segmented.
+        paths: what is written.
+        names: of the new objects.
 
     Raises:
-        InputError: one of them is there, or both ways to go on were named.
+        InputError: a result is there and may not be replaced, or cannot be added to.
     """
     there = [path for path in paths.values() if path.exists()]
-    if args.overwrite and args.merge:
-        raise InputError("--overwrite and --merge: give one of them")
     if args.merge and FRACTIONS in paths:
         raise InputError(f"--merge: probabilities cannot be added to, drop {FRACTIONS}")
     if there and not (args.overwrite or args.merge):
@@ -52,6 +58,11 @@ def check_replaceable(paths: Mapping[str, Path], args: argparse.Namespace) -> No
             f"{there[0]} is there already: --overwrite replaces it, --merge adds to it, or choose "
             "another --output folder"
         )
+    if not there or not args.merge:
+        return None
+    found = read_earlier(volume, paths)
+    found.check(names, overwrite=args.overwrite)
+    return found
 
 
 def predict_study(
@@ -73,7 +84,7 @@ def predict_study(
         introduce: prints image and model.
     """
     check_study(spec, volume)
-    old = earlier(volume, paths) if args.merge else None
+    old = earlier_result(args, volume, paths, [one.name for one in spec.objects])
     unfinished = _unfinished(paths)
     if not args.resume:
         with suppress(FileNotFoundError):
@@ -95,7 +106,7 @@ def predict_study(
                 say=notes.append,
                 checkpoint=unfinished,
             )
-            found = found if old is None else merged(old, found)
+            found = found if old is None else merged(old, found, overwrite=args.overwrite)
             seconds = time.perf_counter() - start
             written = list(write(found, paths))
     unfinished.unlink(missing_ok=True)

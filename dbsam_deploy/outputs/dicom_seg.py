@@ -7,7 +7,6 @@ uneven slices are no obstacle; nothing is resampled or turned.
 from __future__ import annotations
 
 import io
-import logging
 import tempfile
 from typing import Any
 
@@ -38,9 +37,6 @@ WHAT = "DICOM-SEG"
 SERIES_OFFSET = 1000
 _THICKNESS_MM = 1.0
 """Where neither a header nor a distance between slices says it."""
-
-# It would log a patient's name that it finds odd.
-logging.getLogger("highdicom").setLevel(logging.CRITICAL)
 
 
 def require_highdicom() -> Any:
@@ -131,11 +127,11 @@ def _written(
             specific_character_set=UTF_8,
             plane_positions=positions,
         )
-    instance, series = content_uids(kind, segmentation, sources, made.PixelData)
-    made.SOPInstanceUID = made.file_meta.MediaStorageSOPInstanceUID = instance
-    made.SeriesInstanceUID = series
-    stream = io.BytesIO()
-    made.save_as(stream)
+        instance, series = content_uids(kind, segmentation, sources, made.PixelData)
+        made.SOPInstanceUID = made.file_meta.MediaStorageSOPInstanceUID = instance
+        made.SeriesInstanceUID = series
+        stream = io.BytesIO()
+        made.save_as(stream)
     return stream.getvalue()
 
 

@@ -1,93 +1,126 @@
-"""New objects beside those of a label map that is there."""
+"""Objects added to an earlier result: its label map is read again and written anew."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from ..core.errors import InputError
-from ..core.imaging import FloatArray
-from ..files.damage import DAMAGED, reason_of
-from ..images.scans import require_nibabel
+from ..datasets.dicom_seg import read_segments
+from ..datasets.labels import ReadLabels, labels_in, read_nifti_labels
+from ..images.npz_files import read_label_names, read_labels
 from ..images.volumes import Volume, label_dtype
-from .files import OVERLAY
+from .dicom_sources import short_text
 from .segmentation import Segmentation, SegmentedObject
 
+READABLE = ("npz", "dicom-seg", "nifti")
+"""Formats that objects can be added to; those that know names first."""
 
-def earlier(image: Volume, paths: Mapping[str, Path]) -> Segmentation | None:
-    """The segmentation of `image` that was written before, as far as its files tell.
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Earlier:
+    """An earlier result on the same image.
+
+    Attributes:
+        path: the file.
+        labels: (D, H, W).
+        objects: in the order of their labels; `object 3` where the file has no name.
+    """
+
+    path: Path
+    labels: npt.NDArray[np.integer]
+    objects: tuple[SegmentedObject, ...]
+
+    def by_name(self) -> dict[str, int]:
+        """Name as DICOM shortens it → label."""
+        return {short_text(one.name): one.label for one in self.objects}
+
+    def check(self, names: Iterable[str], *, overwrite: bool = False) -> None:
+        """Refuse new objects that have the name of one that is there, before any work.
+
+        Raises:
+            InputError: one has, and it may not be overwritten.
+        """
+        there = self.by_name()
+        for name in map(short_text, names):
+            if name in there and not overwrite:
+                raise InputError(
+                    f"{self.path} has {name!r} already, label {there[name]}: --overwrite replaces "
+                    "it, or give the new object another name"
+                )
+
+
+def read_earlier(image: Volume, paths: Mapping[str, Path]) -> Earlier:
+    """The result that lies where `paths` would be written.
 
     Args:
-        image: what was segmented then, too.
-        paths: format → path, see `files.planned`. An npz has the objects' names, NIfTI has not.
+        image: what is segmented.
+        paths: see `outputs.files.planned`.
 
     Raises:
-        InputError: the files that are there hold no label map, or one of another image.
+        InputError: there is none in one of `READABLE`, or it is damaged or of another image.
     """
-    there = [name for name, path in paths.items() if path.exists() and name != OVERLAY]
-    name = next((name for name in ("npz", "nifti") if name in there), None)
-    if name is None and there:
-        raise InputError(f"{paths[there[0]]} cannot be added to: --merge goes with npz and NIfTI")
-    if name is None:
-        return None
-    try:
-        found = _of_npz(paths[name], image) if name == "npz" else _of_nifti(paths[name], image)
-    except DAMAGED as error:
-        raise InputError(f"{paths[name]} is no label map: {reason_of(error)}") from error
-    if found is None:
-        raise InputError(f"{paths[name]} is of another image: choose another --output folder")
-    return found
+    for name in READABLE:
+        path = paths.get(name)
+        if path is None or not path.exists():
+            continue
+        read = _read(name, path, image)
+        labels = sorted({*labels_in(read.values), *read.names} - {0})
+        if labels and labels[0] < 0:
+            raise InputError(f"{path} holds {labels[0]}: expected labels from 0 on")
+        objects = [SegmentedObject(n, read.names.get(n) or f"object {n}") for n in labels]
+        return Earlier(path, read.values, tuple(objects))
+    wanted = [str(path) for name, path in paths.items() if name in READABLE]
+    raise InputError(
+        f"nothing to add to: expected {' or '.join(wanted)}"
+        if wanted
+        else f"objects can be added to {', '.join(READABLE)}: ask for one of these formats, too"
+    )
 
 
-def _of_npz(path: Path, image: Volume) -> Segmentation | None:
-    with np.load(path, allow_pickle=False) as content:
-        labels, confidence = content["segs"], content["confidence"]
-        named = zip(content["label_ids"].tolist(), content["label_names"].tolist(), strict=True)
-    return _segmentation(image, labels, [SegmentedObject(*one) for one in named], confidence)
+def _read(name: str, path: Path, image: Volume) -> ReadLabels:
+    if name == "dicom-seg":
+        return read_segments(path, image)
+    if name == "nifti":
+        return read_nifti_labels(path, image)
+    return ReadLabels(read_labels(path, image.shape, "segs"), read_label_names(path))
 
 
-def _of_nifti(path: Path, image: Volume) -> Segmentation | None:
-    file = require_nibabel().load(path)
-    affine = None if image.geometry is None else image.geometry.affine
-    if affine is None or not np.allclose(file.affine, affine, atol=1e-3):
-        return None
-    labels = np.asarray(file.dataobj).reshape(image.shape[::-1]).transpose(2, 1, 0)
-    objects = [SegmentedObject(n, f"label {n}") for n in np.unique(labels[labels > 0]).tolist()]
-    unknown = np.full((len(objects), len(labels)), np.nan, np.float32)
-    return _segmentation(image, labels, objects, unknown)
+def merged(earlier: Earlier, new: Segmentation, *, overwrite: bool = False) -> Segmentation:
+    """Both on one label map; a new object covers what it shares with earlier ones.
 
+    Args:
+        earlier: its objects keep their labels.
+        new: its objects get the next free labels, or that of the object which they replace.
+        overwrite: replace objects of the same name.
 
-def _segmentation(
-    image: Volume,
-    labels: npt.NDArray[np.unsignedinteger],
-    objects: list[SegmentedObject],
-    confidence: FloatArray,
-) -> Segmentation | None:
-    """None where it is of another image."""
-    if labels.shape != image.shape or confidence.shape != (len(objects), len(labels)):
-        return None
-    return Segmentation(image, labels, tuple(objects), confidence, "")
-
-
-def merged(old: Segmentation, new: Segmentation) -> Segmentation:
-    """Both: a new object replaces an old one of its name, takes a free label, and covers others."""
-    names = {one.name for one in new.objects}
-    kept = [(row, one) for row, one in enumerate(old.objects) if one.name not in names]
-    shift = max((one.label for one in old.objects), default=0)
-    labels = np.zeros(new.labels.shape, label_dtype(shift + max(o.label for o in new.objects)))
-    for _, one in kept:
-        labels[old.labels == one.label] = one.label
-    inside = new.labels > 0
-    labels[inside] = new.labels[inside].astype(labels.dtype) + labels.dtype.type(shift)
-    shifted = [dataclasses.replace(one, label=one.label + shift) for one in new.objects]
-    return dataclasses.replace(
-        new,
-        labels=labels,
-        objects=(*(one for _, one in kept), *shifted),
-        confidence=np.concatenate([old.confidence[[row for row, _ in kept]], new.confidence]),
-        fractions=None,
+    Raises:
+        InputError: see `Earlier.check`; more labels than a label map holds.
+    """
+    earlier.check([one.name for one in new.objects], overwrite=overwrite)
+    there = earlier.by_name()
+    last = max((one.label for one in earlier.objects), default=0)
+    place = {}
+    for one in new.objects:
+        if short_text(one.name) not in there:
+            last += 1
+        place[one.label] = there.get(short_text(one.name), last)
+    labels: npt.NDArray[np.unsignedinteger] = earlier.labels.astype(label_dtype(last))
+    replaced = [label for label in place.values() if label in there.values()]
+    labels[np.isin(labels, replaced)] = 0
+    for label, target in place.items():
+        labels[new.labels == label] = target
+    kept = [one for one in earlier.objects if one.label not in replaced]
+    moved = [replace(one, label=place[one.label]) for one in new.objects]
+    objects = sorted([*kept, *moved], key=lambda one: one.label)
+    confidence = np.full((len(objects), len(labels)), np.nan, np.float32)
+    rows = {one.label: row for row, one in enumerate(objects)}
+    for one, known in zip(new.objects, new.confidence, strict=True):
+        confidence[rows[place[one.label]]] = known
+    return replace(
+        new, labels=labels, objects=tuple(objects), confidence=confidence, fractions=None
     )
