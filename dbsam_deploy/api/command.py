@@ -243,6 +243,27 @@ def _prompts_file(args: argparse.Namespace) -> StudyPrompts:
     return read_prompt_file(args.prompts)
 
 
+def _asked(
+    args: argparse.Namespace, volume: Volume, spec: StudyPrompts | None
+) -> tuple[Prompts, StudyPrompts | None]:
+    """The prompts of one slice, or else objects that are carried through the volume.
+
+    Raises:
+        InputError: prompts that do not fit, or options that do not fit them.
+    """
+    if args.merge and not volume.is_volume:
+        raise InputError(f"{volume.path} is one image: --merge goes with a volume")
+    if spec is not None:
+        return Prompts(), spec
+    prompts = prompts_from(args, volume)
+    propagates = prompts.boxes_3d is not None if args.propagate is None else args.propagate
+    if propagates and not volume.is_volume:
+        raise InputError(f"{volume.path} is one image: --propagate goes with a volume")
+    if args.resume and not propagates:
+        raise InputError("--resume goes with objects that are carried through a volume")
+    return prompts, from_prompts(prompts, propagate=True) if propagates else None
+
+
 def predict_image(args: argparse.Namespace, open_model: Callable[[], Model]) -> int:
     """Read and check what the command line names, then open the model, segment and write.
 
@@ -259,17 +280,8 @@ def predict_image(args: argparse.Namespace, open_model: Callable[[], Model]) -> 
         series=args.series,
         volume=args.volume,
     )
-    prompts = Prompts() if spec else prompts_from(args, volume)
-    propagates = prompts.boxes_3d is not None if args.propagate is None else args.propagate
-    if propagates and not volume.is_volume:
-        raise InputError(f"{volume.path} is one image: --propagate goes with a volume")
-    if spec is None and propagates:
-        spec = from_prompts(prompts, propagate=True)
-    if args.resume and spec is None:
-        raise InputError("--resume goes with objects that are carried through a volume")
+    prompts, spec = _asked(args, volume, spec)
     paths = planned(volume, args.format or (), args.output, overlay=args.overlay)
-    if args.merge and not volume.is_volume:
-        raise InputError(f"{volume.path} is one image: --merge goes with a volume")
     if spec is not None:
         introduce = partial(_introduce, volume)
         return predict_study(args, volume, spec, paths, open_model, introduce)

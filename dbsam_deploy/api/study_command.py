@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -87,8 +87,7 @@ def predict_study(
     old = earlier_result(args, volume, paths, [one.name for one in spec.objects])
     unfinished = _unfinished(paths)
     if not args.resume:
-        with suppress(FileNotFoundError):
-            unfinished.unlink()
+        unfinished.unlink(missing_ok=True)
     console = table_console()
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     notes: list[str] = []
@@ -112,9 +111,9 @@ def predict_study(
     unfinished.unlink(missing_ok=True)
     if OVERLAY in paths:
         written.append(write_file(paths[OVERLAY], png_bytes(np.asarray(picture(found)))))
-    _report(console, found, seconds)
-    for note in notes:
-        say(f"NOTE: {note}")
+    console.print(_table(found))
+    for line in (f"{seconds:.1f} s", *(f"NOTE: {note}" for note in notes)):
+        say(line)
     for path in written:
         say(f"wrote {path}")
     return 0
@@ -157,7 +156,7 @@ def _progress(console: Console) -> Iterator[Progress]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _report(console: Console, found: Segmentation, seconds: float) -> None:
+def _table(found: Segmentation) -> Table:
     spacing = found.image.spacing_mm
     table = Table("label", "object", "slices", "voxels", *["ml"] * bool(spacing), "predicted IoU")
     confidence = mean_confidence(found)
@@ -169,8 +168,7 @@ def _report(console: Console, found: Segmentation, seconds: float) -> None:
         volume = [f"{voxels * np.prod(spacing) / 1000:.1f}"] if spacing else []
         name = escape(one.name)
         table.add_row(str(one.label), name, extent, str(voxels), *volume, f"{confidence[row]:.3f}")
-    console.print(table)
-    console.print(f"{seconds:.1f} s", highlight=False)
+    return table
 
 
 def picture(found: Segmentation) -> Any:
