@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -28,16 +28,23 @@ from ..prediction.segment import Progress
 from ..volumes.prompt_file import read_prompt_file
 from ..volumes.study_prompts import StudyPrompts, from_prompts
 from .model import Model, own_boxes
+from .pacs_command import add_store_options, image_source, predict_in_pacs
 from .study_command import FRACTIONS, earlier_result, predict_study
 
 
 def add_predict_options(parser: argparse.ArgumentParser) -> None:
     """The image, its prompts and the output: all but the options of the model."""
-    parser.add_argument("image", type=Path, metavar="IMAGE", help="file, or folder with DICOM")
+    parser.add_argument(
+        "image",
+        type=image_source,
+        metavar="IMAGE",
+        help="file, folder with DICOM, or a study in a PACS",
+    )
     add_prompt_options(
         parser.add_argument_group("prompts (without any, the boxes of an npz are used)")
     )
     add_image_options(parser.add_argument_group("image and output"))
+    add_store_options(parser)
 
 
 def add_prompt_options(parser: argparse._ActionsContainer) -> None:
@@ -271,6 +278,17 @@ def predict_image(args: argparse.Namespace, open_model: Callable[[], Model]) -> 
         args: the options of this command but those of the model.
         open_model: called once the image, the prompts and the output are known to be usable.
     """
+    if isinstance(args.image, str):  # see `image_source`
+        predict_in_pacs(args, lambda: _predict_files(args, open_model))
+    elif vars(args).get("store"):
+        raise InputError(f"{args.image} lies in no PACS: --store goes with dicomweb://…")
+    else:
+        _predict_files(args, open_model)
+    return 0
+
+
+def _predict_files(args: argparse.Namespace, open_model: Callable[[], Model]) -> Sequence[Path]:
+    """`predict_image` of a file or folder; what was written."""
     prompted = args.box or args.box3d or args.point or args.prompts
     spec = None if args.prompts is None else _prompts_file(args)
     volume = read_image(
@@ -299,4 +317,4 @@ def predict_image(args: argparse.Namespace, open_model: Callable[[], Model]) -> 
     if OVERLAY in paths:
         write_file(paths[OVERLAY], png_bytes(np.asarray(result.plot())))
     _report(console, result, paths, latency_ms)
-    return 0
+    return tuple(paths.values())

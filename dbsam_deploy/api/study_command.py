@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from ..core.errors import InputError
 from ..files.atomic import write_file
 from ..images.overlays import Panel, draw_overlay, evenly_spaced
 from ..images.volumes import Volume, png_bytes
-from ..outputs.files import OVERLAY, mean_confidence, write
+from ..outputs.files import ENDINGS, OVERLAY, mean_confidence, write
 from ..outputs.merging import Earlier, merged, read_earlier
 from ..outputs.segmentation import Segmentation
 from ..prediction.segment import Progress
@@ -32,7 +31,7 @@ from .model import Model
 
 FRACTIONS = "dicom-seg-fractional"
 """The format that needs the objects' probabilities."""
-RESUME_ENDING = "_unfinished.db"
+UNFINISHED = "_unfinished.db"
 """Of the file in the output folder that keeps finished slices until the result is there."""
 
 
@@ -72,7 +71,7 @@ def predict_study(
     paths: Mapping[str, Path],
     open_model: Callable[[], Model],
     introduce: Callable[[Model], None],
-) -> int:
+) -> Sequence[Path]:
     """Segment a study and write it; what is finished is kept if the run ends before.
 
     Args:
@@ -82,19 +81,20 @@ def predict_study(
         paths: what is written, see `outputs.files.planned`.
         open_model: called once the prompts are known to fit.
         introduce: prints image and model.
+
+    Returns:
+        The files, and the folder of a volume's PNG files.
     """
     check_study(spec, volume)
     old = earlier_result(args, volume, paths, [one.name for one in spec.objects])
     unfinished = _unfinished(paths)
     if not args.resume:
         unfinished.unlink(missing_ok=True)
-    console = table_console()
-    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     notes: list[str] = []
     with open_model() as model:
         introduce(model)
         if args.resume and not unfinished.exists():
-            say(f"NOTE: nothing to resume in {unfinished}: begun anew")
+            notes.append(f"nothing to resume in {unfinished}: begun anew")
         with _kept(unfinished), _progress(Console(stderr=True)) as progress:
             start = time.perf_counter()
             found = model.study(
@@ -106,23 +106,27 @@ def predict_study(
                 checkpoint=unfinished,
             )
             found = found if old is None else merged(old, found, overwrite=args.overwrite)
-            seconds = time.perf_counter() - start
+            notes.insert(0, f"{time.perf_counter() - start:.1f} s")
             written = list(write(found, paths))
     unfinished.unlink(missing_ok=True)
     if OVERLAY in paths:
         written.append(write_file(paths[OVERLAY], png_bytes(np.asarray(picture(found)))))
+    _report(found, notes, written)
+    return written
+
+
+def _report(found: Segmentation, notes: Sequence[str], written: Sequence[Path]) -> None:
+    console = table_console()
     console.print(_table(found))
-    for line in (f"{seconds:.1f} s", *(f"NOTE: {note}" for note in notes)):
-        say(line)
-    for path in written:
-        say(f"wrote {path}")
-    return 0
+    seconds, *lines = notes
+    for line in (seconds, *(f"NOTE: {n}" for n in lines), *(f"wrote {path}" for path in written)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _unfinished(paths: Mapping[str, Path]) -> Path:
     """Beside the results, and named as they are."""
-    first = next(iter(paths.values()))
-    return first.with_name(first.name.partition("_mask")[0] + RESUME_ENDING)
+    name, path = next(iter(paths.items()))
+    return path.with_name(path.name.removesuffix(ENDINGS[name].removesuffix(".png")) + UNFINISHED)
 
 
 @contextmanager

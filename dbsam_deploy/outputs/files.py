@@ -84,6 +84,8 @@ def planned(
 
 def _stem(image: Volume) -> str:
     stem = image.path.resolve().name
+    if image.path.is_dir():
+        return stem  # what follows a dot is no suffix: `1.2.840.7`
     for suffix in (".nii.gz", ".nii", image.path.suffix):
         stem = stem.removesuffix(suffix)
     return stem
