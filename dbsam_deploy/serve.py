@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
-from .api.command import add_image_options, add_prompt_options, predict_image
+from .api.command import add_image_options, add_prompt_options, needs_logits, predict_image
 from .api.loading import open_server
 from .api.model import Model
 from .artefact import BUILD_FOLDER, untrained_note
@@ -302,7 +302,8 @@ def _try(args: argparse.Namespace, repository: Repository, ports: Ports) -> int:
             stack.enter_context(server)
             _announce(server, time.monotonic() - began)
             note = untrained_note(repository.weights)
-            return open_server(server.grpc_url, timeout_s=TRY_TIMEOUT_S, logits=False, note=note)
+            logits = needs_logits(args)
+            return open_server(server.grpc_url, timeout_s=TRY_TIMEOUT_S, logits=logits, note=note)
 
         status = predict_image(args, start)
     _say("server stopped")
