@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 import dbsam_deploy as db
-from dbsam_deploy.clients.calls import weights_note
 from dbsam_deploy.core.contract import MAX_MASK_PIXELS, MAX_PROMPTS
 from dbsam_deploy.core.errors import CheckpointError, InputError, ServingError
 from dbsam_deploy.prediction.predictor import Predictor
@@ -354,19 +353,6 @@ def test_a_server_gives_what_its_export_gives(triton, model, image, scheme, tmp_
         np.testing.assert_array_equal(again.masks, ours.masks)
         with pytest.raises(InputError, match="server"):
             served.to("cuda")
-
-
-def test_a_server_that_says_nothing_of_its_weights_is_no_trained_one(image):
-    """An older repository, and a server that does not answer."""
-    from tritonclient.grpc import model_config_pb2, service_pb2
-
-    older = service_pb2.ModelConfigResponse(config=model_config_pb2.ModelConfig(name="x"))
-    for config in ({"name": "x"}, older):
-        assert "does not say whether its weights are trained" in weights_note(config)
-    with db.load("triton+http://localhost:9", timeout_s=1) as nobody:
-        assert "does not say whether its weights are trained (no Triton" in nobody.note
-        nobody.note = "mine"
-        assert nobody.note == "mine"
 
 
 def test_no_server_is_one_error(image):

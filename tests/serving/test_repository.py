@@ -397,14 +397,3 @@ def test_the_command_checks_and_refreshes_configurations(tmp_path, monkeypatch, 
     assert capsys.readouterr().out.splitlines() == [f"written: {path}" for path in paths]
     assert main(["--refresh"]) == main(["--check"]) == 0
     assert capsys.readouterr().out == ""
-
-
-@pytest.mark.parametrize("note", ["", 'say "no" \\ of\na Übung'])
-def test_the_note_on_the_weights_reaches_triton_as_it_is(note):
-    from google.protobuf import text_format
-    from tritonclient.grpc import model_config_pb2
-
-    platforms = dict.fromkeys(("encoder", "decoder"), "onnxruntime")
-    text = render_configs(Preprocessing(64), platforms, note=note)["dbsam_interactive"]
-    config = text_format.Parse(text, model_config_pb2.ModelConfig())
-    assert config.parameters["weights_note"].string_value == note
