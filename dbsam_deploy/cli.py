@@ -55,6 +55,8 @@ DOORS = {
     "client": Door("client", "segment an image through a running server"),
     "loadtest": Door("loadtest", "latency and throughput of a running server under load"),
     "evaluate": Door("evaluate", "Dice and NSD of a model on a folder of labelled images"),
+    "batch": Door("batch", "segment many studies, each once, here or on a cluster"),
+    "convert": Door("convert", "a data set in NIfTI or DICOM as npz files, for train and evaluate"),
     "train": Door("train", "train a model by a recipe", "options.train_options", "train"),
     "engine": Door("engine", "build, verify and inspect TensorRT engines"),
     "plugins": Door("plugins", "compile the TensorRT plugins, or look into them"),
@@ -278,6 +280,6 @@ def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) 
         lines = (f"error: {' '.join(error.message.split())}", *error.details)
         print(as_called("\n  ".join(lines)), file=sys.stderr)
         return error.exit_status
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(": ".join(("interrupted", *map(str, interrupt.args))), file=sys.stderr)
         return 130

@@ -17,6 +17,7 @@ from .api.model import Model
 from .cli import HelpFormatter, Parser, progress_bars, run, say_on_stderr, table_console
 from .core.errors import InputError
 from .datasets.cases import CaseFile
+from .datasets.finding import add_reading_options, reading_of
 from .evaluation import (
     PROTOCOLS,
     EvaluationProtocol,
@@ -48,7 +49,9 @@ WORST = 12
 TIMEOUT_S = 300.0
 
 DESCRIPTION = """\
-Measure Dice and NSD of a model on images with masks: DIR/<task>/*.npz with imgs and gts.
+Measure Dice and NSD of a model on images with masks: DIR/<task>/*.npz with imgs and gts, pairs in
+NIfTI (nnU-Net's and the Decathlon's folders, images/ and labels/, x.nii.gz and x_mask.nii.gz), or
+DICOM series with SEG files.
 
 Protocols: objects (each label of each slice, boxes grown by 0-20 px at 1024 scale, masks in the
 image frame), medsam (the paper's: 256x256 slices, one Dice a volume) and cvpr24 (MedSAM on Laptop:
@@ -82,8 +85,13 @@ def build_parser() -> Parser:
     )
     data = parser.add_argument_group("data")
     data.add_argument(
-        "--data", type=Path, required=True, metavar="DIR", help="folder with DIR/<task>/*.npz"
+        "--data",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="DIR/<task>/*.npz, NIfTI in nnU-Net's, the Decathlon's or paired folders, DICOM + SEG",
     )
+    add_reading_options(data)
     data.add_argument("--split", type=Path, help="JSON or TOML: subset -> list of files in DIR")
     data.add_argument("--subset", help="which list of --split, for example validation")
     data.add_argument(
@@ -199,11 +207,22 @@ def _bar(text: str, files: int) -> Iterator[FileProgress]:
         yield lambda done, name: bar.update(task, completed=done, description=f"{text} {name}")
 
 
-def _check_files(files: list[CaseFile]) -> None:
-    """Read every file once, so that a damaged one is found before hours of work, not after."""
+def _check_files(files: list[CaseFile]) -> list[str]:
+    """Read every file once, so that a damaged one is found before hours of work, not after.
+
+    Returns:
+        What was made of the files, a line a remark with the first file that it is about.
+    """
+    notes: dict[str, list[str]] = {}
     with _bar("reading", len(files)) as progress:
         for done, case in enumerate(read_cases(files), start=1):
+            for note in case.notes:
+                notes.setdefault(note, []).append(case.name)
             progress(done, case.name)
+    return [
+        f"{names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "") + f": {note}"
+        for note, names in notes.items()
+    ]
 
 
 def _check_output(folder: Path) -> None:
@@ -225,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     protocol = _protocol(args)
     if args.max_slices is not None and args.max_slices < 1:
         raise InputError(f"--max-slices {args.max_slices}: expected at least 1")
-    files = find_cases(args.data, split=args.split, subset=args.subset)
+    files = find_cases(args.data, split=args.split, subset=args.subset, reading=reading_of(args))
     if args.output is not None:
         _check_output(args.output)
     console = table_console()
@@ -236,8 +255,10 @@ def main(argv: list[str] | None = None) -> int:
     with open_evaluated(args, protocol) as (model, about):
         for library in ("monai.metrics", "scipy.stats"):
             load_library(library)
-        _check_files(files)
+        notes = _check_files(files)
         say(f"data: {args.data}, {len(files)} files, protocol {protocol.name}")
+        for note in notes:
+            say(f"note: {note}")
         say("model: " + ", ".join(str(v) for v in list(about.values())[:3]))
         if model.note:
             say(f"NOTE: {model.note}")

@@ -126,8 +126,10 @@ EXTRAS = (
             "python-gdcm>=3.0.24",
             "pylibjpeg>=2.0",
             "pylibjpeg-openjpeg>=2.0",
+            "highdicom>=0.26",
+            "contourpy>=1.3",
         ),
-        ("pydicom", "jpeg_ls", "gdcm", "pylibjpeg", "openjpeg"),
+        ("pydicom", "jpeg_ls", "gdcm", "pylibjpeg", "openjpeg", "highdicom", "contourpy"),
     ),
     Extra(
         "pacs",
@@ -150,6 +152,8 @@ EXTRAS = (
         ),
         ("monai", "scipy.ndimage", "skimage.transform", "matplotlib", "jinja2"),
     ),
+    Extra("batch", "many studies at a time", ("loky>=3.4", "jinja2>=3.1"), ("loky", "jinja2")),
+    Extra("cluster", "a batch on a Ray cluster", ("ray>=2.40",), ("ray",), includes=("batch",)),
     Extra("completion", "completion of `dbsam` in a shell", ("shtab>=1.13",), ("shtab",)),
     Extra(
         "train",

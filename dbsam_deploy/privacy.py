@@ -15,6 +15,7 @@ from types import ModuleType
 VARIABLES = {
     "ORT_DISABLE_TELEMETRY": "1",  # ONNX Runtime: no uploader, no queue, no identifier
     "HF_HUB_DISABLE_TELEMETRY": "1",  # huggingface_hub, which accelerate installs
+    "RAY_USAGE_STATS_ENABLED": "0",  # Ray, for a cluster that is started here
     "DO_NOT_TRACK": "1",  # whoever keeps to that convention
 }
 """Environment variables for this process, workers and servers; read when a library is loaded."""

@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 
 from .core.errors import InputError
+from .datasets.cases import Reading
 from .evaluation import build_protocol, evaluate, find_cases, read_cases
 from .extras import require
 from .files.atomic import write_atomically, writing_to
@@ -89,6 +90,7 @@ def train(options: TrainOptions, console: Console | None = None) -> Trained:
         data=options.data,
         split=options.split,
         unlabelled=options.unlabelled,
+        reading=_reading(options),
     )
     loaded = _start_model(recipe, options)
     for line in (*material.lines(), f"start: {loaded.weights['note']}"):
@@ -224,10 +226,16 @@ def _start_model(recipe: TrainingRecipe, options: TrainOptions) -> LoadedModel:
     )
 
 
+def _reading(options: TrainOptions) -> Reading:
+    return Reading(options.window, options.modality)
+
+
 def _validation(options: TrainOptions) -> Validate | None:
     if options.data is None or options.split is None:
         return None
-    files = find_cases(options.data, split=options.split, subset="validation")
+    files = find_cases(
+        options.data, split=options.split, subset="validation", reading=_reading(options)
+    )
     protocol = build_protocol("objects")
 
     def validate(model: DbSam) -> float:

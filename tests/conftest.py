@@ -19,6 +19,7 @@ from filelock import FileLock
 from rich.console import Console
 from support import property_profiles  # noqa: F401 - loads how many examples are tried
 from support.references import small_model
+from support.small_disk import small_disk  # noqa: F401 - a fixture
 from support.tiny_artefact import make_tiny_artefact
 from support.toy_exports import toy, toy_graphs  # noqa: F401 - fixtures
 

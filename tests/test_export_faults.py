@@ -7,15 +7,14 @@ import io
 import os
 import re
 import shutil
-import subprocess
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 from support.faults import Faults, Killed, injected
+from support.small_disk import leave
 from support.toy_exports import Toy
 
 from dbsam_deploy.core.errors import InputError
@@ -108,31 +107,12 @@ def test_a_file_in_the_way_is_one_line_before_any_work(toy: Toy, capsys, place: 
     assert sorted(os.listdir(toy.output)) == [place] if place else True
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 8 MB."""
-    place = tmp_path / "small"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)]
-    try:
-        made = subprocess.run(mount, capture_output=True, text=True, check=False)
-    except OSError as error:
-        pytest.skip(f"no tmpfs can be mounted here: {error}")
-    if made.returncode:
-        pytest.skip(f"no tmpfs can be mounted here: {made.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
 def test_a_real_disk_that_is_full(toy: Toy, small_disk: Path, capsys) -> None:
     toy.output = small_disk / "build"
     toy.run("a")
-    (small_disk / "ballast").write_bytes(b"")
-    free = os.statvfs(small_disk)
-    room = free.f_bavail * free.f_frsize
     refusals = []
     for part in range(8):
-        (small_disk / "ballast").write_bytes(b"x" * (room - part * 120_000))
+        leave(small_disk, part * 120_000)
         try:
             toy.run("b")
             break

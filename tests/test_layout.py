@@ -53,8 +53,10 @@ ORDER = (
 """Rooms of the package (folders, and the modules all of them share); imports go up this list."""
 
 DOORS = {
+    "batch",
     "client",
     "completion",
+    "convert",
     "doctor",
     "engine",
     "evaluate",

@@ -242,7 +242,7 @@ def evaluated(tmp_path, monkeypatch) -> Command:
     for name, stand_in in {
         "find_cases": lambda *arguments, **options: [],
         "open_evaluated": opened,
-        "_check_files": lambda files: None,
+        "_check_files": lambda files: [],
         "check_libraries": lambda: None,
         "load_library": lambda name: None,
         "evaluate": lambda *arguments, **options: results[chosen[-1]],

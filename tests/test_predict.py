@@ -129,7 +129,7 @@ def test_npz_3d_with_its_own_boxes(
     boxes = np.array([[1, 2, 1, 30, 30, 2], [5, 5, 2, 50, 40, 5]])
     spacing = np.array([5, 0.7, 0.8])
     np.savez(tmp_path / "3D.npz", imgs=imgs, boxes=boxes, spacing=spacing)
-    command(tmp_path / "3D.npz", "--overlay")
+    command(tmp_path / "3D.npz", "--overlay", "--no-propagate")
     expected = np.zeros(imgs.shape, np.uint8)
     for z in range(6):
         # the file's z_max is the last slice
@@ -188,7 +188,8 @@ def test_nifti_keeps_its_geometry(
     array = blocks(rng, 50, 40, 6).astype(np.int16) * 8 - 1000  # x, y, z
     nib.save(nib.Nifti1Image(array, affine), tmp_path / "ct.nii.gz")
     box = (5, 4, 1, 45, 30, 4)
-    out = command(tmp_path / "ct.nii.gz", "--box3d", *box, "--window", 40, 1200)
+    flags = ("--box3d", *box, "--window", 40, 1200, "--no-propagate")
+    out = command(tmp_path / "ct.nii.gz", *flags)
     assert "window level 40 width 1200 (-560 to 640)" in out
     saved = nib.load(command.output / "ct_mask.nii.gz")
     np.testing.assert_array_equal(saved.affine, nib.load(tmp_path / "ct.nii.gz").affine)
@@ -208,7 +209,8 @@ def test_dicom_series_gives_nifti_in_place(
     pytest.importorskip("pydicom")
     volume = blocks(rng, 5, 40, 50).astype(int) * 8 - 1000
     files = write_dicom_series(tmp_path / "ct", volume, directions=rotation(5, 10, 15))
-    command(tmp_path / "ct", "--box3d", 5, 4, 1, 45, 30, 4, "--window", 40, 1200, "--overlay")
+    flags = ("--box3d", 5, 4, 1, 45, 30, 4, "--window", 40, 1200, "--no-propagate")
+    command(tmp_path / "ct", *flags, "--overlay")
     saved = nib.load(command.output / "ct_mask.nii.gz")
     shown = ((np.clip(volume, -560, 640) + 560) / 1200 * 255).astype(np.uint8)
     (mask,) = command.masks(grey3(shown[2]), [[5, 4, 45, 30]])
@@ -217,7 +219,7 @@ def test_dicom_series_gives_nifti_in_place(
     place = (saved.affine @ [0, 0, 2, 1])[:3]
     np.testing.assert_allclose(place, corner * [-1, -1, 1], atol=1e-3)
     # the same slice from its own file, as npz
-    command(files[2], "--box", 5, 4, 45, 30, "--window", 40, 1200, "--mask-format", "npz")
+    command(files[2], "--box", 5, 4, 45, 30, "--window", 40, 1200, "--format", "npz")
     with np.load(command.output / f"{files[2].stem}_mask.npz") as alone:
         np.testing.assert_array_equal(alone["segs"], mask)
 
@@ -236,7 +238,7 @@ def test_a_dicom_series_is_chosen_and_said(
     out = command(tmp_path / "ct", "--series", 1, "--window", "file", *box)
     assert "intensities: the file's own window level 40.5 width 1201" in out
     assert "NOTE: passed over, since they hold no slices: README.txt" in out
-    assert "soft-tissue window" in command(tmp_path / "ct", "--series", 2, *box)
+    assert "soft-tissue window" in command(tmp_path / "ct", "--series", 2, "--overwrite", *box)
 
 
 def test_medsam_preprocessing_can_be_chosen(
@@ -306,7 +308,7 @@ MISTAKES = {
     "3D box outside": ("volume.npz --box3d 1 2 0 30 30 5", "z1 <= 4"),
     "3D box on an image": ("good.png --box3d 1 2 0 30 30 1", "2D image"),
     "window": ("good.png --box 1 2 30 30 --window 40 0", "width > 0"),
-    "nifti of a picture": ("good.png --box 1 2 30 30 --mask-format nifti", "position in space"),
+    "nifti of a picture": ("good.png --box 1 2 30 30 --format nifti", "position in space"),
     "pytorch option": ("good.png --box 1 2 30 30 --variant db_sam", "--backend pytorch"),
     "no such device": ("good.png --box 1 2 30 30 --backend tensorrt --device cpu", "runs on cuda"),
     "no artefact": ("good.png --box 1 2 30 30 --artefact {folder}/empty", "no manifest.json"),

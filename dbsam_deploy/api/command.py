@@ -19,12 +19,15 @@ from ..cli import progress_bars, table_console
 from ..core.errors import InputError
 from ..files.atomic import write_file
 from ..images.volumes import OWN_WINDOW, Volume, png_bytes, read_image
-from ..outputs.files import OVERLAY, planned, write
+from ..outputs.files import ENDINGS, OVERLAY, planned, write
 from ..outputs.segmentation import Segmentation
 from ..prediction.prompts import Prompts, check_prompts
 from ..prediction.results import Result
 from ..prediction.segment import Progress
+from ..volumes.prompt_file import read_prompt_file
+from ..volumes.study_prompts import StudyPrompts, from_prompts
 from .model import Model, own_boxes
+from .study_command import check_replaceable, predict_study
 
 
 def add_predict_options(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +55,8 @@ def add_prompt_options(parser: argparse._ActionsContainer) -> None:
         type=float,
         action="append",
         metavar=("X0", "Y0", "Z0", "X1", "Y1", "Z1"),
-        help="a box in a volume, put on each of the slices Z0 to Z1 - 1 (counted from 0)",
+        help="a box in a volume, slices Z0 to Z1 - 1 (counted from 0): the object is found on the "
+        "middle one and carried to the others",
     )
     parser.add_argument(
         "--point",
@@ -68,6 +72,19 @@ def add_prompt_options(parser: argparse._ActionsContainer) -> None:
         "--multimask",
         action="store_true",
         help="three alternatives for each prompt; the one with the best predicted IoU is kept",
+    )
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="a JSON file of named objects and their prompts instead of these options, see "
+        "docs/how-to/predict.md",
+    )
+    parser.add_argument(
+        "--propagate",
+        action=argparse.BooleanOptionalAction,
+        help="carry what is found on --slice through the volume; --no-propagate: put a 3D box on "
+        "each of its slices instead",
     )
 
 
@@ -96,10 +113,19 @@ def add_image_options(parser: argparse._ActionsContainer) -> None:
         "--output", type=Path, default=Path("predictions"), help="folder for results"
     )
     parser.add_argument(
-        "--mask-format",
-        choices=("auto", "png", "npz", "nifti"),
-        default="auto",
-        help="auto: PNG and npz for 2D images, npz for npz volumes, NIfTI for NIfTI and DICOM",
+        "--format",
+        choices=tuple(ENDINGS),
+        action="append",
+        help="of the masks, repeat it for more (default: PNG and npz for 2D images, npz for npz "
+        "volumes, NIfTI for NIfTI and DICOM)",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a volume's results that are there"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with a run on a volume that was interrupted, with the same options",
     )
     parser.add_argument(
         "--overlay", action="store_true", help="also draw contours, prompts and a legend as PNG"
@@ -180,6 +206,31 @@ def _report(console: Console, result: Result, paths: dict[str, Path], latency_ms
         say(f"wrote {path}")
 
 
+def _introduce(volume: Volume, model: Model) -> None:
+    say = partial(table_console().print, markup=False, highlight=False, soft_wrap=True)
+    depth, height, width = volume.shape
+    say(f"image: {volume.path}, {depth} × {height} × {width} (slices × height × width)")
+    say(f"intensities: {volume.intensity}")
+    for note in volume.notes:
+        say(f"NOTE: {note}")
+    say(f"model: {model.describe()}")
+    if model.note:
+        say(f"NOTE: {model.note}")
+
+
+def _prompts_file(args: argparse.Namespace) -> StudyPrompts:
+    """What `--prompts` names.
+
+    Raises:
+        InputError: see `read_prompt_file`; other prompts beside it.
+    """
+    others = [name for name in ("box", "box3d", "point") if getattr(args, name)]
+    others += [name for name in ("slice", "propagate") if getattr(args, name) is not None]
+    if others or args.multimask:
+        raise InputError(f"--{(others or ['multimask'])[0]} and --prompts: the file says it all")
+    return read_prompt_file(args.prompts)
+
+
 def predict_image(args: argparse.Namespace, open_model: Callable[[], Model]) -> int:
     """Read and check what the command line names, then open the model, segment and write.
 
@@ -187,7 +238,8 @@ def predict_image(args: argparse.Namespace, open_model: Callable[[], Model]) -> 
         args: the options of this command but those of the model.
         open_model: called once the image, the prompts and the output are known to be usable.
     """
-    prompted = args.box or args.box3d or args.point
+    prompted = args.box or args.box3d or args.point or args.prompts
+    spec = None if args.prompts is None else _prompts_file(args)
     volume = read_image(
         args.image,
         window=args.window,
@@ -195,23 +247,26 @@ def predict_image(args: argparse.Namespace, open_model: Callable[[], Model]) -> 
         series=args.series,
         volume=args.volume,
     )
-    prompts = prompts_from(args, volume)
-    formats = () if args.mask_format == "auto" else (args.mask_format,)
-    paths = planned(volume, formats, args.output, overlay=args.overlay)
+    prompts = Prompts() if spec else prompts_from(args, volume)
+    propagates = prompts.boxes_3d is not None if args.propagate is None else args.propagate
+    if propagates and not volume.is_volume:
+        raise InputError(f"{volume.path} is one image: --propagate goes with a volume")
+    if spec is None and propagates:
+        spec = from_prompts(prompts, propagate=True)
+    if args.resume and spec is None:
+        raise InputError("--resume goes with objects that are carried through a volume")
+    paths = planned(volume, args.format or (), args.output, overlay=args.overlay)
+    if volume.is_volume:
+        check_replaceable(paths, may_replace=args.overwrite)
+    if spec is not None:
+        introduce = partial(_introduce, volume)
+        return predict_study(args, volume, spec, paths, open_model, introduce)
     console = table_console()
-    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     with open_model() as model:
-        depth, height, width = volume.shape
-        say(f"image: {volume.path}, {depth} × {height} × {width} (slices × height × width)")
-        say(f"intensities: {volume.intensity}")
-        for note in volume.notes:
-            say(f"NOTE: {note}")
-        say(f"model: {model.describe()}")
-        if model.note:
-            say(f"NOTE: {model.note}")
+        _introduce(volume, model)
         with _progress(Console(stderr=True)) as progress:
             start = time.perf_counter()
-            result = model.run(volume, prompts, progress)
+            result = model.run(volume, prompts, progress, propagate=False)
             latency_ms = (time.perf_counter() - start) * 1e3
         name = model.describe()
     write(Segmentation.from_result(result, name), paths)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Self, TypedDict, Unpack
 
 import numpy as np
@@ -15,13 +16,16 @@ from ..core.imaging import Preprocessing
 from ..images.arrays import ImageLike, as_array, as_volume
 from ..images.intensity import Window
 from ..images.volumes import Volume
+from ..outputs.segmentation import Segmentation
 from ..prediction.predictor import Promptable, ServedPredictor
-from ..prediction.prompts import Prompts
+from ..prediction.prompts import Prompts, check_prompts
 from ..prediction.results import Result
 from ..prediction.segment import Progress, segment
 from ..prediction.turns import Turns
 from ..volumes.embeddings import SharedPredictor
 from ..volumes.session import VolumePredictor
+from ..volumes.study import result_of, segment_study
+from ..volumes.study_prompts import StudyPrompts, from_prompts
 
 _OF_SET_IMAGE: Any = object()
 """No image was named; not None, which is what OpenCV gives for a file that it cannot read."""
@@ -218,6 +222,7 @@ class Model:
         window: Window | str | None = None,
         series: str | int | None = None,
         volume: int | None = None,
+        propagate: bool = True,
         progress: Progress | None = None,
     ) -> Result:
         """One label map of an image or volume; memory does not grow with the number of prompts.
@@ -233,6 +238,8 @@ class Model:
             window: (level, width) that maps stored values to 0–255, or "file", see `read_image`.
             series: of a DICOM folder, see `read_image`.
             volume: which one of a 4D NIfTI file, from 0.
+            propagate: find the object of a 3D box on its middle slice and carry it to the others,
+                mask by mask; else the same 2D box is put on each slice.
             progress: called with slices done and slices in all.
 
         Raises:
@@ -242,7 +249,7 @@ class Model:
         prompts = _prompts(boxes, points, labels, None, boxes_3d)
         prompts = dataclasses.replace(prompts, multimask=multimask, slice_index=slice_index)
         read = as_volume(image, window=window, series=series, volume=volume)
-        return self.run(read, prompts, progress)
+        return self.run(read, prompts, progress, propagate=propagate)
 
     def run(
         self,
@@ -251,14 +258,44 @@ class Model:
         progress: Progress | None = None,
         *,
         keep_masks: bool = False,
+        propagate: bool = True,
     ) -> Result:
-        """Segment a volume that was read, with prompts that were made; see `segment.segment`."""
+        """Segment a volume that was read, with prompts that were made; see `segment`."""
         if not prompts.given:
             prompts = own_boxes(prompts, volume)
+        if prompts.boxes_3d is not None and propagate:
+            prompts = check_prompts(prompts, volume)
+            spec = from_prompts(prompts, propagate=True)
+            return result_of(self.study(volume, spec, progress=progress), prompts)
         told = {} if progress is None else {"progress": progress}
         with self._lock:  # the predictor holds one image at a time
             result = segment(self.predictor, volume, prompts, **told, keep_masks=keep_masks)
         return dataclasses.replace(result, note=self.note)
+
+    def study(
+        self,
+        volume: Volume,
+        spec: StudyPrompts,
+        *,
+        fractions: bool = False,
+        progress: Progress | None = None,
+        say: Callable[[str], None] | None = None,
+        checkpoint: Path | None = None,
+    ) -> Segmentation:
+        """Named objects, carried through a volume; see `volumes.study.segment_study`."""
+        told: dict[str, Any] = {"progress": progress, "say": say}
+        with self._lock:
+            return segment_study(
+                self.predictor,
+                volume,
+                spec,
+                model=self.describe(),
+                weights=str(self.weights.get("sha256", "")),
+                note=self.note,
+                fractions=fractions,
+                checkpoint=checkpoint,
+                **{name: call for name, call in told.items() if call is not None},
+            )
 
     def to(self, device: Any) -> Self:
         """This model on another device (`cpu` or `cuda`), as in SAM's code; opens it anew.

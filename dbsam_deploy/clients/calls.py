@@ -131,6 +131,7 @@ def prompt_call(image: npt.NDArray[Any], side: int, **prompts: Unpack[PromptArra
     arrays = {spec.inputs[0].name: np.ascontiguousarray(image)}
     arrays |= prompt_arrays(size, side, **prompts)
     tokens = (len(arrays[POINT_COORDS]), NUM_MASK_TOKENS)
+    check_mask_pixels(prod(tokens), size)
     shapes = ((*tokens, *size), tokens, (*tokens, side, side))
     return Call(spec, arrays, dict(zip(spec.output_names, shapes, strict=True)))
 
@@ -155,7 +156,6 @@ def prompt_arrays(
     """
     coords, labels = join_prompts(size, **places)
     count = len(coords)
-    check_mask_pixels(count * NUM_MASK_TOKENS, size)
     if mask_input is None:
         masks = np.zeros((count, side, side), np.float32)
     else:

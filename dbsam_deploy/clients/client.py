@@ -31,7 +31,7 @@ class DbsamClient(Exchanges):
         retries: when a refused request is sent again, see `Retries`.
         key: of the server's restricted interfaces, which shared memory needs; by default that of
             the environment's DBSAM_SERVER_KEY, if there is one.
-        packed: masks of opened images come as compressed bits; by default from other machines.
+        packed: masks of opened images come as compressed bits, unless through shared memory.
         access: TLS and a login, for a proxy before the server, see `Access`.
 
     Raises:

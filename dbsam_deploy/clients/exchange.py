@@ -31,7 +31,6 @@ from .calls import (
     box_call,
     box_result,
     check_options,
-    is_here,
     load_library,
     mask_side,
     prompt_call,
@@ -100,7 +99,7 @@ class Exchanges(ABC):
         retries: when a refused request is sent again.
         key: of the server's restricted interfaces, which shared memory needs; by default that of
             the environment's DBSAM_SERVER_KEY, if there is one.
-        packed: masks of opened images come as compressed bits; by default from other machines.
+        packed: masks of opened images come as compressed bits, unless through shared memory.
         access: TLS and a login, for a proxy before the server.
 
     Raises:
@@ -120,7 +119,7 @@ class Exchanges(ABC):
         timeout_s: float = 60.0,
         retries: Retries = Retries(),  # noqa: B008 - frozen
         key: str | None = None,
-        packed: bool | None = None,
+        packed: bool = True,
         access: Access | None = None,
     ) -> None:
         check_options(url, transport, timeout_s)
@@ -128,7 +127,7 @@ class Exchanges(ABC):
         self._timeout_s, self._retries = timeout_s, retries
         self._shared = shared_memory
         self._pool = RegionPool()
-        self._packed = not shared_memory and (not is_here(url) if packed is None else packed)
+        self._packed = packed and not shared_memory
         key = os.environ.get(KEY_VARIABLE) if key is None else key
         self._headers = {"headers": {_KEY_HEADERS[transport]: key}} if key else {}
         self._access = access
@@ -218,9 +217,10 @@ class Exchanges(ABC):
         request = self._begin()
         sized = logits or has_earlier_mask(**prompts)
         side = (yield from self._mask_side(request)) if sized else 1
-        call = known_prompts_call(image, Wanted(side, logits, self._packed), **prompts)
+        wanted = Wanted(side, logits, self._packed)
+        call = known_prompts_call(image, wanted, multimask=multimask, **prompts)
         arrays = yield from self._ask_known(call, image, request)
-        return known_result(arrays, image, multimask=multimask)
+        return known_result(arrays, image)
 
     def _ask_known(self, call: Call, image: KnownImage, request: ServerRequest) -> Exchange[Arrays]:
         """Ask by the image's id, and with the image itself where the server lacks it."""

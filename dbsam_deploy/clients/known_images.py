@@ -18,6 +18,7 @@ from ..core.contract import (
     LOW_RES_LOGITS,
     MASK_INPUT,
     MASKS_PACKED,
+    MULTIMASK,
     NUM_MASK_TOKENS,
     POINT_COORDS,
     RAW_IMAGE,
@@ -122,13 +123,18 @@ def known_boxes_call(image: KnownImage, boxes: npt.NDArray[Any], wanted: Wanted)
     return _call(image, {BOXES: checked}, wanted.outputs(len(checked), 1, image.size))
 
 
-def known_prompts_call(image: KnownImage, wanted: Wanted, **prompts: Unpack[PromptArrays]) -> Call:
-    """A request for the four mask tokens of each prompt set, see `calls.prompt_call`."""
+def known_prompts_call(
+    image: KnownImage, wanted: Wanted, *, multimask: bool, **prompts: Unpack[PromptArrays]
+) -> Call:
+    """A request for mask token 0 of each prompt set, or for tokens 1–3 with `multimask`."""
     arrays = prompt_arrays(image.size, wanted.side, **prompts)
     count = len(arrays[POINT_COORDS])
     if not has_earlier_mask(**prompts):  # no zeros on the way
         arrays = {name: array for name, array in arrays.items() if name not in _EARLIER_MASK}
-    return _call(image, arrays, wanted.outputs(count, NUM_MASK_TOKENS, image.size))
+    arrays[MULTIMASK.name] = np.array([multimask], np.uint8)
+    masks = NUM_MASK_TOKENS - 1 if multimask else 1
+    check_mask_pixels(count * masks, image.size)
+    return _call(image, arrays, wanted.outputs(count, masks, image.size))
 
 
 def _call(image: KnownImage, prompts: Arrays, outputs: _Outputs) -> Call:
@@ -158,13 +164,12 @@ def check_opened(arrays: Arrays, image: KnownImage) -> None:
         )
 
 
-def known_result(arrays: Arrays, image: KnownImage, *, multimask: bool = False) -> Prediction:
+def known_result(arrays: Arrays, image: KnownImage) -> Prediction:
     """The masks of an answer.
 
     Args:
         arrays: the answer.
         image: where it is noted whether the encoder ran.
-        multimask: tokens 1–3 instead of token 0, which is also a box's only mask.
 
     Raises:
         ServingError: packed masks that are damaged.
@@ -175,9 +180,7 @@ def known_result(arrays: Arrays, image: KnownImage, *, multimask: bool = False) 
         masks = arrays[ANY_MASKS.name]
     else:
         masks = _unpacked(arrays, (*ious.shape, *image.size))
-    kept = slice(1, NUM_MASK_TOKENS) if multimask else slice(0, 1)
-    logits = arrays.get(LOW_RES_LOGITS)
-    return Prediction(masks[:, kept], ious[:, kept], None if logits is None else logits[:, kept])
+    return Prediction(masks, ious, arrays.get(LOW_RES_LOGITS))
 
 
 def _unpacked(arrays: Arrays, shape: tuple[int, ...]) -> ByteArray:

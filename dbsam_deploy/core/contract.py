@@ -287,6 +287,9 @@ def prompts_ensemble_spec(mask_side: int) -> GraphSpec:
 
 
 IMAGE_ID = TensorSpec("image_id", "bytes", (1,), "content hash, see `image_id.image_id`")
+MULTIMASK = TensorSpec(
+    "multimask_tokens", "uint8", (1,), "0: mask token 0; 1: tokens 1–3; left out: all four"
+)
 CACHED = TensorSpec("cached", "uint8", (1,), "1: the embedding was kept; 0: it was computed")
 MASKS_PACKED = TensorSpec(
     "masks_packed", "bytes", (1,), "zlib of numpy.packbits of masks: their bits in C order", "image"
@@ -314,8 +317,8 @@ def interactive_spec(mask_side: int, *, prompts: bool = True) -> GraphSpec:
     """Triton's `dbsam_interactive`: encode once, prompt many; every other call goes through it.
 
     A request has an image, or the `image_id` of an earlier answer, or both; and boxes, or prompt
-    sets, or nothing, which only encodes. Boxes get one mask each, prompt sets `NUM_MASK_TOKENS`.
-    Only outputs that were asked for are computed.
+    sets, or nothing, which only encodes. Boxes get one mask each, prompt sets `NUM_MASK_TOKENS`, or
+    those of them that `multimask_tokens` names. Only outputs that were asked for are computed.
 
     Args:
         mask_side: side 4G of the mask grid.
@@ -323,7 +326,7 @@ def interactive_spec(mask_side: int, *, prompts: bool = True) -> GraphSpec:
     """
     inputs = [RAW_IMAGE, IMAGE_ID, RAW_BOXES]
     if prompts:
-        inputs += prompts_ensemble_spec(mask_side).inputs[1:]
+        inputs += [*prompts_ensemble_spec(mask_side).inputs[1:], MULTIMASK]
     outputs = (
         ANY_MASKS,
         ANY_IOU_SCORES,

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from .admission import Admission, Limits
+from .allocation import reuse_blocks
 from .array_guard import guard_arrays
 from .bls import BlsGraphs
 from .contract import RAW_IMAGE
@@ -49,6 +50,8 @@ DRAINING = "draining"
 
 _IMAGE, _PROMPT = "image", "prompt"
 _STOP_S = 20.0
+_BLOCK = 2 << 20
+"""Bytes of a mask of 1024² and more; embeddings, which are kept, are larger."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +83,7 @@ class TritonFront:
         except DbsamError as error:
             raise self.triton.TritonModelException(f"{args['model_name']}: {error}") from error
         guard_arrays(self.triton)
+        reuse_blocks(_BLOCK)
         self._cache = EmbeddingCache(settings.cache_mib << 20)
         graphs = BlsGraphs(self.triton, how)
         self._interactive = Interactive(how, graphs, self._cache, settings.chunk)

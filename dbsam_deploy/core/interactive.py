@@ -140,6 +140,7 @@ class Interactive:
             part = slice(start, start + self.chunk)
             feed = {name: array[part] for name, array in prompts.feed.items()}
             low, iou = self.graphs.decode(prompts.graph, kept.embedding, feed)
+            low, iou = low[:, prompts.tokens], iou[:, prompts.tokens]
             ious.append(iou)
             if masks is not None or packer is not None:
                 some = postprocess(low, size, self.how, masks if masks is None else masks[part])

@@ -10,6 +10,7 @@ from .contract import (
     BOXES,
     HAS_MASK_INPUT,
     MASK_INPUT,
+    MULTIMASK,
     NUM_MASK_TOKENS,
     POINT_COORDS,
     POINT_LABELS,
@@ -31,13 +32,18 @@ class ReadPrompts:
         graph: the exported graph that takes them.
         feed: the graph's inputs apart from the embedding, without their batch axis: (N, …).
         count: N.
-        masks: masks the graph gives for each.
+        tokens: those of the graph's masks that are wanted of each.
     """
 
     graph: str
     feed: Arrays
     count: int
-    masks: int
+    tokens: slice
+
+    @property
+    def masks(self) -> int:
+        """How many masks each prompt gets."""
+        return int(self.tokens.stop - self.tokens.start)
 
 
 def read_prompts(
@@ -47,7 +53,7 @@ def read_prompts(
 
     Args:
         arrays: inputs of `contract.interactive_spec`; those that are not prompts are passed over.
-            `mask_input` and `has_mask_input` may be left out together.
+            `mask_input` and `has_mask_input` may be left out together, and `multimask_tokens`.
         original_size: height and width of the image.
         how: mode and sizes.
 
@@ -58,7 +64,7 @@ def read_prompts(
         InputError: boxes and prompt sets together, an incomplete set, one that is not usable, or an
             answer that would be too large.
     """
-    given = [name for name in (*_POINTS, *_MASKS) if name in arrays]
+    given = [name for name in (*_POINTS, *_MASKS, MULTIMASK.name) if name in arrays]
     if BOXES not in arrays and not given:
         return None
     if BOXES in arrays:
@@ -75,13 +81,13 @@ def _boxes(arrays: Arrays, size: tuple[int, int], how: Preprocessing) -> ReadPro
     boxes = check_boxes(arrays[BOXES], size)
     check_mask_pixels(len(boxes), size)
     feed = {BOXES: to_model_frame(boxes, size, how)}
-    return ReadPrompts(decoder_spec(how).name, feed, len(boxes), 1)
+    return ReadPrompts(decoder_spec(how).name, feed, len(boxes), slice(0, 1))
 
 
 def _prompt_sets(arrays: Arrays, size: tuple[int, int], how: Preprocessing) -> ReadPrompts:
     coords, labels = check_tokens(arrays[POINT_COORDS], arrays[POINT_LABELS], size)
-    count, side = len(coords), how.mask_side
-    check_mask_pixels(count * NUM_MASK_TOKENS, size)
+    count, side, tokens = len(coords), how.mask_side, _tokens(arrays)
+    check_mask_pixels(count * (tokens.stop - tokens.start), size)
     if MASK_INPUT in arrays:
         masks, has_mask = check_mask_input(arrays[MASK_INPUT], count, side), arrays[HAS_MASK_INPUT]
     else:
@@ -95,4 +101,13 @@ def _prompt_sets(arrays: Arrays, size: tuple[int, int], how: Preprocessing) -> R
         MASK_INPUT: masks[:, None],
         HAS_MASK_INPUT: np.asarray(has_mask, np.float32),
     }
-    return ReadPrompts(prompt_decoder_spec(how).name, feed, count, NUM_MASK_TOKENS)
+    return ReadPrompts(prompt_decoder_spec(how).name, feed, count, tokens)
+
+
+def _tokens(arrays: Arrays) -> slice:
+    if MULTIMASK.name not in arrays:
+        return slice(0, NUM_MASK_TOKENS)
+    value = arrays[MULTIMASK.name]
+    if value.shape != (1,) or value[0] > 1:
+        raise InputError(f"multimask_tokens {value}: expected [0] or [1]")
+    return slice(1, NUM_MASK_TOKENS) if value[0] else slice(0, 1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from ..core.errors import InputError
@@ -84,7 +85,7 @@ def evaluate(
         raise InputError(f"max_slices {max_slices}: expected at least 1, or none for all slices")
     gallery = Gallery(worst)
     segmenter = as_segmenter(model)
-    outcomes = []
+    outcomes, intensities = [], dict[str, str]()
     for number, case in enumerate(cases):
 
         def step(done: int, count: int, number: int = number, name: str = case.name) -> None:
@@ -92,9 +93,11 @@ def evaluate(
 
         run = Run(segmenter, protocol, max_slices, with_nsd, gallery, step)
         outcomes.append(_evaluate_case(case, run))
+        intensities[case.name] = str(case.volume.intensity)
         progress(number + 1, case.name)
     settings = {**protocol.describe(), "max_slices": max_slices, "files": len(outcomes)}
-    return _result(outcomes, settings, protocol, gallery, intervals)
+    result = _result(outcomes, settings, protocol, gallery, intervals)
+    return replace(result, intensities=intensities)
 
 
 def _result(

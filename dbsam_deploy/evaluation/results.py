@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -204,6 +204,7 @@ class EvaluationResult:
         summary: means over everything.
         skipped: nothing is left out silently.
         worst: objects with the lowest Dice, at most two a task; empty unless asked for.
+        intensities: file → how its values became 0–255.
     """
 
     settings: dict[str, Any]
@@ -213,6 +214,7 @@ class EvaluationResult:
     summary: Summary
     skipped: tuple[Skipped, ...]
     worst: tuple[Overlay, ...] = ()
+    intensities: dict[str, str] = field(default_factory=dict)
 
     @property
     def object_mean(self) -> float:
@@ -228,6 +230,7 @@ class EvaluationResult:
         """For JSON; pictures are left out."""
         return {
             "settings": self.settings,
+            "intensities": self.intensities,
             "summary": asdict(self.summary),
             "tasks": [{**asdict(t), "below_box": t.below_box} for t in self.tasks],
             "cases": [asdict(case) for case in self.cases],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .dicom_files import find_dicom, reading_dicom
+from .dicom_files import find_dicom, read_header, reading_dicom
 from .dicom_frames import DicomSlice, frames_of
 from .dicom_geometry import arrange
 from .dicom_pixels import check_pixels, read_pixels
@@ -35,7 +35,7 @@ def read_dicom(path: Path, *, series: str | None = None, own_window: bool = Fals
         stack = arrange([frame for file in files for frame in frames_of(file)], path)
         check_pixels(stack.frames, path)
         pixels = read_pixels(stack.frames, own_window=own_window)
-        is_ct = _is_in_hu(stack.frames[0])
+        is_ct = is_in_hu(stack.frames[0])
     return Scan(
         pixels.values,
         stack.spacing_mm,
@@ -50,7 +50,25 @@ def read_dicom(path: Path, *, series: str | None = None, own_window: bool = Fals
     )
 
 
-def _is_in_hu(frame: DicomSlice) -> bool:
+def slices_again(
+    files: tuple[Path, ...], path: Path, more: tuple[str, ...] = ()
+) -> tuple[DicomSlice, ...]:
+    """The slices of a series that was read before, in the same order, by their headers alone.
+
+    Args:
+        files: `Scan.files`.
+        path: what the user named, for messages.
+        more: see `read_header`.
+
+    Raises:
+        InputError: a file is gone or another one by now.
+    """
+    with reading_dicom(path):
+        headers = [read_header(file, more) for file in files]
+        return arrange([frame for file in headers for frame in frames_of(file)], path).frames
+
+
+def is_in_hu(frame: DicomSlice) -> bool:
     """Whether the rescaled values of a slice are HU."""
     source = frame.values
     rescaled = "RescaleIntercept" in source or "ModalityLUTSequence" in source

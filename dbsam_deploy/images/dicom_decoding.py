@@ -79,6 +79,9 @@ def decode(file: DicomFile) -> Iterator[npt.NDArray[Any]]:
         if plugin == "gdcm" and file.transfer_syntax == _EXTENDED_JPEG:
             yield from _by_gdcm(file)
             return
+        if not plugin and int(file.header.get("BitsAllocated", 8) or 8) == 1:
+            yield from _bits(file)
+            return
         # A large plain file is read frame by frame, unless it is encoded in another way than it
         # says, which only pydicom's reading of the whole file copes with.
         named = require("pydicom.uid", extra="dicom", what_for="DICOM").UID(file.transfer_syntax)
@@ -167,6 +170,16 @@ def _encoded_frames(dataset: Any, file: DicomFile, count: int) -> Iterator[bytes
         raise InputError(
             f"{file.path}: its compressed pixels are damaged: {reason_of(error)}"
         ) from error
+
+
+def _bits(file: DicomFile) -> Iterator[npt.NDArray[Any]]:
+    """Frames of one bit a pixel, packed without gaps: pydicom 3.0 cuts one that fills no byte."""
+    packed = np.frombuffer(_whole(file).PixelData, np.uint8)
+    rows, columns = int(file.header.Rows), int(file.header.Columns)
+    for frame in range(int(file.header.get("NumberOfFrames", 1) or 1)):
+        start, stop = frame * rows * columns, (frame + 1) * rows * columns
+        bits = np.unpackbits(packed[start // 8 : -(-stop // 8)], bitorder="little")
+        yield bits[start % 8 :][: rows * columns].reshape(rows, columns)
 
 
 def _by_gdcm(file: DicomFile) -> Iterator[npt.NDArray[Any]]:

@@ -54,6 +54,7 @@ HEADER_TAGS = (
     *("SegmentedRedPaletteColorLookupTableData", "SegmentedGreenPaletteColorLookupTableData"),
     *("SegmentedBluePaletteColorLookupTableData", "PaletteColorLookupTableUID"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
+    *("SegmentSequence", "SegmentationType", "MaximumFractionalValue", "ReferencedSeriesSequence"),
 )
 
 
@@ -63,7 +64,7 @@ class DicomFile:
 
     Attributes:
         path: the file.
-        header: pydicom data set of the elements that reading an image needs.
+        header: pydicom data set of the elements that reading an image or segmentation needs.
         transfer_syntax: UID of the encoding of its pixels.
         pixel_bytes: bytes from its pixel data's element to the file's end; 0 without pixel data.
         is_deflated: whether all this lies deflated in the file.
@@ -141,8 +142,12 @@ def looks_like_dicom(path: Path) -> bool:
     return start[128:] == b"DICM" or start[:2] in _FIRST_GROUPS
 
 
-def read_header(path: Path) -> DicomFile:
+def read_header(path: Path, more: tuple[str, ...] = ()) -> DicomFile:
     """The header of one DICOM file, also of one without preamble.
+
+    Args:
+        path: the file.
+        more: keywords of elements that are kept beside `HEADER_TAGS`.
 
     Raises:
         InputError: no DICOM, damaged, or a header beyond the limits.
@@ -164,7 +169,7 @@ def read_header(path: Path) -> DicomFile:
             stop_before_pixels=True,
             force=True,
             defer_size=MAX_HEADER_BYTES,
-            specific_tags=list(HEADER_TAGS),
+            specific_tags=[*HEADER_TAGS, *more],
         )
         if "SOPClassUID" not in header and "Rows" not in header:
             raise InputError(f"{path} is not readable DICOM: it ends before it says what it is")
@@ -191,7 +196,7 @@ def find_dicom(path: Path) -> DicomFolder:
         try:
             found.append(read_header(item))
         except InputError:
-            if _has_mark(item):
+            if has_mark(item):
                 raise
             others.append(item)
     _check_others(others, [file.path for file in found])
@@ -266,7 +271,8 @@ def _cannot_look(error: OSError) -> None:
     raise InputError(f"{error.filename} cannot be looked into: {error.strerror}") from error
 
 
-def _has_mark(path: Path) -> bool:
+def has_mark(path: Path) -> bool:
+    """Whether a file has DICOM's preamble."""
     with path.open("rb") as stream:
         return stream.read(132)[128:] == b"DICM"
 

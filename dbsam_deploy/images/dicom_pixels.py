@@ -115,6 +115,23 @@ def read_pixels(frames: Sequence[DicomSlice], *, own_window: bool) -> Pixels:
     return Pixels(values, padding, kind == "MONOCHROME1", _described(windows))
 
 
+def measured(frames: Sequence[DicomSlice]) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+    """(place in `frames`, (H, W) rescaled values, NaN in padding), one file after the other.
+
+    Args:
+        frames: grey, as `read_pixels` took them.
+
+    Raises:
+        InputError: damaged pixels.
+    """
+    for place, stored in _decoded(frames):
+        values = _rescaled(stored, frames[place]).astype(np.float32)
+        padding = _padding(stored, frames[place])
+        if padding is not None:
+            values[padding] = np.nan
+        yield place, values
+
+
 def _decoded(frames: Sequence[DicomSlice]) -> Iterator[tuple[int, npt.NDArray[Any]]]:
     """(place in `frames`, (H, W) stored values), one file after the other."""
     by_file: dict[Path, dict[int, int]] = {}

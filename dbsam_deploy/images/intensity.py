@@ -155,7 +155,7 @@ def _mapped(
     if window is None:
         low, high, how, text = _percentile_range(counted, keep_zeros, base)
     else:
-        low, high, text = _window_range(window)
+        low, high, text = window_range(window)
         low, high, how = low - base, high - base, "window"
     del counted
     out = np.empty(values.shape, np.uint8)
@@ -189,7 +189,12 @@ def _scaled(plane: npt.NDArray[np.float64], low: float, high: float) -> ByteArra
     return scaled.astype(np.uint8)  # truncates, as MedSAM does
 
 
-def _window_range(window: Window) -> tuple[float, float, str]:
+def window_range(window: Window) -> tuple[float, float, str]:
+    """Both ends of a window, and the same in words.
+
+    Raises:
+        InputError: not two numbers, or none that make a range.
+    """
     try:
         level, width = (float(value) for value in window)
     except (TypeError, ValueError) as error:

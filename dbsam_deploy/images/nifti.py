@@ -68,6 +68,28 @@ def read_nifti(path: Path, *, volume: int | None = None) -> Scan:
     return Scan(_rescaled(stored, header), (dz, dy, dx), geometry, (path,), padding=padding)
 
 
+def count_volumes(path: Path) -> int:
+    """How many volumes a file holds, as its header says; nothing else of it is read.
+
+    Raises:
+        InputError: no NIfTI file.
+        EngineError: nibabel is not installed.
+    """
+    nibabel = require_nibabel()
+    regular_size(path)
+    try:
+        with path.open("rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            is_compressed = path.name.lower().endswith(".gz")
+            stream: Any = gzip.GzipFile(fileobj=file) if is_compressed else file
+            shape = _nifti_header(nibabel, stream, path).get_data_shape()
+    except InputError:
+        raise
+    except DAMAGED as error:
+        raise InputError(f"{path} is not a readable NIfTI file: {reason_of(error)}") from error
+    return math.prod(int(side) for side in shape[3:])
+
+
 def _nifti_header(nibabel: Any, stream: Any, path: Path) -> Any:
     """The header alone: nibabel would read extensions of any announced length with it."""
     start = stream.read(NIFTI2_BYTES)

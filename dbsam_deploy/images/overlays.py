@@ -100,7 +100,7 @@ def draw_overlay(
         An RGB picture. Small images are enlarged without smoothing, large ones reduced.
     """
     side = _SINGLE_SIDE if len(panels) == 1 else _TILE_SIDE
-    tiles = [_draw_panel(panel, side) for panel in panels]
+    tiles = [draw_panel(panel, side) for panel in panels]
     columns = int(np.ceil(np.sqrt(len(tiles))))
     tile_width, tile_height = tiles[0].size
     rows = -(-len(tiles) // columns)
@@ -154,7 +154,8 @@ def _wrap(text: str, width: int) -> list[str]:
     return rows
 
 
-def _draw_panel(panel: Panel, side: int) -> Image.Image:
+def draw_panel(panel: Panel, side: int) -> Image.Image:
+    """One slice without a legend, its longer side `side` pixels at most."""
     height, width = panel.labels.shape
     longest = max(height, width)
     # Whole enlargements keep pixels square; reductions may be fractional.

@@ -16,7 +16,7 @@ import io
 import logging
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,7 @@ class Volume:
         unplaced: why the slices of a series form no grid, which NIfTI needs; the predicate of a
             sentence, and empty where they do.
         notes: what of a folder was left out, and what was made of its geometry.
+        member: which volume of a 4D NIfTI file it is, where one was named.
     """
 
     path: Path
@@ -82,6 +83,7 @@ class Volume:
     files: tuple[Path, ...] = ()
     unplaced: str = ""
     notes: tuple[str, ...] = ()
+    member: int | None = None
 
     @property
     def is_volume(self) -> bool:
@@ -143,7 +145,9 @@ def read_image(
     if name.endswith(".npz"):
         return _from_npz(path, window, with_boxes)
     if name.endswith((".nii", ".nii.gz")):
-        return _from_scan(path, "nifti", read_nifti(path, volume=volume), window)
+        return replace(
+            _from_scan(path, "nifti", read_nifti(path, volume=volume), window), member=volume
+        )
     raise InputError(
         f"{path}: unknown kind of file; expected {', '.join(PICTURE_SUFFIXES)}, .npz, .nii, "
         ".nii.gz, DICOM or a folder with a DICOM series"
@@ -358,14 +362,12 @@ def npz_bytes(**arrays: Any) -> bytes:
     return stream.getvalue()
 
 
-def label_npz_bytes(
-    labels: npt.NDArray[Any], volume: Volume, ious: FloatArray, **more: Any
-) -> bytes:
-    """A label map as the content of an `.npz` file.
+def label_npz_bytes(labels: Any, volume: Volume, ious: FloatArray, **more: Any) -> bytes:
+    """(D, H, W) labels as the content of an `.npz` file: `segs`, (H, W) of an image, `spacing`.
 
     Args:
-        labels: (D, H, W); of an image `segs` is (H, W).
-        volume: what was segmented; its `spacing` along (z, y, x) in mm goes along.
+        labels: what `volume` was segmented into.
+        volume: the image.
         ious: (N,) float32, predicted IoU of each object.
         more: further arrays.
     """
@@ -391,7 +393,6 @@ def label_map_bytes(labels: npt.NDArray[Any], volume: Volume, *, compressed: boo
     """
     if volume.geometry is None:
         raise InputError(
-            f"{volume.path}: {no_grid(volume)}, which NIfTI needs: save it as .npz "
-            "(--mask-format npz)"
+            f"{volume.path}: {no_grid(volume)}, which NIfTI needs: save it as .npz (--format npz)"
         )
     return nifti_bytes(labels, volume.geometry, compressed=compressed)

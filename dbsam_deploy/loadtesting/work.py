@@ -107,7 +107,7 @@ class Connection:
     urls: dict[Transport, str]
     timeout_s: float
     key: str | None = None
-    packed: bool | None = None
+    packed: bool = True
     access: Access | None = None
 
     @asynccontextmanager

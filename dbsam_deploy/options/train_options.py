@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import get_args
 
 from ..cli import HelpFormatter, Parser, add_no_wait, check_paths
+from ..datasets.finding import add_reading_options, reading_of
+from ..images.intensity import Window
 from ..training.choices import Freeze, available_training_recipes, find_training_recipe
 
 DESCRIPTION = """\
@@ -35,6 +37,8 @@ class TrainOptions:
         recipe: name, or path of a `.toml`.
         data: folder of labelled images, None to train on synthetic images alone.
         split: file with `train` and `validation` lists of files in `data`; None: all is trained on.
+        window: (level, width) that maps values of `data` to 0–255, see `read_image`.
+        modality: number or name of one of several images of a case.
         unlabelled: folder of images for distillation.
         checkpoint: weights to start from; None: fresh weights.
         decoder_weights: prompt encoder and mask decoder of a fresh start.
@@ -50,6 +54,8 @@ class TrainOptions:
     recipe: str
     data: Path | None = None
     split: Path | None = None
+    window: Window | None = None
+    modality: str | None = None
     unlabelled: Path | None = None
     checkpoint: Path | None = None
     decoder_weights: Path | None = None
@@ -71,7 +77,8 @@ def build_parser() -> Parser:
     known = ", ".join(available_training_recipes())
     add = parser.add_argument
     add("--recipe", required=True, help=f"{known}, or the path of a .toml of your own")
-    add("--data", type=Path, help="folder of labelled images: MedSAM npz, DIR/<task>/*.npz")
+    add("--data", type=Path, help="labelled images: DIR/<task>/*.npz, NIfTI pairs, DICOM + SEG")
+    add_reading_options(parser)
     add(
         "--split",
         type=Path,
@@ -111,6 +118,7 @@ def parse_words(argv: list[str] | None) -> argparse.Namespace:
         InputError: an unknown recipe.
     """
     words = build_parser().parse_args(argv)
+    words.window = reading_of(words).window
     check_paths(words, "data", "split", "unlabelled")
     check_paths(words, "checkpoint", "decoder_weights", "teacher_weights")
     find_training_recipe(words.recipe)

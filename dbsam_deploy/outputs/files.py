@@ -9,17 +9,25 @@ from pathlib import Path
 import numpy as np
 
 from ..core.errors import InputError
-from ..core.imaging import FloatArray
+from ..extras import require
 from ..files.atomic import write_files, writing_to
 from ..files.publication import new_folder, remove, replace_folder, tidy
 from ..images.scans import require_nibabel
 from ..images.volumes import Volume, label_map_bytes, label_npz_bytes, no_grid, png_bytes
+from . import dicom_seg, rtstruct
+from .dicom_sources import find_sources
 from .segmentation import Segmentation
+from .statistics import csv_bytes, json_bytes, mean_confidence
 
 ENDINGS = {
     "nifti": "_mask.nii.gz",
     "npz": "_mask.npz",
     "png": "_mask.png",
+    "dicom-seg": "_seg.dcm",
+    "dicom-seg-fractional": "_fractional_seg.dcm",
+    "rtstruct": "_rtstruct.dcm",
+    "csv": "_statistics.csv",
+    "json": "_statistics.json",
 }
 """Format → ending of its file. A volume's PNG files lie in a folder, `_mask`."""
 
@@ -84,10 +92,14 @@ def _stem(image: Volume) -> str:
 def _check_holds(name: str, image: Volume) -> None:
     if name == "nifti":
         if image.geometry is None:
-            raise InputError(
-                f"{image.path}: {no_grid(image)}, which NIfTI needs: use --mask-format npz"
-            )
+            raise InputError(f"{image.path}: {no_grid(image)}, which NIfTI needs: use --format npz")
         require_nibabel()
+    elif name.startswith("dicom-seg"):
+        dicom_seg.require_highdicom()
+        find_sources(image, dicom_seg.WHAT)
+    elif name == "rtstruct":
+        require("contourpy", extra="dicom", what_for=rtstruct.WHAT)
+        find_sources(image, rtstruct.WHAT)
 
 
 def write(segmentation: Segmentation, paths: Mapping[str, Path]) -> tuple[Path, ...]:
@@ -142,17 +154,15 @@ def _npz(segmentation: Segmentation) -> bytes:
     )
 
 
-def mean_confidence(segmentation: Segmentation) -> FloatArray:
-    """(N,) float32 mean over the slices on which an object was decoded; 0 for none."""
-    decoded = np.isfinite(segmentation.confidence)
-    total = np.where(decoded, segmentation.confidence, 0).sum(axis=1, dtype=np.float64)
-    return (total / np.maximum(decoded.sum(axis=1), 1)).astype(np.float32)
-
-
 _CONTENTS: dict[str, Callable[[Segmentation], bytes]] = {
     "nifti": _nifti,
     "npz": _npz,
     "png": _png,
+    "dicom-seg": dicom_seg.binary_bytes,
+    "dicom-seg-fractional": dicom_seg.fractional_bytes,
+    "rtstruct": rtstruct.rtstruct_bytes,
+    "csv": csv_bytes,
+    "json": json_bytes,
 }
 
 

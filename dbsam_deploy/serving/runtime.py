@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ..core import array_guard
+from ..core import allocation, array_guard
 from ..core.errors import ServingError
 from ..core.front import CONTROL_VARIABLE
 from ..files.atomic import is_file_at, locked
@@ -17,8 +17,8 @@ from ..privacy import VARIABLES
 from .environment import ServerEnvironment
 
 STANDINS = Path(__file__).parent / "standin_backends"
-GUARD = Path(array_guard.__file__)
-"""Module that the stand-ins import, as the front model does."""
+SHARED = (Path(array_guard.__file__), Path(allocation.__file__))
+"""Modules that the stand-ins import, as the front model does."""
 MODELS, CONTROL = "models", "control"
 """Names in the folder: the repository's copy, and where the front looks for orders."""
 
@@ -89,7 +89,7 @@ def lay_out(environment: ServerEnvironment, folder: Path) -> None:
     shutil.copy2(environment.stub, python / environment.stub.name)
     for standin in sorted(STANDINS.iterdir()):
         (folder / standin.name).mkdir()
-        for file in (standin / "model.py", GUARD):
+        for file in (standin / "model.py", *SHARED):
             shutil.copyfile(file, folder / standin.name / file.name)
 
 

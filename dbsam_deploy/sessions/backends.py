@@ -39,6 +39,7 @@ class ModelOptions:
         engine_cache: folder that keeps engines and compiled models.
         runtime_precision: one of `RUNTIME_PRECISIONS`.
         preprocess: a mode of `imaging.MODES` in place of the model's own.
+        threads: that it computes with on the CPU; None for one a core.
     """
 
     backend: str = "onnxruntime"
@@ -51,6 +52,7 @@ class ModelOptions:
     engine_cache: Path | None = None
     runtime_precision: str | None = None
     preprocess: Mode | None = None
+    threads: int | None = None
 
     def given(self) -> list[str]:
         """Names of the options that are not None, besides the backend."""
@@ -107,6 +109,10 @@ class Backend:
 
 
 def _pytorch(options: ModelOptions, device: str) -> Opened:
+    if options.threads is not None:
+        require("torch", extra="export", what_for="backend pytorch").set_num_threads(
+            options.threads
+        )
     return _built(options, lambda model: PytorchSession(model, device=device))
 
 
@@ -118,7 +124,10 @@ def _pytorch_fused(options: ModelOptions, device: str) -> Opened:
 
 
 def _onnxruntime(options: ModelOptions, device: str) -> Opened:
-    return _published(options, lambda artefact: OnnxRuntimeSession(artefact, device=device))
+    threads = options.threads or 0
+    return _published(
+        options, lambda found: OnnxRuntimeSession(found, device=device, threads=threads)
+    )
 
 
 def _onnxruntime_tensorrt(options: ModelOptions, device: str) -> Opened:
@@ -134,8 +143,10 @@ def _openvino(options: ModelOptions, device: str) -> Opened:
     from .openvino_session import OpenvinoSession
 
     precision, cache = options.runtime_precision or RUNTIME_PRECISIONS[0], options.engine_cache
+    threads = options.threads or 0
     return _published(
-        options, lambda found: OpenvinoSession(found, precision=precision, cache=cache)
+        options,
+        lambda found: OpenvinoSession(found, precision=precision, cache=cache, threads=threads),
     )
 
 
@@ -175,7 +186,7 @@ BACKENDS = (
         "onnxruntime",
         "an export on ONNX Runtime (extra cpu; --device cuda: extra gpu)",
         ("cpu", "cuda"),
-        ("artefact",),
+        ("artefact", "threads"),
         _onnxruntime,
     ),
     Backend(
@@ -189,14 +200,14 @@ BACKENDS = (
         "openvino",
         "an export on OpenVINO (extra openvino)",
         ("cpu",),
-        ("artefact", "engine_cache", "runtime_precision"),
+        ("artefact", "engine_cache", "runtime_precision", "threads"),
         _openvino,
     ),
     Backend(
         "pytorch",
         "weights in float32 PyTorch, the reference (--device cuda: a GPU)",
         ("cpu", "cuda"),
-        PYTORCH_OPTIONS,
+        (*PYTORCH_OPTIONS, "threads"),
         _pytorch,
     ),
     Backend(

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import InputError
-from ..datasets.cases import find_cases
+from ..datasets.cases import CaseFile, Reading
+from ..datasets.finding import find_cases
 from .recipe import Phase
-from .samples import Images, Mixture, NpzSlices, Source
+from .samples import Images, LabelledSlices, Mixture, Source
 from .synthetic_images import Synthetic
 
 KINDS = ("real", "synthetic", "unlabelled")
@@ -34,7 +35,7 @@ class Material:
         """What was found and what was left out, a line a source."""
         return [
             f"{kind} {source.describe()}"
-            if isinstance(source, NpzSlices)
+            if isinstance(source, LabelledSlices)
             else f"{kind} {source.name}: {len(source)} images"
             for kind, sources in self.sources.items()
             for source in sources
@@ -63,6 +64,7 @@ def gather(
     data: Path | None,
     split: Path | None,
     unlabelled: Path | None,
+    reading: Reading | None = None,
 ) -> Material:
     """Index what the phases draw from.
 
@@ -72,16 +74,18 @@ def gather(
         data: folder of labelled images.
         split: lists the `train` files of `data`; None: all of them.
         unlabelled: folder of images without labels.
+        reading: how images of `data` are read, where they leave it open.
 
     Raises:
-        InputError: a kind that is needed is not named, or see `NpzSlices`, `Images`, `find_cases`.
+        InputError: a kind that is needed is not named, or see `LabelledSlices`, `Images` and
+            `find_cases`.
     """
     needed = {kind for phase in phases for kind in shares(phase)}
     found: dict[str, tuple[Source, ...]] = {}
     if "real" in needed:
         if data is None:
             raise InputError("the recipe trains on real labelled images: name them with --data")
-        found["real"] = labelled_sources(data, split)
+        found["real"] = labelled_sources(data, split, reading)
     if "synthetic" in needed:
         found["synthetic"] = (Synthetic(seed),)
     if "unlabelled" in needed:
@@ -91,21 +95,28 @@ def gather(
     return Material(found)
 
 
-def labelled_sources(data: Path, split: Path | None) -> tuple[NpzSlices, ...]:
+def labelled_sources(
+    data: Path, split: Path | None, reading: Reading | None = None
+) -> tuple[LabelledSlices, ...]:
     """One source for each task, so that a stack of a hundred slices counts as much as one image.
 
     Args:
-        data: `DIR/<task>/*.npz`, or MedSAM's training folders (one source).
+        data: what `find_cases` reads, or MedSAM's training folders (one source).
         split: lists the `train` files; None: all.
+        reading: how images are read, where the data leave it open.
 
     Raises:
-        InputError: see `find_cases` and `NpzSlices`.
+        InputError: see `find_cases` and `LabelledSlices`.
     """
-    if split is None and not any(
-        path.suffix == ".npz" and path.parent.name != "npy_images" for path in data.rglob("*.npz")
+    arrays = [path for path in data.rglob("*.np[yz]") if path.suffix in (".npy", ".npz")]
+    if (
+        split is None
+        and arrays
+        and not any(path.suffix == ".npz" and path.parent.name != "npy_images" for path in arrays)
     ):
-        return (NpzSlices(data),)
-    by_task: dict[str, list[Path]] = {}
-    for case in find_cases(data, split=split, subset=None if split is None else "train"):
-        by_task.setdefault(case.task, []).append(case.path)
-    return tuple(NpzSlices(paths, name) for name, paths in by_task.items())
+        return (LabelledSlices(data),)
+    subset = None if split is None else "train"
+    by_task: dict[str, list[CaseFile]] = {}
+    for case in find_cases(data, split=split, subset=subset, reading=reading):
+        by_task.setdefault(case.task, []).append(case)
+    return tuple(LabelledSlices(cases, name) for name, cases in by_task.items())

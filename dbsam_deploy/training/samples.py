@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from ..core.errors import InputError
 from ..core.imaging import ByteArray
+from ..datasets.cases import CaseFile, LabelledCase, read_case
 from ..images.npz_files import (
     check_label_map,
     open_npy,
@@ -126,28 +127,30 @@ class Inventory:
 class _Stack:
     """One file's images (D, H, W[, 3]) and where its label maps (D, H, W) are.
 
-    `key` names the array in an npz; None for a plain npy file.
+    `key` names the array in an npz; None for a plain npy file. `case` is a pair in NIfTI or DICOM.
     """
 
     images: Path
     labels: Path
     key: str | None
     shape: tuple[int, ...]
+    case: CaseFile | None = None
 
     @property
     def paired(self) -> bool:
         return self.images != self.labels
 
 
-class NpzSlices:
+class LabelledSlices:
     """Slices with label maps, read from disk when they are asked for.
 
     Reads MedSAM npz files (`imgs` and `gts`) and its training folders `npy_images/*.npz` (key
-    `img`) or `*.npy` with `npy_gts/*.npy`, and `imgs/*.npy` with `gts/*.npy`. Making the index
-    reads the images' headers and all label maps, one file at a time.
+    `img`) or `*.npy` with `npy_gts/*.npy`, and `imgs/*.npy` with `gts/*.npy`, and the cases that
+    `find_cases` finds. Making the index reads all label maps, one file at a time, and of npz the
+    images' headers.
 
     Args:
-        paths: files, or folders that are searched with all their sub-folders.
+        paths: cases, files, or folders that are searched with all their sub-folders.
         name: short name for reports; the first path's by default.
 
     Raises:
@@ -157,7 +160,8 @@ class NpzSlices:
 
     labelled = True
 
-    def __init__(self, paths: Path | Sequence[Path], name: str | None = None) -> None:
+    def __init__(self, paths: Path | Sequence[Path | CaseFile], name: str | None = None) -> None:
+        _load_case.cache_clear()  # files may have changed since another source read them
         given = [paths] if isinstance(paths, Path) else list(paths)
         found = [file for path in given for file in _find_stacks(path)]
         if not found:
@@ -199,7 +203,8 @@ class NpzSlices:
         values, labels = _load_stack(stack)
         image = _as_uint8(values[z], stack.images)
         rgb = image.copy() if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
-        return Sample(f"{stack.images.stem}[{z}]", rgb, labels[z].astype(np.int32))
+        stem = stack.images.stem if stack.case is None else stack.case.name
+        return Sample(f"{stem}[{z}]", rgb, labels[z].astype(np.int32))
 
 
 class Images:
@@ -246,8 +251,15 @@ def _load_volume(path: Path) -> Volume:
     return read_image(path, with_boxes=False)
 
 
-def _find_stacks(path: Path) -> list[Path]:
-    """Image files below `path` that have, or should have, labels."""
+@lru_cache(maxsize=_CACHED_FILES)
+def _load_case(case: CaseFile) -> LabelledCase:
+    return read_case(case)
+
+
+def _find_stacks(path: Path | CaseFile) -> Sequence[Path | CaseFile]:
+    """Image files below `path` that have, or should have, labels; a pair is found already."""
+    if isinstance(path, CaseFile):
+        return [path.path if path.labels is None else path]
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -269,7 +281,10 @@ def _labels_of(images: Path) -> Path:
     return partner / f"{images.stem}.npy" if partner != folder and partner.is_dir() else images
 
 
-def _open_stack(path: Path) -> _Stack:
+def _open_stack(path: Path | CaseFile) -> _Stack:
+    if isinstance(path, CaseFile):
+        shape = _load_case(path).volume.pixels.shape
+        return _Stack(path.path, path.labels or path.path, None, shape, path)
     labels = _labels_of(path)
     if path.suffix == ".npy":
         if labels == path:
@@ -295,7 +310,9 @@ def _open_stack(path: Path) -> _Stack:
 
 def _read_labels(stack: _Stack) -> npt.NDArray[Any]:
     shape = stack.shape[:3]
-    if not stack.paired:
+    if stack.case is not None:
+        labels = _load_case(stack.case).labels
+    elif not stack.paired:
         labels = read_labels(stack.labels, shape)
     else:
         array = open_npy(stack.labels)
@@ -334,7 +351,9 @@ def objects_in(labels: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
 @lru_cache(maxsize=_CACHED_FILES)
 def _load_stack(stack: _Stack) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Images and label maps of one file; the last few files stay decoded."""
-    if stack.key is None:
+    if stack.case is not None:
+        values = _load_case(stack.case).volume.pixels
+    elif stack.key is None:
         values = open_npy(stack.images)
         shape = stack_shape(values.shape, "the array", stack.images, is_stack=True)
         values = values.reshape(shape)

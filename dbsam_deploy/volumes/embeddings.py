@@ -1,7 +1,8 @@
 """Embeddings of slices within a budget of bytes: in memory, then in a scratch file.
 
-An embedding is kept under its image's content, as float16, so sessions on one study share it and
-half the bytes do. It is rounded before it is first used: a mask does not depend on what was kept.
+An embedding is kept under its image's content, so sessions on one study share it, and by default as
+float16, in half the bytes. It is rounded before it is first used: a mask does not depend on what
+was kept.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ DISK_BYTES = 4 * 1024 * 1024 * 1024
 """Embeddings kept in the scratch file: 2048 slices at SAM's size."""
 
 _LOG = logging.getLogger(__name__)
-_Half = npt.NDArray[np.float16]
+_Kept = npt.NDArray[np.floating]
 
 
 class ImageKey(NamedTuple):
@@ -65,6 +66,7 @@ class EmbeddingStore:
         ram_bytes: of embeddings in memory.
         disk_bytes: of embeddings in the scratch file; 0 for none.
         folder: where the file takes its room; by default the system's for temporary files.
+        exact: keep float32, with which masks are those of a predictor without a store.
     """
 
     def __init__(
@@ -72,14 +74,17 @@ class EmbeddingStore:
         ram_bytes: int = RAM_BYTES,
         disk_bytes: int = DISK_BYTES,
         folder: Path | None = None,
+        *,
+        exact: bool = False,
     ) -> None:
         if ram_bytes < 0 or disk_bytes < 0:
             raise InputError(
                 f"{ram_bytes} and {disk_bytes} bytes of embeddings: expected 0 or more"
             )
         self.ram_bytes, self.disk_bytes, self._folder = ram_bytes, disk_bytes, folder
+        self._dtype = np.dtype(np.float32 if exact else np.float16)
         self._lock = threading.Lock()
-        self._ram: OrderedDict[ImageKey, _Half] = OrderedDict()
+        self._ram: OrderedDict[ImageKey, _Kept] = OrderedDict()
         self._slots: OrderedDict[ImageKey, int] = OrderedDict()
         self._file: IO[bytes] | None = None
         self._shape: tuple[int, ...] = ()
@@ -121,15 +126,15 @@ class EmbeddingStore:
         Raises:
             InputError: another shape than the first one's.
         """
-        half = embedding.astype(np.float16)
+        kept = embedding.astype(self._dtype)
         with self._lock:
-            if self._shape not in ((), half.shape):
+            if self._shape not in ((), kept.shape):
                 raise InputError(
-                    f"an embedding {half.shape}, {self._shape} before: a store is of one model"
+                    f"an embedding {kept.shape}, {self._shape} before: a store is of one model"
                 )
-            self._shape = half.shape
-            self._remember(key, half)
-        return half.astype(np.float32)
+            self._shape = kept.shape
+            self._remember(key, kept)
+        return kept.astype(np.float32)
 
     def close(self) -> None:
         """Drop all embeddings and the scratch file; the store can be used again."""
@@ -142,7 +147,7 @@ class EmbeddingStore:
 
     @property
     def _each(self) -> int:
-        return int(np.prod(self._shape)) * 2 if self._shape else 0
+        return int(np.prod(self._shape)) * self._dtype.itemsize if self._shape else 0
 
     @property
     def _most_in_ram(self) -> int:
@@ -153,18 +158,18 @@ class EmbeddingStore:
         most = self.disk_bytes // self._each
         return most if self._disk_limit is None else min(most, self._disk_limit)
 
-    def _remember(self, key: ImageKey, half: _Half) -> None:
-        self._ram[key] = half
+    def _remember(self, key: ImageKey, kept: _Kept) -> None:
+        self._ram[key] = kept
         self._ram.move_to_end(key)
         while len(self._ram) > self._most_in_ram:
             self._write(*self._ram.popitem(last=False))
 
     def _read(self, slot: int) -> FloatArray:
         assert self._file is not None  # noqa: S101 - something was written
-        mapped = np.memmap(self._file, np.float16, "r", slot * self._each, self._shape)
+        mapped = np.memmap(self._file, self._dtype, "r", slot * self._each, self._shape)
         return np.asarray(mapped, np.float32)
 
-    def _write(self, key: ImageKey, content: _Half) -> None:
+    def _write(self, key: ImageKey, content: _Kept) -> None:
         """Into a free slot, or that of the least recently used."""
         slot = len(self._slots)
         if slot >= self._most_on_disk:

@@ -2,40 +2,71 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
 from ..core.errors import InputError
 from ..images.volumes import Volume, label_dtype
+from ..outputs.files import mean_confidence
 from ..outputs.segmentation import Segmentation
 from ..prediction.predictor import Promptable
-from ..prediction.prompts import Prompts, check_prompts
-from ..prediction.segment import Progress, segment
+from ..prediction.prompts import Prompts
+from ..prediction.results import Result
+from ..prediction.segment import Progress
+from .chain import ChainEnd, ChainRule
+from .embeddings import EmbeddingStore, SharedPredictor
+from .frames import Plane
+from .kept_answers import KeptAnswers, ResumedPredictor
+from .places import placed, placed_3d
+from .planes import view
+from .session import VolumePredictor
 from .study_prompts import ObjectPrompts, StudyPrompts
 
+RULE = ChainRule()
+STORE_BYTES = 256 * 1024 * 1024
+"""Embeddings of slices in memory: 64 at SAM's size; more are in a scratch file."""
 
-def _silent(done: int, total: int) -> None:
-    """Default `Progress`: says nothing."""
+
+def _silent(*_: object) -> None:
+    """Default of what is told about a run: says nothing."""
 
 
-def check_study(spec: StudyPrompts, volume: Volume) -> StudyPrompts:
-    """`spec` in voxels of `volume`, if all of it fits; nothing is computed yet.
+def check_study(spec: StudyPrompts, volume: Volume) -> None:
+    """Check that all of `spec` fits `volume`; nothing is computed yet.
 
     Raises:
-        InputError: no object, or a prompt outside the volume, with the object's name.
+        InputError: no object, prompts of one object on several planes, a prompt outside the volume,
+            millimetres where the volume has no place; with the object's name.
     """
     if not spec.objects:
         raise InputError(f"no object to look for in {volume.path}: give one at least")
-    if spec.space != "voxel":
-        raise InputError(f"coordinates in {spec.space}: expected voxels")
+    label_dtype(len(spec.objects))
     for one in spec.objects:
         try:
-            for prompts in _flat(one):
-                check_prompts(prompts, volume)
+            _check(one, volume, spec)
         except InputError as error:
             raise InputError(f"{one.name}: {error.message}") from error
-    return spec
+
+
+def _check(one: ObjectPrompts, volume: Volume, spec: StudyPrompts) -> None:
+    if not one.prompts and one.box_3d is None:
+        raise InputError("no prompt: expected a box, points or a 3D box")
+    if one.box_3d is not None and not spec.propagate:
+        raise InputError("a 3D box is carried through its slices: drop it, or propagate")
+    if len({prompt.plane for prompt in one.prompts}) > 1:
+        raise InputError("its prompts lie on several planes: give all of them on one")
+    cut = view(volume, one.plane)
+    first, end = 0, cut.depth
+    if one.box_3d is not None:
+        _, _, (first, end) = placed_3d(cut, one.box_3d, spec.space)
+    for prompt in one.prompts:
+        index, _ = placed(cut, **prompt.asked, space=spec.space)
+        if not first <= index < end:
+            raise InputError(f"slice {index} is outside its 3D box, slices {first}–{end - 1}")
 
 
 def segment_study(
@@ -44,8 +75,12 @@ def segment_study(
     spec: StudyPrompts,
     *,
     model: str,
+    weights: str = "",
     note: str = "",
+    rule: ChainRule = RULE,
+    fractions: bool = False,
     progress: Progress = _silent,
+    say: Callable[[str], None] = _silent,
     checkpoint: Path | None = None,
 ) -> Segmentation:
     """Segment the objects that `spec` names in one volume.
@@ -54,41 +89,109 @@ def segment_study(
         predictor: a model, in this process or behind a server.
         volume: image or volume.
         spec: the same for every study, or for this one; see `check_study`, which is applied here.
-        model: name of the model, in words, for the result.
+        model: its name in words, for the result.
+        weights: what tells it from others of that name, for the checkpoint.
         note: what the user must know of it, for the result.
+        rule: how objects are carried from slice to slice.
+        fractions: keep probabilities, for a fractional DICOM-SEG.
         progress: called with slices done and slices in all.
-        checkpoint: folder that keeps finished slices until the result is there; another run with
-            the same image, prompts and model goes on from them. None keeps nothing.
+        say: called with a line on each object that was lost at once, or not found at all.
+        checkpoint: file that keeps what was decoded; another run with the same image, prompts,
+            model and rule goes on from it. The caller removes it once the result is written. None
+            keeps nothing.
 
     Raises:
-        InputError: see `check_study`; a checkpoint of another image, prompts or model.
+        InputError: see `check_study`; a checkpoint of another image, prompts, model or rule.
         ServingError: a server that does not answer.
     """
-    spec = check_study(spec, volume)
-    labels = np.zeros(volume.shape, label_dtype(len(spec.objects)))
-    confidence = np.full((len(spec.objects), volume.shape[0]), np.nan, np.float32)
-    for row, one in enumerate(spec.objects):
-        for prompts in _flat(one):
-            part = segment(predictor, volume, prompts, progress)
-            found = Segmentation.from_result(part, model)
-            labels[part.labels > 0] = row + 1
-            decoded = np.isfinite(found.confidence[0])
-            confidence[row, decoded] = found.confidence[0, decoded]
-    return Segmentation(volume, labels, spec.segmented, confidence, model, note=note)
-
-
-def _flat(one: ObjectPrompts) -> list[Prompts]:
-    if one.box_3d is not None:
-        return [Prompts(boxes_3d=np.array([one.box_3d]))]
-    found = []
-    for prompt in one.prompts:
-        points = np.array(prompt.points) if prompt.points else None
-        found.append(
-            Prompts(
-                boxes=None if prompt.box is None else np.array([prompt.box]),
-                point_coords=None if points is None else points[None, :, :-1],
-                point_labels=None if points is None else points[None, :, -1].astype(np.int64),
-                slice_index=prompt.index,
-            )
+    check_study(spec, volume)
+    with ExitStack() as stack:
+        shared = SharedPredictor(predictor, store=_store(spec))
+        stack.callback(shared.close)
+        kept = None
+        if checkpoint is not None:
+            run = _run_of(volume, spec, f"{model} {weights}", f"{rule!r} {fractions}")
+            kept = KeptAnswers(checkpoint, run)
+            stack.callback(kept.close)
+        asked = SharedPredictor(ResumedPredictor(shared, kept, logits=fractions))
+        session = VolumePredictor(
+            asked, volume, model=model, note=note, rule=rule, encode_ahead=False
         )
-    return found
+        return _segment(session, spec, progress, say)
+
+
+def _run_of(volume: Volume, spec: StudyPrompts, model: str, rule: str) -> dict[str, str]:
+    """What a run is about, for answers that are kept."""
+    pixels = np.ascontiguousarray(volume.pixels)
+    image = hashlib.sha256(repr((pixels.shape, volume.spacing_mm)).encode())
+    image.update(pixels.data)
+    return {
+        "image": image.hexdigest(),
+        "set of prompts": repr(spec),
+        "model": model,
+        "rule": rule,
+    }
+
+
+def _store(spec: StudyPrompts) -> EmbeddingStore:
+    """Of slices that come up again: upwards for one object and downwards for another."""
+    starts: set[object] = {(one.plane, one.box_3d) for one in spec.objects if one.box_3d}
+    starts |= {(prompt.plane, prompt.index) for one in spec.objects for prompt in one.prompts}
+    if len(starts) < 2:
+        return EmbeddingStore(0, 0)
+    return EmbeddingStore(STORE_BYTES, exact=True)
+
+
+def _segment(
+    session: VolumePredictor,
+    spec: StudyPrompts,
+    progress: Progress,
+    say: Callable[[str], None],
+) -> Segmentation:
+    carried: dict[Plane, list[int]] = {}
+    for label, one in enumerate(spec.objects, 1):
+        session.add_object(one.name, label=label, colour=one.colour, code=one.code)
+        if not _prompt(session, label, one, spec):
+            say(f"{one.name} was not found where it was prompted")
+        elif spec.propagate:
+            carried.setdefault(one.plane, []).append(label)
+    for plane, labels in carried.items():
+        change = session.propagate(labels, plane=plane, progress=progress)
+        for line in _lost(change.ends, spec):
+            say(line)
+    return session.segmentation()
+
+
+def _prompt(session: VolumePredictor, label: int, one: ObjectPrompts, spec: StudyPrompts) -> bool:
+    """Whether the object was found on a slice that it can be carried on from."""
+    changes = []
+    if one.box_3d is not None:
+        changes.append(session.prompt(label, box_3d=one.box_3d, plane=one.plane, space=spec.space))
+    for prompt in one.prompts:
+        changes.append(session.prompt(label, **prompt.asked, plane=prompt.plane, space=spec.space))
+    return any(change.changed for change in changes)
+
+
+def _lost(ends: tuple[ChainEnd, ...], spec: StudyPrompts) -> Iterator[str]:
+    """A line on each object that was found on prompted slices alone."""
+    for label in dict.fromkeys(end.label for end in ends):
+        own = [end for end in ends if end.label == label]
+        if all(end.last == end.anchor for end in own):
+            where = ", ".join(str(z) for z in dict.fromkeys(end.anchor for end in own))
+            why = "; ".join(dict.fromkeys(end.reason for end in own))
+            yield f"{spec.objects[label - 1].name} was found on slice {where} alone: {why}"
+
+
+def result_of(found: Segmentation, prompts: Prompts) -> Result:
+    """Objects that were carried through a volume as the result of their 3D boxes."""
+    inside = [np.count_nonzero(found.labels == one.label) for one in found.objects]
+    decoded = np.flatnonzero(np.isfinite(found.confidence).any(axis=0))
+    return Result(
+        found.image,
+        prompts,
+        found.labels,
+        ious=mean_confidence(found)[:, None],
+        pixels=np.array(inside, np.int64)[:, None],
+        slices=tuple(decoded.tolist()),
+        note=found.note,
+    )

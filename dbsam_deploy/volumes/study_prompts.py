@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..core.errors import InputError
-from ..outputs.segmentation import CodedTerm, SegmentedObject
+from ..outputs.segmentation import CodedTerm
 from ..prediction.prompts import Prompts
 from .frames import Plane, Space
 
@@ -36,6 +36,13 @@ class SlicePrompt:
     index: int | None = None
     plane: Plane = "stored"
 
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What a session is asked on this slice."""
+        points = [point[:-1] for point in self.points] or None
+        labels = [int(point[-1]) for point in self.points] or None
+        return {"box": self.box, "points": points, "labels": labels, "index": self.index}
+
 
 @dataclass(frozen=True)
 class ObjectPrompts:
@@ -56,6 +63,11 @@ class ObjectPrompts:
     colour: tuple[int, int, int] | None = None
     code: CodedTerm | None = None
 
+    @property
+    def plane(self) -> Plane:
+        """On whose slices it is looked for."""
+        return self.prompts[0].plane if self.prompts else "stored"
+
 
 @dataclass(frozen=True)
 class StudyPrompts:
@@ -72,14 +84,6 @@ class StudyPrompts:
     objects: tuple[ObjectPrompts, ...]
     propagate: bool = True
     space: Space = "voxel"
-
-    @property
-    def segmented(self) -> tuple[SegmentedObject, ...]:
-        """The objects as a segmentation describes them."""
-        return tuple(
-            SegmentedObject(label, one.name, one.colour, one.code)
-            for label, one in enumerate(self.objects, 1)
-        )
 
 
 def from_prompts(prompts: Prompts, *, propagate: bool) -> StudyPrompts:

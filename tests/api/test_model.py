@@ -119,7 +119,7 @@ def test_bgr_is_turned(model, image):
 
 def test_a_volume_with_3d_boxes_and_its_slices(model, image, tmp_path):
     stack = np.stack([image[..., 0], 255 - image[..., 0], image[..., 1], image[..., 2]])
-    result = model.segment(stack, boxes_3d=[[5, 6, 1, 40, 30, 3]])
+    result = model.segment(stack, boxes_3d=[[5, 6, 1, 40, 30, 3]], propagate=False)
     assert result.labels.shape == (4, 50, 66)
     assert result.slices == (1, 2)
     for z in (1, 2):
@@ -340,6 +340,11 @@ def test_a_server_gives_what_its_export_gives(triton, model, image, scheme, tmp_
             np.testing.assert_array_equal(there.labels, here.labels)
             if here.logits is not None:
                 np.testing.assert_array_equal(there.logits, here.logits)
+        boxes = np.array([[5, 6, 0, 40, 30, 2], [20, 10, 1, 60, 45, 3]])
+        here, there = (
+            one.segment(stack, boxes_3d=boxes, propagate=False) for one in (model, served)
+        )
+        np.testing.assert_array_equal(there.labels, here.labels)
         first = served.predict(image, boxes=BOXES)
         again = served.predict(image, boxes=BOXES, mask_input=first.logits[:, 0])
         ours = model.predict(image, boxes=BOXES, mask_input=first.logits[:, 0])

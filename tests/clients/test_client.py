@@ -348,7 +348,7 @@ def test_the_command_takes_what_predict_takes(triton, tiny_artefact, tmp_path, p
     volume = np.random.default_rng().integers(0, 256, (4, 40, 50), dtype=np.uint8)
     pixels = volume[:1] if "--multimask" in prompts else volume
     np.savez(tmp_path / "a.npz", imgs=np.repeat(pixels[..., None], 3, -1), spacing=[1, 1, 1])
-    words = [str(tmp_path / "a.npz"), *prompts, "--mask-format", "npz"]
+    words = [str(tmp_path / "a.npz"), *prompts, "--format", "npz"]
     local = ["--artefact", str(tiny_artefact.folder), "--output", str(tmp_path / "local")]
     assert run(predict_door.main, [*words, *local]) == 0
     served = ["--url", triton.grpc_url, "--output", str(tmp_path / "served")]

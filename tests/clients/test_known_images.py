@@ -128,7 +128,7 @@ def test_an_image_is_sent_once_and_again_only_where_it_was_dropped(
         opened.predict(boxes=BOXES)
         assert requests[2:] == [["image_id", "boxes"]]
         opened.predict(**POINTS)
-        assert requests[3:] == [["image_id", "point_coords", "point_labels"]]
+        assert requests[3:] == [["image_id", "point_coords", "point_labels", "multimask_tokens"]]
         assert opened.known.cached is True
         refused = load_library("tritonclient.utils").InferenceServerException
         dropped = refused(f"image_id {opened.known.id}: not kept (any more)", "NOT_FOUND")
@@ -138,6 +138,26 @@ def test_an_image_is_sent_once_and_again_only_where_it_was_dropped(
         sent(monkeypatch, client, dropped, dropped)
         with pytest.raises(NotKeptError):
             opened.predict(boxes=BOXES)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({}, "masks_packed"), ({"packed": False}, "masks"), ({"shared_memory": True}, "masks")],
+)
+def test_masks_come_packed_unless_through_shared_memory(
+    triton, image, monkeypatch, options, expected
+):
+    with DbsamClient(triton.grpc_url, key=triton.key, **options) as client:
+        opened, honest, wanted = client.open(image), client._client.infer, []
+
+        def infer(*words, **more):
+            wanted.extend(output.name() for output in more["outputs"])
+            return honest(*words, **more)
+
+        monkeypatch.setattr(client._client, "infer", infer)
+        opened.predict(boxes=BOXES)
+    assert [name for name in wanted if name.startswith("masks")] == [expected]
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])

@@ -116,6 +116,7 @@ GRAPHS = {
             "point_labels int32 (num_prompts, num_points) in none, optional",
             "mask_input float32 (num_prompts, 128, 128) in mask grid, optional",
             "has_mask_input float32 (num_prompts) in none, optional",
+            "multimask_tokens uint8 (1) in none, optional",
         ],
         [
             "masks uint8 (num_prompts, num_masks, height, width) in image",

@@ -98,6 +98,31 @@ def test_prompt_sets_are_answered_as_locally_in_chunks(front, local, image, rng,
     np.testing.assert_array_equal(answer["masks"][:, 1:], several.masks)
     np.testing.assert_array_equal(answer["low_res_logits"][:, 1:], several.logits)
     assert "box_masks" not in answer
+    for number, expected in enumerate((single, several)):
+        named = {**sets, "multimask_tokens": np.array([number], np.uint8)}
+        answer = front.answer({"raw_image": image, **named}, ALL, nothing)
+        np.testing.assert_array_equal(answer["masks"], expected.masks)
+        np.testing.assert_array_equal(answer["iou_scores"], expected.ious)
+        np.testing.assert_array_equal(answer["low_res_logits"], expected.logits)
+        packed = answer["masks_packed"][0]
+        np.testing.assert_array_equal(unpack_masks(packed, expected.masks.shape), expected.masks)
+
+
+def test_only_wanted_masks_are_made_of_logits(front, image, monkeypatch):
+    made = []
+    real = imaging.postprocess
+    monkeypatch.setattr(
+        "dbsam_deploy.core.interactive.postprocess",
+        lambda low, *how: made.append(low.shape[1]) or real(low, *how),
+    )
+    sets = {
+        "point_coords": np.array([[[20, 30], [0, 0]]], np.float32),
+        "point_labels": np.array([[1, -1]], np.int32),
+    }
+    for tokens in (np.zeros(1, np.uint8), np.ones(1, np.uint8), None):
+        wanted = {} if tokens is None else {"multimask_tokens": tokens}
+        front.answer({"raw_image": image, **sets, **wanted}, ALL, nothing)
+    assert made == [1, 3, 4]
 
 
 def test_a_known_image_is_not_encoded_again(front, image):

@@ -109,6 +109,9 @@ def test_without_earlier_masks_they_are_zero():
         ({"has_mask_input": np.zeros(2, np.float32)}, "0 or 1 for 1 prompts"),
         ({"has_mask_input": np.full(1, 0.5, np.float32)}, "0 or 1 for 1 prompts"),
         ({"mask_input": np.zeros((2, 32, 32), np.float32)}, "mask_input"),
+        ({"multimask_tokens": np.array([2], np.uint8)}, r"multimask_tokens \[2\]: expected"),
+        ({"multimask_tokens": np.zeros(0, np.uint8)}, r"multimask_tokens \[\]: expected"),
+        ({"multimask_tokens": np.ones(1, np.uint8), "point_coords": None}, "without"),
     ],
 )
 def test_prompts_that_are_no_set_are_refused(change, message):
@@ -116,6 +119,25 @@ def test_prompts_that_are_no_set_are_refused(change, message):
     assert read_prompts(SETS, SIZE, HOW).count == 1
     with pytest.raises(InputError, match=message):
         read_prompts(arrays, SIZE, HOW)
+
+
+def test_boxes_have_no_alternatives():
+    with pytest.raises(InputError, match=r"boxes together with \['multimask_tokens'\]"):
+        read_prompts({"boxes": BOXES, "multimask_tokens": np.ones(1, np.uint8)}, SIZE, HOW)
+
+
+def test_masks_that_nobody_wants_count_for_no_limit():
+    side = 8192
+    sets = {
+        "point_coords": np.tile(SETS["point_coords"], (12, 1, 1)),
+        "point_labels": np.tile(SETS["point_labels"], (12, 1)),
+        "multimask_tokens": np.zeros(1, np.uint8),
+    }
+    assert 12 * side**2 <= MAX_MASK_PIXELS < 2 * 12 * side**2
+    assert read_prompts(sets, (side, side), HOW).masks == 1
+    sets["multimask_tokens"] = np.ones(1, np.uint8)
+    with pytest.raises(InputError, match="fewer prompts"):
+        read_prompts(sets, (side, side), HOW)
 
 
 CORNERS = [[[1, 2], [50.5, 40.25]], [[0, 0], [90, 60]]]

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from dbsam_deploy.core.errors import InputError
-from dbsam_deploy.datasets.cases import CaseFile, find_cases, read_case, read_split
+from dbsam_deploy.datasets.cases import CaseFile, read_case
+from dbsam_deploy.datasets.finding import find_cases, read_split
 from dbsam_deploy.verification.cases import bundled_examples
 
 IMAGE = np.arange(216, dtype=np.uint8).reshape(8, 9, 3)

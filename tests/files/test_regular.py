@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dbsam_deploy.core.errors import CheckpointError, InputError
-from dbsam_deploy.datasets.cases import read_split
+from dbsam_deploy.datasets.finding import read_split
 from dbsam_deploy.files.regular import MAX_TEXT_BYTES, regular_size, small_text
 from dbsam_deploy.images.npz_files import open_npy
 from dbsam_deploy.images.volumes import read_image

@@ -12,6 +12,7 @@ BY_PATH = {"write_text", "write_bytes", "copy2", "copyfile", "copytree"}
 BY_PATH_OR_STREAM = {"save", "savez", "savez_compressed", "savefig", "tofile"}
 ELSEWHERE = {
     "child_process.open": "a log",
+    "cohort.work.open": "a log",
     "engines.build.copyfile": "in the folder that replaces the engines",
     "engines.process.write_text": "in the builder's scratch",
     "engines.timings.write_bytes": "in the builder's scratch",
@@ -23,6 +24,7 @@ ELSEWHERE = {
     "kernels.quick_plugins.write_text": "in a temporary folder",
     "model.checkpoint.save": "into bytes",
     "outputs.files.write_bytes": "in the folder that replaces the slices",
+    "pacs.fetch.write_bytes": "in a temporary folder, renamed when all is there",
     "quantization.modelopt_tool.savez": "in a temporary folder",
     "quantization.modelopt_tool.write_text": "in a temporary folder",
     "quantization.modelopt_worker.write_text": "in a folder that its one reader made and removes",

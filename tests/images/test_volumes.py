@@ -390,7 +390,7 @@ def test_npz_bytes(rng: np.random.Generator) -> None:
 
 def test_nifti_needs_a_geometry() -> None:
     volume = Volume(HERE, "npz", np.zeros((2, 3, 4), np.uint8), STORED)
-    with pytest.raises(InputError, match=r"scan: it has no position.*--mask-format npz"):
+    with pytest.raises(InputError, match=r"scan: it has no position.*--format npz"):
         label_map_bytes(np.zeros((2, 3, 4), np.uint8), volume)
     uneven = replace(volume, unplaced="lie unevenly")
     with pytest.raises(InputError, match="its slices lie unevenly and form no straight grid"):

@@ -34,7 +34,7 @@ def test_a_stack_without_a_grid_gets_no_nifti(tmp_path: Path) -> None:
     write_dicom_series(tmp_path / "ct", np.arange(60).reshape(3, 4, 5), step=(0, 2, 5))
     volume = read_image(tmp_path / "ct", window=(30, 60))
     for formats in ((), ("nifti",)):
-        with pytest.raises(InputError, match=r"sheared by 21\.8° .*--mask-format npz"):
+        with pytest.raises(InputError, match=r"sheared by 21\.8° .*--format npz"):
             planned(volume, formats, tmp_path)
     assert planned(volume, ["npz"], tmp_path) == {"npz": tmp_path / "ct_mask.npz"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import re
@@ -253,6 +254,16 @@ def test_a_list_without_end_is_cut(liar, one, target, monkeypatch):
 def test_a_series_has_a_largest(liar, one, target, monkeypatch):
     monkeypatch.setattr(fetching, "MAX_BYTES", 1000)
     assert "has more than 1000 bytes" in refused(liar, one, target)
+
+
+def test_a_disk_that_is_full_is_one_line(liar, one, target, monkeypatch):
+    def write(path: Path, content: bytes) -> int:
+        with path.open("wb") as stream:
+            stream.write(content[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+    assert "cannot be kept: No space left on device" in refused(liar, one, target)
 
 
 @pytest.mark.parametrize("kind", ["series", "instance"])

@@ -123,7 +123,7 @@ def test_openvino_gets_its_precision(
     assert isinstance(found.session, Played)
     assert found.session.source == tiny_artefact
     precision = "bfloat16" if words else "float32"
-    assert found.session.options == {"precision": precision, "cache": Path("x")}
+    assert found.session.options == {"precision": precision, "cache": Path("x"), "threads": 0}
 
 
 def test_an_engine_cache_reaches_the_tensorrt_provider(
@@ -172,13 +172,32 @@ def test_help_says_what_each_backend_needs() -> None:
     assert max(map(len, text.splitlines())) <= 100
 
 
+def test_threads_reach_the_runtimes_of_the_cpu(
+    tiny_artefact: Artefact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+    monkeypatch.setattr(
+        OnnxRuntimeSession, "__init__", lambda self, source, **how: counts.append(how["threads"])
+    )
+    monkeypatch.setattr(openvino_session, "OpenvinoSession", Played)
+    monkeypatch.setattr("torch.set_num_threads", counts.append)
+    opening = ModelOptions(artefact=tiny_artefact.folder, threads=3)
+    open_backend(opening)
+    found = open_backend(dataclasses.replace(opening, backend="openvino"))
+    open_backend(ModelOptions("pytorch", variant="db_sam_tiny", image_size=64, threads=2))
+    assert counts == [3, 2]
+    assert found.session.options["threads"] == 3
+    with pytest.raises(InputError, match="--threads goes with"):
+        open_backend(dataclasses.replace(opening, backend="tensorrt"))
+
+
 def test_devices_are_chosen_or_refused(
     tiny_artefact: Artefact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen: list[str] = []
     for session in (OnnxRuntimeSession, PytorchSession):
         monkeypatch.setattr(
-            session, "__init__", lambda self, source, *, device: chosen.append(device)
+            session, "__init__", lambda self, source, *, device, **more: chosen.append(device)
         )
     artefact = ("--artefact", tiny_artefact.folder)
     opened(*artefact)

@@ -85,6 +85,8 @@ def write_enhanced(
     *,
     depths_mm: Sequence[float],
     intercepts: Sequence[float] | None = None,
+    directions: npt.NDArray[np.float64] | None = None,
+    **values: object,
 ) -> Path:
     """Write one enhanced CT file whose frames lie at `depths_mm` along z.
 
@@ -93,18 +95,11 @@ def write_enhanced(
         volume: (D, H, W) whole numbers in HU, at least the intercept of their frame.
         depths_mm: (D,) in the order of the frames.
         intercepts: of each frame; by default one of -1024 in the shared functional groups.
+        directions: (3, 3), columns are x, y and z, where they are not those of the patient; each
+            frame then has its own, as some makers write it.
+        values: further elements.
     """
-    from pydicom.dataset import Dataset
     from pydicom.sequence import Sequence as Items
-
-    def item(**values: object) -> Dataset:
-        made = Dataset()
-        for name, value in values.items():
-            setattr(made, name, value)
-        return made
-
-    def rescale(intercept: float) -> Items:
-        return Items([item(RescaleSlope="1", RescaleIntercept=str(intercept), RescaleType="HU")])
 
     each = [-1024.0] * len(volume) if intercepts is None else intercepts
     stored = np.stack([plane - low for plane, low in zip(volume, each, strict=True)])
@@ -112,23 +107,52 @@ def write_enhanced(
     del dataset.RescaleSlope, dataset.RescaleIntercept
     dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = ENHANCED_CT_IMAGE_STORAGE
     dataset.NumberOfFrames = len(volume)
-    shared = item(
-        PlaneOrientationSequence=Items([item(ImageOrientationPatient=[1, 0, 0, 0, 1, 0])]),
-        PixelMeasuresSequence=Items([item(PixelSpacing=["0.8", "0.7"], SliceThickness="2")]),
+    shared = _item(
+        PlaneOrientationSequence=Items([_item(ImageOrientationPatient=[1, 0, 0, 0, 1, 0])]),
+        PixelMeasuresSequence=Items([_item(PixelSpacing=["0.8", "0.7"], SliceThickness="2")]),
     )
     frames = [
-        item(PlanePositionSequence=Items([item(ImagePositionPatient=[0, 0, float(depth)])]))
+        _item(PlanePositionSequence=Items([_item(ImagePositionPatient=[0, 0, float(depth)])]))
         for depth in depths_mm
     ]
+    if directions is not None:
+        del shared.PlaneOrientationSequence
+        _turn(frames, directions, depths_mm)
     if intercepts is None:
-        shared.PixelValueTransformationSequence = rescale(-1024.0)
+        shared.PixelValueTransformationSequence = _rescale(-1024.0)
     else:
         for frame, low in zip(frames, intercepts, strict=True):
-            frame.PixelValueTransformationSequence = rescale(low)
+            frame.PixelValueTransformationSequence = _rescale(low)
     dataset.SharedFunctionalGroupsSequence = Items([shared])
     dataset.PerFrameFunctionalGroupsSequence = Items(frames)
+    dataset.update(values)
     dataset.save_as(path, enforce_file_format=True)
     return path
+
+
+def _item(**values: object) -> Any:
+    from pydicom.dataset import Dataset
+
+    made = Dataset()
+    for name, value in values.items():
+        setattr(made, name, value)
+    return made
+
+
+def _rescale(intercept: float) -> list[Any]:
+    return [_item(RescaleSlope="1", RescaleIntercept=str(intercept), RescaleType="HU")]
+
+
+def _turn(
+    frames: list[Any], directions: npt.NDArray[np.float64], depths_mm: Sequence[float]
+) -> None:
+    from pydicom.sequence import Sequence as Items
+
+    for frame, depth in zip(frames, depths_mm, strict=True):
+        position = [f"{value:.6f}" for value in directions[:, 2] * depth]
+        cosines = [f"{value:.10f}" for value in directions[:, :2].T.ravel()]
+        frame.PlanePositionSequence[0].ImagePositionPatient = position
+        frame.PlaneOrientationSequence = Items([_item(ImageOrientationPatient=cosines)])
 
 
 def edit(path: Path, **values: object) -> None:

@@ -24,7 +24,7 @@ from dbsam_deploy.training.objectives import (
     set_trained,
 )
 from dbsam_deploy.training.prompts import Growth
-from dbsam_deploy.training.samples import Mixture, NpzSlices
+from dbsam_deploy.training.samples import LabelledSlices, Mixture
 from dbsam_deploy.training.synthetic_images import Synthetic
 from dbsam_deploy.verification.cases import bundled_examples
 
@@ -183,7 +183,7 @@ def test_masks_and_boxes_land_on_the_same_place(shape) -> None:
 def test_mask_examples_are_a_function_of_seed_and_index() -> None:
     def examples(seed):
         return MaskExamples(
-            Mixture([(NpzSlices(bundled_examples()), 1.0), (Synthetic(seed), 1.0)]),
+            Mixture([(LabelledSlices(bundled_examples()), 1.0), (Synthetic(seed), 1.0)]),
             Augmentation(),
             Preprocessing(128),
             objects=5,
@@ -204,7 +204,7 @@ def test_mask_examples_are_a_function_of_seed_and_index() -> None:
 @pytest.fixture
 def bank(model, tmp_path):
     teacher = LoadedModel(model, Preprocessing(128), {"sha256": "0"})
-    images = Mixture([(NpzSlices(bundled_examples()), 1.0)])
+    images = Mixture([(LabelledSlices(bundled_examples()), 1.0)])
     made = open_bank(tmp_path, teacher, images, STILL, seed=0, count=3)
     assert fill_three(made, teacher, images) == 3
     return made, teacher, images

@@ -5,13 +5,17 @@ import pickle
 import numpy as np
 import pytest
 from PIL import Image
+from support.labelled_sets import write_nifti
 
+from dbsam_deploy import convert
 from dbsam_deploy.core.errors import InputError
+from dbsam_deploy.datasets.cases import Reading
+from dbsam_deploy.training.material import labelled_sources
 from dbsam_deploy.training.samples import (
     MIN_OBJECT_PX,
     Images,
+    LabelledSlices,
     Mixture,
-    NpzSlices,
     Sample,
     objects_in,
 )
@@ -41,7 +45,7 @@ def test_a_stack_gives_the_slices_that_hold_an_object(tmp_path):
     labels = np.stack([LABELS, LABELS * 0, np.where(np.arange(480).reshape(20, 24) < 15, 3, 0)])
     volume = RNG.integers(0, 256, labels.shape, np.uint8)
     path = save(tmp_path / "scan.npz", imgs=volume, gts=labels.astype(np.uint8))
-    source = NpzSlices(path)
+    source = LabelledSlices(path)
     assert len(source) == 1
     assert (source.inventory.slices, source.inventory.left_out) == (3, 2)
     assert source.inventory.objects == 1
@@ -61,26 +65,26 @@ def test_medsams_training_folders_give_what_a_test_npz_gives(tmp_path):
     save_npy(tmp_path / "v1" / "gts" / "a.npy", LABELS)
     save(tmp_path / "test" / "a.npz", imgs=COLOUR, gts=LABELS.astype(np.int64))
     for folder in ("v01", "v1", "test"):
-        source = NpzSlices(tmp_path / folder)
+        source = LabelledSlices(tmp_path / folder)
         assert len(source) == 1
         sample = source.sample(0)
         np.testing.assert_array_equal(sample.image, COLOUR)
         np.testing.assert_array_equal(sample.labels, LABELS)
-    assert len(NpzSlices([tmp_path / "v01", tmp_path / "test" / "a.npz"])) == 2
+    assert len(LabelledSlices([tmp_path / "v01", tmp_path / "test" / "a.npz"])) == 2
 
 
 def test_a_sample_is_its_callers_own_and_the_source_travels_light(tmp_path):
-    source = NpzSlices(save(tmp_path / "a.npz", imgs=COLOUR, gts=LABELS))
+    source = LabelledSlices(save(tmp_path / "a.npz", imgs=COLOUR, gts=LABELS))
     source.sample(0).image[:] = 0
     source.sample(0).labels[:] = 0
     copy = pickle.loads(pickle.dumps(source))  # noqa: S301 - our own bytes
     np.testing.assert_array_equal(copy.sample(0).image, COLOUR)
     np.testing.assert_array_equal(copy.sample(0).labels, LABELS)
-    assert len(pickle.dumps(NpzSlices(bundled_examples()))) < 20_000
+    assert len(pickle.dumps(LabelledSlices(bundled_examples()))) < 20_000
 
 
 def test_the_bundled_examples_can_be_trained_on():
-    source = NpzSlices(bundled_examples())
+    source = LabelledSlices(bundled_examples())
     assert source.inventory.files == len(list(bundled_examples().glob("*.npz")))
     for index in range(len(source)):
         sample = source.sample(index)
@@ -91,7 +95,7 @@ def test_the_bundled_examples_can_be_trained_on():
 @pytest.mark.data
 def test_the_test_sets_objects_are_those_of_the_reference_figures(request):
     root = request.config.rootpath.parent / "shared" / "data" / "testset" / "dev"
-    assert NpzSlices(root).inventory.objects == 512
+    assert LabelledSlices(root).inventory.objects == 512
 
 
 SMALL = np.zeros_like(LABELS)
@@ -116,7 +120,7 @@ UNUSABLE = [
 def test_an_unusable_file_is_named_when_it_is_indexed(tmp_path, arrays, message):
     path = save(tmp_path / "broken.npz", **arrays)
     with pytest.raises(InputError, match=message) as caught:
-        NpzSlices(path)
+        LabelledSlices(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -128,7 +132,7 @@ FLOATS = GREY / 255.0
 def test_float_images_are_0_to_1(tmp_path, value):
     image = FLOATS.copy()
     image[3, 4] = value
-    source = NpzSlices(save(tmp_path / "float.npz", imgs=image, gts=LABELS))
+    source = LabelledSlices(save(tmp_path / "float.npz", imgs=image, gts=LABELS))
     with pytest.raises(InputError, match=r"float\.npz: float images with values .* in 0–1"):
         source.sample(0)
 
@@ -139,7 +143,7 @@ def test_damaged_archives_are_named(tmp_path):
         path = tmp_path / "cut.npz"
         path.write_bytes(whole[:length])
         with pytest.raises(InputError, match=r"cut\.npz is not a readable npz file"):
-            NpzSlices(path)
+            LabelledSlices(path)
 
 
 def test_damaged_pixels_are_named_when_they_are_read(tmp_path):
@@ -148,7 +152,7 @@ def test_damaged_pixels_are_named_when_they_are_read(tmp_path):
     content = bytearray((tmp_path / "a.npz").read_bytes())
     content[content.index(image.tobytes()) + 40_000] ^= 1
     (tmp_path / "a.npz").write_bytes(content)
-    source = NpzSlices(tmp_path)
+    source = LabelledSlices(tmp_path)
     with pytest.raises(InputError, match=r"a\.npz is not a readable npz file"):
         source.sample(0)
 
@@ -157,37 +161,37 @@ def test_pairs_with_something_missing_are_named(tmp_path):
     image = save(tmp_path / "npy_images" / "a.npz", img=GREY)
     (tmp_path / "npy_gts").mkdir()
     with pytest.raises(InputError, match=r"a\.npz: its label map .*a\.npy is missing"):
-        NpzSlices(tmp_path)
+        LabelledSlices(tmp_path)
     labels = save_npy(tmp_path / "npy_gts" / "a.npy", LABELS[1:])
     with pytest.raises(InputError, match=r"a\.npy: gts uint8\(19, 24\), expected whole numbers"):
-        NpzSlices(tmp_path)
+        LabelledSlices(tmp_path)
     save_npy(labels, np.array([None]))
     with pytest.raises(InputError, match=r"a\.npy is not a readable npy file"):
-        NpzSlices(tmp_path)
+        LabelledSlices(tmp_path)
     save_npy(labels, LABELS)
     labels.write_bytes(labels.read_bytes()[:-9])
     with pytest.raises(InputError, match=r"a\.npy is not a readable npy file"):
-        NpzSlices(tmp_path)
+        LabelledSlices(tmp_path)
     save_npy(labels, LABELS)
     save(image, imgs=GREY)
     with pytest.raises(InputError, match="no array `img`"):
-        NpzSlices(tmp_path)
+        LabelledSlices(tmp_path)
 
 
 def test_nothing_to_read(tmp_path):
     with pytest.raises(InputError, match="no such file or folder"):
-        NpzSlices(tmp_path / "missing")
+        LabelledSlices(tmp_path / "missing")
     with pytest.raises(InputError, match="no npz files with imgs and gts"):
-        NpzSlices(tmp_path)
+        LabelledSlices(tmp_path)
     with pytest.raises(InputError, match="no path: no npz files"):
-        NpzSlices([])
+        LabelledSlices([])
     alone = save_npy(tmp_path / "alone.npy", GREY)
     with pytest.raises(InputError, match=r"alone\.npy: no label map"):
-        NpzSlices(alone)
+        LabelledSlices(alone)
 
 
 def test_a_file_that_changes_under_a_run_is_refused(tmp_path):
-    source = NpzSlices(save(tmp_path / "a.npz", imgs=GREY, gts=LABELS))
+    source = LabelledSlices(save(tmp_path / "a.npz", imgs=GREY, gts=LABELS))
     save(tmp_path / "a.npz", imgs=GREY[1:], gts=LABELS[1:])
     with pytest.raises(InputError, match=r"a\.npz changed while it was in use"):
         source.sample(0)
@@ -270,3 +274,31 @@ def test_objects_are_labels_with_enough_pixels():
     assert objects_in(labels).tolist() == [9, 70_000]
     assert objects_in(np.minimum(labels, 200).astype(np.uint8)).tolist() == [9, 200]
     assert objects_in(labels * 0).tolist() == []
+
+
+def test_pairs_in_nifti_give_what_their_npz_give(tmp_path):
+    labels = np.stack([LABELS, LABELS * 0, np.flip(LABELS, 1) // 5])
+    volume = RNG.integers(-200, 300, labels.shape).astype(np.int16)
+    for case in ("a", "b"):
+        write_nifti(tmp_path / "mr" / "images" / f"{case}.nii.gz", volume)
+        write_nifti(tmp_path / "mr" / "labels" / f"{case}.nii.gz", labels)
+    window = Reading(window=(0.0, 300.0))
+    (pairs,) = labelled_sources(tmp_path / "mr", None, window)
+    words = [str(tmp_path / "mr"), str(tmp_path / "npz"), "--window", "0", "300"]
+    assert convert.main(words) == 0
+    (converted,) = labelled_sources(tmp_path / "npz", None)
+    assert pairs.describe() == converted.describe()
+    assert len(pairs) == len(converted) == 4
+    for index in range(4):
+        one, other = pairs.sample(index), converted.sample(index)
+        np.testing.assert_array_equal(one.image, other.image)
+        np.testing.assert_array_equal(one.labels, other.labels)
+    assert [pairs.sample(index).name for index in (0, 1)] == ["a[0]", "a[2]"]
+    split = tmp_path / "split.json"
+    split.write_text('{"train": ["b"], "validation": ["a"]}')
+    (half,) = labelled_sources(tmp_path / "mr", split, window)
+    assert half.sample(0).name == "b[0]"
+    pickle.dumps(half)  # for the loaders' processes
+    write_nifti(tmp_path / "mr" / "labels" / "b.nii.gz", labels, origin=(5.0, 5.0, 5.0))
+    with pytest.raises(InputError, match="mm beside its images"):
+        labelled_sources(tmp_path / "mr", None, window)

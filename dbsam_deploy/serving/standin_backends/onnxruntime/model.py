@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import triton_python_backend_utils as pb_utils
+from allocation import reuse_blocks
 from array_guard import guard_arrays
 
 _TYPES = {
@@ -24,6 +25,8 @@ _TYPES = {
     "tensor(uint8)": "TYPE_UINT8",
 }
 
+_BLOCK = 8 << 20
+"""Bytes of an embedding of 1024 pixels, twice."""
 _SMALL_ROWS = 2
 """Prompts of a run whose memory (33 MiB each at 1024 pixels) is kept for the next run."""
 
@@ -37,6 +40,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Load the graph and compare its inputs and outputs with the configuration."""
         guard_arrays(pb_utils)
+        reuse_blocks(_BLOCK)
         config = json.loads(args["model_config"])
         path = Path(args["model_repository"], args["model_version"], self.graph_file)
         if not path.is_file():
@@ -46,6 +50,9 @@ class TritonPythonModel:
         options.intra_op_num_threads = int(threads)
         # A pattern would keep a second block as large as all tensors of a run.
         options.enable_mem_pattern = False
+        # Its threads spin while they wait for work of a run, but not after it: the cores are needed
+        # for the answer's way back.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         self._tidy = onnxruntime.RunOptions()
         self._tidy.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         self._session = onnxruntime.InferenceSession(

@@ -1,0 +1,107 @@
+"""What a batch did: `batch.json` for programs, and one HTML page that loads nothing."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..extras import require
+from ..files.atomic import write_files
+from ..images.overlays import label_colour
+from .records import PICTURE_NAME, FoundObject
+from .work import Outcome
+
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
+MAX_PICTURES = 1000
+"""In the page, some 5 KB each; those of further studies are in their folders."""
+
+StudyEnd = tuple[Outcome, int]
+"""What became of a study, and its attempts."""
+
+
+def write_report(
+    folder: Path, title: str, about: dict[str, str], ended: Sequence[StudyEnd]
+) -> Path:
+    """Write both files, failures first, and return the page.
+
+    Args:
+        folder: with the studies' results.
+        title: what was worked on.
+        about: name → value, shown as given.
+        ended: the studies that came to an end.
+
+    Raises:
+        MissingError: Jinja2 is not installed.
+        InputError: a file cannot be written.
+    """
+    jinja2 = require("jinja2", extra="batch", what_for="the page of a batch")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    ended = sorted(ended, key=lambda one: one[0].study.name)
+    done = [one for one in ended if one[0].record is not None]
+    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        title=title,
+        about=about,
+        failures=[_failure(*one) for one in ended if one[0].record is None],
+        results=[_result(folder, one[0], place < MAX_PICTURES) for place, one in enumerate(done)],
+    )
+    body = {"title": title, "about": about, "studies": [_plain(*one) for one in ended]}
+    text = json.dumps(body, indent=1, default=str, allow_nan=False)
+    page_path = folder / "batch.html"
+    write_files({folder / "batch.json": text.encode(), page_path: page.encode()})
+    return page_path
+
+
+def _plain(outcome: Outcome, attempts: int) -> dict[str, Any]:
+    record = outcome.record
+    return {
+        "name": outcome.study.name,
+        "path": str(outcome.study.path),
+        "state": "failed" if record is None else "new" if outcome.is_new else "there",
+        "attempts": attempts,
+        "seconds": round(outcome.seconds, 3),
+        "failure": outcome.failure,
+        "details": outcome.details,
+        "result": None if record is None else dataclasses.asdict(record),
+    }
+
+
+def _failure(outcome: Outcome, attempts: int) -> dict[str, Any]:
+    plain = _plain(outcome, attempts)
+    return {**plain, "seconds": _seconds(outcome.seconds)}
+
+
+def _result(folder: Path, outcome: Outcome, with_picture: bool) -> dict[str, Any]:
+    record, picture = outcome.record, folder / outcome.study.name / PICTURE_NAME
+    if record is None:
+        raise TypeError("a study without a record has no result")
+    encoded = base64.b64encode(picture.read_bytes()).decode() if with_picture else ""
+    return {
+        "name": outcome.study.name,
+        "path": outcome.study.path,
+        "shape": " × ".join(map(str, record.shape)),
+        "seconds": _seconds(record.seconds),
+        "since": "" if outcome.is_new else "; it was there already",
+        "notes": [note for note in record.notes if note],
+        "objects": [(_css(one.label), _cells(one)) for one in record.objects],
+        "picture": encoded and f"data:image/jpeg;base64,{encoded}",
+    }
+
+
+def _cells(one: FoundObject) -> tuple[str, ...]:
+    volume = "spacing unknown" if one.volume_ml is None else f"{one.volume_ml:.2f} ml"
+    iou = "not decoded" if one.confidence is None else f"{one.confidence:.3f}"
+    return one.name, str(one.voxels), volume, iou
+
+
+def _css(label: int) -> str:
+    return f"rgb{label_colour(label)}"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.1f} s"

@@ -1,0 +1,226 @@
+"""DICOM-SEG: a segment for each object, on the very planes of the images that it was made from.
+
+highdicom writes it. Frames lie where the source's frames lie, one by one, so a tilted gantry or
+uneven slices are no obstacle; nothing is resampled or turned.
+"""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .. import __version__
+from ..core.errors import InputError
+from ..extras import require
+from ..images.dicom_files import reading_dicom
+from ..images.dicom_frames import DicomSlice
+from .codes import property_of
+from .dicom_sources import (
+    LONGEST_LO,
+    UTF_8,
+    Sources,
+    content_uids,
+    find_sources,
+    new_uid,
+    series_number,
+    short_text,
+    shown_colour,
+    tracking_uid,
+)
+from .segmentation import CodedTerm, Segmentation, SegmentedObject
+
+WHAT = "DICOM-SEG"
+SERIES_OFFSET = 1000
+_THICKNESS_MM = 1.0
+"""Where neither a header nor a distance between slices says it."""
+
+
+def require_highdicom() -> Any:
+    """The package highdicom.
+
+    Raises:
+        MissingError: it is not installed.
+    """
+    return require("highdicom", extra="dicom", what_for=WHAT)
+
+
+def binary_bytes(segmentation: Segmentation) -> bytes:
+    """A binary DICOM-SEG file: segment k is the k-th object.
+
+    Raises:
+        InputError: the image is no DICOM to refer to, see `find_sources`.
+        MissingError: highdicom is not installed.
+    """
+    numbers = np.zeros(int(segmentation.labels.max(initial=0)) + 1, segmentation.labels.dtype)
+    for number, one in enumerate(segmentation.objects, 1):
+        if one.label < len(numbers):
+            numbers[one.label] = number
+    segments = numbers[segmentation.labels]
+    planes = None if segments.any() else np.arange(1)  # else every frame would be there, empty
+    return _written(segmentation, segments if planes is None else segments[planes], planes)
+
+
+def fractional_bytes(segmentation: Segmentation) -> bytes:
+    """A DICOM-SEG file of probabilities in 1/255, on the slices on which an object was decoded.
+
+    Raises:
+        InputError: no probabilities were kept, or as `binary_bytes`.
+        MissingError: highdicom is not installed.
+    """
+    if segmentation.fractions is None:
+        raise InputError(
+            f"{segmentation.image.path}: no probabilities were kept, which a fractional {WHAT} "
+            "holds: use dicom-seg"
+        )
+    decoded = np.isfinite(segmentation.confidence)
+    planes = np.flatnonzero(decoded.any(axis=0))
+    planes = planes if len(planes) else np.arange(1)
+    shape = (len(planes), *segmentation.labels.shape[1:], len(segmentation.objects))
+    with tempfile.TemporaryFile() as scratch:  # many objects would not fit into memory
+        values = np.memmap(scratch, np.float32, "w+", shape=shape)
+        for place, z in enumerate(planes):
+            for index, one in enumerate(segmentation.objects):
+                if decoded[index, z]:
+                    values[place, :, :, index] = segmentation.fractions(one.label, int(z))
+        return _written(segmentation, values, planes)
+
+
+def _written(
+    segmentation: Segmentation, pixels: npt.NDArray[Any], planes: npt.NDArray[np.int64] | None
+) -> bytes:
+    """The file.
+
+    Args:
+        segmentation: its names, codes and image.
+        pixels: (P, H, W) numbers of segments, or (P, H, W, N) float32 fractions.
+        planes: (P,) slices of `pixels`; None for all.
+    """
+    highdicom = require_highdicom()
+    sources = find_sources(segmentation.image, WHAT)
+    images, order = _images(sources)
+    if planes is None:
+        pixels, positions = pixels[order], None
+    else:
+        positions = [_position(sources.slices[z]) for z in planes]
+    with reading_dicom(segmentation.image.path):
+        kind = "FRACTIONAL" if pixels.ndim == 4 else "BINARY"
+        made = highdicom.seg.Segmentation(
+            images,
+            pixels,
+            kind,
+            [_described(n, segmentation, sources) for n in range(1, len(segmentation.objects) + 1)],
+            series_instance_uid=new_uid("placeholder"),
+            series_number=series_number(sources, SERIES_OFFSET),
+            sop_instance_uid=new_uid("placeholder"),
+            instance_number=1,
+            manufacturer="dbsam-deploy",
+            manufacturer_model_name=short_text(segmentation.model),
+            software_versions=__version__,
+            device_serial_number="0",
+            content_label="SEGMENTATION",
+            content_description=short_text(segmentation.note) if segmentation.note else None,
+            series_description=short_text(f"Segmentation by {segmentation.model}"),
+            specific_character_set=UTF_8,
+            plane_positions=positions,
+        )
+        instance, series = content_uids(kind, segmentation, sources, made.PixelData)
+        made.SOPInstanceUID = made.file_meta.MediaStorageSOPInstanceUID = instance
+        made.SeriesInstanceUID = series
+        stream = io.BytesIO()
+        made.save_as(stream)
+    return stream.getvalue()
+
+
+def _described(number: int, segmentation: Segmentation, sources: Sources) -> Any:
+    """The description of one segment."""
+    highdicom, one = require_highdicom(), segmentation.objects[number - 1]
+    codes = require("pydicom.sr.codedict", extra="dicom", what_for=WHAT).codes
+    category, term = coded_property(one)
+    described = highdicom.seg.SegmentDescription(
+        segment_number=number,
+        segment_label=short_text(one.name),
+        segmented_property_category=category,
+        segmented_property_type=term,
+        algorithm_type="SEMIAUTOMATIC",
+        algorithm_identification=highdicom.AlgorithmIdentificationSequence(
+            name=short_text(segmentation.model),
+            family=codes.DCM.ArtificialIntelligence,
+            version=__version__,
+            source="dbsam-deploy",
+        ),
+        tracking_uid=tracking_uid(sources, one),
+        tracking_id=short_text(f"{one.label} {one.name}"),
+        display_color=highdicom.color.CIELabColor.from_rgb(*shown_colour(one)),
+    )
+    if len(one.name) > LONGEST_LO:
+        described.SegmentDescription = one.name
+    return described
+
+
+def coded_property(one: SegmentedObject) -> tuple[Any, Any]:
+    """Category and kind of an object as items of sequences of codes, the kind with its side."""
+    shown = property_of(one)
+    category, term = _coded(shown.category), _coded(shown.term)
+    if shown.side is not None:
+        term.SegmentedPropertyTypeModifierCodeSequence = [_coded(shown.side)]
+    return category, term
+
+
+def _coded(term: CodedTerm) -> Any:
+    concept = require_highdicom().sr.CodedConcept
+    return concept(term.value, term.scheme, short_text(term.meaning))
+
+
+def _images(sources: Sources) -> tuple[list[Any], npt.NDArray[np.int64]]:
+    """The source's data sets as highdicom wants them, and the slice of each of its frames.
+
+    Raises:
+        InputError: several multi-frame files.
+    """
+    files = list({one.file.path: one.file for one in sources.slices}.values())
+    if "PerFrameFunctionalGroupsSequence" in files[0].header:
+        if len(files) > 1:
+            raise InputError(
+                f"{files[0].path}: one of {len(files)} multi-frame files of one volume; {WHAT} "
+                "refers to one: use nifti"
+            )
+        order = np.argsort([one.index for one in sources.slices])
+        return [_multi_frame(sources, order)], order
+    for one in sources.slices:
+        header = one.file.header
+        # One plane for all: what differs by rounding is no other direction.
+        header.ImageOrientationPatient = sources.header.ImageOrientationPatient
+        header.PixelSpacing = sources.header.PixelSpacing
+        header.SliceThickness = one.thickness or _THICKNESS_MM
+        header.pop("SpacingBetweenSlices", None)  # often wrong, and follows from the positions
+    return [one.file.header for one in sources.slices], np.arange(len(sources.slices))
+
+
+def _multi_frame(sources: Sources, order: npt.NDArray[np.int64]) -> Any:
+    """An enhanced image's header, with directions and measures in the shared group of functions."""
+    highdicom = require_highdicom()
+    first, header = sources.slices[0], sources.header
+    dataset = require("pydicom", extra="dicom", what_for=WHAT).Dataset
+    shared = dataset()
+    shared.PixelMeasuresSequence = highdicom.PixelMeasuresSequence(
+        first.pixel_spacing, first.thickness or _THICKNESS_MM
+    )
+    shared.PlaneOrientationSequence = highdicom.PlaneOrientationSequence(
+        "PATIENT", first.orientation
+    )
+    frames = []
+    for z in order:
+        frame = dataset()
+        frame.PlanePositionSequence = _position(sources.slices[z])
+        frames.append(frame)
+    header.SharedFunctionalGroupsSequence = [shared]
+    header.PerFrameFunctionalGroupsSequence = frames
+    return header
+
+
+def _position(one: DicomSlice) -> Any:
+    return require_highdicom().PlanePositionSequence("PATIENT", one.position)

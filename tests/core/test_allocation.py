@@ -1,0 +1,45 @@
+"""Freed blocks are used again, in a process that inherits the server's low threshold."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+_FAULTS = """
+import resource, sys
+import numpy as np
+from dbsam_deploy.core.allocation import reuse_blocks
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+if sys.argv[1] == "reuse":
+    reuse_blocks(8 << 20)
+for number in range(21):
+    if number == 1:
+        before = faults()
+    np.ones(1 << 20, np.float32)
+print((faults() - before) // 20)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's thresholds")
+def test_a_freed_block_is_not_mapped_anew():
+    pages = {}
+    for how in ("leave", "reuse"):
+        ended = subprocess.run(
+            [sys.executable, "-c", _FAULTS, how],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=ROOT,
+            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"},
+        )
+        pages[how] = int(ended.stdout)
+    assert pages["leave"] > 100, "as the server's processes start"
+    assert pages["reuse"] < 10
