@@ -126,6 +126,7 @@ def _written(
             series_description=short_text(f"Segmentation by {segmentation.model}"),
             specific_character_set=UTF_8,
             plane_positions=positions,
+            omit_empty_frames=bool(pixels.any()),  # else it says on stderr that it cannot
         )
         instance, series = content_uids(kind, segmentation, sources, made.PixelData)
         made.SOPInstanceUID = made.file_meta.MediaStorageSOPInstanceUID = instance

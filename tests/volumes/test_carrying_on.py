@@ -161,7 +161,8 @@ def test_slices_of_one_value_have_empty_masks_and_are_not_asked_for():
     ("course", "message"),
     [
         ({"direction": "sideways"}, "direction 'sideways'"),
-        ({"from_slice": 14}, "slice 14: the plane has slices 0–13"),
+        ({"from_slice": 14}, r"slice 14: .* has 0–13 on this plane"),
+        ({"direction": "up", "until": 6.5}, "slice 6.5: expected a whole number"),
         ({"until": 3}, "until goes with a direction"),
         ({"from_slice": 6}, "object 1: no prompt on slice 6 found anything|no object was prompted"),
         ({"labels": 3}, "object 3: no such object"),
