@@ -107,18 +107,18 @@ def has_labels(path: Path) -> bool:
         return "gts.npy" in archive.namelist()
 
 
-def read_labels(path: Path, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    """The label map `gts` of images of (D, H, W) = `shape`, as stored.
+def read_labels(path: Path, shape: tuple[int, ...], key: str = "gts") -> npt.NDArray[Any]:
+    """The label map under `key` of images of (D, H, W) = `shape`, as stored.
 
     Raises:
-        InputError: damaged, no `gts`, not whole numbers, or another shape than the images'.
+        InputError: damaged, no `key`, not whole numbers, or another shape than the images'.
     """
     with _opened(path) as archive:
-        found = _announced(archive, "gts", path)
+        found = _announced(archive, key, path)
         if found is None:
-            raise InputError(f"{path}: no array `gts`; expected a label map beside `imgs`")
-        check_label_map(*found, shape, path)
-        return _member(archive, "gts").reshape(shape)
+            raise InputError(f"{path}: no array `{key}`; expected a label map of {shape}")
+        check_label_map(*found, shape, path, key)
+        return _member(archive, key).reshape(shape)
 
 
 def read_label_names(path: Path) -> dict[int, str]:
@@ -148,7 +148,11 @@ def read_label_names(path: Path) -> dict[int, str]:
 
 
 def check_label_map(
-    found: tuple[int, ...], dtype: np.dtype[Any], shape: tuple[int, ...], path: Path
+    found: tuple[int, ...],
+    dtype: np.dtype[Any],
+    shape: tuple[int, ...],
+    path: Path,
+    key: str = "gts",
 ) -> None:
     """Refuse labels of shape `found` that are not whole numbers for images of (D, H, W) = `shape`.
 
@@ -158,7 +162,7 @@ def check_label_map(
     full = (1, *found) if len(found) == 2 else found
     if full != shape or dtype.kind not in "biu":
         raise InputError(
-            f"{path}: gts {dtype}{found}, expected whole numbers of shape {shape}, one for each "
+            f"{path}: {key} {dtype}{found}, expected whole numbers of shape {shape}, one for each "
             "pixel of imgs"
         )
 

@@ -8,6 +8,7 @@ proxy of the environment is used. A broken connection is tried again; every othe
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -198,8 +199,9 @@ class Pacs:
             except requests.exceptions.InvalidJSONError:
                 why, again = "the answer is no JSON: is the prefix right?", False
             except requests.RequestException as error:
-                why = f"no whole answer in {len(PAUSES_S) + 1} attempts ({type(error).__name__})"
-                again = True
+                found = re.search(r"\[Errno -?\d+\] [\w ]+", str(error))
+                reason = found.group() if found else type(error).__name__
+                why, again = f"no whole answer in {len(PAUSES_S) + 1} attempts ({reason})", True
             except _NONSENSE as error:
                 reason = f"{type(error).__name__}: {error}"[:200]
                 why, again = f"the answer is no DICOMweb ({reason})", False

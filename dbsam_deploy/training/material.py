@@ -32,14 +32,16 @@ class Material:
         ]
 
     def lines(self) -> list[str]:
-        """What was found and what was left out, a line a source."""
-        return [
-            f"{kind} {source.describe()}"
-            if isinstance(source, LabelledSlices)
-            else f"{kind} {source.name}: {len(source)} images"
-            for kind, sources in self.sources.items()
-            for source in sources
-        ]
+        """What was found and what was left out, a line a source, and what was made of its files."""
+        lines = []
+        for kind, sources in self.sources.items():
+            for source in sources:
+                if isinstance(source, LabelledSlices):
+                    lines.append(f"{kind} {source.describe()}")
+                    lines += [f"note: {note}" for note in source.notes]
+                else:
+                    lines.append(f"{kind} {source.name}: {len(source)} images")
+        return lines
 
     def mixture(self, shares: Mapping[str, float]) -> Mixture:
         """Draw from the kinds in these shares."""

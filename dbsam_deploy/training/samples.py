@@ -170,8 +170,13 @@ class LabelledSlices:
                 "folders npy_images and npy_gts, or imgs and gts; see export/examples/README.md"
             )
         self.name = name or given[0].name
-        self.stacks = tuple(_open_stack(path) for path in found)
-        counts = [_object_counts(stack) for stack in self.stacks]
+        stacks, counts, notes = [], [], list[str]()
+        for path in found:  # each is read once for all three
+            stacks.append(_open_stack(path))
+            counts.append(_object_counts(stacks[-1]))
+            if stacks[-1].case is not None:
+                notes += _load_case(stacks[-1].case).notes
+        self.stacks, self.notes = tuple(stacks), tuple(dict.fromkeys(notes))
         self._slices = np.array(
             [(f, z) for f, per_slice in enumerate(counts) for z in np.flatnonzero(per_slice)],
             np.int32,

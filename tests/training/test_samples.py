@@ -10,7 +10,7 @@ from support.labelled_sets import write_nifti
 from dbsam_deploy import convert
 from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.datasets.cases import Reading
-from dbsam_deploy.training.material import labelled_sources
+from dbsam_deploy.training.material import Material, labelled_sources
 from dbsam_deploy.training.samples import (
     MIN_OBJECT_PX,
     Images,
@@ -299,6 +299,9 @@ def test_pairs_in_nifti_give_what_their_npz_give(tmp_path):
     (half,) = labelled_sources(tmp_path / "mr", split, window)
     assert half.sample(0).name == "b[0]"
     pickle.dumps(half)  # for the loaders' processes
+    write_nifti(tmp_path / "mr" / "labels" / "b.nii.gz", labels, origin=(1.01, 2.0, 3.0))
+    told = Material({"real": labelled_sources(tmp_path / "mr", None, window)}).lines()
+    assert told[1] == "note: b.nii.gz lies 0.01 mm beside its images, taken for rounding"
     write_nifti(tmp_path / "mr" / "labels" / "b.nii.gz", labels, origin=(5.0, 5.0, 5.0))
     with pytest.raises(InputError, match="mm beside its images"):
         labelled_sources(tmp_path / "mr", None, window)
