@@ -11,6 +11,7 @@ import numpy.typing as npt
 from ..core.imaging import ByteArray, FloatArray, is_constant
 from ..core.masks import Prediction
 from ..core.prompts import PromptArrays
+from ..images.arrays import as_array
 from ..images.volumes import Volume
 from ..prediction.predictor import Promptable
 from .embeddings import Ahead, ImageKey, SharedPredictor, image_key
@@ -46,7 +47,7 @@ class VolumeSlices:
 
         Of the three masks that a single point may mean, the one of the highest predicted IoU.
         """
-        earlier = None if mask_input is None else np.asarray(mask_input)
+        earlier = None if mask_input is None else as_array("mask_input", mask_input)
         if earlier is not None and earlier.ndim == 2:
             earlier = earlier[None]
         is_vague = asked.points is not None and asked.points.shape[1] == 1

@@ -12,6 +12,8 @@ from ..core.imaging import FloatArray
 
 MaskArray = npt.NDArray[np.bool_]
 
+LIKELY = 0.5
+"""From this likeness on a pixel is expected to be the object's."""
 MARGIN_FRAME = 256
 """Side of the frame in which a margin in pixels is given; the longer side is scaled to it."""
 
@@ -21,8 +23,11 @@ class ChainRule:
     """How a mask becomes the next slice's prompt, and when a chain ends.
 
     Attributes:
-        margin_px: each side of the last mask's box moves outwards by so many pixels, where the
-            slice's longer side is 256.
+        follow_image: where pixels are known, the box goes around what looks like the object on the
+            slice before; else around the last mask.
+        min_likeness: what looks less like it than this, from 0 to 1, is no part of the mask.
+        margin_px: each side of that box moves outwards by so many pixels, where the slice's longer
+            side is 256.
         margin_mm: the same in mm, instead, where the spacing is known.
         min_overlap: least IoU of a mask with the one before it.
         min_iou_ratio: least predicted IoU, as a part of the anchor's.
@@ -31,11 +36,13 @@ class ChainRule:
         reach: most slices to each side of an anchor; None for the whole volume.
     """
 
-    margin_px: float = 3.0
+    follow_image: bool = True
+    min_likeness: float = 0.05
+    margin_px: float = 2.0
     margin_mm: float | None = None
-    min_overlap: float = 0.5
-    min_iou_ratio: float = 0.5
-    intensity_sds: float = 2.0
+    min_overlap: float = 0.3
+    min_iou_ratio: float = 0.75
+    intensity_sds: float = 3.0
     reach: int | None = None
 
     def __post_init__(self) -> None:
@@ -64,8 +71,8 @@ def next_box(
     """(4,) float32 box on the next slice, inside it.
 
     Args:
-        mask: (H, W) on this slice, not empty.
-        rule: says how much wider it is than the mask.
+        mask: (H, W) where the object is expected, not empty.
+        rule: says how much wider the box is.
         spacing_mm: distance between rows and between columns.
     """
     height, width = mask.shape
