@@ -260,6 +260,19 @@ def test_the_last_to_prompt_goes_first_and_the_other_afterwards():
     assert predictor.log[-2:] == [2, 3]  # `one` may have begun before `two` came
 
 
+def test_images_that_come_while_the_earlier_ones_end_are_not_lost():
+    predictor = Slow()
+    shared = SharedPredictor(predictor)
+
+    def earlier():
+        yield from ahead([1])
+        shared.encode_ahead("one", ahead([2, 3]))  # a prompt, just before the worker sees the end
+
+    shared.encode_ahead("one", earlier())
+    wait_until(lambda: shared._worker is None)
+    assert predictor.log == [1, 2, 3]
+
+
 def test_work_ahead_stops_where_it_would_push_out_what_was_encoded():
     predictor = Slow()
     store = EmbeddingStore(2 * EACH, 2 * EACH)
