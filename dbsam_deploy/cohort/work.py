@@ -181,7 +181,7 @@ def _kept(study: Study, orders: Orders, key: str) -> Iterator[Path]:
     try:
         yield unfinished
     finally:
-        for path in orders.output.glob(f".{glob.escape(study.name)}.*.unfinished"):
+        for path in orders.output.glob(f".{glob.escape(study.name)}.*.unfinished*"):  # and journals
             path.unlink(missing_ok=True)  # those of other prompts as well
 
 
