@@ -223,6 +223,27 @@ def test_both_and_another_series_in_one_folder(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read.labels, LABELS)
 
 
+def test_a_seg_of_two_series(tmp_path: Path) -> None:
+    files = write_series(tmp_path / "data" / "ct", VOLUME)
+    other = pydicom.dcmread(write_series(tmp_path / "data" / "other", VOLUME)[0])
+    seg = write_seg(tmp_path / "data" / "seg.dcm", files, LABELS)
+
+    def name_other(groups: Any) -> None:
+        image = groups.DerivationImageSequence[0].SourceImageSequence[0]
+        image.ReferencedSOPInstanceUID = other.SOPInstanceUID
+
+    change_frames(seg, name_other)
+    with pytest.raises(InputError, match=r"seg\.dcm refers to 2 series; expected one"):
+        find_cases(tmp_path / "data")
+
+
+def test_two_cases_of_one_name(tmp_path: Path) -> None:
+    for place in ("P1/study", "p1_study"):
+        write_seg(tmp_path / place / "1.dcm", write_series(tmp_path / place / "ct", VOLUME), LABELS)
+    with pytest.raises(InputError, match=r"has the name of .*: rename one of them"):
+        find_cases(tmp_path)
+
+
 def test_a_seg_without_its_series(tmp_path: Path) -> None:
     files = write_series(tmp_path / "data" / "ct", VOLUME)
     write_seg(tmp_path / "data" / "seg.dcm", files, LABELS)
