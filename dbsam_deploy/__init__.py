@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from .images.volumes import Volume, read_image
     from .model import build_model
     from .prediction.results import Result
+    from .volumes.session import VolumePredictor
 
 switch_off()  # before any library that would phone home is imported
 
@@ -72,6 +73,7 @@ __all__ = [
     "ServingError",
     "StoppingError",
     "Volume",
+    "VolumePredictor",
     "build_model",
     "load",
     "load_artefact",
@@ -92,6 +94,7 @@ _MODULES = {
     "api.loading": ("load",),
     "api.model": ("Model",),
     "prediction.results": ("Result",),
+    "volumes.session": ("VolumePredictor",),
     "api.sam_predictor": ("SamPredictor", "sam_model_registry"),
 }
 _WHERE = {name: module for module, names in _MODULES.items() for name in names}

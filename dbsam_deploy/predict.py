@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from .api.command import add_predict_options, predict_image
+from .api.command import add_predict_options, needs_logits, predict_image
 from .api.loading import open_named
 from .cli import Parser, run
 from .sessions.options import add_model_options, add_server_options
@@ -28,10 +28,19 @@ examples:
     python -m dbsam_deploy.predict skin.png --point 200 180 1 --point 20 30 0 --multimask
   one slice of a CT
     python -m dbsam_deploy.predict ct.nii.gz --slice 40 --box 60 70 130 150 --window 40 400
-  slices 30 to 49 of a CT, x0 y0 z0 x1 y1 z1
+  a whole organ from a box on one slice
+    python -m dbsam_deploy.predict ct.nii.gz --slice 40 --box 60 70 130 150 --propagate \\
+        --window 40 400
+  many objects with names (docs/how-to/predict.md), as DICOM-SEG and a table
+    python -m dbsam_deploy.predict ct_series/ --prompts prompts.json --format dicom-seg \\
+        --format csv
+  an object within slices 30 to 49 of a CT, x0 y0 z0 x1 y1 z1
     python -m dbsam_deploy.predict ct_series/ --box3d 60 70 30 130 150 50 --window 40 400
   the boxes stored in an npz, on PyTorch with another checkpoint
     python -m dbsam_deploy.predict case.npz --backend pytorch --checkpoint medsam_vit_b.pth
+  a study in a PACS, and the segmentation back into it
+    python -m dbsam_deploy.predict "dicomwebs://pacs/dicom-web?study=1.2.3&series=1.2.4" \\
+        --prompts prompts.json --store
   through a running Triton server (python -m dbsam_deploy.serve)
     python -m dbsam_deploy.predict skin.png --box 120 80 410 333 --backend triton \\
         --url localhost:8001
@@ -53,7 +62,7 @@ def build_parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; see the module's `--help`."""
     args = build_parser().parse_args(argv)
-    return predict_image(args, lambda: open_named(args, logits=False))
+    return predict_image(args, lambda: open_named(args, logits=needs_logits(args)))
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
-from .api.command import add_image_options, add_prompt_options, predict_image
+from .api.command import add_image_options, add_prompt_options, needs_logits, predict_image
 from .api.loading import open_server
 from .api.model import Model
-from .artefact import BUILD_FOLDER
+from .artefact import BUILD_FOLDER, untrained_note
 from .cli import HelpFormatter, Parser, run, say_on_stderr
 from .core.errors import InputError
 from .serving.check import check_server
@@ -29,12 +29,11 @@ from .serving.environment import (
     has_gpu_driver,
     install_environment,
 )
-from .serving.ports import LOOPBACK, Ports
+from .serving.ports import LOOPBACK, Ports, network_warning
 from .serving.repository import Repository
-from .serving.server import TritonServer, network_warning
+from .serving.server import TritonServer
 from .serving.server_log import STANDARD_OUTPUT, free_log
 from .serving.supervisor import Supervisor
-from .sessions.backends import untrained_note
 
 TRY_TIMEOUT_S = 300.0
 DOCKER_IMAGE = "dbsam-triton"
@@ -225,21 +224,31 @@ def _event(text: str) -> None:
     _say(f"{time.strftime('%H:%M:%S')} {text}")
 
 
+def _silent(text: str) -> None:
+    """An event that the log, which is on the screen, tells."""
+
+
+def _key_file(server: TritonServer) -> Path:
+    """Beside the log; without one in the server's private folder."""
+    if server.log == STANDARD_OUTPUT:
+        return server.folder / "server.key"
+    return server.log.with_name(f"{server.log.stem.removeprefix('triton-')}.key")
+
+
 def _serve(server: TritonServer) -> int:
     """Serve until Ctrl-C or SIGTERM; both let it finish what it has accepted."""
     _say("starting the Triton server ...")
     began = time.monotonic()
-    log = Path("server.log") if server.log == STANDARD_OUTPUT else server.log
-    key_file = log.with_name(f"{log.stem.removeprefix('triton-')}.key")
+    key_file: Path | None = None
     try:
         with _stoppable() as stop, server:
+            key_file = _key_file(server)
             write_key(server.key, key_file)
             _announce(server, time.monotonic() - began)
             _say(f"  key      {key_file} (for Triton's own APIs; inference needs none)")
             _say("Ctrl-C stops it")
             try:
-                # Its log has them too.
-                Supervisor(server, _event if log == server.log else lambda text: None).run()
+                Supervisor(server, _silent if server.log == STANDARD_OUTPUT else _event).run()
             except KeyboardInterrupt:
                 stop.again = True
                 _say(f"finishing accepted requests, at most {server.grace_s:g} s (Ctrl-C: at once)")
@@ -250,7 +259,8 @@ def _serve(server: TritonServer) -> int:
     except KeyboardInterrupt:
         pass
     finally:
-        key_file.unlink(missing_ok=True)
+        if key_file is not None:
+            key_file.unlink(missing_ok=True)
     _say("stopped")
     return 0
 
@@ -292,7 +302,8 @@ def _try(args: argparse.Namespace, repository: Repository, ports: Ports) -> int:
             stack.enter_context(server)
             _announce(server, time.monotonic() - began)
             note = untrained_note(repository.weights)
-            return open_server(server.grpc_url, timeout_s=TRY_TIMEOUT_S, logits=False, note=note)
+            logits = needs_logits(args)
+            return open_server(server.grpc_url, timeout_s=TRY_TIMEOUT_S, logits=logits, note=note)
 
         status = predict_image(args, start)
     _say("server stopped")

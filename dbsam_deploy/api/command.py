@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from ..core.errors import InputError
 from ..files.atomic import write_file
 from ..images.volumes import OWN_WINDOW, Volume, png_bytes, read_image
 from ..outputs.files import ENDINGS, OVERLAY, planned, write
+from ..outputs.merging import merged
 from ..outputs.segmentation import Segmentation
 from ..prediction.prompts import Prompts, check_prompts
 from ..prediction.results import Result
@@ -27,16 +28,23 @@ from ..prediction.segment import Progress
 from ..volumes.prompt_file import read_prompt_file
 from ..volumes.study_prompts import StudyPrompts, from_prompts
 from .model import Model, own_boxes
-from .study_command import check_replaceable, predict_study
+from .pacs_command import add_store_options, image_source, predict_in_pacs
+from .study_command import FRACTIONS, earlier_result, predict_study
 
 
 def add_predict_options(parser: argparse.ArgumentParser) -> None:
     """The image, its prompts and the output: all but the options of the model."""
-    parser.add_argument("image", type=Path, metavar="IMAGE", help="file, or folder with DICOM")
+    parser.add_argument(
+        "image",
+        type=image_source,
+        metavar="IMAGE",
+        help="file, folder with DICOM, or a study in a PACS",
+    )
     add_prompt_options(
         parser.add_argument_group("prompts (without any, the boxes of an npz are used)")
     )
     add_image_options(parser.add_argument_group("image and output"))
+    add_store_options(parser)
 
 
 def add_prompt_options(parser: argparse._ActionsContainer) -> None:
@@ -123,6 +131,12 @@ def add_image_options(parser: argparse._ActionsContainer) -> None:
         "--overwrite", action="store_true", help="replace a volume's results that are there"
     )
     parser.add_argument(
+        "--merge",
+        action="store_true",
+        help="add these objects to a volume's results that are there (npz, NIfTI, DICOM-SEG); with "
+        "--overwrite in place of those of the same name",
+    )
+    parser.add_argument(
         "--resume",
         action="store_true",
         help="go on with a run on a volume that was interrupted, with the same options",
@@ -206,6 +220,11 @@ def _report(console: Console, result: Result, paths: dict[str, Path], latency_ms
         say(f"wrote {path}")
 
 
+def needs_logits(args: argparse.Namespace) -> bool:
+    """Whether a server has to send logits, which make an answer several times as large."""
+    return FRACTIONS in (args.format or ())
+
+
 def _introduce(volume: Volume, model: Model) -> None:
     say = partial(table_console().print, markup=False, highlight=False, soft_wrap=True)
     depth, height, width = volume.shape
@@ -231,6 +250,27 @@ def _prompts_file(args: argparse.Namespace) -> StudyPrompts:
     return read_prompt_file(args.prompts)
 
 
+def _asked(
+    args: argparse.Namespace, volume: Volume, spec: StudyPrompts | None
+) -> tuple[Prompts, StudyPrompts | None]:
+    """The prompts of one slice, or else objects that are carried through the volume.
+
+    Raises:
+        InputError: prompts that do not fit, or options that do not fit them.
+    """
+    if args.merge and not volume.is_volume:
+        raise InputError(f"{volume.path} is one image: --merge goes with a volume")
+    if spec is not None:
+        return Prompts(), spec
+    prompts = prompts_from(args, volume)
+    propagates = prompts.boxes_3d is not None if args.propagate is None else args.propagate
+    if propagates and not volume.is_volume:
+        raise InputError(f"{volume.path} is one image: --propagate goes with a volume")
+    if args.resume and not propagates:
+        raise InputError("--resume goes with objects that are carried through a volume")
+    return prompts, from_prompts(prompts, propagate=True) if propagates else None
+
+
 def predict_image(args: argparse.Namespace, open_model: Callable[[], Model]) -> int:
     """Read and check what the command line names, then open the model, segment and write.
 
@@ -238,6 +278,17 @@ def predict_image(args: argparse.Namespace, open_model: Callable[[], Model]) -> 
         args: the options of this command but those of the model.
         open_model: called once the image, the prompts and the output are known to be usable.
     """
+    if isinstance(args.image, str):  # see `image_source`
+        predict_in_pacs(args, lambda: _predict_files(args, open_model))
+    elif vars(args).get("store"):
+        raise InputError(f"{args.image} lies in no PACS: --store goes with dicomweb://…")
+    else:
+        _predict_files(args, open_model)
+    return 0
+
+
+def _predict_files(args: argparse.Namespace, open_model: Callable[[], Model]) -> Sequence[Path]:
+    """`predict_image` of a file or folder; what was written."""
     prompted = args.box or args.box3d or args.point or args.prompts
     spec = None if args.prompts is None else _prompts_file(args)
     volume = read_image(
@@ -247,20 +298,12 @@ def predict_image(args: argparse.Namespace, open_model: Callable[[], Model]) -> 
         series=args.series,
         volume=args.volume,
     )
-    prompts = Prompts() if spec else prompts_from(args, volume)
-    propagates = prompts.boxes_3d is not None if args.propagate is None else args.propagate
-    if propagates and not volume.is_volume:
-        raise InputError(f"{volume.path} is one image: --propagate goes with a volume")
-    if spec is None and propagates:
-        spec = from_prompts(prompts, propagate=True)
-    if args.resume and spec is None:
-        raise InputError("--resume goes with objects that are carried through a volume")
+    prompts, spec = _asked(args, volume, spec)
     paths = planned(volume, args.format or (), args.output, overlay=args.overlay)
-    if volume.is_volume:
-        check_replaceable(paths, may_replace=args.overwrite)
     if spec is not None:
         introduce = partial(_introduce, volume)
         return predict_study(args, volume, spec, paths, open_model, introduce)
+    old = earlier_result(args, volume, paths, prompts.names) if volume.is_volume else None
     console = table_console()
     with open_model() as model:
         _introduce(volume, model)
@@ -269,8 +312,9 @@ def predict_image(args: argparse.Namespace, open_model: Callable[[], Model]) -> 
             result = model.run(volume, prompts, progress, propagate=False)
             latency_ms = (time.perf_counter() - start) * 1e3
         name = model.describe()
-    write(Segmentation.from_result(result, name), paths)
+    found = Segmentation.from_result(result, name)
+    write(found if old is None else merged(old, found, overwrite=args.overwrite), paths)
     if OVERLAY in paths:
         write_file(paths[OVERLAY], png_bytes(np.asarray(result.plot())))
     _report(console, result, paths, latency_ms)
-    return 0
+    return tuple(paths.values())

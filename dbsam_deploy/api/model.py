@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self, TypedDict, Unpack
+from typing import Any, Self, Unpack
 
 import numpy as np
-import numpy.typing as npt
 
-from ..core.contract import MASK_INPUT, POINT_COORDS, POINT_LABELS
-from ..core.errors import InputError
-from ..core.imaging import Preprocessing
-from ..images.arrays import ImageLike, as_array, as_volume
+from ..core.errors import InputError, ServingError
+from ..core.imaging import FloatArray, Preprocessing
+from ..images.arrays import ImageLike, as_volume
 from ..images.intensity import Window
 from ..images.volumes import Volume
 from ..outputs.segmentation import Segmentation
-from ..prediction.predictor import Promptable, ServedPredictor
+from ..prediction.predictor import Predictor, Promptable, ServedPredictor
 from ..prediction.prompts import Prompts, check_prompts
 from ..prediction.results import Result
 from ..prediction.segment import Progress, segment
@@ -26,22 +24,10 @@ from ..volumes.embeddings import SharedPredictor
 from ..volumes.session import VolumePredictor
 from ..volumes.study import result_of, segment_study
 from ..volumes.study_prompts import StudyPrompts, from_prompts
+from .arguments import SamNames, prompts_of, renamed
 
 _OF_SET_IMAGE: Any = object()
 """No image was named; not None, which is what OpenCV gives for a file that it cannot read."""
-
-
-class SamNames(TypedDict, total=False):
-    """What `segment_anything.SamPredictor.predict` calls the prompts of `Model.predict`."""
-
-    box: Any
-    """`boxes`."""
-    point_coords: Any
-    """`points`."""
-    point_labels: Any
-    """`labels`."""
-    multimask_output: bool | None
-    """`multimask`."""
 
 
 class Model:
@@ -53,7 +39,6 @@ class Model:
         name: variant and precision, or the server, in words.
         backend: the runtime.
         preprocessing: how images enter the model; None where only the server knows.
-        note: what the user must know, for example that the weights are untrained; else empty.
         predictor: what is asked in the end.
         image: that of `set_image`; None before, and after one that was not usable.
     """
@@ -66,11 +51,11 @@ class Model:
         backend: str,
         preprocessing: Preprocessing | None = None,
         weights: dict[str, Any] | None = None,
-        note: str = "",
+        note: str | None = "",
         reopen: Callable[[str], Model] | None = None,
     ) -> None:
         self.predictor = predictor
-        self.name, self.backend, self.note = name, backend, note
+        self.name, self.backend, self._note = name, backend, note
         self.preprocessing = preprocessing
         self.weights = weights or {}
         self._reopen = reopen
@@ -80,6 +65,23 @@ class Model:
 
     def __repr__(self) -> str:
         return f"Model({self.name} on {self.backend})"
+
+    @property
+    def note(self) -> str:
+        """What the user must know, for example that the weights are untrained; else empty.
+
+        A server is asked once, when somebody first wants to know.
+        """
+        if self._note is None and isinstance(self.predictor, ServedPredictor):
+            try:
+                self._note = self.predictor.client.note()
+            except (InputError, ServingError) as error:  # a proxy may keep it to itself
+                return f"the server does not say whether its weights are trained ({error.message})"
+        return self._note or ""
+
+    @note.setter
+    def note(self, text: str) -> None:
+        self._note = text
 
     def describe(self) -> str:
         """Name, runtime and preprocessing in one line."""
@@ -161,8 +163,8 @@ class Model:
             InputError: no image or prompt, or one that is not usable.
             ServingError: a server that does not answer.
         """
-        boxes, points, labels = _renamed(sam, boxes, points, labels)
-        prompts = _prompts(boxes, points, labels, mask_input, boxes_3d)
+        boxes, points, labels = renamed(sam, boxes, points, labels)
+        prompts = prompts_of(boxes, points, labels, mask_input, boxes_3d)
         three = bool(multimask or sam.get("multimask_output"))
         prompts = dataclasses.replace(prompts, multimask=three, slice_index=slice_index)
         taken = self._taken(image, window=window, series=series, volume=volume)
@@ -246,7 +248,7 @@ class Model:
             InputError: no prompt, or an image or prompt that is not usable.
             ServingError: a server that does not answer.
         """
-        prompts = _prompts(boxes, points, labels, None, boxes_3d)
+        prompts = prompts_of(boxes, points, labels, None, boxes_3d)
         prompts = dataclasses.replace(prompts, multimask=multimask, slice_index=slice_index)
         read = as_volume(image, window=window, series=series, volume=volume)
         return self.run(read, prompts, progress, propagate=propagate)
@@ -297,6 +299,33 @@ class Model:
                 **{name: call for name, call in told.items() if call is not None},
             )
 
+    def embedding(self, image: ImageLike = _OF_SET_IMAGE) -> FloatArray:
+        """The encoder's output for an image, (1, 256, G, G); computed if it is not kept.
+
+        Args:
+            image: see `predict`; of one slice. Without it that of `set_image`.
+
+        Raises:
+            InputError: no image, several slices, or a server's model, which keeps its own.
+        """
+        if not isinstance(self.predictor, Predictor):
+            raise InputError(f"{self.name} keeps its embeddings: they are not sent")
+        read = self._taken(image)
+        if read.is_volume:
+            raise InputError(f"{read.path} has {read.shape[0]} slices: expected one image")
+        with self._lock:
+            self.predictor.set_image(read.slice_rgb(0))
+            return self.predictor.image_embeddings
+
+    @property
+    def device(self) -> str:
+        """Where tensors for it belong, `cpu` or `cuda`; a server takes them from the CPU."""
+        return "cuda" if self.backend.endswith("-cuda") else "cpu"
+
+    def eval(self) -> Self:
+        """This model, as in SAM's code; it is never in training."""
+        return self
+
     def to(self, device: Any) -> Self:
         """This model on another device (`cpu` or `cuda`), as in SAM's code; opens it anew.
 
@@ -340,55 +369,3 @@ def own_boxes(prompts: Prompts, volume: Volume) -> Prompts:
     if volume.boxes.shape[1] == 6:
         return dataclasses.replace(prompts, boxes_3d=volume.boxes)
     return dataclasses.replace(prompts, boxes=volume.boxes)
-
-
-def _renamed(sam: Mapping[str, Any], boxes: Any, points: Any, labels: Any) -> tuple[Any, Any, Any]:
-    """`boxes`, `points` and `labels`, which may have come under SAM's names.
-
-    Raises:
-        TypeError: as Python does, for a keyword that is none of `SamNames`.
-        InputError: one of them under both names.
-    """
-    if unknown := sorted(sam.keys() - SamNames.__annotations__.keys()):
-        raise TypeError(f"predict() got an unexpected keyword argument {unknown[0]!r}")
-    return (
-        _one_of("boxes", boxes, "box", sam.get("box")),
-        _one_of("points", points, POINT_COORDS, sam.get(POINT_COORDS)),
-        _one_of("labels", labels, POINT_LABELS, sam.get(POINT_LABELS)),
-    )
-
-
-def _one_of(name: str, value: Any, sam_name: str, sam_value: Any) -> Any:
-    if value is not None and sam_value is not None:
-        raise InputError(f"{name} and {sam_name} are the same: give one of them")
-    return sam_value if value is None else value
-
-
-def _prompts(boxes: Any, points: Any, labels: Any, mask_input: Any, boxes_3d: Any) -> Prompts:
-    """Prompts of arrays, or of what NumPy makes arrays of, with the axes that may be left out."""
-    coords = _array("points", points, 3)
-    if coords is not None and labels is None:
-        labels = np.ones(coords.shape[:2], np.int64)
-    return Prompts(
-        boxes=_array("boxes", boxes, 2),
-        boxes_3d=_array("boxes_3d", boxes_3d, 2),
-        point_coords=coords,
-        point_labels=_array("labels", labels, 2),
-        mask_input=_array(MASK_INPUT, mask_input, 3),
-    )
-
-
-def _array(name: str, value: Any, axes: int) -> npt.NDArray[Any] | None:
-    """A copy of `value` as an array of `axes` axes; one more may be missing in front.
-
-    Raises:
-        InputError: not numbers of one of these shapes.
-    """
-    if value is None:
-        return None
-    array = np.array(as_array(name, value))
-    if array.dtype.kind not in "fiu" or array.ndim not in (axes - 1, axes):
-        raise InputError(
-            f"{name} {array.dtype}{array.shape}: expected numbers of {axes - 1} or {axes} axes"
-        )
-    return array[None] if array.ndim == axes - 1 else array

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +21,47 @@ from ..core.errors import InputError
 from ..files.atomic import write_file
 from ..images.overlays import Panel, draw_overlay, evenly_spaced
 from ..images.volumes import Volume, png_bytes
-from ..outputs.files import OVERLAY, mean_confidence, write
+from ..outputs.files import ENDINGS, OVERLAY, mean_confidence, write
+from ..outputs.merging import Earlier, merged, read_earlier
 from ..outputs.segmentation import Segmentation
 from ..prediction.segment import Progress
 from ..volumes.study import check_study
 from ..volumes.study_prompts import StudyPrompts
 from .model import Model
 
-RESUME_ENDING = "_unfinished.db"
+FRACTIONS = "dicom-seg-fractional"
+"""The format that needs the objects' probabilities."""
+UNFINISHED = "_unfinished.db"
 """Of the file in the output folder that keeps finished slices until the result is there."""
 
 
-def check_replaceable(paths: Mapping[str, Path], *, may_replace: bool) -> None:
-    """Refuse to replace a volume's results, which may be hours of work, without being told to.
+def earlier_result(
+    args: argparse.Namespace, volume: Volume, paths: Mapping[str, Path], names: Iterable[str]
+) -> Earlier | None:
+    """What new objects are added to, with `--merge`; a volume's results may be hours of work.
+
+    Args:
+        args: the options of the command.
+        volume: what is segmented.
+        paths: what is written.
+        names: of the new objects.
 
     Raises:
-        InputError: one of them is there.
+        InputError: a result is there and may not be replaced, or cannot be added to.
     """
     there = [path for path in paths.values() if path.exists()]
-    if there and not may_replace:
+    if args.merge and FRACTIONS in paths:
+        raise InputError(f"--merge: probabilities cannot be added to, drop {FRACTIONS}")
+    if there and not (args.overwrite or args.merge):
         raise InputError(
             f"{there[0]} is there already: --overwrite replaces it, --merge adds to it, or choose "
             "another --output folder"
         )
+    if not there or not args.merge:
+        return None
+    found = read_earlier(volume, paths)
+    found.check(names, overwrite=args.overwrite)
+    return found
 
 
 def predict_study(
@@ -54,7 +71,7 @@ def predict_study(
     paths: Mapping[str, Path],
     open_model: Callable[[], Model],
     introduce: Callable[[Model], None],
-) -> int:
+) -> Sequence[Path]:
     """Segment a study and write it; what is finished is kept if the run ends before.
 
     Args:
@@ -64,41 +81,52 @@ def predict_study(
         paths: what is written, see `outputs.files.planned`.
         open_model: called once the prompts are known to fit.
         introduce: prints image and model.
+
+    Returns:
+        The files, and the folder of a volume's PNG files.
     """
     check_study(spec, volume)
+    old = earlier_result(args, volume, paths, [one.name for one in spec.objects])
     unfinished = _unfinished(paths)
     if not args.resume:
-        with suppress(FileNotFoundError):
-            unfinished.unlink()
-    console = table_console()
-    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+        unfinished.unlink(missing_ok=True)
     notes: list[str] = []
     with open_model() as model:
         introduce(model)
         if args.resume and not unfinished.exists():
-            say(f"NOTE: nothing to resume in {unfinished}: begun anew")
+            notes.append(f"nothing to resume in {unfinished}: begun anew")
         with _kept(unfinished), _progress(Console(stderr=True)) as progress:
             start = time.perf_counter()
             found = model.study(
-                volume, spec, progress=progress, say=notes.append, checkpoint=unfinished
+                volume,
+                spec,
+                fractions=FRACTIONS in paths,
+                progress=progress,
+                say=notes.append,
+                checkpoint=unfinished,
             )
-            seconds = time.perf_counter() - start
+            found = found if old is None else merged(old, found, overwrite=args.overwrite)
+            notes.insert(0, f"{time.perf_counter() - start:.1f} s")
             written = list(write(found, paths))
     unfinished.unlink(missing_ok=True)
     if OVERLAY in paths:
         written.append(write_file(paths[OVERLAY], png_bytes(np.asarray(picture(found)))))
-    _report(console, found, seconds)
-    for note in notes:
-        say(f"NOTE: {note}")
-    for path in written:
-        say(f"wrote {path}")
-    return 0
+    _report(found, notes, written)
+    return written
+
+
+def _report(found: Segmentation, notes: Sequence[str], written: Sequence[Path]) -> None:
+    console = table_console()
+    console.print(_table(found))
+    seconds, *lines = notes
+    for line in (seconds, *(f"NOTE: {n}" for n in lines), *(f"wrote {path}" for path in written)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _unfinished(paths: Mapping[str, Path]) -> Path:
     """Beside the results, and named as they are."""
-    first = next(iter(paths.values()))
-    return first.with_name(first.name.partition("_mask")[0] + RESUME_ENDING)
+    name, path = next(iter(paths.items()))
+    return path.with_name(path.name.removesuffix(ENDINGS[name].removesuffix(".png")) + UNFINISHED)
 
 
 @contextmanager
@@ -132,7 +160,7 @@ def _progress(console: Console) -> Iterator[Progress]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _report(console: Console, found: Segmentation, seconds: float) -> None:
+def _table(found: Segmentation) -> Table:
     spacing = found.image.spacing_mm
     table = Table("label", "object", "slices", "voxels", *["ml"] * bool(spacing), "predicted IoU")
     confidence = mean_confidence(found)
@@ -144,8 +172,7 @@ def _report(console: Console, found: Segmentation, seconds: float) -> None:
         volume = [f"{voxels * np.prod(spacing) / 1000:.1f}"] if spacing else []
         name = escape(one.name)
         table.add_row(str(one.label), name, extent, str(voxels), *volume, f"{confidence[row]:.3f}")
-    console.print(table)
-    console.print(f"{seconds:.1f} s", highlight=False)
+    return table
 
 
 def picture(found: Segmentation) -> Any:

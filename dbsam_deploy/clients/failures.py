@@ -33,6 +33,11 @@ _NOT_KEPT = re.compile(r"\bimage_id \S+: not kept")
 _RESTRICTED = re.compile(r"This (?:API|protocol) is restricted")
 _NOT_HTTP = re.compile(r"BadStatusLine|[Bb]ad status line|Expected HTTP/")
 _NOT_GRPC = re.compile(r"failed to connect.*Socket closed|Failed parsing HTTP/2|http1\.x")
+_BROKE_OFF = re.compile(
+    r"[Ss]ocket closed|[Cc]onnection reset|[Bb]roken pipe|Remote end closed|Stream removed|"
+    r"Connection aborted|RST_STREAM"
+)
+"""Texts about a connection that was there and ended without an answer."""
 _ADVICE = "start one with `python -m dbsam_deploy.serve`, or check host and port"
 _WRONG_TRANSPORT = {
     "grpc": "what answers does not speak gRPC: is that its HTTP port (by default 8000)? Use "
@@ -119,5 +124,11 @@ def _no_server(request: ServerRequest, text: str) -> NoServerError:
         advice = _WRONG_TRANSPORT[request.transport]
         return NoServerError(
             f"no Triton server answers {request.transport} on {request.url}: {advice}"
+        )
+    if _BROKE_OFF.search(text):
+        return NoServerError(
+            f"Triton on {request.url} broke off before it answered ({text}; request {request.id}): "
+            "it ended, or is being started anew; ask again, or let "
+            "retries=Retries(lost_connection=True) do so"
         )
     return NoServerError(f"no Triton server answers on {request.url} ({text}): {_ADVICE}")

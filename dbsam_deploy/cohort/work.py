@@ -140,7 +140,7 @@ def tidy_up(study: Study, orders: Orders) -> None:
 
 
 def _lock_name(study: Study) -> str:
-    return f".{study.name}.lock"
+    return f".{study.name}.study.lock"  # not that of a batch, whatever its name
 
 
 def _found_or_made(
@@ -181,7 +181,8 @@ def _kept(study: Study, orders: Orders, key: str) -> Iterator[Path]:
     try:
         yield unfinished
     finally:
-        for path in orders.output.glob(f".{glob.escape(study.name)}.*.unfinished"):
+        one_key = "[0-9a-f]" * 16
+        for path in orders.output.glob(f".{glob.escape(study.name)}.{one_key}.unfinished"):
             path.unlink(missing_ok=True)  # those of other prompts as well
 
 

@@ -42,6 +42,9 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 NOTHING = "there is nothing to segment"
 
+_ROUNDING_PX = 1e-3
+"""A coordinate that went to the model frame and back may be this far off."""
+
 
 @dataclass(frozen=True)
 class Preprocessing(Geometry):
@@ -276,6 +279,22 @@ def to_model_frame(
     scale = np.array([width / original_size[1], height / original_size[0]], np.float64)
     repeat = points_xy.shape[-1] // 2
     return (points_xy.astype(np.float64) * np.tile(scale, repeat)).astype(np.float32)
+
+
+def to_image_frame(
+    points_xy: npt.NDArray[Any], original_size: tuple[int, int], how: Preprocessing
+) -> FloatArray:
+    """Model-frame coordinates (..., 2) or (..., 4) → image frame, float32; see `to_model_frame`.
+
+    What lies a rounding error outside the image is put onto its border.
+    """
+    height, width = how.content_size(original_size)
+    borders = np.array([original_size[1], original_size[0]], np.float64)
+    repeat = points_xy.shape[-1] // 2
+    scale, last = np.tile(borders / (width, height), repeat), np.tile(borders, repeat)
+    found = points_xy.astype(np.float64) * scale
+    near = np.abs(found - np.clip(found, 0, last)) < _ROUNDING_PX
+    return np.where(near, np.clip(found, 0, last), found).astype(np.float32)
 
 
 def check_finite(logits: npt.NDArray[Any]) -> None:

@@ -12,6 +12,7 @@ from ..core.errors import InputError
 from ..extras import require
 from ..files.atomic import write_files, writing_to
 from ..files.publication import new_folder, remove, replace_folder, tidy
+from ..files.user_paths import user_path
 from ..images.scans import require_nibabel
 from ..images.volumes import Volume, label_map_bytes, label_npz_bytes, no_grid, png_bytes
 from . import dicom_seg, rtstruct
@@ -44,7 +45,7 @@ def own_formats(image: Volume) -> tuple[str, ...]:
 def planned(
     image: Volume,
     formats: Sequence[str],
-    folder: Path,
+    folder: str | Path,
     stem: str | None = None,
     *,
     overlay: bool = False,
@@ -66,6 +67,7 @@ def planned(
             input.
         MissingError: a package that the format needs is not installed.
     """
+    folder = user_path(folder)
     start = _stem(image) if stem is None else stem
     paths = {}
     for name in dict.fromkeys(formats or own_formats(image)):
@@ -84,6 +86,8 @@ def planned(
 
 def _stem(image: Volume) -> str:
     stem = image.path.resolve().name
+    if image.path.is_dir():
+        return stem  # what follows a dot is no suffix: `1.2.840.7`
     for suffix in (".nii.gz", ".nii", image.path.suffix):
         stem = stem.removesuffix(suffix)
     return stem
@@ -95,8 +99,7 @@ def _check_holds(name: str, image: Volume) -> None:
             raise InputError(f"{image.path}: {no_grid(image)}, which NIfTI needs: use --format npz")
         require_nibabel()
     elif name.startswith("dicom-seg"):
-        dicom_seg.require_highdicom()
-        find_sources(image, dicom_seg.WHAT)
+        dicom_seg.check_writable(image)
     elif name == "rtstruct":
         require("contourpy", extra="dicom", what_for=rtstruct.WHAT)
         find_sources(image, rtstruct.WHAT)

@@ -141,9 +141,9 @@ def _contours(segmentation: Segmentation, sources: Sources) -> list[list[Any]]:
     """Of every object its contours as items of a sequence, slice by slice."""
     found: list[list[Any]] = [[] for _ in segmentation.objects]
     for z, labels in enumerate(segmentation.labels):
-        present = set(np.unique(labels).tolist())
+        counts = np.bincount(labels.ravel(), minlength=1)
         for index, one in enumerate(segmentation.objects):
-            if one.label not in present:
+            if one.label >= len(counts) or not counts[one.label]:
                 continue
             for ring in contours_of(labels == one.label):
                 found[index].append(_contour(ring, z, sources))
@@ -160,12 +160,15 @@ def _contour(ring: Any, z: int, sources: Sources) -> Any:
     )
     if "NumberOfFrames" in source.file.header:
         image.ReferencedFrameNumber = source.index + 1
-    return _item(
+    made = _item(
         ContourImageSequence=[image],
         ContourGeometricType="CLOSED_PLANAR",
         NumberOfContourPoints=len(points),
-        ContourData=[f"{value:.5f}" for value in points.ravel()],
     )
+    element = require("pydicom", extra="dicom", what_for=WHAT).DataElement
+    numbers = [f"{value:.5f}" for value in points.ravel()]
+    made.add(element("ContourData", "DS", numbers, already_converted=True))  # ten times as fast
+    return made
 
 
 def _region(number: int, one: SegmentedObject, contours: list[Any]) -> Any:

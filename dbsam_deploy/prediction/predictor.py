@@ -93,6 +93,15 @@ class Predictor:
         self._image_embeddings: FloatArray | None = None
         self._original_size = (0, 0)
 
+    @property
+    def image_embeddings(self) -> FloatArray:
+        """(1, 256, G, G) of the image that was set.
+
+        Raises:
+            InputError: none was.
+        """
+        return self._current()
+
     def set_embeddings(self, image_embeddings: FloatArray, original_size: tuple[int, int]) -> None:
         """Use an embedding computed before, (1, 256, G, G), of an image of `original_size`."""
         self._image_embeddings, self._original_size = image_embeddings, original_size

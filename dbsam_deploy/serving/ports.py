@@ -6,6 +6,7 @@ import socket
 from dataclasses import dataclass
 
 from ..core.errors import InputError
+from .environment import ServerEnvironment
 
 LOOPBACK = "127.0.0.1"
 
@@ -49,3 +50,14 @@ def reserve(ports: Ports, host: str) -> Ports:
         for listener in sockets:
             listener.close()
     return Ports(*numbers)
+
+
+def network_warning(host: str, environment: ServerEnvironment) -> str:
+    """What is wrong with a server of the wheel that others reach, "" for one that nobody does."""
+    if is_loopback(host) or environment.is_installation:
+        return ""
+    return (
+        f"WARNING: this CPU server listens on {host}. It is Triton 2.51 (24.10), which a chunked "
+        "HTTP body of many small chunks ends (fixed in later releases), and it asks nobody for a "
+        "login: keep it on 127.0.0.1, or serve from the container (--docker)"
+    )

@@ -10,6 +10,7 @@ import math
 import os
 import urllib.error
 import urllib.request
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -102,9 +103,36 @@ def ask(
     """
     image = probe_image() if image is None else image
     side = mask_side(url, timeout_s) if model == PROMPTS_MODEL else 0
-    answer = _infer(url, model, question(model, image, side), timeout_s)
+    wanted = (MASKS.name, IOU_SCORES.name)
+    answer = _infer(url, model, question(model, image, side), timeout_s, wanted)
     check_answer(model, answer, image.shape[:2], url)
     return answer
+
+
+def ask_stage(url: str, model: str, timeout_s: float) -> None:
+    """Let a single graph compute zeros, past all that waits for it in the front.
+
+    Args:
+        url: host:port of the server's HTTP endpoint.
+        model: the graph's Triton model, its ending included.
+        timeout_s: how long the answer may take.
+
+    Raises:
+        ServingError: no answer, or an error.
+    """
+    body = _get(url, f"/v2/models/{model}", timeout_s)[1]
+    types = {triton: name for name, triton in TRITON_TYPES.items()}
+    try:
+        described = json.loads(body)
+        zeros: Arrays = {
+            item["name"]: np.zeros([max(1, int(size)) for size in item["shape"]], types[kind])
+            for item in described["inputs"]
+            if (kind := item["datatype"])
+        }
+        wanted = [item["name"] for item in described["outputs"]][-1:]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ServingError(f"{model} on {url}: {error_text(body)}") from error
+    _infer(url, model, zeros, timeout_s, wanted)
 
 
 def check_answer(model: str, answer: Arrays, size: tuple[int, ...], url: str) -> None:
@@ -186,7 +214,9 @@ def _call(
         raise ServingError(f"{url} did not answer ({error})") from error
 
 
-def _infer(url: str, model: str, arrays: Arrays, timeout_s: float) -> Arrays:
+def _infer(
+    url: str, model: str, arrays: Arrays, timeout_s: float, outputs: Iterable[str]
+) -> Arrays:
     """One request in Triton's binary form, which needs no client library."""
     described, data = [], []
     for name, array in arrays.items():
@@ -195,10 +225,7 @@ def _infer(url: str, model: str, arrays: Arrays, timeout_s: float) -> Arrays:
         shape = list(array.shape)
         described.append({"name": name, "shape": shape, "datatype": dtype, "parameters": size})
         data.append(np.ascontiguousarray(array).tobytes())
-    wanted = [
-        {"name": name, "parameters": {"binary_data": True}}
-        for name in (MASKS.name, IOU_SCORES.name)
-    ]
+    wanted = [{"name": name, "parameters": {"binary_data": True}} for name in outputs]
     head = json.dumps({"inputs": described, "outputs": wanted}).encode()
     request = urllib.request.Request(
         f"http://{url}/v2/models/{model}/infer",

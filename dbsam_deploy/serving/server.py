@@ -17,7 +17,7 @@ from ..core.front import DRAINING
 from .control import Control, new_key, requests_in_flight, restriction
 from .environment import ServerEnvironment
 from .known_answer import compare
-from .ports import LOOPBACK, Ports, is_loopback, reserve
+from .ports import LOOPBACK, Ports, network_warning, reserve
 from .probe import BOXES_MODEL, ask, is_up
 from .processes import (
     SHARED_MEMORY,
@@ -134,6 +134,17 @@ class TritonServer:
         return LOOPBACK if self.host == "0.0.0.0" else self.host  # noqa: S104 - compared only
 
     @property
+    def folder(self) -> Path:
+        """Its private folder, which is there while it runs.
+
+        Raises:
+            ServingError: it does not.
+        """
+        if self._runtime is None:
+            raise ServingError("this Triton server was not started")
+        return self._runtime
+
+    @property
     def control(self) -> Control:
         """The owner's calls."""
         return Control(self.http_url, self.key)
@@ -197,8 +208,7 @@ class TritonServer:
         Raises:
             ServingError: see `start`; the server is stopped then, and may be started so again.
         """
-        if self._runtime is None:
-            raise ServingError("this Triton server was not started")
+        _ = self.folder
         self._end()
         try:
             reserve(self.ports, self.host)
@@ -384,14 +394,3 @@ class TritonServer:
 
     def __exit__(self, *exception: object) -> None:
         self.stop()
-
-
-def network_warning(host: str, environment: ServerEnvironment) -> str:
-    """What is wrong with a server of the wheel that others reach, "" for one that nobody does."""
-    if is_loopback(host) or environment.is_installation:
-        return ""
-    return (
-        f"WARNING: this CPU server listens on {host}. It is Triton 2.51 (24.10), which a chunked "
-        "HTTP body of many small chunks ends (fixed in later releases), and it asks nobody for a "
-        "login: keep it on 127.0.0.1, or serve from the container (--docker)"
-    )

@@ -17,7 +17,15 @@ from dataclasses import dataclass, field
 
 from ..core.bls import public_name
 from ..core.errors import ServingError
-from .probe import BOXES_MODEL, INTERACTIVE_MODEL, PROMPTS_MODEL, SERVED, is_refusal
+from .control import requests_in_flight
+from .probe import (
+    BOXES_MODEL,
+    INTERACTIVE_MODEL,
+    PROMPTS_MODEL,
+    SERVED,
+    ask_stage,
+    is_refusal,
+)
 from .processes import STOPPED, Stub, stubs
 from .server import TritonServer
 from .triton_config import GRAPH_MODELS
@@ -43,9 +51,11 @@ class Pace:
         probe_least: between two requests of its own, if they take next to no time.
         probe_most: the same, however long they take.
         probe_share: part of the server's time that these requests may take.
-        patience: how long one may take where no model computes; ten times the longest, if more.
+        patience: how long one may take where no model computes; ten times the longest of late, if
+            more.
         slow: how many times as long where one does.
         reload: how long loading one model may take.
+        proof: how long the answer may take that proves that it helped; others wait before it.
         unheard: calls in a row, of five seconds each, that Triton may leave unanswered.
         calm: after which failures are forgotten.
         tries: restarts within `calm` before it gives up; each pause is twice the one before.
@@ -59,6 +69,7 @@ class Pace:
     patience: float = 5.0
     slow: float = 6.0
     reload: float = 120.0
+    proof: float = 10.0
     unheard: int = 2
     calm: float = 60.0
     tries: int = 5
@@ -77,6 +88,7 @@ class _Question:
         self.is_done = threading.Event()
         self._began = self._changed = time.monotonic()
         self._took, self._noted = 0.0, dict[str, int]()
+        self.looked_at = self._began
         threading.Thread(target=self._ask, args=(server,), daemon=True).start()
 
     def note(self, counts: dict[str, int]) -> None:
@@ -189,6 +201,10 @@ class Supervisor:
     def _revive(self, faults: dict[str, str]) -> None:
         """Load models anew, whose processes are killed first: unloading waits for what they run."""
         began, self._asked, self._round = time.monotonic(), None, []
+        if FRONT in faults and (lost := self._unanswered()):
+            # Triton fails no answer that a dead process owes: only its own end ends the waiting.
+            self._restart(f"{FRONT}: {faults[FRONT]}, and owes {lost} answers")
+            return
         names = ", ".join(map(public_name, faults))
         for model, reason in faults.items():
             self._event(f"{public_name(model)}: {reason}; loading it anew")
@@ -213,9 +229,16 @@ class Supervisor:
         self._event(f"{names}: revived after {seconds:.1f} s")
         self._later(0.0)
 
+    def _unanswered(self) -> int:
+        """Requests that the front took and did not answer; its last word, if it is dead."""
+        try:
+            return requests_in_flight(self.server.metrics_url)
+        except ServingError:
+            return 0
+
     def _ask_after_reviving(self, model: str) -> None:
         try:
-            self.server.ask(model, timeout_s=self._patience())
+            self.server.ask(model, timeout_s=max(self.pace.proof, self._patience()))
         except ServingError as error:
             if not is_refusal(error.message):
                 raise
@@ -300,33 +323,52 @@ class Supervisor:
         self._unheard = 0
         asked.note({name: now.get(name, 0) for name in self._graphs()})
         still = [name for name in asked.graphs if now.get(name, 0) == asked.counts.get(name, 0)]
-        patience = self._patience()
-        if asked.age_s > self.pace.slow * patience and not still:
+        overdue = asked.age_s > self.pace.slow * self._patience()
+        if overdue and not still:
             self._asked, self._round = None, []  # slow, since all of them answer others
             self._later(asked.age_s)
-        elif asked.age_s > self.pace.slow * patience or (
-            asked.idle_s > patience and not self._is_computing(asked)
-        ):
+        elif self._is_stuck(asked, still, overdue=overdue):
             text = f"it answers nothing ({asked.model} waits for {asked.age_s:.0f} s)"
             self._revive({(still or [FRONT])[0]: text})
+
+    def _is_stuck(self, asked: _Question, still: list[str], *, overdue: bool) -> bool:
+        """Whether the first graph that has answered nothing since, or the front, is to blame."""
+        patience = self._patience()
+        if asked.idle_s > patience and not self._is_computing(asked):
+            return True
+        if not still or still[0] == asked.graphs[0]:
+            return overdue
+        # Images are encoded, and nothing is decoded: nobody may have asked for it yet.
+        if time.monotonic() - asked.looked_at <= patience or self._is_computing(asked, still[0]):
+            return False
+        try:
+            ask_stage(self.server.http_url, still[0], patience)
+        except ServingError:
+            return True
+        asked.looked_at = time.monotonic()
+        return False
 
     def _graphs(self) -> list[str]:
         return [name + self.server.ending for name in GRAPH_MODELS.values()]
 
-    def _is_computing(self, asked: _Question) -> bool:
-        """Whether a model has computed since the question, for at least half of one core."""
+    def _is_computing(self, asked: _Question, model: str = "") -> bool:
+        """Whether a model, or this one, computed since the question for half of a core's time."""
         try:
             found = stubs(self.server.pid)
         except ServingError:
             return False
-        spent = [stub.cpu_s - asked.cpu_s.get(stub.pid, stub.cpu_s) for stub in found]
+        spent = [
+            stub.cpu_s - asked.cpu_s.get(stub.pid, stub.cpu_s)
+            for stub in found
+            if model in ("", stub.model)
+        ]
         return max(spent, default=0.0) > 0.5 * asked.age_s
 
     def _patience(self) -> float:
         return max(self.pace.patience, 10 * self._slowest)
 
     def _later(self, took: float) -> None:
-        self._slowest = max(self._slowest, took)
+        self._slowest = max(took, self._slowest / 2)  # a busy hour makes no patience for ever
         least, most = self.pace.probe_least, self.pace.probe_most
         pause = min(max(took / self.pace.probe_share, least), most)
         self._probe_at = time.monotonic() + pause

@@ -36,7 +36,10 @@ def _signature(tree: ast.Module, method: str) -> tuple[list[str], list[object]]:
     return names, [ast.literal_eval(default) for default in found.args.defaults]
 
 
-@pytest.mark.parametrize("method", ["__init__", "set_image", "predict", "reset_image"])
+@pytest.mark.parametrize(
+    "method",
+    ["__init__", "set_image", "predict", "predict_torch", "get_image_embedding", "reset_image"],
+)
 def test_parameters_are_those_of_segment_anything(method):
     spec = importlib.util.find_spec("segment_anything")
     if spec is None or spec.origin is None:
@@ -72,6 +75,61 @@ def test_logits_at_full_size_are_what_the_masks_are_cut_from(predictor, image):
     full, _, _ = predictor.predict(**prompt, return_logits=True)
     assert full.dtype == np.float32
     np.testing.assert_array_equal(full > 0, masks)
+
+
+def test_the_batched_example_of_segment_anything_runs(predictor, image):
+    """Its notebook: boxes as tensors, taken to the model's frame, several objects at once."""
+    torch = pytest.importorskip("torch")
+    predictor.model.to(device="cpu").eval()
+    predictor.set_image(image)
+    boxes = torch.tensor([[5, 6, 40, 30], [0, 0, 64, 48]], device=predictor.device)
+    sized = predictor.transform.apply_boxes_torch(boxes, image.shape[:2])
+    masks, ious, logits = predictor.predict_torch(
+        point_coords=None, point_labels=None, boxes=sized, multimask_output=False
+    )
+    ours = predictor.model.predict(image, boxes=boxes)
+    assert (masks.dtype, masks.device.type) == (torch.bool, "cpu")
+    np.testing.assert_array_equal(masks.numpy(), ours.masks == 1)
+    np.testing.assert_array_equal(ious.numpy(), ours.ious)
+    np.testing.assert_array_equal(logits.numpy(), ours.logits)
+    full, _, _ = predictor.predict_torch(None, None, sized, None, False, True)
+    np.testing.assert_array_equal(full.numpy() > 0, ours.masks == 1)
+    points = torch.tensor([[[20.0, 18.0]], [[1.5, 40.25]]])
+    labels = torch.ones(2, 1, dtype=torch.int)
+    sized_points = predictor.transform.apply_coords_torch(points, image.shape[:2])
+    masks, _, _ = predictor.predict_torch(sized_points, labels, sized, logits)
+    ours = predictor.model.predict(
+        image, points=points, labels=labels, boxes=boxes, mask_input=logits[:, 0], multimask=True
+    )
+    assert masks.shape == (2, 3, 48, 64)
+    np.testing.assert_array_equal(masks.numpy(), ours.masks == 1)
+
+
+def test_the_frame_is_that_of_sams_resize_longest_side(predictor, image):
+    predictor.set_image(image)
+    scale = 128 / 64
+    assert (predictor.original_size, predictor.input_size) == ((48, 64), (96, 128))
+    assert predictor.transform.target_length == 128
+    boxes = np.array([5, 6, 40, 30])
+    np.testing.assert_array_equal(
+        predictor.transform.apply_boxes(boxes, image.shape[:2]), [boxes * scale]
+    )
+
+
+def test_the_features_are_the_images_own(predictor, image):
+    torch = pytest.importorskip("torch")
+    assert predictor.features is None
+    with pytest.raises(InputError, match="set_image"):
+        predictor.get_image_embedding()
+    predictor.set_image(image)
+    found = predictor.get_image_embedding()
+    assert found.shape == (1, 256, 8, 8)
+    other = SamPredictor(predictor.model)
+    other.set_image(255 - image)
+    assert torch.equal(predictor.features, found), "whatever another predictor set since"
+    assert not torch.equal(other.features, found)
+    predictor.reset_image()
+    assert predictor.features is None
 
 
 def test_an_image_comes_first(predictor, image):

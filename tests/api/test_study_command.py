@@ -107,6 +107,55 @@ def test_results_that_are_there_are_not_replaced_unasked(command: Command) -> No
     np.testing.assert_array_equal(command.labels(), command.expected == 2)
 
 
+def test_objects_are_added_to_those_that_are_there(command: Command) -> None:
+    words = ("--prompts", command.folder / "prompts.json", "--format", "npz", "--format", "csv")
+    command(*words)
+    more = {"objects": [{"name": "kidney", "box3d": list(LIVER)}]}
+    (command.folder / "prompts.json").write_text(json.dumps(more))
+    encoded = command.predictor.encoded
+    status, _, err = command.run(*words, "--merge")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "ct_mask.npz has 'kidney' already, label 2: --overwrite replaces it" in err
+    assert command.predictor.encoded == encoded
+    command(*words, "--merge", "--overwrite")
+    with np.load(command.output / "ct_mask.npz") as saved:
+        assert saved["label_names"].tolist() == ["liver", "kidney"]
+        np.testing.assert_array_equal(saved["segs"], (command.expected == 1) * 2)
+    assert "kidney" in (command.output / "ct_statistics.csv").read_text()
+
+
+def test_a_slice_is_added_to_what_is_there(command: Command) -> None:
+    command("--box3d", *LIVER)
+    command("--slice", 4, "--box", 28, 23, 47, 37, "--merge")
+    expected = command.expected * (command.expected == 1)
+    expected[4, 25:35, 30:45] = 2
+    np.testing.assert_array_equal(command.labels(), expected)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words", "message"),
+    [
+        ({"segs": np.zeros((3, 4, 5), np.uint8)}, (), "(3, 4, 5)"),
+        ({"x": np.zeros(3)}, (), "segs"),
+        (None, ("--format", "csv"), "ask for one of these formats"),
+    ],
+)
+def test_what_cannot_be_added_to_is_one_line_before_any_work(
+    command: Command, arrays: Any, words: tuple[str, ...], message: str
+) -> None:
+    command.output.mkdir()
+    if arrays is None:
+        (command.output / "ct_statistics.csv").write_text("label")
+    else:
+        np.savez(command.output / "ct_mask.npz", **arrays)
+    before = [path.read_bytes() for path in command.output.iterdir()]
+    status, _, err = command.run("--box3d", *LIVER, "--merge", *words)
+    assert (status, err.count("\n")) == (2, 1)
+    assert message in err
+    assert command.predictor.encoded == 0
+    assert [path.read_bytes() for path in command.output.iterdir()] == before
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ServingError("gone")])
 def test_what_was_decoded_is_kept_and_the_next_run_goes_on(
     command: Command, error: BaseException

@@ -59,13 +59,14 @@ def test_the_images_first_process_serves_and_drains(installation, tiny_repositor
     assert set(replaced) <= set(arguments)
     arguments = [str(replaced.get(word, word)) for word in arguments]
     ports = [f"--{name}-port=0" for name in ("http", "grpc", "metrics")]
-    work = tmp_path / "tmp"
+    work, started_in = tmp_path / "tmp", tmp_path / "cwd"
     work.mkdir()
+    started_in.mkdir()
     output = tmp_path / "output"
     with output.open("wb") as stream:
         process = subprocess.Popen(
             [sys.executable, "-m", "dbsam_deploy", *arguments, *ports, "--grace=10"],
-            cwd=work,
+            cwd=started_in,
             env=os.environ | {"TMPDIR": str(work), "PYTHONPATH": str(ROOT)},
             stdout=stream,
             stderr=subprocess.STDOUT,
@@ -80,8 +81,11 @@ def test_the_images_first_process_serves_and_drains(installation, tiny_repositor
         with DbsamClient(grpc) as client:
             image = np.random.default_rng().integers(0, 256, (40, 33, 3), dtype=np.uint8)
             assert client.segment(image, BOX).masks.shape[-2:] == (40, 33)
-        key = work / "server.key"
+        key = Path(re.findall(r"^  key +(\S+) ", said, re.M)[0])
         assert stat.S_IMODE(key.stat().st_mode) == 0o600
+        assert key.is_relative_to(work), "in the server's own folder"
+        assert key.parent.stat().st_mode & 0o77 == 0
+        assert list(started_in.iterdir()) == []
         process.send_signal(signal.SIGTERM)
         began = time.monotonic()
         assert process.wait(timeout=20) == 0

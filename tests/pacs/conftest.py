@@ -14,6 +14,7 @@ from pydicom.uid import generate_uid
 from support.dicom_series import write_dicom_series
 from support.orthanc import Orthanc, find_orthanc, free_port, wait_for
 
+from dbsam_deploy.clients.access import Access
 from dbsam_deploy.pacs.address import PacsAddress
 
 LOGIN = "reader:correct horse"
@@ -41,6 +42,7 @@ def make_series(tmp_path: Path) -> MakeSeries:
         study, uid = study or generate_uid(), generate_uid()
         folder = tmp_path / "sent" / uid
         common = {"StudyInstanceUID": study, "SeriesInstanceUID": uid, "PatientID": "P1"}
+        common["FrameOfReferenceUID"] = generate_uid()
         files = write_dicom_series(folder, volume, **{**common, **elements})
         return Series(study, uid, files)
 
@@ -62,14 +64,18 @@ class Secure:
     Attributes:
         port: of the proxy, which speaks TLS.
         ca: PEM file of its authority.
+        server: what is behind it.
     """
 
     port: int
     ca: Path
+    server: Orthanc
 
-    def address(self, study: str) -> PacsAddress:
+    def address(self, study: str, series: str | None = None) -> PacsAddress:
         """Of a study there."""
-        return PacsAddress.parse(f"dicomwebs://127.0.0.1:{self.port}/pacs/dicom-web?study={study}")
+        more = f"&series={series}" if series else ""
+        url = f"dicomwebs://127.0.0.1:{self.port}/pacs/dicom-web"
+        return PacsAddress.parse(f"{url}?study={study}{more}")
 
 
 @pytest.fixture(scope="session")
@@ -85,15 +91,13 @@ def secure_orthanc(
     command += " -subj /CN=localhost -addext subjectAltName=DNS:localhost,IP:127.0.0.1"
     command += " -keyout tls.key -out tls.crt"
     subprocess.run(command.split(), cwd=folder, check=True, capture_output=True)
-    user, _, password = LOGIN.partition(":")
-    logins = {"AuthenticationEnabled": True, "RegisteredUsers": {user: password}}
-    server, port = Orthanc(find_orthanc(), folder, **logins), free_port()
+    server, port = Orthanc(find_orthanc(), folder, Access(login=LOGIN)), free_port()
     text = _NGINX.format(folder=folder, port=port, server=server.port)
     (folder / "nginx.conf").write_text(text)
     proxy = subprocess.Popen([nginx, "-p", folder, "-c", folder / "nginx.conf"])
     try:
         wait_for(port, proxy, folder / "error.log")
-        yield Secure(port, folder / "tls.crt")
+        yield Secure(port, folder / "tls.crt", server)
     finally:
         proxy.terminate()
         proxy.wait(timeout=10)

@@ -1,10 +1,11 @@
-"""A real server under a supervisor, whose encoder hangs or is slow when a test says so."""
+"""A real server under a supervisor, whose models hang or are slow when a test says so."""
 
 from __future__ import annotations
 
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,11 @@ from dbsam_deploy.serving.supervisor import Supervisor
 BACK_WITHIN_S = 10.0
 _HOOK = """
         import os, time
-        while os.path.exists({hang!r}) and "encoder" in self._graph:
+        def named(file):
+            return os.path.exists(file) and open(file).read() in self._graph
+        while named({hang!r}):
             time.sleep(0.05)
-        if os.path.exists({slow!r}):
+        if named({slow!r}):
             time.sleep(0.3)
 """
 
@@ -32,9 +35,20 @@ class Watched:
 
     def __init__(self, server: TritonServer, switches: Path) -> None:
         self.server, self.events = server, []
-        self.hang, self.slow = switches / "hang", switches / "slow"
+        self.hang, self.slow = switches / "hang", switches / "slow"  # hold the name of a model
         self.supervisor = Supervisor(server, self.events.append)
         self.supervisor.begin()
+
+    @contextmanager
+    def disturbed(self, switch: Path, model: str) -> Iterator[None]:
+        """A model hangs or is slow, unless the switch is removed before."""
+        written = switch.with_suffix(".new")
+        written.write_text(model)
+        written.replace(switch)
+        try:
+            yield
+        finally:
+            switch.unlink(missing_ok=True)
 
     @property
     def mended(self) -> int:
@@ -75,9 +89,10 @@ def _with_switches(folder: Path) -> Path:
 
 @pytest.fixture
 def watched(watched_server) -> Watched:
-    """The server, which the test before may have left ended."""
+    """The server, which the test before may have left ended or the supervisor patient."""
     if watched_server.server.has_ended:
         watched_server.supervisor.look()
+    watched_server.supervisor._slowest = watched_server.supervisor._probe_at = 0.0
     return watched_server
 
 

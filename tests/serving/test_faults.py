@@ -9,15 +9,22 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.serving import RESTARTED_WITHIN_S, traffic
 
+from dbsam_deploy.clients.client import DbsamClient
+from dbsam_deploy.clients.retries import Retries
+from dbsam_deploy.core.errors import ServingError
 from dbsam_deploy.serving.ports import Ports
-from dbsam_deploy.serving.probe import ask
+from dbsam_deploy.serving.probe import PROBE_SIZE, ask, probe_image
 from dbsam_deploy.serving.server import TritonServer
 from dbsam_deploy.serving.server_log import free_log
 from dbsam_deploy.serving.supervisor import Pace
@@ -44,12 +51,11 @@ def test_a_model_that_hangs_is_revived(watched):
     try:
         with traffic(watched.server.grpc_url, fresh=True) as answers:
             time.sleep(0.2)
-            watched.hang.touch()
-            watched.until(lambda: watched.mended > before, RESTARTED_WITHIN_S)
+            with watched.disturbed(watched.hang, "encoder"):
+                watched.until(lambda: watched.mended > before, RESTARTED_WITHIN_S)
             right = len(answers.right)
             watched.until(lambda: len(answers.right) > right + 4, RESTARTED_WITHIN_S)
     finally:
-        watched.hang.unlink(missing_ok=True)
         supervisor.pace, supervisor.say = Pace(), watched.events.append
     assert any("dbsam_encoder: it answers nothing" in event for event in told), told
     anew = [event for event in told if "starting the server anew" in event]
@@ -62,20 +68,93 @@ def test_a_slow_model_is_left_alone(watched):
     supervisor = watched.supervisor
     before = (supervisor.revived, supervisor.restarted)
     supervisor.pace = Pace(patience=0.5, probe_least=0.2)
-    watched.slow.touch()
     try:
-        with traffic(watched.server.grpc_url, fresh=True) as answers:
+        with (
+            watched.disturbed(watched.slow, "coder"),  # all of them
+            traffic(watched.server.grpc_url, fresh=True) as answers,
+        ):
             end = time.monotonic() + 3
             while time.monotonic() < end:
                 supervisor.look()
                 time.sleep(0.1)
     finally:
-        watched.slow.unlink()
         supervisor.pace = Pace()
     assert (supervisor.revived, supervisor.restarted) == before
     assert len(answers.right) > 3
     assert not answers.wrong
     assert not answers.failed
+
+
+@contextmanager
+def opening(url: str, clients: int) -> Iterator[None]:
+    """Images are opened all the time, and nothing is asked of them: the decoder has no work."""
+    ended = threading.Event()
+
+    def work() -> None:
+        rng = np.random.default_rng()
+        with DbsamClient(url, retries=Retries(lost_connection=True)) as client:
+            while not ended.is_set():
+                with suppress(ServingError):
+                    client.open(rng.integers(0, 256, (40, 33, 3), dtype=np.uint8))
+
+    threads = [threading.Thread(target=work) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+
+
+@pytest.mark.triton
+def test_a_decoder_that_hangs_is_found_although_images_are_encoded(watched):
+    url, supervisor, before = watched.server.grpc_url, watched.supervisor, watched.mended
+    supervisor.pace = Pace(patience=1.0, probe_least=0.2, probe_share=1.0, slow=60.0)
+    patient = Retries(attempts=20, longest_s=0.5, lost_connection=True)
+    box, told = np.array([[2, 3, 30, 25]], np.float32), list[str]()
+
+    def tell(text: str) -> None:
+        told.append(text)
+        watched.hang.unlink(missing_ok=True)
+
+    supervisor.say = tell
+    try:
+        with (
+            DbsamClient(url, retries=patient) as client,
+            ThreadPoolExecutor(1) as user,
+            opening(url, 2),
+            watched.disturbed(watched.hang, "_decoder"),
+        ):
+            click = user.submit(client.segment, probe_image(), box)
+            watched.until(lambda: watched.mended > before, RESTARTED_WITHIN_S)
+            assert click.result(20).masks.shape == (1, 1, *PROBE_SIZE), "its user sees nothing"
+    finally:
+        supervisor.pace, supervisor.say = Pace(), watched.events.append
+    assert any("dbsam_decoder: it answers nothing" in event for event in told), told
+
+
+@pytest.mark.triton
+def test_a_decoder_that_has_nothing_to_do_is_no_fault(watched):
+    """The supervisor's own request waits behind images that are only encoded."""
+    supervisor, waited = watched.supervisor, 0.0
+    before = (supervisor.revived, supervisor.restarted)
+    supervisor.pace = Pace(patience=0.3, probe_least=0.1, probe_share=1.0, slow=3.0)
+    try:
+        with (
+            watched.disturbed(watched.slow, "encoder"),
+            opening(watched.server.grpc_url, 16),
+        ):
+            end = time.monotonic() + 20
+            while waited < 4 * 0.3 and time.monotonic() < end:
+                supervisor.look()
+                waited = supervisor._asked.age_s if supervisor._asked else 0.0
+                time.sleep(0.05)
+    finally:
+        supervisor.pace = Pace()
+    assert waited > 3 * 0.3, "long enough to look like a fault"
+    assert (supervisor.revived, supervisor.restarted) == before
 
 
 @pytest.mark.triton

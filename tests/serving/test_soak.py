@@ -70,7 +70,7 @@ def test_a_fault_every_few_seconds_loses_no_service(watched):
         "front killed": lambda: kill("dbsam_interactive", signal.SIGKILL),
         "encoder stopped": lambda: kill("dbsam_encoder", signal.SIGSTOP),
         "decoder killed": lambda: kill("dbsam_decoder", signal.SIGKILL),
-        "encoder hangs": watched.hang.touch,
+        "encoder hangs": lambda: watched.hang.write_text("encoder"),
         "server killed": lambda: os.kill(server.pid, signal.SIGKILL),
     }
     supervisor.say = tell

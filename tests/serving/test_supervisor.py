@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tritonclient.grpc as grpc
-from support.serving import RESTARTED_WITHIN_S, traffic
+from support.serving import RESTARTED_WITHIN_S, traffic, wait_until
 
 from dbsam_deploy import serve
 from dbsam_deploy.cli import run
 from dbsam_deploy.clients.client import DbsamClient
 from dbsam_deploy.clients.retries import Retries
-from dbsam_deploy.core.errors import InputError, ServingError
-from dbsam_deploy.serving.control import KEY_HEADER, Control, new_key
+from dbsam_deploy.core.errors import InputError, NoServerError, ServingError
+from dbsam_deploy.serving.control import KEY_HEADER, Control, new_key, requests_in_flight
 from dbsam_deploy.serving.probe import PROBE_SIZE, SERVED, ask, probe_image
 from dbsam_deploy.serving.repository import build_repository
 from dbsam_deploy.serving.supervisor import Pace, Supervisor
@@ -155,6 +155,40 @@ def test_a_dead_or_stopped_model_is_revived_under_load(watched, model, number, r
     assert any(model in event and reason in event for event in watched.events)
     log = watched.server.log.read_text()
     assert f"dbsam: {model}: revived after" in log or "the server answers again" in log
+
+
+@pytest.mark.triton
+def test_who_waits_for_a_front_that_was_killed_is_told_soon(watched):
+    """Triton itself would let them wait until their own time is over."""
+    server, restarted = watched.server, watched.supervisor.restarted
+    image = np.random.default_rng().integers(0, 256, (400, 400, 3), np.uint8)
+    boxes = np.repeat(np.array([[2, 3, 300, 250]], np.float32), 256, 0)
+    told: list[tuple[float, Exception | None]] = []
+
+    def ask_for_long() -> None:
+        with DbsamClient(server.grpc_url, timeout_s=60) as client:
+            try:
+                client.segment(image, boxes)
+                told.append((time.monotonic(), None))
+            except ServingError as error:
+                told.append((time.monotonic(), error))
+
+    with ThreadPoolExecutor(4) as users:
+        for _ in range(4):
+            users.submit(ask_for_long)
+        assert wait_until(lambda: requests_in_flight(server.metrics_url) >= 2)
+        os.kill(watched.pid_of("dbsam_interactive"), signal.SIGKILL)
+        killed = time.monotonic()
+        watched.until(lambda: watched.supervisor.restarted > restarted, RESTARTED_WITHIN_S)
+    failed = [(at - killed, error) for at, error in told if error is not None]
+    assert len(told) == 4
+    assert failed
+    print(f"told after {[round(seconds, 1) for seconds, _ in failed]} s: {failed[0][1]}")
+    for seconds, error in failed:
+        assert isinstance(error, NoServerError), "which Retries(lost_connection=True) sends again"
+        assert "broke off" in str(error)
+        assert seconds < BACK_WITHIN_S
+    assert any("and owes" in event for event in watched.events)
 
 
 @pytest.mark.triton

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -13,10 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dbsam_deploy.clients.access import Access
 from dbsam_deploy.pacs.address import PacsAddress
 
 _PLUGIN = "usr/share/orthanc/plugins/libOrthancDicomWeb.so"
-_REFUSING = "function ReceivedInstanceFilter(dicom) return dicom.PatientID ~= 'REFUSED' end"
+_REFUSING = """function ReceivedInstanceFilter(dicom)
+  return dicom.PatientID ~= 'REFUSED'
+    and not (dicom.PatientID == 'NO SEGMENTATION' and dicom.Modality == 'SEG')
+end"""
 
 
 @dataclass(frozen=True)
@@ -81,15 +86,18 @@ def wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
 class Orthanc:
     """A running Orthanc; its studies are gone with it.
 
-    It refuses what has the PatientID `REFUSED`.
+    It takes and does not keep what has the PatientID `REFUSED`, or `NO SEGMENTATION` and is one.
 
     Args:
         installation: see `find_orthanc`.
         folder: what it may write.
-        options: further words of its configuration.
+        login: what it asks for.
     """
 
-    def __init__(self, installation: Installation, folder: Path, **options: Any) -> None:
+    def __init__(
+        self, installation: Installation, folder: Path, login: Access | None = None
+    ) -> None:
+        self.login = login or Access()
         self.folder, self._installation = folder, installation
         self.port = free_port()
         script = folder / "refuse.lua"
@@ -100,11 +108,11 @@ class Orthanc:
             "HttpPort": self.port,
             "DicomServerEnabled": False,
             "RemoteAccessAllowed": False,
-            "AuthenticationEnabled": False,
+            "AuthenticationEnabled": bool(self.login.login),
+            "RegisteredUsers": dict([self.login.login.split(":")] if self.login.login else []),
             "Plugins": [str(installation.plugin)],
             "LuaScripts": [str(script)],
             "DicomWeb": {"Enable": True, "Root": "/dicom-web/"},
-            **options,
         }
         (folder / "orthanc.json").write_text(json.dumps(configuration))
         self._process: subprocess.Popen[bytes] | None = None
@@ -138,9 +146,16 @@ class Orthanc:
         for file in files:
             self.api("instances", file.read_bytes())
 
-    def api(self, path: str, body: bytes | None = None, method: str | None = None) -> Any:
-        """What Orthanc's own API answers."""
+    def file(self, instance: str) -> io.BytesIO:
+        """The file of an instance, by Orthanc's own id."""
+        return io.BytesIO(self._ask(f"instances/{instance}/file"))
+
+    def api(self, path: str, body: bytes | None = None) -> Any:
+        """What Orthanc's own API answers to a GET, or to the POST of a body."""
+        return json.loads(self._ask(path, body))
+
+    def _ask(self, path: str, body: bytes | None = None) -> bytes:
         url = f"http://127.0.0.1:{self.port}/{path}"
-        request = urllib.request.Request(url, body, method=method)
+        request = urllib.request.Request(url, body, self.login.headers)
         with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310
-            return json.load(answer)
+            return bytes(answer.read())
