@@ -231,3 +231,10 @@ _KINDS = {
     **dict.fromkeys(("variant", "precision", "key"), str),
     **dict.fromkeys(("weights", "figures", "versions", "quantization"), dict),
 }
+
+
+def untrained_note(weights: dict[str, Any]) -> str:
+    """Remark for masks of weights that are not trained, else empty."""
+    if weights.get("trained", False):
+        return ""
+    return str(weights.get("note") or "these weights are not stated to be trained")

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from .api.loading import open_named, open_server
 from .api.model import Model
+from .artefact import untrained_note
 from .cli import HelpFormatter, Parser, progress_bars, run, say_on_stderr, table_console
 from .core.errors import InputError
 from .datasets.cases import CaseFile
@@ -40,7 +41,6 @@ from .serving.choice import choose_repository
 from .serving.environment import DEFAULT_FOLDER, find_environment
 from .serving.ports import Ports
 from .serving.server import TritonServer
-from .sessions.backends import untrained_note
 from .sessions.options import TRITON, add_model_options, add_server_options, model_options
 
 STARTED_OPTIONS = ("repository", "server_env")

@@ -16,7 +16,7 @@ from types import FrameType
 from .api.command import add_image_options, add_prompt_options, needs_logits, predict_image
 from .api.loading import open_server
 from .api.model import Model
-from .artefact import BUILD_FOLDER
+from .artefact import BUILD_FOLDER, untrained_note
 from .cli import HelpFormatter, Parser, run, say_on_stderr
 from .core.errors import InputError
 from .serving.check import check_server
@@ -34,7 +34,6 @@ from .serving.repository import Repository
 from .serving.server import TritonServer
 from .serving.server_log import STANDARD_OUTPUT, free_log
 from .serving.supervisor import Supervisor
-from .sessions.backends import untrained_note
 
 TRY_TIMEOUT_S = 300.0
 DOCKER_IMAGE = "dbsam-triton"

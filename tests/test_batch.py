@@ -28,7 +28,8 @@ def studies(tmp_path):
     rows = ["path;name;object;box;slice"]
     for number in range(4):
         study(tmp_path, f"s{number}", number=number)
-        rows.append(f"studies/s{number}.npz;;{HTML if number == 0 else 'kidney'};4 4 30 28;0")
+        name = "batch" if number == 3 else ""  # as the batch's own files begin
+        rows.append(f"studies/s{number}.npz;{name};{HTML if number == 0 else 'kidney'};4 4 30 28;0")
     (tmp_path / "studies" / "bad.npz").write_bytes(b"no archive")
     rows += ["studies/bad.npz;;;4 4 30 28;0", "studies/gone.npz;;;4 4 30 28;0"]
     path = tmp_path / "studies.csv"
@@ -56,11 +57,11 @@ def test_good_and_bad_studies_and_the_same_again(studies, tiny_artefact, capsys)
     assert "studies: 6: 4 new, 0 there already, 2 failed, 0 not begun" in out
     assert re.search(r"^\[\d/6\] gone: failed: .*gone\.npz: no such file.*; \d+ s left$", err, re.M)
     first = state(output)
-    assert list(first) == ["s0", "s1", "s2", "s3"]
+    assert list(first) == ["batch", "s0", "s1", "s2"]
     body = json.loads((output / "batch.json").read_text())
     found = {one["name"]: one for one in body["studies"]}
     assert {name: one["state"] for name, one in found.items()} == {
-        **dict.fromkeys(("s0", "s1", "s2", "s3"), "new"),
+        **dict.fromkeys(first, "new"),
         **dict.fromkeys(("bad", "gone"), "failed"),
     }
     with np.load(output / "s1" / "s1_mask.npz") as saved:
@@ -78,7 +79,7 @@ def test_good_and_bad_studies_and_the_same_again(studies, tiny_artefact, capsys)
     assert "1 new, 4 there already, 1 failed" in capsys.readouterr().out
     second = state(output)
     assert {name: second[name] for name in first} == first
-    assert list(second) == ["gone", "s0", "s1", "s2", "s3"]
+    assert list(second) == ["batch", "gone", "s0", "s1", "s2"]
 
 
 def test_two_at_once_on_one_folder_are_refused(studies, tiny_artefact, capsys):

@@ -198,7 +198,7 @@ def open_server(
     key: str | None = None,
     access: Access | None = None,
     logits: bool = True,
-    note: str = "",
+    note: str | None = None,
 ) -> Model:
     """Open the model that a Triton server serves; nothing is sent yet.
 
@@ -212,7 +212,7 @@ def open_server(
             the environment's DBSAM_SERVER_KEY, if there is one.
         access: of a proxy; by default TLS alone for the schemes that have it.
         logits: ask for the logits of boxes too, which a label map does not need.
-        note: what the user must know of the model.
+        note: what the user must know of the model; by default the server is asked.
 
     Raises:
         InputError: an unusable address or timeout.

@@ -9,7 +9,7 @@ from typing import Any, Self, Unpack
 
 import numpy as np
 
-from ..core.errors import InputError
+from ..core.errors import InputError, ServingError
 from ..core.imaging import FloatArray, Preprocessing
 from ..images.arrays import ImageLike, as_volume
 from ..images.intensity import Window
@@ -39,7 +39,6 @@ class Model:
         name: variant and precision, or the server, in words.
         backend: the runtime.
         preprocessing: how images enter the model; None where only the server knows.
-        note: what the user must know, for example that the weights are untrained; else empty.
         predictor: what is asked in the end.
         image: that of `set_image`; None before, and after one that was not usable.
     """
@@ -52,11 +51,11 @@ class Model:
         backend: str,
         preprocessing: Preprocessing | None = None,
         weights: dict[str, Any] | None = None,
-        note: str = "",
+        note: str | None = "",
         reopen: Callable[[str], Model] | None = None,
     ) -> None:
         self.predictor = predictor
-        self.name, self.backend, self.note = name, backend, note
+        self.name, self.backend, self._note = name, backend, note
         self.preprocessing = preprocessing
         self.weights = weights or {}
         self._reopen = reopen
@@ -66,6 +65,23 @@ class Model:
 
     def __repr__(self) -> str:
         return f"Model({self.name} on {self.backend})"
+
+    @property
+    def note(self) -> str:
+        """What the user must know, for example that the weights are untrained; else empty.
+
+        A server is asked once, when somebody first wants to know.
+        """
+        if self._note is None and isinstance(self.predictor, ServedPredictor):
+            try:
+                self._note = self.predictor.client.note()
+            except (InputError, ServingError) as error:  # a proxy may keep it to itself
+                return f"the server does not say whether its weights are trained ({error.message})"
+        return self._note or ""
+
+    @note.setter
+    def note(self, text: str) -> None:
+        self._note = text
 
     def describe(self) -> str:
         """Name, runtime and preprocessing in one line."""

@@ -24,6 +24,7 @@ from ..core.errors import InputError, ServingError
 from ..core.imaging import Arrays, check_boxes, check_contrast, check_image
 from ..core.masks import Prediction
 from ..core.prompts import Places, PromptArrays, check_mask_input, check_mask_pixels, join_prompts
+from ..core.settings import WEIGHTS_NOTE
 from ..extras import require
 from .shared_memory import SharedRegion
 
@@ -43,6 +44,7 @@ MAX_TIMEOUT_S = 7 * 24 * 3600
 """Longest time a request may take: a week."""
 
 _ALIGNMENT = 64
+_NO_NOTE = "the server does not say whether its weights are trained: its repository is older"
 
 
 @dataclass(frozen=True)
@@ -289,6 +291,19 @@ def _triton_type(name: str, array: npt.NDArray[Any]) -> str:
     if known is None or (known == "BYTES" and name != IMAGE_ID.name):
         raise InputError(f"{name}: dtype {array.dtype} cannot be sent")
     return str(known)
+
+
+def weights_note(config: Any) -> str:
+    """What users must know of the weights, from the front's configuration.
+
+    Args:
+        config: of `dbsam_interactive`, a gRPC message or HTTP's dictionary.
+    """
+    if isinstance(config, dict):
+        found = config.get("parameters", {}).get(WEIGHTS_NOTE, {"string_value": _NO_NOTE})
+        return str(found["string_value"])
+    parameters = config.config.parameters
+    return str(parameters[WEIGHTS_NOTE].string_value) if WEIGHTS_NOTE in parameters else _NO_NOTE
 
 
 def mask_side(metadata: Any) -> int:

@@ -117,6 +117,14 @@ class DbsamClient(Exchanges):
         """
         return OpenImage(self, KnownImage.of(image))
 
+    def note(self) -> str:
+        """What the user must know of the server's weights; empty where they are trained.
+
+        Raises:
+            InputError, ServingError: see `segment`.
+        """
+        return _finish(self._note())
+
     def close(self) -> None:
         """Free shared memory and close the connection; stop the server after this, not before."""
         _finish(self._closing())

@@ -37,9 +37,11 @@ from .calls import (
     prompt_result,
     read_result,
     tensors,
+    weights_note,
 )
 from .failures import translated
 from .known_images import (
+    KNOWN_MODEL,
     KnownImage,
     Wanted,
     check_opened,
@@ -238,6 +240,14 @@ class Exchanges(ABC):
 
             self._side = mask_side((yield from self._attempts(request, attempt)))
         return self._side
+
+    def _note(self) -> Exchange[str]:
+        request = self._begin()
+
+        def attempt() -> Exchange[Any]:
+            return (yield self._ask(request, self._client.get_model_config, KNOWN_MODEL))
+
+        return weights_note((yield from self._attempts(request, attempt)))
 
     def _run(self, call: Call, request: ServerRequest) -> Exchange[Arrays]:
         return (yield from self._attempts(request, partial(self._attempt, call, request)))

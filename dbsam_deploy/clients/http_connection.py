@@ -81,6 +81,13 @@ class HttpConnection:
         )
         return found
 
+    def get_model_config(self, model: str, **options: Any) -> dict[str, Any]:
+        """A model's configuration."""
+        found: dict[str, Any] = json.loads(
+            self._send("GET", f"/v2/models/{quote(model)}/config", **options).data
+        )
+        return found
+
     def infer(
         self,
         model: str,

@@ -34,6 +34,7 @@ from ..core.prompts import PromptArrays, check_mask_pixels
 from .calls import Call, prompt_arrays
 
 _MODEL = interactive_spec(1)
+KNOWN_MODEL = _MODEL.name
 _EARLIER_MASK = (MASK_INPUT, HAS_MASK_INPUT)
 _AFFINITY_DIGITS = 8
 """Of an image's id, for balancers: they tell servers apart by it, and nobody an image."""

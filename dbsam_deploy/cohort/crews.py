@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -30,8 +31,13 @@ class Crew(Protocol):
     def submit(self, study: Study, orders: Orders) -> Future[Outcome]:
         """Hand out a study; it is worked on once."""
 
-    def is_death(self, error: Exception) -> bool:
-        """Whether a future raised this because its worker, or the machine, died."""
+    def death(self, error: Exception) -> str:
+        """How the worker of a future died, or its machine, that raised `error`.
+
+        Raises:
+            DbsamError: it did not die; the crew cannot work at all.
+            Exception: `error`, where it is none of the crew's.
+        """
 
     def stop(self) -> None:
         """End all workers, whatever they do."""
@@ -77,9 +83,11 @@ class LocalCrew:
             executor.shutdown(kill_workers=True)
             raise
 
-    def is_death(self, error: Exception) -> bool:
-        """See `Crew.is_death`."""
-        return isinstance(error, self._loky.BrokenProcessPool)
+    def death(self, error: Exception) -> str:
+        """See `Crew.death`."""
+        if isinstance(error, self._loky.BrokenProcessPool):
+            return str(error)
+        raise error
 
     def stop(self) -> None:
         """See `Crew.stop`."""
@@ -122,11 +130,15 @@ class RayCrew:
     ) -> None:
         self._ray = ray = require("ray", extra="cluster", what_for="--ray")
         try:
+            if address != "auto":  # Ray itself tries for minutes
+                host, _, port = address.rpartition(":")
+                socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        except (ConnectionError, ValueError, RuntimeError, OSError, OverflowError) as error:
             why = " ".join(str(error).split())[:200]
             raise EngineError(
-                f"no Ray cluster at {address}: {why}; start one (`ray start --head`), or drop --ray"
+                f"no Ray cluster at {address} ({why}): expected auto, or host:port of one that was "
+                "started by `ray start --head`"
             ) from error
         # Retries are counted and reported in one place for both crews.
         self._remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(work)
@@ -136,10 +148,18 @@ class RayCrew:
         future: Future[Outcome] = self._remote.remote(study, orders).future()
         return future
 
-    def is_death(self, error: Exception) -> bool:
-        """See `Crew.is_death`."""
+    def death(self, error: Exception) -> str:
+        """See `Crew.death`."""
         errors = self._ray.exceptions
-        return isinstance(error, errors.RayError) and not isinstance(error, errors.RayTaskError)
+        if isinstance(error, errors.RayTaskError):  # a study's own faults are no errors
+            why = str(error).strip().splitlines()[-1][:300]
+            raise EngineError(
+                f"a machine of the Ray cluster cannot work on a study: {why}; install this library "
+                "there, of the same version and with the same extras"
+            ) from error
+        if isinstance(error, errors.RayError):
+            return str(error)
+        raise error
 
     def stop(self) -> None:
         """See `Crew.stop`; other jobs of the cluster go on."""

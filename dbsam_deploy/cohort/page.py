@@ -104,4 +104,4 @@ def _css(label: int) -> str:
 
 
 def _seconds(seconds: float) -> str:
-    return f"{seconds:.1f} s"
+    return f"{seconds:.1f}\N{NO-BREAK SPACE}s"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
+from queue import SimpleQueue
 
 from .crews import Crew
 from .manifest import Study
@@ -32,28 +33,31 @@ def run_batch(
         retries: further attempts for a study whose worker died or whose failure may pass.
 
     Raises:
-        DbsamError: the model cannot be opened.
+        DbsamError: the model cannot be opened, or the crew cannot work.
     """
     attempts: Counter[str] = Counter()
     waiting: dict[Future[Outcome], Study] = {}
+    ended: SimpleQueue[Future[Outcome]] = SimpleQueue()
 
     def hand_out(study: Study) -> None:
         attempts[study.name] += 1
-        waiting[crew.submit(study, orders)] = study
+        future = crew.submit(study, orders)
+        waiting[future] = study
+        future.add_done_callback(ended.put)
 
     try:
         for study in studies:
             hand_out(study)
         while waiting:
-            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                study = waiting.pop(future)
-                outcome = _outcome(future, study, orders, crew)
-                if outcome.refusal is not None:
-                    raise outcome.refusal
-                if outcome.again and attempts[study.name] <= retries:
-                    hand_out(study)
-                else:
-                    report(outcome, attempts[study.name])
+            future = ended.get()
+            study = waiting.pop(future)
+            outcome = _outcome(future, study, orders, crew)
+            if outcome.refusal is not None:
+                raise outcome.refusal
+            if outcome.again and attempts[study.name] <= retries:
+                hand_out(study)
+            else:
+                report(outcome, attempts[study.name])
     finally:
         crew.stop()
         for study in studies:
@@ -64,9 +68,7 @@ def _outcome(future: Future[Outcome], study: Study, orders: Orders, crew: Crew) 
     try:
         return future.result()
     except Exception as error:
-        if not crew.is_death(error):
-            raise
-        return _death(study, orders, " ".join(str(error).split()))
+        return _death(study, orders, " ".join(crew.death(error).split()))
 
 
 def _death(study: Study, orders: Orders, told: str) -> Outcome:

@@ -20,6 +20,7 @@ from ..files.publication import tidy
 from ..images.volumes import Volume, read_image
 from ..outputs.files import planned
 from ..prediction.prompts import Prompts
+from ..volumes.kept_answers import remove_answers
 from ..volumes.prompt_file import read_prompt_file
 from ..volumes.study_prompts import StudyPrompts, from_prompts
 from .manifest import Study
@@ -140,7 +141,7 @@ def tidy_up(study: Study, orders: Orders) -> None:
 
 
 def _lock_name(study: Study) -> str:
-    return f".{study.name}.lock"
+    return f".{study.name}.study.lock"  # not that of a batch, whatever its name
 
 
 def _found_or_made(
@@ -181,8 +182,9 @@ def _kept(study: Study, orders: Orders, key: str) -> Iterator[Path]:
     try:
         yield unfinished
     finally:
-        for path in orders.output.glob(f".{glob.escape(study.name)}.*.unfinished*"):  # and journals
-            path.unlink(missing_ok=True)  # those of other prompts as well
+        one_key = "[0-9a-f]" * 16
+        for path in orders.output.glob(f".{glob.escape(study.name)}.{one_key}.unfinished"):
+            remove_answers(path)  # those of other prompts as well
 
 
 def _made_of(study: Study, orders: Orders, model: Model) -> Inputs:

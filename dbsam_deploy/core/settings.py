@@ -8,6 +8,9 @@ from dataclasses import dataclass, fields
 from .errors import InputError
 from .imaging import Preprocessing
 
+WEIGHTS_NOTE = "weights_note"
+"""Parameter with what users must know of the weights, for clients to read; nothing obeys it."""
+
 
 @dataclass(frozen=True)
 class FrontSettings:

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import io
 import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +20,9 @@ import numpy.typing as npt
 from .. import __version__
 from ..core.errors import InputError
 from ..extras import require
-from ..images.dicom_files import reading_dicom
+from ..files.damage import reason_of
 from ..images.dicom_frames import DicomSlice
+from ..images.volumes import Volume, label_dtype
 from .codes import property_of
 from .dicom_sources import (
     LONGEST_LO,
@@ -39,23 +44,28 @@ _THICKNESS_MM = 1.0
 """Where neither a header nor a distance between slices says it."""
 
 
-def require_highdicom() -> Any:
-    """The package highdicom.
+def check_writable(image: Volume) -> None:
+    """Refuse an image that no DICOM-SEG can be made of, by making an empty one.
 
     Raises:
-        MissingError: it is not installed.
+        InputError: it is no DICOM to refer to, see `find_sources`, or of a kind that highdicom
+            does not take.
+        MissingError: highdicom is not installed.
     """
-    return require("highdicom", extra="dicom", what_for=WHAT)
+    empty = np.zeros((1, *image.shape[1:]), np.uint8)
+    objects, unknown = (SegmentedObject(1, "nothing"),), np.zeros((1, 1), np.float32)
+    _written(Segmentation(image, empty, objects, unknown, "none"), empty, np.arange(1))
 
 
 def binary_bytes(segmentation: Segmentation) -> bytes:
     """A binary DICOM-SEG file: segment k is the k-th object.
 
     Raises:
-        InputError: the image is no DICOM to refer to, see `find_sources`.
+        InputError: see `check_writable`.
         MissingError: highdicom is not installed.
     """
-    numbers = np.zeros(int(segmentation.labels.max(initial=0)) + 1, segmentation.labels.dtype)
+    dtype = label_dtype(len(segmentation.objects))
+    numbers = np.zeros(int(segmentation.labels.max(initial=0)) + 1, dtype)
     for number, one in enumerate(segmentation.objects, 1):
         if one.label < len(numbers):
             numbers[one.label] = number
@@ -99,20 +109,18 @@ def _written(
         pixels: (P, H, W) numbers of segments, or (P, H, W, N) float32 fractions.
         planes: (P,) slices of `pixels`; None for all.
     """
-    highdicom = require_highdicom()
+    highdicom = _highdicom()
     sources = find_sources(segmentation.image, WHAT)
     images, order = _images(sources)
-    if planes is None:
-        pixels, positions = pixels[order], None
-    else:
-        positions = [_position(sources.slices[z]) for z in planes]
-    with reading_dicom(segmentation.image.path):
-        kind = "FRACTIONAL" if pixels.ndim == 4 else "BINARY"
+    positions = None if planes is None else [_position(sources.slices[z]) for z in planes]
+    kind = "FRACTIONAL" if pixels.ndim == 4 else "BINARY"
+    numbers = range(1, len(segmentation.objects) + 1)
+    with _refusing(segmentation.image.path):
         made = highdicom.seg.Segmentation(
             images,
-            pixels,
+            pixels if order is None or planes is not None else pixels[order],
             kind,
-            [_described(n, segmentation, sources) for n in range(1, len(segmentation.objects) + 1)],
+            [_described(number, segmentation, sources) for number in numbers],
             series_instance_uid=new_uid("placeholder"),
             series_number=series_number(sources, SERIES_OFFSET),
             sop_instance_uid=new_uid("placeholder"),
@@ -136,9 +144,25 @@ def _written(
     return stream.getvalue()
 
 
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """Silence warnings, which name the patient, and turn what highdicom refuses into one line."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    except (ValueError, LookupError) as error:
+        raise InputError(
+            f"{path}: no {WHAT} is made of this kind of image ({reason_of(error)}): use rtstruct"
+        ) from error
+
+
+def _highdicom() -> Any:
+    return require("highdicom", extra="dicom", what_for=WHAT)
+
+
 def _described(number: int, segmentation: Segmentation, sources: Sources) -> Any:
     """The description of one segment."""
-    highdicom, one = require_highdicom(), segmentation.objects[number - 1]
+    highdicom, one = _highdicom(), segmentation.objects[number - 1]
     codes = require("pydicom.sr.codedict", extra="dicom", what_for=WHAT).codes
     category, term = coded_property(one)
     described = highdicom.seg.SegmentDescription(
@@ -172,12 +196,12 @@ def coded_property(one: SegmentedObject) -> tuple[Any, Any]:
 
 
 def _coded(term: CodedTerm) -> Any:
-    concept = require_highdicom().sr.CodedConcept
+    concept = _highdicom().sr.CodedConcept
     return concept(term.value, term.scheme, short_text(term.meaning))
 
 
-def _images(sources: Sources) -> tuple[list[Any], npt.NDArray[np.int64]]:
-    """The source's data sets as highdicom wants them, and the slice of each of its frames.
+def _images(sources: Sources) -> tuple[list[Any], npt.NDArray[np.int64] | None]:
+    """The source's data sets as highdicom wants them, and the slices of a multi-frame one's frames.
 
     Raises:
         InputError: several multi-frame files.
@@ -198,12 +222,12 @@ def _images(sources: Sources) -> tuple[list[Any], npt.NDArray[np.int64]]:
         header.PixelSpacing = sources.header.PixelSpacing
         header.SliceThickness = one.thickness or _THICKNESS_MM
         header.pop("SpacingBetweenSlices", None)  # often wrong, and follows from the positions
-    return [one.file.header for one in sources.slices], np.arange(len(sources.slices))
+    return [one.file.header for one in sources.slices], None
 
 
 def _multi_frame(sources: Sources, order: npt.NDArray[np.int64]) -> Any:
     """An enhanced image's header, with directions and measures in the shared group of functions."""
-    highdicom = require_highdicom()
+    highdicom = _highdicom()
     first, header = sources.slices[0], sources.header
     dataset = require("pydicom", extra="dicom", what_for=WHAT).Dataset
     shared = dataset()
@@ -224,4 +248,4 @@ def _multi_frame(sources: Sources, order: npt.NDArray[np.int64]) -> Any:
 
 
 def _position(one: DicomSlice) -> Any:
-    return require_highdicom().PlanePositionSequence("PATIENT", one.position)
+    return _highdicom().PlanePositionSequence("PATIENT", one.position)

@@ -99,8 +99,7 @@ def _check_holds(name: str, image: Volume) -> None:
             raise InputError(f"{image.path}: {no_grid(image)}, which NIfTI needs: use --format npz")
         require_nibabel()
     elif name.startswith("dicom-seg"):
-        dicom_seg.require_highdicom()
-        find_sources(image, dicom_seg.WHAT)
+        dicom_seg.check_writable(image)
     elif name == "rtstruct":
         require("contourpy", extra="dicom", what_for=rtstruct.WHAT)
         find_sources(image, rtstruct.WHAT)

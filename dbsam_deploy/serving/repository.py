@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from .. import cli
-from ..artefact import BUILD_FOLDER, Artefact, export_note, find_export, load_artefact
+from ..artefact import (
+    BUILD_FOLDER,
+    Artefact,
+    export_note,
+    find_export,
+    load_artefact,
+    untrained_note,
+)
 from ..core import contract
 from ..core.errors import InputError, ServingError
 from ..core.imaging import Preprocessing
@@ -214,7 +221,8 @@ def check_replaceable(output: Path) -> None:
 def _write_models(
     artefact: Artefact, served: Artefact, platforms: dict[str, Platform], root: Path
 ) -> None:
-    for name, text in render_configs(artefact.preprocessing, platforms).items():
+    note = untrained_note(artefact.weights)
+    for name, text in render_configs(artefact.preprocessing, platforms, note=note).items():
         (root / name / VERSION).mkdir(parents=True)  # an ensemble needs the empty folder too
         (root / name / CONFIG_NAME).write_text(text)
     for graph in platforms:

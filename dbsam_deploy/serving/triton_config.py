@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Literal
@@ -29,7 +30,7 @@ from ..core.contract import (
     prompts_ensemble_spec,
 )
 from ..core.imaging import Preprocessing
-from ..core.settings import FrontSettings
+from ..core.settings import WEIGHTS_NOTE, FrontSettings
 from ..engines.profiles import MAX_BATCH
 
 Platform = Literal["onnxruntime", "tensorrt"]
@@ -51,12 +52,15 @@ GRAPH_MODELS = {name: MODEL_STEM + name for name in ("encoder", "decoder", "prom
 """Exported graph → the Triton model that runs it."""
 
 
-def render_configs(how: Preprocessing, platforms: Mapping[str, Platform]) -> dict[str, str]:
+def render_configs(
+    how: Preprocessing, platforms: Mapping[str, Platform], *, note: str | None = None
+) -> dict[str, str]:
     """Every `config.pbtxt` of a repository.
 
     Args:
         how: sizes and mode of the exported model.
         platforms: exported graph → what runs it; `prompt_decoder` may be absent.
+        note: what users must know of the weights; None for no weights.
 
     Returns:
         Triton model name → text of its configuration.
@@ -68,6 +72,8 @@ def render_configs(how: Preprocessing, platforms: Mapping[str, Platform]) -> dic
     configs = {GRAPH_MODELS[name]: _graph_model(graphs[name], platforms[name]) for name in graphs}
     front = front_spec(how, prompts=prompts)
     configs[front.name] = _front_model(front, how, platforms)
+    if note is not None:
+        configs[front.name] += _text([_parameter(WEIGHTS_NOTE, note)], head="")
     renames = {MASKS.name: BOX_MASKS.name, IOU_SCORES.name: BOX_IOU_SCORES.name}
     boxes = ensemble_spec(how.mask_side)
     configs[boxes.name] = _through_front(boxes, front, renames)
@@ -177,12 +183,13 @@ def _tensors(kind: str, specs: Iterable[TensorSpec], *, drop_batch: bool = False
 
 
 def _parameter(key: str, value: object) -> str:
-    return f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}'
+    text = json.dumps(str(value), ensure_ascii=False)  # the same escapes
+    return f'parameters {{ key: "{key}" value {{ string_value: {text} }} }}'
 
 
 def _type(spec: TensorSpec) -> str:
     return "TYPE_STRING" if spec.dtype == "bytes" else f"TYPE_{TRITON_TYPES[spec.dtype]}"
 
 
-def _text(lines: Iterable[str]) -> str:
-    return "\n".join([_HEAD, *lines]) + "\n"
+def _text(lines: Iterable[str], head: str = _HEAD) -> str:
+    return "\n".join([*([head] if head else []), *lines]) + "\n"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..artefact import Artefact, export_note, find_export, read_artefact
+from ..artefact import Artefact, export_note, find_export, read_artefact, untrained_note
 from ..cli import say_on_stderr
 from ..core.errors import InputError
 from ..core.imaging import Mode, Preprocessing
@@ -80,13 +80,6 @@ class Opened:
     def warning(self) -> str:
         """What the user must know where the weights are not trained, else empty."""
         return untrained_note(self.weights)
-
-
-def untrained_note(weights: dict[str, Any]) -> str:
-    """Remark for masks of weights that are not trained, else empty."""
-    if weights.get("trained", False):
-        return ""
-    return str(weights.get("note") or "these weights are not stated to be trained")
 
 
 @dataclass(frozen=True)

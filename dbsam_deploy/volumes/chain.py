@@ -1,111 +1,40 @@
 """Objects carried from slice to slice: the mask of one slice prompts the next.
 
 A chain starts at an anchor, a slice whose mask is known, and goes one way. On each slice the model
-is asked with a box around the mask before it, and a rule says whether the answer still is the
-object. All objects go through a volume together: each slice is opened at most once upwards and once
-downwards, and the decoder is asked for all of a slice's objects in one call.
+is asked with a box around what looks like the object on the slice before (`transfer`), and a rule
+says whether the answer still is the object. All objects go through a volume together: each slice is
+opened at most once upwards and once downwards, and the decoder is asked for all of a slice's
+objects in one call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from ..core.errors import InputError
 from ..core.imaging import ByteArray, FloatArray
 from ..core.masks import Prediction
 from ..prediction.segment import Progress, prompts_at_once
-from .stop_rules import Appearance, ChainRule, MaskArray, SliceAnswer, next_box, overlap, why_not
+from .links import Anchor, Bounds, Chain, ChainEnd, SliceMask
+from .stop_rules import ChainRule, next_box, overlap
 
 Intensities = Callable[[int], ByteArray]
 """Slice → (H, W) grey or (H, W, 3) RGB pixels."""
-Bounds = Mapping[int, tuple[int, int]]
-"""Label → its first slice and the one after its last."""
 
 
 class SliceDecoder(Protocol):
-    """What segments one slice of a plane with prompts."""
+    """What segments one slice of a plane."""
 
-    def decode(
-        self,
-        index: int,
-        boxes: FloatArray,
-        *,
-        points: FloatArray | None = None,
-        labels: npt.NDArray[np.int32] | None = None,
-        mask_input: FloatArray | None = None,
-    ) -> Prediction:
-        """Masks (N, 1, H, W) of slice `index`.
+    def decode(self, index: int, boxes: FloatArray) -> Prediction:
+        """Masks (N, 1, H, W) of slice `index` for (N, 4) float32 x0, y0, x1, y1 on it.
 
-        Args:
-            index: slice of the plane.
-            boxes: (N, 4) float32 x0, y0, x1, y1 in the slice's frame.
-            points: (N, P, 2) float32 x, y in the slice's frame.
-            labels: (N, P) int32, 1 inside, 0 outside, -1 no point.
-            mask_input: (N, 4G, 4G) float32 logits of an earlier answer.
+        Boxes alone: with a point in the last mask, or its logits, weights that were trained with
+        boxes did worse.
         """
         ...
-
-
-@dataclass(frozen=True, eq=False)
-class Anchor:
-    """A slice on which an object's mask is known.
-
-    Attributes:
-        label: the object.
-        index: slice of the plane.
-        mask: (H, W), not empty.
-        iou: the decoder's own estimate of the mask's IoU; 1 for a mask that a user drew.
-        logits: (4G, 4G) float32, if the mask comes from the decoder.
-        box: (4,) float32, the prompt that gave the mask, if it was one.
-    """
-
-    label: int
-    index: int
-    mask: MaskArray
-    iou: float = 1.0
-    logits: FloatArray | None = None
-    box: FloatArray | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class SliceMask:
-    """An object's mask on one slice.
-
-    Attributes:
-        label: the object.
-        index: slice of the plane.
-        mask: (H, W), not empty.
-        iou: the decoder's own estimate of its IoU.
-        logits: (4G, 4G) float32, where the decoder gave them.
-    """
-
-    label: int
-    index: int
-    mask: MaskArray
-    iou: float
-    logits: FloatArray | None = None
-
-
-@dataclass(frozen=True)
-class ChainEnd:
-    """Where a chain ended and why.
-
-    Attributes:
-        label: the object.
-        anchor: the slice that the chain came from.
-        last: its last slice with a mask; the anchor's if there is no other.
-        reason: in words.
-    """
-
-    label: int
-    anchor: int
-    last: int
-    reason: str
 
 
 def _ignore(*_: Any) -> None:
@@ -166,12 +95,12 @@ def propagate(
 
 def _steps(
     decoder: SliceDecoder,
-    chains: Sequence[_Chain],
+    chains: Sequence[Chain],
     steps: tuple[int, ...],
     spacing_mm: tuple[float, float, float] | None,
     intensities: Intensities | None,
     progress: Progress,
-) -> Iterator[tuple[_Chain, SliceMask]]:
+) -> Iterator[tuple[Chain, SliceMask]]:
     """Slice by slice the masks that the chains' rule accepts, all upwards first or downwards."""
     if intensities is not None:
         for chain in chains:
@@ -183,8 +112,9 @@ def _steps(
         while left := {z for chain in own for z in chain.slices}:
             progress(done, done + len(left) + len(later))
             index = min(left) if step > 0 else max(left)
-            here = [chain for chain in own if index in chain.slices]
             pixels = None if intensities is None else intensities(index)
+            active = [chain for chain in own if index in chain.slices]
+            here = [chain for chain in active if chain.look_ahead(index, pixels, spacing_mm)]
             for chain, found in _decode(decoder, index, here, spacing_mm):
                 if chain.take(found, pixels):
                     yield chain, found
@@ -220,12 +150,12 @@ def _chains(
     rule: ChainRule,
     bounds: Bounds,
     limits: Bounds,
-) -> list[_Chain]:
+) -> list[Chain]:
     """One of each anchor and direction; errors are those of `propagate`."""
     _check(anchors, depth, bounds)
     stops = ((bounds, "the object's known end"), (limits, "the last slice that was asked for"))
     return [
-        _Chain(anchor, step, _ends(anchor, step, anchors, depth, rule, stops), rule, bounds)
+        Chain(anchor, step, _ends(anchor, step, anchors, depth, rule, stops), rule, bounds)
         for anchor in anchors
         for step in steps
     ]
@@ -255,92 +185,27 @@ def _ends(
     return min(limits, key=lambda limit: (limit[0] - anchor.index) * step)
 
 
-class _Chain:
-    """One object on its way from an anchor, to one side.
-
-    Args:
-        anchor: where it starts.
-        step: 1 or -1.
-        limit: the first slice that it must not enter, and why.
-        rule: says when it ends before.
-        bounds: labels whose extent is known.
-    """
-
-    def __init__(
-        self, anchor: Anchor, step: int, limit: tuple[int, str], rule: ChainRule, bounds: Bounds
-    ) -> None:
-        self.anchor, self.step, self.rule = anchor, step, rule
-        self.is_bounded = anchor.label in bounds
-        self.slices = range(anchor.index + step, limit[0], step)
-        self.reason = limit[1]
-        self.first = self.before = SliceAnswer(anchor.mask, anchor.iou)
-        self.last = anchor.index
-        self.held: dict[int, tuple[SliceMask, npt.NDArray[np.uint8]]] = {}
-
-    def look_at(self, pixels: ByteArray) -> None:
-        """Note what the object looks like on the anchor's slice."""
-        self.first = SliceAnswer(
-            self.first.mask, self.first.iou, Appearance.of(pixels, self.first.mask)
-        )
-
-    def take(self, found: SliceMask, pixels: ByteArray | None) -> bool:
-        """Go on by one slice, if what was found there is the object; else end, or pass over it."""
-        look = pixels is not None and found.mask.any()
-        answer = SliceAnswer(
-            found.mask,
-            found.iou,
-            Appearance.of(pixels, found.mask) if look and pixels is not None else None,
-        )
-        self.slices = self.slices[1:]
-        if self.is_bounded:
-            if not answer.mask.any():
-                return False
-        elif reason := why_not(answer, self.before, self.first, self.rule):
-            self.reason = f"slice {found.index}: {reason}"
-            self.slices = range(0)
-            return False
-        self.before, self.last = answer, found.index
-        return True
-
-    def hold(self, found: SliceMask) -> None:
-        """Keep a mask, as bits, until it is joined."""
-        empty = SliceMask(found.label, found.index, found.mask[:0], found.iou, found.logits)
-        self.held[found.index] = (empty, np.packbits(found.mask))
-
-    def held_mask(self, index: int) -> SliceMask:
-        """A mask that was kept."""
-        found, bits = self.held[index]
-        shape = self.anchor.mask.shape
-        mask = np.unpackbits(bits, count=shape[0] * shape[1]).reshape(shape).astype(bool)
-        return SliceMask(found.label, index, mask, found.iou, found.logits)
-
-    def end(self) -> ChainEnd:
-        """How far it came."""
-        return ChainEnd(self.anchor.label, self.anchor.index, self.last, self.reason)
-
-
 def _decode(
     decoder: SliceDecoder,
     index: int,
-    chains: Sequence[_Chain],
+    chains: Sequence[Chain],
     spacing_mm: tuple[float, float, float] | None,
-) -> Iterator[tuple[_Chain, SliceMask]]:
+) -> Iterator[tuple[Chain, SliceMask]]:
     """Ask for the objects of all chains on a slice, as many in one call as memory allows."""
     plane = None if spacing_mm is None else spacing_mm[1:]
-    height, width = chains[0].anchor.mask.shape
-    at_once = prompts_at_once((height, width))
+    at_once = prompts_at_once(chains[0].anchor.mask.shape) if chains else 1
     for start in range(0, len(chains), at_once):
         part = chains[start : start + at_once]
-        boxes = np.stack([next_box(chain.before.mask, chain.rule, plane) for chain in part])
+        boxes = np.stack([next_box(chain.outline, chain.rule, plane) for chain in part])
         answer = decoder.decode(index, boxes)
         for row, chain in enumerate(part):
             logits = None if answer.logits is None else answer.logits[row, 0]
-            mask = np.asarray(answer.masks[row, 0] != 0)
+            mask = np.asarray(answer.masks[row, 0] != 0) & chain.allowed
             iou = float(answer.ious[row, 0])
             yield chain, SliceMask(chain.anchor.label, index, mask, iou, logits)
 
 
-def _pairs(chains: Sequence[_Chain]) -> list[tuple[_Chain, _Chain]]:
+def _pairs(chains: Sequence[Chain]) -> list[tuple[Chain, Chain]]:
     """Upward and downward chains of a label that come from two neighbouring anchors."""
     pairs = []
     for up in chains:
@@ -355,7 +220,7 @@ def _pairs(chains: Sequence[_Chain]) -> list[tuple[_Chain, _Chain]]:
     return pairs
 
 
-def _joined(up: _Chain, down: _Chain) -> Iterator[SliceMask]:
+def _joined(up: Chain, down: Chain) -> Iterator[SliceMask]:
     """The masks between two anchors, each slice from one of the chains that come from them."""
     both = sorted(set(up.held) & set(down.held))
     middle = (up.anchor.index + down.anchor.index) / 2

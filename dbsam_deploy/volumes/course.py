@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 from ..core.errors import InputError
 from .chain import Anchor
 from .objects import Piece, SliceFindings, TrackedObject
+from .places import checked_index
 from .planes import PlaneView
 
 Direction = Literal["both", "up", "down"]
@@ -57,8 +58,8 @@ class Course:
         if direction not in _STEPS:
             raise InputError(f"direction {direction!r}: expected both, up or down")
         for index in (from_slice, until):
-            if index is not None and not 0 <= index < view.depth:
-                raise InputError(f"slice {index}: the plane has slices 0–{view.depth - 1}")
+            if index is not None:
+                checked_index(view, index)
         limit = (0, view.depth)
         if until is not None:
             if direction == "both" and from_slice is None:

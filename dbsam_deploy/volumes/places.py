@@ -48,7 +48,7 @@ def placed(
         places = to_voxels(coords, view.volume, space)
         said.append(places)
         coords = _in_plane(view, places)
-    found = _slice_of(view, np.concatenate(said), index) if said else _checked(view, index)
+    found = _slice_of(view, np.concatenate(said), index) if said else checked_index(view, index)
     boxes = None if corners is None else check_boxes(corners[None], view.size).astype(np.float64)
     if coords is None:
         return found, Asked(boxes)
@@ -121,7 +121,12 @@ def _slice_of(view: PlaneView, places: npt.NDArray[np.float64], index: int | Non
     return int(slices[0])
 
 
-def _checked(view: PlaneView, index: int | None) -> int:
+def checked_index(view: PlaneView, index: Any) -> int:
+    """A slice of the plane; None is that of a single image.
+
+    Raises:
+        InputError: no whole number, or no such slice.
+    """
     if index is None and view.depth == 1:
         return 0
     if not isinstance(index, SupportsIndex) or isinstance(index, bool):

@@ -6,12 +6,13 @@ import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, Self, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 
 from ..core.errors import InputError
+from ..images.arrays import as_array
 from ..images.volumes import Volume
 from ..outputs.segmentation import CodedTerm, Segmentation, SegmentedObject
 from ..prediction.predictor import Promptable
@@ -33,7 +34,7 @@ from .objects import (
     around,
     half,
 )
-from .places import placed, placed_3d
+from .places import checked_index, placed, placed_3d
 from .planes import PlaneView
 from .slices import PlaneDecoder, VolumeSlices
 from .stop_rules import ChainRule
@@ -124,8 +125,10 @@ class VolumePredictor:
         """
         with self._lock:
             label = max(self._objects, default=0) + 1 if label is None else label
-            if not isinstance(label, int) or not 1 <= label <= np.iinfo(np.uint16).max:
+            is_whole = isinstance(label, SupportsIndex) and not isinstance(label, bool)
+            if not is_whole or not 1 <= label <= np.iinfo(np.uint16).max:
                 raise InputError(f"label {label!r}: expected a whole number from 1 to 65535")
+            label = int(label)
             about = SegmentedObject(label, name or f"object {label}", colour, code)
             if label in self._objects:
                 self._objects[label].about = about
@@ -199,7 +202,7 @@ class VolumePredictor:
         Raises:
             InputError: another shape.
         """
-        array = np.asarray(mask) != 0
+        array = as_array("mask", mask) != 0
         with self._lock:
             view = self._view(plane)
             if index is None:
@@ -207,11 +210,9 @@ class VolumePredictor:
                     raise InputError(f"mask {array.shape}: expected {self.volume.shape}")
                 found: SliceFindings = {z: (Piece.of(one), None) for z, one in enumerate(array)}
                 return self._commit(0, {label: found}, forget=True)
-            if array.shape != view.size or not 0 <= index < view.depth:
-                raise InputError(
-                    f"mask {array.shape} on slice {index}: expected {view.size} on one of "
-                    f"0–{view.depth - 1}"
-                )
+            index = checked_index(view, index)
+            if array.shape != view.size:
+                raise InputError(f"mask {array.shape} of a slice: expected {view.size}")
             drawn: SliceFindings = {index: (Piece.of(array), Decoded(1.0, None, Asked()))}
             return self._commit(view.axis, {label: drawn})
 
@@ -238,7 +239,8 @@ class VolumePredictor:
             direction: towards higher slices (`up`), lower ones, or both.
             until: the last slice to go to; then a direction, or a slice to start from, is needed.
             rule: for this call.
-            progress: called with slices done and slices that there still may be.
+            progress: called with slices done and slices that there still may be; what it raises
+                ends the call.
 
         Raises:
             InputError: nothing to start from, or limits that contradict each other.
@@ -378,7 +380,7 @@ class VolumePredictor:
         changed = [record.changed for record in records if record.changed is not None]
         ious = [one.iou for slices in found.values() for _, one in slices.values() if one]
         change = Change(
-            tuple(found),
+            tuple(map(int, found)),
             axis,
             tuple(sorted({z for slices in found.values() for z in slices})),
             float(np.mean(ious)) if ious else float("nan"),

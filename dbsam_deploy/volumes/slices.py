@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..core.imaging import ByteArray, FloatArray, is_constant
 from ..core.masks import Prediction
 from ..core.prompts import PromptArrays
+from ..images.arrays import as_array
 from ..images.volumes import Volume
 from ..prediction.predictor import Promptable
 from .embeddings import Ahead, ImageKey, SharedPredictor, image_key
@@ -46,7 +46,7 @@ class VolumeSlices:
 
         Of the three masks that a single point may mean, the one of the highest predicted IoU.
         """
-        earlier = None if mask_input is None else np.asarray(mask_input)
+        earlier = None if mask_input is None else as_array("mask_input", mask_input)
         if earlier is not None and earlier.ndim == 2:
             earlier = earlier[None]
         is_vague = asked.points is not None and asked.points.shape[1] == 1
@@ -120,21 +120,6 @@ class PlaneDecoder:
     def __init__(self, slices: VolumeSlices, view: PlaneView) -> None:
         self._slices, self._view = slices, view
 
-    def decode(
-        self,
-        index: int,
-        boxes: FloatArray,
-        *,
-        points: FloatArray | None = None,
-        labels: npt.NDArray[np.int32] | None = None,
-        mask_input: FloatArray | None = None,
-    ) -> Prediction:
+    def decode(self, index: int, boxes: FloatArray) -> Prediction:
         """See `chain.SliceDecoder`."""
-        return self._slices.decode(
-            self._view,
-            index,
-            boxes=boxes,
-            point_coords=points,
-            point_labels=labels,
-            mask_input=mask_input,
-        )
+        return self._slices.decode(self._view, index, boxes=boxes)

@@ -12,6 +12,10 @@ from ..core.imaging import FloatArray
 
 MaskArray = npt.NDArray[np.bool_]
 
+LEAST_SD = 10.0
+"""Grey values that the pixels of an even object count as scattered."""
+LIKELY = 0.5
+"""From this likeness on a pixel is expected to be the object's."""
 MARGIN_FRAME = 256
 """Side of the frame in which a margin in pixels is given; the longer side is scaled to it."""
 
@@ -21,21 +25,26 @@ class ChainRule:
     """How a mask becomes the next slice's prompt, and when a chain ends.
 
     Attributes:
-        margin_px: each side of the last mask's box moves outwards by so many pixels, where the
-            slice's longer side is 256.
+        follow_image: where pixels are known, the box goes around what looks like the object on the
+            slice before; else around the last mask.
+        min_likeness: what looks less like it than this, from 0 to 1, is no part of the mask.
+        margin_px: each side of that box moves outwards by so many pixels, where the slice's longer
+            side is 256.
         margin_mm: the same in mm, instead, where the spacing is known.
         min_overlap: least IoU of a mask with the one before it.
         min_iou_ratio: least predicted IoU, as a part of the anchor's.
         intensity_sds: furthest that a mask's mean intensity may be from the anchor's, in standard
-            deviations of the anchor's pixels.
+            deviations of the anchor's pixels (`LEAST_SD` at least).
         reach: most slices to each side of an anchor; None for the whole volume.
     """
 
-    margin_px: float = 3.0
+    follow_image: bool = True
+    min_likeness: float = 0.05
+    margin_px: float = 2.0
     margin_mm: float | None = None
-    min_overlap: float = 0.5
-    min_iou_ratio: float = 0.5
-    intensity_sds: float = 2.0
+    min_overlap: float = 0.2
+    min_iou_ratio: float = 0.75
+    intensity_sds: float = 3.0
     reach: int | None = None
 
     def __post_init__(self) -> None:
@@ -64,8 +73,8 @@ def next_box(
     """(4,) float32 box on the next slice, inside it.
 
     Args:
-        mask: (H, W) on this slice, not empty.
-        rule: says how much wider it is than the mask.
+        mask: (H, W) where the object is expected, not empty.
+        rule: says how much wider the box is.
         spacing_mm: distance between rows and between columns.
     """
     height, width = mask.shape
@@ -124,7 +133,7 @@ def why_not(answer: SliceAnswer, before: SliceAnswer, anchor: SliceAnswer, rule:
         return f"predicted IoU {answer.iou:.2f}, under {least:.2f}"
     if answer.appearance is not None and anchor.appearance is not None:
         distance = abs(answer.appearance.mean - anchor.appearance.mean)
-        if distance > rule.intensity_sds * anchor.appearance.sd:
+        if distance > rule.intensity_sds * max(anchor.appearance.sd, LEAST_SD):
             return (
                 f"mean intensity {answer.appearance.mean:.0f}, more than {rule.intensity_sds:g} "
                 f"standard deviations from {anchor.appearance.mean:.0f}"

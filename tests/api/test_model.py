@@ -333,8 +333,10 @@ def test_a_server_gives_what_its_export_gives(triton, model, image, scheme, tmp_
         (stack, {"boxes_3d": [[5, 6, 0, 40, 30, 2], [20, 10, 1, 60, 45, 3]]}),
     ]
     with db.load(f"{scheme}://{url}") as served:
+        assert served.note == model.note == "test graphs"
         for each, prompts in asked:
             here, there = model.predict(each, **prompts), served.predict(each, **prompts)
+            assert there.note == here.note == model.note
             np.testing.assert_array_equal(there.masks, here.masks)
             np.testing.assert_array_equal(there.ious, here.ious)
             np.testing.assert_array_equal(there.labels, here.labels)

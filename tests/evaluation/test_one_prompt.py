@@ -75,19 +75,25 @@ def test_the_prompt_is_the_box_of_the_largest_slice_and_its_growth_counts() -> N
     assert first[3] == [10, 10, 30, 30]
 
 
-def test_a_model_that_drifts_is_below_its_oracle() -> None:
+def creeping(image: np.ndarray, boxes: np.ndarray) -> Prediction:
+    """A model that fills its box: the margin is added to the object on each slice."""
+    masks = np.zeros((len(boxes), *image.shape[:2]), bool)
+    for mask, (x0, y0, x1, y1) in zip(masks, boxes.round().astype(int), strict=True):
+        mask[y0:y1, x0:x1] = True
+    return as_prediction(masks)
+
+
+def test_what_a_drifting_model_makes_of_one_box_stands_beside_its_oracle() -> None:
+    ball, tube = run(creeping, ball_and_tube()).objects
+    for item in (ball, tube):
+        assert item.score.oracle_dsc == 1
+    assert ball.score.cvpr24_dsc is not None
+    assert ball.score.cvpr24_dsc < 0.8  # it has nothing against drift
+    assert ball.score.dsc > 0.95
     labels = ball_and_tube()
-
-    def creeping(image: np.ndarray, boxes: np.ndarray) -> Prediction:
-        """All of the box: each slice adds the margin to the object."""
-        masks = np.zeros((len(boxes), *image.shape[:2]), bool)
-        for mask, (x0, y0, x1, y1) in zip(masks, boxes.round().astype(int), strict=True):
-            mask[y0:y1, x0:x1] = True
-        return as_prediction(masks)
-
-    ball = run(creeping, labels).objects[0]
-    assert ball.score.oracle_dsc == 1
-    assert ball.score.dsc < 0.8
+    labels[3:6, 20:30, 8:40] = 1  # a ledge on three slices alone
+    (ledge, _) = run(creeping, labels).objects
+    assert ledge.score.dsc < 0.9
 
 
 def test_an_object_that_the_model_does_not_see_counts_as_nothing() -> None:

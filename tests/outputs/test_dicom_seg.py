@@ -294,6 +294,19 @@ def test_no_more_of_the_patient_is_copied_than_must_be(series: Path) -> None:
     assert dcmread(paths["rtstruct"]).PatientIdentityRemoved == "YES"
 
 
+@pytest.mark.parametrize("kind", ["1.2.3.4.5", "1.2.840.10008.5.1.4.1.1.12.1"])
+def test_a_kind_that_no_seg_is_made_of_is_refused_before_any_work(
+    kind: str, series: Path, tmp_path: Path
+) -> None:
+    """A class of somebody's own; one of several frames, of which each has its own file."""
+    for path in series.iterdir():
+        edit(path, SOPClassUID=kind)
+    volume = read_image(series, window=(500, 1000))
+    with pytest.raises(InputError, match=r"no DICOM-SEG is made of this kind.*: use rtstruct"):
+        planned(volume, ["dicom-seg"], tmp_path)
+    assert planned(volume, ["rtstruct"], tmp_path)
+
+
 def test_two_multi_frame_files_of_one_volume_are_refused(tmp_path: Path) -> None:
     (tmp_path / "ct").mkdir()
     for part in range(2):
@@ -307,5 +320,5 @@ def test_two_multi_frame_files_of_one_volume_are_refused(tmp_path: Path) -> None
         )
     segmentation = segmented(tmp_path / "ct", np.ones((4, 8, 8), np.uint8), SegmentedObject(1, "a"))
     with pytest.raises(InputError, match=r"one of 2 multi-frame files.*use nifti"):
-        dicom_seg.binary_bytes(segmentation)
+        planned(segmentation.image, ["dicom-seg"], tmp_path)
     assert rtstruct.rtstruct_bytes(segmentation)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dbsam_deploy.artefact import Artefact
+from dbsam_deploy.artefact import Artefact, untrained_note
 from dbsam_deploy.cli import HelpFormatter
 from dbsam_deploy.core.errors import DbsamError, EngineError, InputError
 from dbsam_deploy.files import manifests
@@ -31,7 +31,6 @@ from dbsam_deploy.sessions.backends import (
     Opened,
     find_backend,
     open_backend,
-    untrained_note,
 )
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
 from dbsam_deploy.sessions.options import add_model_options, add_server_options, model_options

@@ -19,7 +19,7 @@ DEPTH, HEIGHT, WIDTH = SHAPE = (14, 40, 50)
 SPACING = (3.0, 1.0, 1.0)
 BOX = [12, 8, 40, 25]
 """Around the object on every stored slice."""
-WIDE = ChainRule(margin_px=300, min_overlap=0)
+WIDE = ChainRule(margin_px=300, min_overlap=0, follow_image=False)
 """The next box is the whole slice, so nothing of an object is missed, however it changes."""
 AXES = {"stored": 0, "coronal": 1, "sagittal": 2}
 ACQUIRED = {

@@ -205,8 +205,18 @@ def test_a_whole_mask_replaces_an_object_and_its_prompts():
         session.propagate()
     with pytest.raises(InputError, match=r"mask \(3, 4, 5\): expected \(14, 40, 50\)"):
         session.set_mask(1, np.zeros((3, 4, 5)))
-    with pytest.raises(InputError, match=r"on slice 50: expected \(14, 40\) on one of 0–49"):
+    with pytest.raises(InputError, match=r"slice 50: .* has 0–49 on this plane"):
         session.set_mask(1, np.zeros((14, 40)), index=50, plane="sagittal")
+    with pytest.raises(InputError, match=r"mask \(40, 14\) of a slice: expected \(14, 40\)"):
+        session.set_mask(1, np.zeros((40, 14)), index=5, plane="sagittal")
+
+
+def test_numbers_of_numpy_are_labels_and_slices(session):
+    change = session.prompt(np.int64(2), box=BOX, index=np.int32(5))
+    assert change.labels == (2,)
+    session.propagate(np.array([2]), from_slice=np.int64(5), until=np.uint8(7))
+    assert [type(one.label) for one in session.objects] == [int]
+    assert np.flatnonzero(session.mask(2).any((1, 2))).tolist() == [5, 6, 7]
 
 
 def test_an_image_is_a_volume_of_one_slice():
