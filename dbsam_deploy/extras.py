@@ -156,6 +156,12 @@ EXTRAS = (
     Extra("cluster", "a batch on a Ray cluster", ("ray>=2.40",), ("ray",), includes=("batch",)),
     Extra("completion", "completion of `dbsam` in a shell", ("shtab>=1.13",), ("shtab",)),
     Extra(
+        "viewer",
+        "a server for 3D Slicer, napari and MITK",
+        ("fastapi>=0.115", "uvicorn>=0.30", "blosc2>=3.0"),
+        ("fastapi", "uvicorn", "blosc2"),
+    ),
+    Extra(
         "train",
         "training",
         ("accelerate>=1.6", "tensorboard>=2.18"),

@@ -40,6 +40,7 @@ ORDER = (
     "volumes",
     "pacs",
     "api",
+    "viewer",
     "verification",
     "quantization",
     "diagnosis",
@@ -67,6 +68,7 @@ DOORS = {
     "sensitivity",
     "serve",
     "train",
+    "viewer_server",
 }
 """Modules that parse a command line, call rooms and print; no room imports one."""
 
@@ -191,7 +193,7 @@ def _reached(name: str) -> set[str]:
 
 
 def test_export_and_server_do_without_volumes() -> None:
-    beyond = {"outputs", "volumes", "pacs", "api", "cohort"}
+    beyond = {"outputs", "volumes", "pacs", "api", "viewer", "cohort"}
     assert beyond <= set(ORDER)
     assert _reached("export") & beyond == set()
     assert _reached("serving") & beyond == set()

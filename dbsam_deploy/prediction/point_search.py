@@ -1,0 +1,85 @@
+"""Boxes to try for a click, for weights that were trained with boxes and ignore points.
+
+Such weights answer a point with an empty mask. A box that happens to fit gives the object, and the
+decoder's own estimate of its IoU says which of some twenty does.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from ..core.imaging import ByteArray
+from ..core.masks import Prediction
+
+SIZES = (0.04, 0.06, 0.09, 0.14, 0.2, 0.3, 0.44)
+"""Sides of boxes around a click, as a part of the slice's longer side."""
+ASPECTS = (1.0, 1.7, 1 / 1.7)
+"""Width by height."""
+GROWTHS = (0.05, 0.1, 0.2, 0.35, 0.5)
+"""How far a box goes beyond what it has to hold, as a part of the latter's size."""
+Boxes = npt.NDArray[np.float64]
+
+
+def boxes_around(marked: npt.NDArray[np.float64], size: tuple[int, int]) -> Boxes:
+    """(21, 4) x0, y0, x1, y1 that hold what is marked in their middle, inside a slice.
+
+    Args:
+        marked: (4,) box around it: a pixel that was clicked, or a stroke.
+        size: height and width of the slice.
+    """
+    x, y, longest, found = marked[[0, 2]].mean(), marked[[1, 3]].mean(), max(size), []
+    for side in SIZES:
+        for aspect in ASPECTS:
+            width = max(2.0, side * longest * aspect**0.5)
+            height = max(2.0, side * longest / aspect**0.5)
+            found.append([x - width / 2, y - height / 2, x + width / 2, y + height / 2])
+    boxes = np.array(found)
+    low, high = np.minimum(boxes, marked)[:, :2], np.maximum(boxes, marked)[:, 2:]
+    return inside(np.concatenate([low, high], axis=1), size)
+
+
+def boxes_past(
+    box: npt.NDArray[np.float64], earlier: npt.NDArray[np.float64] | None, size: tuple[int, int]
+) -> Boxes:
+    """Boxes that hold what `box` does and go beyond it, on all sides or where it is new.
+
+    Args:
+        box: (4,) around all that the object shall have.
+        earlier: (4,) around what it has; its sides that `box` shares stay in half of the boxes.
+        size: of the slice.
+    """
+    width, height = max(box[2] - box[0], 4.0), max(box[3] - box[1], 4.0)
+    out = np.array([-width, -height, width, height])
+    found = [box]
+    moved = np.ones(4, bool) if earlier is None else np.asarray(box != earlier)
+    for growth in GROWTHS:
+        found.append(box + growth * out)
+        if moved.any() and not moved.all():
+            found.append(box + growth * out * moved)
+    return inside(np.array(found), size)
+
+
+def inside(boxes: Boxes, size: tuple[int, int]) -> Boxes:
+    """Boxes clipped to a slice, none thinner than a pixel."""
+    height, width = size
+    low = np.clip(boxes[:, :2], 0, [width - 1, height - 1])
+    high = np.clip(boxes[:, 2:], low + 1, [width, height])
+    return np.concatenate([low, high], axis=1)
+
+
+def best_answer(answers: Prediction, wanted: ByteArray | npt.NDArray[np.bool_]) -> int | None:
+    """Which answer has the highest predicted IoU, of those that hold most of what is wanted.
+
+    Args:
+        answers: one mask (N, 1, H, W) for each box.
+        wanted: (H, W) pixels that the object has.
+
+    Returns:
+        None where no mask holds any of them.
+    """
+    hits = (answers.masks[:, 0].astype(bool) & wanted.astype(bool)).sum((1, 2))
+    if not hits.size or hits.max() == 0:
+        return None
+    obeying = hits >= 0.9 * hits.max()
+    return int(np.argmax(np.where(obeying, answers.ious[:, 0], -np.inf)))

@@ -1,0 +1,329 @@
+"""The routes of nnInteractive's HTTP protocol, version 2.6."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import math
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import numpy as np
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
+
+from ..core.errors import DbsamError, InputError
+from .leases import Lease, Leases
+from .marks import BrushMark, SeedMark, flag, mask_place, read_box, read_buffer, read_point
+from .packed import pack, read_header, unpack
+from .refusal import NotServedError
+from .workspace import Redrawn, Workspace
+
+MAX_VOXELS = 2**28
+"""Of an image: 1024 slices of 512×512."""
+SWEEP_S = 15.0
+VERSION = "2.6.0+dbsam"
+_JSON_BYTES = 64 * 1024
+_SLACK_BYTES = 1024 * 1024
+"""That packing may add to an array that does not compress."""
+_DRAINED_BYTES = 8 * 1024**3
+"""Of a body that is refused."""
+_LOG = logging.getLogger(__name__)
+_CAPABILITIES = {
+    "supported_interactions": dict.fromkeys(
+        ("points", "bbox2d", "bbox3d", "scribble", "lasso"), True
+    ),
+    "channel_mapping": {
+        "prev_seg": 0,
+        "bbox2d": [1, 2],
+        "bbox3d": [1, 2],
+        "lasso": [1, 2],
+        "points": [3, 4],
+        "scribble": [5, 6],
+    },
+    "num_interaction_channels": 7,
+    "supports_initial_label": True,
+    "supports_zero_shot_label_refinement": True,
+    "preferred_scribble_thickness": [2, 2, 2],
+    "interaction_decay": None,
+    "inference_session_version": VERSION,
+    "supports_undo": True,
+    "do_autozoom": True,
+    "patch_size": None,
+}
+Fields = Mapping[str, Any]
+JsonWork = Callable[[Workspace, Fields], Redrawn | None]
+
+
+class ViewerServer:
+    """Answers viewers; `app` is the ASGI application, which can be mounted anywhere.
+
+    Args:
+        leases: the slots.
+        about: the model and its licence, which viewers show.
+        key: that every request but `/healthz` must name, if any.
+        max_voxels: of an image.
+    """
+
+    def __init__(
+        self, leases: Leases, about: str, *, key: str | None = None, max_voxels: int = MAX_VOXELS
+    ) -> None:
+        self._leases, self._about, self._key = leases, about, key
+        self._max_voxels = max_voxels
+        self._sweeper: asyncio.Task[None] | None = None
+        self.app = FastAPI(openapi_url=None, redirect_slashes=False)
+        self._route("GET", "/healthz", self._healthz, needs_key=False)
+        self._route("POST", "/claim", self._claim)
+        self._route("GET", "/capabilities", self._capabilities)
+        self._route("POST", "/release", self._release)
+        self._route("POST", "/heartbeat", self._heartbeat)
+        self._route("GET", "/lease_status", self._lease_status)
+        for path, work in _JSON_WORK.items():
+            self._route("POST", path, self._json_route(work))
+        self._route("POST", "/set_image", self._set_image)
+        for path in ("/add_scribble_interaction", "/add_lasso_interaction"):
+            self._route("POST", path, self._mask_route)
+        self._route("POST", "/add_initial_seg_interaction", self._mask_route)
+
+    def _route(
+        self,
+        method: str,
+        path: str,
+        answer: Callable[[Request], Awaitable[Response]],
+        *,
+        needs_key: bool = True,
+    ) -> None:
+        async def guarded(request: Request) -> Response:
+            try:
+                if needs_key:
+                    self._check_key(request)
+                return await answer(request)
+            except Exception as error:
+                status, text, headers = _refusal(error, path)
+                return await self._refuse(request, status, text, **headers)
+
+        self.app.add_api_route(path, guarded, methods=[method], response_model=None)
+
+    def _check_key(self, request: Request) -> None:
+        given = request.headers.get("authorization", "").encode("latin-1", "replace")
+        if self._key is not None and not hmac.compare_digest(given, f"Bearer {self._key}".encode()):
+            raise NotServedError(401, "the key is missing or wrong")
+
+    async def _healthz(self, request: Request) -> Response:
+        return JSONResponse({"ok": True})
+
+    async def _claim(self, request: Request) -> Response:
+        lease, rules = self._leases.claim(), self._leases.rules
+        if self._sweeper is None or self._sweeper.done():
+            self._sweeper = asyncio.create_task(self._sweep())
+        return JSONResponse(
+            {
+                "lease_token": lease.token,
+                "idle_timeout_seconds": rules.idle_s,
+                "liveness_timeout_seconds": rules.liveness_s,
+                "max_sessions": rules.slots,
+            }
+        )
+
+    async def _sweep(self) -> None:
+        while len(self._leases):
+            await asyncio.sleep(SWEEP_S)
+            self._leases.sweep()
+
+    async def _capabilities(self, request: Request) -> Response:
+        return JSONResponse({**_CAPABILITIES, "license": self._about})
+
+    async def _release(self, request: Request) -> Response:
+        self._leases.release(request.headers.get("x-lease-token"))
+        return JSONResponse({"released": True})
+
+    async def _heartbeat(self, request: Request) -> Response:
+        lease = self._lease(request)
+        self._leases.see(lease)
+        return JSONResponse({"remaining_seconds": self._leases.remaining_s(lease)})
+
+    async def _lease_status(self, request: Request) -> Response:
+        left = self._leases.remaining_s(self._lease(request))
+        idle = self._leases.rules.idle_s
+        return JSONResponse({"remaining_seconds": left, "idle_timeout_seconds": idle})
+
+    def _lease(self, request: Request) -> Lease:
+        return self._leases.find(request.headers.get("x-lease-token"))
+
+    def _json_route(self, work: JsonWork) -> Callable[[Request], Awaitable[Response]]:
+        async def route(request: Request) -> Response:
+            lease = self._lease(request)
+            async with self._leases.acting(lease) as own:
+                body = await self._body(request, _JSON_BYTES)
+                fields = _fields(bytes(body) or b"{}", "the body")
+                return await run_in_threadpool(lambda: _response(work(own, fields)))
+
+        return route
+
+    async def _set_image(self, request: Request) -> Response:
+        lease = self._lease(request)
+        async with self._leases.acting(lease) as own:
+            with self._leases.room(lease) as take:
+                fields = _meta(request)
+                limit = self._max_voxels * 8 + _SLACK_BYTES
+                body = await self._body(request, limit, take)
+                header = read_header(body)
+                voxels = math.prod(header.shape)
+                if voxels > self._max_voxels:
+                    raise NotServedError(
+                        413, f"an image of {voxels} voxels: this server takes {self._max_voxels}"
+                    )
+                take(header.nbytes + voxels)
+                properties = fields.get("image_properties")
+                spacing = properties.get("spacing") if isinstance(properties, dict) else None
+                shape = header.shape
+                await run_in_threadpool(lambda: own.set_image(unpack(body, header), spacing))
+            lease.held_bytes = voxels
+        return JSONResponse({"original_image_shape": list(shape)})
+
+    async def _mask_route(self, request: Request) -> Response:
+        lease = self._lease(request)
+        async with self._leases.acting(lease) as own:
+            with self._leases.room(lease) as take:
+                fields, shape = _meta(request), own.shape
+                is_seed = request.url.path.endswith("/add_initial_seg_interaction")
+                body = await self._body(request, math.prod(shape) * 8 + _SLACK_BYTES, take)
+                header = read_header(body)
+                sides = mask_place({} if is_seed else fields, header, shape)
+                take(header.nbytes)
+
+                def work() -> Response:
+                    voxels = unpack(body, header) != 0
+                    if is_seed:
+                        runs = flag(fields, "run_prediction", False)
+                        return _response(own.seed(SeedMark(voxels), runs=runs))
+                    runs = flag(fields, "run_prediction", True)
+                    is_inside = flag(fields, "include_interaction")
+                    is_lasso = request.url.path.endswith("/add_lasso_interaction")
+                    brush = BrushMark("lasso" if is_lasso else "scribble", voxels, sides, is_inside)
+                    return _response(own.add(brush if voxels.any() else None, runs=runs))
+
+                return await run_in_threadpool(work)
+
+    async def _body(
+        self, request: Request, limit: int, take: Callable[[int], None] | None = None
+    ) -> bytearray:
+        """The request's body, of which no more than is allowed is ever in memory.
+
+        Raises:
+            NotServedError: 413, it is longer; 408, it stands still.
+        """
+        body = bytearray()
+        while (chunk := await self._chunk(request)) is not None:
+            if len(body) + len(chunk) > limit:
+                raise NotServedError(413, f"a body of more than {limit} bytes")
+            if take is not None:
+                take(len(chunk))
+            body += chunk
+        return body
+
+    async def _chunk(self, request: Request) -> bytes | None:
+        """What came next of a body; None once all did."""
+        if not getattr(request.state, "has_more", True):
+            return None
+        try:
+            async with asyncio.timeout(self._leases.rules.upload_s):
+                message = await request.receive()
+        except TimeoutError as error:
+            raise NotServedError(408, "the body stands still") from error
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        request.state.has_more = message.get("more_body", False)
+        return bytes(message.get("body", b""))
+
+    async def _refuse(self, request: Request, status: int, text: str, **headers: str) -> Response:
+        """An answer that a viewer sees: a body still on its way is taken in, and dropped."""
+        left = _DRAINED_BYTES
+        try:
+            while left > 0 and (chunk := await self._chunk(request)) is not None:
+                left -= len(chunk)
+        except (NotServedError, ClientDisconnect):
+            left = 0
+        if left <= 0:
+            headers["Connection"] = "close"
+        return JSONResponse({"detail": text}, status, headers)
+
+
+def _add_point(own: Workspace, fields: Fields) -> Redrawn:
+    runs = flag(fields, "run_prediction", True)
+    return own.add(read_point(fields, own.shape), runs=runs)
+
+
+def _add_box(own: Workspace, fields: Fields) -> Redrawn:
+    runs = flag(fields, "run_prediction", True)
+    return own.add(read_box(fields, own.shape), runs=runs)
+
+
+def _set_buffer(own: Workspace, fields: Fields) -> None:
+    read_buffer(fields, own.shape)
+    own.set_buffer()
+
+
+def _set_autozoom(own: Workspace, fields: Fields) -> None:
+    own.goes_through = flag(fields, "do_autozoom")
+
+
+_JSON_WORK: dict[str, JsonWork] = {
+    "/set_target_buffer": _set_buffer,
+    "/set_do_autozoom": _set_autozoom,
+    "/reset_interactions": lambda own, _: own.reset(),
+    "/undo": lambda own, _: own.undo(),
+    "/predict": lambda own, _: own.predict(),
+    "/add_point_interaction": _add_point,
+    "/add_bbox_interaction": _add_box,
+}
+
+
+def _response(answer: Redrawn | None) -> Response:
+    """What a viewer reads: an array of the changed box, and where it lies."""
+    if answer is None:
+        return JSONResponse({"ok": True})
+    meta: dict[str, Any] = {"ran_prediction": answer.has_run, "bbox": None}
+    body = b""
+    if answer.extent is not None and answer.mask is not None:
+        meta["bbox"] = [[int(first), int(end)] for first, end in answer.extent]
+        meta |= {"dtype": "uint8", "shape": list(answer.mask.shape)}
+        body = pack(answer.mask.astype(np.uint8))
+    headers = {"X-Meta": json.dumps(meta, separators=(",", ":"))}
+    return Response(body, media_type="application/octet-stream", headers=headers)
+
+
+def _refusal(error: Exception, path: str) -> tuple[int, str, dict[str, str]]:
+    """Status, text and headers for what went wrong."""
+    if isinstance(error, NotServedError):
+        return error.status, error.message, {"Retry-After": "10"} if error.status == 503 else {}
+    if isinstance(error, InputError):
+        return 400, error.message, {}
+    if isinstance(error, ClientDisconnect):
+        return 400, "the request ended early", {}
+    if isinstance(error, MemoryError):
+        return 413, "not enough memory for this request", {}
+    if isinstance(error, DbsamError):  # of a server that the model runs on
+        _LOG.warning("%s", error.message)
+        return 502, error.message, {}
+    _LOG.error("a request to %s failed", path, exc_info=error)
+    # An answer that is whole: else the connection breaks, and with it the viewer's next call.
+    return 500, "the server failed, see its log", {"Connection": "close"}
+
+
+def _meta(request: Request) -> Fields:
+    return _fields(request.headers.get("x-meta", "{}").encode("latin-1", "replace"), "X-Meta")
+
+
+def _fields(text: bytes, what: str) -> Fields:
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{what} is no JSON") from error
+    if not isinstance(fields, dict):
+        raise InputError(f"{what} is no JSON object")
+    return fields

@@ -1,0 +1,18 @@
+"""What a viewer's request is refused with."""
+
+from __future__ import annotations
+
+from ..core.errors import InputError
+
+
+class NotServedError(InputError):
+    """A request that is not answered; everything else that a viewer gets wrong is a 400.
+
+    Attributes:
+        status: 401 (key), 408 (an upload that stands still), 410 (lease), 413 (too large) or 503
+            (no slot).
+    """
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status

@@ -1,0 +1,378 @@
+"""What one viewer works on: an image, the one object on it, what was marked, one step back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..core.errors import InputError
+from ..images.intensity import Window
+from ..volumes.embeddings import SharedPredictor
+from ..volumes.objects import Change, Extent, SliceName, around
+from ..volumes.planes import PlaneView
+from ..volumes.session import VolumePredictor
+from ..volumes.slices import VolumeSlices
+from ..volumes.stop_rules import ChainRule, MaskArray, mask_box
+from .carrying import PLANES, carry
+from .images import as_viewer_volume
+from .marks import BoxMark, BrushMark, Mark, PointMark, SeedMark, VolumeShape
+from .slice_work import SliceFound, SliceWork, Wish
+
+LABEL = 1
+UNDO_BYTES = 256 * 1024 * 1024
+"""More than any one mark changes: a step back is whole."""
+_THICK = 1.5
+"""Times the other spacings: the axis along which a volume was acquired."""
+
+
+@dataclass(frozen=True)
+class WorkRules:
+    """How a server answers, the same for all viewers.
+
+    Attributes:
+        window: level and width for every image; None to tell by its values.
+        reach: slices to each side of a prompted one.
+        deadline_s: an answer that takes longer is cut short.
+        rule: how objects are carried.
+    """
+
+    window: Window | None = None
+    reach: int = 20
+    deadline_s: float = 45.0
+    rule: ChainRule = field(default_factory=ChainRule)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What was marked so far; replaced, never written to.
+
+    Attributes:
+        queued: marks that wait for a prediction.
+        wishes: what was said of each slice, (axis, index).
+        decided: slices along each axis that no chain may change, by axis.
+        flat: the slice of the last mark that named one.
+        sure: the model's estimate on the slice that was prompted last.
+    """
+
+    queued: tuple[Mark, ...] = ()
+    wishes: Mapping[SliceName, Wish] = field(default_factory=dict)
+    decided: Mapping[int, frozenset[int]] = field(default_factory=dict)
+    flat: SliceName | None = None
+    sure: float | None = None
+
+    def with_decided(self, axis: int, *indices: int) -> Memory:
+        """The same with further slices that stay."""
+        own = self.decided.get(axis, frozenset()) | set(indices)
+        return replace(self, decided={**self.decided, axis: own})
+
+
+@dataclass(frozen=True, eq=False)
+class Redrawn:
+    """What a viewer draws anew.
+
+    Attributes:
+        has_run: whether the model, or a step back, had something to do.
+        extent: where; None where nothing differs.
+        mask: the object there.
+    """
+
+    has_run: bool
+    extent: Extent | None = None
+    mask: npt.NDArray[np.bool_] | None = None
+
+
+class Workspace:
+    """The state of one lease; used by one thread at a time.
+
+    Args:
+        shared: the model.
+        rules: see `WorkRules`.
+    """
+
+    def __init__(self, shared: SharedPredictor, rules: WorkRules) -> None:
+        self._shared, self._rules = shared, rules
+        self.has_buffer, self.goes_through = False, True
+        self._session: VolumePredictor | None = None
+        self._slices: VolumeSlices | None = None
+        self._memory, self._steps = Memory(), list[Change]()
+        self._undo: tuple[Memory, int] | None = None
+        self._send_all = False
+
+    def close(self) -> None:
+        """Drop the image, and encode nothing ahead for it."""
+        for one in (self._slices, self._session):
+            if one is not None:
+                one.stop_ahead() if isinstance(one, VolumeSlices) else one.close()
+        self._session = self._slices = None
+        self.has_buffer = False
+
+    @property
+    def shape(self) -> VolumeShape:
+        """Of the image.
+
+        Raises:
+            InputError: there is none.
+        """
+        return self._work()[0].volume.shape
+
+    def set_image(self, values: npt.NDArray[Any], spacing: Any) -> None:
+        """Begin anew with an image; errors as `as_viewer_volume`."""
+        volume = as_viewer_volume(values, spacing, self._rules.window)
+        self.close()
+        self._slices = VolumeSlices(self._shared, volume)
+        self._begin(self._slices)
+        view = self._slices.along(self._acquired())
+        self._slices.encode_ahead(view, view.depth // 2)
+
+    def set_buffer(self) -> None:
+        """The viewer's buffer is empty: the next answer has all of the object."""
+        self.has_buffer = self._send_all = True
+
+    def reset(self) -> None:
+        """Forget the object; legal before any image."""
+        if self._slices is not None:
+            self._begin(self._slices)
+
+    def add(self, mark: Mark | None, *, runs: bool) -> Redrawn:
+        """Take a mark, and answer it with those that waited, or let it wait.
+
+        Args:
+            mark: None for one that lies outside the image, or holds nothing.
+            runs: answer now.
+        """
+        self._work()
+        if not self.has_buffer:
+            raise InputError("no target buffer: set one after the image")
+        if mark is None:
+            return Redrawn(runs)
+        before = self._memory
+        now = replace(before, queued=(*before.queued, mark))
+        if not runs:
+            self._memory, self._undo = now, (before, 0)
+            return Redrawn(False)
+        changes = self._run(now)
+        self._undo = (before, len(changes))
+        return self._answer(changes)
+
+    def predict(self) -> Redrawn:
+        """Redrawn the marks that wait."""
+        self._work()
+        if not self._memory.queued:
+            return Redrawn(False)
+        changes = self._run(self._memory)
+        if self._undo is not None:
+            self._undo = (self._undo[0], self._undo[1] + len(changes))
+        return self._answer(changes)
+
+    def seed(self, mark: SeedMark, *, runs: bool) -> Redrawn:
+        """Begin the object with a mask; with `runs` the model draws each of its slices anew."""
+        session, _ = self._work()
+        before, mask = self._memory, mark.voxels
+        filled = [frozenset(np.flatnonzero(mask.any(_others(a))).tolist()) for a in range(3)]
+        if runs and mask.any():
+            mask = self._refined(mask, filled[self._acquired()])
+        changes = [session.set_mask(LABEL, mask)]
+        decided = {axis: filled[axis] for axis in range(3)}
+        self._memory, self._undo = Memory(decided=decided), (before, 1)
+        if not runs:
+            return Redrawn(False)
+        # The viewer has drawn the seed itself: what it has of it is drawn anew, too.
+        return self._answer([*changes, Change((LABEL,), changed=_extent(mark.voxels))])
+
+    def undo(self) -> Redrawn:
+        """Take the last mark back, exactly."""
+        if self._session is None or self._undo is None:
+            return Redrawn(False)
+        (self._memory, steps), self._undo = self._undo, None
+        return self._answer([self._session.undo() for _ in range(steps)])
+
+    def _work(self) -> tuple[VolumePredictor, VolumeSlices]:
+        if self._session is None or self._slices is None:
+            raise InputError("no image: set one first")
+        return self._session, self._slices
+
+    def _begin(self, slices: VolumeSlices) -> None:
+        if self._session is not None:
+            self._session.close()
+        self._session = VolumePredictor(
+            self._shared, slices.volume, rule=self._rules.rule, undo_bytes=UNDO_BYTES
+        )
+        self._memory, self._undo, self._send_all = Memory(), None, False
+
+    def _run(self, memory: Memory) -> list[Change]:
+        """Redrawn queued marks; a failure leaves everything as it was."""
+        session, slices = self._work()
+        slices.stop_ahead()
+        deadline = time.monotonic() + self._rules.deadline_s
+        self._steps = []
+        try:
+            for mark in memory.queued:
+                memory = self._apply(mark, replace(memory, queued=()), deadline)
+        except BaseException:
+            for _ in self._steps:
+                session.undo()
+            raise
+        self._memory = memory
+        return self._steps
+
+    def _apply(self, mark: Mark, memory: Memory, deadline: float) -> Memory:
+        if isinstance(mark, BoxMark) and not self._flat_axes(mark.sides):
+            return self._solid_box(mark, memory, deadline)
+        if isinstance(mark, PointMark):
+            axis = self._acquired()
+            if memory.flat is not None and mark.place[memory.flat[0]] == memory.flat[1]:
+                axis = memory.flat[0]
+            return self._on_slice(mark, axis, mark.place[axis], memory, deadline)
+        flat = self._flat_axes(mark.sides)
+        axis = self._acquired() if self._acquired() in flat or not flat else flat[0]
+        first, end = mark.sides[axis]
+        for index in range(first, end):
+            voxels = mark.voxels if isinstance(mark, BrushMark) else np.ones(1, bool)
+            if isinstance(mark, BoxMark) or np.take(voxels, index - first, axis).any():
+                memory = self._on_slice(mark, axis, index, memory, deadline)
+        return memory
+
+    def _on_slice(
+        self, mark: Mark, axis: int, index: int, memory: Memory, deadline: float
+    ) -> Memory:
+        """Decide one slice, and carry the object on from there."""
+        session, slices = self._work()
+        view = slices.along(axis)
+        work = SliceWork(slices, view, index, self._slice_mask(axis, index))
+        found, wish = _decided(work, mark, view, memory.wishes.get((axis, index), Wish()))
+        self._steps.append(session.set_mask(LABEL, found.mask, index=index, plane=PLANES[axis]))
+        sure = memory.sure if found.iou is None else found.iou
+        flat = memory.flat if isinstance(mark, PointMark) else (axis, index)
+        memory = replace(
+            memory, wishes={**memory.wishes, (axis, index): wish}, flat=flat, sure=sure
+        ).with_decided(axis, index)
+        if found.mask.any() and self.goes_through:
+            self._carry(axis, index, memory, deadline)
+        return memory
+
+    def _solid_box(self, mark: BoxMark, memory: Memory, deadline: float) -> Memory:
+        session, _ = self._work()
+        axis = self._acquired()
+        if not mark.is_inside:
+            return self._emptied(mark, memory)
+        corners = [edge[side] for side in (0, 1) for edge in reversed(mark.sides)]
+        change = session.prompt(LABEL, box_3d=corners, plane=PLANES[axis], add=False)
+        self._steps.append(change)
+        index = change.slices[0]
+        memory = replace(memory, sure=change.iou).with_decided(axis, index)
+        if self._slice_mask(axis, index).any():
+            self._carry(axis, index, memory, deadline)
+        return memory
+
+    def _emptied(self, mark: BoxMark, memory: Memory) -> Memory:
+        """Take a 3D box out of the object, slice by slice."""
+        session, _ = self._work()
+        axis = self._acquired()
+        rows, columns = (slice(*side) for a, side in enumerate(mark.sides) if a != axis)
+        for index in range(*mark.sides[axis]):
+            mask = self._slice_mask(axis, index)
+            if mask[rows, columns].any():
+                mask[rows, columns] = False
+                self._steps.append(session.set_mask(LABEL, mask, index=index, plane=PLANES[axis]))
+                memory = memory.with_decided(axis, index)
+        return memory
+
+    def _carry(self, axis: int, index: int, memory: Memory, deadline: float) -> None:
+        session, _ = self._work()
+        ratio = self._rules.rule.min_iou_ratio * (1.0 if memory.sure is None else memory.sure)
+        rule = replace(self._rules.rule, reach=self._rules.reach, min_iou_ratio=ratio)
+        walls = memory.decided[axis] - {index}
+        for change in carry(session, LABEL, axis, index, walls, rule, deadline):
+            self._steps.append(change)
+
+    def _refined(self, mask: MaskArray, filled: frozenset[int]) -> MaskArray:
+        """Slices of a mask drawn anew by the model, as many as an answer may have."""
+        _, slices = self._work()
+        axis, out = self._acquired(), mask.copy()
+        view, most = slices.along(axis), 2 * self._rules.reach + 1
+        middle = sorted(filled)[len(filled) // 2]
+        for index in sorted(filled, key=lambda z: abs(z - middle))[:most]:
+            before = np.take(mask, index, axis)
+            found = SliceWork(slices, view, index, before).box(Wish(_tuple(mask_box(before))))
+            if found.mask.any():
+                np.moveaxis(out, axis, 0)[index] = found.mask
+        return out
+
+    def _answer(self, changes: list[Change]) -> Redrawn:
+        assert self._session is not None  # noqa: S101 - who answers has an image
+        extents = [change.changed for change in changes if change.changed is not None]
+        if self._send_all:
+            sides: Any = tuple((0, side) for side in self.shape)
+            whole = _extent(self._read(sides))
+            extents += [] if whole is None else [whole]
+        self._send_all = False
+        if not extents:
+            return Redrawn(True)
+        extent = around(extents)
+        return Redrawn(True, extent, self._read(extent))
+
+    def _read(self, extent: Extent) -> MaskArray:
+        assert self._session is not None  # noqa: S101
+        if not self._session.objects:
+            return np.zeros([end - first for first, end in extent], bool)
+        return self._session.mask(LABEL, extent)
+
+    def _slice_mask(self, axis: int, index: int) -> MaskArray:
+        extent = [(0, side) for side in self.shape]
+        extent[axis] = (index, index + 1)
+        return self._read(tuple(extent)).squeeze(axis)  # type: ignore[arg-type]
+
+    def _acquired(self) -> int:
+        """The axis of the slices that a click is on: where they are thick, else the first."""
+        _, slices = self._work()
+        spacing = slices.volume.spacing_mm or (1.0, 1.0, 1.0)
+        axis = int(np.argmax(spacing))
+        rest = max(step for a, step in enumerate(spacing) if a != axis)
+        return axis if slices.volume.is_volume and spacing[axis] > _THICK * rest else 0
+
+    def _flat_axes(self, sides: Extent) -> list[int]:
+        flat = [axis for axis, (first, end) in enumerate(sides) if end - first == 1]
+        return flat if self.shape[0] > 1 else [0]
+
+
+def _decided(work: SliceWork, mark: Mark, view: PlaneView, wish: Wish) -> tuple[SliceFound, Wish]:
+    """A slice's mask after a mark, and what the user has then said of it."""
+    rows, columns = (axis for axis in range(3) if axis != view.axis)
+    if isinstance(mark, PointMark):
+        wish = wish.with_clicks((mark.place[rows], mark.place[columns], mark.is_inside))
+        found = work.clicks(wish)
+        return found, replace(wish, box=None) if mark.is_inside else wish
+    (y0, y1), (x0, x1) = mark.sides[rows], mark.sides[columns]
+    if isinstance(mark, BoxMark) and mark.is_inside:
+        wish = Wish((float(x0), float(y0), float(x1), float(y1)))
+        return work.box(wish), wish
+    area = np.zeros(view.size, bool)
+    if isinstance(mark, BoxMark):
+        area[y0:y1, x0:x1] = True
+        return work.area(area, False, is_box=True), replace(wish, box=None)
+    index = work.index - mark.sides[view.axis][0]
+    area[y0:y1, x0:x1] = np.take(mark.voxels, index, view.axis)
+    if mark.brush == "lasso":
+        return work.area(area, mark.is_inside, is_box=False), replace(wish, box=None)
+    return work.stroke(area, mark.is_inside, wish), replace(wish, box=None)
+
+
+def _others(axis: int) -> tuple[int, ...]:
+    return tuple(a for a in range(3) if a != axis)
+
+
+def _extent(mask: MaskArray) -> Extent | None:
+    places = [np.flatnonzero(mask.any(_others(axis))) for axis in range(3)]
+    if not places[0].size:
+        return None
+    return tuple((int(p[0]), int(p[-1]) + 1) for p in places)  # type: ignore[return-value]
+
+
+def _tuple(box: npt.NDArray[np.floating]) -> tuple[float, float, float, float]:
+    x0, y0, x1, y1 = map(float, box)
+    return x0, y0, x1, y1

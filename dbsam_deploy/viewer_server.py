@@ -1,0 +1,198 @@
+"""`python -m dbsam_deploy.viewer_server`: a model for 3D Slicer, napari and MITK."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from .api.loading import load
+from .api.model import Model
+from .cli import Parser, run, say_on_stderr
+from .core.errors import InputError
+from .extras import check_installed
+from .images.intensity import window_range
+from .sessions.backends import LOCAL_BACKENDS
+from .sessions.options import read_key
+
+DESCRIPTION = """\
+Serve a model to the viewers that speak nnInteractive's protocol.
+
+In 3D Slicer, napari or MITK enter the address that is printed, choose Initialize, and draw a box or
+click. The object is carried through the volume; with Auto-zoom off, only the slice that was
+prompted changes. Images stay in this process's memory and go with the viewer.
+
+examples:
+  the newest export, for viewers on this machine
+    python -m dbsam_deploy.viewer_server
+  LiteMedSAM for a department, behind a proxy with TLS, with a key
+    python -m dbsam_deploy.viewer_server build/lite_medsam --prefix /nninteractive --key-file key
+  the model of a Triton server
+    python -m dbsam_deploy.viewer_server triton://gpu-server:8001
+"""
+KEY_VARIABLE = "DBSAM_VIEWER_KEY"
+"""Of the environment: the key, where no file is named."""
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_CT_TEXT = "CT by the soft-tissue window, other images by percentiles"
+
+
+def build_parser() -> Parser:
+    """The command line."""
+    parser = Parser(prog="python -m dbsam_deploy.viewer_server", description=DESCRIPTION)
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="an export, a weights file or triton://host:port (default: the newest export)",
+    )
+    parser.add_argument("--backend", choices=LOCAL_BACKENDS, metavar="NAME", help="see predict")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="the backend's own by default")
+    parser.add_argument("--variant", metavar="NAME", help="of a weights file, see predict")
+    _add_answers(parser.add_argument_group("answers"))
+    _add_network(parser.add_argument_group("network"))
+    return parser
+
+
+def _add_answers(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--window",
+        nargs=2,
+        type=float,
+        metavar=("LEVEL", "WIDTH"),
+        help="for every image (default: soft tissue where the values are CT's, else percentiles)",
+    )
+    group.add_argument(
+        "--reach",
+        type=int,
+        metavar="N",
+        help="slices to each side of a prompted one (default: what --budget allows)",
+    )
+    group.add_argument(
+        "--budget",
+        type=float,
+        default=15.0,
+        metavar="S",
+        help="seconds for each side, by the model's speed as measured at the start",
+    )
+    group.add_argument("--max-voxels", type=int, default=2**28, metavar="N", help="of an image")
+
+
+def _add_network(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    group.add_argument("--port", type=int, default=1527, help="0 takes a free one")
+    group.add_argument("--prefix", default="", metavar="/PATH", help="before every route")
+    group.add_argument("--sessions", type=int, default=3, metavar="N", help="viewers at a time")
+    group.add_argument(
+        "--idle", type=float, default=600.0, metavar="S", help="without a prompt, then a slot ends"
+    )
+    group.add_argument(
+        "--liveness", type=float, default=60.0, metavar="S", help="without a sign of life; 0: never"
+    )
+    group.add_argument(
+        "--key-file",
+        type=Path,
+        metavar="FILE",
+        help=f"key that viewers must name (default: {KEY_VARIABLE} of the environment)",
+    )
+    group.add_argument(
+        "--api-key", metavar="KEY", help="the key itself, which other users of this machine can see"
+    )
+
+
+def _checked(args: argparse.Namespace) -> argparse.Namespace:
+    """The options, within their limits.
+
+    Raises:
+        InputError: one is not.
+    """
+    limits = {
+        "port": (0, 65535),
+        "sessions": (1, 64),
+        "budget": (0.1, 30),
+        "idle": (1, 86400),
+        "liveness": (0, 86400),
+        "max_voxels": (1, 2**33),
+        "reach": (1, 10_000),
+    }
+    for name, (least, most) in limits.items():
+        value = getattr(args, name)
+        if value is not None and not least <= value <= most:
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag} {value}: expected {least} to {most}")
+    if args.window is not None:
+        window_range(tuple(args.window))
+    if args.prefix and (not args.prefix.startswith("/") or args.prefix.endswith("/")):
+        raise InputError(f"--prefix {args.prefix}: expected a path such as /nninteractive")
+    if args.api_key is not None and args.key_file is not None:
+        raise InputError("--api-key and --key-file: expected one of them")
+    return args
+
+
+def _key(args: argparse.Namespace) -> str | None:
+    """What viewers must name, if anything."""
+    if args.key_file is not None:
+        return read_key(args.key_file)
+    key: str | None = args.api_key or os.environ.get(KEY_VARIABLE) or None
+    if key is None and args.host not in LOOPBACK:
+        say_on_stderr(
+            f"WARNING: whoever reaches {args.host}:{args.port} can use this server: give it a key "
+            "(--key-file) and put a proxy with TLS before it"
+        )
+    return key
+
+
+def _serve(model: Model, args: argparse.Namespace, key: str | None) -> None:
+    """Answer viewers until the process is told to end."""
+    import uvicorn
+    from fastapi import FastAPI
+
+    from .viewer.application import ViewerServer
+    from .viewer.carrying import measured_reach
+    from .viewer.leases import LeaseRules, Leases
+    from .viewer.workspace import WorkRules, Workspace
+    from .volumes.embeddings import SharedPredictor
+
+    shared = SharedPredictor(model.predictor)
+    reach = args.reach or measured_reach(shared, args.budget)
+    rules = WorkRules(None if args.window is None else tuple(args.window), reach)
+    leases = Leases(
+        LeaseRules(args.sessions, args.idle, args.liveness), lambda: Workspace(shared, rules)
+    )
+    window = _CT_TEXT if rules.window is None else "window {:g} {:g}".format(*rules.window)
+    about = "; ".join(filter(None, [model.describe(), model.note, window]))
+    app: Any = ViewerServer(leases, about, key=key, max_voxels=args.max_voxels).app
+    if args.prefix:
+        outer = FastAPI(openapi_url=None, redirect_slashes=False)
+        outer.mount(args.prefix, app)
+        app = outer
+    config = uvicorn.Config(
+        app, host=args.host, port=args.port, log_level="warning", access_log=False, lifespan="off"
+    )
+    sockets = [config.bind_socket()]
+    sockets[0].listen(256)  # who comes before the first answer waits
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    address = f"http://{host}:{sockets[0].getsockname()[1]}{args.prefix}"
+    print(f"{about}\n{reach} slices to each side\nready: {address}", flush=True)
+    try:
+        uvicorn.Server(config).run(sockets=sockets)
+    finally:
+        shared.close()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; see the module's `--help`."""
+    args = _checked(build_parser().parse_args(argv))
+    key = _key(args)
+    check_installed("viewer", what_for="`python -m dbsam_deploy.viewer_server`")
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("dbsam_deploy.viewer").setLevel(logging.INFO)
+    with load(args.model, backend=args.backend, device=args.device, variant=args.variant) as model:
+        _serve(model, args, key)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

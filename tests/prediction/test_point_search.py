@@ -1,0 +1,48 @@
+"""Which boxes are tried for a click, and which answer is taken."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dbsam_deploy.core.masks import Prediction
+from dbsam_deploy.prediction.point_search import best_answer, boxes_around, boxes_past
+
+SIZE = (60, 100)
+
+
+def check_inside(boxes: np.ndarray) -> None:
+    assert (boxes[:, :2] >= 0).all()
+    assert (boxes[:, 2:] <= (SIZE[1], SIZE[0])).all()
+    assert (boxes[:, 2:] - boxes[:, :2] >= 1).all()
+
+
+@pytest.mark.parametrize("place", [(50, 30), (0, 0), (99, 59), (3, 57)])
+def test_boxes_around_a_pixel_hold_it_at_any_size(place):
+    pixel = np.array([*place, place[0] + 1, place[1] + 1], float)
+    boxes = boxes_around(pixel, SIZE)
+    assert boxes.shape == (21, 4)
+    check_inside(boxes)
+    assert ((boxes[:, :2] <= pixel[:2]) & (boxes[:, 2:] >= pixel[2:])).all()
+    widths = boxes[:, 2] - boxes[:, 0]
+    assert widths.max() > 6 * widths.min()
+
+
+def test_boxes_past_a_box_hold_it_and_leave_old_sides_where_they_are():
+    earlier, both = np.array([20.0, 10, 40, 30]), np.array([20.0, 10, 55, 30])
+    boxes = boxes_past(both, earlier, SIZE)
+    check_inside(boxes)
+    assert ((boxes[:, :2] <= both[:2]) & (boxes[:, 2:] >= both[2:])).all()
+    kept = (boxes[:, [0, 1, 3]] == earlier[[0, 1, 3]]).all(1)
+    assert 1 < kept.sum() < len(boxes)
+    assert boxes[:, 2].max() == 72.5
+
+
+def test_the_surest_answer_of_those_that_obey_is_taken():
+    wanted = np.zeros(SIZE, bool)
+    wanted[10, 20:30] = True
+    masks = np.zeros((4, 1, *SIZE), np.uint8)
+    masks[1, 0, 10, 20:30] = masks[2, 0, 5:15, 15:35] = masks[3, 0, 10, 20:22] = 1
+    ious = np.array([[0.99], [0.5], [0.7], [0.9]], np.float32)
+    assert best_answer(Prediction(masks, ious), wanted) == 2
+    assert best_answer(Prediction(masks[:1], ious[:1]), wanted) is None

@@ -1,0 +1,73 @@
+"""The command that serves viewers: one model, one port, until it is told to end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import httpx
+import numpy as np
+import pytest
+from nnInteractive.inference.remote import nnInteractiveRemoteInferenceSession
+from support.tiny_artefact import make_tiny_artefact
+
+from dbsam_deploy import viewer_server
+from dbsam_deploy.cli import run
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--port", "70000"],
+        ["--reach", "0"],
+        ["--budget", "nan"],
+        ["--window", "40", "0"],
+        ["--prefix", "x"],
+        ["--api-key", "a", "--key-file", "b"],
+        ["--key-file", "no_such_file"],
+        ["no_such_model"],
+    ],
+)
+def test_mistakes_are_one_line(words, capsys):
+    assert run(viewer_server.main, words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+def test_a_model_is_served_under_a_prefix_with_a_key_of_the_environment(tmp_path):
+    make_tiny_artefact(tmp_path / "model")
+    words = [str(tmp_path / "model"), "--port", "0", "--prefix", "/sam", "--reach", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dbsam_deploy.viewer_server", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, viewer_server.KEY_VARIABLE: "sesame"},
+    )
+    try:
+        lines = []
+        while not lines or not lines[-1].startswith("ready: "):
+            lines.append(process.stdout.readline())
+            assert lines[-1], process.stderr.read()
+        url = lines[-1].removeprefix("ready: ").strip()
+        assert url.endswith("/sam")
+        assert "tiny_test" in lines[0]
+        assert httpx.post(url + "/claim").status_code == 401
+        with nnInteractiveRemoteInferenceSession(server_url=url, api_key="sesame") as client:
+            rng = np.random.default_rng(0)
+            client.set_image(rng.integers(0, 255, (1, 5, 40, 50), np.uint8))
+            client.set_target_buffer(np.zeros((5, 40, 50), np.uint8))
+            client.add_bbox_interaction([[2, 3], [8, 30], [10, 40]], True)
+            client.add_point_interaction([2, 20, 20], False)
+            client.add_point_interaction([3, 20, 20], True)
+            assert (client.target_buffer[2, 20, 20], client.target_buffer[3, 20, 20]) == (0, 1)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=20)
+        assert "Traceback" not in err
+    finally:
+        process.kill()
+        process.wait()
