@@ -38,6 +38,9 @@ examples:
     python -m dbsam_deploy.predict ct_series/ --box3d 60 70 30 130 150 50 --window 40 400
   the boxes stored in an npz, on PyTorch with another checkpoint
     python -m dbsam_deploy.predict case.npz --backend pytorch --checkpoint medsam_vit_b.pth
+  a study in a PACS, and the segmentation back into it
+    python -m dbsam_deploy.predict "dicomwebs://pacs/dicom-web?study=1.2.3&series=1.2.4" \\
+        --prompts prompts.json --store
   through a running Triton server (python -m dbsam_deploy.serve)
     python -m dbsam_deploy.predict skin.png --box 120 80 410 333 --backend triton \\
         --url localhost:8001

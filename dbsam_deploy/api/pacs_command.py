@@ -14,6 +14,8 @@ from ..cli import progress_bars, table_console
 from ..core.errors import InputError
 from ..files.user_paths import user_path
 from ..pacs.address import PacsAddress, add_pacs_options, is_address, named_pacs_access
+from ..pacs.fetch import fetch
+from ..pacs.store import store
 
 STORED = ("dicom-seg", "dicom-seg-fractional", "rtstruct")
 """Formats that a PACS takes; the first is made where `--store` is given and none is named."""
@@ -56,9 +58,6 @@ def predict_in_pacs(args: argparse.Namespace, predict: Callable[[], Sequence[Pat
     access = named_pacs_access(args)
     if args.store and not set(args.format or ()) & set(STORED):
         args.format = [*(args.format or ()), STORED[0]]
-    from ..pacs.fetch import fetch  # which needs packages that no other image does
-    from ..pacs.store import store
-
     with tempfile.TemporaryDirectory(prefix="dbsam-pacs-") as scratch:
         with progress_bars(Console(stderr=True), transient=True) as bar:
             task = bar.add_task("fetching instances", total=None)

@@ -86,7 +86,8 @@ def _unique(cases: list[CaseFile], parts: Sequence[Labelled]) -> Labelled:
     left_out = [one for part in parts for one in part.left_out]
     by_name: dict[tuple[str, str], CaseFile] = {}
     for case in sorted(cases, key=lambda one: (one.task, one.name)):
-        first = by_name.setdefault((case.task, case.name), case)
+        key = (case.task.lower(), case.name.lower())  # their npz may meet on any file system
+        first = by_name.setdefault(key, case)
         if first is not case:
             why = f"has the name of {first.labels}: rename one of them"
             left_out.append(LeftOut(case.labels or case.path, why))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -29,12 +28,12 @@ SliceBoxes = dict[int, dict[int, FloatArray]]
 
 @dataclass(frozen=True)
 class BoxedSlices:
-    """A volume and a model as a `SliceDecoder` that is asked with boxes alone."""
+    """A volume and a model as a `SliceDecoder`."""
 
     volume: Volume
     segmenter: BoxSegmenter
 
-    def decode(self, index: int, boxes: FloatArray, **_: Any) -> Prediction:
+    def decode(self, index: int, boxes: FloatArray) -> Prediction:
         """Masks of slice `index`, one a box."""
         return segment_boxes(self.segmenter, self.volume.slice_rgb(index), boxes)
 

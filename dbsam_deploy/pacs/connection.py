@@ -18,12 +18,6 @@ from ..core.errors import PacsError
 from ..extras import check_installed, require
 from .address import PacsAddress, is_uid
 
-check_installed("pacs", what_for="a PACS")
-requests = require("requests", extra="pacs", what_for="a PACS")
-_web = require("dicomweb_client.web", extra="pacs", what_for="a PACS")
-for _name in ("dicomweb_client", "retrying"):  # what they log, an error here says
-    logging.getLogger(_name).addHandler(logging.NullHandler())
-
 MAX_LIST_BYTES = 64 * 1024 * 1024
 """Longest answer that is no image: 20,000 instances have some 30 MB of JSON."""
 MAX_INSTANCE_BYTES = 2 * 1024**3
@@ -42,69 +36,48 @@ _ANY_SYNTAX = 'multipart/related; type="application/dicom"; transfer-syntax=*'
 
 T = TypeVar("T")
 
+for _name in ("dicomweb_client", "retrying"):  # what they log, an error here says
+    logging.getLogger(_name).addHandler(logging.NullHandler())
 
-class _Body:
-    """The body of an answer, which ends in an error where it is longer than allowed."""
 
-    def __init__(self, raw: Any, limit: int, url: str) -> None:
-        self._raw, self._limit, self._url = raw, limit, url
+def _bounded(stream: Callable[..., Iterator[bytes]], limit: int, place: str) -> Any:
+    """urllib3's `stream`, which ends in an error where an answer is longer than allowed."""
 
-    def stream(self, size: int, decode_content: bool | None = None) -> Iterator[bytes]:
-        """As urllib3's."""
+    def blocks(*words: Any, **options: Any) -> Iterator[bytes]:
         seen = 0
-        for block in self._raw.stream(size, decode_content=decode_content):
+        for block in stream(*words, **options):
             seen += len(block)
-            if seen > self._limit:
-                raise PacsError(f"{self._url} sends more than {self._limit} bytes: refused")
+            if seen > limit:
+                raise PacsError(f"{place} sends more than {limit} bytes: refused")
             yield block
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._raw, name)
+    return blocks
 
 
-class _Session(requests.Session):  # type: ignore[name-defined]
-    """Connections to one PACS.
+def _open_session(session: Any, access: Access) -> Any:
+    """A session of requests, made to do what the module's head says."""
+    session.trust_env = False
+    session.headers.update({"Accept-Encoding": "identity", **access.headers})
+    session.verify = True if access.ca is None else str(access.ca)
+    if access.certificate is not None:
+        session.cert = (str(access.certificate), str(access.private_key))
+    plain = session.request
 
-    Args:
-        access: TLS and a login.
-    """
-
-    def __init__(self, access: Access) -> None:
-        super().__init__()
-        self.trust_env = False
-        self.headers.update({"Accept-Encoding": "identity", **access.headers})
-        self.verify = True if access.ca is None else str(access.ca)
-        if access.certificate is not None:
-            self.cert = (str(access.certificate), str(access.private_key))
-
-    def request(self, method: str, url: str, **options: Any) -> Any:
-        """As requests', but for what the module's head says."""
+    def request(method: str, url: str, **options: Any) -> Any:
         (options.get("headers") or {}).pop("Host", None)  # dicomweb-client leaves out the port
-        streamed = options.get("stream")
-        answer = super().request(
-            method, url, **{**options, "stream": True, "allow_redirects": False}
-        )
-        place = url.partition("?")[0]
-        if answer.is_redirect or 300 <= answer.status_code < 400:
+        streamed, place = options.get("stream"), url.partition("?")[0]
+        answer = plain(method, url, **{**options, "stream": True, "allow_redirects": False})
+        if 300 <= answer.status_code < 400:
             target = str(answer.headers.get("Location", "nowhere"))[:200]
             raise PacsError(f"{place} sends on to {target!r}, which is not followed")
-        answer.raw = _Body(answer.raw, MAX_INSTANCE_BYTES if streamed else MAX_LIST_BYTES, place)
+        limit = MAX_INSTANCE_BYTES if streamed else MAX_LIST_BYTES
+        answer.raw.stream = _bounded(answer.raw.stream, limit, place)
         if not streamed:
             answer.content  # noqa: B018 - read here, where a broken connection is tried again
         return answer
 
-
-class _Client(_web.DICOMwebClient):  # type: ignore[name-defined]
-    """dicomweb-client, which parses what it retrieves; here it is not to, before it is checked."""
-
-    def instance_bytes(self, study: str, series: str, instance: str) -> bytes:
-        """One instance as the PACS has it, in whatever transfer syntax."""
-        url = f"{self.base_url}/studies/{study}/series/{series}/instances/{instance}"
-        answer = self._http_get(url, headers={"Accept": _ANY_SYNTAX}, stream=True)
-        if answer.headers["Content-Type"].lower().startswith("application/dicom"):
-            return bytes(answer.content)  # some send one part without its envelope
-        (content,) = self._decode_multipart_message(answer, stream=True)
-        return bytes(content)
+    session.request = request
+    return session
 
 
 class Pacs:
@@ -124,9 +97,13 @@ class Pacs:
         self, address: PacsAddress, access: Access, sleep: Callable[[float], None] = time.sleep
     ) -> None:
         address.check(access)
+        check_installed("pacs", what_for="a PACS")
+        self._requests = require("requests", extra="pacs", what_for="a PACS")
+        web = require("dicomweb_client.web", extra="pacs", what_for="a PACS")
+        session = _open_session(self._requests.Session(), access)
         self.address, self.sleep = address, sleep
-        self._client = _Client(
-            address.url, session=_Session(access), permissive_uid=True, timeout=TIMEOUT_S
+        self._client = web.DICOMwebClient(
+            address.url, session=session, permissive_uid=True, timeout=TIMEOUT_S
         )
         self._client.set_http_retry_params(retry=False)
 
@@ -145,9 +122,18 @@ class Pacs:
         return tuple(sorted(uid for uid in uids if instance in (None, uid)))
 
     def retrieve(self, series: str, instance: str) -> bytes:
-        """One instance as a file's content, unchecked."""
-        place = (self.address.study, series, instance)
-        return self.ask(f"instance {instance}", lambda: self._client.instance_bytes(*place))
+        """One instance as the PACS has it, in whatever transfer syntax, unchecked."""
+        client, place = self._client, f"studies/{self.address.study}/series/{series}"
+        url = f"{self.address.url}/{place}/instances/{instance}"
+
+        def get() -> bytes:  # dicomweb-client's own call would parse it, before it is checked
+            answer = client._http_get(url, headers={"Accept": _ANY_SYNTAX}, stream=True)
+            if answer.headers["Content-Type"].lower().startswith("application/dicom"):
+                return bytes(answer.content)  # some send one part without its envelope
+            (content,) = client._decode_multipart_message(answer, stream=True)
+            return bytes(content)
+
+        return self.ask(f"instance {instance}", get)
 
     def send(self, dataset: Any) -> list[int]:
         """Store one instance; the reasons for which the PACS says it has not (PS3.18, I.2)."""
@@ -155,7 +141,7 @@ class Pacs:
         def post() -> list[int]:
             try:
                 told = self._client.store_instances([dataset], self.address.study).to_json_dict()
-            except requests.HTTPError as error:
+            except self._requests.HTTPError as error:
                 if error.response.status_code != 409:  # it has stored none, and says why
                     raise
                 told = error.response.json()
@@ -190,15 +176,15 @@ class Pacs:
         for pause_s in (*PAUSES_S, None):
             try:
                 return call()
-            except requests.exceptions.SSLError as error:
+            except self._requests.exceptions.SSLError as error:
                 reason = str(error).rpartition("certificate verify failed: ")[2][:200]
                 why, again = f"TLS fails ({reason}): --pacs-ca names its authority", False
-            except requests.HTTPError as error:
+            except self._requests.HTTPError as error:
                 status = error.response.status_code
                 why, again = f"status {status}{_HINTS.get(status, '')}", status in _BUSY
-            except requests.exceptions.InvalidJSONError:
+            except self._requests.exceptions.InvalidJSONError:
                 why, again = "the answer is no JSON: is the prefix right?", False
-            except requests.RequestException as error:
+            except self._requests.RequestException as error:
                 found = re.search(r"\[Errno -?\d+\] [\w ]+", str(error))
                 reason = found.group() if found else type(error).__name__
                 why, again = f"no whole answer in {len(PAUSES_S) + 1} attempts ({reason})", True

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from ..core.errors import InputError
 from ..core.imaging import ByteArray, FloatArray
@@ -27,25 +26,13 @@ Intensities = Callable[[int], ByteArray]
 
 
 class SliceDecoder(Protocol):
-    """What segments one slice of a plane with prompts."""
+    """What segments one slice of a plane."""
 
-    def decode(
-        self,
-        index: int,
-        boxes: FloatArray,
-        *,
-        points: FloatArray | None = None,
-        labels: npt.NDArray[np.int32] | None = None,
-        mask_input: FloatArray | None = None,
-    ) -> Prediction:
-        """Masks (N, 1, H, W) of slice `index`.
+    def decode(self, index: int, boxes: FloatArray) -> Prediction:
+        """Masks (N, 1, H, W) of slice `index` for (N, 4) float32 x0, y0, x1, y1 on it.
 
-        Args:
-            index: slice of the plane.
-            boxes: (N, 4) float32 x0, y0, x1, y1 in the slice's frame.
-            points: (N, P, 2) float32 x, y in the slice's frame.
-            labels: (N, P) int32, 1 inside, 0 outside, -1 no point.
-            mask_input: (N, 4G, 4G) float32 logits of an earlier answer.
+        Boxes alone: with a point in the last mask, or its logits, weights that were trained with
+        boxes did worse.
         """
         ...
 

@@ -25,16 +25,12 @@ class Anchor:
         index: slice of the plane.
         mask: (H, W), not empty.
         iou: the decoder's own estimate of the mask's IoU; 1 for a mask that a user drew.
-        logits: (4G, 4G) float32, if the mask comes from the decoder.
-        box: (4,) float32, the prompt that gave the mask, if it was one.
     """
 
     label: int
     index: int
     mask: MaskArray
     iou: float = 1.0
-    logits: FloatArray | None = None
-    box: FloatArray | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -192,10 +192,7 @@ class TrackedObject:
         mask, decoded = self.slice_mask((axis, index), shape), self.slices[axis, index]
         if not mask.any():
             return None
-        logits = None if decoded.logits is None else decoded.logits.astype(np.float32)
-        box = None if decoded.asked is None else decoded.asked.box
-        asked = None if box is None else box[0].astype(np.float32)
-        return Anchor(self.about.label, index, mask, decoded.iou, logits, asked)
+        return Anchor(self.about.label, index, mask, decoded.iou)
 
     def confidence(self, axis: int, shape: tuple[int, int, int]) -> FloatArray:
         """The decoder's own estimates on the slices along an axis; NaN where it was not asked."""

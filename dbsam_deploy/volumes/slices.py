@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..core.imaging import ByteArray, FloatArray, is_constant
 from ..core.masks import Prediction
@@ -121,21 +120,6 @@ class PlaneDecoder:
     def __init__(self, slices: VolumeSlices, view: PlaneView) -> None:
         self._slices, self._view = slices, view
 
-    def decode(
-        self,
-        index: int,
-        boxes: FloatArray,
-        *,
-        points: FloatArray | None = None,
-        labels: npt.NDArray[np.int32] | None = None,
-        mask_input: FloatArray | None = None,
-    ) -> Prediction:
+    def decode(self, index: int, boxes: FloatArray) -> Prediction:
         """See `chain.SliceDecoder`."""
-        return self._slices.decode(
-            self._view,
-            index,
-            boxes=boxes,
-            point_coords=points,
-            point_labels=labels,
-            mask_input=mask_input,
-        )
+        return self._slices.decode(self._view, index, boxes=boxes)

@@ -12,6 +12,8 @@ from ..core.imaging import FloatArray
 
 MaskArray = npt.NDArray[np.bool_]
 
+LEAST_SD = 10.0
+"""Grey values that the pixels of an even object count as scattered."""
 LIKELY = 0.5
 """From this likeness on a pixel is expected to be the object's."""
 MARGIN_FRAME = 256
@@ -32,7 +34,7 @@ class ChainRule:
         min_overlap: least IoU of a mask with the one before it.
         min_iou_ratio: least predicted IoU, as a part of the anchor's.
         intensity_sds: furthest that a mask's mean intensity may be from the anchor's, in standard
-            deviations of the anchor's pixels.
+            deviations of the anchor's pixels (`LEAST_SD` at least).
         reach: most slices to each side of an anchor; None for the whole volume.
     """
 
@@ -40,7 +42,7 @@ class ChainRule:
     min_likeness: float = 0.05
     margin_px: float = 2.0
     margin_mm: float | None = None
-    min_overlap: float = 0.3
+    min_overlap: float = 0.2
     min_iou_ratio: float = 0.75
     intensity_sds: float = 3.0
     reach: int | None = None
@@ -131,7 +133,7 @@ def why_not(answer: SliceAnswer, before: SliceAnswer, anchor: SliceAnswer, rule:
         return f"predicted IoU {answer.iou:.2f}, under {least:.2f}"
     if answer.appearance is not None and anchor.appearance is not None:
         distance = abs(answer.appearance.mean - anchor.appearance.mean)
-        if distance > rule.intensity_sds * anchor.appearance.sd:
+        if distance > rule.intensity_sds * max(anchor.appearance.sd, LEAST_SD):
             return (
                 f"mean intensity {answer.appearance.mean:.0f}, more than {rule.intensity_sds:g} "
                 f"standard deviations from {anchor.appearance.mean:.0f}"

@@ -43,6 +43,7 @@ def test_nnunet(tmp_path: Path) -> None:
     folder = tmp_path / "Dataset009_Spleen"
     write_json(folder, channel_names={"0": "CT"}, labels=NAMES, file_ending=".nii.gz")
     pair(folder, "imagesTr/la_003_0000.nii.gz", "labelsTr/la_003.nii.gz")
+    write_nifti(folder / "imagesTr" / "._la_003_0000.nii.gz", IMAGE)  # of macOS
     write_nifti(folder / "imagesTs" / "la_004_0000.nii.gz", IMAGE)  # without labels
     (case,) = find_cases(folder)
     assert (case.task, case.name) == ("Dataset009_Spleen", "la_003")
@@ -85,7 +86,6 @@ def decathlon(folder: Path, values: npt.NDArray[Any] = IMAGE, **more: Any) -> No
 
 def test_decathlon(tmp_path: Path) -> None:
     decathlon(tmp_path / "Task03_Liver", modality={"0": "CT"})
-    write_nifti(tmp_path / "Task03_Liver" / "imagesTr" / "._b_1.nii.gz", IMAGE)  # of macOS
     write_nifti(tmp_path / "Task03_Liver" / "imagesTr" / "unlisted.nii.gz", IMAGE)
     assert names_in(tmp_path) == [("Task03_Liver", "Task03_Liver/b_1")]
     read = read_case(find_cases(tmp_path)[0])

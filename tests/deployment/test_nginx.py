@@ -6,21 +6,13 @@ import asyncio
 import base64
 import http.client
 import json
-import os
-import signal
-import socket
-import ssl
-import subprocess
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
+from support.nginx import CONFIG, LOGIN, PASSWORD, USER, Proxy, listener, running
 from support.traffic import masks_over_grpc, masks_over_http
 
 from dbsam_deploy.clients.access import Access
@@ -28,115 +20,12 @@ from dbsam_deploy.clients.async_client import AsyncDbsamClient
 from dbsam_deploy.clients.client import DbsamClient
 from dbsam_deploy.core.errors import InputError, ServingError
 
-CONFIG = Path(__file__).resolve().parents[2] / "deployment" / "nginx" / "nginx.conf"
-USER, PASSWORD = "radiology", "correct horse"
-LOGIN = "Basic " + base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
 BOX = np.array([[2, 3, 30, 25]], np.float32)
 BODY_LIMIT = 1 << 20
 
 
 def image() -> np.ndarray:
     return np.random.default_rng().integers(0, 256, (40, 33, 3), dtype=np.uint8)
-
-
-@dataclass(frozen=True)
-class Proxy:
-    """A running nginx."""
-
-    port: int
-    certificate: Path
-    folder: Path
-
-    def connect(self) -> http.client.HTTPSConnection:
-        context = ssl.create_default_context(cafile=str(self.certificate))
-        return http.client.HTTPSConnection("localhost", self.port, context=context, timeout=20)
-
-    def ask(self, method: str, path: str, body: bytes | None = None, **headers: str) -> int:
-        connection = self.connect()
-        try:
-            connection.request(method, path, body, headers)
-            return connection.getresponse().status
-        finally:
-            connection.close()
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def write_secrets(folder: Path) -> None:
-    """A key, a certificate of it, and a login, as docs/how-to/deploy.md makes them."""
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
-    command += " -subj /CN=localhost -addext subjectAltName=DNS:localhost,IP:127.0.0.1"
-    command += " -keyout tls.key -out tls.crt"
-    subprocess.run(command.split(), cwd=folder, check=True, capture_output=True)
-    hashed = subprocess.run(
-        ["openssl", "passwd", "-6", PASSWORD], check=True, capture_output=True, text=True
-    ).stdout
-    (folder / "htpasswd").write_text(f"{USER}:{hashed}")
-
-
-def configured(folder: Path, port: int, changes: dict[str, str]) -> str:
-    """The shipped configuration with the places of this test; everything else is as it is."""
-    text = CONFIG.read_text()
-    replaced = {
-        **changes,
-        "/tmp/": f"{folder}/",  # noqa: S108 - what the container has
-        "/etc/dbsam/": f"{folder}/",
-        "/dev/stdout": f"{folder}/access.log",
-        "/dev/stderr": f"{folder}/error.log",
-        "listen 8443": f"listen 127.0.0.1:{port}",
-        "worker_processes auto": "worker_processes 1",
-    }
-    for old in replaced:
-        assert old in text, f"{old!r} is not in {CONFIG.name} any more"
-    parts = [text]
-    for old, new in replaced.items():  # what was put in is not looked at again
-        parts = [
-            piece
-            for part in parts
-            for piece in ([part] if part in replaced.values() else _cut(part, old, new))
-        ]
-    return "".join(parts)
-
-
-def _cut(part: str, old: str, new: str) -> list[str]:
-    pieces: list[str] = []
-    for piece in part.split(old):
-        pieces += [new, piece]
-    return pieces[1:]
-
-
-@contextmanager
-def running(nginx: str, folder: Path, changes: dict[str, str]) -> Iterator[Proxy]:
-    """nginx with the shipped configuration, until it answers and then some."""
-    write_secrets(folder)
-    port = free_port()
-    config = folder / "nginx.conf"
-    config.write_text(configured(folder, port, changes))
-    user = "user root;" if os.getuid() == 0 else ""  # who may read pytest's folders
-    process = subprocess.Popen(
-        [nginx, "-p", str(folder), "-c", str(config), "-g", f"daemon off; {user}"],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        deadline = time.monotonic() + 10
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                if process.poll() is not None or time.monotonic() > deadline:
-                    process.kill()
-                    pytest.fail(f"nginx did not come up: {process.communicate()[1]}")
-                time.sleep(0.02)
-        yield Proxy(port, folder / "tls.crt", folder)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=10)
 
 
 @pytest.fixture(scope="module")
@@ -153,25 +42,6 @@ def proxy(
         yield started
 
 
-@contextmanager
-def listener() -> Iterator[tuple[str, list[bytes]]]:
-    """A server that keeps what it gets, up to the end of the first request's header."""
-    got: list[bytes] = []
-
-    def listen() -> None:
-        with server.accept()[0] as connection:
-            connection.settimeout(10)
-            while b"\r\n\r\n" not in b"".join(got):
-                got.append(connection.recv(1 << 16))
-            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
-
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        thread = threading.Thread(target=listen)
-        thread.start()
-        yield f"127.0.0.1:{server.getsockname()[1]}", got
-        thread.join(timeout=10)
-
-
 def test_what_reaches_the_server_has_a_length_and_no_secret(deployment_tool, tmp_path):
     with listener() as (address, got):
         changes = {"server:8000": address, "server:8001": address}
@@ -185,30 +55,6 @@ def test_what_reaches_the_server_has_a_length_and_no_secret(deployment_tool, tmp
     assert "transfer-encoding" not in head
     for secret in ("authorization", "5ecret", "dbsam-key"):
         assert secret not in head
-
-
-def test_certificates_of_clients_in_the_place_of_passwords(deployment_tool, tmp_path):
-    """The lines that stand in the configuration as a comment."""
-    with listener() as (address, got):
-        changes = {
-            "# ssl_client_certificate /etc/dbsam/clients-ca.crt": (
-                f"ssl_client_certificate {tmp_path}/tls.crt"  # which signs itself
-            ),
-            "# ssl_verify_client": "ssl_verify_client",
-            'auth_basic "dbsam"': "auth_basic off",
-            "server:8000": address,
-            "server:8001": address,
-        }
-        with running(deployment_tool("nginx"), tmp_path, changes) as proxy:
-            assert proxy.ask("GET", "/v2/health/ready", Authorization=LOGIN) == 400
-            assert got == [], "nobody came through"
-            context = ssl.create_default_context(cafile=str(proxy.certificate))
-            context.load_cert_chain(tmp_path / "tls.crt", tmp_path / "tls.key")
-            connection = http.client.HTTPSConnection("localhost", proxy.port, context=context)
-            connection.request("GET", "/v2/health/ready")
-            assert connection.getresponse().status == 200
-            connection.close()
-    assert b"GET /v2/health/ready" in b"".join(got)
 
 
 def expected(triton, picture: np.ndarray) -> np.ndarray:

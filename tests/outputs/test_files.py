@@ -1,11 +1,14 @@
 """Which files a segmentation is written to, and what is in them."""
 
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from support.dicom_series import write_dicom_series
+from support.faults import Faults, Killed, injected
 
 from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.images.intensity import to_uint8
@@ -94,3 +97,47 @@ def test_slices_are_replaced_as_a_whole_and_nothing_else_is(tmp_path: Path) -> N
     with pytest.raises(InputError, match=r"holds 'notes\.txt'"):
         write(segmented(volume, labels), {"png": folder})
     assert (folder / "notes.txt").read_text() == "mine"
+
+
+def below(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("error", [errno.ENOSPC, 0])
+def test_a_full_disk_or_a_kill_at_any_write_leaves_whole_results(
+    error: int, every: int, tmp_path: Path
+) -> None:
+    volume = volume_of((3, 4, 5), tmp_path, "array")
+    ones, twos = (segmented(volume, np.full((3, 4, 5), n, np.uint8)) for n in (1, 2))
+    plan = planned(volume, ["npz", "csv", "png"], tmp_path / "out")
+    write(twos, plan)
+    new = below(tmp_path / "out")
+    write(ones, plan)
+    old = below(tmp_path / "out")
+    with injected(Faults()) as faults:
+        write(twos, plan)
+        write(ones, plan)
+    assert old.keys() == new.keys()
+    said: list[str] = []
+    for at in faults.points()[::every]:
+        with injected(Faults(at, error, lasting=True)):
+            try:
+                write(twos, plan)
+            except InputError as refusal:
+                said.append(refusal.message)
+            except Killed:
+                said.append("killed")
+        found = below(tmp_path / "out")
+        for name in old:
+            moved = f".{name.replace('/', '.old/')}"  # put back by the next run
+            assert found.get(name, found.get(moved)) in (old[name], new[name]), (at, name)
+        slices = {found.get(name) == new[name] for name in old if name.startswith("scan_mask/")}
+        assert len(slices) == 1, "slices of two results"
+        with injected(Faults()):  # which only saves the time that a disk takes
+            write(ones, plan)
+        assert below(tmp_path / "out") == old
+    assert said
+    expected = os.strerror(errno.ENOSPC) if error else "killed"
+    assert all(expected in line for line in said)

@@ -212,6 +212,25 @@ def test_a_series_that_is_still_arriving(orthanc: Orthanc, make_series: MakeSeri
     assert left_in(target) == []
 
 
+def test_an_interruption_leaves_nothing(orthanc: Orthanc, make_series: MakeSeries, target):
+    sent = make_series(3)
+    orthanc.upload(*sent.files)
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fetch(orthanc.address(sent.study), target, progress=interrupt, sleep=no_wait)
+    assert left_in(target) == []
+
+
+def test_what_is_sent_in_blocks_arrives(orthanc: Orthanc, make_series: MakeSeries, target):
+    sent = make_series(1, PixelData=bytes(2_000_000), Rows=1000, Columns=1000)
+    store(orthanc.address(sent.study), sent.files)
+    (file,) = fetch(orthanc.address(sent.study), target, sleep=no_wait).iterdir()
+    assert len(dcmread(file).PixelData) == 2_000_000
+
+
 def test_one_series_of_images_is_found_and_several_are_named(orthanc, make_series, target):
     first = make_series(2, SeriesDescription="Thorax", SeriesNumber=3)
     report = make_series(1, study=first.study, Modality="SR")

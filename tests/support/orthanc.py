@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from support.nginx import free_port
+
 from dbsam_deploy.clients.access import Access
 from dbsam_deploy.pacs.address import PacsAddress
 
@@ -60,13 +62,6 @@ def find_orthanc(tools: Path = TOOLS) -> Installation | None:
     program = shutil.which("Orthanc", path=f"/usr/sbin{os.pathsep}{os.environ.get('PATH', '')}")
     plugin = Path("/", _PLUGIN)
     return Installation(Path(program), plugin, {}) if program and plugin.is_file() else None
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
