@@ -164,8 +164,9 @@ def docker_command(repository: Repository, ports: Ports, host: str = LOOPBACK) -
         build.append(f"--build-arg TENSORRT={container.tensorrt}")
     pairs = ((ports.http, 8000), (ports.grpc, 8001), (ports.metrics, 8002))
     start = [
-        "docker run --rm --init --gpus all --shm-size=2g --read-only --tmpfs /tmp",
-        "--cap-drop=ALL --security-opt=no-new-privileges",
+        "docker run --rm --init --gpus all --shm-size 2g --stop-timeout 45",
+        # Docker's temporary folders let nothing in them be run, so no plugin library be loaded.
+        "--read-only --tmpfs /tmp:exec,size=2g --cap-drop ALL --security-opt no-new-privileges",
         *(f"-p {host}:{outer or inner}:{inner}" for outer, inner in pairs),
         f"-v {shlex.quote(str(repository.folder.absolute()))}:/models:ro",
         image,

@@ -80,15 +80,12 @@ def convert_cases(
         InputError: the output cannot be written.
         MissingError: the package for a format is not installed.
     """
-    cases, made, targets = [], 0, set[str]()
+    cases, made = [], 0
     skipped = [replace(one, path=_relative(one.path, folder)) for one in found.left_out]
     for number, file in enumerate(found.cases):
         progress(number, file.name)
         target = f"{file.task}/{npz_name(PurePosixPath(file.name).name)}"
         try:
-            if target.lower() in targets:
-                raise InputError(f"{target} would be made from another case too: rename one")
-            targets.add(target.lower())
             key = _key(file)
             kept = _kept(output / target, key)
             content, record = (b"", kept) if kept else _converted(file, target, folder, key)

@@ -197,13 +197,51 @@ def test_series_and_seg_are_paired_across_folders(tmp_path: Path) -> None:
         find_cases(root, reading=Reading(modality="T1"))
 
 
-def test_both_in_one_folder(tmp_path: Path) -> None:
+def test_more_than_is_described(tmp_path: Path) -> None:
+    files = write_series(tmp_path / "ct", VOLUME)
+    volume = read_image(tmp_path / "ct")
+    halves = np.stack([LABELS == 1, LABELS == 2], -1).astype(np.float32)
+    fractions = write_seg(tmp_path / "fractions.dcm", files, halves, "FRACTIONAL")
+    edit(fractions, MaximumFractionalValue=100)
+    with pytest.raises(InputError, match="a frame holds 255; expected 0 to 100"):
+        read_segments(fractions, volume)
+    labels = write_seg(tmp_path / "labels.dcm", files, LABELS, "LABELMAP")
+    described = pydicom.dcmread(labels).SegmentSequence
+    edit(labels, SegmentSequence=[one for one in described if one.SegmentNumber < 2])
+    with pytest.raises(InputError, match=r"holds label 2; its segments are \[1\]"):
+        read_segments(labels, volume)
+
+
+def test_both_and_another_series_in_one_folder(tmp_path: Path) -> None:
     files = write_series(tmp_path / "ct", VOLUME)
     write_seg(tmp_path / "ct" / "seg.dcm", files, LABELS)
+    for file in write_series(tmp_path / "other", VOLUME[:2]):
+        file.rename(tmp_path / "ct" / f"other_{file.name}")
     (case,) = find_cases(tmp_path / "ct")
     read = read_case(case)
     assert (case.name, read.notes) == ("ct", ())
     np.testing.assert_array_equal(read.labels, LABELS)
+
+
+def test_a_seg_of_two_series(tmp_path: Path) -> None:
+    files = write_series(tmp_path / "data" / "ct", VOLUME)
+    other = pydicom.dcmread(write_series(tmp_path / "data" / "other", VOLUME)[0])
+    seg = write_seg(tmp_path / "data" / "seg.dcm", files, LABELS)
+
+    def name_other(groups: Any) -> None:
+        image = groups.DerivationImageSequence[0].SourceImageSequence[0]
+        image.ReferencedSOPInstanceUID = other.SOPInstanceUID
+
+    change_frames(seg, name_other)
+    with pytest.raises(InputError, match=r"seg\.dcm refers to 2 series; expected one"):
+        find_cases(tmp_path / "data")
+
+
+def test_two_cases_of_one_name(tmp_path: Path) -> None:
+    for place in ("P1/study", "p1_study"):
+        write_seg(tmp_path / place / "1.dcm", write_series(tmp_path / place / "ct", VOLUME), LABELS)
+    with pytest.raises(InputError, match=r"has the name of .*: rename one of them"):
+        find_cases(tmp_path)
 
 
 def test_a_seg_without_its_series(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from support.labelled_sets import write_nifti
+from support.labelled_sets import IMAGE, LABELS, write_nifti
 
 from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.datasets.cases import Reading, read_case
@@ -18,10 +18,6 @@ from dbsam_deploy.datasets.finding import find_cases, find_labelled
 pytest.importorskip("nibabel")
 pytest.importorskip("SimpleITK")
 
-LABELS = np.zeros((4, 5, 6), np.uint8)
-LABELS[1, 1:4, 2] = LABELS[1, 3, 2:5] = 1
-LABELS[2, 0, 4:] = 2
-IMAGE = np.arange(LABELS.size, dtype=np.int16).reshape(LABELS.shape) - 20
 NAMES = {"background": 0, "liver": 1, "tumour": 2}
 
 
@@ -43,6 +39,7 @@ def test_nnunet(tmp_path: Path) -> None:
     folder = tmp_path / "Dataset009_Spleen"
     write_json(folder, channel_names={"0": "CT"}, labels=NAMES, file_ending=".nii.gz")
     pair(folder, "imagesTr/la_003_0000.nii.gz", "labelsTr/la_003.nii.gz")
+    write_nifti(folder / "imagesTr" / "._la_003_0000.nii.gz", IMAGE)  # of macOS
     write_nifti(folder / "imagesTs" / "la_004_0000.nii.gz", IMAGE)  # without labels
     (case,) = find_cases(folder)
     assert (case.task, case.name) == ("Dataset009_Spleen", "la_003")
@@ -85,7 +82,6 @@ def decathlon(folder: Path, values: npt.NDArray[Any] = IMAGE, **more: Any) -> No
 
 def test_decathlon(tmp_path: Path) -> None:
     decathlon(tmp_path / "Task03_Liver", modality={"0": "CT"})
-    write_nifti(tmp_path / "Task03_Liver" / "imagesTr" / "._b_1.nii.gz", IMAGE)  # of macOS
     write_nifti(tmp_path / "Task03_Liver" / "imagesTr" / "unlisted.nii.gz", IMAGE)
     assert names_in(tmp_path) == [("Task03_Liver", "Task03_Liver/b_1")]
     read = read_case(find_cases(tmp_path)[0])
