@@ -24,6 +24,7 @@ from .frames import Plane, Space, plane_axis
 from .label_map import segmentation_of
 from .objects import (
     Asked,
+    Bound,
     Change,
     Decoded,
     Extent,
@@ -178,7 +179,8 @@ class VolumePredictor:
             elif any(given is not None for given in (box, points, labels, index, mask_input)):
                 raise InputError("a 3D box stands alone: drop the other prompts, or it")
             else:
-                index, asked, bounds = placed_3d(view, box_3d, space)
+                index, asked, ends = placed_3d(view, box_3d, space)
+                bounds = Bound(*ends, tuple(np.asarray(asked.box, np.float64).ravel().tolist()))
             if add and bounds is None and label in self._objects:
                 asked = asked.after(self._objects[label].asked(view.axis, index))
             mask, iou, logits = self._slices.segment(view, index, asked, mask_input)
@@ -357,7 +359,7 @@ class VolumePredictor:
         axis: int,
         found: Mapping[int, SliceFindings],
         *,
-        bounds: tuple[int, int] | None = None,
+        bounds: Bound | None = None,
         ends: tuple[ChainEnd, ...] = (),
         is_carried: bool = False,
         forget: bool = False,
