@@ -179,8 +179,7 @@ class VolumePredictor:
             elif any(given is not None for given in (box, points, labels, index, mask_input)):
                 raise InputError("a 3D box stands alone: drop the other prompts, or it")
             else:
-                index, asked, ends = placed_3d(view, box_3d, space)
-                bounds = Bound(*ends, tuple(np.asarray(asked.box, np.float64).ravel().tolist()))
+                index, asked, bounds = placed_3d(view, box_3d, space)
             if add and bounds is None and label in self._objects:
                 asked = asked.after(self._objects[label].asked(view.axis, index))
             mask, iou, logits = self._slices.segment(view, index, asked, mask_input)
