@@ -15,7 +15,7 @@ from rich.console import Console
 from .api.loading import open_named, open_server
 from .api.model import Model
 from .artefact import untrained_note
-from .cli import HelpFormatter, Parser, progress_bars, run, say_on_stderr, table_console
+from .cli import HelpFormatter, Parser, numbers, progress_bars, run, say_on_stderr, table_console
 from .core.errors import InputError
 from .datasets.cases import CaseFile
 from .datasets.finding import add_reading_options, reading_of
@@ -104,9 +104,7 @@ def build_parser() -> Parser:
     measure.add_argument("--protocol", choices=PROTOCOLS, default="objects")
     measure.add_argument(
         "--box-growth-px",
-        nargs=2,
-        type=int,
-        metavar=("LOW", "HIGH"),
+        **numbers("LOW", "HIGH", kind=int),
         help="each side of a box made from the truth moves outwards by LOW to HIGH pixels, where "
         "the image's longer side is 1024 (default: objects and cvpr24 0 20, medsam 36 36, which is "
         "9 px at 256)",
