@@ -11,7 +11,7 @@ from rich.console import Console
 
 from . import __version__
 from .api.loading import open_model
-from .cli import Parser, progress_bars, run, say_on_stderr, table_console
+from .cli import Parser, numbers, progress_bars, run, say_on_stderr, table_console
 from .clients.calls import check_options, is_here
 from .core.errors import InputError
 from .core.imaging import check_boxes
@@ -114,16 +114,12 @@ def _add_subject(parser: Parser) -> None:
     subject.add_argument("--image", type=Path, help="file with one image")
     subject.add_argument(
         "--image-size",
-        nargs=2,
-        type=int,
-        metavar=("H", "W"),
+        **numbers("H", "W", kind=int),
         help="of the drawn one (default: 1024 1024)",
     )
     subject.add_argument(
         "--box",
-        nargs=4,
-        type=float,
-        metavar=("X0", "Y0", "X1", "Y1"),
+        **numbers("X0", "Y0", "X1", "Y1"),
         help="an object in it; clicks are points in its middle (default: the middle half)",
     )
     subject.add_argument("--click-box", action="store_true", help="clicks are boxes, not points")

@@ -25,6 +25,7 @@ from ..outputs.files import ENDINGS, OVERLAY, mean_confidence, write
 from ..outputs.merging import Earlier, merged, read_earlier
 from ..outputs.segmentation import Segmentation
 from ..prediction.segment import Progress
+from ..volumes.kept_answers import remove_answers
 from ..volumes.study import check_study
 from ..volumes.study_prompts import StudyPrompts
 from .model import Model
@@ -89,7 +90,7 @@ def predict_study(
     old = earlier_result(args, volume, paths, [one.name for one in spec.objects])
     unfinished = _unfinished(paths)
     if not args.resume:
-        unfinished.unlink(missing_ok=True)
+        remove_answers(unfinished)
     notes: list[str] = []
     with open_model() as model:
         introduce(model)
@@ -108,7 +109,7 @@ def predict_study(
             found = found if old is None else merged(old, found, overwrite=args.overwrite)
             notes.insert(0, f"{time.perf_counter() - start:.1f} s")
             written = list(write(found, paths))
-    unfinished.unlink(missing_ok=True)
+    remove_answers(unfinished)
     if OVERLAY in paths:
         written.append(write_file(paths[OVERLAY], png_bytes(np.asarray(picture(found)))))
     _report(found, notes, written)

@@ -20,6 +20,7 @@ from ..files.publication import tidy
 from ..images.volumes import Volume, read_image
 from ..outputs.files import planned
 from ..prediction.prompts import Prompts
+from ..volumes.kept_answers import remove_answers
 from ..volumes.prompt_file import read_prompt_file
 from ..volumes.study_prompts import StudyPrompts, from_prompts
 from .manifest import Study
@@ -183,7 +184,7 @@ def _kept(study: Study, orders: Orders, key: str) -> Iterator[Path]:
     finally:
         one_key = "[0-9a-f]" * 16
         for path in orders.output.glob(f".{glob.escape(study.name)}.{one_key}.unfinished"):
-            path.unlink(missing_ok=True)  # those of other prompts as well
+            remove_answers(path)  # those of other prompts as well
 
 
 def _made_of(study: Study, orders: Orders, model: Model) -> Inputs:

@@ -116,7 +116,7 @@ class KeptAnswers:
         finally:
             self._base.close()
         if is_empty:
-            self.path.unlink(missing_ok=True)
+            remove_answers(self.path)
 
     def _seal(self, *parts: str | bytes | None) -> str:
         whole = hashlib.sha256(self._key.encode())
@@ -134,6 +134,12 @@ class KeptAnswers:
                 f"{self.path}, which keeps finished slices, cannot be used: {error}; free some "
                 "space there, move what is in the way, or write elsewhere"
             ) from error
+
+
+def remove_answers(path: Path) -> None:
+    """Remove a file of `KeptAnswers`, and what a killed run left beside it."""
+    for file in (path, path.with_name(f"{path.name}-journal")):
+        file.unlink(missing_ok=True)
 
 
 def _unpacked(packed: bytes | None, shape: tuple[int, ...]) -> npt.NDArray[np.float32] | None:

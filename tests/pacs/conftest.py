@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from pydicom.uid import generate_uid
 from support.dicom_series import write_dicom_series
-from support.orthanc import Orthanc, find_orthanc, free_port, wait_for
+from support.nginx import write_secrets
+from support.orthanc import Orthanc, find_orthanc
+from support.ports import free_port, wait_for
 
 from dbsam_deploy.clients.access import Access
 from dbsam_deploy.pacs.address import PacsAddress
@@ -87,10 +89,7 @@ def secure_orthanc(
     Not Orthanc's own TLS: Debian 12's build ends with a segmentation fault at the first request.
     """
     folder, nginx = tmp_path_factory.mktemp("secure"), deployment_tool("nginx")
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
-    command += " -subj /CN=localhost -addext subjectAltName=DNS:localhost,IP:127.0.0.1"
-    command += " -keyout tls.key -out tls.crt"
-    subprocess.run(command.split(), cwd=folder, check=True, capture_output=True)
+    write_secrets(folder)
     server, port = Orthanc(find_orthanc(), folder, Access(login=LOGIN)), free_port()
     text = _NGINX.format(folder=folder, port=port, server=server.port)
     (folder / "nginx.conf").write_text(text)

@@ -12,8 +12,10 @@ from support.bright import BrightPredictor
 
 from dbsam_deploy.api.command import add_predict_options, predict_image
 from dbsam_deploy.api.model import Model
+from dbsam_deploy.api.pacs_command import STORED
 from dbsam_deploy.cli import Parser, run
 from dbsam_deploy.clients.access import Access
+from dbsam_deploy.outputs.files import ENDINGS
 from dbsam_deploy.pacs import connection
 from dbsam_deploy.pacs import fetch as fetching
 from dbsam_deploy.pacs import store as storing
@@ -174,6 +176,10 @@ def test_a_refused_segmentation_stays_on_the_disk(orthanc, make_series: MakeSeri
     assert "stored" not in out
     assert "does not list it" in err
     assert (predict.output / f"{sent.uid}_seg.dcm").is_file()
+
+
+def test_every_format_in_dicom_can_be_stored():
+    assert set(STORED) == {name for name, ending in ENDINGS.items() if ending.endswith(".dcm")}
 
 
 def test_mistakes_are_one_line_before_anything_is_asked(predict, tmp_path):

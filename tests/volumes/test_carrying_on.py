@@ -85,6 +85,7 @@ def test_how_far_a_call_goes():
     assert carried(direction="up") == [4, 5, 6, 7, 8]
     assert carried(direction="down") == [3, 4, 5, 6]
     assert carried(from_slice=4) == [3, 4, 5, 6]  # 6 is prompted: what follows is its own
+    assert carried(from_slice=6) == [4, 5, 6, 7, 8]
     assert carried(from_slice=6, direction="up") == [4, 6, 7, 8]
     assert carried(from_slice=6, until=7) == [4, 6, 7]
     assert carried(direction="up", until=7) == [4, 5, 6, 7]

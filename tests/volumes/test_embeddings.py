@@ -247,6 +247,23 @@ def test_a_prompt_waits_for_one_encoding_at_most():
     assert len(predictor.log) < 60
 
 
+def test_a_prompt_that_waits_goes_before_work_ahead_that_waited_longer():
+    for _ in range(10):  # who gets a plain lock next is chance
+        predictor = Slow()
+        shared = SharedPredictor(predictor)
+        prompts = [threading.Thread(target=ask, args=(shared, value)) for value in (200, 201)]
+        with shared.turns:
+            shared.encode_ahead("one", ahead([1, 2]))
+            time.sleep(0.01)  # the worker waits by now
+            for prompt in prompts:
+                prompt.start()
+            wait_until(lambda shared=shared: shared.turns._wanted == 3)
+        for prompt in prompts:
+            prompt.join()
+        wait_until(lambda shared=shared: shared._worker is None)
+        assert sorted(predictor.log[:2]) == [200, 201]
+
+
 def test_the_last_to_prompt_goes_first_and_the_other_afterwards():
     predictor = Slow(0.005)
     shared = SharedPredictor(predictor)
@@ -258,6 +275,19 @@ def test_the_last_to_prompt_goes_first_and_the_other_afterwards():
     wait_until(lambda: shared._worker is None)
     assert sorted(predictor.log) == [1, 2, 3, 11, 12]
     assert predictor.log[-2:] == [2, 3]  # `one` may have begun before `two` came
+
+
+def test_images_that_come_while_the_earlier_ones_end_are_not_lost():
+    predictor = Slow()
+    shared = SharedPredictor(predictor)
+
+    def earlier():
+        yield from ahead([1])
+        shared.encode_ahead("one", ahead([2, 3]))  # a prompt, just before the worker sees the end
+
+    shared.encode_ahead("one", earlier())
+    wait_until(lambda: shared._worker is None)
+    assert predictor.log == [1, 2, 3]
 
 
 def test_work_ahead_stops_where_it_would_push_out_what_was_encoded():

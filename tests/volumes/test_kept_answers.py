@@ -11,7 +11,7 @@ from support.bright import BrightPredictor
 from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.core.masks import Prediction
 from dbsam_deploy.volumes.embeddings import SharedPredictor
-from dbsam_deploy.volumes.kept_answers import KeptAnswers, ResumedPredictor
+from dbsam_deploy.volumes.kept_answers import KeptAnswers, ResumedPredictor, remove_answers
 
 RUN = {"image": "abc", "model": "bright"}
 
@@ -80,4 +80,13 @@ def test_a_file_that_is_none_is_one_line(tmp_path: Path) -> None:
 
 def test_nothing_answered_leaves_no_file(tmp_path: Path) -> None:
     KeptAnswers(tmp_path / "run.db", RUN).close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_run_left_beside_it_goes_too(tmp_path: Path) -> None:
+    """SQLite would roll a journal back into whatever file has its name next."""
+    path = tmp_path / "run.db"
+    ask(path, BrightPredictor())
+    (tmp_path / "run.db-journal").write_bytes(b"left")
+    remove_answers(path)
     assert not list(tmp_path.iterdir())
