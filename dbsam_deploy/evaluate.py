@@ -54,8 +54,9 @@ NIfTI (nnU-Net's and the Decathlon's folders, images/ and labels/, x.nii.gz and 
 DICOM series with SEG files.
 
 Protocols: objects (each label of each slice, boxes grown by 0-20 px at 1024 scale, masks in the
-image frame), medsam (the paper's: 256x256 slices, one Dice a volume) and cvpr24 (MedSAM on Laptop:
-the file's boxes, 3D boxes passed on from slice to slice). Boxes depend on the file's name alone, so
+image frame), medsam (the paper's: 256x256 slices, one Dice a volume), cvpr24 (MedSAM on Laptop: the
+file's boxes, 3D boxes passed on from slice to slice) and one-prompt (volumes: one tight box on the
+slice with most of an object, carried to the others). Boxes depend on the file's name alone, so
 every run uses the same. Beside each figure stands the box's own: the score of a model that only
 repeats its prompt. With --output: CSV tables, JSON and one HTML page.
 
@@ -107,7 +108,7 @@ def build_parser() -> Parser:
         **numbers("LOW", "HIGH", kind=int),
         help="each side of a box made from the truth moves outwards by LOW to HIGH pixels, where "
         "the image's longer side is 1024 (default: objects and cvpr24 0 20, medsam 36 36, which is "
-        "9 px at 256)",
+        "9 px at 256, one-prompt 0 0)",
     )
     measure.add_argument("--seed", type=int, default=0, help="other boxes; 0 for the reference's")
     measure.add_argument(

@@ -25,12 +25,14 @@ class Anchor:
         index: slice of the plane.
         mask: (H, W), not empty.
         iou: the decoder's own estimate of the mask's IoU; 1 for a mask that a user drew.
+        within: (4,) box that the object lies in on every slice, where that is known.
     """
 
     label: int
     index: int
     mask: MaskArray
     iou: float = 1.0
+    within: FloatArray | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -161,6 +161,14 @@ class ObjectMask:
         self._bits[_within(extent, self._start)] = values
 
 
+class Bound(NamedTuple):
+    """A 3D box along an axis: its first slice, the one after its last, and its 2D box on them."""
+
+    first: int
+    end: int
+    box: tuple[float, ...]
+
+
 @dataclass(eq=False)
 class TrackedObject:
     """An object of a session; the mappings are replaced, never written to.
@@ -169,13 +177,13 @@ class TrackedObject:
         about: label, name, colour and code.
         mask: its voxels.
         slices: what was decided on which slice.
-        bounds: axis → first slice and the one after the last, where a 3D box says so.
+        bounds: axis → slices along it that hold the object, where a 3D box says so.
     """
 
     about: SegmentedObject
     mask: ObjectMask = field(default_factory=ObjectMask)
     slices: Mapping[SliceName, Decoded] = field(default_factory=dict)
-    bounds: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    bounds: Mapping[int, Bound] = field(default_factory=dict)
 
     def anchors(self, axis: int) -> list[int]:
         """Slices along an axis on which the user said what there is."""
@@ -192,7 +200,9 @@ class TrackedObject:
         mask, decoded = self.slice_mask((axis, index), shape), self.slices[axis, index]
         if not mask.any():
             return None
-        return Anchor(self.about.label, index, mask, decoded.iou)
+        bound = self.bounds.get(axis)
+        within = None if bound is None else np.array(bound.box, np.float32)
+        return Anchor(self.about.label, index, mask, decoded.iou, within)
 
     def confidence(self, axis: int, shape: tuple[int, int, int]) -> FloatArray:
         """The decoder's own estimates on the slices along an axis; NaN where it was not asked."""
@@ -212,9 +222,9 @@ class TrackedObject:
         self.slices = slices
         self.bounds = {} if forget else self.bounds
 
-    def bound(self, axis: int, index: int, bounds: tuple[int, int] | None) -> None:
+    def bound(self, axis: int, index: int, bounds: Bound | None) -> None:
         """Note the slices that a 3D box holds; a prompt outside an earlier one makes it void."""
-        known = {a: b for a, b in self.bounds.items() if a != axis or b[0] <= index < b[1]}
+        known = {a: b for a, b in self.bounds.items() if a != axis or b.first <= index < b.end}
         self.bounds = known if bounds is None else {**known, axis: bounds}
 
     def slice_mask(self, name: SliceName, shape: tuple[int, int, int]) -> _Bits:
@@ -289,7 +299,7 @@ class Undo:
     changed: Extent | None
     before: bytes
     slices: Mapping[SliceName, Decoded]
-    bounds: Mapping[int, tuple[int, int]]
+    bounds: Mapping[int, Bound]
     is_new: bool = False
 
     def apply(self, tracked: TrackedObject) -> None:
