@@ -329,7 +329,7 @@ def test_each_slice_of_a_plane_is_encoded_once(tiny_artefact):
         while session.shared._worker is not None:
             time.sleep(0.005)
         assert len(encoded) == len(np.unique(volume.pixels, axis=0))  # equal slices are one
-        with VolumePredictor(session.shared, scan(wedge())) as other:
+        with VolumePredictor(session.shared, scan(wedge()), encode_ahead=False) as other:
             other.prompt(1, box=BOX, index=3)
             other.prompt(1, box=[10, 2, 30, 11], index=12, plane="coronal")
         assert encoded[len(np.unique(volume.pixels, axis=0)) :] == [(42, 50)]
