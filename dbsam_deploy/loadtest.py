@@ -26,7 +26,7 @@ from .loadtesting.tables import one_line, result_table
 from .loadtesting.work import ABOUT, WAYS, WORKS, Connection, Subject, drawn_subject
 from .prediction.predictor import Promptable
 from .sessions.backends import ModelOptions
-from .sessions.options import add_access_options, named_access, read_key
+from .sessions.options import add_access_options, named_access, named_key
 
 CONCURRENCY = (1, 2, 4, 8, 16, 32)
 NONE = "none"
@@ -63,16 +63,12 @@ def build_parser() -> Parser:
     """The command line."""
     parser = Parser(prog="python -m dbsam_deploy.loadtest", description=DESCRIPTION)
     server = parser.add_argument_group("server")
-    server.add_argument("--url", default="localhost:8001", help="host:port for gRPC")
-    server.add_argument("--http-url", default="localhost:8000", help="host:port for HTTP")
-    server.add_argument(
-        "--metrics-url",
-        default="localhost:8002",
-        help="host:port of its metrics, for times in its queues and models; `none` does without",
-    )
-    server.add_argument(
-        "--key-file", type=Path, metavar="FILE", help="server.key, for the ways with shared memory"
-    )
+    for option, port, what in (
+        ("--url", 8001, "gRPC"),
+        ("--http-url", 8000, "HTTP"),
+        ("--metrics-url", 8002, "times in its queues and models; `none` does without"),
+    ):
+        server.add_argument(option, default=f"localhost:{port}", help=f"host:port for {what}")
     server.add_argument(
         "--server-pid",
         type=int,
@@ -198,7 +194,7 @@ def _plan(args: argparse.Namespace) -> LoadPlan:
         connection=Connection(
             {"grpc": args.url, "http": args.http_url},
             args.timeout,
-            None if args.key_file is None else read_key(args.key_file),
+            named_key(args),
             access=named_access(args),
         ),
         metrics_url=None if args.metrics_url == NONE else args.metrics_url,
