@@ -35,11 +35,6 @@ from dbsam_deploy.volumes.frames import plane_axis, to_patient
 from dbsam_deploy.volumes.session import VolumePredictor
 
 
-@pytest.fixture
-def session() -> VolumePredictor:
-    return bright()
-
-
 def test_one_box_gives_the_object(session):
     change = session.prompt(1, box=BOX, index=5)
     assert (change.labels, change.axis, change.slices) == ((1,), 0, (5,))
