@@ -85,7 +85,7 @@ def build_parser() -> Parser:
         nargs="+",
         choices=tuple(WAYS),
         default=["grpc"],
-        help="how requests go; shm is shared memory, for a server on this machine",
+        help="how requests go; shm is shared memory, for a server on this machine and its key",
     )
     amount = load.add_mutually_exclusive_group()
     amount.add_argument(

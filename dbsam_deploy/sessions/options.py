@@ -104,7 +104,7 @@ def add_server_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGro
         "--shared-memory",
         action="store_true",
         default=None,
-        help="for a server on this machine: no copies",
+        help="for a server on this machine: no copies; it asks for its key",
     )
     server.add_argument("--timeout", type=float, metavar="S", help="seconds to wait (default: 60)")
     add_access_options(server)
@@ -112,12 +112,7 @@ def add_server_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGro
 
 
 def add_access_options(server: argparse._ArgumentGroup) -> None:
-    """Add the server's key, and the options of a proxy before it, see `named_access`."""
-    server.add_argument(
-        "--key-file",
-        type=Path,
-        help="server.key of `serve`, which shared memory needs (default: $DBSAM_SERVER_KEY)",
-    )
+    """Add the options of a proxy before the server, see `named_access`, and the server's key."""
     server.add_argument(
         "--tls",
         action="store_true",
@@ -129,6 +124,9 @@ def add_access_options(server: argparse._ArgumentGroup) -> None:
     )
     server.add_argument(
         "--login-file", type=Path, metavar="FILE", help="TLS and the user:password in this file"
+    )
+    server.add_argument(
+        "--key-file", type=Path, help="server.key of `serve`; default: the key $DBSAM_SERVER_KEY"
     )
 
 

@@ -202,7 +202,7 @@ class TrackedObject:
             return None
         bound = self.bounds.get(axis)
         within = None if bound is None else np.array(bound.box, np.float32)
-        return Anchor(self.about.label, index, mask, decoded.iou, within)
+        return Anchor(self.about.label, index, mask, decoded.iou, within=within)
 
     def confidence(self, axis: int, shape: tuple[int, int, int]) -> FloatArray:
         """The decoder's own estimates on the slices along an axis; NaN where it was not asked."""

@@ -7,24 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from support.bright import BrightPredictor
-from support.wedge import (
-    BOX,
-    DEPTH,
-    SHAPE,
-    WIDE,
-    WIDTH,
-    bright,
-    scan,
-    wedge,
-)
+from support.wedge import BOX, DEPTH, SHAPE, WIDE, WIDTH, bright, scan, wedge
 
 from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.volumes.session import VolumePredictor
-
-
-@pytest.fixture
-def session() -> VolumePredictor:
-    return bright()
 
 
 def test_prompted_slices_are_joined_and_stay_as_they_are():

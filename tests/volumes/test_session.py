@@ -35,11 +35,6 @@ from dbsam_deploy.volumes.frames import plane_axis, to_patient
 from dbsam_deploy.volumes.session import VolumePredictor
 
 
-@pytest.fixture
-def session() -> VolumePredictor:
-    return bright()
-
-
 def test_one_box_gives_the_object(session):
     change = session.prompt(1, box=BOX, index=5)
     assert (change.labels, change.axis, change.slices) == ((1,), 0, (5,))
@@ -329,7 +324,7 @@ def test_each_slice_of_a_plane_is_encoded_once(tiny_artefact):
         while session.shared._worker is not None:
             time.sleep(0.005)
         assert len(encoded) == len(np.unique(volume.pixels, axis=0))  # equal slices are one
-        with VolumePredictor(session.shared, scan(wedge())) as other:
+        with VolumePredictor(session.shared, scan(wedge()), encode_ahead=False) as other:
             other.prompt(1, box=BOX, index=3)
             other.prompt(1, box=[10, 2, 30, 11], index=12, plane="coronal")
         assert encoded[len(np.unique(volume.pixels, axis=0)) :] == [(42, 50)]
