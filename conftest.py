@@ -296,10 +296,11 @@ class BenchmarkGate:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Drop the figures of a failed benchmark; note one that passed without any."""
+        known = report.nodeid in self._measured or "bound" in report.keywords
         if report.failed:
             self._measured.pop(report.nodeid, None)
             self._first.pop(report.nodeid, None)
-        elif report.when == "call" and report.passed and report.nodeid not in self._measured:
+        elif report.when == "call" and report.passed and not known:
             self._problems.append(f"{report.nodeid}: passed without measuring anything")
 
     @pytest.hookimpl(tryfirst=True)
@@ -363,8 +364,7 @@ def benchmark_ratio(
     """`benchmark_ratio(subject, check)`: check the subject's output, then time it.
 
     `check` takes what one call of `subject` returns, asserts that it is right and returns the facts
-    (precision, agreement, …) that stand in the benchmark's row. `reference` is the reference
-    workload where it runs in another place than this process.
+    (precision, agreement, …) that stand in its row. `reference` is a workload that runs elsewhere.
     """
 
     def time_rounds(

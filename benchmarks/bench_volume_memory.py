@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from support.tiny_artefact import make_tiny_artefact
 from timing.volumes import run_predict
 
@@ -9,6 +10,7 @@ MOST_BYTES = 4_000_000_000
 DEPTH = 800
 
 
+@pytest.mark.bound
 def test_memory_of_a_large_ct(tmp_path: Path) -> None:
     artefact = make_tiny_artefact(tmp_path / "graphs")
     taken = run_predict(tmp_path, DEPTH, "--artefact", str(artefact.folder))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 from support.bright import BrightPredictor
 
 from dbsam_deploy.images.intensity import STORED
@@ -86,6 +87,7 @@ def work() -> dict[str, float]:
     return taken
 
 
+@pytest.mark.bound
 def test_bytes_and_time_of_a_session() -> None:
     # In a process of its own: the peak is this one's whole life.
     code = "import json, bench_volume_session as b; print(json.dumps(b.work()))"

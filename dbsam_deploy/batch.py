@@ -199,7 +199,7 @@ class _HourlyRate(ProgressColumn):
     """Studies an hour."""
 
     def render(self, task: Task) -> Text:
-        return Text("" if not task.speed else f"{task.speed * 3600:.0f} an hour")
+        return Text("" if not task.speed else f"{task.speed * 3600:.0f}/h")
 
 
 class _Journal:

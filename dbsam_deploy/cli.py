@@ -146,6 +146,11 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see `{self.prog} --help`")
 
 
+def numbers(*names: str, kind: Callable[[str], float] = float) -> dict[str, Any]:
+    """What `add_argument` needs for an option of several numbers, given their names in `--help`."""
+    return {"nargs": len(names), "type": kind, "metavar": names}
+
+
 def add_no_wait(parser: argparse.ArgumentParser) -> None:
     """`--no-wait`, for a command that is the only writer of its folder; `wait` is its name."""
     parser.add_argument(

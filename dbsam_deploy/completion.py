@@ -6,7 +6,8 @@ import argparse
 import importlib
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
+from typing import Any, get_args, get_type_hints
 
 from .cli import DOORS, Parser, run
 from .extras import require
@@ -61,8 +62,15 @@ def _complete_files(parser: argparse.ArgumentParser) -> None:
         if isinstance(action, argparse._SubParsersAction):
             for sub in action.choices.values():
                 _complete_files(sub)
-        elif action.type is Path:
+        elif _gives_path(action.type):
             action.complete = _shtab().FILE  # type: ignore[attr-defined]
+
+
+def _gives_path(kind: Any) -> bool:
+    """Whether an option's type is a path, or a function that makes one, or something else."""
+    if kind is Path or not isinstance(kind, FunctionType):
+        return kind is Path
+    return Path in get_args(get_type_hints(kind).get("return"))
 
 
 def whole_parser() -> argparse.ArgumentParser:

@@ -15,7 +15,7 @@ from rich.console import Console
 from .api.loading import open_named, open_server
 from .api.model import Model
 from .artefact import untrained_note
-from .cli import HelpFormatter, Parser, progress_bars, run, say_on_stderr, table_console
+from .cli import HelpFormatter, Parser, numbers, progress_bars, run, say_on_stderr, table_console
 from .core.errors import InputError
 from .datasets.cases import CaseFile
 from .datasets.finding import add_reading_options, reading_of
@@ -54,8 +54,9 @@ NIfTI (nnU-Net's and the Decathlon's folders, images/ and labels/, x.nii.gz and 
 DICOM series with SEG files.
 
 Protocols: objects (each label of each slice, boxes grown by 0-20 px at 1024 scale, masks in the
-image frame), medsam (the paper's: 256x256 slices, one Dice a volume) and cvpr24 (MedSAM on Laptop:
-the file's boxes, 3D boxes passed on from slice to slice). Boxes depend on the file's name alone, so
+image frame), medsam (the paper's: 256x256 slices, one Dice a volume), cvpr24 (MedSAM on Laptop: the
+file's boxes, 3D boxes passed on from slice to slice) and one-prompt (volumes: one tight box on the
+slice with most of an object, carried to the others). Boxes depend on the file's name alone, so
 every run uses the same. Beside each figure stands the box's own: the score of a model that only
 repeats its prompt. With --output: CSV tables, JSON and one HTML page.
 
@@ -104,12 +105,10 @@ def build_parser() -> Parser:
     measure.add_argument("--protocol", choices=PROTOCOLS, default="objects")
     measure.add_argument(
         "--box-growth-px",
-        nargs=2,
-        type=int,
-        metavar=("LOW", "HIGH"),
+        **numbers("LOW", "HIGH", kind=int),
         help="each side of a box made from the truth moves outwards by LOW to HIGH pixels, where "
         "the image's longer side is 1024 (default: objects and cvpr24 0 20, medsam 36 36, which is "
-        "9 px at 256)",
+        "9 px at 256, one-prompt 0 0)",
     )
     measure.add_argument("--seed", type=int, default=0, help="other boxes; 0 for the reference's")
     measure.add_argument(

@@ -31,14 +31,14 @@ class Extra:
         name: as in the brackets after `dbsam-deploy`.
         purpose: what it is for, in a few words.
         requirements: what pip installs for it, as pyproject.toml says.
-        modules: what Python imports of them.
+        imported: what Python imports of them, where that is not their own names.
         includes: extras that it contains.
     """
 
     name: str
     purpose: str
     requirements: tuple[str, ...]
-    modules: tuple[str, ...]
+    imported: tuple[str, ...] = ()
     includes: tuple[str, ...] = ()
 
     @property
@@ -46,14 +46,14 @@ class Extra:
         """Names of what pip installs for it."""
         return tuple(re.split(r"[^\w.-]", line)[0] for line in self.requirements)
 
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """What Python imports of them."""
+        return self.imported or tuple(name.replace("-", "_") for name in self.distributions)
+
 
 EXTRAS = (
-    Extra(
-        "cpu",
-        "ONNX Runtime on the CPU",
-        ("onnxruntime>=1.20", "onnx>=1.19"),
-        ("onnxruntime", "onnx"),
-    ),
+    Extra("cpu", "ONNX Runtime on the CPU", ("onnxruntime>=1.20", "onnx>=1.19")),
     Extra(
         "gpu",
         "ONNX Runtime on CUDA, TensorRT",
@@ -66,12 +66,7 @@ EXTRAS = (
         ("tensorrt-rtx-cu13>=1.7", "pycuda>=2025.1"),
         ("tensorrt_rtx", "pycuda"),
     ),
-    Extra(
-        "openvino",
-        "OpenVINO on the CPU",
-        ("openvino>=2025.0", "onnx>=1.19"),
-        ("openvino", "onnx"),
-    ),
+    Extra("openvino", "OpenVINO on the CPU", ("openvino>=2025.0", "onnx>=1.19")),
     Extra(
         "export",
         "PyTorch models, export to ONNX",
@@ -83,7 +78,6 @@ EXTRAS = (
             "onnxscript>=0.5",
             "onnx-ir>=0.1.9",
         ),
-        ("torch", "segment_anything", "safetensors", "onnx", "onnxscript", "onnx_ir"),
     ),
     Extra(
         "modelopt",
@@ -116,7 +110,7 @@ EXTRAS = (
         ("hdrh.histogram", "matplotlib", "jinja2"),
         includes=("client", "client-http"),
     ),
-    Extra("nifti", "NIfTI files", ("nibabel>=5.2",), ("nibabel",)),
+    Extra("nifti", "NIfTI files", ("nibabel>=5.2",)),
     Extra(
         "dicom",
         "DICOM files",
@@ -135,7 +129,6 @@ EXTRAS = (
         "pacs",
         "studies of a PACS (DICOMweb)",
         ("dicomweb-client>=0.60", "requests>=2.32", "urllib3>=2.6"),
-        ("dicomweb_client", "requests", "urllib3"),
         includes=("dicom",),
     ),
     Extra("medsam", "MedSAM's preprocessing", ("scikit-image>=0.24",), ("skimage.transform",)),
@@ -152,21 +145,16 @@ EXTRAS = (
         ),
         ("monai", "scipy.ndimage", "skimage.transform", "matplotlib", "jinja2"),
     ),
-    Extra("batch", "many studies at a time", ("loky>=3.4", "jinja2>=3.1"), ("loky", "jinja2")),
-    Extra("cluster", "a batch on a Ray cluster", ("ray>=2.40",), ("ray",), includes=("batch",)),
-    Extra("completion", "completion of `dbsam` in a shell", ("shtab>=1.13",), ("shtab",)),
+    Extra("batch", "many studies at a time", ("loky>=3.4", "jinja2>=3.1")),
+    Extra("cluster", "a batch on a Ray cluster", ("ray>=2.40",), includes=("batch",)),
+    Extra("completion", "completion of `dbsam` in a shell", ("shtab>=1.13",)),
     Extra(
         "viewer",
         "a server for 3D Slicer, napari and MITK",
         ("fastapi>=0.115", "uvicorn>=0.30", "blosc2>=3.0"),
-        ("fastapi", "uvicorn", "blosc2"),
     ),
     Extra(
-        "train",
-        "training",
-        ("accelerate>=1.6", "tensorboard>=2.18"),
-        ("accelerate", "tensorboard"),
-        includes=("eval", "export"),
+        "train", "training", ("accelerate>=1.6", "tensorboard>=2.18"), includes=("eval", "export")
     ),
 )
 """Extras for users; `all` names most of them at once, `test` and `dev` are for our own work."""

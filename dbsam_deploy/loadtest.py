@@ -11,7 +11,7 @@ from rich.console import Console
 
 from . import __version__
 from .api.loading import open_model
-from .cli import Parser, progress_bars, run, say_on_stderr, table_console
+from .cli import Parser, numbers, progress_bars, run, say_on_stderr, table_console
 from .clients.calls import check_options, is_here
 from .core.errors import InputError
 from .core.imaging import check_boxes
@@ -26,7 +26,7 @@ from .loadtesting.tables import one_line, result_table
 from .loadtesting.work import ABOUT, WAYS, WORKS, Connection, Subject, drawn_subject
 from .prediction.predictor import Promptable
 from .sessions.backends import ModelOptions
-from .sessions.options import add_access_options, named_access, read_key
+from .sessions.options import add_access_options, named_access, named_key
 
 CONCURRENCY = (1, 2, 4, 8, 16, 32)
 NONE = "none"
@@ -63,16 +63,12 @@ def build_parser() -> Parser:
     """The command line."""
     parser = Parser(prog="python -m dbsam_deploy.loadtest", description=DESCRIPTION)
     server = parser.add_argument_group("server")
-    server.add_argument("--url", default="localhost:8001", help="host:port for gRPC")
-    server.add_argument("--http-url", default="localhost:8000", help="host:port for HTTP")
-    server.add_argument(
-        "--metrics-url",
-        default="localhost:8002",
-        help="host:port of its metrics, for times in its queues and models; `none` does without",
-    )
-    server.add_argument(
-        "--key-file", type=Path, metavar="FILE", help="server.key, for the ways with shared memory"
-    )
+    for option, port, what in (
+        ("--url", 8001, "gRPC"),
+        ("--http-url", 8000, "HTTP"),
+        ("--metrics-url", 8002, "times in its queues and models; `none` does without"),
+    ):
+        server.add_argument(option, default=f"localhost:{port}", help=f"host:port for {what}")
     server.add_argument(
         "--server-pid",
         type=int,
@@ -89,7 +85,7 @@ def build_parser() -> Parser:
         nargs="+",
         choices=tuple(WAYS),
         default=["grpc"],
-        help="how requests go; shm is shared memory, for a server on this machine",
+        help="how requests go; shm is shared memory, for a server on this machine and its key",
     )
     amount = load.add_mutually_exclusive_group()
     amount.add_argument(
@@ -114,16 +110,12 @@ def _add_subject(parser: Parser) -> None:
     subject.add_argument("--image", type=Path, help="file with one image")
     subject.add_argument(
         "--image-size",
-        nargs=2,
-        type=int,
-        metavar=("H", "W"),
+        **numbers("H", "W", kind=int),
         help="of the drawn one (default: 1024 1024)",
     )
     subject.add_argument(
         "--box",
-        nargs=4,
-        type=float,
-        metavar=("X0", "Y0", "X1", "Y1"),
+        **numbers("X0", "Y0", "X1", "Y1"),
         help="an object in it; clicks are points in its middle (default: the middle half)",
     )
     subject.add_argument("--click-box", action="store_true", help="clicks are boxes, not points")
@@ -202,7 +194,7 @@ def _plan(args: argparse.Namespace) -> LoadPlan:
         connection=Connection(
             {"grpc": args.url, "http": args.http_url},
             args.timeout,
-            None if args.key_file is None else read_key(args.key_file),
+            named_key(args),
             access=named_access(args),
         ),
         metrics_url=None if args.metrics_url == NONE else args.metrics_url,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from .api.command import add_predict_options, needs_logits, predict_image
-from .api.loading import open_named
+from .api.command import add_predict_options, predict_command
 from .cli import Parser, run
 from .sessions.options import add_model_options, add_server_options
 
@@ -61,8 +60,7 @@ def build_parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; see the module's `--help`."""
-    args = build_parser().parse_args(argv)
-    return predict_image(args, lambda: open_named(args, logits=needs_logits(args)))
+    return predict_command(build_parser(), argv)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,16 @@ __device__ __forceinline__ void store_channels(const float* sum, float factor, T
   store_vec<T, kVector>(row + first, result);
 }
 
+// A lane's channels of the four corners of a sample, N words each.
+template <int N, typename T>
+__device__ __forceinline__ void load_corners(const T* value, const Vec<int, 4>& place,
+                                             Vec<uint32_t, N> (&corner)[4]) {
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    corner[c] = ldg_vec<uint32_t, N>(reinterpret_cast<const uint32_t*>(value + place[c]));
+  }
+}
+
 // float values: float32 sums on the ordinary units.
 template <typename Value>
 struct DeformGather {
@@ -143,10 +153,7 @@ struct DeformGatherMma {
     __device__ __forceinline__ void add(const T16* value, const Vec<int, 4>& place,
                                         const Weights& weights) {
       Vec<uint32_t, 4> corner[4];
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        corner[c] = ldg_vec<uint32_t, 4>(reinterpret_cast<const uint32_t*>(value + place[c]));
-      }
+      load_corners(value, place, corner);
       const Vec<uint32_t, 4> a = weights.entry[entry];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -244,10 +251,7 @@ struct DeformGather<signed char> {
     __device__ __forceinline__ void add(const signed char* value, const Vec<int, 4>& place,
                                         const Weights& weights) {
       Vec<uint32_t, 2> corner[4];
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        corner[c] = ldg_vec<uint32_t, 2>(reinterpret_cast<const uint32_t*>(value + place[c]));
-      }
+      load_corners(value, place, corner);
       const Vec<uint32_t, 2> weight = weights.corner[query];
 #pragma unroll
       for (int i = 0; i < 8; i += 4) {

@@ -111,11 +111,11 @@ def test_sigterm_lets_accepted_requests_finish_and_refuses_new_ones(
         assert Path(told["key"]).stat().st_mode & 0o777 == 0o600
         check = ["--check", told["HTTP"], "--repository", str(served_copy.folder)]
         assert run(serve.main, check) == 0
+        client = grpc.InferenceServerClient(told["gRPC"])
+        ask_grpc(client, probe_image(), 60)  # connected before the server begins to stop
         threads = [threading.Thread(target=ask) for _ in range(8)]
         for thread in threads:
             thread.start()
-        client = grpc.InferenceServerClient(told["gRPC"])
-        ask_grpc(client, probe_image(), 60)  # connected before the server begins to stop
         metrics = urlsplit(told["metrics"]).netloc
         assert wait_until(lambda: requests_in_flight(metrics) >= 4)
         process.send_signal(signal.SIGTERM)

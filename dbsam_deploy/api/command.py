@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..cli import progress_bars, table_console
+from ..cli import Parser, numbers, progress_bars, table_console
 from ..core.errors import InputError
 from ..files.atomic import write_file
 from ..images.volumes import OWN_WINDOW, Volume, png_bytes, read_image
@@ -27,6 +27,7 @@ from ..prediction.results import Result
 from ..prediction.segment import Progress
 from ..volumes.prompt_file import read_prompt_file
 from ..volumes.study_prompts import StudyPrompts, from_prompts
+from .loading import open_named
 from .model import Model, own_boxes
 from .pacs_command import add_store_options, image_source, predict_in_pacs
 from .study_command import FRACTIONS, earlier_result, predict_study
@@ -51,27 +52,21 @@ def add_prompt_options(parser: argparse._ActionsContainer) -> None:
     """Options that say what is looked for in an image."""
     parser.add_argument(
         "--box",
-        nargs=4,
-        type=float,
+        **numbers("X0", "Y0", "X1", "Y1"),
         action="append",
-        metavar=("X0", "Y0", "X1", "Y1"),
         help="a box in image pixels; repeat it for more objects",
     )
     parser.add_argument(
         "--box3d",
-        nargs=6,
-        type=float,
+        **numbers("X0", "Y0", "Z0", "X1", "Y1", "Z1"),
         action="append",
-        metavar=("X0", "Y0", "Z0", "X1", "Y1", "Z1"),
         help="a box in a volume, slices Z0 to Z1 - 1 (counted from 0): the object is found on the "
         "middle one and carried to the others",
     )
     parser.add_argument(
         "--point",
-        nargs=3,
-        type=float,
+        **numbers("X", "Y", "LABEL"),
         action="append",
-        metavar=("X", "Y", "LABEL"),
         help="a point inside (LABEL 1) or outside (0) the object; all points describe one object, "
         "together with the --box if there is one",
     )
@@ -269,6 +264,12 @@ def _asked(
     if args.resume and not propagates:
         raise InputError("--resume goes with objects that are carried through a volume")
     return prompts, from_prompts(prompts, propagate=True) if propagates else None
+
+
+def predict_command(parser: Parser, argv: list[str] | None) -> int:
+    """`predict` and `client`, whose command lines differ in how they name the model."""
+    args = parser.parse_args(argv)
+    return predict_image(args, lambda: open_named(args, logits=needs_logits(args)))
 
 
 def predict_image(args: argparse.Namespace, open_model: Callable[[], Model]) -> int:

@@ -16,7 +16,7 @@ from ..core.imaging import Mode
 from ..files.user_paths import user_path
 from ..prediction.predictor import Predictor, ServedPredictor
 from ..sessions.backends import ModelOptions, open_backend
-from ..sessions.options import TRITON, model_options, named_access, read_key
+from ..sessions.options import TRITON, model_options, named_access, named_key
 from .model import Model
 
 KEPT_EMBEDDINGS = 8
@@ -263,7 +263,7 @@ def open_named(
         scheme,
         shared_memory=bool(args.shared_memory),
         timeout_s=args.timeout,
-        key=None if args.key_file is None else read_key(args.key_file),
+        key=named_key(args),
         access=access,
         logits=logits,
     )

@@ -31,8 +31,11 @@ _LOADING = re.compile(
 _STOPPING = re.compile(r"\bstopping: |[Ss]erver is stopping")
 _NOT_KEPT = re.compile(r"\bimage_id \S+: not kept")
 _RESTRICTED = re.compile(r"This (?:API|protocol) is restricted")
-_NOT_HTTP = re.compile(r"BadStatusLine|[Bb]ad status line|Expected HTTP/")
-_NOT_GRPC = re.compile(r"failed to connect.*Socket closed|Failed parsing HTTP/2|http1\.x")
+_ALIEN = {
+    "grpc": re.compile(r"failed to connect.*Socket closed|Failed parsing HTTP/2|http1\.x"),
+    "http": re.compile(r"BadStatusLine|[Bb]ad status line|Expected HTTP/"),
+}
+"""Transport → what its library says of an answer in another protocol."""
 _BROKE_OFF = re.compile(
     r"[Ss]ocket closed|[Cc]onnection reset|[Bb]roken pipe|Remote end closed|Stream removed|"
     r"Connection aborted|RST_STREAM"
@@ -119,8 +122,7 @@ def _proxys_refusal(request: ServerRequest, status: str) -> InputError | None:
 
 def _no_server(request: ServerRequest, text: str) -> NoServerError:
     text = " ".join(text.split())
-    alien = _NOT_GRPC if request.transport == "grpc" else _NOT_HTTP
-    if alien.search(text):
+    if _ALIEN[request.transport].search(text):
         advice = _WRONG_TRANSPORT[request.transport]
         return NoServerError(
             f"no Triton server answers {request.transport} on {request.url}: {advice}"

@@ -25,7 +25,7 @@ from ..outputs.files import mean_confidence, planned, write
 from ..outputs.segmentation import Segmentation
 
 RECORD_NAME = "study.json"
-PICTURE_NAME, PICTURE_SIDE = "overview.jpg", 240
+PICTURE_NAME, PICTURE_SIDE = "overview.jpg", 256
 
 _KIND = ManifestKind(
     "a record of this library",

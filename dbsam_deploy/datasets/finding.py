@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+from ..cli import numbers
 from ..core.errors import InputError
 from ..files.damage import reason_of
 from ..files.regular import small_text
@@ -31,9 +32,7 @@ def add_reading_options(parser: argparse._ActionsContainer) -> None:
     """Options that say how images of a data set are read; `reading_of` takes them."""
     parser.add_argument(
         "--window",
-        nargs=2,
-        type=float,
-        metavar=("LEVEL", "WIDTH"),
+        **numbers("LEVEL", "WIDTH"),
         help="map these values to 0-255, in HU for CT (default: soft tissue where the data say that"
         " they are CT, else the 0.5-99.5 percentiles; bytes as they are)",
     )

@@ -33,7 +33,7 @@ from ..core.imaging import (
     to_model_frame,
 )
 from ..core.masks import Prediction
-from ..core.prompts import PromptArrays, check_mask_input, join_prompts
+from ..core.prompts import Places, PromptArrays, check_mask_input, join_prompts
 from ..sessions.session import Session
 
 if TYPE_CHECKING:  # a local prediction, and an export's key, do without the client
@@ -155,29 +155,23 @@ class Predictor:
     def predict_prompts(
         self,
         *,
-        boxes: npt.NDArray[Any] | None = None,
-        point_coords: npt.NDArray[Any] | None = None,
-        point_labels: npt.NDArray[Any] | None = None,
         mask_input: npt.NDArray[Any] | None = None,
         multimask: bool = False,
+        **places: Unpack[Places],
     ) -> Prediction:
         """One prediction for each of N prompt sets: box, points and an earlier mask, combined.
 
         Args:
-            boxes: (N, 4) in the image frame.
-            point_coords: (N, P, 2) x, y in the image frame.
-            point_labels: (N, P) 1 foreground, 0 background, -1 no point.
             mask_input: (N, 4G, 4G) float logits, as in `Prediction.logits`.
             multimask: return the three alternatives instead of the single mask.
+            **places: `boxes`, `point_coords` and `point_labels`, see `core.prompts.Places`.
 
         Raises:
             InputError: no image, neither boxes nor points, or arrays that do not fit together.
         """
         embeddings = self._current()
         size, how = self._original_size, self.preprocessing
-        tokens_xy, labels = join_prompts(
-            size, boxes=boxes, point_coords=point_coords, point_labels=point_labels
-        )
+        tokens_xy, labels = join_prompts(size, **places)
         coords = to_model_frame(tokens_xy, size, how)
         count, side = len(coords), how.mask_side
         masks = np.zeros((1, count, 1, side, side), np.float32)

@@ -203,7 +203,7 @@ class Supervisor:
         began, self._asked, self._round = time.monotonic(), None, []
         if FRONT in faults and (lost := self._unanswered()):
             # Triton fails no answer that a dead process owes: only its own end ends the waiting.
-            self._restart(f"{FRONT}: {faults[FRONT]}, and owes {lost} answers")
+            self._restart(f"{FRONT}: {faults[FRONT]}, and owes {lost} answers", counted=False)
             return
         names = ", ".join(map(public_name, faults))
         for model, reason in faults.items():
@@ -243,8 +243,12 @@ class Supervisor:
             if not is_refusal(error.message):
                 raise
 
-    def _restart(self, reason: str) -> None:
+    def _restart(self, reason: str, *, counted: bool = True) -> None:
         """Start the server anew, with longer and longer pauses.
+
+        Args:
+            reason: what led to it.
+            counted: False where the server itself is well, so that there is nothing to wait for.
 
         Raises:
             ServingError: that was in vain too often.
@@ -252,11 +256,11 @@ class Supervisor:
         while True:
             now = time.monotonic()
             self._restarts = [at for at in self._restarts if now - at < self.pace.calm]
-            if len(self._restarts) >= self.pace.tries:
+            if counted and len(self._restarts) >= self.pace.tries:
                 text = f"gave up after {len(self._restarts)} restarts: {reason}"
                 self.server.event(text)
                 raise ServingError(text)
-            pause = 0.5 * 2 ** len(self._restarts) if self._restarts else 0.0
+            pause = 0.5 * 2 ** len(self._restarts) if self._restarts and counted else 0.0
             self._event(f"{reason}; starting the server anew" + f" in {pause:g} s" * (pause > 0))
             self.sleep(pause)
             began = time.monotonic()
@@ -265,9 +269,10 @@ class Supervisor:
                 self.begin()
             except ServingError as error:
                 self._restarts.append(time.monotonic())
-                reason = error.message
+                reason, counted = error.message, True
                 continue
-            self._restarts.append(time.monotonic())
+            if counted:
+                self._restarts.append(time.monotonic())
             self.restarted += 1
             self._event(f"the server answers again, {time.monotonic() - began:.1f} s later")
             return

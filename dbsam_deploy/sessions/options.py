@@ -104,22 +104,15 @@ def add_server_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGro
         "--shared-memory",
         action="store_true",
         default=None,
-        help="for a server on this machine: no copies",
+        help="for a server on this machine: no copies; it asks for its key",
     )
     server.add_argument("--timeout", type=float, metavar="S", help="seconds to wait (default: 60)")
-    server.add_argument(
-        "--key-file",
-        type=Path,
-        metavar="FILE",
-        help="server.key that `python -m dbsam_deploy.serve` wrote, which --shared-memory needs "
-        "(default: DBSAM_SERVER_KEY of the environment)",
-    )
     add_access_options(server)
     return server
 
 
 def add_access_options(server: argparse._ArgumentGroup) -> None:
-    """Add the options of a proxy before the server, see `named_access`."""
+    """Add the options of a proxy before the server, see `named_access`, and the server's key."""
     server.add_argument(
         "--tls",
         action="store_true",
@@ -131,6 +124,9 @@ def add_access_options(server: argparse._ArgumentGroup) -> None:
     )
     server.add_argument(
         "--login-file", type=Path, metavar="FILE", help="TLS and the user:password in this file"
+    )
+    server.add_argument(
+        "--key-file", type=Path, help="server.key of `serve`; default: the key $DBSAM_SERVER_KEY"
     )
 
 
@@ -146,12 +142,15 @@ def named_access(args: argparse.Namespace) -> Access | None:
     return Access(ca=args.ca, login=login)
 
 
-def read_key(path: Path) -> str:
-    """The key in a file that `serve` wrote.
+def named_key(args: argparse.Namespace) -> str | None:
+    """The key in the file that `serve` wrote and the command line names, if it names one.
 
     Raises:
         InputError: no such file, or something else in it.
     """
+    path: Path | None = args.key_file
+    if path is None:
+        return None
     if regular_size(path) > _MAX_KEY_BYTES:
         raise InputError(f"{path}: too long for a key: expected the server.key of `serve`")
     try:

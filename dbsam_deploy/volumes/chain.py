@@ -196,13 +196,22 @@ def _decode(
     at_once = prompts_at_once(chains[0].anchor.mask.shape) if chains else 1
     for start in range(0, len(chains), at_once):
         part = chains[start : start + at_once]
-        boxes = np.stack([next_box(chain.outline, chain.rule, plane) for chain in part])
+        boxes = np.stack([_box(chain, plane) for chain in part])
         answer = decoder.decode(index, boxes)
         for row, chain in enumerate(part):
             logits = None if answer.logits is None else answer.logits[row, 0]
             mask = np.asarray(answer.masks[row, 0] != 0) & chain.allowed
             iou = float(answer.ious[row, 0])
             yield chain, SliceMask(chain.anchor.label, index, mask, iou, logits)
+
+
+def _box(chain: Chain, spacing_mm: tuple[float, float] | None) -> FloatArray:
+    """(4,) around the expected outline, inside what is known to hold the object."""
+    box, within = next_box(chain.outline, chain.rule, spacing_mm), chain.anchor.within
+    if within is None:
+        return box
+    inner = np.concatenate([np.maximum(box[:2], within[:2]), np.minimum(box[2:], within[2:])])
+    return inner if (inner[:2] < inner[2:]).all() else box
 
 
 def _pairs(chains: Sequence[Chain]) -> list[tuple[Chain, Chain]]:

@@ -101,7 +101,7 @@ class Course:
             found.anchors.extend(own)
             found.limits[one.about.label] = (first, end)
             if axis in one.bounds:
-                found.bounds[one.about.label] = one.bounds[axis]
+                found.bounds[one.about.label] = one.bounds[axis][:2]
         if not found.anchors:
             raise InputError("no object was prompted on this plane: prompt one first")
         return found

@@ -17,23 +17,6 @@ Bounds = Mapping[int, tuple[int, int]]
 
 
 @dataclass(frozen=True, eq=False)
-class Anchor:
-    """A slice on which an object's mask is known.
-
-    Attributes:
-        label: the object.
-        index: slice of the plane.
-        mask: (H, W), not empty.
-        iou: the decoder's own estimate of the mask's IoU; 1 for a mask that a user drew.
-    """
-
-    label: int
-    index: int
-    mask: MaskArray
-    iou: float = 1.0
-
-
-@dataclass(frozen=True, eq=False)
 class SliceMask:
     """An object's mask on one slice.
 
@@ -41,15 +24,26 @@ class SliceMask:
         label: the object.
         index: slice of the plane.
         mask: (H, W), not empty.
-        iou: the decoder's own estimate of its IoU.
+        iou: the decoder's own estimate of the mask's IoU; 1 for a mask that a user drew.
         logits: (4G, 4G) float32, where the decoder gave them.
     """
 
     label: int
     index: int
     mask: MaskArray
-    iou: float
+    iou: float = 1.0
     logits: FloatArray | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Anchor(SliceMask):
+    """A mask that is known, from which chains start.
+
+    Attributes:
+        within: (4,) box that the object lies in on every slice, where that is known.
+    """
+
+    within: FloatArray | None = None
 
 
 @dataclass(frozen=True)

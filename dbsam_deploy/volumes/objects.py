@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..core.imaging import FloatArray
+from ..core.masks import extent_of
 from ..outputs.segmentation import SegmentedObject
 from .chain import Anchor, ChainEnd
 
@@ -81,11 +82,11 @@ class Piece(NamedTuple):
     @classmethod
     def of(cls, mask: npt.NDArray[np.generic]) -> Piece:
         """The part of an (H, W) mask that is not 0."""
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        if not rows.size:
+        extent = extent_of(mask)
+        if extent is None:
             return cls.nothing()
-        part = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        return cls(part != 0, (int(rows[0]), int(columns[0])))
+        (top, bottom), (left, right) = extent
+        return cls(mask[top:bottom, left:right] != 0, (top, left))
 
 
 SliceFindings = dict[int, tuple[Piece, Decoded | None]]
@@ -161,6 +162,14 @@ class ObjectMask:
         self._bits[_within(extent, self._start)] = values
 
 
+class Bound(NamedTuple):
+    """A 3D box along an axis: its first slice, the one after its last, and its 2D box on them."""
+
+    first: int
+    end: int
+    box: tuple[float, ...]
+
+
 @dataclass(eq=False)
 class TrackedObject:
     """An object of a session; the mappings are replaced, never written to.
@@ -169,13 +178,13 @@ class TrackedObject:
         about: label, name, colour and code.
         mask: its voxels.
         slices: what was decided on which slice.
-        bounds: axis → first slice and the one after the last, where a 3D box says so.
+        bounds: axis → slices along it that hold the object, where a 3D box says so.
     """
 
     about: SegmentedObject
     mask: ObjectMask = field(default_factory=ObjectMask)
     slices: Mapping[SliceName, Decoded] = field(default_factory=dict)
-    bounds: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    bounds: Mapping[int, Bound] = field(default_factory=dict)
 
     def anchors(self, axis: int) -> list[int]:
         """Slices along an axis on which the user said what there is."""
@@ -192,7 +201,9 @@ class TrackedObject:
         mask, decoded = self.slice_mask((axis, index), shape), self.slices[axis, index]
         if not mask.any():
             return None
-        return Anchor(self.about.label, index, mask, decoded.iou)
+        bound = self.bounds.get(axis)
+        within = None if bound is None else np.array(bound.box, np.float32)
+        return Anchor(self.about.label, index, mask, decoded.iou, within=within)
 
     def confidence(self, axis: int, shape: tuple[int, int, int]) -> FloatArray:
         """The decoder's own estimates on the slices along an axis; NaN where it was not asked."""
@@ -212,9 +223,9 @@ class TrackedObject:
         self.slices = slices
         self.bounds = {} if forget else self.bounds
 
-    def bound(self, axis: int, index: int, bounds: tuple[int, int] | None) -> None:
+    def bound(self, axis: int, index: int, bounds: Bound | None) -> None:
         """Note the slices that a 3D box holds; a prompt outside an earlier one makes it void."""
-        known = {a: b for a, b in self.bounds.items() if a != axis or b[0] <= index < b[1]}
+        known = {a: b for a, b in self.bounds.items() if a != axis or b.first <= index < b.end}
         self.bounds = known if bounds is None else {**known, axis: bounds}
 
     def slice_mask(self, name: SliceName, shape: tuple[int, int, int]) -> _Bits:
@@ -247,9 +258,10 @@ class TrackedObject:
             if extent[other][0] <= index < extent[other][1]:
                 place = index - starts[other]
                 np.moveaxis(new, other, 0)[place] = np.moveaxis(old, other, 0)[place]
-        changed = _bounding(old != new, starts)
-        if changed is None:
+        found = extent_of(old != new)
+        if found is None:
             return Undo(self.about.label, None, b"", before_slices, before_bounds)
+        changed: Extent = tuple((s + a, s + b) for s, (a, b) in zip(starts, found, strict=True))  # type: ignore[assignment]
         inner = _within(changed, starts)
         self.mask.write(changed, new[inner])
         packed = np.packbits(old[inner]).tobytes()
@@ -289,7 +301,7 @@ class Undo:
     changed: Extent | None
     before: bytes
     slices: Mapping[SliceName, Decoded]
-    bounds: Mapping[int, tuple[int, int]]
+    bounds: Mapping[int, Bound]
     is_new: bool = False
 
     def apply(self, tracked: TrackedObject) -> None:
@@ -325,14 +337,3 @@ def _extent(start: Sequence[int], sides: Sequence[int]) -> Extent:
 
 def _within(extent: Sequence[tuple[int, int]], start: Sequence[int]) -> tuple[slice, ...]:
     return tuple(slice(f - s, e - s) for (f, e), s in zip(extent, start, strict=True))
-
-
-def _bounding(bits: _Bits, start: Sequence[int]) -> Extent | None:
-    """Extent of the voxels that are set, by projections."""
-    found = []
-    for axis in range(3):
-        places = np.flatnonzero(bits.any(tuple(a for a in range(3) if a != axis)))
-        if not places.size:
-            return None
-        found.append((int(places[0]) + start[axis], int(places[-1]) + 1 + start[axis]))
-    return tuple(found)  # type: ignore[return-value]

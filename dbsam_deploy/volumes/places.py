@@ -11,7 +11,7 @@ from ..core.errors import InputError
 from ..core.imaging import check_boxes, check_points
 from ..images.arrays import as_array
 from .frames import Space, to_voxels
-from .objects import Asked
+from .objects import Asked, Bound
 from .planes import PlaneView
 
 
@@ -57,8 +57,8 @@ def placed(
     return found, Asked(boxes, kept.astype(np.float64), marks)
 
 
-def placed_3d(view: PlaneView, box: Any, space: Space) -> tuple[int, Asked, tuple[int, int]]:
-    """The middle slice of a 3D box with its 2D box, and the box's slices: first, one after last.
+def placed_3d(view: PlaneView, box: Any, space: Space) -> tuple[int, Asked, Bound]:
+    """The middle slice of a 3D box with its 2D box, and what the box says of its slices.
 
     Raises:
         InputError: not six numbers, an empty box, or one that reaches outside the volume.
@@ -74,7 +74,8 @@ def placed_3d(view: PlaneView, box: Any, space: Space) -> tuple[int, Asked, tupl
             f"the last, within 0–{view.depth}"
         )
     corners = check_boxes(_in_plane(view, places).reshape(1, 4), view.size)
-    return (first + end - 1) // 2, Asked(corners.astype(np.float64)), (first, end)
+    bound = Bound(first, end, tuple(corners[0].tolist()))
+    return (first + end - 1) // 2, Asked(corners.astype(np.float64)), bound
 
 
 def _numbers(name: str, value: Any, count: int) -> npt.NDArray[np.float64]:

@@ -24,6 +24,7 @@ from .frames import Plane, Space, plane_axis
 from .label_map import segmentation_of
 from .objects import (
     Asked,
+    Bound,
     Change,
     Decoded,
     Extent,
@@ -357,7 +358,7 @@ class VolumePredictor:
         axis: int,
         found: Mapping[int, SliceFindings],
         *,
-        bounds: tuple[int, int] | None = None,
+        bounds: Bound | None = None,
         ends: tuple[ChainEnd, ...] = (),
         is_carried: bool = False,
         forget: bool = False,

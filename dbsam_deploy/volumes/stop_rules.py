@@ -9,13 +9,13 @@ import numpy.typing as npt
 
 from ..core.errors import InputError
 from ..core.imaging import FloatArray
+from ..core.masks import mask_box
 
 MaskArray = npt.NDArray[np.bool_]
 
-LEAST_SD = 10.0
-"""Grey values that the pixels of an even object count as scattered."""
 LIKELY = 0.5
 """From this likeness on a pixel is expected to be the object's."""
+_BLUR = np.exp(-0.5 * (np.arange(-12, 13) / 4.0) ** 2)  # by 4 grey values
 MARGIN_FRAME = 256
 """Side of the frame in which a margin in pixels is given; the longer side is scaled to it."""
 
@@ -33,8 +33,8 @@ class ChainRule:
         margin_mm: the same in mm, instead, where the spacing is known.
         min_overlap: least IoU of a mask with the one before it.
         min_iou_ratio: least predicted IoU, as a part of the anchor's.
-        intensity_sds: furthest that a mask's mean intensity may be from the anchor's, in standard
-            deviations of the anchor's pixels (`LEAST_SD` at least).
+        min_brightness_match: least overlap of the grey values in a mask with those in the anchor's,
+            see `Appearance.match`.
         reach: most slices to each side of an anchor; None for the whole volume.
     """
 
@@ -44,21 +44,16 @@ class ChainRule:
     margin_mm: float | None = None
     min_overlap: float = 0.2
     min_iou_ratio: float = 0.75
-    intensity_sds: float = 3.0
+    min_brightness_match: float = 0.7
     reach: int | None = None
 
     def __post_init__(self) -> None:
-        values = (self.margin_px, self.margin_mm or 0.0, self.min_iou_ratio, self.intensity_sds)
-        if min(values) < 0 or not 0 <= self.min_overlap <= 1:
-            raise InputError(f"{self}: expected an overlap from 0 to 1 and no negative number")
+        parts = (self.min_likeness, self.min_overlap, self.min_brightness_match)
+        values = (self.margin_px, self.margin_mm or 0.0, self.min_iou_ratio, *parts)
+        if min(values) < 0 or max(parts) > 1:
+            raise InputError(f"{self}: expected overlaps from 0 to 1 and no negative number")
         if self.reach is not None and self.reach < 1:
             raise InputError(f"reach {self.reach}: expected at least 1 slice, or none for all")
-
-
-def mask_box(mask: MaskArray) -> FloatArray:
-    """(4,) float32 x0, y0, x1, y1 that encloses the pixels of an (H, W) mask, which has some."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float32)
 
 
 def overlap(one: MaskArray, other: MaskArray) -> float:
@@ -85,18 +80,21 @@ def next_box(
     return np.asarray(np.clip(wider, 0, (width, height, width, height)), np.float32)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Appearance:
-    """Mean and standard deviation of the pixels in a mask."""
+    """How often each grey value occurs in a mask: (256,), blurred, with sum 1."""
 
-    mean: float
-    sd: float
+    shares: npt.NDArray[np.float64]
 
     @classmethod
     def of(cls, pixels: npt.NDArray[np.uint8], mask: MaskArray) -> Appearance:
         """Of (H, W) or (H, W, 3) pixels in an (H, W) mask, which has some."""
-        inside = pixels[mask]
-        return cls(float(inside.mean()), float(inside.std()))
+        shares = np.convolve(np.bincount(pixels[mask].reshape(-1), minlength=256), _BLUR, "same")
+        return cls(shares / shares.sum())
+
+    def match(self, other: Appearance) -> float:
+        """Bhattacharyya coefficient: 1 for the same grey values, 0 where none is in both."""
+        return float(np.sqrt(self.shares * other.shares).sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,10 +130,7 @@ def why_not(answer: SliceAnswer, before: SliceAnswer, anchor: SliceAnswer, rule:
     if answer.iou < least:
         return f"predicted IoU {answer.iou:.2f}, under {least:.2f}"
     if answer.appearance is not None and anchor.appearance is not None:
-        distance = abs(answer.appearance.mean - anchor.appearance.mean)
-        if distance > rule.intensity_sds * max(anchor.appearance.sd, LEAST_SD):
-            return (
-                f"mean intensity {answer.appearance.mean:.0f}, more than {rule.intensity_sds:g} "
-                f"standard deviations from {anchor.appearance.mean:.0f}"
-            )
+        match = answer.appearance.match(anchor.appearance)
+        if match < rule.min_brightness_match:
+            return f"brightness like the object's {match:.2f}, under {rule.min_brightness_match:g}"
     return ""

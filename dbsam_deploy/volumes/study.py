@@ -62,7 +62,7 @@ def _check(one: ObjectPrompts, volume: Volume, spec: StudyPrompts) -> None:
     cut = view(volume, one.plane)
     first, end = 0, cut.depth
     if one.box_3d is not None:
-        _, _, (first, end) = placed_3d(cut, one.box_3d, spec.space)
+        _, _, (first, end, _) = placed_3d(cut, one.box_3d, spec.space)
     for prompt in one.prompts:
         index, _ = placed(cut, **prompt.asked, space=spec.space)
         if not first <= index < end:

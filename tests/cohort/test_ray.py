@@ -28,20 +28,19 @@ pytestmark = [
 ]
 
 
-PATIENCE = {"RAY_raylet_start_wait_time_s": "120", "RAY_agent_register_timeout_ms": "120000"}
-"""For a machine with much to do."""
+def node(address: str) -> dict[str, object]:
+    small = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False}
+    return {**small, "node_ip_address": address}
 
 
 @pytest.fixture
 def cluster(monkeypatch):
-    for name, value in PATIENCE.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "120")  # on a machine with much to do
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # as if it were installed there
     from ray.cluster_utils import Cluster
 
-    small = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False}
-    found = Cluster(initialize_head=True, head_node_args={**small, "node_ip_address": "127.0.0.2"})
-    found.second = found.add_node(**small, node_ip_address="127.0.0.3")
+    found = Cluster(initialize_head=True, head_node_args=node("127.0.0.2"))
+    found.second = found.add_node(**node("127.0.0.3"))
     yield found
     found.shutdown()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.labelled_sets import write_nifti, write_seg, write_series
+from support.labelled_sets import IMAGE, LABELS, write_nifti, write_seg, write_series
 
 from dbsam_deploy import convert
 from dbsam_deploy.cli import run
@@ -17,11 +17,6 @@ from dbsam_deploy.images.npz_files import read_array
 
 pytest.importorskip("nibabel")
 pytest.importorskip("SimpleITK")
-
-LABELS = np.zeros((4, 5, 6), np.uint8)
-LABELS[1, 1:4, 2] = LABELS[1, 3, 2:5] = 1
-LABELS[2, 0, 4:] = 2
-IMAGE = np.arange(LABELS.size, dtype=np.int16).reshape(LABELS.shape) - 20
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from support.labelled_sets import write_nifti
+from support.labelled_sets import IMAGE, LABELS, write_nifti
 
 from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.datasets.labels import ReadLabels, read_nifti_labels
@@ -18,10 +18,6 @@ from dbsam_deploy.images.volumes import read_image
 nib = pytest.importorskip("nibabel")
 pytest.importorskip("SimpleITK")
 
-LABELS = np.zeros((4, 5, 6), np.uint8)
-LABELS[1, 1:4, 2] = LABELS[1, 3, 2:5] = 1
-LABELS[2, 0, 4:] = 2
-IMAGE = np.arange(LABELS.size, dtype=np.int16).reshape(LABELS.shape)
 TURNED = (0, 1, 0, -1, 0, 0, 0, 0, 1)
 OBLIQUE = (0.8, -0.6, 0, 0.6, 0.8, 0, 0, 0, 1)
 LEFT_HANDED = (-1, 0, 0, 0, 1, 0, 0, 0, 1)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from support.labelled_sets import write_nifti
+from support.labelled_sets import IMAGE, LABELS, write_nifti
 
 from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.datasets.cases import Reading, read_case
@@ -18,10 +18,6 @@ from dbsam_deploy.datasets.finding import find_cases, find_labelled
 pytest.importorskip("nibabel")
 pytest.importorskip("SimpleITK")
 
-LABELS = np.zeros((4, 5, 6), np.uint8)
-LABELS[1, 1:4, 2] = LABELS[1, 3, 2:5] = 1
-LABELS[2, 0, 4:] = 2
-IMAGE = np.arange(LABELS.size, dtype=np.int16).reshape(LABELS.shape) - 20
 NAMES = {"background": 0, "liver": 1, "tumour": 2}
 
 

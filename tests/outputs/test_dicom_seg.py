@@ -1,6 +1,7 @@
 """DICOM-SEG and RTSTRUCT: what they say beside the pixels, and whom they refuse."""
 
 import logging
+import sys
 import warnings
 from dataclasses import replace
 from io import BytesIO
@@ -12,7 +13,7 @@ import pytest
 from support.dicom_series import edit, write_dicom_series, write_enhanced
 from support.physical import by_frames, by_polygons, same_points
 
-from dbsam_deploy.core.errors import InputError
+from dbsam_deploy.core.errors import InputError, MissingError
 from dbsam_deploy.images.volumes import read_image
 from dbsam_deploy.outputs import dicom_seg, rtstruct
 from dbsam_deploy.outputs.files import planned, write
@@ -322,3 +323,15 @@ def test_two_multi_frame_files_of_one_volume_are_refused(tmp_path: Path) -> None
     with pytest.raises(InputError, match=r"one of 2 multi-frame files.*use nifti"):
         planned(segmentation.image, ["dicom-seg"], tmp_path)
     assert rtstruct.rtstruct_bytes(segmentation)
+
+
+@pytest.mark.parametrize(
+    ("package", "name"), [("highdicom", "dicom-seg"), ("contourpy", "rtstruct")]
+)
+def test_a_missing_package_is_named_before_any_work(
+    package: str, name: str, series: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    volume = read_image(series, window=(500, 1000))
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingError, match=rf"needs {package}.*\n?.*dicom"):
+        planned(volume, [name], tmp_path)

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from pydicom.uid import generate_uid
 from support.dicom_series import write_dicom_series
-from support.nginx import free_port, write_secrets
-from support.orthanc import Orthanc, find_orthanc, wait_for
+from support.nginx import write_secrets
+from support.orthanc import Orthanc, find_orthanc
+from support.ports import free_port, wait_for
 
 from dbsam_deploy.clients.access import Access
 from dbsam_deploy.pacs.address import PacsAddress

@@ -92,7 +92,9 @@ def watched(watched_server) -> Watched:
     """The server, which the test before may have left ended or the supervisor patient."""
     if watched_server.server.has_ended:
         watched_server.supervisor.look()
-    watched_server.supervisor._slowest = watched_server.supervisor._probe_at = 0.0
+    supervisor = watched_server.supervisor
+    supervisor._slowest = supervisor._probe_at = 0.0
+    supervisor._asked, supervisor._round = None, []
     return watched_server
 
 

@@ -70,8 +70,8 @@ def test_a_slow_model_is_left_alone(watched):
     supervisor.pace = Pace(patience=0.5, probe_least=0.2)
     try:
         with (
-            watched.disturbed(watched.slow, "coder"),  # all of them
             traffic(watched.server.grpc_url, fresh=True) as answers,
+            watched.disturbed(watched.slow, "coder"),  # all of them
         ):
             end = time.monotonic() + 3
             while time.monotonic() < end:
@@ -140,20 +140,20 @@ def test_a_decoder_that_has_nothing_to_do_is_no_fault(watched):
     """The supervisor's own request waits behind images that are only encoded."""
     supervisor, waited = watched.supervisor, 0.0
     before = (supervisor.revived, supervisor.restarted)
-    supervisor.pace = Pace(patience=0.3, probe_least=0.1, probe_share=1.0, slow=3.0)
+    supervisor.pace = Pace(patience=0.2, probe_least=0.1, probe_share=1.0, slow=3.0)
     try:
         with (
-            watched.disturbed(watched.slow, "encoder"),
             opening(watched.server.grpc_url, 16),
+            watched.disturbed(watched.slow, "encoder"),  # ends first, so that clients end soon
         ):
             end = time.monotonic() + 20
-            while waited < 4 * 0.3 and time.monotonic() < end:
+            while waited < 4 * 0.2 and time.monotonic() < end:
                 supervisor.look()
                 waited = supervisor._asked.age_s if supervisor._asked else 0.0
                 time.sleep(0.05)
     finally:
         supervisor.pace = Pace()
-    assert waited > 3 * 0.3, "long enough to look like a fault"
+    assert waited > 3 * 0.2, "long enough to look like a fault"
     assert (supervisor.revived, supervisor.restarted) == before
 
 

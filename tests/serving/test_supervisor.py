@@ -275,6 +275,30 @@ def test_a_server_that_cannot_be_kept_alive_is_given_up_with_its_reason(tmp_path
     assert Broken.told[0] == "it ended; starting the server anew"
 
 
+def test_a_front_that_dies_again_and_again_owing_answers_is_no_broken_server(monkeypatch):
+    class Well:
+        has_ended = False
+        pid = os.getpid()
+        metrics_url = ""
+        restarts = 0
+
+        def event(self, text: str) -> None:
+            pass
+
+        def restart(self) -> None:
+            self.restarts += 1
+
+    pauses: list[float] = []
+    monkeypatch.setattr("dbsam_deploy.serving.supervisor.requests_in_flight", lambda url: 2)
+    server = Well()
+    supervisor = Supervisor(server, sleep=pauses.append)
+    for _ in range(8):
+        supervisor._expected = {"dbsam_interactive": 1}  # no such process is there
+        supervisor.look()
+    assert server.restarts == 8
+    assert set(pauses) == {0.0}
+
+
 def test_one_call_that_triton_leaves_unanswered_is_no_reason_to_restart():
     class Busy:
         has_ended = False

@@ -5,8 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 from support.dicom_series import write_dicom_series
+
+LABELS = np.zeros((4, 5, 6), np.uint8)
+LABELS[1, 1:4, 2] = LABELS[1, 3, 2:5] = 1
+LABELS[2, 0, 4:] = 2
+IMAGE = np.arange(LABELS.size, dtype=np.int16).reshape(LABELS.shape) - 20
+"""Values that are all different, and labels of them that no turn or flip maps onto themselves."""
 
 
 def write_nifti(path: Path, array: npt.NDArray[Any], **place: Any) -> Path:

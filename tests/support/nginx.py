@@ -10,13 +10,12 @@ import socket
 import ssl
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
+from support.ports import free_port, wait_for
 
 CONFIG = Path(__file__).resolve().parents[2] / "deployment" / "nginx" / "nginx.conf"
 USER, PASSWORD = "radiology", "correct horse"
@@ -42,12 +41,6 @@ class Proxy:
             return connection.getresponse().status
         finally:
             connection.close()
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def write_secrets(folder: Path) -> None:
@@ -101,26 +94,18 @@ def running(nginx: str, folder: Path, changes: dict[str, str]) -> Iterator[Proxy
     config = folder / "nginx.conf"
     config.write_text(configured(folder, port, changes))
     user = "user root;" if os.getuid() == 0 else ""  # who may read pytest's folders
-    process = subprocess.Popen(
-        [nginx, "-p", str(folder), "-c", str(config), "-g", f"daemon off; {user}"],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    log = folder / "log"
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(
+            [nginx, "-p", str(folder), "-c", str(config), "-g", f"daemon off; {user}"],
+            stderr=stderr,
+        )
     try:
-        deadline = time.monotonic() + 10
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                if process.poll() is not None or time.monotonic() > deadline:
-                    process.kill()
-                    pytest.fail(f"nginx did not come up: {process.communicate()[1]}")
-                time.sleep(0.02)
+        wait_for(port, process, log)
         yield Proxy(port, folder / "tls.crt", folder)
     finally:
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=10)
+        process.wait(timeout=10)
 
 
 @contextmanager

@@ -6,15 +6,13 @@ import io
 import json
 import os
 import shutil
-import socket
 import subprocess
-import time
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from support.nginx import free_port
+from support.ports import free_port, wait_for
 
 from dbsam_deploy.clients.access import Access
 from dbsam_deploy.pacs.address import PacsAddress
@@ -62,20 +60,6 @@ def find_orthanc(tools: Path = TOOLS) -> Installation | None:
     program = shutil.which("Orthanc", path=f"/usr/sbin{os.pathsep}{os.environ.get('PATH', '')}")
     plugin = Path("/", _PLUGIN)
     return Installation(Path(program), plugin, {}) if program and plugin.is_file() else None
-
-
-def wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Until something listens there; what did not come up is ended, and its log raised."""
-    deadline = time.monotonic() + 20
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return
-        except OSError:
-            if process.poll() is not None or time.monotonic() > deadline:
-                process.kill()
-                raise RuntimeError(log.read_text()[-2000:]) from None
-            time.sleep(0.02)
 
 
 class Orthanc:

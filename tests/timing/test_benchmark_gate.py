@@ -151,7 +151,9 @@ def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytes
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # other plugins only take time
     shutil.copy(ROOT / "conftest.py", pytester.path / "conftest.py")
-    pytester.makeini("[pytest]\npython_files = test_*.py bench_*.py\nmarkers =\n  gpu\n  slow\n")
+    pytester.makeini(
+        "[pytest]\npython_files = test_*.py bench_*.py\nmarkers =\n  gpu\n  slow\n  bound\n"
+    )
     pytester.mkdir("benchmarks")
     (pytester.path / "benchmarks" / "bench_one.py").write_text(BENCHMARK.format(name="one"))
     pytester.makepyfile(test_plain="def test_plain(): pass")
@@ -246,6 +248,15 @@ def test_a_benchmark_that_measures_nothing_fails(project: pytest.Pytester) -> No
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stdout.fnmatch_lines(["benchmark gate: *test_one: passed without measuring*"])
     assert _baselines(project) == []
+
+
+def test_a_bound_needs_no_time(project: pytest.Pytester) -> None:
+    (project.path / "benchmarks" / "bench_bytes.py").write_text(
+        "import pytest\n@pytest.mark.bound\ndef test_bytes(): pass\n"
+    )
+    result = _run(project, "--benchmark", "--rebaseline")
+    assert result.ret == pytest.ExitCode.OK
+    result.assert_outcomes(passed=2, deselected=1)
 
 
 GPU_BENCHMARK = "import pytest\n@pytest.mark.gpu\ndef test_gpu(benchmark_ratio): raise ValueError\n"

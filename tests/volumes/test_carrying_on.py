@@ -7,24 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from support.bright import BrightPredictor
-from support.wedge import (
-    BOX,
-    DEPTH,
-    SHAPE,
-    WIDE,
-    WIDTH,
-    bright,
-    scan,
-    wedge,
-)
+from support.wedge import BOX, DEPTH, SHAPE, WIDE, WIDTH, bright, scan, wedge
 
 from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.volumes.session import VolumePredictor
-
-
-@pytest.fixture
-def session() -> VolumePredictor:
-    return bright()
 
 
 def test_prompted_slices_are_joined_and_stay_as_they_are():
@@ -85,6 +71,7 @@ def test_how_far_a_call_goes():
     assert carried(direction="up") == [4, 5, 6, 7, 8]
     assert carried(direction="down") == [3, 4, 5, 6]
     assert carried(from_slice=4) == [3, 4, 5, 6]  # 6 is prompted: what follows is its own
+    assert carried(from_slice=6) == [4, 5, 6, 7, 8]
     assert carried(from_slice=6, direction="up") == [4, 6, 7, 8]
     assert carried(from_slice=6, until=7) == [4, 6, 7]
     assert carried(direction="up", until=7) == [4, 5, 6, 7]

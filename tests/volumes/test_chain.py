@@ -143,7 +143,7 @@ def test_another_brightness_ends_the_chain_where_pixels_are_given() -> None:
 
     assert ends(intensities=lambda z: pixels[z]) == 5
     assert ends(intensities=lambda z: np.repeat(pixels[z][..., None], 3, 2)) == 5
-    assert ends(intensities=lambda z: pixels[z], rule=ChainRule(intensity_sds=6)) == 7
+    assert ends(intensities=lambda z: pixels[z], rule=ChainRule(min_brightness_match=0.05)) == 7
     assert ends() == 7
 
 
@@ -244,7 +244,12 @@ def test_what_cannot_be_carried_is_refused_before_the_model_is_asked() -> None:
         with pytest.raises(InputError, match=words):
             list(propagate(decoder, anchors, 8, ChainRule(), bounds=bounds))
     assert decoder.asked == []
-    for wrong in ({"min_overlap": 1.5}, {"margin_mm": -1.0}, {"reach": 0}):
+    for wrong in (
+        {"min_overlap": 1.5},
+        {"margin_mm": -1.0},
+        {"reach": 0},
+        {"min_brightness_match": 2.0},
+    ):
         with pytest.raises(InputError, match="expected"):
             ChainRule(**wrong)  # type: ignore[arg-type]
 
@@ -265,7 +270,7 @@ def fills_its_box(index: int, box: np.ndarray) -> np.ndarray:
 def test_the_image_holds_a_model_that_creeps_outwards() -> None:
     """One that fills its box adds the margin on each slice, unless the image says otherwise."""
     truth = tube(12, 0, 12)
-    rule = ChainRule(margin_px=8, intensity_sds=99)  # 2 px at 64
+    rule = ChainRule(margin_px=8, min_brightness_match=0)  # 2 px at 64
     pixels = pictured(truth)
     rows = {}
     for follow in (True, False):
@@ -309,7 +314,7 @@ def test_what_does_not_look_like_the_object_is_cut_off_the_mask() -> None:
         ].mask
 
     assert not mask(ChainRule())[far].any()
-    assert mask(ChainRule(min_likeness=0, intensity_sds=99))[far].all()
+    assert mask(ChainRule(min_likeness=0, min_brightness_match=0))[far].all()
     np.testing.assert_array_equal(mask(ChainRule())[truth[1]], True)
 
 

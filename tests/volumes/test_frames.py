@@ -88,12 +88,14 @@ def test_anatomical_planes_of_any_acquisition(acquired, axes):
 
 
 def test_each_axis_has_one_plane_even_where_two_are_near():
-    # Two voxel axes are nearest to the same patient axis; each plane still has its own.
-    for degrees in (44, 45, 46, 50):
-        for directions in (rotation(degrees, 45, degrees), rotation(45, degrees, 40)):
-            volume = placed(affine_of(directions))
-            axes = {plane_axis(volume, plane) for plane in ("axial", "coronal", "sagittal")}
-            assert axes == {0, 1, 2}
+    # Two patient axes are nearest to the same voxel axis; each plane still has its own.
+    for angles in ((0, 5, 45), (0, 20, 45), (5, 5, 45)):
+        along = np.abs(rotation(*angles))
+        volume = placed(affine_of(rotation(*angles)))
+        axes = {plane_axis(volume, plane) for plane in ("axial", "coronal", "sagittal")}
+        assert axes == {0, 1, 2}
+        if angles == (0, 5, 45):
+            assert len(set(along.argmax(1).tolist())) < 3
 
 
 def test_rounded_millimetres_on_the_border_count_as_inside():

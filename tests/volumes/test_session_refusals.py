@@ -7,13 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.bright import BrightPredictor
-from support.wedge import (
-    BOX,
-    WIDE,
-    bright,
-    scan,
-    wedge,
-)
+from support.wedge import BOX, WIDE, scan, wedge
 
 from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.images.intensity import STORED
@@ -21,12 +15,6 @@ from dbsam_deploy.images.volumes import Volume
 from dbsam_deploy.prediction.predictor import Predictor
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
 from dbsam_deploy.volumes.session import VolumePredictor
-
-
-@pytest.fixture
-def session() -> VolumePredictor:
-    return bright()
-
 
 WRONG = {
     "nothing": ({}, "no prompt: give a box, points or a 3D box"),

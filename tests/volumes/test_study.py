@@ -106,6 +106,14 @@ def test_two_prompts_in_millimetres_and_a_box_that_bounds_them(two_bars: Volume)
     np.testing.assert_array_equal(labels, expected)
 
 
+def test_an_object_does_not_leave_its_3d_box(two_bars: Volume) -> None:
+    two_bars.pixels[6:, 12:16, 25:45] = 200  # grows out of the liver to the right
+    box = (3.0, 8.0, 3.0, 26.0, 22.0, 9.0)
+    labels = found(two_bars, ObjectPrompts("liver", box_3d=box))
+    assert labels[3:9, 10:20, 5:25].all()
+    assert not labels[:, :, 26:].any()
+
+
 REFUSED: dict[str, tuple[ObjectPrompts, str]] = {
     "slice": (ObjectPrompts("a", (SlicePrompt((1, 2, 30, 30), index=12),)), "slice 12: .* 0–11"),
     "box": (ObjectPrompts("a", (SlicePrompt((1, 2, 51, 30), index=1),)), "outside the image"),
