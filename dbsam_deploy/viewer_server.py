@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from .api.model import Model
 from .cli import Parser, run, say_on_stderr
 from .core.errors import InputError
 from .extras import check_installed
+from .files.regular import small_text
 from .images.intensity import window_range
 from .sessions.backends import LOCAL_BACKENDS
-from .sessions.options import read_key
 
 DESCRIPTION = """\
 Serve a model to the viewers that speak nnInteractive's protocol.
@@ -132,10 +133,16 @@ def _checked(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def _key(args: argparse.Namespace) -> str | None:
-    """What viewers must name, if anything."""
-    if args.key_file is not None:
-        return read_key(args.key_file)
+    """What viewers must name, if anything.
+
+    Raises:
+        InputError: no key in its file, or one that no header can have.
+    """
     key: str | None = args.api_key or os.environ.get(KEY_VARIABLE) or None
+    if args.key_file is not None:
+        key = small_text(args.key_file).strip()
+    if key is not None and not re.fullmatch(r"[!-~]+", key):
+        raise InputError("the key has another form: expected one line of ASCII without spaces")
     if key is None and args.host not in LOOPBACK:
         say_on_stderr(
             f"WARNING: whoever reaches {args.host}:{args.port} can use this server: give it a key "

@@ -9,7 +9,6 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from ..core.imaging import ByteArray
 from ..core.masks import Prediction
 
 SIZES = (0.04, 0.06, 0.09, 0.14, 0.2, 0.3, 0.44)
@@ -19,6 +18,7 @@ ASPECTS = (1.0, 1.7, 1 / 1.7)
 GROWTHS = (0.05, 0.1, 0.2, 0.35, 0.5)
 """How far a box goes beyond what it has to hold, as a part of the latter's size."""
 Boxes = npt.NDArray[np.float64]
+MarkedPixels = npt.NDArray[np.bool_]
 
 
 def boxes_around(marked: npt.NDArray[np.float64], size: tuple[int, int]) -> Boxes:
@@ -68,18 +68,43 @@ def inside(boxes: Boxes, size: tuple[int, int]) -> Boxes:
     return np.concatenate([low, high], axis=1)
 
 
-def best_answer(answers: Prediction, wanted: ByteArray | npt.NDArray[np.bool_]) -> int | None:
-    """Which answer has the highest predicted IoU, of those that hold most of what is wanted.
+def boxes_beside(
+    box: npt.NDArray[np.float64], marked: npt.NDArray[np.float64], size: tuple[int, int]
+) -> Boxes:
+    """(5, 4) a box, and what is left of it on each side of what is marked, (4,)."""
+    cuts = np.tile(box, (5, 1))
+    for number, side in enumerate((2, 3, 0, 1)):
+        cuts[number + 1, side] = marked[(side + 2) % 4]
+    return inside(cuts, size)
+
+
+def best_answer(
+    answers: Prediction,
+    wanted: MarkedPixels,
+    unwanted: MarkedPixels | None = None,
+    before: MarkedPixels | None = None,
+) -> int | None:
+    """Which answer is the surest of those that obey, and the most like what there was.
 
     Args:
         answers: one mask (N, 1, H, W) for each box.
-        wanted: (H, W) pixels that the object has.
+        wanted: (H, W) pixels of which the object has as many as any answer has.
+        unwanted: (H, W) pixels of which it has as few as any answer has.
+        before: (H, W) mask that is corrected: its IoU with an answer counts as much as the
+            predicted one.
 
     Returns:
-        None where no mask holds any of them.
+        None where no mask holds any of what is wanted, or all are empty.
     """
-    hits = (answers.masks[:, 0].astype(bool) & wanted.astype(bool)).sum((1, 2))
+    masks = answers.masks[:, 0].astype(bool)
+    hits = (masks & wanted).sum((1, 2)) if wanted.any() else masks.any((1, 2)).astype(int)
     if not hits.size or hits.max() == 0:
         return None
     obeying = hits >= 0.9 * hits.max()
-    return int(np.argmax(np.where(obeying, answers.ious[:, 0], -np.inf)))
+    if unwanted is not None:
+        faults = np.where(obeying, (masks & unwanted).sum((1, 2)), unwanted.size)
+        obeying &= faults == faults.min()
+    score = answers.ious[:, 0].astype(float)
+    if before is not None:
+        score += (masks & before).sum((1, 2)) / np.maximum(1, (masks | before).sum((1, 2)))
+    return int(np.argmax(np.where(obeying, score, -np.inf)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +18,9 @@ from ..volumes.stop_rules import ChainRule
 
 PLANES: tuple[Plane, ...] = ("stored", "coronal", "sagittal")
 """Those across each axis of (D, H, W) in a volume that nobody placed in a patient."""
+
+LEAST_REACH = 10
+_LOG = logging.getLogger(__name__)
 
 
 class _OutOfTimeError(Exception):
@@ -44,13 +49,8 @@ def carry(
         index: of the slice.
         walls: the other decided slices.
         rule: with a reach.
-        deadline: of `time.monotonic`; a chain that is not done by then changes nothing.
+        deadline: of `time.monotonic`, by which a chain goes no further.
     """
-
-    def watch(*_: int) -> None:
-        if time.monotonic() > deadline:
-            raise _OutOfTimeError
-
     depth, reach = session.volume.shape[axis], rule.reach or 1
     for step, direction in ((1, "up"), (-1, "down")):
         last = min(index + reach, depth - 1) if step > 0 else max(index - reach, 0)
@@ -60,34 +60,62 @@ def carry(
             last = min(last, index + half) if step > 0 else max(last, index - half)
         if last == index:
             continue
+        until = deadline if step < 0 else (time.monotonic() + deadline) / 2  # half for each way
         how: dict[str, Any] = {"plane": PLANES[axis], "from_slice": index, "direction": direction}
-        how |= {"rule": rule, "progress": watch}
-        try:
-            change = session.propagate(label, until=last, **how)
-            has_ended = change.ends[0].last != last and not beyond
-            if has_ended and _goes_on(session, label, axis, last, step):
-                session.undo()
-                change = session.propagate(label, **how)
-        except _OutOfTimeError:
-            return
+        change, last = _in_time(session, label, (index, last), until, {**how, "rule": rule})
+        if change is None:
+            continue
+        has_ended = change.ends[0].last != last and not beyond
+        if has_ended and _goes_on(session, label, axis, last, step):
+            session.undo()
+            change = session.propagate(label, **how, rule=rule)
         yield change
 
 
+def _in_time(
+    session: VolumePredictor,
+    label: int,
+    way: tuple[int, int],
+    deadline: float,
+    how: dict[str, Any],
+) -> tuple[Change | None, int]:
+    """Carry an object along a way, or as far as there is time, and say how far that was meant."""
+    (index, last), done = way, 0
+
+    def watch(slices: int, _: int) -> None:
+        nonlocal done
+        done = slices
+        if time.monotonic() > deadline:
+            raise _OutOfTimeError
+
+    try:
+        return session.propagate(label, until=last, progress=watch, **how), last
+    except _OutOfTimeError:
+        if not done:
+            return None, index
+    # All of these slices are encoded by now: this is quick.
+    reached = index + done if last > index else index - done
+    _LOG.warning("an answer ended after %d of %d slices, for time", done, abs(last - index))
+    return session.propagate(label, until=reached, **how), reached
+
+
 def measured_reach(shared: SharedPredictor, budget_s: float) -> int:
-    """Slices to each side that a model finds within a budget, from two that are timed.
+    """Slices to each side that a model finds within a budget, from some that are timed.
+
+    At least `LEAST_REACH`, since slices may be encoded already.
 
     Args:
         shared: the model.
         budget_s: seconds for one side, none of its slices encoded before.
     """
-    rng, spent = np.random.default_rng(0), 0.0
-    for _ in range(2):  # the first one also pays for what a runtime does once
+    rng, spent = np.random.default_rng(0), math.inf
+    for _ in range(3):  # the first one also pays for what a runtime does once
         image = rng.integers(0, 256, (512, 512, 3), np.uint8)
         start = time.perf_counter()
         boxes = np.array([[128.0, 128.0, 384.0, 384.0]])
         shared.ask(image_key(image), lambda: image, lambda model: model.predict_boxes(boxes))  # noqa: B023
-        spent = time.perf_counter() - start
-    return max(1, int(budget_s / spent))
+        spent = min(spent, time.perf_counter() - start)
+    return max(LEAST_REACH, int(budget_s / spent))
 
 
 def _goes_on(session: VolumePredictor, label: int, axis: int, last: int, step: int) -> bool:

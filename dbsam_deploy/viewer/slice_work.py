@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFilter
 
-from ..prediction.point_search import best_answer, boxes_around, boxes_past
+from ..core.masks import Prediction
+from ..prediction.point_search import best_answer, boxes_around, boxes_beside, boxes_past
 from ..volumes.planes import PlaneView
 from ..volumes.slices import VolumeSlices
 from ..volumes.stop_rules import MaskArray, mask_box
@@ -66,14 +67,9 @@ class SliceWork:
     ) -> None:
         self._slices, self._view, self.index, self.before = slices, view, index, before
 
-    def box(self, wish: Wish) -> SliceFound:
-        """The object in the box, less what is clicked away."""
-        assert wish.box is not None  # noqa: S101 - for mypy
-        outside = [click for click in wish.clicks if not click[2]]
-        found = self._ask_best(np.array([wish.box]), None)
-        if outside and found.mask.any():
-            found = self._ask_outside(np.array(wish.box), outside)
-        return self._obeying(found, wish.clicks)
+    def box(self, box: tuple[float, float, float, float]) -> SliceFound:
+        """The object in a box."""
+        return self._surest(self._answers(np.array([box])), self._nothing)
 
     def clicks(self, wish: Wish) -> SliceFound:
         """The object after a click, the last of the wish."""
@@ -83,9 +79,9 @@ class SliceWork:
         if is_inside:
             wanted = self._mask_of([c for c in wish.clicks if c[2]])
             return self._obeying(self._including(wanted, wish), wish.clicks)
-        around = mask_box(self.before) if wish.box is None else np.array(wish.box)
+        unwanted = self._mask_of([(row, column, False)])
         outside = [click for click in wish.clicks if not click[2]]
-        return self._obeying(self._ask_outside(around, outside), wish.clicks)
+        return self._obeying(self._excluding(unwanted, outside, wish), wish.clicks)
 
     def stroke(self, stroke: MaskArray, is_inside: bool, wish: Wish) -> SliceFound:
         """The object after voxels were painted, which it has then, or has not."""
@@ -97,8 +93,7 @@ class SliceWork:
         places = np.argwhere(stroke)
         chosen = places[np.linspace(0, len(places) - 1, min(len(places), _MOST_POINTS)).astype(int)]
         outside = [(int(row), int(column), False) for row, column in chosen]
-        around = mask_box(self.before) if wish.box is None else np.array(wish.box)
-        found = self._ask_outside(around, outside)
+        found = self._excluding(stroke, outside, wish)
         return SliceFound(found.mask & ~stroke, found.iou)
 
     def area(self, area: MaskArray, is_inside: bool, *, is_box: bool) -> SliceFound:
@@ -109,7 +104,7 @@ class SliceWork:
             is_inside: add it.
             is_box: a box; else the outline is believed to two pixels.
         """
-        found = self._ask_best(mask_box(area)[None].astype(np.float64), None)
+        found = self._surest(self._answers(mask_box(area)[None].astype(float)), self._nothing)
         inside = found.mask & (area if is_box else _wider(area))
         if is_inside:
             return SliceFound(self.before | (inside if inside.any() else area), found.iou)
@@ -118,38 +113,50 @@ class SliceWork:
 
     def _including(self, wanted: MaskArray, wish: Wish) -> SliceFound:
         """The object with what is wanted, by the best of several boxes."""
-        size = self._view.size
+        size, new = self._view.size, mask_box(wanted).astype(float)
+        unwanted = self._mask_of([click for click in wish.clicks if not click[2]])
         if not self.before.any() and wish.box is None:
-            return self._ask_best(boxes_around(mask_box(wanted).astype(float), size), wanted)
+            return self._surest(self._answers(boxes_around(new, size)), wanted, unwanted)
         earlier = np.array(wish.box if wish.box is not None else mask_box(self.before), float)
-        new = mask_box(wanted).astype(float)
         both = np.concatenate([np.minimum(earlier, new)[:2], np.maximum(earlier, new)[2:]])
-        found = self._ask_best(boxes_past(both, earlier, size), wanted)
-        if not (found.mask & wanted).any():
-            return SliceFound(self.before | wanted, found.iou)
-        return found
+        answers = self._answers(boxes_past(both, earlier, size))
+        found = self._surest(answers, wanted, unwanted, self.before)
+        return SliceFound(found.mask if found.mask.any() else self.before, found.iou)
 
-    def _ask_best(self, boxes: npt.NDArray[np.float64], wanted: MaskArray | None) -> SliceFound:
-        """The best answer to boxes, or nothing where none has what is wanted."""
-        answers = self._slices.decode(self._view, self.index, boxes=boxes)
-        best = 0 if wanted is None else best_answer(answers, wanted)
+    def _excluding(
+        self, unwanted: MaskArray, outside: Sequence[tuple[int, int, bool]], wish: Wish
+    ) -> SliceFound:
+        """The object without what is unwanted, by points outside it or by boxes beside them.
+
+        Box-trained weights understand a box with points outside the object, mostly.
+        """
+        box = np.array(mask_box(self.before) if wish.box is None else wish.box, float)
+        places = np.array([[[column + 0.5, row + 0.5] for row, column, _ in outside]])
+        marks = np.zeros(places.shape[:2], np.int32)
+        pointed = self._answers(box[None], point_coords=places, point_labels=marks)
+        marked = mask_box(unwanted).astype(float)
+        beside = self._answers(boxes_beside(box, marked, self._view.size)[1:])
+        answers = Prediction(
+            np.concatenate([pointed.masks, beside.masks]),
+            np.concatenate([pointed.ious, beside.ious]),
+        )
+        wanted = self._mask_of([click for click in wish.clicks if click[2]])
+        found = self._surest(answers, wanted, unwanted, self.before)
+        return SliceFound(found.mask if found.mask.any() else self.before, found.iou)
+
+    def _answers(self, boxes: npt.NDArray[np.float64], **points: Any) -> Prediction:
+        return self._slices.decode(self._view, self.index, boxes=boxes, **points)
+
+    def _surest(self, answers: Prediction, *asked: MaskArray) -> SliceFound:
+        """The best answer (`point_search.best_answer`), or nothing."""
+        best = best_answer(answers, *asked)
         if best is None:
-            return SliceFound(np.zeros(self._view.size, bool), None)
+            return SliceFound(self._nothing, None)
         return SliceFound(answers.masks[best, 0] != 0, float(answers.ious[best, 0]))
 
-    def _ask_outside(
-        self, box: npt.NDArray[np.floating], outside: Sequence[tuple[int, int, bool]]
-    ) -> SliceFound:
-        """A box with points outside the object, which box-trained weights understand."""
-        places = [[column + 0.5, row + 0.5] for row, column, _ in outside]
-        answer = self._slices.decode(
-            self._view,
-            self.index,
-            boxes=np.asarray(box, float)[None],
-            point_coords=np.array([places], float),
-            point_labels=np.zeros((1, len(places)), np.int32),
-        )
-        return SliceFound(answer.masks[0, 0] != 0, float(answer.ious[0, 0]))
+    @property
+    def _nothing(self) -> MaskArray:
+        return np.zeros(self._view.size, bool)
 
     def _obeying(self, found: SliceFound, clicks: Clicks) -> SliceFound:
         """The same with every clicked pixel as it was asked; the last click wins."""
@@ -165,15 +172,15 @@ class SliceWork:
         """What a click adds or takes away where the model did not: a small object, or a disc."""
         if not is_inside:
             pixel = np.array([column, row, column + 1, row + 1], float)
-            boxes = boxes_around(pixel, self._view.size)
-            alone = self._ask_best(boxes, self._mask_of([(row, column, True)])).mask
+            answers = self._answers(boxes_around(pixel, self._view.size))
+            alone = self._surest(answers, self._mask_of([(row, column, True)])).mask
             if alone[row, column] and (alone & mask).sum() <= _LARGEST_PIECE * mask.sum():
                 return alone
         rows, columns = np.ogrid[: mask.shape[0], : mask.shape[1]]
         return np.asarray((rows - row) ** 2 + (columns - column) ** 2 <= DISC_RADIUS**2)
 
     def _mask_of(self, clicks: Sequence[tuple[int, int, bool]]) -> MaskArray:
-        mask = np.zeros(self._view.size, bool)
+        mask = self._nothing
         for row, column, _ in clicks:
             mask[row, column] = True
         return mask

@@ -37,13 +37,13 @@ class WorkRules:
     Attributes:
         window: level and width for every image; None to tell by its values.
         reach: slices to each side of a prompted one.
-        deadline_s: an answer that takes longer is cut short.
+        deadline_s: after so long an answer goes no further.
         rule: how objects are carried.
     """
 
     window: Window | None = None
     reach: int = 20
-    deadline_s: float = 45.0
+    deadline_s: float = 28.0
     rule: ChainRule = field(default_factory=ChainRule)
 
 
@@ -227,33 +227,39 @@ class Workspace:
             axis = self._acquired()
             if memory.flat is not None and mark.place[memory.flat[0]] == memory.flat[1]:
                 axis = memory.flat[0]
-            return self._on_slice(mark, axis, mark.place[axis], memory, deadline)
-        flat = self._flat_axes(mark.sides)
-        axis = self._acquired() if self._acquired() in flat or not flat else flat[0]
-        first, end = mark.sides[axis]
-        for index in range(first, end):
-            voxels = mark.voxels if isinstance(mark, BrushMark) else np.ones(1, bool)
-            if isinstance(mark, BoxMark) or np.take(voxels, index - first, axis).any():
-                memory = self._on_slice(mark, axis, index, memory, deadline)
+            marked = [mark.place[axis]]
+        else:
+            flat = self._flat_axes(mark.sides)
+            axis = self._acquired() if self._acquired() in flat or not flat else flat[0]
+            marked = list(range(*mark.sides[axis]))
+            if isinstance(mark, BrushMark):
+                marked = [marked[z] for z in np.flatnonzero(mark.voxels.any(_others(axis)))]
+        for index in marked:
+            memory = self._on_slice(mark, axis, index, memory, deadline)
+        for index in {marked[0], marked[-1]}:
+            if self.goes_through and self._slice_mask(axis, index).any():
+                self._carry(axis, index, memory, deadline)
         return memory
 
     def _on_slice(
         self, mark: Mark, axis: int, index: int, memory: Memory, deadline: float
     ) -> Memory:
-        """Decide one slice, and carry the object on from there."""
+        """Decide one slice; of a mark on many, the last ones without the model if it is late."""
         session, slices = self._work()
-        view = slices.along(axis)
-        work = SliceWork(slices, view, index, self._slice_mask(axis, index))
-        found, wish = _decided(work, mark, view, memory.wishes.get((axis, index), Wish()))
+        view, before = slices.along(axis), self._slice_mask(axis, index)
+        wish = memory.wishes.get((axis, index), Wish())
+        if isinstance(mark, BrushMark) and time.monotonic() > deadline:
+            area = _area(mark, view, index)
+            found = SliceFound(before | area if mark.is_inside else before & ~area, None)
+        else:
+            found, wish = _decided(SliceWork(slices, view, index, before), mark, view, wish)
         self._steps.append(session.set_mask(LABEL, found.mask, index=index, plane=PLANES[axis]))
-        sure = memory.sure if found.iou is None else found.iou
-        flat = memory.flat if isinstance(mark, PointMark) else (axis, index)
-        memory = replace(
-            memory, wishes={**memory.wishes, (axis, index): wish}, flat=flat, sure=sure
+        return replace(
+            memory,
+            wishes={**memory.wishes, (axis, index): wish},
+            flat=memory.flat if isinstance(mark, PointMark) else (axis, index),
+            sure=memory.sure if found.iou is None else found.iou,
         ).with_decided(axis, index)
-        if found.mask.any() and self.goes_through:
-            self._carry(axis, index, memory, deadline)
-        return memory
 
     def _solid_box(self, mark: BoxMark, memory: Memory, deadline: float) -> Memory:
         session, _ = self._work()
@@ -296,9 +302,12 @@ class Workspace:
         axis, out = self._acquired(), mask.copy()
         view, most = slices.along(axis), 2 * self._rules.reach + 1
         middle = sorted(filled)[len(filled) // 2]
+        deadline = time.monotonic() + self._rules.deadline_s
         for index in sorted(filled, key=lambda z: abs(z - middle))[:most]:
+            if time.monotonic() > deadline:
+                break
             before = np.take(mask, index, axis)
-            found = SliceWork(slices, view, index, before).box(Wish(_tuple(mask_box(before))))
+            found = SliceWork(slices, view, index, before).box(_tuple(mask_box(before)))
             if found.mask.any():
                 np.moveaxis(out, axis, 0)[index] = found.mask
         return out
@@ -347,19 +356,28 @@ def _decided(work: SliceWork, mark: Mark, view: PlaneView, wish: Wish) -> tuple[
         wish = wish.with_clicks((mark.place[rows], mark.place[columns], mark.is_inside))
         found = work.clicks(wish)
         return found, replace(wish, box=None) if mark.is_inside else wish
-    (y0, y1), (x0, x1) = mark.sides[rows], mark.sides[columns]
     if isinstance(mark, BoxMark) and mark.is_inside:
+        (y0, y1), (x0, x1) = mark.sides[rows], mark.sides[columns]
         wish = Wish((float(x0), float(y0), float(x1), float(y1)))
-        return work.box(wish), wish
-    area = np.zeros(view.size, bool)
+        return work.box((x0, y0, x1, y1)), wish
+    area = _area(mark, view, work.index)
+    wish = replace(wish, box=None)
     if isinstance(mark, BoxMark):
-        area[y0:y1, x0:x1] = True
-        return work.area(area, False, is_box=True), replace(wish, box=None)
-    index = work.index - mark.sides[view.axis][0]
-    area[y0:y1, x0:x1] = np.take(mark.voxels, index, view.axis)
+        return work.area(area, False, is_box=True), wish
     if mark.brush == "lasso":
-        return work.area(area, mark.is_inside, is_box=False), replace(wish, box=None)
-    return work.stroke(area, mark.is_inside, wish), replace(wish, box=None)
+        return work.area(area, mark.is_inside, is_box=False), wish
+    return work.stroke(area, mark.is_inside, wish), wish
+
+
+def _area(mark: BoxMark | BrushMark, view: PlaneView, index: int) -> MaskArray:
+    """What is marked on a slice, (H, W)."""
+    (y0, y1), (x0, x1) = (side for axis, side in enumerate(mark.sides) if axis != view.axis)
+    area = np.zeros(view.size, bool)
+    area[y0:y1, x0:x1] = True
+    if isinstance(mark, BrushMark):
+        first = mark.sides[view.axis][0]
+        area[y0:y1, x0:x1] = np.take(mark.voxels, index - first, view.axis)
+    return area
 
 
 def _others(axis: int) -> tuple[int, ...]:

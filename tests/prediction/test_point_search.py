@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from dbsam_deploy.core.masks import Prediction
-from dbsam_deploy.prediction.point_search import best_answer, boxes_around, boxes_past
+from dbsam_deploy.prediction.point_search import (
+    best_answer,
+    boxes_around,
+    boxes_beside,
+    boxes_past,
+)
 
 SIZE = (60, 100)
 
@@ -46,3 +51,27 @@ def test_the_surest_answer_of_those_that_obey_is_taken():
     ious = np.array([[0.99], [0.5], [0.7], [0.9]], np.float32)
     assert best_answer(Prediction(masks, ious), wanted) == 2
     assert best_answer(Prediction(masks[:1], ious[:1]), wanted) is None
+
+
+def test_a_correction_obeys_and_keeps_to_what_there_was():
+    before, wanted, unwanted = (np.zeros(SIZE, bool) for _ in range(3))
+    before[10:20, 20:60] = wanted[12, 22] = unwanted[15, 55] = True
+    masks = np.zeros((4, 1, *SIZE), np.uint8)
+    masks[0, 0] = before  # ignores the click
+    masks[1, 0, 10:20, 20:50] = 1
+    masks[2, 0, 11:13, 21:24] = 1  # a small part, of which the model is a little surer
+    masks[3, 0, 30:40, 20:60] = 1  # does not have what is wanted
+    ious = np.array([[0.99], [0.8], [0.9], [0.99]], np.float32)
+    assert best_answer(Prediction(masks, ious), wanted, unwanted, before) == 1
+
+
+def test_boxes_beside_a_click_leave_it_out():
+    box, pixel = np.array([20.0, 10, 60, 30]), np.array([50.0, 15, 51, 16])
+    whole, *cuts = boxes_beside(box, pixel, SIZE)
+    assert whole.tolist() == box.tolist()
+    assert [cut.tolist() for cut in cuts] == [
+        [20, 10, 50, 30],
+        [20, 10, 60, 15],
+        [51, 10, 60, 30],
+        [20, 16, 60, 30],
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -12,6 +13,8 @@ from nnInteractive.inference.remote import ServerAtCapacityError, SessionExpired
 from nnInteractive.inference.remote.serialization import unpack_array
 from support.viewer import BOX, RawViewer, RunningServer, running
 from support.wedge import SHAPE, wedge
+
+from dbsam_deploy.viewer import carrying, workspace
 
 
 @pytest.fixture(scope="module")
@@ -296,3 +299,37 @@ def test_fifty_viewers_work_at_a_time_and_see_their_own_object(server):
     with ThreadPoolExecutor(50) as pool:
         list(pool.map(work, range(50)))
     assert len(server.leases) == 0
+
+
+def test_a_stroke_through_many_slices_decides_each_of_them(client):
+    stroke = np.zeros(SHAPE, np.uint8)
+    stroke[4:8, 14:16, 22:24] = 1
+    client.add_scribble_interaction(stroke, True)
+    assert client.target_buffer[stroke != 0].all()
+    assert (client.target_buffer != wedge()).sum() < 0.01 * wedge().sum()
+    client.add_scribble_interaction(stroke, False)
+    assert not client.target_buffer[stroke != 0].any()
+    with running(deadline_s=-1) as late, opened(late) as client:
+        client.add_scribble_interaction(stroke, True)
+        np.testing.assert_array_equal(client.target_buffer, stroke)
+
+
+def test_what_is_found_in_time_is_kept(monkeypatch):
+    """The clock goes a second for each slice that is asked."""
+    with running(deadline_s=7.5) as server, opened(server) as client:
+        now = [0.0]
+        clock = SimpleNamespace(monotonic=lambda: now[0])
+        monkeypatch.setattr(carrying, "time", clock)
+        monkeypatch.setattr(workspace, "time", clock)
+        ask = server.model.predict_boxes
+
+        def slow(boxes):
+            now[0] += 1
+            return ask(boxes)
+
+        server.model.predict_boxes = slow
+        client.add_bbox_interaction(BOX, True)
+        found = np.flatnonzero(client.target_buffer.any((1, 2))).tolist()
+    assert 5 in found
+    assert 1 < len(found) < 6
+    np.testing.assert_array_equal(client.target_buffer[found], wedge()[found])
