@@ -21,7 +21,7 @@ from ..core.errors import InputError
 from ..files.atomic import write_file
 from ..images.overlays import Panel, draw_overlay, evenly_spaced
 from ..images.volumes import Volume, png_bytes
-from ..outputs.files import ENDINGS, OVERLAY, mean_confidence, write
+from ..outputs.files import ENDINGS, FRACTIONS, OVERLAY, mean_confidence, write
 from ..outputs.merging import Earlier, merged, read_earlier
 from ..outputs.segmentation import Segmentation
 from ..prediction.segment import Progress
@@ -30,8 +30,6 @@ from ..volumes.study import check_study
 from ..volumes.study_prompts import StudyPrompts
 from .model import Model
 
-FRACTIONS = "dicom-seg-fractional"
-"""The format that needs the objects' probabilities."""
 UNFINISHED = "_unfinished.db"
 """Of the file in the output folder that keeps finished slices until the result is there."""
 

@@ -18,7 +18,7 @@ from ..core.errors import InputError
 from ..files.atomic import sha256_of, write_file, writing_to
 from ..files.inputs import Inputs, digest, key_of
 from ..files.manifests import Body, ManifestKind, is_inside, is_sha256
-from ..files.publication import new_folder, remove, replace_folder
+from ..files.publication import replacing
 from ..files.regular import regular_size
 from ..images.overlays import Panel, draw_panel
 from ..outputs.files import mean_confidence, planned, write
@@ -169,33 +169,27 @@ def write_result(
     Raises:
         InputError: a format that cannot hold it, or a disk that refuses.
     """
-    with writing_to(place):
-        fresh = new_folder(place)
-        try:
-            paths = planned(segmentation.image, formats, fresh, place.name)
-            write(segmentation, paths)
-            write_file(fresh / PICTURE_NAME, picture(segmentation))
-            image = segmentation.image
-            said = (*notes, *filter(None, [segmentation.note]), str(image.intensity), *image.notes)
-            record = StudyRecord(
-                key=key_of(made_of),
-                made_of=dict(made_of),
-                model=segmentation.model,
-                seconds=round(time.perf_counter() - started, 3),
-                shape=image.shape,
-                objects=found_objects(segmentation),
-                notes=said,
-                files={
-                    path.relative_to(fresh).as_posix(): sha256_of(path)
-                    for path in sorted(fresh.rglob("*"))
-                    if path.is_file()
-                },
-            )
-            _KIND.write(fresh / RECORD_NAME, asdict(record))
-            replace_folder(fresh, place)
-        except BaseException:
-            remove(fresh)
-            raise
+    with writing_to(place), replacing(place) as fresh:
+        paths = planned(segmentation.image, formats, fresh, place.name)
+        write(segmentation, paths)
+        write_file(fresh / PICTURE_NAME, picture(segmentation))
+        image = segmentation.image
+        said = (*notes, *filter(None, [segmentation.note]), str(image.intensity), *image.notes)
+        record = StudyRecord(
+            key=key_of(made_of),
+            made_of=dict(made_of),
+            model=segmentation.model,
+            seconds=round(time.perf_counter() - started, 3),
+            shape=image.shape,
+            objects=found_objects(segmentation),
+            notes=said,
+            files={
+                path.relative_to(fresh).as_posix(): sha256_of(path)
+                for path in sorted(fresh.rglob("*"))
+                if path.is_file()
+            },
+        )
+        _KIND.write(fresh / RECORD_NAME, asdict(record))
     return record
 
 

@@ -18,7 +18,7 @@ from ..files.inputs import Inputs, key_of
 from ..files.locks import one_writer
 from ..files.publication import tidy
 from ..images.volumes import Volume, read_image
-from ..outputs.files import planned
+from ..outputs.files import FRACTIONS, planned
 from ..prediction.prompts import Prompts
 from ..volumes.kept_answers import remove_answers
 from ..volumes.prompt_file import read_prompt_file
@@ -72,9 +72,6 @@ class Outcome:
     seconds: float = 0.0
     refusal: DbsamError | None = None
 
-
-FRACTIONS = "dicom-seg-fractional"
-"""The format that needs probabilities."""
 
 _opened: dict[str, Model] = {}
 """The model of this process, by its source."""

@@ -1,4 +1,4 @@
-"""What a model answers for the prompts of one image, wherever it ran."""
+"""What a model answers for the prompts of one image, wherever it ran, and where masks lie."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import zlib
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from .errors import InputError
 from .imaging import ByteArray, FloatArray
@@ -39,6 +40,27 @@ class Prediction:
         if self.logits is None:
             raise InputError("these masks came without logits: ask the model for them too")
         return self.logits
+
+
+def extent_of(mask: npt.NDArray[np.generic]) -> tuple[tuple[int, int], ...] | None:
+    """First index and the one after the last along each axis of what is not 0; None for nothing."""
+    found = []
+    for axis in range(mask.ndim):
+        others = tuple(other for other in range(mask.ndim) if other != axis)
+        places = np.flatnonzero(mask.any(axis=others))
+        if not len(places):
+            return None
+        found.append((int(places[0]), int(places[-1]) + 1))
+    return tuple(found)
+
+
+def mask_box(mask: npt.NDArray[np.generic]) -> npt.NDArray[np.float64]:
+    """(4,) x0, y0, x1, y1 that encloses the pixels of an (H, W) mask, which has some."""
+    extent = extent_of(mask)
+    if extent is None:
+        raise ValueError("a box around an empty mask")
+    (top, bottom), (left, right) = extent
+    return np.array([left, top, right, bottom], np.float64)
 
 
 class MaskPacker:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from ..core.errors import InputError
 from ..core.imaging import FloatArray
+from ..core.masks import mask_box
 from .metrics import BoolArray
 
 GROWTH_FRAME = 1024
@@ -65,9 +66,7 @@ def tight_box(mask: BoolArray, *, inclusive: bool) -> npt.NDArray[np.float64]:
         inclusive: x1 and y1 name the last column and row, as in MedSAM's code; else the ones after,
             so that the box encloses whole pixels.
     """
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    end = 0 if inclusive else 1
-    return np.array([columns[0], rows[0], columns[-1] + end, rows[-1] + end], np.float64)
+    return mask_box(mask) - (0, 0, int(inclusive), int(inclusive))
 
 
 def grow_box(

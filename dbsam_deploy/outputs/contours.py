@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ..core.masks import extent_of
 from ..extras import require
 
 FLOAT = npt.NDArray[np.float64]
@@ -36,11 +37,12 @@ def contours_of(mask: npt.NDArray[np.bool_]) -> list[FLOAT]:
         MissingError: contourpy is not installed.
     """
     contourpy = require("contourpy", extra="dicom", what_for="RTSTRUCT")
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not len(rows):
+    extent = extent_of(mask)
+    if extent is None:
         return []
-    cut = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    corner = np.array([columns[0] - 1, rows[0] - 1])  # of the padded cut
+    (top, bottom), (left, right) = extent
+    cut = mask[top:bottom, left:right]
+    corner = np.array([left - 1, top - 1])  # of the padded cut
     generator = contourpy.contour_generator(
         z=np.pad(cut, 1).astype(np.float64), name="serial", fill_type="OuterOffset"
     )

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from ..core.errors import InputError
 from ..core.imaging import FloatArray
+from ..core.masks import mask_box
 from ..synthetic.fields import require_scipy
 from .samples import LabelMap, Sample, objects_in
 
@@ -108,8 +109,7 @@ def _one_piece(mask: npt.NDArray[np.bool_], rng: np.random.Generator) -> npt.NDA
 
 
 def _grown(mask: npt.NDArray[np.bool_], growth: Growth, rng: np.random.Generator) -> FloatArray:
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    box = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float64)
+    box = mask_box(mask)
     moves = rng.integers(0, int(growth.px), 4) if growth.whole else rng.uniform(0, growth.px, 4)
     height, width = mask.shape
     box += moves * (max(height, width) / growth.frame) * (-1, -1, 1, 1)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from ..core.errors import InputError
 from ..core.imaging import ByteArray, FloatArray
+from ..core.masks import mask_box
 from ..images.npz_files import has_labels, read_image_header, read_images, read_labels
 from ..recipe import Parity
 from ..resources import resource_dir
@@ -155,8 +156,7 @@ def _case(
 
 def _grown_box(mask: npt.NDArray[np.bool_], jitter: float, rng: np.random.Generator) -> FloatArray:
     """Box around the mask's pixels, each side grown by uniform 0–`jitter` px, kept in the image."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    box = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float64)
+    box = mask_box(mask)
     box += rng.uniform(0, jitter, 4) * (-1, -1, 1, 1)
     height, width = mask.shape
     return np.clip(box, 0, (width, height, width, height)).astype(np.float32)

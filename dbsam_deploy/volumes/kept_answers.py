@@ -23,6 +23,7 @@ from ..core.errors import InputError
 from ..core.imaging import Preprocessing
 from ..core.masks import MaskPacker, Prediction, unpack_masks
 from ..core.prompts import PromptArrays
+from ..files.inputs import digest
 from ..prediction.predictor import Promptable
 from .embeddings import SharedPredictor, image_key
 
@@ -120,11 +121,7 @@ class KeptAnswers:
             remove_answers(self.path)
 
     def _seal(self, *parts: str | bytes | None) -> str:
-        whole = hashlib.sha256(self._key.encode())
-        for part in parts:
-            content = part.encode() if isinstance(part, str) else part or b""
-            whole.update(len(content).to_bytes(8, "little") + content)
-        return whole.hexdigest()
+        return digest(self._key, *(part or b"" for part in parts))
 
     @contextmanager
     def _usable(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..core.imaging import FloatArray
+from ..core.masks import extent_of
 from ..outputs.segmentation import SegmentedObject
 from .chain import Anchor, ChainEnd
 
@@ -81,11 +82,11 @@ class Piece(NamedTuple):
     @classmethod
     def of(cls, mask: npt.NDArray[np.generic]) -> Piece:
         """The part of an (H, W) mask that is not 0."""
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        if not rows.size:
+        extent = extent_of(mask)
+        if extent is None:
             return cls.nothing()
-        part = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        return cls(part != 0, (int(rows[0]), int(columns[0])))
+        (top, bottom), (left, right) = extent
+        return cls(mask[top:bottom, left:right] != 0, (top, left))
 
 
 SliceFindings = dict[int, tuple[Piece, Decoded | None]]
@@ -257,9 +258,10 @@ class TrackedObject:
             if extent[other][0] <= index < extent[other][1]:
                 place = index - starts[other]
                 np.moveaxis(new, other, 0)[place] = np.moveaxis(old, other, 0)[place]
-        changed = _bounding(old != new, starts)
-        if changed is None:
+        found = extent_of(old != new)
+        if found is None:
             return Undo(self.about.label, None, b"", before_slices, before_bounds)
+        changed: Extent = tuple((s + a, s + b) for s, (a, b) in zip(starts, found, strict=True))  # type: ignore[assignment]
         inner = _within(changed, starts)
         self.mask.write(changed, new[inner])
         packed = np.packbits(old[inner]).tobytes()
@@ -335,14 +337,3 @@ def _extent(start: Sequence[int], sides: Sequence[int]) -> Extent:
 
 def _within(extent: Sequence[tuple[int, int]], start: Sequence[int]) -> tuple[slice, ...]:
     return tuple(slice(f - s, e - s) for (f, e), s in zip(extent, start, strict=True))
-
-
-def _bounding(bits: _Bits, start: Sequence[int]) -> Extent | None:
-    """Extent of the voxels that are set, by projections."""
-    found = []
-    for axis in range(3):
-        places = np.flatnonzero(bits.any(tuple(a for a in range(3) if a != axis)))
-        if not places.size:
-            return None
-        found.append((int(places[0]) + start[axis], int(places[-1]) + 1 + start[axis]))
-    return tuple(found)  # type: ignore[return-value]

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from ..core.errors import InputError
 from ..core.imaging import FloatArray
+from ..core.masks import mask_box
 
 MaskArray = npt.NDArray[np.bool_]
 
@@ -53,12 +54,6 @@ class ChainRule:
             raise InputError(f"{self}: expected overlaps from 0 to 1 and no negative number")
         if self.reach is not None and self.reach < 1:
             raise InputError(f"reach {self.reach}: expected at least 1 slice, or none for all")
-
-
-def mask_box(mask: MaskArray) -> FloatArray:
-    """(4,) float32 x0, y0, x1, y1 that encloses the pixels of an (H, W) mask, which has some."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float32)
 
 
 def overlap(one: MaskArray, other: MaskArray) -> float:

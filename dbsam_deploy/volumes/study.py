@@ -16,7 +16,7 @@ from ..outputs.segmentation import Segmentation
 from ..prediction.predictor import Promptable
 from ..prediction.prompts import Prompts
 from ..prediction.results import Result
-from ..prediction.segment import Progress
+from ..prediction.segment import Progress, ignore
 from .chain import ChainEnd, ChainRule
 from .embeddings import EmbeddingStore, SharedPredictor
 from .frames import Plane
@@ -29,10 +29,6 @@ from .study_prompts import ObjectPrompts, StudyPrompts
 RULE = ChainRule()
 STORE_BYTES = 256 * 1024 * 1024
 """Embeddings of slices in memory: 64 at SAM's size; more are in a scratch file."""
-
-
-def _silent(*_: object) -> None:
-    """Default of what is told about a run: says nothing."""
 
 
 def check_study(spec: StudyPrompts, volume: Volume) -> None:
@@ -79,8 +75,8 @@ def segment_study(
     note: str = "",
     rule: ChainRule = RULE,
     fractions: bool = False,
-    progress: Progress = _silent,
-    say: Callable[[str], None] = _silent,
+    progress: Progress = ignore,
+    say: Callable[[str], None] = ignore,
     checkpoint: Path | None = None,
 ) -> Segmentation:
     """Segment the objects that `spec` names in one volume.

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..core.imaging import FloatArray
+from ..core.masks import extent_of
 
 GRID = 128
 """Slices are reduced by a whole number, to about this many pixels on the longer side."""
@@ -71,12 +72,9 @@ def _reduced(values: npt.NDArray[np.generic], step: int) -> FloatArray:
 
 def _around(labels: FloatArray, margin: int) -> tuple[slice, slice]:
     """Rows and columns of the object and `margin` pixels around it."""
-    sides = []
-    for axis in (1, 0):
-        found = np.flatnonzero((labels > 0).any(axis))
-        first, last = (found[0], found[-1]) if len(found) else (0, 0)
-        sides.append(slice(max(int(first) - margin, 0), int(last) + margin + 1))
-    return sides[0], sides[1]
+    (top, bottom), (left, right) = extent_of(labels > 0) or ((0, 1), (0, 1))
+    rows = slice(max(top - margin, 0), bottom + margin)
+    return rows, slice(max(left - margin, 0), right + margin)
 
 
 def _vote(before: FloatArray, pixels: FloatArray, labels: FloatArray, reach: int) -> FloatArray:
