@@ -21,8 +21,9 @@ from ..files.manifests import Body, ManifestKind, is_inside, is_sha256
 from ..files.publication import replacing
 from ..files.regular import regular_size
 from ..images.overlays import Panel, draw_panel
-from ..outputs.files import mean_confidence, planned, write
+from ..outputs.files import planned, write
 from ..outputs.segmentation import Segmentation
+from ..outputs.statistics import mean_confidence, voxel_counts
 
 RECORD_NAME = "study.json"
 PICTURE_NAME, PICTURE_SIDE = "overview.jpg", 256
@@ -136,15 +137,13 @@ def found_objects(segmentation: Segmentation) -> tuple[FoundObject, ...]:
     """Each object's size and confidence."""
     spacing = segmentation.image.spacing_mm
     voxel_ml = None if spacing is None else math.prod(spacing) / 1000
-    counts = np.bincount(segmentation.labels.ravel(), minlength=1)
-    confidences = mean_confidence(segmentation)
+    counts, confidences = voxel_counts(segmentation).tolist(), mean_confidence(segmentation)
     decoded = [bool(np.isfinite(row).any()) for row in segmentation.confidence]
     found = []
     for row, one in enumerate(segmentation.objects):
-        voxels = int(counts[one.label]) if one.label < len(counts) else 0
-        volume_ml = None if voxel_ml is None else voxels * voxel_ml
+        volume_ml = None if voxel_ml is None else counts[row] * voxel_ml
         confidence = float(confidences[row]) if decoded[row] else None
-        found.append(FoundObject(one.label, one.name, voxels, volume_ml, confidence))
+        found.append(FoundObject(one.label, one.name, counts[row], volume_ml, confidence))
     return tuple(found)
 
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from ..core.errors import InputError
 from ..images.volumes import Volume, label_dtype
-from ..outputs.files import mean_confidence
 from ..outputs.segmentation import Segmentation
+from ..outputs.statistics import mean_confidence, voxel_counts
 from ..prediction.predictor import Promptable
 from ..prediction.prompts import Prompts
 from ..prediction.results import Result
@@ -180,14 +180,13 @@ def _lost(ends: tuple[ChainEnd, ...], spec: StudyPrompts) -> Iterator[str]:
 
 def result_of(found: Segmentation, prompts: Prompts) -> Result:
     """Objects that were carried through a volume as the result of their 3D boxes."""
-    inside = [np.count_nonzero(found.labels == one.label) for one in found.objects]
     decoded = np.flatnonzero(np.isfinite(found.confidence).any(axis=0))
     return Result(
         found.image,
         prompts,
         found.labels,
         ious=mean_confidence(found)[:, None],
-        pixels=np.array(inside, np.int64)[:, None],
+        pixels=voxel_counts(found)[:, None],
         slices=tuple(decoded.tolist()),
         note=found.note,
     )
