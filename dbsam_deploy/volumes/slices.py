@@ -81,7 +81,7 @@ class VolumeSlices:
 
         def question(predictor: Promptable) -> Prediction:
             if given.keys() == {BOXES} and not multimask:
-                return predictor.predict_boxes(given[BOXES])  # type: ignore[arg-type]
+                return predictor.predict_boxes(given[BOXES])  # type: ignore[literal-required]
             return predictor.predict_prompts(multimask=multimask, **given)
 
         found = self.shared.ask(key, lambda: view.image(index), question)
