@@ -134,7 +134,7 @@ def _store(spec: StudyPrompts) -> EmbeddingStore:
     starts: set[object] = {(one.plane, one.box_3d) for one in spec.objects if one.box_3d}
     starts |= {(prompt.plane, prompt.index) for one in spec.objects for prompt in one.prompts}
     if len(starts) < 2:
-        return EmbeddingStore(0, 0)
+        return EmbeddingStore(0, 0, exact=True)
     return EmbeddingStore(STORE_BYTES, exact=True)
 
 
