@@ -122,7 +122,7 @@ def _run_of(volume: Volume, spec: StudyPrompts, model: str, rule: str) -> dict[s
     image = hashlib.sha256(repr((pixels.shape, volume.spacing_mm)).encode())
     image.update(pixels.data)
     return {
-        "image": image.hexdigest(),
+        "volume": image.hexdigest(),
         "set of prompts": repr(spec),
         "model": model,
         "rule": rule,
