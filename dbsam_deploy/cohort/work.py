@@ -130,11 +130,11 @@ def _watched(study: Study, orders: Orders) -> Iterator[None]:
 
 def tidy_up(study: Study, orders: Orders) -> None:
     """Remove what a killed worker left; nothing if somebody still works on the study."""
-    name = _lock_name(study)
-    if (orders.output / name).exists():
+    name, log = _lock_name(study), log_of(study, orders)
+    if (orders.output / name).exists() or log.exists():  # the log comes first
         with suppress(InputError), one_writer(orders.output, wait=False, name=name):
             tidy(orders.output / study.name)
-            log_of(study, orders).unlink(missing_ok=True)
+            log.unlink(missing_ok=True)
 
 
 def _lock_name(study: Study) -> str:
