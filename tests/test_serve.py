@@ -133,7 +133,7 @@ def test_sigterm_lets_accepted_requests_finish_and_refuses_new_ones(
     assert answers.count(masks) >= 4
     assert len(answers) == 8, "none hangs"
     assert {status for status, _ in refusals} == {"StatusCode.UNAVAILABLE"}
-    assert [text for _, text in refusals if "stopping: this server takes no more" in text]
+    assert [text for _, text in refusals if "stopping: this server takes no more" in text], refusals
     assert not Path(told["key"]).exists()
 
 

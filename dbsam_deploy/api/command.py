@@ -19,7 +19,7 @@ from ..cli import Parser, numbers, progress_bars, table_console
 from ..core.errors import InputError
 from ..files.atomic import write_file
 from ..images.volumes import OWN_WINDOW, Volume, png_bytes, read_image
-from ..outputs.files import ENDINGS, OVERLAY, planned, write
+from ..outputs.files import ENDINGS, FRACTIONS, OVERLAY, planned, write
 from ..outputs.merging import merged
 from ..outputs.segmentation import Segmentation
 from ..prediction.prompts import Prompts, check_prompts
@@ -30,7 +30,7 @@ from ..volumes.study_prompts import StudyPrompts, from_prompts
 from .loading import open_named
 from .model import Model, own_boxes
 from .pacs_command import add_store_options, image_source, predict_in_pacs
-from .study_command import FRACTIONS, earlier_result, predict_study
+from .study_command import earlier_result, predict_study
 
 
 def add_predict_options(parser: argparse.ArgumentParser) -> None:

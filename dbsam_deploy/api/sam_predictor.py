@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..core.contract import BOXES, MASK_INPUT, POINT_COORDS
 from ..core.errors import InputError
 from ..core.imaging import FloatArray, Preprocessing, to_image_frame, to_model_frame, upscale_logits
 from ..extras import require
@@ -196,14 +197,14 @@ class SamPredictor:
         image, size, how = self._set_image(), self.original_size, self._how("predict_torch")
         placed = [
             None if value is None else to_image_frame(as_array(name, value), size, how)
-            for name, value in (("point_coords", point_coords), ("boxes", boxes))
+            for name, value in ((POINT_COORDS, point_coords), (BOXES, boxes))
         ]
         result = self.model.predict(
             image,
             points=placed[0],
             labels=point_labels,
             boxes=placed[1],
-            mask_input=None if mask_input is None else as_array("mask_input", mask_input)[:, 0],
+            mask_input=None if mask_input is None else as_array(MASK_INPUT, mask_input)[:, 0],
             multimask=multimask_output,
         )
         logits = result.logits

@@ -21,17 +21,16 @@ from ..core.errors import InputError
 from ..files.atomic import write_file
 from ..images.overlays import Panel, draw_overlay, evenly_spaced
 from ..images.volumes import Volume, png_bytes
-from ..outputs.files import ENDINGS, OVERLAY, mean_confidence, write
+from ..outputs.files import ENDINGS, FRACTIONS, OVERLAY, write
 from ..outputs.merging import Earlier, merged, read_earlier
 from ..outputs.segmentation import Segmentation
+from ..outputs.statistics import mean_confidence, voxel_counts
 from ..prediction.segment import Progress
 from ..volumes.kept_answers import remove_answers
 from ..volumes.study import check_study
 from ..volumes.study_prompts import StudyPrompts
 from .model import Model
 
-FRACTIONS = "dicom-seg-fractional"
-"""The format that needs the objects' probabilities."""
 UNFINISHED = "_unfinished.db"
 """Of the file in the output folder that keeps finished slices until the result is there."""
 
@@ -164,11 +163,10 @@ def _progress(console: Console) -> Iterator[Progress]:
 def _table(found: Segmentation) -> Table:
     spacing = found.image.spacing_mm
     table = Table("label", "object", "slices", "voxels", *["ml"] * bool(spacing), "predicted IoU")
-    confidence = mean_confidence(found)
+    counts, confidence = voxel_counts(found).tolist(), mean_confidence(found)
     for row, one in enumerate(found.objects):
-        inside = found.labels == one.label
-        slices = np.flatnonzero(inside.any((1, 2)))
-        voxels = int(np.count_nonzero(inside))
+        slices = np.flatnonzero((found.labels == one.label).any((1, 2)))
+        voxels = counts[row]
         extent = f"{slices[0]}–{slices[-1]}" if slices.size else "none"
         volume = [f"{voxels * np.prod(spacing) / 1000:.1f}"] if spacing else []
         name = escape(one.name)

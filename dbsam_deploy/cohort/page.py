@@ -11,6 +11,7 @@ from typing import Any
 
 from ..extras import require
 from ..files.atomic import write_files
+from ..files.pages import render
 from ..images.overlays import label_colour
 from .records import PICTURE_NAME, FoundObject
 from .work import Outcome
@@ -39,12 +40,11 @@ def write_report(
         InputError: a file cannot be written.
     """
     jinja2 = require("jinja2", extra="batch", what_for="the page of a batch")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     ended = sorted(ended, key=lambda one: one[0].study.name)
     done = [one for one in ended if one[0].record is not None]
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    page = render(
+        jinja2,
+        TEMPLATE,
         title=title,
         about=about,
         failures=[_failure(*one) for one in ended if one[0].record is None],

@@ -18,11 +18,12 @@ from ..core.errors import InputError
 from ..files.atomic import sha256_of, write_file, writing_to
 from ..files.inputs import Inputs, digest, key_of
 from ..files.manifests import Body, ManifestKind, is_inside, is_sha256
-from ..files.publication import new_folder, remove, replace_folder
+from ..files.publication import replacing
 from ..files.regular import regular_size
 from ..images.overlays import Panel, draw_panel
-from ..outputs.files import mean_confidence, planned, write
+from ..outputs.files import planned, write
 from ..outputs.segmentation import Segmentation
+from ..outputs.statistics import mean_confidence, voxel_counts
 
 RECORD_NAME = "study.json"
 PICTURE_NAME, PICTURE_SIDE = "overview.jpg", 256
@@ -136,15 +137,13 @@ def found_objects(segmentation: Segmentation) -> tuple[FoundObject, ...]:
     """Each object's size and confidence."""
     spacing = segmentation.image.spacing_mm
     voxel_ml = None if spacing is None else math.prod(spacing) / 1000
-    counts = np.bincount(segmentation.labels.ravel(), minlength=1)
-    confidences = mean_confidence(segmentation)
+    counts, confidences = voxel_counts(segmentation).tolist(), mean_confidence(segmentation)
     decoded = [bool(np.isfinite(row).any()) for row in segmentation.confidence]
     found = []
     for row, one in enumerate(segmentation.objects):
-        voxels = int(counts[one.label]) if one.label < len(counts) else 0
-        volume_ml = None if voxel_ml is None else voxels * voxel_ml
+        volume_ml = None if voxel_ml is None else counts[row] * voxel_ml
         confidence = float(confidences[row]) if decoded[row] else None
-        found.append(FoundObject(one.label, one.name, voxels, volume_ml, confidence))
+        found.append(FoundObject(one.label, one.name, counts[row], volume_ml, confidence))
     return tuple(found)
 
 
@@ -169,33 +168,27 @@ def write_result(
     Raises:
         InputError: a format that cannot hold it, or a disk that refuses.
     """
-    with writing_to(place):
-        fresh = new_folder(place)
-        try:
-            paths = planned(segmentation.image, formats, fresh, place.name)
-            write(segmentation, paths)
-            write_file(fresh / PICTURE_NAME, picture(segmentation))
-            image = segmentation.image
-            said = (*notes, *filter(None, [segmentation.note]), str(image.intensity), *image.notes)
-            record = StudyRecord(
-                key=key_of(made_of),
-                made_of=dict(made_of),
-                model=segmentation.model,
-                seconds=round(time.perf_counter() - started, 3),
-                shape=image.shape,
-                objects=found_objects(segmentation),
-                notes=said,
-                files={
-                    path.relative_to(fresh).as_posix(): sha256_of(path)
-                    for path in sorted(fresh.rglob("*"))
-                    if path.is_file()
-                },
-            )
-            _KIND.write(fresh / RECORD_NAME, asdict(record))
-            replace_folder(fresh, place)
-        except BaseException:
-            remove(fresh)
-            raise
+    with writing_to(place), replacing(place) as fresh:
+        paths = planned(segmentation.image, formats, fresh, place.name)
+        write(segmentation, paths)
+        write_file(fresh / PICTURE_NAME, picture(segmentation))
+        image = segmentation.image
+        said = (*notes, *filter(None, [segmentation.note]), str(image.intensity), *image.notes)
+        record = StudyRecord(
+            key=key_of(made_of),
+            made_of=dict(made_of),
+            model=segmentation.model,
+            seconds=round(time.perf_counter() - started, 3),
+            shape=image.shape,
+            objects=found_objects(segmentation),
+            notes=said,
+            files={
+                path.relative_to(fresh).as_posix(): sha256_of(path)
+                for path in sorted(fresh.rglob("*"))
+                if path.is_file()
+            },
+        )
+        _KIND.write(fresh / RECORD_NAME, asdict(record))
     return record
 
 

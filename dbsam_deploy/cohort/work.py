@@ -18,7 +18,7 @@ from ..files.inputs import Inputs, key_of
 from ..files.locks import one_writer
 from ..files.publication import tidy
 from ..images.volumes import Volume, read_image
-from ..outputs.files import planned
+from ..outputs.files import FRACTIONS, planned
 from ..prediction.prompts import Prompts
 from ..volumes.kept_answers import remove_answers
 from ..volumes.prompt_file import read_prompt_file
@@ -72,9 +72,6 @@ class Outcome:
     seconds: float = 0.0
     refusal: DbsamError | None = None
 
-
-FRACTIONS = "dicom-seg-fractional"
-"""The format that needs probabilities."""
 
 _opened: dict[str, Model] = {}
 """The model of this process, by its source."""
@@ -133,11 +130,11 @@ def _watched(study: Study, orders: Orders) -> Iterator[None]:
 
 def tidy_up(study: Study, orders: Orders) -> None:
     """Remove what a killed worker left; nothing if somebody still works on the study."""
-    name = _lock_name(study)
-    if (orders.output / name).exists():
+    name, log = _lock_name(study), log_of(study, orders)
+    if (orders.output / name).exists() or log.exists():  # the log comes first
         with suppress(InputError), one_writer(orders.output, wait=False, name=name):
             tidy(orders.output / study.name)
-            log_of(study, orders).unlink(missing_ok=True)
+            log.unlink(missing_ok=True)
 
 
 def _lock_name(study: Study) -> str:

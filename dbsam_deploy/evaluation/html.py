@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files.atomic import write_file
+from ..files.pages import render
 from .metrics import load_library
 from .plots import overlay_png, task_plot
 from .published import AVERAGES, Comparison
@@ -49,10 +50,9 @@ def write_page(
         InputError: the file cannot be written.
     """
     jinja2 = load_library("jinja2")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    page = render(
+        jinja2,
+        TEMPLATE,
         model=model,
         settings=result.settings,
         plot=task_plot(result),

@@ -10,8 +10,8 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .atomic import sync_folder
@@ -75,6 +75,23 @@ def replace_folder(fresh: Path, place: Path) -> None:
     sync_folder(place.parent)
     with suppress(OSError):
         remove(old)  # `tidy` tries again
+
+
+@contextmanager
+def replacing(place: Path) -> Iterator[Path]:
+    """An empty folder that gets the name `place` when the block ends, and goes if it fails.
+
+    Raises:
+        OSError: see `replace_folder`.
+    """
+    fresh = new_folder(place)
+    try:
+        yield fresh
+        replace_folder(fresh, place)
+    except BaseException:
+        with suppress(OSError):
+            remove(fresh)  # else `tidy` does
+        raise
 
 
 def exchange(one: Path, other: Path) -> bool:

@@ -6,6 +6,8 @@ import gzip
 import logging
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,22 +46,15 @@ def read_nifti(path: Path, *, volume: int | None = None) -> Scan:
         EngineError: nibabel is not installed.
     """
     nibabel = require_nibabel()
-    size, compressed = regular_size(path), path.name.lower().endswith(".gz")
-    try:
-        with path.open("rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about numbers in a header that are no numbers
-            stream: Any = gzip.GzipFile(fileobj=file) if compressed else file
-            header = _nifti_header(nibabel, stream, path)
-            shape, chosen = _volume_of(header, volume, path)
-            announced = _check_size(header, None if compressed else size, path)
-            affine = _affine(header, path)
-            stored = _stored(nibabel, stream, header, chosen)
-            if compressed:
-                _read_to_the_end(stream, announced, path)  # compares checksum and length
-    except InputError:
-        raise
-    except DAMAGED as error:
-        raise InputError(f"{path} is not a readable NIfTI file: {reason_of(error)}") from error
+    size, compressed = regular_size(path), _is_compressed(path)
+    with _opened(path) as stream:
+        header = _nifti_header(nibabel, stream, path)
+        shape, chosen = _volume_of(header, volume, path)
+        announced = _check_size(header, None if compressed else size, path)
+        affine = _affine(header, path)
+        stored = _stored(nibabel, stream, header, chosen)
+        if compressed:
+            _read_to_the_end(stream, announced, path)  # compares checksum and length
     sizes = shape[:3] + (1,) * (3 - len(shape))
     stored = stored.reshape(sizes).transpose(2, 1, 0)
     padding = _fill_values(stored)
@@ -77,17 +72,26 @@ def count_volumes(path: Path) -> int:
     """
     nibabel = require_nibabel()
     regular_size(path)
+    with _opened(path) as stream:
+        shape = _nifti_header(nibabel, stream, path).get_data_shape()
+    return math.prod(int(side) for side in shape[3:])
+
+
+def _is_compressed(path: Path) -> bool:
+    return path.name.lower().endswith(".gz")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A file's bytes, unpacked, with what a damaged one raises turned into one `InputError`."""
     try:
         with path.open("rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            is_compressed = path.name.lower().endswith(".gz")
-            stream: Any = gzip.GzipFile(fileobj=file) if is_compressed else file
-            shape = _nifti_header(nibabel, stream, path).get_data_shape()
+            warnings.simplefilter("ignore")  # about numbers in a header that are no numbers
+            yield gzip.GzipFile(fileobj=file) if _is_compressed(path) else file
     except InputError:
         raise
     except DAMAGED as error:
         raise InputError(f"{path} is not a readable NIfTI file: {reason_of(error)}") from error
-    return math.prod(int(side) for side in shape[3:])
 
 
 def _nifti_header(nibabel: Any, stream: Any, path: Path) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..extras import require
 from ..files.atomic import write_file
+from ..files.pages import render
 from .plots import load_plot, tail_plot
 from .run import LoadPoint
 from .tables import LEGEND, SHORT, cells, csv_text, percentiles_csv
@@ -32,11 +33,10 @@ def write_report(
         InputError: a file cannot be written.
     """
     jinja2 = require("jinja2", extra="loadtest", what_for="the page of a load test")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     plot, tail = load_plot(points), tail_plot(points)
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    page = render(
+        jinja2,
+        TEMPLATE,
         about=about,
         notes=notes,
         plot=plot,

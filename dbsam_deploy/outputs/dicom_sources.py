@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import uuid
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ import numpy.typing as npt
 from .. import __version__
 from ..core.errors import InputError
 from ..extras import require
+from ..files.inputs import digest
 from ..images.dicom import slices_again
 from ..images.dicom_files import reading_dicom
 from ..images.dicom_frames import DicomSlice
@@ -114,11 +114,7 @@ def _cleaned(header: Any) -> Any:
 
 def new_uid(*parts: str | bytes) -> str:
     """A UID that follows from `parts`, so that the same content has the same name again."""
-    digest = hashlib.sha256()
-    for part in parts:
-        content = part.encode() if isinstance(part, str) else part
-        digest.update(len(content).to_bytes(8, "little") + content)
-    return f"2.25.{uuid.UUID(bytes=digest.digest()[:16], version=5).int}"
+    return f"2.25.{uuid.UUID(hex=digest(*parts)[:32], version=5).int}"
 
 
 def content_uids(

@@ -11,7 +11,7 @@ import numpy as np
 from ..core.errors import InputError
 from ..extras import require
 from ..files.atomic import write_files, writing_to
-from ..files.publication import new_folder, remove, replace_folder, tidy
+from ..files.publication import replacing, tidy
 from ..files.user_paths import user_path
 from ..images.scans import require_nibabel
 from ..images.volumes import Volume, label_map_bytes, label_npz_bytes, no_grid, png_bytes
@@ -20,12 +20,14 @@ from .dicom_sources import find_sources
 from .segmentation import Segmentation
 from .statistics import csv_bytes, json_bytes, mean_confidence
 
+FRACTIONS = "dicom-seg-fractional"
+"""The format that needs probabilities."""
 ENDINGS = {
     "nifti": "_mask.nii.gz",
     "npz": "_mask.npz",
     "png": "_mask.png",
     "dicom-seg": "_seg.dcm",
-    "dicom-seg-fractional": "_fractional_seg.dcm",
+    FRACTIONS: "_fractional_seg.dcm",
     "rtstruct": "_rtstruct.dcm",
     "csv": "_statistics.csv",
     "json": "_statistics.json",
@@ -162,7 +164,7 @@ _CONTENTS: dict[str, Callable[[Segmentation], bytes]] = {
     "npz": _npz,
     "png": _png,
     "dicom-seg": dicom_seg.binary_bytes,
-    "dicom-seg-fractional": dicom_seg.fractional_bytes,
+    FRACTIONS: dicom_seg.fractional_bytes,
     "rtstruct": rtstruct.rtstruct_bytes,
     "csv": csv_bytes,
     "json": json_bytes,
@@ -186,11 +188,6 @@ def _write_slices(segmentation: Segmentation, folder: Path) -> None:
     with writing_to(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         tidy(folder)
-        fresh = new_folder(folder)
-        try:
+        with replacing(folder) as fresh:
             for index, plane in enumerate(segmentation.labels):
                 (fresh / f"{index:03d}.png").write_bytes(png_bytes(plane))
-            replace_folder(fresh, folder)
-        except BaseException:
-            remove(fresh)
-            raise

@@ -29,15 +29,15 @@ _MASK_BYTES_AT_ONCE = 256 * 1024 * 1024
 Progress = Callable[[int, int], None]
 
 
-def ignore_progress(done: int, total: int) -> None:
-    """Default `Progress`: says nothing."""
+def ignore(*_: object) -> None:
+    """Default of what is told about a run, such as `Progress`: says nothing."""
 
 
 def segment(
     predictor: Promptable,
     volume: Volume,
     prompts: Prompts,
-    progress: Progress = ignore_progress,
+    progress: Progress = ignore,
     *,
     keep_masks: bool = False,
 ) -> Result:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from ..engines.manifest import engine_folder, plugin_library, verified_plans
 from ..files.atomic import sha256_of, write_file, writing_to
 from ..files.locks import one_writer
 from ..files.manifests import Body, ManifestKind, is_inside, is_sha256
-from ..files.publication import new_folder, remove, replace_folder, tidy
+from ..files.publication import replacing, tidy
 from ..resources import resource_dir
 from .known_answer import known_answers
 from .triton_config import BYTECODE, GRAPH_MODELS, Platform, front_spec, render_configs
@@ -129,8 +128,7 @@ def build_repository(artefact: Artefact, output: Path, *, wait: bool = True) -> 
     with one_writer(folder, name=name, wait=wait, say=say), writing_to(output):
         tidy(output)
         check_replaceable(output)
-        fresh = new_folder(output)
-        try:
+        with replacing(output) as fresh:
             fresh.chmod(0o755)  # a strict umask would lock out the container's user
             _write_models(artefact, served, platforms, fresh)
             repository = Repository(
@@ -146,11 +144,6 @@ def build_repository(artefact: Artefact, output: Path, *, wait: bool = True) -> 
                 files=file_hashes(fresh),
             )
             write_repository(replace(repository, folder=fresh))
-            replace_folder(fresh, output)
-        except BaseException:
-            with suppress(OSError):
-                remove(fresh)  # else the next one does
-            raise
     return repository
 
 

@@ -10,14 +10,14 @@ objects in one call.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from ..core.errors import InputError
 from ..core.imaging import ByteArray, FloatArray
 from ..core.masks import Prediction
-from ..prediction.segment import Progress, prompts_at_once
+from ..prediction.segment import Progress, ignore, prompts_at_once
 from .links import Anchor, Bounds, Chain, ChainEnd, SliceMask
 from .stop_rules import ChainRule, next_box, overlap
 
@@ -37,10 +37,6 @@ class SliceDecoder(Protocol):
         ...
 
 
-def _ignore(*_: Any) -> None:
-    """Default of what is told about a run: says nothing."""
-
-
 def propagate(
     decoder: SliceDecoder,
     anchors: Sequence[Anchor],
@@ -52,8 +48,8 @@ def propagate(
     steps: tuple[int, ...] = (1, -1),
     spacing_mm: tuple[float, float, float] | None = None,
     intensities: Intensities | None = None,
-    progress: Progress = _ignore,
-    ended: Callable[[ChainEnd], None] = _ignore,
+    progress: Progress = ignore,
+    ended: Callable[[ChainEnd], None] = ignore,
 ) -> Iterator[SliceMask]:
     """Carry every anchor's object through the volume, to both sides.
 

@@ -18,6 +18,7 @@ from typing import Any, Unpack
 import numpy as np
 import numpy.typing as npt
 
+from ..core.contract import BOXES
 from ..core.errors import InputError
 from ..core.imaging import Preprocessing
 from ..core.masks import MaskPacker, Prediction, unpack_masks
@@ -40,7 +41,7 @@ class KeptAnswers:
 
     Args:
         path: the file; made if it is not there.
-        made_from: what a run is about (`image`, `model`, …) → a hash or text.
+        made_from: what a run is about (`volume`, `model`, …) → a hash or text.
 
     Raises:
         InputError: it is of another run, or no such file, or cannot be written.
@@ -175,7 +176,7 @@ class ResumedPredictor:
 
     def predict_boxes(self, boxes: npt.NDArray[Any]) -> Prediction:
         """See `Promptable`."""
-        return self._ask({"boxes": boxes}, lambda one: one.predict_boxes(boxes))
+        return self._ask({BOXES: boxes}, lambda one: one.predict_boxes(boxes))
 
     def predict_prompts(
         self, *, multimask: bool = False, **prompts: Unpack[PromptArrays]

@@ -16,7 +16,7 @@ from ..images.arrays import as_array
 from ..images.volumes import Volume
 from ..outputs.segmentation import CodedTerm, Segmentation, SegmentedObject
 from ..prediction.predictor import Promptable
-from ..prediction.segment import Progress, ignore_progress
+from ..prediction.segment import Progress, ignore
 from .chain import ChainEnd, propagate
 from .course import Course, Direction, Starts
 from .embeddings import SharedPredictor
@@ -226,7 +226,7 @@ class VolumePredictor:
         direction: Direction = "both",
         until: int | None = None,
         rule: ChainRule | None = None,
-        progress: Progress = ignore_progress,
+        progress: Progress = ignore,
     ) -> Change:
         """Carry objects from their prompted slices to the others, all in one pass.
 

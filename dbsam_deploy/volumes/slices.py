@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..core.contract import BOXES, MASK_INPUT, POINT_COORDS
 from ..core.imaging import ByteArray, FloatArray, is_constant
 from ..core.masks import Prediction
 from ..core.prompts import PromptArrays
@@ -46,7 +47,7 @@ class VolumeSlices:
 
         Of the three masks that a single point may mean, the one of the highest predicted IoU.
         """
-        earlier = None if mask_input is None else as_array("mask_input", mask_input)
+        earlier = None if mask_input is None else as_array(MASK_INPUT, mask_input)
         if earlier is not None and earlier.ndim == 2:
             earlier = earlier[None]
         is_vague = asked.points is not None and asked.points.shape[1] == 1
@@ -75,12 +76,12 @@ class VolumeSlices:
         given: PromptArrays = {}
         for name, array in prompts.items():
             if array is not None:
-                is_place = name in ("boxes", "point_coords")
+                is_place = name in (BOXES, POINT_COORDS)
                 given[name] = view.to_square(array) if is_place else array  # type: ignore[literal-required]
 
         def question(predictor: Promptable) -> Prediction:
-            if given.keys() == {"boxes"} and not multimask:
-                return predictor.predict_boxes(given["boxes"])  # type: ignore[arg-type]
+            if given.keys() == {BOXES} and not multimask:
+                return predictor.predict_boxes(given[BOXES])  # type: ignore[literal-required]
             return predictor.predict_prompts(multimask=multimask, **given)
 
         found = self.shared.ask(key, lambda: view.image(index), question)

@@ -11,12 +11,12 @@ import numpy as np
 
 from ..core.errors import InputError
 from ..images.volumes import Volume, label_dtype
-from ..outputs.files import mean_confidence
 from ..outputs.segmentation import Segmentation
+from ..outputs.statistics import mean_confidence, voxel_counts
 from ..prediction.predictor import Promptable
 from ..prediction.prompts import Prompts
 from ..prediction.results import Result
-from ..prediction.segment import Progress
+from ..prediction.segment import Progress, ignore
 from .chain import ChainEnd, ChainRule
 from .embeddings import EmbeddingStore, SharedPredictor
 from .frames import Plane
@@ -29,10 +29,6 @@ from .study_prompts import ObjectPrompts, StudyPrompts
 RULE = ChainRule()
 STORE_BYTES = 256 * 1024 * 1024
 """Embeddings of slices in memory: 64 at SAM's size; more are in a scratch file."""
-
-
-def _silent(*_: object) -> None:
-    """Default of what is told about a run: says nothing."""
 
 
 def check_study(spec: StudyPrompts, volume: Volume) -> None:
@@ -79,8 +75,8 @@ def segment_study(
     note: str = "",
     rule: ChainRule = RULE,
     fractions: bool = False,
-    progress: Progress = _silent,
-    say: Callable[[str], None] = _silent,
+    progress: Progress = ignore,
+    say: Callable[[str], None] = ignore,
     checkpoint: Path | None = None,
 ) -> Segmentation:
     """Segment the objects that `spec` names in one volume.
@@ -126,7 +122,7 @@ def _run_of(volume: Volume, spec: StudyPrompts, model: str, rule: str) -> dict[s
     image = hashlib.sha256(repr((pixels.shape, volume.spacing_mm)).encode())
     image.update(pixels.data)
     return {
-        "image": image.hexdigest(),
+        "volume": image.hexdigest(),
         "set of prompts": repr(spec),
         "model": model,
         "rule": rule,
@@ -138,7 +134,7 @@ def _store(spec: StudyPrompts) -> EmbeddingStore:
     starts: set[object] = {(one.plane, one.box_3d) for one in spec.objects if one.box_3d}
     starts |= {(prompt.plane, prompt.index) for one in spec.objects for prompt in one.prompts}
     if len(starts) < 2:
-        return EmbeddingStore(0, 0)
+        return EmbeddingStore(0, 0, exact=True)
     return EmbeddingStore(STORE_BYTES, exact=True)
 
 
@@ -184,14 +180,13 @@ def _lost(ends: tuple[ChainEnd, ...], spec: StudyPrompts) -> Iterator[str]:
 
 def result_of(found: Segmentation, prompts: Prompts) -> Result:
     """Objects that were carried through a volume as the result of their 3D boxes."""
-    inside = [np.count_nonzero(found.labels == one.label) for one in found.objects]
     decoded = np.flatnonzero(np.isfinite(found.confidence).any(axis=0))
     return Result(
         found.image,
         prompts,
         found.labels,
         ious=mean_confidence(found)[:, None],
-        pixels=np.array(inside, np.int64)[:, None],
+        pixels=voxel_counts(found)[:, None],
         slices=tuple(decoded.tolist()),
         note=found.note,
     )

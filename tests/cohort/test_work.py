@@ -11,7 +11,7 @@ from support.faulty_studies import BOX, RAISE, orders, study
 
 from dbsam_deploy.api.model import Model
 from dbsam_deploy.cohort.records import PICTURE_NAME, RECORD_NAME, content_hash, find_record
-from dbsam_deploy.cohort.work import do_study
+from dbsam_deploy.cohort.work import do_study, log_of, tidy_up
 from dbsam_deploy.core.errors import EngineError, InputError
 from dbsam_deploy.volumes.study_prompts import ObjectPrompts, SlicePrompt, StudyPrompts
 
@@ -39,6 +39,15 @@ def test_a_result_is_a_folder_with_a_record_of_all_that_it_was_made_from(given, 
     assert found.volume_ml is None  # a picture has no spacing
     assert 0 < len((place / PICTURE_NAME).read_bytes()) < 30_000
     assert find_record(place) == outcome.record
+
+
+def test_a_worker_that_was_killed_before_it_had_the_lock_leaves_no_log(given, tmp_path):
+    one, other = study(tmp_path, "one"), study(tmp_path, "other")
+    given.output.mkdir(exist_ok=True)
+    log_of(one, given).touch()
+    for each in (one, other):
+        tidy_up(each, given)
+    assert names(given.output) == []
 
 
 def test_what_is_there_is_found_by_content_alone(given, tmp_path):

@@ -11,13 +11,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 _FAULTS = """
-import resource, sys
+import ctypes, resource, sys
 import numpy as np
 from dbsam_deploy.core.allocation import reuse_blocks
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
+PR_SET_THP_DISABLE = 41  # a huge page is one fault for 512 small ones
+ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
 if sys.argv[1] == "reuse":
     reuse_blocks(8 << 20)
 for number in range(21):

@@ -190,5 +190,5 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_result(
     with pytest.raises(InputError, match="with another set of prompts"):
         segment_study(again, two_bars, other, model="bright", checkpoint=kept)
     two_bars.pixels[0, 0, 0] += 1
-    with pytest.raises(InputError, match="with another image"):
+    with pytest.raises(InputError, match="with another volume"):
         segment_study(again, two_bars, spec, model="bright", checkpoint=kept)
