@@ -236,8 +236,8 @@ def test_a_failure_leaves_all_as_it_was(server, client):
     before = client.target_buffer.copy()
     server.model.failing = RuntimeError("the model broke")
     with pytest.raises(httpx.HTTPStatusError, match="500"):
-        client.add_bbox_interaction([[7, 8], [8, 25], [12, 40]], True)
-    client.add_point_interaction([5, 15, 25], True)
+        client.add_bbox_interaction([[7, 8], [8, 14], [12, 40]], True)
+    client.add_point_interaction([7, 15, 25], True)
     np.testing.assert_array_equal(client.target_buffer, before)
     assert client.undo()
 
