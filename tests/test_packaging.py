@@ -24,6 +24,7 @@ OPTIONAL = (
 """Packages that a plain installation has not."""
 NEEDS_EXPORT = re.compile(
     r"model|graphs|fusions|files\.onnx_files|quantization|training|export|train|sensitivity|kernels\.torch_ops"
+    r"|viewer\.application"
     r"|engines\.layers|sessions\.(fused_|cuda_graphs|cpu_graph|float_head|openvino_session)"
 )
 """Modules that work on weights or graphs; all others load in a plain installation."""
@@ -231,6 +232,7 @@ def test_nothing_of_posix_is_needed_before_it_is_used() -> None:
         if "standin_backends" not in path.parts
     ]
     others = ("torch.utils.data", "torch.func", "onnx.inliner", "onnxscript", "safetensors.torch")
+    others += ("fastapi.responses", "starlette.concurrency")
     result = subprocess.run(
         [
             sys.executable,

@@ -10,6 +10,11 @@ import math
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+from ..extras import require
+
+for _name in ("fastapi", "starlette"):
+    require(_name, extra="viewer", what_for="a server for viewers")
+
 import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse

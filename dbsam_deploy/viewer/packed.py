@@ -10,11 +10,11 @@ import math
 import struct
 from typing import Any, NamedTuple
 
-import blosc2
 import numpy as np
 import numpy.typing as npt
 
 from ..core.errors import InputError
+from ..extras import require
 
 _START = struct.Struct("<4sBBBB")
 _CHUNK = struct.Struct("<QQ")
@@ -79,6 +79,7 @@ def unpack(body: bytes | bytearray, header: PackedHeader) -> npt.NDArray[Any]:
     Raises:
         InputError: chunks that do not make it.
     """
+    blosc2 = _blosc2()
     (count,) = struct.unpack_from("<I", body, header.start)
     place, done, view = header.start + 4, 0, memoryview(body)
     chunks: list[tuple[int, int, memoryview]] = []
@@ -108,7 +109,7 @@ def unpack(body: bytes | bytearray, header: PackedHeader) -> npt.NDArray[Any]:
 
 def pack(array: npt.NDArray[Any]) -> bytes:
     """An array of bool or numbers, packed."""
-    array = np.ascontiguousarray(array)
+    blosc2, array = _blosc2(), np.ascontiguousarray(array)
     name = array.dtype.name.encode()
     raw = array.data.cast("B") if array.size else memoryview(b"")
     starts = range(0, len(raw), _CHUNK_BYTES)
@@ -129,3 +130,7 @@ def pack(array: npt.NDArray[Any]) -> bytes:
         )
         parts += [_CHUNK.pack(len(chunk), len(frame)), frame]
     return b"".join(parts)
+
+
+def _blosc2() -> Any:
+    return require("blosc2", extra="viewer", what_for="an array from a viewer")

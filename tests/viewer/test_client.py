@@ -236,8 +236,9 @@ def test_a_failure_leaves_all_as_it_was(server, client):
     before = client.target_buffer.copy()
     server.model.failing = RuntimeError("the model broke")
     with pytest.raises(httpx.HTTPStatusError, match="500"):
-        client.add_bbox_interaction([[7, 8], [8, 25], [12, 40]], True)
-    client.add_point_interaction([5, 15, 25], True)
+        client.add_bbox_interaction([[7, 8], [8, 14], [12, 40]], True)
+    client.set_target_buffer(np.zeros(SHAPE, np.uint8))  # so that all is sent
+    client.add_point_interaction([3, 0, 0], False)
     np.testing.assert_array_equal(client.target_buffer, before)
     assert client.undo()
 
