@@ -182,7 +182,13 @@ def test_ctrl_c_ends_the_workers_and_keeps_what_is_done(studies, tiny_artefact):
         study(studies.parent, f"c{number}", number=number % 7)
     studies.write_text("\n".join(["path,box,slice", *rows]))
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A background job, as this test may run in, ignores Ctrl-C, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     output = studies.parent / "out"
     while len(list(output.glob("*/study.json"))) < 4:

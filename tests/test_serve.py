@@ -107,6 +107,12 @@ def test_sigterm_lets_accepted_requests_finish_and_refuses_new_ones(
             answers.append(error.status())
         client.close()
 
+    def ask_late(client: grpc.InferenceServerClient) -> None:
+        try:
+            ask_grpc(client, probe_image(), 60)
+        except grpc.InferenceServerException as error:
+            refusals.append((error.status(), error.message()))
+
     with serving(served_copy, server_environment) as (process, told):
         assert Path(told["key"]).stat().st_mode & 0o777 == 0o600
         check = ["--check", told["HTTP"], "--repository", str(served_copy.folder)]
@@ -119,12 +125,13 @@ def test_sigterm_lets_accepted_requests_finish_and_refuses_new_ones(
         metrics = urlsplit(told["metrics"]).netloc
         assert wait_until(lambda: requests_in_flight(metrics) >= 4)
         process.send_signal(signal.SIGTERM)
+        late = []  # one may still be accepted, and then waits for those before it
         while process.poll() is None:
-            try:
-                ask_grpc(client, probe_image(), 60)
-            except grpc.InferenceServerException as error:
-                refusals.append((error.status(), error.message()))
-            time.sleep(0.02)
+            late.append(threading.Thread(target=ask_late, args=(client,)))
+            late[-1].start()
+            time.sleep(0.05)
+        for thread in late:
+            thread.join()
         client.close()
         assert process.wait(60) == 0
         for thread in threads:
