@@ -219,7 +219,9 @@ class Supervisor:
                 self._ask_after_reviving(name)
         except ServingError as error:
             reason = f"{names} could not be revived: {error.message}"
-            if FRONT in faults or self.server.has_ended:
+            if self.server.has_ended:  # its processes went with it
+                self._restart(self.server.why_ended())
+            elif FRONT in faults:
                 self._restart(reason)
             else:
                 self._revive({FRONT: reason})
