@@ -59,7 +59,7 @@ def work() -> dict[str, float]:
     """What the steps of a session take; the result is compared with the truth."""
     volume, truth = drawn()
     model = FreeEncoder()
-    rule = ChainRule(min_overlap=0.3, intensity_sds=1e9)
+    rule = ChainRule(min_overlap=0.3)
     taken: dict[str, float] = {}
 
     def timed(name: str, step: Callable[[], object]) -> None:
