@@ -160,9 +160,9 @@ def test_nothing_outlives_a_command_that_is_killed(served_copy, server_environme
         process.kill()
         process.wait()
         assert wait_until(lambda: not processes_of(server))
-    assert prefix[1] in free_left_shared_memory()
+    free_left_shared_memory()  # here, or where another test's server begins meanwhile
     assert not list(SHARED_MEMORY.glob(f"{prefix[1]}*"))
-    assert runtime in remove_left_runtimes()
+    remove_left_runtimes()
     assert not runtime.exists()
     assert log.read_text().startswith("an earlier server\n")
     assert "Started GRPCInferenceService" in log.read_text()
