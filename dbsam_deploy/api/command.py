@@ -304,6 +304,11 @@ def _predict_files(args: argparse.Namespace, open_model: Callable[[], Model]) ->
     if spec is not None:
         introduce = partial(_introduce, volume)
         return predict_study(args, volume, spec, paths, open_model, introduce)
+    if FRACTIONS in paths:
+        raise InputError(
+            f"--format {FRACTIONS}: probabilities are kept with --propagate or --prompts; without "
+            "them use dicom-seg"
+        )
     old = earlier_result(args, volume, paths, prompts.names) if volume.is_volume else None
     console = table_console()
     with open_model() as model:

@@ -24,7 +24,7 @@ from ..images.volumes import Volume, png_bytes
 from ..outputs.files import ENDINGS, FRACTIONS, OVERLAY, write
 from ..outputs.merging import Earlier, merged, read_earlier
 from ..outputs.segmentation import Segmentation
-from ..outputs.statistics import mean_confidence, voxel_counts
+from ..outputs.statistics import mean_confidence, voxel_counts, voxel_ml
 from ..prediction.segment import Progress
 from ..volumes.kept_answers import remove_answers
 from ..volumes.study import check_study
@@ -161,14 +161,14 @@ def _progress(console: Console) -> Iterator[Progress]:
 
 
 def _table(found: Segmentation) -> Table:
-    spacing = found.image.spacing_mm
-    table = Table("label", "object", "slices", "voxels", *["ml"] * bool(spacing), "predicted IoU")
+    each_ml = voxel_ml(found.image)
+    table = Table("label", "object", "slices", "voxels", *["ml"] * bool(each_ml), "predicted IoU")
     counts, confidence = voxel_counts(found).tolist(), mean_confidence(found)
     for row, one in enumerate(found.objects):
         slices = np.flatnonzero((found.labels == one.label).any((1, 2)))
         voxels = counts[row]
         extent = f"{slices[0]}–{slices[-1]}" if slices.size else "none"
-        volume = [f"{voxels * np.prod(spacing) / 1000:.1f}"] if spacing else []
+        volume = [f"{voxels * each_ml:.1f}"] if each_ml else []
         name = escape(one.name)
         table.add_row(str(one.label), name, extent, str(voxels), *volume, f"{confidence[row]:.3f}")
     return table

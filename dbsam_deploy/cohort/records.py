@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import os
 import time
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from ..files.regular import regular_size
 from ..images.overlays import Panel, draw_panel
 from ..outputs.files import planned, write
 from ..outputs.segmentation import Segmentation
-from ..outputs.statistics import mean_confidence, voxel_counts
+from ..outputs.statistics import mean_confidence, voxel_counts, voxel_ml
 
 RECORD_NAME = "study.json"
 PICTURE_NAME, PICTURE_SIDE = "overview.jpg", 256
@@ -135,13 +134,12 @@ def _parsed(body: Body) -> StudyRecord:
 
 def found_objects(segmentation: Segmentation) -> tuple[FoundObject, ...]:
     """Each object's size and confidence."""
-    spacing = segmentation.image.spacing_mm
-    voxel_ml = None if spacing is None else math.prod(spacing) / 1000
+    each_ml = voxel_ml(segmentation.image)
     counts, confidences = voxel_counts(segmentation).tolist(), mean_confidence(segmentation)
     decoded = [bool(np.isfinite(row).any()) for row in segmentation.confidence]
     found = []
     for row, one in enumerate(segmentation.objects):
-        volume_ml = None if voxel_ml is None else counts[row] * voxel_ml
+        volume_ml = None if each_ml is None else counts[row] * each_ml
         confidence = float(confidences[row]) if decoded[row] else None
         found.append(FoundObject(one.label, one.name, counts[row], volume_ml, confidence))
     return tuple(found)

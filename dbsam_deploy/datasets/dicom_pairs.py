@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core.errors import InputError
-from ..images.dicom_files import DicomFile, has_mark, looks_like_dicom, read_header
+from ..images.dicom_files import has_mark, looks_like_dicom, read_header, reading_dicom
 from .cases import CaseFile, Reading, own_task
 from .dicom_seg import is_segmentation, references
 from .layouts import Labelled, LeftOut
@@ -28,67 +30,78 @@ def pair_segmentations(files: Iterable[Path], folder: Path, reading: Reading) ->
     Raises:
         InputError: a modality is asked for.
     """
-    series, segmentations, left_out = _sorted(files)
-    owner = {
-        str(file.header.get("SOPInstanceUID", "")): uid for uid, of in series.items() for file in of
-    }
-    pairs = []
-    for file in segmentations:
-        named, instances = references(file)
-        uids = (named & set(series)) | {owner[uid] for uid in instances & set(owner)}
+    found = _sorted(files)
+    series, left_out, pairs = found.series, found.left_out, []
+    for path, (named, instances) in found.segmentations.items():
+        uids = named & series.keys() | {found.owner[uid] for uid in instances & found.owner.keys()}
         if len(uids) == 1:
-            pairs.append((file.path, uids.pop()))
+            pairs.append((path, uids.pop()))
         else:
             what = f"{len(uids)} series" if uids else f"no series below {folder}"
-            left_out.append(LeftOut(file.path, f"refers to {what}; expected one"))
+            left_out.append(LeftOut(path, f"refers to {what}; expected one"))
     if pairs and reading.modality is not None:
         raise InputError(
             f"modality {reading.modality!r}: a DICOM series has one; {folder} is DICOM"
         )
     used = {uid for _, uid in pairs}
     left_out += [
-        LeftOut(_common([file.path for file in of]), "has no SEG file that refers to it", False)
+        LeftOut(_common(of), "has no SEG file that refers to it", False)
         for uid, of in series.items()
         if uid not in used
     ]
-    of_series = {uid: tuple(file.path for file in series[uid]) for uid in used}
-    return Labelled(tuple(_named(pairs, of_series, folder, reading)), tuple(left_out))
+    return Labelled(tuple(_named(pairs, series, folder, reading)), tuple(left_out))
 
 
-def _sorted(
-    files: Iterable[Path],
-) -> tuple[dict[str, list[DicomFile]], list[DicomFile], list[LeftOut]]:
-    """Images by the SeriesInstanceUID, SEG files, and what cannot be read."""
-    series: dict[str, list[DicomFile]] = {}
-    segmentations: list[DicomFile] = []
-    left_out: list[LeftOut] = []
+@dataclass(frozen=True)
+class _Sorted:
+    """The DICOM files of a tree, without their headers, which would not fit into memory.
+
+    Attributes:
+        series: SeriesInstanceUID → images.
+        owner: SOPInstanceUID of an image → SeriesInstanceUID.
+        segmentations: SEG file → `references`.
+        left_out: what cannot be read.
+    """
+
+    series: dict[str, list[Path]] = field(default_factory=dict)
+    owner: dict[str, str] = field(default_factory=dict)
+    segmentations: dict[Path, tuple[set[str], set[str]]] = field(default_factory=dict)
+    left_out: list[LeftOut] = field(default_factory=list)
+
+
+def _sorted(files: Iterable[Path]) -> _Sorted:
+    found = _Sorted()
     for path in files:
         try:
             if not looks_like_dicom(path):
                 continue
-            file = read_header(path)
+            with reading_dicom(path):
+                file = read_header(path)
+                if is_segmentation(file):
+                    found.segmentations[path] = references(file)
         except (InputError, OSError) as error:
             if isinstance(error, OSError) or has_mark(path):
-                left_out.append(LeftOut(path, f"cannot be read: {error}"))
+                found.left_out.append(LeftOut(path, f"cannot be read: {error}"))
             continue
-        if is_segmentation(file):
-            segmentations.append(file)
-        elif file.is_image:
-            series.setdefault(str(file.header.get("SeriesInstanceUID", "")), []).append(file)
-    return series, segmentations, left_out
+        if file.is_image and not is_segmentation(file):
+            uid = str(file.header.get("SeriesInstanceUID", ""))
+            found.series.setdefault(uid, []).append(path)
+            found.owner[str(file.header.get("SOPInstanceUID", ""))] = uid
+    return found
 
 
 def _named(
     pairs: Sequence[tuple[Path, str]],
-    series: dict[str, tuple[Path, ...]],
+    series: Mapping[str, Sequence[Path]],
     folder: Path,
     reading: Reading,
 ) -> list[CaseFile]:
     both = [_common([*series[uid], path]) for path, uid in pairs]
+    counts = Counter(both)
     cases = []
     for (path, uid), place in zip(pairs, both, strict=True):
         parts = list(place.relative_to(folder).parts) or [own_task(folder)]
-        if both.count(place) > 1:
+        if counts[place] > 1:
             parts.append(path.stem)
         cases.append(
             CaseFile(

@@ -16,10 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ..core.errors import InputError
+from ..images.dicom import slices_again
 from ..images.dicom_decoding import check_decodable, decode
 from ..images.dicom_files import DicomFile, read_header, reading_dicom
 from ..images.dicom_frames import FLOAT, DicomSlice, frames_of
-from ..images.dicom_geometry import SAME_DIRECTION, arrange
+from ..images.dicom_geometry import SAME_DIRECTION
 from ..images.volumes import Volume
 from .labels import ADVICE, SAME_PLACE, ReadLabels, labels_in
 
@@ -81,10 +82,7 @@ def read_segments(path: Path, volume: Volume) -> ReadLabels:
             raise InputError(f"{path} is {file.kind} {kind}: expected a SEG of type {KINDS}")
         names = _names(file)
         frames = _frames(file, names, kind)
-        slices = arrange(
-            [frame for source in volume.files for frame in frames_of(read_header(source))],
-            volume.path,
-        ).frames
+        slices = slices_again(volume.files, volume.path, volume.shape)
         places, notes = _placed(frames, slices, path)
         check_decodable(file)
         dtype = np.uint8 if max(names) < 256 else np.uint16

@@ -191,12 +191,11 @@ def _listed(pairs: Iterable[tuple[Path, Path]]) -> tuple[_Files, _Files, list[Le
     left_out = []
     for image, label in pairs:
         stem = stem_of(image)
-        channels = [
-            path
-            for number in range(_MOST_CHANNELS)
-            if (path := image.with_name(image.name.replace(stem, f"{stem}_{number:04d}"))).is_file()
-        ]
-        there = [image] if image.is_file() else channels
+        suffix = image.name[len(stem) :]
+        channels = (
+            image.with_name(f"{stem}_{number:04d}{suffix}") for number in range(_MOST_CHANNELS)
+        )
+        there = [image] if image.is_file() else [path for path in channels if path.is_file()]
         if not (stem and there and stem_of(label) and label.is_file()):
             missing = label if there else image
             left_out.append(LeftOut(missing, f"is listed in {DATASET_JSON}, but is no NIfTI file"))

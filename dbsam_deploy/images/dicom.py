@@ -9,7 +9,7 @@ from .dicom_frames import DicomSlice, frames_of
 from .dicom_geometry import arrange
 from .dicom_pixels import check_pixels, read_pixels
 from .dicom_series import choose_series
-from .scans import Scan
+from .scans import Scan, check_shape
 
 
 def read_dicom(path: Path, *, series: str | None = None, own_window: bool = False) -> Scan:
@@ -51,21 +51,25 @@ def read_dicom(path: Path, *, series: str | None = None, own_window: bool = Fals
 
 
 def slices_again(
-    files: tuple[Path, ...], path: Path, more: tuple[str, ...] = ()
+    files: tuple[Path, ...], path: Path, shape: tuple[int, int, int], more: tuple[str, ...] = ()
 ) -> tuple[DicomSlice, ...]:
     """The slices of a series that was read before, in the same order, by their headers alone.
 
     Args:
         files: `Scan.files`.
         path: what the user named, for messages.
+        shape: D, H, W that it had.
         more: see `read_header`.
 
     Raises:
-        InputError: a file is gone or another one by now.
+        InputError: a file is gone, or the series has another shape by now.
     """
     with reading_dicom(path):
         headers = [read_header(file, more) for file in files]
-        return arrange([frame for file in headers for frame in frames_of(file)], path).frames
+        slices = arrange([frame for file in headers for frame in frames_of(file)], path).frames
+        now = (len(slices), int(slices[0].file.header.Rows), int(slices[0].file.header.Columns))
+    check_shape(now, shape, path)
+    return slices
 
 
 def is_in_hu(frame: DicomSlice) -> bool:

@@ -100,6 +100,16 @@ def check_voxels(shape: tuple[int, ...], path: Path, voxel_bytes: int = 1) -> No
         )
 
 
+def check_shape(now: tuple[int, ...], before: tuple[int, ...], path: Path) -> None:
+    """Refuse files that were read before and have another shape by now.
+
+    Raises:
+        InputError: they have.
+    """
+    if now != before:
+        raise InputError(f"{path}: {now} voxels (z, y, x) by now, {before} when it was read first")
+
+
 def check_channels_last(shape: tuple[int, ...], what: str, slices: str) -> None:
     """Refuse (3, H, W), which is an image with its channels first as often as three slices.
 

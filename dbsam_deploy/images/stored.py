@@ -14,6 +14,7 @@ from .dicom_frames import DicomSlice
 from .dicom_pixels import measured
 from .nifti import read_nifti
 from .npz_files import read_npz
+from .scans import check_shape
 from .volumes import Volume
 
 Slices = Iterator[tuple[int, npt.NDArray[np.float32]]]
@@ -29,12 +30,12 @@ def stored_values(volume: Volume) -> tuple[str, Slices] | None:
         rescaling, NaN where a pixel holds no measurement; None for colour, pictures and arrays.
 
     Raises:
-        InputError: a file is gone, or another one by now; also while the slices are taken.
+        InputError: a file is gone, or of another shape by now; also while the slices are taken.
     """
     if volume.kind not in ("dicom", "nifti", "npz") or volume.pixels.ndim != 3:
         return None
     if volume.kind == "dicom":
-        frames = slices_again(volume.files, volume.path)
+        frames = slices_again(volume.files, volume.path, volume.shape)
         return "HU" if is_in_hu(frames[0]) else "stored value", _dicom(frames, volume.path)
     return "stored value", _array(volume)
 
@@ -55,6 +56,7 @@ def _array(volume: Volume) -> Slices:
     else:
         scan = read_nifti(volume.path, volume=volume.member)
         array, padding = scan.values, scan.padding
+    check_shape(array.shape, volume.shape, volume.path)
     for index, plane in enumerate(array):
         values = plane.astype(np.float32)
         if padding is not None:

@@ -75,7 +75,7 @@ def binary_bytes(segmentation: Segmentation) -> bytes:
 
 
 def fractional_bytes(segmentation: Segmentation) -> bytes:
-    """A DICOM-SEG file of probabilities in 1/255, on the slices on which an object was decoded.
+    """A DICOM-SEG file of probabilities in 1/255, where an object was decoded or has a voxel.
 
     Raises:
         InputError: no probabilities were kept, or as `binary_bytes`.
@@ -86,15 +86,18 @@ def fractional_bytes(segmentation: Segmentation) -> bytes:
             f"{segmentation.image.path}: no probabilities were kept, which a fractional {WHAT} "
             "holds: use dicom-seg"
         )
-    decoded = np.isfinite(segmentation.confidence)
-    planes = np.flatnonzero(decoded.any(axis=0))
+    shown = np.isfinite(segmentation.confidence)
+    numbers = [one.label for one in segmentation.objects]
+    for z, plane in enumerate(segmentation.labels):  # drawn, or decided on slices across
+        shown[:, z] |= np.bincount(plane.ravel(), minlength=max(numbers) + 1)[numbers] > 0
+    planes = np.flatnonzero(shown.any(axis=0))
     planes = planes if len(planes) else np.arange(1)
     shape = (len(planes), *segmentation.labels.shape[1:], len(segmentation.objects))
     with tempfile.TemporaryFile() as scratch:  # many objects would not fit into memory
         values = np.memmap(scratch, np.float32, "w+", shape=shape)
         for place, z in enumerate(planes):
             for index, one in enumerate(segmentation.objects):
-                if decoded[index, z]:
+                if shown[index, z]:
                     values[place, :, :, index] = segmentation.fractions(one.label, int(z))
         return _written(segmentation, values, planes)
 
@@ -136,12 +139,25 @@ def _written(
             plane_positions=positions,
             omit_empty_frames=bool(pixels.any()),  # else it says on stderr that it cannot
         )
-        instance, series = content_uids(kind, segmentation, sources, made.PixelData)
+        # Empty frames are left out: the same pixels on another slice are another result.
+        where = [str(_frame_of(groups)) for groups in made.PerFrameFunctionalGroupsSequence]
+        instance, series = content_uids(kind, segmentation, sources, made.PixelData, *where)
         made.SOPInstanceUID = made.file_meta.MediaStorageSOPInstanceUID = instance
         made.SeriesInstanceUID = series
         stream = io.BytesIO()
         made.save_as(stream)
     return stream.getvalue()
+
+
+def _frame_of(groups: Any) -> tuple[list[int], list[list[float]]]:
+    """Segment and place of a frame, each in a list, which is empty where all frames share it."""
+    segments, places = (
+        groups.get(f"{name}Sequence") or () for name in ("SegmentIdentification", "PlanePosition")
+    )
+    return (
+        [int(one.ReferencedSegmentNumber) for one in segments],
+        [[float(value) for value in one.ImagePositionPatient] for one in places],
+    )
 
 
 @contextmanager

@@ -80,9 +80,7 @@ def find_sources(image: Volume, what: str) -> Sources:
             f"{image.path}: {what} refers to the DICOM images that it was made from, and this is "
             "none: use nifti or npz"
         )
-    slices = slices_again(image.files, image.path, _MORE)
-    if len(slices) != image.shape[0]:
-        raise InputError(f"{image.path}: {len(slices)} slices by now, {image.shape[0]} before")
+    slices = slices_again(image.files, image.path, image.shape, _MORE)
     with reading_dicom(image.path):
         for one in slices:
             absent = [name for name in _NEEDED if not one.file.header.get(name)]
@@ -118,15 +116,22 @@ def new_uid(*parts: str | bytes) -> str:
 
 
 def content_uids(
-    kind: str, segmentation: Segmentation, sources: Sources, content: bytes
+    kind: str, segmentation: Segmentation, sources: Sources, *content: str | bytes
 ) -> tuple[str, str]:
     """UIDs of an instance and its series that follow from what is in it and what it was made from.
 
     So a repeat is recognised.
+
+    Args:
+        kind: the format.
+        segmentation: its names, codes, model and note.
+        sources: the images.
+        content: which voxels are inside, and where in the images these lie.
     """
     objects = [repr((one.label, one.name, one.code, one.colour)) for one in segmentation.objects]
     images = [str(one.file.header.SOPInstanceUID) for one in sources.slices]
-    parts: list[str | bytes] = [kind, segmentation.model, __version__, *objects, *images, content]
+    about = [kind, segmentation.model, segmentation.note, __version__, *objects, *images]
+    parts: list[str | bytes] = [*about, *content]
     return new_uid("instance", *parts), new_uid("series", *parts)
 
 

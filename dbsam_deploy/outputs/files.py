@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -127,11 +128,12 @@ def write(segmentation: Segmentation, paths: Mapping[str, Path]) -> tuple[Path, 
         for name, path in paths.items()
         if path != slices and name != OVERLAY
     }
-    if slices is not None:
+    if slices is None:
+        write_files(contents)
+    else:
         _check_replaceable(slices)
-    write_files(contents)
-    if slices is not None:
-        _write_slices(segmentation, slices)
+        with _slices_beside(segmentation, slices):
+            write_files(contents)
     return tuple(path for name, path in paths.items() if name != OVERLAY)
 
 
@@ -183,11 +185,13 @@ def _check_replaceable(folder: Path) -> None:
         )
 
 
-def _write_slices(segmentation: Segmentation, folder: Path) -> None:
-    """One PNG a slice, `000.png` and so on; the folder is replaced as a whole."""
+@contextmanager
+def _slices_beside(segmentation: Segmentation, folder: Path) -> Iterator[None]:
+    """One PNG a slice, `000.png` and so on; the folder is replaced as a whole after the block."""
     with writing_to(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         tidy(folder)
         with replacing(folder) as fresh:
             for index, plane in enumerate(segmentation.labels):
                 (fresh / f"{index:03d}.png").write_bytes(png_bytes(plane))
+            yield

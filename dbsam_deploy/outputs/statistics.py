@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from ..core.imaging import FloatArray
 from ..images.stored import stored_values
+from ..images.volumes import Volume
 from .segmentation import Segmentation
 
 
@@ -57,7 +58,7 @@ def measure(segmentation: Segmentation) -> tuple[ObjectStatistics, ...]:
     labels = np.array([one.label for one in segmentation.objects], np.int64)
     low, high = _boxes(segmentation.labels, int(labels.max(initial=0)))
     unit, measured, means, deviations = _values(segmentation, len(low))
-    spacing = segmentation.image.spacing_mm
+    spacing, each_ml = segmentation.image.spacing_mm, voxel_ml(segmentation.image)
     voxels, confidence = voxel_counts(segmentation).tolist(), mean_confidence(segmentation)
     found = []
     for index, one in enumerate(segmentation.objects):
@@ -68,7 +69,7 @@ def measure(segmentation: Segmentation) -> tuple[ObjectStatistics, ...]:
                 one.label,
                 one.name,
                 count,
-                volume_ml=None if spacing is None else round(count * math.prod(spacing) / 1000, 6),
+                volume_ml=None if each_ml is None else round(count * each_ml, 6),
                 mean=round(float(means[one.label]), 4) if measured[one.label] else None,
                 std=round(float(deviations[one.label]), 4) if measured[one.label] else None,
                 unit=unit,
@@ -79,6 +80,13 @@ def measure(segmentation: Segmentation) -> tuple[ObjectStatistics, ...]:
             )
         )
     return tuple(found)
+
+
+def voxel_ml(image: Volume) -> float | None:
+    """The volume of one voxel; of sheared ones, it is no product of their sides."""
+    if image.geometry is not None:
+        return abs(float(np.linalg.det(image.geometry.affine[:3, :3]))) / 1000
+    return None if image.spacing_mm is None else math.prod(image.spacing_mm) / 1000
 
 
 def voxel_counts(segmentation: Segmentation) -> npt.NDArray[np.int64]:

@@ -110,7 +110,7 @@ def labelled_sources(
     Raises:
         InputError: see `find_cases` and `LabelledSlices`.
     """
-    arrays = [path for path in data.rglob("*.np[yz]") if path.suffix in (".npy", ".npz")]
+    arrays = list(data.rglob("*.np[yz]"))
     if (
         split is None
         and arrays

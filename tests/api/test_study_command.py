@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.bright import BrightPredictor
+from support.dicom_series import write_dicom_series
 from support.small_disk import leave
 
 from dbsam_deploy.api.command import add_predict_options, predict_image
@@ -220,6 +221,16 @@ def test_a_mistake_is_one_line_before_any_work(command: Command, name: str) -> N
     assert message in err
     assert command.predictor.encoded == 0
     assert not command.output.exists()
+
+
+def test_probabilities_that_nobody_keeps_are_refused_before_any_work(command: Command) -> None:
+    pytest.importorskip("highdicom")
+    pixels = np.arange(2 * 40 * 50).reshape(2, 40, 50) % 99
+    write_dicom_series(command.folder / "ct", pixels, FrameOfReferenceUID="1.2.3")
+    words = ("--slice", 1, "--box", 1, 2, 30, 30, "--format", "dicom-seg-fractional")
+    status, _, err = command.run(*words, image="ct")
+    assert (status, err.count("\n"), command.predictor.encoded) == (2, 1, 0)
+    assert "--propagate or --prompts" in err
 
 
 def test_an_image_has_nothing_to_propagate_through(command: Command) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +257,32 @@ def test_a_seg_without_its_series(tmp_path: Path) -> None:
     reasons = {one.path.name: one.why for one in find_labelled(tmp_path / "data").left_out}
     assert reasons["broken.dcm"].startswith("cannot be read: ")
     assert set(reasons) == {"broken.dcm", "seg.dcm"}
+
+
+def test_one_damaged_seg_does_not_end_the_search(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        files = write_series(tmp_path / name / "ct", VOLUME)
+        seg = write_seg(tmp_path / name / f"{name}.dcm", files, LABELS)
+
+    def number(groups: Any) -> None:
+        groups.DerivationImageSequence[0].SourceImageSequence[0].ReferencedFrameNumber = 77
+
+    change_frames(seg, number)
+    whole = seg.read_bytes()
+    damaged = whole.replace(b"\x08\x00\x60\x11IS\x02\x0077", b"\x08\x00\x60\x11IS\x02\x00x7")
+    assert damaged != whole
+    seg.write_bytes(damaged)
+    found = find_labelled(tmp_path)
+    assert [case.name for case in found.cases] == ["a"]
+    reasons = {one.path.name: one.why for one in found.left_out}
+    assert reasons["b.dcm"].startswith("cannot be read: ")
+
+
+def test_an_image_less_by_now(tmp_path: Path) -> None:
+    seg = write_seg(tmp_path / "seg.dcm", write_series(tmp_path / "ct", VOLUME), LABELS)
+    volume = read_image(tmp_path / "ct")
+    with pytest.raises(InputError, match=r"ct: \(4, .* by now, \(5, "):
+        read_segments(seg, replace(volume, files=volume.files[:-1]))
 
 
 def test_damage_is_refused_or_read(tmp_path: Path, rng: np.random.Generator) -> None:

@@ -103,6 +103,13 @@ def test_listed_pairs_whose_channels_are_files(tmp_path: Path) -> None:
         find_cases(tmp_path, reading=Reading(modality="adc"))
 
 
+def test_a_short_name_that_its_suffix_has_too(tmp_path: Path) -> None:
+    pair(tmp_path, "imagesTr/i_0000.nii.gz", "labelsTr/i.nii.gz")
+    listed = [{"image": "imagesTr/i.nii.gz", "label": "labelsTr/i.nii.gz"}]
+    write_json(tmp_path, labels=NAMES, channel_names={"0": "T2"}, training=listed)
+    assert [case.path.name for case in find_cases(tmp_path)] == ["i_0000.nii.gz"]
+
+
 def test_a_4d_image_of_the_decathlon(tmp_path: Path) -> None:
     values = np.stack([IMAGE, np.flip(IMAGE, 2)], -1)
     decathlon(tmp_path, values, modality={"0": "FLAIR", "1": "T1w"})

@@ -143,6 +143,11 @@ def test_a_repeat_has_the_same_uids_and_a_change_others(series: Path) -> None:
         assert first.SeriesInstanceUID == again.SeriesInstanceUID != other.SeriesInstanceUID
         assert str(first.SOPInstanceUID).startswith("2.25.")
         assert len(first.SOPInstanceUID) <= 64
+    moved = replace(segmentation, labels=np.roll(segmentation.labels, 1, axis=0))
+    first, other = (dataset(dicom_seg.binary_bytes(each)) for each in (segmentation, moved))
+    assert first.PixelData == other.PixelData
+    assert first.SOPInstanceUID != other.SOPInstanceUID
+    assert first.SeriesInstanceUID != other.SeriesInstanceUID
     tracked = [
         [one.TrackingUID for one in dataset(dicom_seg.binary_bytes(each)).SegmentSequence]
         for each in (segmentation, changed)
@@ -194,10 +199,11 @@ def test_nothing_found_is_one_empty_frame_an_object(series: Path) -> None:
     assert ["ContourSequence" in region for region in regions] == [False, False]
 
 
-def test_fractions_are_probabilities_where_something_was_decoded(series: Path) -> None:
+def test_fractions_are_probabilities_where_something_was_decoded_or_drawn(series: Path) -> None:
     segmentation = two(series)
     confidence = segmentation.confidence.copy()
     confidence[:, [0, 3]] = confidence[1, 1] = np.nan
+    confidence[0, 2] = np.nan  # the first object was drawn here
     known = replace(
         segmentation,
         confidence=confidence,

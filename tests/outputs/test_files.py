@@ -99,6 +99,23 @@ def test_slices_are_replaced_as_a_whole_and_nothing_else_is(tmp_path: Path) -> N
     assert (folder / "notes.txt").read_text() == "mine"
 
 
+def test_nothing_is_replaced_before_the_slices_are_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    volume = volume_of((3, 4, 5), tmp_path)
+    plan = planned(volume, ["npz", "png"], tmp_path)
+    write(segmented(volume, np.ones((3, 4, 5), np.uint8)), plan)
+    before = below(tmp_path)
+
+    def full(*_: object) -> bytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("dbsam_deploy.outputs.files.png_bytes", full)
+    with pytest.raises(InputError, match="scan_mask cannot be written: No space left"):
+        write(segmented(volume, np.full((3, 4, 5), 2, np.uint8)), plan)
+    assert below(tmp_path) == before
+
+
 def below(folder: Path) -> dict[str, bytes]:
     files = (path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}

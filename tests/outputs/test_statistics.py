@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from support.dicom_series import write_dicom_series
 
+from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.images.arrays import as_volume
 from dbsam_deploy.images.volumes import Volume, read_image
 from dbsam_deploy.outputs.segmentation import Segmentation, SegmentedObject
@@ -68,6 +69,41 @@ def test_other_files_are_read_again(kind: str, tmp_path: Path, rng: np.random.Ge
     assert first.mean == pytest.approx(values[LABELS == 1].mean(), abs=1e-4)
     assert last.std == pytest.approx(values[LABELS == 300].std(), abs=1e-4)
     assert (first.unit, first.volume_ml) == ("stored value", pytest.approx(0.036))
+
+
+def test_sheared_voxels_have_their_own_volume(tmp_path: Path) -> None:
+    """As of a tilted gantry: 2 mm apart along the slices' normal, not along the third axis."""
+    nibabel = pytest.importorskip("nibabel")
+    affine = np.diag([1.0, 1, 2, 1])
+    affine[1, 2] = 1.5
+    array = np.arange(LABELS.size, dtype=np.int16).reshape(LABELS.shape).transpose(2, 1, 0)
+    image = nibabel.Nifti1Image(array, None)
+    image.set_sform(affine, code="scanner")
+    nibabel.save(image, tmp_path / "a.nii")
+    first, _, _ = measure(segmented(read_image(tmp_path / "a.nii")))
+    assert first.volume_ml == pytest.approx(6 * 2 / 1000)
+    assert first.extent_mm == pytest.approx((1, 3, 5))
+
+
+@pytest.mark.parametrize("kind", ["npz", "nifti", "dicom"])
+def test_files_of_another_shape_by_now_are_refused(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / {"npz": "a.npz", "nifti": "a.nii", "dicom": "ct"}[kind]
+
+    def write(shape: tuple[int, ...]) -> None:
+        values = np.arange(np.prod(shape), dtype=np.int16).reshape(shape)
+        if kind == "npz":
+            np.savez(path, imgs=values, spacing=[3.0, 2.0, 1.0])
+        elif kind == "nifti":
+            nibabel = pytest.importorskip("nibabel")
+            nibabel.save(nibabel.Nifti1Image(values.transpose(2, 1, 0), np.eye(4)), path)
+        else:
+            write_dicom_series(path, values)
+
+    write(LABELS.shape)
+    segmentation = segmented(read_image(path))
+    write((4, 6, 9))
+    with pytest.raises(InputError, match=r"\(4, 6, 9\) voxels .* by now, \(4, 6, 8\) when"):
+        measure(segmentation)
 
 
 def test_what_is_unknown_is_empty_in_the_table_and_null_in_json() -> None:
