@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ..core.errors import InputError
-from ..core.masks import mask_box
+from ..core.masks import extent_of, mask_box
 from ..images.intensity import Window
 from ..images.volumes import Volume
 from ..volumes.embeddings import SharedPredictor
-from ..volumes.objects import Change, Extent, SliceName, around, occupied, slab
+from ..volumes.objects import Change, Extent, SliceName, around, slab
 from ..volumes.planes import PlaneView
 from ..volumes.session import VolumePredictor
 from ..volumes.stop_rules import ChainRule, MaskArray
@@ -182,7 +182,7 @@ class Workspace:
         if not runs:
             return Redrawn(False)
         # The viewer has drawn the seed itself: what it has of it is drawn anew, too.
-        return self._answer([*changes, Change((LABEL,), changed=occupied(mark.voxels))])
+        return self._answer([*changes, Change((LABEL,), changed=extent_of(mark.voxels))])
 
     def undo(self) -> Redrawn:
         """Take the last mark back, exactly."""
@@ -331,7 +331,7 @@ class Workspace:
     def _answer(self, changes: list[Change]) -> Redrawn:
         extents = [change.changed for change in changes if change.changed is not None]
         if self._send_all:
-            whole = occupied(self._read(slab(self.shape)))
+            whole = extent_of(self._read(slab(self.shape)))
             extents += [] if whole is None else [whole]
         self._send_all = False
         if not extents:
