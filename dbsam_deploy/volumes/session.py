@@ -17,11 +17,12 @@ from ..images.volumes import Volume
 from ..outputs.segmentation import CodedTerm, Segmentation, SegmentedObject
 from ..prediction.predictor import Promptable
 from ..prediction.segment import Progress, ignore
-from .chain import ChainEnd, propagate
+from .chain import propagate
 from .course import Course, Direction, Starts
 from .embeddings import SharedPredictor
 from .frames import Plane, Space, plane_axis
 from .label_map import segmentation_of
+from .links import ChainEnd
 from .objects import (
     Asked,
     Bound,
@@ -34,11 +35,12 @@ from .objects import (
     Undo,
     around,
     half,
+    slab,
 )
 from .places import checked_index, placed, placed_3d
 from .planes import PlaneView
 from .slices import PlaneDecoder, VolumeSlices
-from .stop_rules import ChainRule
+from .stop_rules import RULE, ChainRule
 
 UNDO_BYTES = 64 * 1024 * 1024
 """What a session keeps to take changes back; the oldest goes first."""
@@ -72,7 +74,7 @@ class VolumePredictor:
         *,
         model: str = "",
         note: str = "",
-        rule: ChainRule = ChainRule(),  # noqa: B008 - frozen
+        rule: ChainRule = RULE,
         encode_ahead: bool = True,
         undo_bytes: int = UNDO_BYTES,
     ) -> None:
@@ -81,7 +83,7 @@ class VolumePredictor:
         self.shared = (
             predictor if isinstance(predictor, SharedPredictor) else SharedPredictor(predictor)
         )
-        self._slices = VolumeSlices(self.shared, volume)
+        self.slices = VolumeSlices(self.shared, volume)
         self._encode_ahead, self._undo_bytes = encode_ahead, undo_bytes
         self._objects: dict[int, TrackedObject] = {}
         self._history: deque[_Step] = deque()
@@ -95,7 +97,7 @@ class VolumePredictor:
 
     def close(self) -> None:
         """Stop what is done ahead; drop embeddings that no other session shares."""
-        self._slices.stop_ahead()
+        self.slices.stop_ahead()
         if self._owns_shared:
             self.shared.close()
 
@@ -182,9 +184,9 @@ class VolumePredictor:
                 index, asked, bounds = placed_3d(view, box_3d, space)
             if add and bounds is None and label in self._objects:
                 asked = asked.after(self._objects[label].asked(view.axis, index))
-            mask, iou, logits = self._slices.segment(view, index, asked, mask_input)
+            mask, iou, logits = self.slices.segment(view, index, asked, mask_input)
             if self._encode_ahead:
-                self._slices.encode_ahead(view, index)
+                self.slices.encode_ahead(view, index)
             found = (Piece.of(mask), Decoded(iou, half(logits), asked))
             return self._commit(view.axis, {label: {index: found}}, bounds=bounds)
 
@@ -249,9 +251,9 @@ class VolumePredictor:
         with self._lock:
             view = self._view(plane)
             course = Course.of(view, from_slice, direction, until)
-            given = None if labels is None else np.atleast_1d(labels).tolist()
-            chosen = [self._object(label) for label in given or sorted(self._objects)]
-            starts = course.starts(chosen, are_named=given is not None)
+            given = sorted(self._objects) if labels is None else np.atleast_1d(labels).tolist()
+            chosen = [self._object(label) for label in given]
+            starts = course.starts(chosen, are_named=labels is not None)
             found, ends = self._carried(course, starts, rule or self.rule, progress)
             for label, slices in found.items():
                 course.keep_to(slices, self._objects[label], starts.limits[label])
@@ -264,7 +266,7 @@ class VolumePredictor:
         view, ends = course.view, list[ChainEnd]()
         found: dict[int, SliceFindings] = {label: {} for label in starts.limits}
         for one in propagate(
-            PlaneDecoder(self._slices, view),
+            PlaneDecoder(self.slices, view),
             starts.anchors,
             view.depth,
             rule,
@@ -320,8 +322,7 @@ class VolumePredictor:
             InputError: no such object.
         """
         with self._lock:
-            whole: Any = tuple((0, side) for side in self.volume.shape)
-            return self._object(label).mask.read(extent or whole)
+            return self._object(label).mask.read(extent or slab(self.volume.shape))
 
     def confidence(self, label: int, plane: Plane = "stored") -> npt.NDArray[np.float32]:
         """The decoder's own estimate of the mask's IoU on each slice; NaN where it was not asked.
@@ -346,7 +347,7 @@ class VolumePredictor:
             return segmentation_of(self.volume, tracked, how, self.model, self.note)
 
     def _view(self, plane: Plane) -> PlaneView:
-        return self._slices.along(plane_axis(self.volume, plane))
+        return self.slices.along(plane_axis(self.volume, plane))
 
     def _object(self, label: int) -> TrackedObject:
         if label not in self._objects:
