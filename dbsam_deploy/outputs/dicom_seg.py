@@ -88,8 +88,8 @@ def fractional_bytes(segmentation: Segmentation) -> bytes:
         )
     shown = np.isfinite(segmentation.confidence)
     numbers = [one.label for one in segmentation.objects]
-    for z, plane in enumerate(segmentation.labels):  # drawn, or decided on slices across
-        shown[:, z] |= np.bincount(plane.ravel(), minlength=max(numbers) + 1)[numbers] > 0
+    for index, plane in enumerate(segmentation.labels):  # drawn, or decided on slices across
+        shown[:, index] |= np.bincount(plane.ravel(), minlength=max(numbers) + 1)[numbers] > 0
     planes = np.flatnonzero(shown.any(axis=0))
     planes = planes if len(planes) else np.arange(1)
     shape = (len(planes), *segmentation.labels.shape[1:], len(segmentation.objects))
