@@ -80,6 +80,11 @@ def _missing_openvino() -> str:
     return "" if there else f"no openvino: {pip_line('openvino')}"
 
 
+def _missing_ray() -> str:
+    there = importlib.util.find_spec("ray") is not None
+    return "" if there else f"no Ray: {pip_line('cluster')}"
+
+
 def _missing_modelopt() -> str:
     from dbsam_deploy.quantization.modelopt_tool import find_python  # which loads onnx_ir
 
@@ -114,6 +119,7 @@ MISSING: dict[str, Callable[[], str]] = {
     "data": _missing_data,
     "deployment": _missing_deployment,
     "orthanc": missing_orthanc,
+    "ray": _missing_ray,
 }
 """Marker → why its tests cannot run on this machine, or "" if they can."""
 
@@ -204,12 +210,12 @@ def pytest_report_collectionfinish(config: pytest.Config) -> str:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what this machine cannot run, with the reason."""
-    if item.get_closest_marker("slow") and not item.config.getoption("slow"):
-        pytest.skip("takes minutes: run with --slow")
     for marker in MISSING:
         reason = _why_missing(marker) if item.get_closest_marker(marker) else ""
         if reason:
             pytest.skip(f"{marker}: {reason}")
+    if item.get_closest_marker("slow") and not item.config.getoption("slow"):
+        pytest.skip("takes minutes: run with --slow")
 
 
 @pytest.hookimpl(wrapper=True)
