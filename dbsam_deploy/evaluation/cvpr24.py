@@ -36,7 +36,6 @@ def evaluate_labels(case: LabelledCase, run: Run) -> CaseOutcome:
         InputError: fewer boxes in the file than labels, 3D boxes for an image or 2D ones for a
             stack, or the model refuses an image.
     """
-    _check_boxes(case)
     if case.volume.is_volume and case.volume.spacing_mm is not None:
         return _evaluate_volume(case, run)
     indices = [z for z in range(len(case.labels)) if case.present(z)]
@@ -57,10 +56,11 @@ def evaluate_labels(case: LabelledCase, run: Run) -> CaseOutcome:
     return CaseOutcome(tuple(objects), tuple(cases), tuple(skipped))
 
 
-def _check_boxes(case: LabelledCase) -> None:
+def _own_boxes(case: LabelledCase) -> FloatArray | None:
+    """The file's boxes, box i for label i, if there are any."""
     boxes = case.volume.boxes
     if boxes is None:
-        return
+        return None
     if boxes.shape[1] == 6 and case.volume.spacing_mm is None:
         raise InputError(f"{case.volume.path}: 3D boxes, but no spacing; expected (z, y, x) in mm")
     if case.volume.is_volume and boxes.shape[1] == 4:
@@ -73,13 +73,14 @@ def _check_boxes(case: LabelledCase) -> None:
             f"{case.volume.path}: {len(boxes)} boxes, but gts has label {top}; expected box i for "
             "label i, counted from 1"
         )
+    return boxes
 
 
 def _image_boxes(
     case: LabelledCase, indices: list[int], run: Run
 ) -> dict[int, dict[int, FloatArray]]:
     """Slice → label → box, in the image frame."""
-    size, own = case.volume.shape[1:], case.volume.boxes
+    size, own = case.volume.shape[1:], _own_boxes(case)
     if own is not None:
         return {z: {label: own[label - 1] for label in case.present(z)} for z in indices}
     rng = file_generator(case.file_name, run.protocol.seed)
@@ -207,10 +208,11 @@ def volume_boxes(case: LabelledCase, run: Run) -> dict[int, Box3D]:
     """Label → 3D box, of the labels that occur.
 
     Raises:
-        InputError: a box of the file that is outside the volume or empty.
+        InputError: fewer boxes in the file than labels, 2D ones, or one that is outside the volume
+            or empty.
     """
     labels = [int(label) for label in np.unique(case.labels) if label]
-    own, size = case.volume.boxes, case.volume.shape[1:]
+    own, size = _own_boxes(case), case.volume.shape[1:]
     if own is not None:
         depth = case.volume.shape[0]
         return {label: Box3D.from_array(own[label - 1], depth) for label in labels}

@@ -10,8 +10,9 @@ from ..core.imaging import FloatArray
 from ..core.masks import Prediction
 from ..datasets.cases import LabelledCase
 from ..images.volumes import Volume
-from ..volumes.chain import Anchor, propagate
-from ..volumes.stop_rules import ChainRule
+from ..volumes.chain import propagate
+from ..volumes.links import Anchor
+from ..volumes.stop_rules import RULE
 from . import propagation
 from .boxes import file_generator, grow_box, tight_box
 from .cvpr24 import case_result, cropped, volume_boxes, volume_object
@@ -45,7 +46,7 @@ def evaluate_one_prompt(case: LabelledCase, run: Run) -> CaseOutcome:
     propagation of `cvpr24`, which is told the object's extent (`cvpr24_dsc`).
 
     Raises:
-        InputError: the model refuses an image.
+        InputError: boxes of the file that do not fit, or the model refuses an image.
     """
     if not case.volume.is_volume or case.volume.spacing_mm is None:
         reason = "file without slices that follow each other at a known distance"
@@ -116,7 +117,7 @@ def _carried(case: LabelledCase, anchors: list[Anchor], slices: BoxedSlices) -> 
         slices,
         anchors,
         len(case.labels),
-        ChainRule(),
+        RULE,
         spacing_mm=case.volume.spacing_mm,
         intensities=lambda index: case.volume.pixels[index],
     )

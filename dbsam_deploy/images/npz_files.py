@@ -311,6 +311,7 @@ def _half_open(boxes: npt.NDArray[Any], depth: int, path: Path) -> FloatArray:
 
 
 def _spacing(spacing: npt.NDArray[Any], path: Path) -> tuple[float, float, float]:
-    if spacing.shape != (3,) or spacing.dtype.kind not in "iuf" or not (spacing > 0).all():
+    is_three = spacing.shape == (3,) and spacing.dtype.kind in "iuf"
+    if not is_three or not ((spacing > 0) & np.isfinite(spacing)).all():
         raise InputError(f"{path}: spacing {spacing}; expected three lengths in mm (z, y, x)")
     return float(spacing[0]), float(spacing[1]), float(spacing[2])

@@ -59,7 +59,8 @@ class Result:
             covers an earlier, 0 is outside. Of three alternatives the one with the best IoU counts.
         ious: (N, M) float32, the decoder's own estimate of each mask's IoU; M is 1, or 3 with
             multimask. For a 3D box the mean over its slices.
-        pixels: (N, M) int64 pixels (voxels) of each mask, before a later prompt covered some.
+        pixels: (N, M) int64 pixels (voxels) of each mask, before a later prompt covered some; of a
+            3D box that was carried through a volume, after.
         slices: indices of the slices that were segmented.
         blank_slices: those of them that hold one value only, whose masks are therefore empty.
         logits: (N, M, 4G, 4G) float32, `mask_input` of a later prompt; None for 3D boxes and where

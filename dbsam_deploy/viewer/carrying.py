@@ -122,4 +122,4 @@ def _goes_on(session: VolumePredictor, label: int, axis: int, last: int, step: i
     """Whether there is something of the object behind `last`."""
     extent = [(0, side) for side in session.volume.shape]
     extent[axis] = (last + 1, extent[axis][1]) if step > 0 else (0, last)
-    return bool(session.mask(label, tuple(extent)).any())  # type: ignore[arg-type]
+    return bool(session.mask(label, tuple(extent)).any())

@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFilter
 
-from ..core.masks import Prediction
+from ..core.masks import Prediction, mask_box
 from ..prediction.point_search import best_answer, boxes_around, boxes_beside, boxes_past
 from ..volumes.planes import PlaneView
 from ..volumes.slices import VolumeSlices
-from ..volumes.stop_rules import MaskArray, mask_box
+from ..volumes.stop_rules import MaskArray
 
 Clicks = tuple[tuple[int, int, bool], ...]
 """Row, column, whether the object has it; in the order of the clicks."""

@@ -11,13 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ..core.errors import InputError
+from ..core.masks import extent_of, mask_box
 from ..images.intensity import Window
 from ..volumes.embeddings import SharedPredictor
 from ..volumes.objects import Change, Extent, SliceName, around
 from ..volumes.planes import PlaneView
 from ..volumes.session import VolumePredictor
 from ..volumes.slices import VolumeSlices
-from ..volumes.stop_rules import ChainRule, MaskArray, mask_box
+from ..volumes.stop_rules import ChainRule, MaskArray
 from .carrying import PLANES, carry
 from .images import as_viewer_volume
 from .marks import BoxMark, BrushMark, Mark, PointMark, SeedMark, VolumeShape
@@ -182,7 +183,7 @@ class Workspace:
         if not runs:
             return Redrawn(False)
         # The viewer has drawn the seed itself: what it has of it is drawn anew, too.
-        return self._answer([*changes, Change((LABEL,), changed=_extent(mark.voxels))])
+        return self._answer([*changes, Change((LABEL,), changed=extent_of(mark.voxels))])
 
     def undo(self) -> Redrawn:
         """Take the last mark back, exactly."""
@@ -316,8 +317,7 @@ class Workspace:
         assert self._session is not None  # noqa: S101 - who answers has an image
         extents = [change.changed for change in changes if change.changed is not None]
         if self._send_all:
-            sides: Any = tuple((0, side) for side in self.shape)
-            whole = _extent(self._read(sides))
+            whole = extent_of(self._read(tuple((0, side) for side in self.shape)))
             extents += [] if whole is None else [whole]
         self._send_all = False
         if not extents:
@@ -334,7 +334,7 @@ class Workspace:
     def _slice_mask(self, axis: int, index: int) -> MaskArray:
         extent = [(0, side) for side in self.shape]
         extent[axis] = (index, index + 1)
-        return self._read(tuple(extent)).squeeze(axis)  # type: ignore[arg-type]
+        return self._read(tuple(extent)).squeeze(axis)
 
     def _acquired(self) -> int:
         """The axis of the slices that a click is on: where they are thick, else the first."""
@@ -382,13 +382,6 @@ def _area(mark: BoxMark | BrushMark, view: PlaneView, index: int) -> MaskArray:
 
 def _others(axis: int) -> tuple[int, ...]:
     return tuple(a for a in range(3) if a != axis)
-
-
-def _extent(mask: MaskArray) -> Extent | None:
-    places = [np.flatnonzero(mask.any(_others(axis))) for axis in range(3)]
-    if not places[0].size:
-        return None
-    return tuple((int(p[0]), int(p[-1]) + 1) for p in places)  # type: ignore[return-value]
 
 
 def _tuple(box: npt.NDArray[np.floating]) -> tuple[float, float, float, float]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from ..core.errors import InputError
-from .chain import Anchor
+from .links import Anchor
 from .objects import Piece, SliceFindings, TrackedObject
 from .places import checked_index
 from .planes import PlaneView
@@ -57,17 +57,22 @@ class Course:
         """
         if direction not in _STEPS:
             raise InputError(f"direction {direction!r}: expected both, up or down")
-        for index in (from_slice, until):
-            if index is not None:
-                checked_index(view, index)
+        if from_slice is not None:
+            from_slice = checked_index(view, from_slice)
         limit = (0, view.depth)
         if until is not None:
-            if direction == "both" and from_slice is None:
-                raise InputError(
-                    "until goes with a direction (up or down) or a slice to start from"
-                )
-            if direction == "both" and from_slice is not None:
+            until = checked_index(view, until)
+            if direction == "both":
+                if from_slice is None:
+                    raise InputError(
+                        "until goes with a direction (up or down) or a slice to start from"
+                    )
                 direction = "up" if until > from_slice else "down"
+            elif from_slice is not None and (until - from_slice) * _STEPS[direction][0] < 0:
+                raise InputError(
+                    f"until {until} does not lie {direction} from slice {from_slice}: choose "
+                    "another slice or direction"
+                )
             limit = (0, until + 1) if direction == "up" else (until, view.depth)
         return cls(view, from_slice, _STEPS[direction], limit)
 

@@ -115,10 +115,12 @@ class EmbeddingStore:
             if key in self._ram:
                 self._ram.move_to_end(key)
                 return self._ram[key].astype(np.float32)
-            if key not in self._slots:
+            if self._file is None or key not in self._slots:
                 return None
             self._slots.move_to_end(key)  # it stays there: reading costs less than moving others
-            return self._read(self._slots[key])
+            place = self._slots[key] * self._each
+            mapped = np.memmap(self._file, self._dtype, "r", place, self._shape)
+            return np.array(mapped, np.float32)  # a copy: another embedding may get this place
 
     def put(self, key: ImageKey, embedding: FloatArray) -> FloatArray:
         """Keep an embedding, and return what `get` will.
@@ -163,11 +165,6 @@ class EmbeddingStore:
         self._ram.move_to_end(key)
         while len(self._ram) > self._most_in_ram:
             self._write(*self._ram.popitem(last=False))
-
-    def _read(self, slot: int) -> FloatArray:
-        assert self._file is not None  # noqa: S101 - something was written
-        mapped = np.memmap(self._file, self._dtype, "r", slot * self._each, self._shape)
-        return np.asarray(mapped, np.float32)
 
     def _write(self, key: ImageKey, content: _Kept) -> None:
         """Into a free slot, or that of the least recently used."""
@@ -232,17 +229,17 @@ class SharedPredictor:
         """
         with self.turns:
             if isinstance(self.predictor, Encoding):
-                self.predictor.set_embeddings(self._embedding(key, image), key.size)
+                found = self._embedding(self.predictor, key, image)
+                self.predictor.set_embeddings(found, key.size)
             else:
                 self.predictor.set_image(image())
             return question(self.predictor)
 
-    def _embedding(self, key: ImageKey, image: Callable[[], ByteArray]) -> FloatArray:
+    def _embedding(
+        self, encoder: Encoding, key: ImageKey, image: Callable[[], ByteArray]
+    ) -> FloatArray:
         found = self.store.get(key)
-        if found is None:
-            assert isinstance(self.predictor, Encoding)  # noqa: S101 - for mypy
-            found = self.store.put(key, self.predictor.encode(image()))
-        return found
+        return self.store.put(key, encoder.encode(image())) if found is None else found
 
     def encode_ahead(self, owner: object, images: Iterable[Ahead]) -> None:
         """Encode images in a thread, while no prompt waits and the store has room.
@@ -251,14 +248,17 @@ class SharedPredictor:
             owner: whose images these are; they replace its earlier ones and go before others'.
             images: each makes an image with its key, or None where there is nothing to encode.
         """
-        if not isinstance(self.predictor, Encoding):
+        encoder = self.predictor
+        if not isinstance(encoder, Encoding):
             return
         with self._guard:
             self._ahead[id(owner)] = iter(images)
             self._ahead.move_to_end(id(owner))
             if self._worker is None:
                 # No daemon: a runtime that still computes while Python ends may crash.
-                self._worker = threading.Thread(target=self._work, name="dbsam-encode-ahead")
+                self._worker = threading.Thread(
+                    target=self._work, args=(encoder,), name="dbsam-encode-ahead"
+                )
                 self._worker.start()
 
     def stop_ahead(self, owner: object) -> None:
@@ -275,12 +275,12 @@ class SharedPredictor:
             worker.join()
         self.store.close()
 
-    def _work(self) -> None:
+    def _work(self, encoder: Encoding) -> None:
         while (owner := self._next_owner()) is not None:
             with self._guard:
                 images = self._ahead.get(owner)
             try:
-                more = images is not None and self._encode_one(images)
+                more = images is not None and self._encode_one(encoder, images)
             except Exception as error:  # a prompt that needs this slice raises it again
                 _LOG.warning("encoding ahead ended: %s", error)
                 more = False
@@ -297,7 +297,7 @@ class SharedPredictor:
                 return None
             return next(reversed(self._ahead))
 
-    def _encode_one(self, images: Iterator[Ahead]) -> bool:
+    def _encode_one(self, encoder: Encoding, images: Iterator[Ahead]) -> bool:
         """Whether there may be more."""
         found = next(images, None)
         if found is None or self.store.room == 0:
@@ -306,7 +306,7 @@ class SharedPredictor:
         if made is not None and made[0] not in self.store:
             key, image = made
             with self.turns.spare():
-                self._embedding(key, lambda: image)
+                self._embedding(encoder, key, lambda: image)
         return True
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -90,9 +90,7 @@ class Chain:
     def look_at(self, pixels: ByteArray) -> None:
         """Note what the object looks like on the anchor's slice."""
         self.pixels = pixels
-        self.first = SliceAnswer(
-            self.first.mask, self.first.iou, Appearance.of(pixels, self.first.mask)
-        )
+        self.first = replace(self.first, appearance=Appearance.of(pixels, self.first.mask))
 
     def look_ahead(
         self,
@@ -123,12 +121,9 @@ class Chain:
 
     def take(self, found: SliceMask, pixels: ByteArray | None) -> bool:
         """Go on by one slice, if what was found there is the object; else end, or pass over it."""
-        look = pixels is not None and found.mask.any()
-        answer = SliceAnswer(
-            found.mask,
-            found.iou,
-            Appearance.of(pixels, found.mask) if look and pixels is not None else None,
-        )
+        answer = SliceAnswer(found.mask, found.iou)
+        if pixels is not None and found.mask.any():
+            answer = replace(answer, appearance=Appearance.of(pixels, found.mask))
         self.slices = self.slices[1:]
         if self.is_bounded:
             if not answer.mask.any():
@@ -142,15 +137,14 @@ class Chain:
 
     def hold(self, found: SliceMask) -> None:
         """Keep a mask, as bits, until it is joined."""
-        empty = SliceMask(found.label, found.index, found.mask[:0], found.iou, found.logits)
-        self.held[found.index] = (empty, np.packbits(found.mask))
+        self.held[found.index] = (replace(found, mask=found.mask[:0]), np.packbits(found.mask))
 
     def held_mask(self, index: int) -> SliceMask:
         """A mask that was kept."""
         found, bits = self.held[index]
         shape = self.anchor.mask.shape
         mask = np.unpackbits(bits, count=shape[0] * shape[1]).reshape(shape).astype(bool)
-        return SliceMask(found.label, index, mask, found.iou, found.logits)
+        return replace(found, mask=mask)
 
     def end(self) -> ChainEnd:
         """How far it came."""

@@ -12,9 +12,9 @@ import numpy.typing as npt
 from ..core.imaging import FloatArray
 from ..core.masks import extent_of
 from ..outputs.segmentation import SegmentedObject
-from .chain import Anchor, ChainEnd
+from .links import Anchor, ChainEnd
 
-Extent = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+Extent = tuple[tuple[int, int], ...]
 """First index and the one after the last along D, H and W."""
 SliceName = tuple[int, int]
 """Axis of (D, H, W), and slice along it."""
@@ -118,18 +118,13 @@ class ObjectMask:
     """One object's voxels among (D, H, W); memory goes with its extent."""
 
     def __init__(self) -> None:
-        self._start = (0, 0, 0)
+        self._start: tuple[int, ...] = (0, 0, 0)
         self._bits: _Bits = np.zeros((0, 0, 0), bool)
 
     @property
     def extent(self) -> Extent | None:
         """Where voxels may be set; None before the first."""
         return _extent(self._start, self._bits.shape) if self._bits.size else None
-
-    @property
-    def voxels(self) -> int:
-        """How many are set."""
-        return int(np.count_nonzero(self._bits))
 
     def copy(self) -> ObjectMask:
         """One that further writing does not change."""
@@ -153,12 +148,12 @@ class ObjectMask:
         """Replace the voxels within an extent."""
         old = self.extent
         if old is None:
-            self._start, self._bits = tuple(e[0] for e in extent), values.copy()  # type: ignore[assignment]
+            self._start, self._bits = tuple(e[0] for e in extent), values.copy()
             return
         whole = around([old, extent])
         if whole != old:
             grown = self.read(whole)
-            self._start, self._bits = tuple(e[0] for e in whole), grown  # type: ignore[assignment]
+            self._start, self._bits = tuple(e[0] for e in whole), grown
         self._bits[_within(extent, self._start)] = values
 
 
@@ -233,7 +228,7 @@ class TrackedObject:
         axis, index = name
         extent = [(0, side) for side in shape]
         extent[axis] = (index, index + 1)
-        return self.mask.read(tuple(extent)).squeeze(axis)  # type: ignore[arg-type]
+        return self.mask.read(tuple(extent)).squeeze(axis)
 
     def rewrite(self, axis: int, pieces: Mapping[int, Piece], kept: Sequence[SliceName]) -> Undo:
         """Replace the object on slices along an axis, except where slices `kept` cross them."""
@@ -261,7 +256,7 @@ class TrackedObject:
         found = extent_of(old != new)
         if found is None:
             return Undo(self.about.label, None, b"", before_slices, before_bounds)
-        changed: Extent = tuple((s + a, s + b) for s, (a, b) in zip(starts, found, strict=True))  # type: ignore[assignment]
+        changed = tuple((s + a, s + b) for s, (a, b) in zip(starts, found, strict=True))
         inner = _within(changed, starts)
         self.mask.write(changed, new[inner])
         packed = np.packbits(old[inner]).tobytes()
@@ -274,13 +269,13 @@ class TrackedObject:
             if piece.mask.size:
                 own = list(_extent(piece.start, piece.mask.shape))
                 own.insert(axis, (index, index + 1))
-                extents.append(tuple(own))  # type: ignore[arg-type]
+                extents.append(tuple(own))
         if self.mask.extent is not None and pieces:
             here = list(self.mask.extent)
             first, end = max(min(pieces), here[axis][0]), min(max(pieces) + 1, here[axis][1])
             if first < end:
                 here[axis] = (first, end)
-                extents.append(tuple(here))  # type: ignore[arg-type]
+                extents.append(tuple(here))
         return around(extents) if extents else None
 
 
@@ -328,11 +323,11 @@ def around(extents: Sequence[Extent]) -> Extent:
     """The extent that holds all of these."""
     first = np.array(extents)[..., 0].min(0).tolist()
     end = np.array(extents)[..., 1].max(0).tolist()
-    return tuple(zip(first, end, strict=True))  # type: ignore[return-value]
+    return tuple(zip(first, end, strict=True))
 
 
 def _extent(start: Sequence[int], sides: Sequence[int]) -> Extent:
-    return tuple((s, s + side) for s, side in zip(start, sides, strict=True))  # type: ignore[return-value]
+    return tuple((s, s + side) for s, side in zip(start, sides, strict=True))
 
 
 def _within(extent: Sequence[tuple[int, int]], start: Sequence[int]) -> tuple[slice, ...]:

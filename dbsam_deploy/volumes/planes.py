@@ -57,7 +57,7 @@ class PlaneView:
     def spacing_mm(self) -> tuple[float, float, float] | None:
         """Between slices, rows and columns, where it is known."""
         spacing = self.volume.spacing_mm
-        if spacing is None:
+        if spacing is None or not all(0 < step < np.inf for step in spacing):
             return None
         height, width = (step for axis, step in enumerate(spacing) if axis != self.axis)
         return spacing[self.axis], height, width
@@ -107,7 +107,7 @@ def view_along(volume: Volume, axis: int) -> PlaneView:
     """The slices along an axis of (D, H, W); errors as `view`."""
     as_stored = PlaneView(volume, axis, (1, 1))
     size, spacing = as_stored.size, as_stored.spacing_mm
-    if spacing is None or min(spacing) <= 0 or not np.isfinite(spacing).all():
+    if spacing is None:
         if axis == 0:
             return PlaneView(volume, axis, size)
         raise InputError(

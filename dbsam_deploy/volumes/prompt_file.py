@@ -1,7 +1,8 @@
 """`prompts.json`: the objects that are looked for in a study, read strictly by its schema.
 
 `prompts.schema.json` beside this module is a JSON Schema. What is refused here is what it refuses,
-and what it cannot say: a place has as many coordinates as its space, and names are not given twice.
+and what it cannot say: a place has as many coordinates as its space, a slice is written without a
+point, and names are not given twice.
 """
 
 from __future__ import annotations
@@ -91,18 +92,20 @@ def _check(value: Any, schema: dict[str, Any], place: str) -> None:
 
 def _fits(value: Any, schema: dict[str, Any]) -> bool:
     """Whether a value is of the right kind and size, whatever is inside it."""
-    kinds = _KINDS.get(schema.get("type", ""))
+    if "enum" in schema:
+        return value in schema["enum"]
+    kinds = _KINDS[schema["type"]]
     right_bool = isinstance(value, bool) == (kinds == (bool,))  # which Python takes for an int
-    if kinds is not None and not (isinstance(value, kinds) and right_bool):
+    if not (isinstance(value, kinds) and right_bool):
         return False
     if isinstance(value, list):
         return bool(schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value)))
-    if isinstance(value, str) and kinds is not None:
+    if isinstance(value, str):
         length = schema.get("minLength", 0) <= len(value) <= schema.get("maxLength", len(value))
         return bool(length and re.search(schema.get("pattern", ""), value))
     if isinstance(value, int | float):
         return bool(schema.get("minimum", value) <= value <= schema.get("maximum", value))
-    return value in schema.get("enum", (value,))
+    return True
 
 
 def _check_entries(value: dict[str, Any], schema: dict[str, Any], place: str) -> None:

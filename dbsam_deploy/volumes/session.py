@@ -17,11 +17,12 @@ from ..images.volumes import Volume
 from ..outputs.segmentation import CodedTerm, Segmentation, SegmentedObject
 from ..prediction.predictor import Promptable
 from ..prediction.segment import Progress, ignore
-from .chain import ChainEnd, propagate
+from .chain import propagate
 from .course import Course, Direction, Starts
 from .embeddings import SharedPredictor
 from .frames import Plane, Space, plane_axis
 from .label_map import segmentation_of
+from .links import ChainEnd
 from .objects import (
     Asked,
     Bound,
@@ -38,7 +39,7 @@ from .objects import (
 from .places import checked_index, placed, placed_3d
 from .planes import PlaneView
 from .slices import PlaneDecoder, VolumeSlices
-from .stop_rules import ChainRule
+from .stop_rules import RULE, ChainRule
 
 UNDO_BYTES = 64 * 1024 * 1024
 """What a session keeps to take changes back; the oldest goes first."""
@@ -72,7 +73,7 @@ class VolumePredictor:
         *,
         model: str = "",
         note: str = "",
-        rule: ChainRule = ChainRule(),  # noqa: B008 - frozen
+        rule: ChainRule = RULE,
         encode_ahead: bool = True,
         undo_bytes: int = UNDO_BYTES,
     ) -> None:
@@ -249,9 +250,9 @@ class VolumePredictor:
         with self._lock:
             view = self._view(plane)
             course = Course.of(view, from_slice, direction, until)
-            given = None if labels is None else np.atleast_1d(labels).tolist()
-            chosen = [self._object(label) for label in given or sorted(self._objects)]
-            starts = course.starts(chosen, are_named=given is not None)
+            given = sorted(self._objects) if labels is None else np.atleast_1d(labels).tolist()
+            chosen = [self._object(label) for label in given]
+            starts = course.starts(chosen, are_named=labels is not None)
             found, ends = self._carried(course, starts, rule or self.rule, progress)
             for label, slices in found.items():
                 course.keep_to(slices, self._objects[label], starts.limits[label])
@@ -320,7 +321,7 @@ class VolumePredictor:
             InputError: no such object.
         """
         with self._lock:
-            whole: Any = tuple((0, side) for side in self.volume.shape)
+            whole = tuple((0, side) for side in self.volume.shape)
             return self._object(label).mask.read(extent or whole)
 
     def confidence(self, label: int, plane: Plane = "stored") -> npt.NDArray[np.float32]:

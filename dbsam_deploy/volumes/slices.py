@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,6 @@ import numpy as np
 from ..core.contract import BOXES, MASK_INPUT, POINT_COORDS
 from ..core.imaging import ByteArray, FloatArray, is_constant
 from ..core.masks import Prediction
-from ..core.prompts import PromptArrays
 from ..images.arrays import as_array
 from ..images.volumes import Volume
 from ..prediction.predictor import Promptable
@@ -32,13 +32,10 @@ class VolumeSlices:
     def __init__(self, shared: SharedPredictor, volume: Volume) -> None:
         self.shared, self.volume = shared, volume
         self._keys: dict[tuple[int, int], ImageKey | None] = {}
-        self._views: dict[int, PlaneView] = {}
 
     def along(self, axis: int) -> PlaneView:
         """The slices along an axis; errors as `planes.view_along`."""
-        if axis not in self._views:
-            self._views[axis] = view_along(self.volume, axis)
-        return self._views[axis]
+        return view_along(self.volume, axis)
 
     def segment(
         self, view: PlaneView, index: int, asked: Asked, mask_input: Any = None
@@ -73,15 +70,15 @@ class VolumeSlices:
             count = next(len(array) for array in prompts.values() if array is not None)
             empty = np.zeros((count, 1, *view.size), np.uint8)
             return Prediction(empty, np.zeros((count, 1), np.float32))
-        given: PromptArrays = {}
-        for name, array in prompts.items():
-            if array is not None:
-                is_place = name in (BOXES, POINT_COORDS)
-                given[name] = view.to_square(array) if is_place else array  # type: ignore[literal-required]
+        given = {
+            name: view.to_square(array) if name in (BOXES, POINT_COORDS) else array
+            for name, array in prompts.items()
+            if array is not None
+        }
 
         def question(predictor: Promptable) -> Prediction:
             if given.keys() == {BOXES} and not multimask:
-                return predictor.predict_boxes(given[BOXES])  # type: ignore[literal-required]
+                return predictor.predict_boxes(given[BOXES])
             return predictor.predict_prompts(multimask=multimask, **given)
 
         found = self.shared.ask(key, lambda: view.image(index), question)
@@ -103,7 +100,7 @@ class VolumeSlices:
         for step in range(1, view.depth):
             for z in (index + step, index - step):
                 if 0 <= z < view.depth:
-                    yield lambda z=z: made(z)  # type: ignore[misc]
+                    yield partial(made, z)
 
     def _key(self, view: PlaneView, index: int) -> ImageKey | None:
         """What the slice's embedding is kept under; None where it holds one value only."""

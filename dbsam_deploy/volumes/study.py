@@ -17,16 +17,16 @@ from ..prediction.predictor import Promptable
 from ..prediction.prompts import Prompts
 from ..prediction.results import Result
 from ..prediction.segment import Progress, ignore
-from .chain import ChainEnd, ChainRule
-from .embeddings import EmbeddingStore, SharedPredictor
+from .embeddings import DISK_BYTES, EmbeddingStore, SharedPredictor
 from .frames import Plane
 from .kept_answers import KeptAnswers, ResumedPredictor
+from .links import ChainEnd
 from .places import placed, placed_3d
 from .planes import view
 from .session import VolumePredictor
+from .stop_rules import RULE, ChainRule
 from .study_prompts import ObjectPrompts, StudyPrompts
 
-RULE = ChainRule()
 STORE_BYTES = 256 * 1024 * 1024
 """Embeddings of slices in memory: 64 at SAM's size; more are in a scratch file."""
 
@@ -109,7 +109,7 @@ def segment_study(
             run = _run_of(volume, spec, f"{model} {weights}", f"{rule!r} {fractions}")
             kept = KeptAnswers(checkpoint, run)
             stack.callback(kept.close)
-        asked = SharedPredictor(ResumedPredictor(shared, kept, logits=fractions))
+        asked = ResumedPredictor(shared, kept, logits=fractions)
         session = VolumePredictor(
             asked, volume, model=model, note=note, rule=rule, encode_ahead=False
         )
@@ -130,12 +130,12 @@ def _run_of(volume: Volume, spec: StudyPrompts, model: str, rule: str) -> dict[s
 
 
 def _store(spec: StudyPrompts) -> EmbeddingStore:
-    """Of slices that come up again: upwards for one object and downwards for another."""
-    starts: set[object] = {(one.plane, one.box_3d) for one in spec.objects if one.box_3d}
-    starts |= {(prompt.plane, prompt.index) for one in spec.objects for prompt in one.prompts}
-    if len(starts) < 2:
-        return EmbeddingStore(0, 0, exact=True)
-    return EmbeddingStore(STORE_BYTES, exact=True)
+    """Of slices that come up again: prompted twice, or upwards for one object, else downwards."""
+    starts: list[object] = [(one.plane, one.box_3d) for one in spec.objects if one.box_3d]
+    for prompt in (prompt for one in spec.objects for prompt in one.prompts):
+        starts.append(prompt if prompt.index is None else (prompt.plane, prompt.index))
+    ram, disk = STORE_BYTES * (len(starts) > 1), DISK_BYTES * (len(set(starts)) > 1)
+    return EmbeddingStore(ram, disk, exact=True)
 
 
 def _segment(

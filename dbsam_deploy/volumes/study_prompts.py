@@ -75,8 +75,8 @@ class StudyPrompts:
 
     Attributes:
         objects: at least one.
-        propagate: carry each object from its prompted slices to the others; else only those slices
-            and 3D boxes are segmented.
+        propagate: carry each object from its prompted slices to the others, without which a 3D box
+            is refused; else only those slices are segmented.
         space: of all coordinates: `voxel`, or millimetres towards left, posterior and head (`lps`,
             as DICOM has them) or right, anterior and head (`ras`, as NIfTI has them).
     """
@@ -91,7 +91,7 @@ def from_prompts(prompts: Prompts, *, propagate: bool) -> StudyPrompts:
 
     Args:
         prompts: without `mask_input` and `multimask`.
-        propagate: see `StudyPrompts`.
+        propagate: see `StudyPrompts`; 3D boxes are carried in any case.
 
     Raises:
         InputError: an earlier mask or alternatives, which are of one slice.

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 from support.references import as_prediction, bright_in_box, labelled_case
 
+from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.core.masks import Prediction
 from dbsam_deploy.evaluation import EvaluationResult, build_protocol, evaluate
 from dbsam_deploy.evaluation.boxes import BoxGrowth
@@ -38,13 +39,7 @@ def run(model: object, labels: np.ndarray, **case: object) -> EvaluationResult:
 
 def test_one_box_finds_the_whole_object_and_only_it() -> None:
     labels = ball_and_tube()
-    asked: list[tuple[int, list[list[float]]]] = []
-
-    def model(image: np.ndarray, boxes: np.ndarray) -> Prediction:
-        asked.append((int(image.sum()), boxes.tolist()))
-        return bright_in_box(image, boxes)
-
-    result = run(model, labels)
+    result = run(bright_in_box, labels)
     for item in result.objects:
         assert item.score.dsc == item.score.oracle_dsc == 1
         assert item.score.nsd == 1
@@ -101,6 +96,18 @@ def test_an_object_that_the_model_does_not_see_counts_as_nothing() -> None:
         return as_prediction(np.zeros((len(boxes), *image.shape[:2]), bool))
 
     assert [item.score.dsc for item in run(blind, ball_and_tube()).objects] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("boxes", "words"),
+    [
+        ([[1, 1, 0, 9, 9, 2]], "1 boxes, but gts has label 2"),
+        ([[1, 1, 9, 9]] * 2, r"boxes \(n, 4\) for 11 slices"),
+    ],
+)
+def test_boxes_of_the_file_that_do_not_fit_are_one_line(boxes: object, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        run(bright_in_box, ball_and_tube(), boxes=np.array(boxes, np.float32))
 
 
 def test_stacks_without_spacing_and_images_are_skipped_and_said() -> None:

@@ -75,6 +75,7 @@ def test_boxes_of_a_volume_become_half_open(tmp_path: Path) -> None:
         ({"spacing": np.zeros(3)}, "spacing"),
         ({"spacing": np.ones(2)}, "spacing"),
         ({"spacing": np.array([1, np.nan, 1])}, "spacing"),
+        ({"spacing": np.array([1, np.inf, 1])}, "spacing"),
         ({"spacing": np.ones(10_000)}, "at most"),
     ],
 )

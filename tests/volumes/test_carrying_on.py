@@ -78,6 +78,15 @@ def test_how_far_a_call_goes():
     assert carried(from_slice=4, until=3) == [3, 4, 6]
 
 
+def test_the_last_slice_may_be_numpys_largest_number():
+    truth = np.zeros((260, 8, 8), bool)
+    truth[:, 2:6, 2:6] = True
+    session = bright(truth)
+    session.prompt(1, box=[1, 1, 7, 7], index=250)
+    session.propagate(from_slice=np.uint8(250), until=np.uint8(255))
+    assert np.flatnonzero(session.mask(1).any((1, 2))).tolist() == list(range(250, 256))
+
+
 def test_a_call_of_one_direction_leaves_the_other_sides_slices():
     session = bright()
     session.prompt(1, box=BOX, index=5)
@@ -151,6 +160,9 @@ def test_slices_of_one_value_have_empty_masks_and_are_not_asked_for():
         ({"from_slice": 14}, r"slice 14: .* has 0–13 on this plane"),
         ({"direction": "up", "until": 6.5}, "slice 6.5: expected a whole number"),
         ({"until": 3}, "until goes with a direction"),
+        ({"from_slice": 5, "direction": "up", "until": 3}, "until 3 does not lie up"),
+        ({"from_slice": 5, "direction": "down", "until": 8}, "until 8 does not lie down"),
+        ({"labels": []}, "no object was prompted on this plane"),
         ({"from_slice": 6}, "object 1: no prompt on slice 6 found anything|no object was prompted"),
         ({"labels": 3}, "object 3: no such object"),
         ({"labels": [1], "plane": "coronal"}, "object 1: no prompt on this plane"),

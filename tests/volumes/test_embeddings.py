@@ -65,6 +65,17 @@ def test_the_budget_holds_and_the_least_recently_used_go_first():
         assert store.get(key(n))[0, 0, 0, 0] == n
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_an_embedding_that_was_given_out_does_not_change_with_the_file(exact):
+    each = EACH * (1 + exact)
+    store = EmbeddingStore(0, each, exact=exact)
+    used = store.put(key(0), embedding(0))
+    given = store.get(key(0))
+    store.put(key(1), embedding(1))  # in the same place
+    np.testing.assert_array_equal(given, used)
+    assert given.flags.writeable  # PyTorch warns of others
+
+
 @pytest.mark.parametrize(("ram", "disk", "kept"), [(0, 2, 2), (2, 0, 2), (0, 0, 0)])
 def test_a_store_without_memory_or_without_a_file(ram, disk, kept):
     store = EmbeddingStore(ram * EACH, disk * EACH)

@@ -96,6 +96,9 @@ MISFITS = {
         r"objects\[0\].prompts\[1\].points\[0\] is \[1, 2\]: expected 2 coord",
     ),
     "space": (changed(("space",), "mm"), 'space is "mm": expected voxel'),
+    "space of none": (changed(("space",), []), r"space is \[\]: expected voxel"),
+    "spaces": (changed(("space",), ["voxel"]), r"space is \[\"voxel\"\]: expected voxel"),
+    "plane by number": (changed((*FIRST, "plane"), 1), r"prompts\[0\].plane is 1: .*axial"),
 }
 BEYOND_THE_SCHEMA = {
     "box of five": (changed((*FIRST, "box"), [1, 2, 3, 4, 5]), r"prompts\[0\].box is .* 4 numbers"),
@@ -104,6 +107,7 @@ BEYOND_THE_SCHEMA = {
         r"points\[0\] is \[1, 2, 2\]: expected 2 numbers in voxels",
     ),
     "slice in mm": (changed(("space",), "lps"), r"prompts\[0\].slice is 40: expected none"),
+    "slice with a point": (changed((*FIRST, "slice"), 40.0), r"slice is 40.0: expected a whole"),
     "line break": (changed((*LIVER, "name"), "a\nb"), r"objects\[0\] is .* can be printed"),
     "half": (changed((*LIVER, "code", "meaning"), "\ud800"), r"objects\[0\] is .* can be printed"),
     "same name": (

@@ -15,6 +15,7 @@ from dbsam_deploy.images.volumes import Volume
 from dbsam_deploy.prediction.predictor import Predictor
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
 from dbsam_deploy.volumes.session import VolumePredictor
+from dbsam_deploy.volumes.stop_rules import ChainRule
 
 WRONG = {
     "nothing": ({}, "no prompt: give a box, points or a 3D box"),
@@ -64,6 +65,15 @@ def test_without_spacing_only_stored_slices_have_a_shape():
     session.prompt(1, box=BOX, index=5, plane="axial")
     session.propagate()
     np.testing.assert_array_equal(session.mask(1), wedge())
+
+
+@pytest.mark.parametrize("spacing", [(1, 0, 0), (np.inf, 1, 1), (1, np.nan, 1)])
+def test_a_spacing_that_cannot_be_does_not_stop_what_follows_the_image(spacing):
+    volume = Volume(Path("a.npz"), "npz", scan(wedge()).pixels, STORED, spacing_mm=spacing)
+    session = VolumePredictor(BrightPredictor(), volume)
+    session.prompt(1, box=BOX, index=5)
+    session.propagate(rule=ChainRule(margin_mm=2.0))
+    assert session.mask(1).any((1, 2)).sum() > 1
 
 
 @pytest.mark.parametrize("label", [0, -3, 70000, 1.5])

@@ -74,6 +74,39 @@ def test_all_objects_go_through_the_volume_in_one_pass(two_bars: Volume) -> None
     assert predictor.encoded <= 1 + 5 + 3 + 2
 
 
+class Encoder(BrightPredictor):
+    """The same, asked apart for embeddings, which are the pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[bytes] = []
+
+    def encode(self, image: np.ndarray) -> np.ndarray:
+        self.seen.append(image.tobytes())
+        return image[None, ..., 0].astype(np.float32)
+
+    def set_embeddings(self, embeddings: np.ndarray, original_size: tuple[int, int]) -> None:
+        self._bright = embeddings[0] >= 128
+
+
+@pytest.mark.parametrize("in_mm", [False, True])
+@pytest.mark.parametrize("z", [4, 5])
+def test_no_slice_is_encoded_twice(two_bars: Volume, z: int, in_mm: bool) -> None:
+    prompts = [SlicePrompt((3, 8, 28, 22), index=4), SlicePrompt((28, 23, 47, 37), index=z)]
+    if in_mm:
+        places = [(-45, -45, 5, -16), (5, -15, 43, 13)]
+        prompts = [
+            SlicePrompt((x0, y0, 4 * k - 70, x1, y1, 4 * k - 70))
+            for k, (x0, y0, x1, y1) in zip((4, z), places, strict=True)
+        ]
+    objects = [ObjectPrompts(n, (one,)) for n, one in zip("ab", prompts, strict=True)]
+    spec = StudyPrompts(tuple(objects), space="lps" if in_mm else "voxel")
+    predictor = Encoder()
+    result = segment_study(predictor, in_place(two_bars), spec, model="bright")
+    assert np.unique(result.labels).tolist() == [0, 1, 2]
+    assert len(predictor.seen) == len(set(predictor.seen)) >= 7
+
+
 @pytest.mark.parametrize(
     ("prompt", "space"),
     [
