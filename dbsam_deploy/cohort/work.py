@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import faulthandler
 import glob
+import sqlite3
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -112,6 +113,7 @@ def _may_pass(error: Exception) -> bool:
     """Whether another attempt may help: a server, memory or a disk has failed, and no input."""
     cause = error.__cause__  # of our own error about a disk
     disk = isinstance(cause, OSError) and cause.errno in _DISK_FAULTS
+    disk = disk or isinstance(cause, sqlite3.OperationalError)  # of the slices that are kept
     return disk or isinstance(error, ServingError | OSError | MemoryError)
 
 
