@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.bright import BrightPredictor
+from support.bright import FreeEncoder
 
 from dbsam_deploy.images.intensity import STORED
 from dbsam_deploy.images.volumes import Volume
@@ -26,20 +26,6 @@ OBJECTS = (  # centre and radii along z, y, x; its middle slice; a box there
     ((220, 300, 380), (60, 50, 45), 220, [330, 245, 430, 355]),
     ((120, 380, 300), (80, 40, 60), 120, [235, 335, 365, 425]),
 )
-
-
-class FreeEncoder(BrightPredictor):
-    """Embeddings of SAM's size at no cost; they hold what is bright."""
-
-    def encode(self, image: np.ndarray) -> np.ndarray:
-        self.encoded += 1
-        out = np.zeros((1, 256, 64, 64), np.float32)
-        out.reshape(-1)[: image[..., 0].size] = (image[..., 0] >= 128).reshape(-1)
-        return out
-
-    def set_embeddings(self, image_embeddings: np.ndarray, original_size: tuple[int, int]) -> None:
-        pixels = original_size[0] * original_size[1]
-        self._bright = image_embeddings.reshape(-1)[:pixels].reshape(original_size) > 0.5
 
 
 def drawn() -> tuple[Volume, np.ndarray]:

@@ -138,7 +138,9 @@ def _key(args: argparse.Namespace) -> str | None:
     Raises:
         InputError: no key in its file, or one that no header can have.
     """
-    key: str | None = args.api_key or os.environ.get(KEY_VARIABLE) or None
+    key: str | None = args.api_key
+    if key is None:
+        key = os.environ.get(KEY_VARIABLE) or None
     if args.key_file is not None:
         key = small_text(args.key_file).strip()
     if key is not None and not re.fullmatch(r"[!-~]+", key):

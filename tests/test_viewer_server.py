@@ -26,6 +26,7 @@ from dbsam_deploy.cli import run
         ["--window", "40", "0"],
         ["--prefix", "x"],
         ["--api-key", "a", "--key-file", "b"],
+        ["--api-key", ""],
         ["--key-file", "no_such_file"],
         ["no_such_model"],
     ],

@@ -336,7 +336,16 @@ class Supervisor:
             self._later(asked.age_s)
         elif self._is_stuck(asked, still, overdue=overdue):
             text = f"it answers nothing ({asked.model} waits for {asked.age_s:.0f} s)"
-            self._revive({(still or [FRONT])[0]: text})
+            self._revive({still[0] if still else self._mute(): text})
+
+    def _mute(self) -> str:
+        """A graph that answers no more, be it one the question does not need; else the front."""
+        for name in self._graphs():
+            try:
+                ask_stage(self.server.http_url, name, self._patience())
+            except ServingError:
+                return name
+        return FRONT
 
     def _is_stuck(self, asked: _Question, still: list[str], *, overdue: bool) -> bool:
         """Whether the first graph that has answered nothing since, or the front, is to blame."""
@@ -364,11 +373,8 @@ class Supervisor:
             found = stubs(self.server.pid)
         except ServingError:
             return False
-        spent = [
-            stub.cpu_s - asked.cpu_s.get(stub.pid, stub.cpu_s)
-            for stub in found
-            if model in ("", stub.model)
-        ]
+        own = [stub for stub in found if model in ("", stub.model)]
+        spent = [stub.cpu_s - asked.cpu_s.get(stub.pid, stub.cpu_s) for stub in own]
         return max(spent, default=0.0) > 0.5 * asked.age_s
 
     def _patience(self) -> float:

@@ -69,7 +69,7 @@ class ViewerServer:
 
     Args:
         leases: the slots.
-        about: the model and its licence, which viewers show.
+        about: the model and what is known of its weights, which viewers show as its licence.
         key: that every request but `/healthz` must name, if any.
         max_voxels: of an image.
     """

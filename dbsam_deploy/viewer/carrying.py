@@ -12,7 +12,7 @@ import numpy as np
 
 from ..volumes.embeddings import SharedPredictor, image_key
 from ..volumes.frames import Plane
-from ..volumes.objects import Change
+from ..volumes.objects import Change, slab
 from ..volumes.session import VolumePredictor
 from ..volumes.stop_rules import ChainRule
 
@@ -120,6 +120,5 @@ def measured_reach(shared: SharedPredictor, budget_s: float) -> int:
 
 def _goes_on(session: VolumePredictor, label: int, axis: int, last: int, step: int) -> bool:
     """Whether there is something of the object behind `last`."""
-    extent = [(0, side) for side in session.volume.shape]
-    extent[axis] = (last + 1, extent[axis][1]) if step > 0 else (0, last)
-    return bool(session.mask(label, tuple(extent)).any())
+    first, end = (last + 1, None) if step > 0 else (0, last)
+    return bool(session.mask(label, slab(session.volume.shape, axis, first, end)).any())

@@ -67,9 +67,9 @@ class SliceWork:
     ) -> None:
         self._slices, self._view, self.index, self.before = slices, view, index, before
 
-    def box(self, box: tuple[float, float, float, float]) -> SliceFound:
-        """The object in a box."""
-        return self._surest(self._answers(np.array([box])), self._nothing)
+    def box(self, box: Sequence[float] | npt.NDArray[np.float64]) -> SliceFound:
+        """The object in a box, (4,) x0, y0, x1, y1."""
+        return self._surest(self._answers(np.array([box], float)), self._nothing)
 
     def clicks(self, wish: Wish) -> SliceFound:
         """The object after a click, the last of the wish."""

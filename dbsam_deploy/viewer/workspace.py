@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,11 +14,11 @@ import numpy.typing as npt
 from ..core.errors import InputError
 from ..core.masks import extent_of, mask_box
 from ..images.intensity import Window
+from ..images.volumes import Volume
 from ..volumes.embeddings import SharedPredictor
-from ..volumes.objects import Change, Extent, SliceName, around
+from ..volumes.objects import Change, Extent, SliceName, around, slab
 from ..volumes.planes import PlaneView
 from ..volumes.session import VolumePredictor
-from ..volumes.slices import VolumeSlices
 from ..volumes.stop_rules import ChainRule, MaskArray
 from .carrying import PLANES, carry
 from .images import as_viewer_volume
@@ -57,6 +58,7 @@ class Memory:
         wishes: what was said of each slice, (axis, index).
         decided: slices along each axis that no chain may change, by axis.
         flat: the slice of the last mark that named one.
+        last: the slice that was decided last.
         sure: the model's estimate on the slice that was prompted last.
     """
 
@@ -64,12 +66,13 @@ class Memory:
     wishes: Mapping[SliceName, Wish] = field(default_factory=dict)
     decided: Mapping[int, frozenset[int]] = field(default_factory=dict)
     flat: SliceName | None = None
+    last: SliceName | None = None
     sure: float | None = None
 
-    def with_decided(self, axis: int, *indices: int) -> Memory:
-        """The same with further slices that stay."""
-        own = self.decided.get(axis, frozenset()) | set(indices)
-        return replace(self, decided={**self.decided, axis: own})
+    def with_decided(self, axis: int, index: int) -> Memory:
+        """The same with one more slice that stays."""
+        own = self.decided.get(axis, frozenset()) | {index}
+        return replace(self, decided={**self.decided, axis: own}, last=(axis, index))
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,18 +102,15 @@ class Workspace:
         self._shared, self._rules = shared, rules
         self.has_buffer, self.goes_through = False, True
         self._session: VolumePredictor | None = None
-        self._slices: VolumeSlices | None = None
         self._memory, self._steps = Memory(), list[Change]()
         self._undo: tuple[Memory, int] | None = None
         self._send_all = False
 
     def close(self) -> None:
         """Drop the image, and encode nothing ahead for it."""
-        for one in (self._slices, self._session):
-            if one is not None:
-                one.stop_ahead() if isinstance(one, VolumeSlices) else one.close()
-        self._session = self._slices = None
-        self.has_buffer = False
+        if self._session is not None:
+            self._session.close()
+        self._session, self.has_buffer = None, False
 
     @property
     def shape(self) -> VolumeShape:
@@ -119,16 +119,13 @@ class Workspace:
         Raises:
             InputError: there is none.
         """
-        return self._work()[0].volume.shape
+        return self._work().volume.shape
 
     def set_image(self, values: npt.NDArray[Any], spacing: Any) -> None:
         """Begin anew with an image; errors as `as_viewer_volume`."""
         volume = as_viewer_volume(values, spacing, self._rules.window)
         self.close()
-        self._slices = VolumeSlices(self._shared, volume)
-        self._begin(self._slices)
-        view = self._slices.along(self._acquired())
-        self._slices.encode_ahead(view, view.depth // 2)
+        self._begin(volume)
 
     def set_buffer(self) -> None:
         """The viewer's buffer is empty: the next answer has all of the object."""
@@ -136,8 +133,9 @@ class Workspace:
 
     def reset(self) -> None:
         """Forget the object; legal before any image."""
-        if self._slices is not None:
-            self._begin(self._slices)
+        if self._session is not None:
+            self._session.close()
+            self._begin(self._session.volume, self._memory.last)
 
     def add(self, mark: Mark | None, *, runs: bool) -> Redrawn:
         """Take a mark, and answer it with those that waited, or let it wait.
@@ -161,7 +159,7 @@ class Workspace:
         return self._answer(changes)
 
     def predict(self) -> Redrawn:
-        """Redrawn the marks that wait."""
+        """Answer the marks that wait."""
         self._work()
         if not self._memory.queued:
             return Redrawn(False)
@@ -172,14 +170,15 @@ class Workspace:
 
     def seed(self, mark: SeedMark, *, runs: bool) -> Redrawn:
         """Begin the object with a mask; with `runs` the model draws each of its slices anew."""
-        session, _ = self._work()
+        session = self._work()
         before, mask = self._memory, mark.voxels
         filled = [frozenset(np.flatnonzero(mask.any(_others(a))).tolist()) for a in range(3)]
         if runs and mask.any():
-            mask = self._refined(mask, filled[self._acquired()])
+            with self._alone():
+                mask = self._refined(mask, filled[self._acquired()])
         changes = [session.set_mask(LABEL, mask)]
         decided = {axis: filled[axis] for axis in range(3)}
-        self._memory, self._undo = Memory(decided=decided), (before, 1)
+        self._memory, self._undo = Memory(decided=decided, last=before.last), (before, 1)
         if not runs:
             return Redrawn(False)
         # The viewer has drawn the seed itself: what it has of it is drawn anew, too.
@@ -192,33 +191,50 @@ class Workspace:
         (self._memory, steps), self._undo = self._undo, None
         return self._answer([self._session.undo() for _ in range(steps)])
 
-    def _work(self) -> tuple[VolumePredictor, VolumeSlices]:
-        if self._session is None or self._slices is None:
+    def _work(self) -> VolumePredictor:
+        if self._session is None:
             raise InputError("no image: set one first")
-        return self._session, self._slices
+        return self._session
 
-    def _begin(self, slices: VolumeSlices) -> None:
-        if self._session is not None:
-            self._session.close()
+    def _begin(self, volume: Volume, last: SliceName | None = None) -> None:
         self._session = VolumePredictor(
-            self._shared, slices.volume, rule=self._rules.rule, undo_bytes=UNDO_BYTES
+            self._shared,
+            volume,
+            rule=self._rules.rule,
+            encode_ahead=False,  # here, once an answer is complete
+            undo_bytes=UNDO_BYTES,
         )
-        self._memory, self._undo, self._send_all = Memory(), None, False
+        self._memory, self._undo, self._send_all = Memory(last=last), None, False
+        self._encode_ahead()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Nothing is encoded ahead between the slices of an answer."""
+        self._work().slices.stop_ahead()
+        try:
+            yield
+        finally:
+            self._encode_ahead()
+
+    def _encode_ahead(self) -> None:
+        """Encode while nothing is asked, outwards from the slice that was decided last."""
+        slices, axis = self._work().slices, self._acquired()
+        axis, index = self._memory.last or (axis, self.shape[axis] // 2)
+        slices.encode_ahead(slices.along(axis), index)
 
     def _run(self, memory: Memory) -> list[Change]:
-        """Redrawn queued marks; a failure leaves everything as it was."""
-        session, slices = self._work()
-        slices.stop_ahead()
+        """Answer queued marks; a failure leaves everything as it was."""
         deadline = time.monotonic() + self._rules.deadline_s
         self._steps = []
-        try:
-            for mark in memory.queued:
-                memory = self._apply(mark, replace(memory, queued=()), deadline)
-        except BaseException:
-            for _ in self._steps:
-                session.undo()
-            raise
-        self._memory = memory
+        with self._alone():
+            try:
+                for mark in memory.queued:
+                    memory = self._apply(mark, replace(memory, queued=()), deadline)
+            except BaseException:
+                for _ in self._steps:
+                    self._work().undo()
+                raise
+            self._memory = memory
         return self._steps
 
     def _apply(self, mark: Mark, memory: Memory, deadline: float) -> Memory:
@@ -246,14 +262,14 @@ class Workspace:
         self, mark: Mark, axis: int, index: int, memory: Memory, deadline: float
     ) -> Memory:
         """Decide one slice; of a mark on many, the last ones without the model if it is late."""
-        session, slices = self._work()
-        view, before = slices.along(axis), self._slice_mask(axis, index)
+        session = self._work()
+        view, before = session.slices.along(axis), self._slice_mask(axis, index)
         wish = memory.wishes.get((axis, index), Wish())
         if isinstance(mark, BrushMark) and time.monotonic() > deadline:
             area = _area(mark, view, index)
             found = SliceFound(before | area if mark.is_inside else before & ~area, None)
         else:
-            found, wish = _decided(SliceWork(slices, view, index, before), mark, view, wish)
+            found, wish = _decided(SliceWork(session.slices, view, index, before), mark, view, wish)
         self._steps.append(session.set_mask(LABEL, found.mask, index=index, plane=PLANES[axis]))
         return replace(
             memory,
@@ -263,7 +279,7 @@ class Workspace:
         ).with_decided(axis, index)
 
     def _solid_box(self, mark: BoxMark, memory: Memory, deadline: float) -> Memory:
-        session, _ = self._work()
+        session = self._work()
         axis = self._acquired()
         if not mark.is_inside:
             return self._emptied(mark, memory)
@@ -278,7 +294,7 @@ class Workspace:
 
     def _emptied(self, mark: BoxMark, memory: Memory) -> Memory:
         """Take a 3D box out of the object, slice by slice."""
-        session, _ = self._work()
+        session = self._work()
         axis = self._acquired()
         rows, columns = (slice(*side) for a, side in enumerate(mark.sides) if a != axis)
         for index in range(*mark.sides[axis]):
@@ -290,7 +306,7 @@ class Workspace:
         return memory
 
     def _carry(self, axis: int, index: int, memory: Memory, deadline: float) -> None:
-        session, _ = self._work()
+        session = self._work()
         ratio = self._rules.rule.min_iou_ratio * (1.0 if memory.sure is None else memory.sure)
         rule = replace(self._rules.rule, reach=self._rules.reach, min_iou_ratio=ratio)
         walls = memory.decided[axis] - {index}
@@ -299,8 +315,7 @@ class Workspace:
 
     def _refined(self, mask: MaskArray, filled: frozenset[int]) -> MaskArray:
         """Slices of a mask drawn anew by the model, as many as an answer may have."""
-        _, slices = self._work()
-        axis, out = self._acquired(), mask.copy()
+        slices, axis, out = self._work().slices, self._acquired(), mask.copy()
         view, most = slices.along(axis), 2 * self._rules.reach + 1
         middle = sorted(filled)[len(filled) // 2]
         deadline = time.monotonic() + self._rules.deadline_s
@@ -308,16 +323,15 @@ class Workspace:
             if time.monotonic() > deadline:
                 break
             before = np.take(mask, index, axis)
-            found = SliceWork(slices, view, index, before).box(_tuple(mask_box(before)))
+            found = SliceWork(slices, view, index, before).box(mask_box(before))
             if found.mask.any():
                 np.moveaxis(out, axis, 0)[index] = found.mask
         return out
 
     def _answer(self, changes: list[Change]) -> Redrawn:
-        assert self._session is not None  # noqa: S101 - who answers has an image
         extents = [change.changed for change in changes if change.changed is not None]
         if self._send_all:
-            whole = extent_of(self._read(tuple((0, side) for side in self.shape)))
+            whole = extent_of(self._read(slab(self.shape)))
             extents += [] if whole is None else [whole]
         self._send_all = False
         if not extents:
@@ -326,23 +340,21 @@ class Workspace:
         return Redrawn(True, extent, self._read(extent))
 
     def _read(self, extent: Extent) -> MaskArray:
-        assert self._session is not None  # noqa: S101
-        if not self._session.objects:
+        session = self._work()
+        if not session.objects:
             return np.zeros([end - first for first, end in extent], bool)
-        return self._session.mask(LABEL, extent)
+        return session.mask(LABEL, extent)
 
     def _slice_mask(self, axis: int, index: int) -> MaskArray:
-        extent = [(0, side) for side in self.shape]
-        extent[axis] = (index, index + 1)
-        return self._read(tuple(extent)).squeeze(axis)
+        return self._read(slab(self.shape, axis, index, index + 1)).squeeze(axis)
 
     def _acquired(self) -> int:
         """The axis of the slices that a click is on: where they are thick, else the first."""
-        _, slices = self._work()
-        spacing = slices.volume.spacing_mm or (1.0, 1.0, 1.0)
+        volume = self._work().volume
+        spacing = volume.spacing_mm or (1.0, 1.0, 1.0)
         axis = int(np.argmax(spacing))
         rest = max(step for a, step in enumerate(spacing) if a != axis)
-        return axis if slices.volume.is_volume and spacing[axis] > _THICK * rest else 0
+        return axis if volume.is_volume and spacing[axis] > _THICK * rest else 0
 
     def _flat_axes(self, sides: Extent) -> list[int]:
         flat = [axis for axis, (first, end) in enumerate(sides) if end - first == 1]
@@ -382,8 +394,3 @@ def _area(mark: BoxMark | BrushMark, view: PlaneView, index: int) -> MaskArray:
 
 def _others(axis: int) -> tuple[int, ...]:
     return tuple(a for a in range(3) if a != axis)
-
-
-def _tuple(box: npt.NDArray[np.floating]) -> tuple[float, float, float, float]:
-    x0, y0, x1, y1 = map(float, box)
-    return x0, y0, x1, y1

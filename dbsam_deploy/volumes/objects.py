@@ -226,9 +226,7 @@ class TrackedObject:
     def slice_mask(self, name: SliceName, shape: tuple[int, int, int]) -> _Bits:
         """(H, W) of one slice of a volume of this shape."""
         axis, index = name
-        extent = [(0, side) for side in shape]
-        extent[axis] = (index, index + 1)
-        return self.mask.read(tuple(extent)).squeeze(axis)
+        return self.mask.read(slab(shape, axis, index, index + 1)).squeeze(axis)
 
     def rewrite(self, axis: int, pieces: Mapping[int, Piece], kept: Sequence[SliceName]) -> Undo:
         """Replace the object on slices along an axis, except where slices `kept` cross them."""
@@ -317,6 +315,15 @@ def half(logits: FloatArray | None) -> npt.NDArray[np.float16] | None:
     """Logits as they are kept."""
     limit = np.finfo(np.float16).max
     return None if logits is None else np.clip(logits, -limit, limit).astype(np.float16)
+
+
+def slab(
+    shape: tuple[int, int, int], axis: int = 0, first: int = 0, end: int | None = None
+) -> Extent:
+    """The extent of a volume's slices `first` to `end` - 1 along an axis; all by default."""
+    sides = [(0, side) for side in shape]
+    sides[axis] = (first, shape[axis] if end is None else end)
+    return tuple(sides)
 
 
 def around(extents: Sequence[Extent]) -> Extent:

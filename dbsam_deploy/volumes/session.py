@@ -35,6 +35,7 @@ from .objects import (
     Undo,
     around,
     half,
+    slab,
 )
 from .places import checked_index, placed, placed_3d
 from .planes import PlaneView
@@ -82,7 +83,7 @@ class VolumePredictor:
         self.shared = (
             predictor if isinstance(predictor, SharedPredictor) else SharedPredictor(predictor)
         )
-        self._slices = VolumeSlices(self.shared, volume)
+        self.slices = VolumeSlices(self.shared, volume)
         self._encode_ahead, self._undo_bytes = encode_ahead, undo_bytes
         self._objects: dict[int, TrackedObject] = {}
         self._history: deque[_Step] = deque()
@@ -96,7 +97,7 @@ class VolumePredictor:
 
     def close(self) -> None:
         """Stop what is done ahead; drop embeddings that no other session shares."""
-        self._slices.stop_ahead()
+        self.slices.stop_ahead()
         if self._owns_shared:
             self.shared.close()
 
@@ -183,9 +184,9 @@ class VolumePredictor:
                 index, asked, bounds = placed_3d(view, box_3d, space)
             if add and bounds is None and label in self._objects:
                 asked = asked.after(self._objects[label].asked(view.axis, index))
-            mask, iou, logits = self._slices.segment(view, index, asked, mask_input)
+            mask, iou, logits = self.slices.segment(view, index, asked, mask_input)
             if self._encode_ahead:
-                self._slices.encode_ahead(view, index)
+                self.slices.encode_ahead(view, index)
             found = (Piece.of(mask), Decoded(iou, half(logits), asked))
             return self._commit(view.axis, {label: {index: found}}, bounds=bounds)
 
@@ -265,7 +266,7 @@ class VolumePredictor:
         view, ends = course.view, list[ChainEnd]()
         found: dict[int, SliceFindings] = {label: {} for label in starts.limits}
         for one in propagate(
-            PlaneDecoder(self._slices, view),
+            PlaneDecoder(self.slices, view),
             starts.anchors,
             view.depth,
             rule,
@@ -321,8 +322,7 @@ class VolumePredictor:
             InputError: no such object.
         """
         with self._lock:
-            whole = tuple((0, side) for side in self.volume.shape)
-            return self._object(label).mask.read(extent or whole)
+            return self._object(label).mask.read(extent or slab(self.volume.shape))
 
     def confidence(self, label: int, plane: Plane = "stored") -> npt.NDArray[np.float32]:
         """The decoder's own estimate of the mask's IoU on each slice; NaN where it was not asked.
@@ -347,7 +347,7 @@ class VolumePredictor:
             return segmentation_of(self.volume, tracked, how, self.model, self.note)
 
     def _view(self, plane: Plane) -> PlaneView:
-        return self._slices.along(plane_axis(self.volume, plane))
+        return self.slices.along(plane_axis(self.volume, plane))
 
     def _object(self, label: int) -> TrackedObject:
         if label not in self._objects:

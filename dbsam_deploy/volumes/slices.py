@@ -85,7 +85,7 @@ class VolumeSlices:
         return Prediction(view.to_stored(found.masks), found.ious, found.logits)
 
     def encode_ahead(self, view: PlaneView, index: int) -> None:
-        """Encode the plane's other slices while nothing is asked, those near `index` first."""
+        """Encode the plane's slices while nothing is asked, outwards from `index`."""
         self.shared.encode_ahead(self, self._outwards(view, index))
 
     def stop_ahead(self) -> None:
@@ -97,8 +97,8 @@ class VolumeSlices:
             key = self._key(view, z)
             return None if key is None else (key, view.image(z))
 
-        for step in range(1, view.depth):
-            for z in (index + step, index - step):
+        for step in range(view.depth):
+            for z in dict.fromkeys((index + step, index - step)):
                 if 0 <= z < view.depth:
                     yield partial(made, z)
 

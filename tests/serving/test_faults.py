@@ -22,12 +22,13 @@ from support.serving import RESTARTED_WITHIN_S, traffic
 
 from dbsam_deploy.clients.client import DbsamClient
 from dbsam_deploy.clients.retries import Retries
+from dbsam_deploy.core.bls import public_name
 from dbsam_deploy.core.errors import ServingError
 from dbsam_deploy.serving.ports import Ports
 from dbsam_deploy.serving.probe import PROBE_SIZE, ask, probe_image
 from dbsam_deploy.serving.server import TritonServer
 from dbsam_deploy.serving.server_log import free_log
-from dbsam_deploy.serving.supervisor import Pace
+from dbsam_deploy.serving.supervisor import FRONT, Pace
 
 HALF_A_REQUEST = (
     b"POST /v2/models/dbsam/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n{"
@@ -125,7 +126,7 @@ def test_a_decoder_that_hangs_is_found_although_images_are_encoded(watched):
             DbsamClient(url, retries=patient) as client,
             ThreadPoolExecutor(1) as user,
             opening(url, 2),
-            watched.disturbed(watched.hang, "_decoder"),
+            watched.disturbed(watched.hang, "dbsam_decoder"),
         ):
             click = user.submit(client.segment, probe_image(), box)
             watched.until(lambda: watched.mended > before, RESTARTED_WITHIN_S)
@@ -133,6 +134,19 @@ def test_a_decoder_that_hangs_is_found_although_images_are_encoded(watched):
     finally:
         supervisor.pace, supervisor.say = Pace(), watched.events.append
     assert any("dbsam_decoder: it answers nothing" in event for event in told), told
+
+
+@pytest.mark.triton
+def test_a_graph_that_no_longer_answers_is_blamed_before_the_front_that_waits_for_it(watched):
+    supervisor = watched.supervisor
+    supervisor.pace = Pace(patience=0.5)
+    try:
+        assert supervisor._mute() == FRONT
+        for model in ("dbsam_decoder", "dbsam_prompt_decoder"):
+            with watched.disturbed(watched.hang, model):
+                assert public_name(supervisor._mute()) == model
+    finally:
+        supervisor.pace = Pace()
 
 
 @pytest.mark.triton

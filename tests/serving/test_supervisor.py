@@ -299,6 +299,37 @@ def test_a_front_that_dies_again_and_again_owing_answers_is_no_broken_server(mon
     assert set(pauses) == {0.0}
 
 
+@pytest.mark.parametrize("model", ["dbsam_encoder", "dbsam_interactive"])
+def test_a_server_that_dies_while_a_model_is_loaded_anew_is_named_as_what_ended(model):
+    class Dying:
+        has_ended = False
+        pid = os.getpid()  # which has no such process of a model
+        metrics_url = ""
+
+        @property
+        def control(self) -> Control:
+            self.has_ended = True
+            raise ServingError("it did not answer")
+
+        def why_ended(self) -> str:
+            return "tritonserver ended by SIGKILL"
+
+        def event(self, text: str) -> None:
+            pass
+
+        def restart(self) -> None:
+            self.has_ended = False
+
+    events: list[str] = []
+    supervisor = Supervisor(Dying(), events.append)
+    supervisor._expected = {model: 1}
+    supervisor.look()
+    assert events[:2] == [
+        f"{model}: its process has ended; loading it anew",
+        "tritonserver ended by SIGKILL; starting the server anew",
+    ]
+
+
 def test_one_call_that_triton_leaves_unanswered_is_no_reason_to_restart():
     class Busy:
         has_ended = False
