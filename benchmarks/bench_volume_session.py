@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.bright import FreeEncoder
+from support.peak_memory import peak_bytes
 
 from dbsam_deploy.images.intensity import STORED
 from dbsam_deploy.images.volumes import Volume
@@ -69,7 +69,7 @@ def work() -> dict[str, float]:
         in_memory, in_file = session.shared.store.used
     taken["embeddings in memory, MiB"] = in_memory >> 20
     taken["embeddings in the file, MiB"] = in_file >> 20
-    taken["peak, bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    taken["peak, bytes"] = peak_bytes()
     return taken
 
 

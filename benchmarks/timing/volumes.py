@@ -65,16 +65,27 @@ def run_predict(folder: Path, depth: int, *model: str, within: int | None = None
     first = 0 if within is None else (depth - within) // 2
     box = (x0, y0, first, x1, y1, depth - first)
     words = ["--window", "40", "400", "--box3d", *map(str, box), "--output", str(folder), *model]
-    words = [sys.executable, "-m", "dbsam_deploy.predict", str(folder / "ct.nii.gz"), *words]
+    # The command as it is, and its peak in its own words at its end.
+    code = (
+        "import atexit, runpy, sys; from support.peak_memory import peak_bytes; "
+        "atexit.register(lambda: print(peak_bytes())); "
+        "runpy.run_module('dbsam_deploy.predict', run_name='__main__', alter_sys=True)"
+    )
+    words = [sys.executable, "-c", code, str(folder / "ct.nii.gz"), *words]
+    paths = os.pathsep.join([str(Path(__file__).parents[2] / "tests"), *sys.path])
     start = time.perf_counter()
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": paths}
+    )
+    assert process.stdout is not None
+    said = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, words)
     labels = np.asarray(nibabel.load(folder / "ct_mask.nii.gz").dataobj).transpose(2, 1, 0)
-    return Taken(usage.ru_maxrss * 1024, seconds, usage.ru_utime + usage.ru_stime, labels)
+    return Taken(int(said.split()[-1]), seconds, usage.ru_utime + usage.ru_stime, labels)
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from support.peak_memory import peak_bytes
 from support.reader_corpus import write_corpus
 
 from dbsam_deploy.core.errors import DbsamError
@@ -320,7 +321,7 @@ def main(folder: Path, seconds: float, seed: int) -> Tally:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         fuzz.step()
-    fuzz.tally.peak_rss_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    fuzz.tally.peak_rss_mib = peak_bytes() >> 20
     return fuzz.tally
 
 
