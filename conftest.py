@@ -70,14 +70,8 @@ def _missing_triton() -> str:
     return "" if there else f"no {DEFAULT_FOLDER}/: python -m dbsam_deploy.serve --install"
 
 
-def _missing_rtx() -> str:
-    there = importlib.util.find_spec("tensorrt_rtx") is not None
-    return "" if there else "no tensorrt_rtx, which the extra `test` installs"
-
-
-def _missing_openvino() -> str:
-    there = importlib.util.find_spec("openvino") is not None
-    return "" if there else f"no openvino: {pip_line('openvino')}"
+def _without(module: str, line: str) -> Callable[[], str]:
+    return lambda: "" if importlib.util.find_spec(module) else f"no {module}: {line}"
 
 
 def _missing_modelopt() -> str:
@@ -107,13 +101,14 @@ MISSING: dict[str, Callable[[], str]] = {
     "gpu": _missing_gpu,
     "trt": _missing_trt,
     "triton": _missing_triton,
-    "rtx": _missing_rtx,
-    "openvino": _missing_openvino,
+    "rtx": _without("tensorrt_rtx", "the extra `test` installs it"),
+    "openvino": _without("openvino", pip_line("openvino")),
     "modelopt": _missing_modelopt,
     "nvcc": _missing_nvcc,
     "data": _missing_data,
     "deployment": _missing_deployment,
     "orthanc": missing_orthanc,
+    "ray": _without("ray", pip_line("cluster")),
 }
 """Marker → why its tests cannot run on this machine, or "" if they can."""
 
@@ -204,12 +199,12 @@ def pytest_report_collectionfinish(config: pytest.Config) -> str:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what this machine cannot run, with the reason."""
-    if item.get_closest_marker("slow") and not item.config.getoption("slow"):
-        pytest.skip("takes minutes: run with --slow")
     for marker in MISSING:
         reason = _why_missing(marker) if item.get_closest_marker(marker) else ""
         if reason:
             pytest.skip(f"{marker}: {reason}")
+    if item.get_closest_marker("slow") and not item.config.getoption("slow"):
+        pytest.skip("takes minutes: run with --slow")
 
 
 @pytest.hookimpl(wrapper=True)

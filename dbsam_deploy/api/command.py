@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..cli import Parser, numbers, progress_bars, table_console
+from ..cli import Parser, numbers, table_console
 from ..core.errors import InputError
 from ..files.atomic import write_file
 from ..images.volumes import OWN_WINDOW, Volume, png_bytes, read_image
@@ -24,13 +23,12 @@ from ..outputs.merging import merged
 from ..outputs.segmentation import Segmentation
 from ..prediction.prompts import Prompts, check_prompts
 from ..prediction.results import Result
-from ..prediction.segment import Progress
 from ..volumes.prompt_file import read_prompt_file
 from ..volumes.study_prompts import StudyPrompts, from_prompts
 from .loading import open_named
 from .model import Model, own_boxes
 from .pacs_command import add_store_options, image_source, predict_in_pacs
-from .study_command import earlier_result, predict_study
+from .study_command import earlier_result, predict_study, slice_progress
 
 
 def add_predict_options(parser: argparse.ArgumentParser) -> None:
@@ -189,13 +187,6 @@ def prompts_from(args: argparse.Namespace, volume: Volume) -> Prompts:
     return check_prompts(prompts if len(prompts) else own_boxes(prompts, volume), volume)
 
 
-@contextmanager
-def _progress(console: Console) -> Iterator[Progress]:
-    with progress_bars(console, transient=True) as bar:
-        task = bar.add_task("segmenting slices", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
 def _report(console: Console, result: Result, paths: dict[str, Path], latency_ms: float) -> None:
     each = result.ious.shape[1]
     table = Table("label", "prompt", "mask pixels", "predicted IoU", *["kept"] * (each > 1))
@@ -313,7 +304,7 @@ def _predict_files(args: argparse.Namespace, open_model: Callable[[], Model]) ->
     console = table_console()
     with open_model() as model:
         _introduce(volume, model)
-        with _progress(Console(stderr=True)) as progress:
+        with slice_progress() as progress:
             start = time.perf_counter()
             result = model.run(volume, prompts, progress, propagate=False)
             latency_ms = (time.perf_counter() - start) * 1e3

@@ -338,7 +338,7 @@ class Model:
             raise InputError(f"device {device}: expected cpu or cuda, which is the first GPU")
         if self._reopen is None:
             raise InputError(f"{self.name}: where a server's model runs is the server's business")
-        if not self.backend.endswith(f"-{name}"):
+        if name not in {"cpu", "cuda"} & {*self.backend.split("-")}:  # openvino-cpu-float32
             opened = self._reopen(name)
             self._close_volumes()
             self.__dict__.update(opened.__dict__)

@@ -95,7 +95,7 @@ def predict_study(
         introduce(model)
         if args.resume and not unfinished.exists():
             notes.append(f"nothing to resume in {unfinished}: begun anew")
-        with _kept(unfinished), _progress(Console(stderr=True)) as progress:
+        with _kept(unfinished), slice_progress() as progress:
             start = time.perf_counter()
             found = model.study(
                 volume,
@@ -153,9 +153,10 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def _progress(console: Console) -> Iterator[Progress]:
+def slice_progress() -> Iterator[Progress]:
+    """A bar with the slices, their rate and the time left."""
     left = TimeRemainingColumn(elapsed_when_finished=True)
-    with progress_bars(console, _Rate(), left, transient=True) as bar:
+    with progress_bars(Console(stderr=True), _Rate(), left, transient=True) as bar:
         task = bar.add_task("segmenting slices", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

@@ -152,10 +152,11 @@ class RayCrew:
         """See `Crew.death`."""
         errors = self._ray.exceptions
         if isinstance(error, errors.RayTaskError):  # a study's own faults are no errors
-            why = str(error).strip().splitlines()[-1][:300]
+            lines = str(error).strip().splitlines()  # with the traceback there
             raise EngineError(
-                f"a machine of the Ray cluster cannot work on a study: {why}; install this library "
-                "there, of the same version and with the same extras"
+                f"a machine of the Ray cluster cannot work on a study: {lines[-1][:300]}; it needs "
+                "this library, of the same version and with the same extras",
+                *lines,
             ) from error
         if isinstance(error, errors.RayError):
             return str(error)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import glob
+import sqlite3
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -73,6 +75,7 @@ class Outcome:
     refusal: DbsamError | None = None
 
 
+_DISK_FAULTS = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
 _opened: dict[str, Model] = {}
 """The model of this process, by its source."""
 
@@ -96,14 +99,22 @@ def do_study(study: Study, orders: Orders) -> Outcome:
             seconds = time.perf_counter() - started
             return Outcome(study, record, is_new, seconds=seconds)
     except DbsamError as error:
-        failure, again = " ".join(error.message.split()), isinstance(error, ServingError)
+        failure, again = " ".join(error.message.split()), _may_pass(error)
         details = "\n".join(error.details)
     except Exception as error:  # a study isolates its faults, our own as well
-        again = isinstance(error, OSError | MemoryError)
+        again = _may_pass(error)
         failure = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
         details = traceback.format_exc()
     seconds = time.perf_counter() - started
     return Outcome(study, failure=failure, details=details, again=again, seconds=seconds)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether another attempt may help: a server, memory or a disk has failed, and no input."""
+    cause = error.__cause__  # of our own error about a disk
+    disk = isinstance(cause, OSError) and cause.errno in _DISK_FAULTS
+    disk = disk or isinstance(cause, sqlite3.OperationalError)  # of the slices that are kept
+    return disk or isinstance(error, ServingError | OSError | MemoryError)
 
 
 def log_of(study: Study, orders: Orders) -> Path:

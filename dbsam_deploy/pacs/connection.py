@@ -100,12 +100,14 @@ class Pacs:
         check_installed("pacs", what_for="a PACS")
         self._requests = require("requests", extra="pacs", what_for="a PACS")
         web = require("dicomweb_client.web", extra="pacs", what_for="a PACS")
-        session = _open_session(self._requests.Session(), access)
+        self._session = _open_session(self._requests.Session(), access)
         self.address, self.sleep = address, sleep
         self._client = web.DICOMwebClient(
-            address.url, session=session, permissive_uid=True, timeout=TIMEOUT_S
+            address.url, session=self._session, permissive_uid=True, timeout=TIMEOUT_S
         )
         self._client.set_http_retry_params(retry=False)
+        # Private, so looked up here: in `ask` a release without it would pass for a wrong answer
+        self._parts = self._client._decode_multipart_message
 
     def series(self) -> list[dict[str, Any]]:
         """What QIDO tells of each series of the study."""
@@ -123,14 +125,15 @@ class Pacs:
 
     def retrieve(self, series: str, instance: str) -> bytes:
         """One instance as the PACS has it, in whatever transfer syntax, unchecked."""
-        client, place = self._client, f"studies/{self.address.study}/series/{series}"
-        url = f"{self.address.url}/{place}/instances/{instance}"
+        place = f"studies/{self.address.study}/series/{series}/instances/{instance}"
+        url, accepted = f"{self.address.url}/{place}", {"Accept": _ANY_SYNTAX}
 
         def get() -> bytes:  # dicomweb-client's own call would parse it, before it is checked
-            answer = client._http_get(url, headers={"Accept": _ANY_SYNTAX}, stream=True)
+            answer = self._session.get(url, headers=accepted, stream=True, timeout=TIMEOUT_S)
+            answer.raise_for_status()
             if answer.headers["Content-Type"].lower().startswith("application/dicom"):
                 return bytes(answer.content)  # some send one part without its envelope
-            (content,) = client._decode_multipart_message(answer, stream=True)
+            (content,) = self._parts(answer, stream=True)
             return bytes(content)
 
         return self.ask(f"instance {instance}", get)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections import Counter
 
 import pytest
@@ -48,3 +50,10 @@ def test_a_model_that_does_not_open_ends_the_batch(workers, tmp_path):
     given = orders(tmp_path / "no_export", tmp_path)
     with pytest.raises(InputError, match="no_export"):
         outcomes([study(tmp_path, "one"), study(tmp_path, "two")], given, LocalCrew(workers))
+
+
+def test_a_bug_outside_of_a_study_is_raised_as_it_is(tmp_path):
+    buggy = functools.partial(int, "no model")
+    given = dataclasses.replace(orders(tmp_path, tmp_path), open_model=buggy)
+    with pytest.raises(ValueError, match="'no model'"):
+        outcomes([study(tmp_path, "one")], given, LocalCrew(1))

@@ -5,7 +5,8 @@ Two nodes of one machine, with addresses of its loopback; nothing is reachable f
 
 from __future__ import annotations
 
-import importlib.util
+import dataclasses
+import functools
 import os
 import sys
 import threading
@@ -20,12 +21,7 @@ from dbsam_deploy.cohort.records import find_record
 from dbsam_deploy.cohort.run import run_batch
 from dbsam_deploy.core.errors import EngineError
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("ray") is None, reason="no Ray: install the extra cluster"
-    ),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 
 def node(address: str) -> dict[str, object]:
@@ -80,6 +76,14 @@ def test_a_worker_and_a_node_die_and_nothing_is_lost_or_double(tiny_artefact, tm
     begun = sum(len((marks / f"begun_{n}").read_text().splitlines()) for n in (*range(10), 20))
     assert len(attempts) <= begun <= len(attempts) + lost  # again only where an attempt was lost
     assert sorted(p.name for p in given.output.iterdir()) == sorted(attempts)
+
+
+def test_a_bug_there_is_told_with_its_traceback(tmp_path, cluster):
+    buggy = functools.partial(int, "no model")
+    given = dataclasses.replace(orders(tmp_path, tmp_path), open_model=buggy)
+    with pytest.raises(EngineError, match=r"on a study: ValueError: .*'no model'") as bug:
+        run_batch([study(tmp_path, "one")], given, RayCrew(cluster.address), print)
+    assert any("do_study" in line for line in bug.value.details)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere", "ray:7", "[::1]:99999"])

@@ -157,6 +157,7 @@ def test_a_full_disk_is_worth_another_attempt_and_keeps_the_earlier_result(
         patch.setattr("dbsam_deploy.cohort.records.write", full)
         outcome = do_study(study(tmp_path, "one", number=7), given)
     assert "No space left" in outcome.failure
+    assert outcome.again
     assert find_record(given.output / "one") == first.record
     assert names(given.output) == ["one"]
 
