@@ -36,7 +36,9 @@ class LeaseRules:
 class Closable(Protocol):
     """What a slot holds, and lets go of at its end."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Free it."""
+        ...
 
 
 @dataclass(eq=False)
