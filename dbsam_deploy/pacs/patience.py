@@ -60,7 +60,7 @@ class Patience:
         return min(SILENCE_S, self._start + allowed - now, self._end - now)
 
 
-class _Timed(io.RawIOBase):
+class _Hurried(io.RawIOBase):
     """What comes through a socket while there is patience."""
 
     def __init__(self, raw: Any, sock: Any, patience: Patience) -> None:
@@ -98,7 +98,7 @@ def patient_adapter(patience: Patience) -> Any:
     class Answer(HTTPResponse):
         def __init__(self, sock: Any, *words: Any, **options: Any) -> None:
             super().__init__(sock, *words, **options)
-            self.fp = io.BufferedReader(_Timed(self.fp.detach(), sock, patience))
+            self.fp = io.BufferedReader(_Hurried(self.fp.detach(), sock, patience))
 
     def patient(pool: Any) -> Any:
         class Connection(pool.ConnectionCls):

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -97,7 +98,7 @@ def segment_study(
         checkpoint: file that keeps what was decoded; another run with the same image, prompts,
             model and rule goes on from it. The caller removes it once the result is written. None
             keeps nothing.
-        turns: of the threads that ask this predictor, if it is asked elsewhere, too.
+        turns: of threads that ask this predictor elsewhere.
 
     Raises:
         InputError: see `check_study`; a checkpoint of another image, prompts, model or rule.
@@ -114,10 +115,8 @@ def segment_study(
             stack.callback(kept.close)
         asked = ResumedPredictor(shared, kept, logits=fractions)
         stack.callback(asked.forget)  # who reads fractions later may ask again
-        session = VolumePredictor(
-            asked, volume, model=model, note=note, rule=rule, encode_ahead=False
-        )
-        return _segment(session, spec, progress, say)
+        how: dict[str, Any] = {"model": model, "note": note, "rule": rule, "encode_ahead": False}
+        return _segment(VolumePredictor(asked, volume, **how), spec, progress, say)
 
 
 def _run_of(volume: Volume, spec: StudyPrompts, model: str, rule: str) -> dict[str, str]:
