@@ -1,10 +1,10 @@
 """Objects carried from slice to slice: the mask of one slice prompts the next.
 
 A chain starts at an anchor, a slice whose mask is known, and goes one way. On each slice the model
-is asked with a box around what looks like the object on the slice before (`transfer`, `contrast`),
-and a rule says whether the answer still is the object. All objects go through a volume together:
-each slice is opened at most once upwards and once downwards, and the decoder is asked for all of a
-slice's objects in one call.
+is asked with a box around what looks like the object on the slice before (`transfer`), and a rule
+says whether the answer still is the object. All objects go through a volume together: each slice is
+opened at most once upwards and once downwards, and the decoder is asked for all of a slice's
+objects in one call.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from ..core.imaging import ByteArray, FloatArray
-from .contrast import Contrast
 from .stop_rules import LIKELY, Appearance, ChainRule, MaskArray, SliceAnswer, why_not
 from .transfer import transferred
 
@@ -88,14 +87,12 @@ class Chain:
         self.last = anchor.index
         self.held: dict[int, tuple[SliceMask, npt.NDArray[np.uint8]]] = {}
         self.pixels: ByteArray | None = None  # of the slice before
-        self.contrast: Contrast | None = None
         self.outline, self.allowed = anchor.mask, np.ones_like(anchor.mask)
 
     def look_at(self, pixels: ByteArray) -> None:
         """Note what the object looks like on the anchor's slice."""
         self.pixels = pixels
         self.first = replace(self.first, appearance=Appearance.of(pixels, self.first.mask))
-        self.contrast = Contrast.of(pixels, self.first.mask)
 
     def look_ahead(
         self,
@@ -114,9 +111,7 @@ class Chain:
         likeness = transferred(self.pixels, pixels, self.before.mask, spacing_mm)
         if (likeness > LIKELY).any():
             self.outline = likeness > LIKELY
-            if self.contrast is not None:
-                self.outline = self.contrast.grown(self.outline, pixels)
-            self.allowed = self.outline | (likeness >= self.rule.min_likeness)
+            self.allowed = likeness >= self.rule.min_likeness
         elif not self.is_bounded:
             self.stop(f"slice {index}: nothing there looks like the object")
             return False

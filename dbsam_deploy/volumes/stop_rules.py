@@ -26,7 +26,7 @@ class ChainRule:
 
     Attributes:
         follow_image: where pixels are known, the box goes around what looks like the object on the
-            slice before (`transfer`) and goes on from there (`contrast`); else around the last mask.
+            slice before; else around the last mask.
         min_likeness: what looks less like it than this, from 0 to 1, is no part of the mask.
         margin_px: each side of that box moves outwards by so many pixels, where the slice's longer
             side is 256.
@@ -42,7 +42,7 @@ class ChainRule:
     min_likeness: float = 0.2
     margin_px: float = 2.0
     margin_mm: float | None = None
-    min_overlap: float = 0.1
+    min_overlap: float = 0.15
     min_iou_ratio: float = 0.8
     min_brightness_match: float = 0.7
     reach: int | None = None

@@ -42,18 +42,15 @@ def transferred(
         (H, W) float32 from 0 to 1; above 0.5 most of what is alike was the object.
     """
     height, width = mask.shape
-    step = grid_step(mask.shape)
-    labels = reduced(mask, step)
+    step = max(1, round(max(height, width) / GRID))
+    labels = _reduced(mask, step)
     reach = _reach(spacing_mm, step)
     out = np.zeros_like(labels)
     part = _around(labels, 2 * reach + _PATCH + 2)
-    out[part] = _vote(reduced(before, step)[part], reduced(pixels, step)[part], labels[part], reach)
+    out[part] = _vote(
+        _reduced(before, step)[part], _reduced(pixels, step)[part], labels[part], reach
+    )
     return _enlarged(out, step)[:height, :width]
-
-
-def grid_step(size: tuple[int, ...]) -> int:
-    """Pixels of a slice of this height and width that are one of the grid, along each side."""
-    return max(1, round(max(size) / GRID))
 
 
 def _reach(spacing_mm: tuple[float, float, float] | None, step: int) -> int:
@@ -63,7 +60,7 @@ def _reach(spacing_mm: tuple[float, float, float] | None, step: int) -> int:
     return int(np.clip(round(pixels), MIN_REACH_PX, MAX_REACH_PX))
 
 
-def reduced(values: npt.NDArray[np.generic], step: int) -> FloatArray:
+def _reduced(values: npt.NDArray[np.generic], step: int) -> FloatArray:
     """(H, W), or (H, W, 3) as grey, → means of step×step pixels, edges repeated to whole ones."""
     plane = np.asarray(values, np.float32)
     plane = plane.mean(2) if plane.ndim == 3 else plane
@@ -90,7 +87,7 @@ def _vote(before: FloatArray, pixels: FloatArray, labels: FloatArray, reach: int
         (slice(reach + dy, reach + dy + height), slice(reach + dx, reach + dx + width))
         for dy, dx in moves
     ]
-    distances = np.stack([local_mean((padded[window] - pixels) ** 2) for window in windows])
+    distances = np.stack([_patch_mean((padded[window] - pixels) ** 2) for window in windows])
     least = distances.min(0)
     far = np.array([dy * dy + dx * dx for dy, dx in moves], np.float32)[:, None, None]
     unlike = _SHARPNESS * (distances - least) / (least + _NOISE)
@@ -99,7 +96,7 @@ def _vote(before: FloatArray, pixels: FloatArray, labels: FloatArray, reach: int
     return np.asarray((weights * votes).sum(0) / weights.sum(0), np.float32)
 
 
-def local_mean(plane: FloatArray) -> FloatArray:
+def _patch_mean(plane: FloatArray) -> FloatArray:
     """Mean of each pixel's surroundings."""
     height, width = plane.shape
     size = 2 * _PATCH + 1

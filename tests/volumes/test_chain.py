@@ -117,7 +117,7 @@ def test_a_leak_ends_the_chain_and_its_mask_is_not_taken() -> None:
     found, ends = run(Scripted(leaking), [anchor(truth, 2)], 8)
     assert max(z for _, z in found) == 4
     assert ends[1, True].last == 4
-    assert "IoU with the mask before it 0.10, under 0.2" in ends[1, True].reason
+    assert "IoU with the mask before it 0.10, under 0.15" in ends[1, True].reason
     found, _ = run(Scripted(leaking), [anchor(truth, 2)], 8, ChainRule(min_overlap=0.05))
     assert (1, 5) in found
 
@@ -317,26 +317,9 @@ def test_a_model_that_fills_its_box_still_finds_an_object_in_noise(seed: int) ->
     assert 2 * np.count_nonzero(masks & truth) / (masks.sum() + truth.sum()) > 0.9
 
 
-def test_the_box_holds_what_widens_by_more_than_an_outline_moves() -> None:
-    truth = tube(6, 0, 6)
-    truth[2:, 20:36, 26:32] = True  # six columns more at once
-    pixels = pictured(truth)
-    found, _ = run(
-        Scripted(within(truth)),
-        [anchor(truth, 1)],
-        6,
-        ChainRule(margin_px=0),
-        intensities=lambda z: pixels[z],
-        spacing_mm=(1.0, 1.0, 1.0),
-    )
-    shares = [np.count_nonzero(found[1, z].mask) / np.count_nonzero(truth[z]) for z in range(2, 6)]
-    assert shares[-1] == 1
-    assert shares == sorted(shares)
-
-
 def test_an_object_that_shrinks_by_much_is_followed() -> None:
-    truth = np.stack([square(20, 20, 24), square(24, 24, 9), square(24, 24, 8)])
-    found, _ = run(Scripted(within(truth)), [anchor(truth, 0)], 3)  # IoU 0.14
+    truth = np.stack([square(20, 20, 24), square(24, 24, 10), square(24, 24, 9)])
+    found, _ = run(Scripted(within(truth)), [anchor(truth, 0)], 3)  # IoU 0.17
     assert sorted(z for _, z in found) == [1, 2]
 
 
