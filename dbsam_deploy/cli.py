@@ -56,6 +56,7 @@ DOORS = {
     "viewer-server": Door("viewer_server", "a model for 3D Slicer, napari and MITK"),
     "loadtest": Door("loadtest", "latency and throughput of a running server under load"),
     "evaluate": Door("evaluate", "Dice and NSD of a model on a folder of labelled images"),
+    "prompts-check": Door("prompts_check", "how an export's weights take points, measured"),
     "batch": Door("batch", "segment many studies, each once, here or on a cluster"),
     "convert": Door("convert", "a data set in NIfTI or DICOM as npz files, for train and evaluate"),
     "train": Door("train", "train a model by a recipe", "options.train_options", "train"),

@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .. import __version__
-from ..api.model import Model, own_boxes
+from ..api.arguments import own_boxes
+from ..api.model import Model
 from ..core.errors import DbsamError, InputError, ServingError
 from ..files.inputs import Inputs, key_of
 from ..files.locks import one_writer
@@ -201,7 +202,9 @@ def _made_of(study: Study, orders: Orders, model: Model) -> Inputs:
     return {
         "input": content_hash(study.path),
         "prompts": content_hash(prompts) if isinstance(prompts, Path) else hash_of(asked),
-        "model": hash_of([orders.source, model.describe(), model.weights.get("sha256")]),
+        "model": hash_of(
+            [orders.source, model.describe(), model.weights.get("sha256"), str(model.points)]
+        ),
         "options": hash_of(
             [study.window, study.series, study.volume, orders.formats, orders.propagate]
         ),

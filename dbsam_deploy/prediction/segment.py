@@ -18,6 +18,7 @@ from ..core.contract import MAX_PROMPTS
 from ..core.errors import InputError
 from ..core.imaging import NOTHING, is_constant
 from ..core.masks import Prediction
+from ..core.prompt_adapter import MAX_SEARCHES
 from ..core.prompts import check_mask_pixels
 from ..images.volumes import Volume, label_dtype
 from .predictor import Promptable
@@ -78,6 +79,8 @@ def _segment_slice(
     labels = np.zeros(volume.shape, label_dtype(count))
     maps = np.zeros((_masks_each(prompts), *size), labels.dtype)
     batch = prompts_at_once(size, len(maps))
+    if prompts.point_coords is not None and prompts.adapt_points:
+        batch = min(batch, MAX_SEARCHES)  # a server decodes so many in one request
     parts = []
     for start in range(0, count, batch):
         part = _predict(predictor, prompts.part(start, start + batch))
@@ -118,6 +121,7 @@ def _predict(predictor: Promptable, prompts: Prompts) -> Prediction:
         point_labels=prompts.point_labels,
         mask_input=prompts.mask_input,
         multimask=prompts.multimask,
+        adapt_points=prompts.adapt_points,
     )
 
 

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from ..core.errors import InputError
 from ..core.imaging import ByteArray, FloatArray
 from ..core.masks import Prediction
+from ..core.points import PointRules
 from ..prediction.predictor import Encoding, Promptable
 from ..prediction.turns import Turns
 
@@ -213,6 +214,12 @@ class SharedPredictor:
         self._ahead: OrderedDict[int, Iterator[Ahead]] = OrderedDict()
         self._guard = threading.Lock()
         self._worker: threading.Thread | None = None
+
+    @property
+    def points(self) -> PointRules | None:
+        """How the predictor answers prompts with points; None where it does not say so."""
+        found: PointRules | None = getattr(self.predictor, "points", None)
+        return found
 
     def ask(
         self,

@@ -62,7 +62,13 @@ class VolumeSlices:
         return found.masks[0, best], float(found.ious[0, best]), logits
 
     def decode(
-        self, view: PlaneView, index: int, *, multimask: bool = False, **prompts: Any
+        self,
+        view: PlaneView,
+        index: int,
+        *,
+        multimask: bool = False,
+        adapt_points: bool = True,
+        **prompts: Any,
     ) -> Prediction:
         """Answers to N `PromptArrays` on a slice, all in its voxels: masks are (N, M, H, W)."""
         key = self._key(view, index)
@@ -79,7 +85,9 @@ class VolumeSlices:
         def question(predictor: Promptable) -> Prediction:
             if given.keys() == {BOXES} and not multimask:
                 return predictor.predict_boxes(given[BOXES])
-            return predictor.predict_prompts(multimask=multimask, **given)
+            return predictor.predict_prompts(
+                multimask=multimask, adapt_points=adapt_points, **given
+            )
 
         found = self.shared.ask(key, lambda: view.image(index), question)
         return Prediction(view.to_stored(found.masks), found.ious, found.logits)
