@@ -97,6 +97,12 @@ class Model:
             return SILENT_SERVER
         return str(self.weights.get(POINTS, {}).get("note", ""))
 
+    @property
+    def weights_key(self) -> str:
+        """What tells its answers from those of other weights; of a server, nothing."""
+        rules = self.predictor.points if isinstance(self.predictor, Predictor) else ""
+        return f"{self.weights.get('sha256', '')} {rules}"
+
     def describe(self) -> str:
         """Name, runtime and preprocessing in one line."""
         how = self.preprocessing
@@ -313,7 +319,7 @@ class Model:
                 volume,
                 spec,
                 model=self.describe(),
-                weights=f"{self.weights.get('sha256', '')} {self.points}",
+                weights=self.weights_key,
                 note=self.note,
                 fractions=fractions,
                 checkpoint=checkpoint,

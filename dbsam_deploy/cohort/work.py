@@ -202,9 +202,7 @@ def _made_of(study: Study, orders: Orders, model: Model) -> Inputs:
     return {
         "input": content_hash(study.path),
         "prompts": content_hash(prompts) if isinstance(prompts, Path) else hash_of(asked),
-        "model": hash_of(
-            [orders.source, model.describe(), model.weights.get("sha256"), str(model.points)]
-        ),
+        "model": hash_of([orders.source, model.describe(), model.weights_key]),
         "options": hash_of(
             [study.window, study.series, study.volume, orders.formats, orders.propagate]
         ),

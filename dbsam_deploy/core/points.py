@@ -62,8 +62,8 @@ NATIVE = PointRules()
 BOX_TRAINED = PointRules(first="search", past_box="search")
 """Of weights trained with boxes alone: points outside the object are mostly obeyed (docs/facts)."""
 SILENT_SERVER = (
-    "the server does not say how its weights take points: its decoder answers them; fill its "
-    "repository again"
+    "the server does not say how its weights take points: an older repository leaves them to its "
+    "decoder, fill it again"
 )
 _WORDS = {
     "first": "a point without a box",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol, Unpack, runtime_checkable
 
 import numpy as np
@@ -222,6 +223,8 @@ class ServedPredictor:
         self.client = client
         self._logits = logits
         self._image: OpenImage | None = None
+        self._points: PointRules | None = None
+        self._has_asked = False
 
     def set_image(self, image: npt.NDArray[Any]) -> None:
         """See `Promptable`; it is sent with the first prompt, if the server lacks it.
@@ -240,10 +243,11 @@ class ServedPredictor:
 
         It is asked once, when somebody first wants to know.
         """
-        try:
-            return self.client.points()
-        except (InputError, ServingError):  # a proxy may keep it to itself
-            return None
+        if not self._has_asked:
+            self._has_asked = True
+            with suppress(InputError, ServingError):  # a proxy may keep it to itself
+                self._points = self.client.points()
+        return self._points
 
     def predict_boxes(self, boxes: npt.NDArray[Any]) -> Prediction:
         """See `Predictor.predict_boxes`; errors are those of `DbsamClient.segment`."""

@@ -135,7 +135,9 @@ def test_points_that_boxes_are_tried_for_are_answered_as_locally(
     for name, part in (("masks", "masks"), ("iou_scores", "ious"), ("low_res_logits", "logits")):
         expected = np.concatenate([getattr(single, part), getattr(several, part)], axis=1)
         np.testing.assert_array_equal(answer[name], expected)
-    assert ("decoder", 8) in front.graphs.decoded
+    tried = [count for graph, count in front.graphs.decoded if graph == "decoder"]
+    assert sum(tried) > 15
+    assert max(tried) <= 8
     raw = {**sets, "adapt_points": np.zeros(1, np.uint8)}
     answer = front.answer({"raw_image": image, **raw}, ALL, nothing)
     expected = local.predict_prompts(**given, adapt_points=False)

@@ -101,9 +101,8 @@ def test_alternatives_differ_and_the_surest_comes_first():
 
 
 def test_where_all_answers_are_alike_the_last_is_repeated():
-    several, ious, _ = answer(
-        BoxTrainedDecoder(blocks((31, 31, 33, 33))), points=[(32, 32)], tokens=SEVERAL
-    )
+    decoder = BoxTrainedDecoder(blocks((31, 31, 32, 32)))
+    several, ious, _ = answer(decoder, points=[(31.5, 31.5)], tokens=SEVERAL)
     assert several.shape == (3, *SIZE)
     assert len(np.unique(several, axis=0)) == 1
     assert len(set(ious.tolist())) == 1
