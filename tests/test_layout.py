@@ -66,6 +66,7 @@ DOORS = {
     "plugins",
     "predict",
     "prompts_check",
+    "sam_signature",
     "sensitivity",
     "serve",
     "train",
