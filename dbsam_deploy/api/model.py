@@ -173,8 +173,7 @@ class Model:
             labels: of the points, 1 inside and 0 outside; without it all are inside.
             mask_input: (N, 4G, 4G) or (4G, 4G), an earlier result's `logits[:, m]`.
             multimask: three alternatives for each prompt.
-            adapt_points: answer points that the weights do not understand by boxes that are tried,
-                see `points`; else as the decoder does.
+            adapt_points: answer points as `points` says; else as the decoder does.
             boxes_3d: (N, 6) x0, y0, z0, x1, y1, z1 in a volume: slices z0 … z1 - 1.
             slice_index: which slice of a volume.
             window: (level, width) that maps stored values to 0–255, or "file", see `read_image`.
@@ -189,11 +188,13 @@ class Model:
         boxes, points, labels = renamed(sam, boxes, points, labels)
         prompts = prompts_of(boxes, points, labels, mask_input, boxes_3d)
         three = bool(multimask or sam.get("multimask_output"))
-        prompts = dataclasses.replace(
-            prompts, multimask=three, slice_index=slice_index, adapt_points=adapt_points
-        )
+        how: dict[str, Any] = {
+            "multimask": three,
+            "slice_index": slice_index,
+            "adapt_points": adapt_points,
+        }
         taken = self._taken(image, window=window, series=series, volume=volume)
-        return self.run(taken, prompts, keep_masks=True)
+        return self.run(taken, dataclasses.replace(prompts, **how), keep_masks=True)
 
     def volume(
         self,

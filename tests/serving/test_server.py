@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.manifests import reseal
+from support.served_points import check_points
 from support.serving import processes_of, wait_until
 
-from dbsam_deploy import load
 from dbsam_deploy.artefact import graph_file
 from dbsam_deploy.clients.client import DbsamClient
 from dbsam_deploy.core.contract import MAX_IMAGE_PIXELS
@@ -337,37 +337,7 @@ def test_the_exported_tiny_model_is_served_bit_for_bit(
             answer = client.segment_prompts(case.image, boxes=case.boxes, multimask=True)
             np.testing.assert_array_equal(answer.masks, expected.masks)
             np.testing.assert_array_equal(answer.logits, expected.logits)
-        check_points(server, published, case)
-
-
-def check_points(server, published, case):
-    """A click of weights that know boxes: the server tries the same boxes as `load` does here."""
-    x0, y0, x1, y1 = case.boxes[0]
-    click = [[(x0 + x1) / 2, (y0 + y1) / 2]]
-    beyond = [[x0, y0, (x0 + 2 * x1) / 3, y1]], [[x1 - 1, (y0 + y1) / 2]]
-    asked = [
-        {"points": click},
-        {"points": click, "multimask": True},
-        {"boxes": beyond[0], "points": beyond[1]},
-    ]
-    with load(published.artefact.folder) as local, load(f"triton://{server.grpc_url}") as served:
-        assert served.points == local.points
-        assert local.points.first == "search"
-        for prompts in asked:
-            expected, answer = (one.predict(case.image, **prompts) for one in (local, served))
-            np.testing.assert_array_equal(answer.masks, expected.masks)
-            np.testing.assert_array_equal(answer.ious, expected.ious)
-            np.testing.assert_array_equal(answer.logits, expected.logits)
-            assert answer.note == expected.note
-        raw = served.predict(case.image, points=click, adapt_points=False)
-        assert raw.masks.sum() < expected.masks.sum() / 20  # what these weights make of a point
-        client, pixel = served.predictor.client, np.array([click], np.float32)
-        given = {"point_coords": pixel, "point_labels": np.ones((1, 1), np.int32)}
-        answer = client.segment_prompts(case.image, **given)
-        np.testing.assert_array_equal(answer.masks, local.predict(case.image, points=click).masks)
-        many = {name: np.repeat(array, 13, 0) for name, array in given.items()}
-        with pytest.raises(InputError, match="13 prompt sets with points, for which 273 boxes"):
-            client.segment_prompts(case.image, **many)
+        check_points(server, published.artefact, case)
 
 
 @pytest.mark.triton
