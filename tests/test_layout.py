@@ -65,6 +65,7 @@ DOORS = {
     "loadtest",
     "plugins",
     "predict",
+    "sam_signature",
     "sensitivity",
     "serve",
     "train",

@@ -10,8 +10,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFilter
 
+from ..core.contract import BOXES
 from ..core.masks import Prediction, mask_box
 from ..prediction.point_search import best_answer, boxes_around, boxes_beside, boxes_past
+from ..volumes.logits import Question
 from ..volumes.planes import PlaneView
 from ..volumes.slices import VolumeSlices
 from ..volumes.stop_rules import MaskArray
@@ -145,7 +147,8 @@ class SliceWork:
         return SliceFound(found.mask if found.mask.any() else self.before, found.iou)
 
     def _answers(self, boxes: npt.NDArray[np.float64], **points: Any) -> Prediction:
-        return self._slices.decode(self._view, self.index, boxes=boxes, **points)
+        question = Question(self._view.axis, self.index, {BOXES: boxes, **points})
+        return self._slices.decode(question)
 
     def _surest(self, answers: Prediction, *asked: MaskArray) -> SliceFound:
         """The best answer (`point_search.best_answer`), or nothing."""

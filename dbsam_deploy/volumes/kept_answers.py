@@ -170,6 +170,10 @@ class ResumedPredictor:
         """How images enter the model, where it is in this process."""
         return getattr(self._shared.predictor, "preprocessing", None)
 
+    def forget(self) -> None:
+        """Ask for everything from now on: what was kept is closed."""
+        self._kept = None
+
     def set_image(self, image: npt.NDArray[Any]) -> None:
         """Take an image for the following calls."""
         self._image = image

@@ -53,7 +53,7 @@ def test_the_bundle_is_what_the_locked_packages_make(deployment_tool, tmp_path):
 
 
 def test_the_sources_pass_the_linter(deployment_tool):
-    rules = ROOT / ".tools" / "node" / "eslint.config.js"
+    rules = ROOT / ".tools" / "node" / "eslint.config.mjs"
     command = [
         deployment_tool("eslint"),
         "--config",
