@@ -324,6 +324,7 @@ class Model:
                 note=self.note,
                 fractions=fractions,
                 checkpoint=checkpoint,
+                turns=self._lock,
                 **{name: call for name, call in told.items() if call is not None},
             )
 

@@ -55,7 +55,7 @@ from .known_images import (
     open_call,
     with_pixels,
 )
-from .retries import Retries, ServerRequest, Transport
+from .retries import DEFAULT_RETRIES, Retries, ServerRequest, Transport
 from .shared_memory import (
     CLOSE_WAIT_S,
     IN_USE_PAUSE_S,
@@ -122,7 +122,7 @@ class Exchanges(ABC):
         *,
         shared_memory: bool = False,
         timeout_s: float = 60.0,
-        retries: Retries = Retries(),  # noqa: B008 - frozen
+        retries: Retries = DEFAULT_RETRIES,
         key: str | None = None,
         packed: bool = True,
         access: Access | None = None,

@@ -10,9 +10,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFilter
 
+from ..core.contract import BOXES
 from ..core.masks import Prediction, mask_box
 from ..core.point_search import best_answer, boxes_around, boxes_beside, boxes_past
 from ..core.points import BOX_TRAINED, PointRules
+from ..volumes.logits import Question
 from ..volumes.planes import PlaneView
 from ..volumes.slices import VolumeSlices
 from ..volumes.stop_rules import MaskArray
@@ -172,11 +174,12 @@ class SliceWork:
         found = self._surest(answers, wanted, unwanted, self.before)
         return SliceFound(found.mask if found.mask.any() else self.before, found.iou)
 
-    def _answers(self, boxes: npt.NDArray[np.float64] | None, **points: Any) -> Prediction:
+    def _answers(self, boxes: npt.NDArray[np.float64] | None, **prompts: Any) -> Prediction:
         """The decoder's own: what is tried in its place is chosen here."""
-        return self._slices.decode(
-            self._view, self.index, adapt_points=False, boxes=boxes, **points
-        )
+        several = bool(prompts.pop("multimask", False))
+        given = prompts if boxes is None else {BOXES: boxes, **prompts}
+        question = Question(self._view.axis, self.index, given, several, adapt_points=False)
+        return self._slices.decode(question)
 
     def _surest(self, answers: Prediction, *asked: MaskArray) -> SliceFound:
         """The best answer (`point_search.best_answer`), or nothing."""

@@ -176,6 +176,10 @@ class ResumedPredictor:
         """See `SharedPredictor.points`."""
         return self._shared.points
 
+    def forget(self) -> None:
+        """Ask for everything from now on: what was kept is closed."""
+        self._kept = None
+
     def set_image(self, image: npt.NDArray[Any]) -> None:
         """Take an image for the following calls."""
         self._image = image
