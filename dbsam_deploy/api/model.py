@@ -188,13 +188,10 @@ class Model:
         boxes, points, labels = renamed(sam, boxes, points, labels)
         prompts = prompts_of(boxes, points, labels, mask_input, boxes_3d)
         three = bool(multimask or sam.get("multimask_output"))
-        how: dict[str, Any] = {
-            "multimask": three,
-            "slice_index": slice_index,
-            "adapt_points": adapt_points,
-        }
+        prompts = dataclasses.replace(prompts, multimask=three, slice_index=slice_index)
+        prompts = dataclasses.replace(prompts, adapt_points=adapt_points)
         taken = self._taken(image, window=window, series=series, volume=volume)
-        return self.run(taken, dataclasses.replace(prompts, **how), keep_masks=True)
+        return self.run(taken, prompts, keep_masks=True)
 
     def volume(
         self,
