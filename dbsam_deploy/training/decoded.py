@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 Key = TypeVar("Key", bound=Hashable)
-Arrays = tuple[npt.NDArray[np.generic], ...]
+ArrayGroup = tuple[npt.NDArray[np.generic], ...]
 
 
-class Decoded(Generic[Key]):
+class RecentArrays(Generic[Key]):
     """Arrays by key; the last one is kept whatever it takes.
 
     Args:
@@ -21,16 +21,16 @@ class Decoded(Generic[Key]):
         most_bytes: of all that are kept.
     """
 
-    def __init__(self, load: Callable[[Key], Arrays], most_bytes: int) -> None:
+    def __init__(self, load: Callable[[Key], ArrayGroup], most_bytes: int) -> None:
         self._load, self.most_bytes = load, most_bytes
-        self._kept: OrderedDict[Key, Arrays] = OrderedDict()
+        self._kept: OrderedDict[Key, ArrayGroup] = OrderedDict()
 
     @property
     def used(self) -> int:
         """Bytes of what is kept."""
         return sum(array.nbytes for arrays in self._kept.values() for array in arrays)
 
-    def __call__(self, key: Key) -> Arrays:
+    def __call__(self, key: Key) -> ArrayGroup:
         """What is kept, or made now; errors are those of `load`."""
         if key not in self._kept:
             self._kept[key] = self._load(key)

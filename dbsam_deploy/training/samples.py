@@ -27,7 +27,7 @@ from ..images.npz_files import (
     stack_shape,
 )
 from ..images.volumes import PICTURE_SUFFIXES, Volume, read_image
-from .decoded import Decoded
+from .decoded import RecentArrays
 
 LabelMap = npt.NDArray[np.int32]
 
@@ -375,7 +375,7 @@ def _load_stack(stack: _Stack) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     return values, _read_labels(stack)
 
 
-_decoded = Decoded(_load_stack, DECODED_BYTES)
+_decoded = RecentArrays(_load_stack, DECODED_BYTES)
 
 
 def _as_uint8(plane: npt.NDArray[Any], path: Path) -> ByteArray:
