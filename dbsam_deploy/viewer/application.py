@@ -21,6 +21,7 @@ from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
+from ..core.contract import MAX_IMAGE_PIXELS
 from ..core.errors import DbsamError, InputError
 from .leases import Lease, Leases
 from .marks import BrushMark, SeedMark, flag, mask_place, read_box, read_buffer, read_point
@@ -30,6 +31,8 @@ from .workspace import Redrawn, Workspace
 
 MAX_VOXELS = 2**28
 """Of an image: 1024 slices of 512×512."""
+MAX_SIDE = 2**15
+"""Of an image: what is kept of each slice adds up, however small it is."""
 SWEEP_S = 15.0
 VERSION = "2.6.0+dbsam"
 JSON_BYTES = 64 * 1024
@@ -81,6 +84,7 @@ class ViewerServer:
         self.leases, self.about, self._key = leases, about, key
         self.max_voxels = max_voxels
         self._sweeper: asyncio.Task[None] | None = None
+        self._converting = asyncio.Lock()  # an image takes three times its bytes meanwhile
         self.app = FastAPI(openapi_url=None, redirect_slashes=False)
         self.add_route("GET", "/healthz", self._healthz, needs_key=False)
         self.add_route("POST", "/claim", self._claim)
@@ -181,18 +185,35 @@ class ViewerServer:
                 limit = self.max_voxels * 8 + SLACK_BYTES
                 body = await self.read_body(request, limit, take)
                 header = read_header(body)
-                voxels = math.prod(header.shape)
-                if voxels > self.max_voxels:
-                    raise NotServedError(
-                        413, f"an image of {voxels} voxels: this server takes {self.max_voxels}"
-                    )
+                voxels = self._checked(header.shape)
                 take(header.nbytes + voxels)
                 properties = fields.get("image_properties")
                 spacing = properties.get("spacing") if isinstance(properties, dict) else None
-                shape = header.shape
-                await run_in_threadpool(lambda: own.set_image(unpack(body, header), spacing))
+
+                def work() -> None:
+                    values = unpack(body, header)
+                    body.clear()
+                    own.set_image(values, spacing)
+
+                async with self._converting:
+                    await run_in_threadpool(work)
             lease.held_bytes = voxels
-        return JSONResponse({"original_image_shape": list(shape)})
+        return JSONResponse({"original_image_shape": list(header.shape)})
+
+    def _checked(self, shape: tuple[int, ...]) -> int:
+        """The number of an image's voxels.
+
+        Raises:
+            NotServedError: 413, it is too large, as a whole, along an axis, or in a slice.
+        """
+        voxels, sides = math.prod(shape), sorted(shape)
+        if voxels > self.max_voxels:
+            text = f"an image of {voxels} voxels: this server takes {self.max_voxels}"
+            raise NotServedError(413, text)
+        if max(shape, default=0) > MAX_SIDE or math.prod(sides[-2:]) > MAX_IMAGE_PIXELS:
+            text = f"an image {shape}: at most {MAX_SIDE} slices, of {MAX_IMAGE_PIXELS} pixels"
+            raise NotServedError(413, text)
+        return voxels
 
     async def _mask_route(self, request: Request) -> Response:
         lease = self.find_lease(request)
@@ -301,7 +322,7 @@ def _response(answer: Redrawn | None) -> Response:
     if answer.extent is not None and answer.mask is not None:
         meta["bbox"] = [[int(first), int(end)] for first, end in answer.extent]
         meta |= {"dtype": "uint8", "shape": list(answer.mask.shape)}
-        body = pack(answer.mask.astype(np.uint8))
+        body = pack(answer.mask.view(np.uint8))
     headers = {"X-Meta": json.dumps(meta, separators=(",", ":"))}
     return Response(body, media_type="application/octet-stream", headers=headers)
 
