@@ -331,7 +331,11 @@ class App {
   showSlice() {
     const bar = $("slice-bar");
     bar.hidden = !this.study || !this.scene.isVolume || this.scene.view === "3D";
-    $("stage").classList.toggle("volume", Boolean(this.study && this.scene.isVolume));
+    const isVolume = Boolean(this.study && this.scene.isVolume);
+    if ($("stage").classList.contains("volume") !== isVolume) {
+      $("stage").classList.toggle("volume", isVolume);
+      this.scene.nv.resizeListener(); // at once, not after the next frame: places on the screen moved
+    }
     if (bar.hidden) return;
     const array = this.scene.across();
     const at = this.scene.place[array];
