@@ -77,7 +77,11 @@ def find_exclusions(
             "--precision int8 or fp8"
         )
     loaded = load_model(
-        variant=options.variant, checkpoint=options.checkpoint, image_size=options.image_size
+        variant=options.variant,
+        checkpoint=options.checkpoint,
+        image_size=options.image_size,
+        weights=options.weights,
+        weights_key=options.weights_key,
     )
     bars = progress_bars(console)
     quantizer = Quantizer.of(loaded, recipe, images, options.budget, bars)

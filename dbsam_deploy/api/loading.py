@@ -15,13 +15,14 @@ from ..core.errors import InputError
 from ..core.imaging import Mode
 from ..files.user_paths import user_path
 from ..prediction.predictor import Predictor, ServedPredictor
+from ..resources import WEIGHTS_IN_FOLDERS
 from ..sessions.backends import ModelOptions, open_backend
 from ..sessions.options import TRITON, model_options, named_access, named_key
 from .model import Model
 
 KEPT_EMBEDDINGS = 8
 """Images whose embedding a model keeps: 32 MiB at SAM's size."""
-WEIGHTS_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
+WEIGHTS_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 GRAPH_SUFFIXES = (".onnx", ".plan", ".engine")
 SCHEMES: dict[str, tuple[Transport, int]] = {
     "triton": ("grpc", 8001),
@@ -43,6 +44,8 @@ def load(
     variant: str | None = None,
     image_size: int | None = None,
     decoder_weights: str | Path | None = None,
+    weights: str | None = None,
+    weights_key: str | None = None,
     preprocess: Mode | None = None,
     runtime_precision: str | None = None,
     engine_cache: str | Path | None = None,
@@ -61,6 +64,8 @@ def load(
         variant: of a weights file whose keys do not tell it.
         image_size: side of the model frame, for weights.
         decoder_weights: prompt encoder and mask decoder of their own, for weights.
+        weights: `model` or `ema`, of a weights file that has the weights and their moving average.
+        weights_key: name of the model, of a weights file with several.
         preprocess: another mode than the model's own: `sam`, `medsam` or `lite_medsam`.
         runtime_precision: `float32` or `bfloat16`, for OpenVINO.
         engine_cache: folder that keeps engines and compiled models.
@@ -79,6 +84,8 @@ def load(
         variant=variant,
         image_size=image_size,
         decoder_weights=_path("decoder_weights", decoder_weights),
+        weights=weights,
+        weights_key=weights_key,
         engine_cache=_path("engine_cache", engine_cache),
         runtime_precision=runtime_precision,
         preprocess=preprocess,
@@ -105,7 +112,7 @@ def _check_kinds(options: ModelOptions, backend: Any, timeout_s: Any) -> None:
     Raises:
         InputError: with its name.
     """
-    names = ("variant", "preprocess", "runtime_precision")
+    names = ("variant", "preprocess", "runtime_precision", "weights", "weights_key")
     texts = {"backend": backend, **{name: getattr(options, name) for name in names}}
     for name, value in texts.items():
         if value is not None and not isinstance(value, str):
@@ -163,7 +170,8 @@ def _with_source(
         path = path.parent
     if path.suffix in GRAPH_SUFFIXES and path.is_file():
         raise InputError(f"{path} is one graph of an export: name its folder, {path.parent}")
-    if path.is_file() or path.suffix in WEIGHTS_SUFFIXES:
+    in_folder = any((path / name).is_file() for name in WEIGHTS_IN_FOLDERS)
+    if path.is_file() or path.suffix in WEIGHTS_SUFFIXES or in_folder:
         return dataclasses.replace(options, checkpoint=path, backend=backend or "pytorch")
     if not path.exists():
         raise InputError(
