@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from ..artefact import MANIFEST_NAME
 from ..clients.access import Access
@@ -36,6 +36,21 @@ TLS_SCHEMES = {"grpc": "triton+tls", "http": "triton+https"}
 TIMEOUT_S = 60.0
 
 
+class ServerOptions(TypedDict, total=False):
+    """What `load` hands on to `open_server`."""
+
+    shared_memory: bool
+    """For a server on this machine."""
+    timeout_s: float | None
+    """How long one request may take."""
+    retries: Retries | None
+    """When a request that the server refused is sent again."""
+    key: str | None
+    """Of the server's restricted interfaces."""
+    access: Access | None
+    """Of a proxy, see `Access`."""
+
+
 def load(
     source: str | Path | None = None,
     *,
@@ -49,11 +64,7 @@ def load(
     preprocess: Mode | None = None,
     runtime_precision: str | None = None,
     engine_cache: str | Path | None = None,
-    shared_memory: bool = False,
-    timeout_s: float | None = None,
-    retries: Retries | None = None,
-    key: str | None = None,
-    access: Access | None = None,
+    **server: Unpack[ServerOptions],
 ) -> Model:
     """Open a model: an export, a weights file or a server.
 
@@ -64,16 +75,13 @@ def load(
         variant: of a weights file whose keys do not tell it.
         image_size: side of the model frame, for weights.
         decoder_weights: prompt encoder and mask decoder of their own, for weights.
-        weights: `model` or `ema`, of a weights file that has the weights and their moving average.
+        weights: `model` or `ema`, of a weights file with the weights and their moving average.
         weights_key: name of the model, of a weights file with several.
         preprocess: another mode than the model's own: `sam`, `medsam` or `lite_medsam`.
         runtime_precision: `float32` or `bfloat16`, for OpenVINO.
         engine_cache: folder that keeps engines and compiled models.
-        shared_memory: for a server, see `open_server`.
-        timeout_s: for a server, too.
-        retries: for a server, too.
-        key: for a server, too.
-        access: for a server behind a proxy, see `Access`.
+        **server: for a server, see `open_server`: `shared_memory`, `timeout_s`, `retries`, `key`,
+            `access`.
 
     Raises:
         InputError, CheckpointError, EngineError: a source, option, runtime or device that is not.
@@ -90,15 +98,16 @@ def load(
         runtime_precision=runtime_precision,
         preprocess=preprocess,
     )
-    served = {"shared_memory": shared_memory, "timeout_s": timeout_s, "retries": retries}
-    return _open(source, options, backend, **served, key=key, access=access)
+    if unknown := sorted(server.keys() - ServerOptions.__annotations__.keys()):
+        raise TypeError(f"load() got an unexpected keyword argument {unknown[0]!r}")
+    return _open(source, options, backend, **server)
 
 
 def _open(
     source: str | Path | None, options: ModelOptions, backend: str | None, **served: Any
 ) -> Model:
     """What `load` opens; `served` are the options of a server."""
-    _check_kinds(options, backend, served["timeout_s"])
+    _check_kinds(options, backend, served.get("timeout_s"))
     if source is not None and "://" in str(source):
         scheme, address = _address(str(source), options, backend)
         return open_server(address, scheme, **served)
