@@ -7,17 +7,23 @@ import logging
 import os
 import re
 import sys
+from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .api.loading import load
 from .api.model import Model
+from .artefact import find_export, read_artefact
 from .cli import Parser, run, say_on_stderr
 from .core.errors import InputError
 from .extras import check_installed
 from .files.regular import small_text
 from .images.intensity import window_range
+from .resources import resource_dir
 from .sessions.backends import LOCAL_BACKENDS
+
+if TYPE_CHECKING:
+    from .viewer.page import PageRules
 
 DESCRIPTION = """\
 Serve a model to the viewers that speak nnInteractive's protocol.
@@ -36,6 +42,9 @@ examples:
 """
 KEY_VARIABLE = "DBSAM_VIEWER_KEY"
 """Of the environment: the key, where no file is named."""
+KEEP_ALIVE_S = 75
+"""Of a connection that stands idle: the clients' libraries hang up first, after 5 s, so that no
+request meets a connection that ends."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _CT_TEXT = "CT by the soft-tissue window, other images by percentiles"
 
@@ -153,6 +162,24 @@ def _key(args: argparse.Namespace) -> str | None:
     return key
 
 
+def _page_rules(model: Model, args: argparse.Namespace, key: str | None) -> PageRules:
+    """What the page says of the model."""
+    from .viewer.page import CARD, PageRules
+
+    figures: dict[str, Any] = {}
+    if "://" not in str(args.model) and (args.model is None or Path(args.model).is_dir()):
+        figures = read_artefact(find_export(args.model and Path(args.model))).figures
+    card = resource_dir("export") / "checkpoints" / CARD
+    return PageRules(
+        model.describe(),
+        note=model.note,
+        weights=model.weights,
+        figures={k: v for k, v in figures.items() if not isinstance(v, float) or isfinite(v)},
+        card=card.read_text(encoding="utf-8") if CARD in str(model.weights.get("note")) else "",
+        only_local=key is None and args.host in LOOPBACK,
+    )
+
+
 def _serve(model: Model, args: argparse.Namespace, key: str | None) -> None:
     """Answer viewers until the process is told to end."""
     import uvicorn
@@ -161,6 +188,7 @@ def _serve(model: Model, args: argparse.Namespace, key: str | None) -> None:
     from .viewer.application import ViewerServer
     from .viewer.carrying import measured_reach
     from .viewer.leases import LeaseRules, Leases
+    from .viewer.page import Page
     from .viewer.workspace import WorkRules, Workspace
     from .volumes.embeddings import SharedPredictor
 
@@ -172,19 +200,27 @@ def _serve(model: Model, args: argparse.Namespace, key: str | None) -> None:
     )
     window = _CT_TEXT if rules.window is None else "window {:g} {:g}".format(*rules.window)
     about = "; ".join(filter(None, [model.describe(), model.note, window]))
-    app: Any = ViewerServer(leases, about, key=key, max_voxels=args.max_voxels).app
+    server = ViewerServer(leases, about, key=key, max_voxels=args.max_voxels)
+    Page(server, shared, rules, _page_rules(model, args, key))
+    app: Any = server.app
     if args.prefix:
         outer = FastAPI(openapi_url=None, redirect_slashes=False)
         outer.mount(args.prefix, app)
         app = outer
     config = uvicorn.Config(
-        app, host=args.host, port=args.port, log_level="warning", access_log=False, lifespan="off"
+        app,
+        host=args.host,
+        port=args.port,
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        timeout_keep_alive=KEEP_ALIVE_S,
     )
     sockets = [config.bind_socket()]
     sockets[0].listen(256)  # who comes before the first answer waits
     host = f"[{args.host}]" if ":" in args.host else args.host
     address = f"http://{host}:{sockets[0].getsockname()[1]}{args.prefix}"
-    print(f"{about}\n{reach} slices to each side\nready: {address}", flush=True)
+    print(f"{about}\n{reach} slices to each side\npage: {address}/\nready: {address}", flush=True)
     try:
         uvicorn.Server(config).run(sockets=sockets)
     finally:

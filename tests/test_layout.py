@@ -66,6 +66,8 @@ DOORS = {
     "loadtest",
     "plugins",
     "predict",
+    "prompts_check",
+    "sam_signature",
     "sensitivity",
     "serve",
     "train",

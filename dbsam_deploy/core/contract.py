@@ -219,6 +219,44 @@ def graph_specs(size: Geometry) -> dict[str, GraphSpec]:
     return {spec.name: spec for spec in specs}
 
 
+SAM_SIDE = 1024
+"""Side of the frame in which SAM's own ONNX files take a picture and points."""
+SAM_IMAGE, SAM_MASKS, SAM_SIZE = "input_image", "masks", "orig_im_size"
+"""Their names of what the contract's graphs do not have."""
+
+
+def sam_encoder_spec(size: Geometry) -> GraphSpec:
+    """`encoder` in SAM's signature: a square picture → image_embeddings."""
+    image = TensorSpec(SAM_IMAGE, "float32", (1, 3, SAM_SIDE, SAM_SIDE), "RGB, 0–1")
+    return GraphSpec("encoder", (image,), (_sam_embeddings(size),))
+
+
+def sam_decoder_spec(size: Geometry) -> GraphSpec:
+    """`decoder` in SAM's signature: prompts of one object → its mask in the image frame.
+
+    Labels as in `prompt_decoder_spec`, but as float32; coordinates in the frame of `SAM_SIDE`.
+    """
+    side = size.mask_side
+    inputs = (
+        _sam_embeddings(size),
+        TensorSpec(POINT_COORDS, "float32", (1, NUM_POINTS, 2), "x, y of 1024", "model"),
+        TensorSpec(POINT_LABELS, "float32", (1, NUM_POINTS), "-1, 0, 1, 2 or 3"),
+        TensorSpec(MASK_INPUT, "float32", (1, 1, side, side), "earlier logits", "mask grid"),
+        TensorSpec(HAS_MASK_INPUT, "float32", (1,), "1 to use mask_input, else 0"),
+        TensorSpec(SAM_SIZE, "float32", (2,), "height and width of the image"),
+    )
+    outputs = (
+        TensorSpec(SAM_MASKS, "float32", (1, 1, HEIGHT, WIDTH), "logits, foreground > 0", "image"),
+        TensorSpec(IOU_PREDICTIONS, "float32", (1, 1), "the decoder's own estimate"),
+        TensorSpec(LOW_RES_MASKS, "float32", (1, 1, side, side), "the same logits", "mask grid"),
+    )
+    return GraphSpec("decoder", inputs, outputs)
+
+
+def _sam_embeddings(size: Geometry) -> TensorSpec:
+    return replace(_image_embeddings(size), axes=(1, EMBEDDING_CHANNELS, size.grid, size.grid))
+
+
 RAW_IMAGE = TensorSpec("raw_image", "uint8", (HEIGHT, WIDTH, 3), "RGB, 0–255", "image")
 RAW_BOXES = TensorSpec(BOXES, "float32", (NUM_BOXES, 4), "x0, y0, x1, y1", "image")
 MASKS = TensorSpec("masks", "uint8", (NUM_BOXES, HEIGHT, WIDTH), "1 inside, 0 outside", "image")
@@ -290,6 +328,9 @@ IMAGE_ID = TensorSpec("image_id", "bytes", (1,), "content hash, see `image_id.im
 MULTIMASK = TensorSpec(
     "multimask_tokens", "uint8", (1,), "0: mask token 0; 1: tokens 1–3; left out: all four"
 )
+ADAPT_POINTS = TensorSpec(
+    "adapt_points", "uint8", (1,), "0: the decoder gets points as they are; else see `points`"
+)
 CACHED = TensorSpec("cached", "uint8", (1,), "1: the embedding was kept; 0: it was computed")
 MASKS_PACKED = TensorSpec(
     "masks_packed", "bytes", (1,), "zlib of numpy.packbits of masks: their bits in C order", "image"
@@ -326,7 +367,7 @@ def interactive_spec(mask_side: int, *, prompts: bool = True) -> GraphSpec:
     """
     inputs = [RAW_IMAGE, IMAGE_ID, RAW_BOXES]
     if prompts:
-        inputs += [*prompts_ensemble_spec(mask_side).inputs[1:], MULTIMASK]
+        inputs += [*prompts_ensemble_spec(mask_side).inputs[1:], MULTIMASK, ADAPT_POINTS]
     outputs = (
         ANY_MASKS,
         ANY_IOU_SCORES,

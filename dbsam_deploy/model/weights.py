@@ -12,6 +12,7 @@ import torch
 from ..core.contract import PATCH_SIZE
 from ..core.errors import CheckpointError
 from ..core.imaging import Preprocessing
+from ..core.points import POINTS, usual_record
 from ..extras import LITE_MEDSAM_LINE
 from ..resources import DEFAULT_VARIANT, WEIGHTS_IN_FOLDERS, resource_dir
 from . import VARIANTS, DbSam, build_model
@@ -39,7 +40,8 @@ class LoadedModel:
     Attributes:
         model: in evaluation mode.
         preprocessing: how its images enter.
-        weights: `source`, `sha256` of the state dict, `trained` and a `note` for the user.
+        weights: `source`, `sha256` of the state dict, `trained`, a `note` for the user, and
+            `points`, see `core.points`.
         notes: where in its file the model was found, and what was ignored.
     """
 
@@ -260,5 +262,6 @@ def _loaded(model: DbSam, source: str, *, trained: bool, note: str) -> LoadedMod
         "sha256": hash_tensors(model.state_dict()),
         "trained": trained,
         "note": note,
+        POINTS: usual_record(model.config.name, trained=trained),
     }
     return LoadedModel(model.eval(), model.config.frame, weights)

@@ -21,6 +21,7 @@ from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
+from ..core.contract import MAX_IMAGE_PIXELS
 from ..core.errors import DbsamError, InputError
 from .leases import Lease, Leases
 from .marks import BrushMark, SeedMark, flag, mask_place, read_box, read_buffer, read_point
@@ -30,10 +31,13 @@ from .workspace import Redrawn, Workspace
 
 MAX_VOXELS = 2**28
 """Of an image: 1024 slices of 512×512."""
+MAX_SIDE = 2**15
+"""Of an image: what is kept of each slice adds up, however small it is."""
 SWEEP_S = 15.0
 VERSION = "2.6.0+dbsam"
-_JSON_BYTES = 64 * 1024
-_SLACK_BYTES = 1024 * 1024
+JSON_BYTES = 64 * 1024
+"""Of a body that is JSON."""
+SLACK_BYTES = 1024 * 1024
 """That packing may add to an array that does not compress."""
 _DRAINED_BYTES = 8 * 1024**3
 """Of a body that is refused."""
@@ -77,24 +81,25 @@ class ViewerServer:
     def __init__(
         self, leases: Leases, about: str, *, key: str | None = None, max_voxels: int = MAX_VOXELS
     ) -> None:
-        self._leases, self._about, self._key = leases, about, key
-        self._max_voxels = max_voxels
+        self.leases, self.about, self._key = leases, about, key
+        self.max_voxels = max_voxels
         self._sweeper: asyncio.Task[None] | None = None
+        self._converting = asyncio.Lock()  # an image takes three times its bytes meanwhile
         self.app = FastAPI(openapi_url=None, redirect_slashes=False)
-        self._route("GET", "/healthz", self._healthz, needs_key=False)
-        self._route("POST", "/claim", self._claim)
-        self._route("GET", "/capabilities", self._capabilities)
-        self._route("POST", "/release", self._release)
-        self._route("POST", "/heartbeat", self._heartbeat)
-        self._route("GET", "/lease_status", self._lease_status)
+        self.add_route("GET", "/healthz", self._healthz, needs_key=False)
+        self.add_route("POST", "/claim", self._claim)
+        self.add_route("GET", "/capabilities", self._capabilities)
+        self.add_route("POST", "/release", self._release)
+        self.add_route("POST", "/heartbeat", self._heartbeat)
+        self.add_route("GET", "/lease_status", self._lease_status)
         for path, work in _JSON_WORK.items():
-            self._route("POST", path, self._json_route(work))
-        self._route("POST", "/set_image", self._set_image)
+            self.add_route("POST", path, self._json_route(work))
+        self.add_route("POST", "/set_image", self._set_image)
         for path in ("/add_scribble_interaction", "/add_lasso_interaction"):
-            self._route("POST", path, self._mask_route)
-        self._route("POST", "/add_initial_seg_interaction", self._mask_route)
+            self.add_route("POST", path, self._mask_route)
+        self.add_route("POST", "/add_initial_seg_interaction", self._mask_route)
 
-    def _route(
+    def add_route(
         self,
         method: str,
         path: str,
@@ -102,6 +107,8 @@ class ViewerServer:
         *,
         needs_key: bool = True,
     ) -> None:
+        """Answer a path; whatever `answer` raises becomes a status and a text."""
+
         async def guarded(request: Request) -> Response:
             try:
                 if needs_key:
@@ -122,7 +129,7 @@ class ViewerServer:
         return JSONResponse({"ok": True})
 
     async def _claim(self, request: Request) -> Response:
-        lease, rules = self._leases.claim(), self._leases.rules
+        lease, rules = self.leases.claim(), self.leases.rules
         if self._sweeper is None or self._sweeper.done():
             self._sweeper = asyncio.create_task(self._sweep())
         return JSONResponse(
@@ -135,68 +142,86 @@ class ViewerServer:
         )
 
     async def _sweep(self) -> None:
-        while len(self._leases):
+        while len(self.leases):
             await asyncio.sleep(SWEEP_S)
-            self._leases.sweep()
+            self.leases.sweep()
 
     async def _capabilities(self, request: Request) -> Response:
-        return JSONResponse({**_CAPABILITIES, "license": self._about})
+        return JSONResponse({**_CAPABILITIES, "license": self.about})
 
     async def _release(self, request: Request) -> Response:
-        self._leases.release(request.headers.get("x-lease-token"))
+        self.leases.release(request.headers.get("x-lease-token"))
         return JSONResponse({"released": True})
 
     async def _heartbeat(self, request: Request) -> Response:
-        lease = self._lease(request)
-        self._leases.see(lease)
-        return JSONResponse({"remaining_seconds": self._leases.remaining_s(lease)})
+        lease = self.find_lease(request)
+        self.leases.see(lease)
+        return JSONResponse({"remaining_seconds": self.leases.remaining_s(lease)})
 
     async def _lease_status(self, request: Request) -> Response:
-        left = self._leases.remaining_s(self._lease(request))
-        idle = self._leases.rules.idle_s
+        left = self.leases.remaining_s(self.find_lease(request))
+        idle = self.leases.rules.idle_s
         return JSONResponse({"remaining_seconds": left, "idle_timeout_seconds": idle})
 
-    def _lease(self, request: Request) -> Lease:
-        return self._leases.find(request.headers.get("x-lease-token"))
+    def find_lease(self, request: Request) -> Lease:
+        """The slot that a request names; errors as `Leases.find`."""
+        return self.leases.find(request.headers.get("x-lease-token"))
 
     def _json_route(self, work: JsonWork) -> Callable[[Request], Awaitable[Response]]:
         async def route(request: Request) -> Response:
-            lease = self._lease(request)
-            async with self._leases.acting(lease) as own:
-                body = await self._body(request, _JSON_BYTES)
-                fields = _fields(bytes(body) or b"{}", "the body")
+            lease = self.find_lease(request)
+            async with self.leases.acting(lease) as own:
+                body = await self.read_body(request, JSON_BYTES)
+                fields = json_fields(bytes(body) or b"{}", "the body")
                 return await run_in_threadpool(lambda: _response(work(own, fields)))
 
         return route
 
     async def _set_image(self, request: Request) -> Response:
-        lease = self._lease(request)
-        async with self._leases.acting(lease) as own:
-            with self._leases.room(lease) as take:
-                fields = _meta(request)
-                limit = self._max_voxels * 8 + _SLACK_BYTES
-                body = await self._body(request, limit, take)
+        lease = self.find_lease(request)
+        async with self.leases.acting(lease) as own:
+            with self.leases.room(lease) as take:
+                fields = header_fields(request)
+                limit = self.max_voxels * 8 + SLACK_BYTES
+                body = await self.read_body(request, limit, take)
                 header = read_header(body)
-                voxels = math.prod(header.shape)
-                if voxels > self._max_voxels:
-                    raise NotServedError(
-                        413, f"an image of {voxels} voxels: this server takes {self._max_voxels}"
-                    )
+                voxels = self._checked(header.shape)
                 take(header.nbytes + voxels)
                 properties = fields.get("image_properties")
                 spacing = properties.get("spacing") if isinstance(properties, dict) else None
-                shape = header.shape
-                await run_in_threadpool(lambda: own.set_image(unpack(body, header), spacing))
+
+                def work() -> None:
+                    values = unpack(body, header)
+                    body.clear()
+                    own.set_image(values, spacing)
+
+                async with self._converting:
+                    await run_in_threadpool(work)
             lease.held_bytes = voxels
-        return JSONResponse({"original_image_shape": list(shape)})
+        return JSONResponse({"original_image_shape": list(header.shape)})
+
+    def _checked(self, shape: tuple[int, ...]) -> int:
+        """The number of an image's voxels.
+
+        Raises:
+            NotServedError: 413, it is too large, as a whole, along an axis, or in a slice.
+        """
+        voxels, sides = math.prod(shape), sorted(shape)
+        if voxels > self.max_voxels:
+            text = f"an image of {voxels} voxels: this server takes {self.max_voxels}"
+            raise NotServedError(413, text)
+        if max(shape, default=0) > MAX_SIDE or math.prod(sides[-2:]) > MAX_IMAGE_PIXELS:
+            text = f"an image {shape}: at most {MAX_SIDE} slices, of {MAX_IMAGE_PIXELS} pixels"
+            raise NotServedError(413, text)
+        return voxels
 
     async def _mask_route(self, request: Request) -> Response:
-        lease = self._lease(request)
-        async with self._leases.acting(lease) as own:
-            with self._leases.room(lease) as take:
-                fields, shape = _meta(request), own.shape
+        lease = self.find_lease(request)
+        async with self.leases.acting(lease) as own:
+            with self.leases.room(lease) as take:
+                fields, shape = header_fields(request), own.shape
                 is_seed = request.url.path.endswith("/add_initial_seg_interaction")
-                body = await self._body(request, math.prod(shape) * 8 + _SLACK_BYTES, take)
+                body = await self.read_body(request, math.prod(shape) * 8 + SLACK_BYTES, take)
                 header = read_header(body)
                 sides = mask_place({} if is_seed else fields, header, shape)
                 take(header.nbytes)
@@ -214,7 +239,7 @@ class ViewerServer:
 
                 return await run_in_threadpool(work)
 
-    async def _body(
+    async def read_body(
         self, request: Request, limit: int, take: Callable[[int], None] | None = None
     ) -> bytearray:
         """The request's body, of which no more than is allowed is ever in memory.
@@ -236,7 +261,7 @@ class ViewerServer:
         if not getattr(request.state, "has_more", True):
             return None
         try:
-            async with asyncio.timeout(self._leases.rules.upload_s):
+            async with asyncio.timeout(self.leases.rules.upload_s):
                 message = await request.receive()
         except TimeoutError as error:
             raise NotServedError(408, "the body stands still") from error
@@ -297,7 +322,7 @@ def _response(answer: Redrawn | None) -> Response:
     if answer.extent is not None and answer.mask is not None:
         meta["bbox"] = [[int(first), int(end)] for first, end in answer.extent]
         meta |= {"dtype": "uint8", "shape": list(answer.mask.shape)}
-        body = pack(answer.mask.astype(np.uint8))
+        body = pack(answer.mask.view(np.uint8))
     headers = {"X-Meta": json.dumps(meta, separators=(",", ":"))}
     return Response(body, media_type="application/octet-stream", headers=headers)
 
@@ -320,11 +345,17 @@ def _refusal(error: Exception, path: str) -> tuple[int, str, dict[str, str]]:
     return 500, "the server failed, see its log", {"Connection": "close"}
 
 
-def _meta(request: Request) -> Fields:
-    return _fields(request.headers.get("x-meta", "{}").encode("latin-1", "replace"), "X-Meta")
+def header_fields(request: Request) -> Fields:
+    """The JSON object that goes with a binary body; errors as `json_fields`."""
+    return json_fields(request.headers.get("x-meta", "{}").encode("latin-1", "replace"), "X-Meta")
 
 
-def _fields(text: bytes, what: str) -> Fields:
+def json_fields(text: bytes, what: str) -> Fields:
+    """A JSON object.
+
+    Raises:
+        InputError: it is none.
+    """
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from .refusal import NotServedError
 from .workspace import Workspace
@@ -32,6 +33,14 @@ class LeaseRules:
     image_bytes: int = 4 * 1024**3
 
 
+class Closable(Protocol):
+    """What a slot holds, and lets go of at its end."""
+
+    def close(self) -> None:
+        """Free it."""
+        ...
+
+
 @dataclass(eq=False)
 class Lease:
     """One viewer's slot.
@@ -45,6 +54,7 @@ class Lease:
         held_bytes: of its image and of bodies that come in.
         is_over: it was given back.
         turn: its requests wait for each other.
+        study: what our own page works on instead of `work`; None for other viewers.
     """
 
     token: str
@@ -55,6 +65,14 @@ class Lease:
     held_bytes: int = 0
     is_over: bool = False
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    study: Closable | None = None
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self.work.close()
+        if self.study is not None:
+            self.study.close()
+        self.study = None
 
 
 class Leases:
@@ -141,7 +159,7 @@ class Leases:
             lease.in_flight -= 1
             lease.acted = lease.seen = self._clock()
             if lease.is_over and not lease.in_flight:
-                lease.work.close()
+                lease.close()
 
     @contextlib.contextmanager
     def room(self, lease: Lease) -> Iterator[Callable[[int], None]]:
@@ -171,4 +189,4 @@ class Leases:
         del self._held[lease.token]
         lease.is_over = True
         if not lease.in_flight:
-            lease.work.close()
+            lease.close()
