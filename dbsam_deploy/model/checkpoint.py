@@ -21,7 +21,7 @@ from ..core.errors import CheckpointError, InputError
 from ..files.atomic import write_atomically
 from .contents import (
     Candidate,
-    Found,
+    FoundTensor,
     choose_model,
     find_models,
     flatten,
@@ -136,7 +136,7 @@ def _without_tensors(content: Any) -> str:
     return f"{'no tensors in it' if content else 'it is empty'}; expected tensors by name"
 
 
-def _check_plain(found: Mapping[str, Found]) -> None:
+def _check_plain(found: Mapping[str, FoundTensor]) -> None:
     """Refuse tensors that are no plain numbers.
 
     Raises:

@@ -40,15 +40,15 @@ _ENCODERS = re.compile(
 )
 _AVERAGE = frozenset({"ema", "swa", "avg", "average", "averaged"})
 
-Stored = StoredTensor | OddTensor
+AnyTensor = StoredTensor | OddTensor
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundTensor:
     """One tensor of a file: the `way` to it through the tables, and how it is described."""
 
     way: tuple[Any, ...]
-    tensor: Stored
+    tensor: AnyTensor
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Candidate:
     """
 
     prefix: str
-    tensors: dict[str, Found]
+    tensors: dict[str, FoundTensor]
 
     @property
     def is_average(self) -> bool:
@@ -80,13 +80,13 @@ class Candidate:
         return self.prefix or "the file itself"
 
 
-def flatten(content: Any) -> dict[str, Found]:
+def flatten(content: Any) -> dict[str, FoundTensor]:
     """Every tensor of a file by its name, each table once.
 
     Raises:
         ValueError: two tensors with one name.
     """
-    found: dict[str, Found] = {}
+    found: dict[str, FoundTensor] = {}
     for one in _ends(content, (), set()):
         name = _shown(".".join(map(str, one.way)))
         if name in found:
@@ -101,10 +101,10 @@ def _shown(name: object) -> str:
     return "".join(char if char.isprintable() else "?" for char in text)
 
 
-def _ends(node: Any, way: tuple[Any, ...], seen: set[int]) -> Iterator[Found]:
+def _ends(node: Any, way: tuple[Any, ...], seen: set[int]) -> Iterator[FoundTensor]:
     if isinstance(node, StoredTensor | OddTensor):
         if way:
-            yield Found(way, node)
+            yield FoundTensor(way, node)
         return
     if not isinstance(node, dict | list | Items) or id(node) in seen or len(way) > MAX_NESTING:
         return
@@ -117,13 +117,13 @@ def _ends(node: Any, way: tuple[Any, ...], seen: set[int]) -> Iterator[Found]:
         yield from _ends(value, (*way, name), seen)
 
 
-def find_models(found: Mapping[str, Found]) -> list[Candidate]:
+def find_models(found: Mapping[str, FoundTensor]) -> list[Candidate]:
     """The models of a file, in its order; equal ones, such as two names of one module, once.
 
     Raises:
         ValueError: a tensor that a model has twice, under names that only differ in wrappers.
     """
-    models: dict[str, dict[str, Found]] = {}
+    models: dict[str, dict[str, FoundTensor]] = {}
     for name, one in found.items():
         words = name.split(".")
         at = max((i for i, word in enumerate(words) if word in PARTS), default=None)
@@ -150,7 +150,7 @@ def _same(one: Candidate, other: Candidate) -> bool:
     }
 
 
-def _with_siblings(model: Candidate, found: Mapping[str, Found]) -> Candidate:
+def _with_siblings(model: Candidate, found: Mapping[str, FoundTensor]) -> Candidate:
     """The model with all else of its own module: what does not belong there shall be refused."""
     start = f"{model.prefix}." if model.prefix else ""
     tables = {one.way[:-1] for one in model.tensors.values()}
@@ -165,9 +165,9 @@ def _with_siblings(model: Candidate, found: Mapping[str, Found]) -> Candidate:
     return Candidate(model.prefix, {**model.tensors, **more})
 
 
-def _plain_tables(found: Mapping[str, Found]) -> list[Candidate]:
+def _plain_tables(found: Mapping[str, FoundTensor]) -> list[Candidate]:
     """The largest table of tensors of a file without a model that we know."""
-    tables: dict[tuple[Any, ...], dict[str, Found]] = {}
+    tables: dict[tuple[Any, ...], dict[str, FoundTensor]] = {}
     for one in found.values():
         key = str(one.way[-1]).removeprefix("module.") if one.way else ""
         tables.setdefault(one.way[:-1], {})[key] = one
@@ -256,7 +256,7 @@ def _rows(models: list[Candidate]) -> list[str]:
     return [f"{model.label:{width}}  {about(model.tensors)}" for model in models]
 
 
-def about(tensors: Mapping[str, Found]) -> str:
+def about(tensors: Mapping[str, FoundTensor]) -> str:
     """How many tensors and numbers, and of which types: `314 tensors, 93.7 M, float32`."""
     stored = [one.tensor for one in tensors.values() if isinstance(one.tensor, StoredTensor)]
     count = 0
@@ -269,7 +269,7 @@ def about(tensors: Mapping[str, Found]) -> str:
     return f"{len(tensors)} tensors, {count / 1e6:.1f} M numbers, {', '.join(types)}"
 
 
-def ignored(content: Any, found: Mapping[str, Found], model: Candidate) -> list[str]:
+def ignored(content: Any, found: Mapping[str, FoundTensor], model: Candidate) -> list[str]:
     """What of a file is no part of the chosen model, by the names of its tables and tensors."""
     own = {one.way for one in model.tensors.values()}
     ways = {way[: length + 1] for way in own for length in range(len(way))}

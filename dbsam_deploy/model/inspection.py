@@ -10,7 +10,7 @@ import torch
 from ..core.errors import CheckpointError, InputError
 from . import VARIANTS, build_model
 from .checkpoint import Checkpoint, Selected, select
-from .contents import Found, about, find_models, flatten
+from .contents import FoundTensor, about, find_models, flatten
 from .fitting import StateDict, differences, fit_tensors, interpolate_position
 from .layouts import own_names
 from .pickles import StoredTensor
@@ -108,7 +108,7 @@ def _descriptions(selected: Selected) -> StateDict:
     return found
 
 
-def _precision(tensors: dict[str, Found]) -> str:
+def _precision(tensors: dict[str, FoundTensor]) -> str:
     counts: dict[str, int] = {}
     for one in tensors.values():
         if isinstance(one.tensor, StoredTensor) and one.tensor.dtype.is_floating_point:
