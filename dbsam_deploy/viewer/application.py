@@ -7,6 +7,7 @@ import hmac
 import json
 import logging
 import math
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -22,7 +23,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
 from ..core.errors import DbsamError, InputError
-from .leases import Lease, Leases
+from .audit import AUDITED, AuditLog, image_hash, session_name
+from .leases import Lease, Leases, SeenImage
 from .marks import BrushMark, SeedMark, flag, mask_place, read_box, read_buffer, read_point
 from .packed import pack, read_header, unpack
 from .refusal import NotServedError
@@ -71,15 +73,22 @@ class ViewerServer:
     Args:
         leases: the slots.
         about: the model and what is known of its weights, which viewers show as its licence.
-        key: that every request but `/healthz` must name, if any.
+        key: that every request but `/healthz` must name, if any; or the keys of several by name.
         max_voxels: of an image.
+        audit: where requests are written down.
     """
 
     def __init__(
-        self, leases: Leases, about: str, *, key: str | None = None, max_voxels: int = MAX_VOXELS
+        self,
+        leases: Leases,
+        about: str,
+        *,
+        key: str | Mapping[str, str] | None = None,
+        max_voxels: int = MAX_VOXELS,
+        audit: AuditLog | None = None,
     ) -> None:
-        self.leases, self.about, self._key = leases, about, key
-        self.max_voxels = max_voxels
+        self.leases, self.about, self.max_voxels, self._audit = leases, about, max_voxels, audit
+        self._keys = {"": key} if isinstance(key, str) else dict(key or {})
         self._sweeper: asyncio.Task[None] | None = None
         self.app = FastAPI(openapi_url=None, redirect_slashes=False)
         self.add_route("GET", "/healthz", self._healthz, needs_key=False)
@@ -104,28 +113,58 @@ class ViewerServer:
         needs_key: bool = True,
     ) -> None:
         """Answer a path; whatever `answer` raises becomes a status and a text."""
+        what = None if self._audit is None else AUDITED.get(path)
 
         async def guarded(request: Request) -> Response:
+            start = time.perf_counter()
             try:
                 if needs_key:
-                    self._check_key(request)
-                return await answer(request)
+                    request.state.key_name = self._check_key(request)
+                if what is not None and self._audit is not None:
+                    await run_in_threadpool(self._audit.check)
+                response = await answer(request)
             except Exception as error:
                 status, text, headers = _refusal(error, path)
-                return await self._refuse(request, status, text, **headers)
+                response = await self._refuse(request, status, text, **headers)
+            if what is not None:
+                await run_in_threadpool(self._note, request, what, response, start)
+            return response
 
         self.app.add_api_route(path, guarded, methods=[method], response_model=None)
 
-    def _check_key(self, request: Request) -> None:
+    def _check_key(self, request: Request) -> str:
+        """The name of the key that a request has."""
         given = request.headers.get("authorization", "").encode("latin-1", "replace")
-        if self._key is not None and not hmac.compare_digest(given, f"Bearer {self._key}".encode()):
+        pairs = [(name, f"Bearer {key}".encode()) for name, key in self._keys.items()]
+        names = [name for name, wanted in pairs if hmac.compare_digest(given, wanted)]
+        if self._keys and not names:
             raise NotServedError(401, "the key is missing or wrong")
+        return names[0] if names else ""
+
+    def _note(self, request: Request, what: str, response: Response, start: float) -> None:
+        """Write down a request whose caller has shown a key, if there are keys."""
+        key_name, audit = getattr(request.state, "key_name", None), self._audit
+        if audit is None or key_name is None:
+            return
+        lease: Lease | None = getattr(request.state, "lease", None)
+        image: dict[str, Any] = {}
+        if lease is not None and lease.image is not None:
+            image = {"image": lease.image.hash, "voxels": lease.image.shape}
+        audit.write(
+            audit.caller(request.client.host if request.client else "", request.headers, key_name),
+            what=what,
+            session=None if lease is None else session_name(lease.token),
+            **image,
+            status=response.status_code,
+            ms=round(1000 * (time.perf_counter() - start), 1),
+        )
 
     async def _healthz(self, request: Request) -> Response:
         return JSONResponse({"ok": True})
 
     async def _claim(self, request: Request) -> Response:
         lease, rules = self.leases.claim(), self.leases.rules
+        request.state.lease = lease
         if self._sweeper is None or self._sweeper.done():
             self._sweeper = asyncio.create_task(self._sweep())
         return JSONResponse(
@@ -146,7 +185,7 @@ class ViewerServer:
         return JSONResponse({**_CAPABILITIES, "license": self.about})
 
     async def _release(self, request: Request) -> Response:
-        self.leases.release(request.headers.get("x-lease-token"))
+        request.state.lease = self.leases.release(request.headers.get("x-lease-token"))
         return JSONResponse({"released": True})
 
     async def _heartbeat(self, request: Request) -> Response:
@@ -161,7 +200,9 @@ class ViewerServer:
 
     def find_lease(self, request: Request) -> Lease:
         """The slot that a request names; errors as `Leases.find`."""
-        return self.leases.find(request.headers.get("x-lease-token"))
+        lease = self.leases.find(request.headers.get("x-lease-token"))
+        request.state.lease = lease
+        return lease
 
     def _json_route(self, work: JsonWork) -> Callable[[Request], Awaitable[Response]]:
         async def route(request: Request) -> Response:
@@ -189,10 +230,16 @@ class ViewerServer:
                 take(header.nbytes + voxels)
                 properties = fields.get("image_properties")
                 spacing = properties.get("spacing") if isinstance(properties, dict) else None
-                shape = header.shape
-                await run_in_threadpool(lambda: own.set_image(unpack(body, header), spacing))
+
+                def work() -> None:
+                    values = unpack(body, header)
+                    own.set_image(values, spacing)
+                    if self._audit is not None:
+                        lease.image = SeenImage(image_hash(values), header.shape[1:])
+
+                await run_in_threadpool(work)
             lease.held_bytes = voxels
-        return JSONResponse({"original_image_shape": list(shape)})
+        return JSONResponse({"original_image_shape": list(header.shape)})
 
     async def _mask_route(self, request: Request) -> Response:
         lease = self.find_lease(request)
