@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.browser import missing_browser
 from support.orthanc import missing_orthanc
 from timing import ratios as benchmarking
 
@@ -108,6 +109,7 @@ MISSING: dict[str, Callable[[], str]] = {
     "data": _missing_data,
     "deployment": _missing_deployment,
     "orthanc": missing_orthanc,
+    "browser": missing_browser,
     "ray": _without("ray", pip_line("cluster")),
 }
 """Marker → why its tests cannot run on this machine, or "" if they can."""

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -14,8 +15,10 @@ from rich.progress import Progress, ProgressColumn, Task, TimeRemainingColumn
 from rich.text import Text
 
 from .api.loading import open_named
+from .api.pacs_command import STORED
 from .artefact import find_export, read_artefact
 from .cli import Parser, progress_bars, run, say_on_stderr
+from .clients.access import Access
 from .cohort.crews import Crew, LocalCrew, RayCrew
 from .cohort.manifest import Study, find_studies, read_manifest
 from .cohort.page import StudyEnd, write_report
@@ -27,6 +30,7 @@ from .extras import check_installed
 from .files.locks import one_writer
 from .hardware import describe_hardware, memory_gib
 from .outputs.files import ENDINGS
+from .pacs.address import PacsAddress, add_pacs_options, named_pacs_access, service_url
 from .sessions.backends import find_backend
 from .sessions.options import TRITON, add_model_options, add_server_options, model_options
 from .volumes.prompt_file import read_prompt_file
@@ -38,7 +42,8 @@ A study that cannot be read, hangs or crashes its process is reported, and the o
 result is one folder with a record of what it was made from; run the same command again, after a
 kill as well, and only what is missing is done. STUDIES is a folder, in which each image file and
 each folder with a DICOM series is a study, or a CSV file with a row each: path, and perhaps name,
-prompts (a file), or object, box, slice, box3d; window, series, volume. The page is batch.html.
+prompts (a file), or object, box, slice, box3d; window, series, volume. A path may be a study in a
+PACS, dicomweb://host:port/prefix?study=UID. The page is batch.html.
 
 examples:
   a folder of volumes, each with its prompts in prompts/NAME.json
@@ -47,6 +52,8 @@ examples:
     python -m dbsam_deploy.batch studies.csv --format nifti --output results
   eight at a time with two threads each, none longer than ten minutes
     python -m dbsam_deploy.batch studies.csv --workers 8 --threads 2 --study-timeout 600
+  studies of a PACS, what is found stored there
+    python -m dbsam_deploy.batch pacs.csv --pacs dicomwebs://pacs/dicom-web --store --output results
   on the Ray cluster that this machine belongs to; all its machines see the same folders
     python -m dbsam_deploy.batch studies.csv --ray auto --output /data/results
 """
@@ -80,9 +87,26 @@ def build_parser() -> Parser:
         help="repeat it for more (default: that of the input)",
     )
     _add_work_options(parser.add_argument_group("work"))
+    _add_pacs_options(parser.add_argument_group("studies in a PACS"))
     add_model_options(parser)
     add_server_options(parser)
     return parser
+
+
+def _add_pacs_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--pacs",
+        metavar="ADDRESS",
+        help="the PACS whose studies a CSV may name: dicomweb://host:port/prefix, dicomwebs:// for "
+        "TLS; no other is asked",
+    )
+    group.add_argument(
+        "--store",
+        action="store_true",
+        help=f"put what is found into the PACS, too: {STORED[0]} unless --format names "
+        f"{' or '.join(STORED[1:])}",
+    )
+    add_pacs_options(group)
 
 
 def _add_work_options(work: argparse._ArgumentGroup) -> None:
@@ -131,7 +155,8 @@ def _studies(args: argparse.Namespace) -> list[Study]:
         InputError: see `manifest`; an output among the studies.
     """
     if not args.studies.is_dir():
-        studies = read_manifest(args.studies, root=args.root, propagate=args.propagate)
+        pacs = None if args.pacs is None else service_url(args.pacs)
+        studies = read_manifest(args.studies, root=args.root, propagate=args.propagate, pacs=pacs)
     else:
         if args.root is not None:
             raise InputError("--root goes with a CSV file: drop it")
@@ -151,7 +176,28 @@ def _studies(args: argparse.Namespace) -> list[Study]:
     ]
 
 
-def _orders(args: argparse.Namespace) -> Orders:
+def _access(args: argparse.Namespace, studies: Sequence[Study]) -> Access | None:
+    """How the PACS is reached; None without a study in one.
+
+    Raises:
+        InputError: a login of another form or in the clear, or options of a PACS without a study.
+        MissingError: the extra `pacs` is not installed.
+    """
+    addresses = [study.path for study in studies if isinstance(study.path, PacsAddress)]
+    if not addresses:
+        if args.pacs or args.store:
+            option = "--pacs" if args.pacs else "--store"
+            raise InputError(f"{option}: {args.studies} names no study in a PACS (dicomweb://…)")
+        return None
+    access = named_pacs_access(args)
+    for address in addresses:
+        address.check(access)
+    check_installed("pacs", what_for="a PACS")
+    ca = None if access.ca is None else Path(access.ca).resolve()
+    return dataclasses.replace(access, ca=ca)
+
+
+def _orders(args: argparse.Namespace, studies: Sequence[Study]) -> Orders:
     """What holds for all studies.
 
     Raises:
@@ -180,6 +226,8 @@ def _orders(args: argparse.Namespace) -> Orders:
         tuple(dict.fromkeys(args.format)),
         args.propagate,
         args.study_timeout,
+        _access(args, studies),
+        args.store,
     )
 
 
@@ -230,6 +278,7 @@ def _report(args: argparse.Namespace, ended: list[StudyEnd], total: int, seconds
     """Write and print what became of all; returns how many have no result."""
     new = sum(outcome.is_new for outcome, _ in ended)
     done = sum(outcome.record is not None for outcome, _ in ended)
+    stored = sum(outcome.stored for outcome, _ in ended)
     models = sorted({outcome.record.model for outcome, _ in ended if outcome.record is not None})
     machine = describe_hardware()
     about = {
@@ -238,6 +287,7 @@ def _report(args: argparse.Namespace, ended: list[StudyEnd], total: int, seconds
         "time": f"{seconds:.1f} s, {new / seconds * 3600:.0f} new ones an hour",
         "model": "; ".join(models) or "none",
         "prompts": str(args.prompts or "of each study"),
+        **({"PACS": f"{stored} files are in it now"} if args.store else {}),
         "where": f"Ray cluster {args.ray}" if args.ray else f"{machine.cpu}, {machine.cores} cores",
     }
     page = write_report(args.output, str(args.studies), about, ended)
@@ -248,7 +298,8 @@ def _report(args: argparse.Namespace, ended: list[StudyEnd], total: int, seconds
 def main(argv: list[str] | None = None) -> int:
     """Run the command; see the module's `--help`."""
     args = build_parser().parse_args(argv)
-    studies, orders = _studies(args), _orders(args)
+    studies = _studies(args)
+    orders = _orders(args, studies)
     check_installed("batch", what_for="a batch")
     with one_writer(args.output, wait=False, name=".batch.lock"):
         crew, start = _crew(args), time.perf_counter()

@@ -59,6 +59,7 @@ DOORS = {
     ),
     "loadtest": Door("loadtest", "latency and throughput of a running server under load"),
     "evaluate": Door("evaluate", "Dice and NSD of a model on a folder of labelled images"),
+    "prompts-check": Door("prompts_check", "how an export's weights take points, measured"),
     "batch": Door("batch", "segment many studies, each once, here or on a cluster"),
     "convert": Door("convert", "a data set in NIfTI or DICOM as npz files, for train and evaluate"),
     "train": Door("train", "train a model by a recipe", "options.train_options", "train"),

@@ -8,20 +8,24 @@ import os
 import re
 import signal
 import sys
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .api.loading import load
 from .api.model import Model
+from .artefact import find_export, read_artefact
 from .cli import Parser, run, say_on_stderr
 from .core.errors import InputError
 from .extras import check_installed
 from .files.regular import small_text
 from .images.intensity import window_range
+from .resources import resource_dir
 from .sessions.backends import LOCAL_BACKENDS
 
 if TYPE_CHECKING:
     from .viewer.audit import AuditRules
+    from .viewer.page import PageRules
 
 DESCRIPTION = """\
 Serve a model to the viewers that speak nnInteractive's protocol.
@@ -197,15 +201,31 @@ def _audit_rules(model: Model, args: argparse.Namespace) -> AuditRules:
     )
 
 
+def _page_rules(model: Model, args: argparse.Namespace, keys: dict[str, str]) -> PageRules:
+    """What the page says of the model."""
+    from .viewer.page import CARD, PageRules
+
+    figures: dict[str, Any] = {}
+    if "://" not in str(args.model) and (args.model is None or Path(args.model).is_dir()):
+        figures = read_artefact(find_export(args.model and Path(args.model))).figures
+    card = resource_dir("export") / "checkpoints" / CARD
+    return PageRules(
+        model.describe(),
+        note=model.note,
+        weights=model.weights,
+        figures={k: v for k, v in figures.items() if not isinstance(v, float) or isfinite(v)},
+        card=card.read_text(encoding="utf-8") if CARD in str(model.weights.get("note")) else "",
+        only_local=not keys and args.host in LOOPBACK,
+    )
+
+
 def _serve(model: Model, args: argparse.Namespace, keys: dict[str, str]) -> None:
     """Answer viewers until the process is told to end."""
-    import uvicorn
-    from fastapi import FastAPI
-
     from .viewer.application import ViewerServer
     from .viewer.audit import AuditLog
     from .viewer.carrying import measured_reach
     from .viewer.leases import LeaseRules, Leases
+    from .viewer.page import Page
     from .viewer.workspace import WorkRules, Workspace
     from .volumes.embeddings import SharedPredictor
 
@@ -218,7 +238,21 @@ def _serve(model: Model, args: argparse.Namespace, keys: dict[str, str]) -> None
     window = _CT_TEXT if rules.window is None else "window {:g} {:g}".format(*rules.window)
     about = "; ".join(filter(None, [model.describe(), model.note, window]))
     audit = None if args.audit_log is None else AuditLog(_audit_rules(model, args))
-    app: Any = ViewerServer(leases, about, key=keys, max_voxels=args.max_voxels, audit=audit).app
+    server = ViewerServer(leases, about, key=keys, max_voxels=args.max_voxels, audit=audit)
+    Page(server, shared, rules, _page_rules(model, args, keys))
+    try:
+        _listen(server.app, args, f"{about}\n{reach} slices to each side")
+    finally:
+        if audit is not None:
+            audit.close()
+        shared.close()
+
+
+def _listen(app: Any, args: argparse.Namespace, about: str) -> None:
+    """Print where the server is, and answer there."""
+    import uvicorn
+    from fastapi import FastAPI
+
     if args.prefix:
         outer = FastAPI(openapi_url=None, redirect_slashes=False)
         outer.mount(args.prefix, app)
@@ -236,15 +270,10 @@ def _serve(model: Model, args: argparse.Namespace, keys: dict[str, str]) -> None
     sockets[0].listen(256)  # who comes before the first answer waits
     host = f"[{args.host}]" if ":" in args.host else args.host
     address = f"http://{host}:{sockets[0].getsockname()[1]}{args.prefix}"
-    print(f"{about}\n{reach} slices to each side\nready: {address}", flush=True)
+    print(f"{about}\npage: {address}/\nready: {address}", flush=True)
     # uvicorn raises the signal again once it has answered what it accepted: then all is closed.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    try:
-        uvicorn.Server(config).run(sockets=sockets)
-    finally:
-        if audit is not None:
-            audit.close()
-        shared.close()
+    uvicorn.Server(config).run(sockets=sockets)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -65,6 +65,7 @@ DOORS = {
     "loadtest",
     "plugins",
     "predict",
+    "prompts_check",
     "sam_signature",
     "sensitivity",
     "serve",

@@ -13,6 +13,7 @@ from ..clients.client import DbsamClient
 from ..clients.retries import Retries, Transport
 from ..core.errors import InputError
 from ..core.imaging import Mode
+from ..core.points import POINTS, rules_of
 from ..files.user_paths import user_path
 from ..prediction.predictor import Predictor, ServedPredictor
 from ..sessions.backends import ModelOptions, open_backend
@@ -178,7 +179,12 @@ def open_model(options: ModelOptions, *, kept_embeddings: int = KEPT_EMBEDDINGS)
     opened = open_backend(options)
     how = opened.preprocessing
     return Model(
-        Predictor(opened.session, how, kept_embeddings=kept_embeddings),
+        Predictor(
+            opened.session,
+            how,
+            kept_embeddings=kept_embeddings,
+            points=rules_of(opened.weights[POINTS]),
+        ),
         name=opened.name,
         backend=opened.session.backend,
         preprocessing=how,

@@ -21,6 +21,11 @@ STORED = ("dicom-seg", "dicom-seg-fractional", "rtstruct")
 """Formats that a PACS takes; the first is made where `--store` is given and none is named."""
 
 
+def with_stored(formats: Sequence[str]) -> tuple[str, ...]:
+    """These formats, with one at least that a PACS takes."""
+    return (*formats, *STORED[:1]) if not set(formats) & set(STORED) else tuple(formats)
+
+
 def image_source(text: str) -> str | Path:
     """The word IMAGE of a command line: the address of a PACS as it is, or a path."""
     return text if is_address(text) else user_path(text)
@@ -56,8 +61,8 @@ def predict_in_pacs(args: argparse.Namespace, predict: Callable[[], Sequence[Pat
     if args.series is not None:
         raise InputError("--series goes with a folder: in a PACS it is a part of the address")
     access = named_pacs_access(args)
-    if args.store and not set(args.format or ()) & set(STORED):
-        args.format = [*(args.format or ()), STORED[0]]
+    if args.store:
+        args.format = list(with_stored(args.format or ()))
     with tempfile.TemporaryDirectory(prefix="dbsam-pacs-") as scratch:
         with progress_bars(Console(stderr=True), transient=True) as bar:
             task = bar.add_task("fetching instances", total=None)

@@ -66,6 +66,9 @@ class Retries:
         return pause * (1 - drawn)
 
 
+DEFAULT_RETRIES = Retries()
+
+
 @dataclass(frozen=True)
 class ServerRequest:
     """One request of a caller, however often it is sent.

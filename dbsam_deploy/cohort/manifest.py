@@ -14,6 +14,7 @@ from ..files.regular import small_text
 from ..images.dicom_files import looks_like_dicom
 from ..images.intensity import Window
 from ..images.volumes import OWN_WINDOW, PICTURE_SUFFIXES
+from ..pacs.address import PacsAddress, is_address
 from ..volumes.study_prompts import Numbers, ObjectPrompts, SlicePrompt, StudyPrompts
 
 PROMPT_COLUMNS = ("object", "box", "slice", "box3d")
@@ -32,7 +33,7 @@ class Study:
 
     Attributes:
         name: of its folder among the results; no two differ by case alone.
-        path: an image file, or a folder with a DICOM series.
+        path: an image file, a folder with a DICOM series, or a study in a PACS.
         prompts: what is looked for, or the file that says it; None for the boxes of its own file.
         window: see `images.volumes.read_image`.
         series: the same.
@@ -40,28 +41,32 @@ class Study:
     """
 
     name: str
-    path: Path
+    path: Path | PacsAddress
     prompts: StudyPrompts | Path | None = None
     window: Window | str | None = None
     series: str | None = None
     volume: int | None = None
 
 
-def read_manifest(path: Path, *, root: Path | None = None, propagate: bool = False) -> list[Study]:
+def read_manifest(
+    path: Path, *, root: Path | None = None, propagate: bool = False, pacs: str | None = None
+) -> list[Study]:
     """The studies of a CSV file: commas, semicolons or tabs, UTF-8, names of columns first.
 
     A row names its study's `path` and perhaps its `name`, either a `prompts` file or one object
     (`box` with `slice`, or `box3d`, numbers with blanks between them, called `object`), and how the
-    file is read: `window`, `series`, `volume`. Paths are relative to `root`.
+    file is read: `window`, `series`, `volume`. Paths are relative to `root`, or studies in a PACS.
 
     Args:
         path: the file.
         root: folder below which all files lie; by default that of the manifest.
         propagate: of prompts in columns, see `StudyPrompts`.
+        pacs: see `pacs.address.service_url`; without it no study may lie in one.
 
     Raises:
-        InputError: with its row: no such column, a cell that is not usable, a file outside `root`,
-            a name that is there twice. A file that is missing is told when its study's turn comes.
+        InputError: with its row: no such column, a cell that is not usable, a file outside `root`
+            or a study in another PACS, a name that is there twice. A file that is missing is told
+            when its study's turn comes.
     """
     text = small_text(path).removeprefix("\ufeff")
     if "\0" in text:
@@ -70,7 +75,7 @@ def read_manifest(path: Path, *, root: Path | None = None, propagate: bool = Fal
     studies = []
     for number, cells in _rows(path, text):
         try:
-            studies.append(_study(cells, folder, propagate))
+            studies.append(_study(cells, folder, propagate, pacs))
         except InputError as error:
             raise InputError(f"{path}, row {number}: {error.message}") from error
     return check_names(studies, path)
@@ -104,9 +109,10 @@ def _rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
         raise InputError(f"{path}, row {reader.line_num}: {error}") from error
 
 
-def _study(cells: dict[str, str], root: Path, propagate: bool) -> Study:
+def _study(cells: dict[str, str], root: Path, propagate: bool, pacs: str | None) -> Study:
     cell = dict.fromkeys(COLUMNS, "") | cells
-    path = _inside(cell["path"], root, "path")
+    in_pacs = is_address(cell["path"])
+    path = _in_pacs(cell, pacs) if in_pacs else _inside(cell["path"], root, "path")
     in_columns = [name for name in PROMPT_COLUMNS if cell[name]]
     if cell["prompts"] and in_columns:
         raise InputError(f"prompts and {in_columns[0]}: give a prompts file or these columns")
@@ -155,6 +161,21 @@ def _window(text: str) -> Window | str | None:
     return level, width
 
 
+def _in_pacs(cell: dict[str, str], pacs: str | None) -> PacsAddress:
+    """The study of a cell, in the PACS that the user has named: it is shown a login.
+
+    Raises:
+        InputError: an address of another form, or of another PACS.
+    """
+    address = PacsAddress.parse(cell["path"])
+    if address.url != pacs:
+        own = str(address).partition("?")[0]
+        raise InputError(f"{address} lies in a PACS: --pacs {own} says that it may be asked")
+    if cell["series"]:
+        raise InputError("series goes with a folder: in a PACS it is a part of the path")
+    return address
+
+
 def _inside(text: str, root: Path, what: str) -> Path:
     """The file of a cell.
 
@@ -166,7 +187,7 @@ def _inside(text: str, root: Path, what: str) -> Path:
     if len(text) > MAX_PATH:
         raise InputError(f"{what} {text[:60]!r}…: longer than {MAX_PATH} characters")
     if "://" in text:
-        raise InputError(f"{what} {text[:200]!r}: expected a file or folder, not an address")
+        raise InputError(f"{what} {text[:200]!r}: expected a file or folder, or dicomweb://…")
     try:
         found = (root / text).resolve()
     except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links
@@ -179,8 +200,10 @@ def _inside(text: str, root: Path, what: str) -> Path:
     return root / text
 
 
-def name_of(path: Path) -> str:
+def name_of(path: Path | PacsAddress) -> str:
     """A study's name where none is given: that of its file, without what a folder cannot have."""
+    if isinstance(path, PacsAddress):
+        return path.series or path.study
     stem = path.name.removesuffix(".gz")
     stem = Path(stem).stem if stem.lower().endswith(_FILES) else stem
     return re.sub(r"[^\w.-]+", "_", stem).strip("._-")[:MAX_NAME]

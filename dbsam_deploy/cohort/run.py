@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -68,11 +69,12 @@ def _outcome(future: Future[Outcome], study: Study, orders: Orders, crew: Crew) 
     try:
         return future.result()
     except Exception as error:
-        return _death(study, orders, " ".join(crew.death(error).split()))
+        told = " ".join(crew.death(error).split())
+        return _death(study, orders, told, "".join(traceback.format_exception(error)))
 
 
-def _death(study: Study, orders: Orders, told: str) -> Outcome:
-    """What became of a study whose worker died, by the log that it kept."""
+def _death(study: Study, orders: Orders, told: str, error: str) -> Outcome:
+    """What became of a study whose worker died, by the log that it kept, or else by the error."""
     path = log_of(study, orders)
     try:
         words = path.read_text(errors="replace")[:20_000]
@@ -84,4 +86,4 @@ def _death(study: Study, orders: Orders, told: str) -> Outcome:
     else:
         first = next(iter(words.splitlines()), "")
         failure = f"its process died: {first or told[:300]}"
-    return Outcome(study, failure=failure, details=words, again=True)
+    return Outcome(study, failure=failure, details=words or error, again=True)

@@ -14,13 +14,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .. import __version__
-from ..api.model import Model, own_boxes
-from ..core.errors import DbsamError, InputError, ServingError
+from ..api.arguments import own_boxes
+from ..api.model import Model
+from ..api.pacs_command import with_stored
+from ..clients.access import Access
+from ..core.errors import DbsamError, InputError, PacsError, ServingError
 from ..files.inputs import Inputs, key_of
 from ..files.locks import one_writer
-from ..files.publication import tidy
+from ..files.publication import remove, tidy
 from ..images.volumes import Volume, read_image
 from ..outputs.files import FRACTIONS, planned
+from ..pacs.address import PacsAddress
+from ..pacs.fetch import fetch
+from ..pacs.store import store
 from ..prediction.prompts import Prompts
 from ..volumes.kept_answers import remove_answers
 from ..volumes.prompt_file import read_prompt_file
@@ -40,6 +46,8 @@ class Orders:
         formats: see `outputs.files.planned`.
         propagate: for boxes of a file's own, see `StudyPrompts`.
         timeout_s: how long a study may take, without opening the model.
+        access: TLS and a login, for studies in a PACS.
+        store: put what is found in a study of a PACS there, too.
     """
 
     output: Path
@@ -48,6 +56,8 @@ class Orders:
     formats: tuple[str, ...] = ()
     propagate: bool = False
     timeout_s: float = 3600.0
+    access: Access | None = None
+    store: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,7 @@ class Outcome:
         again: whether another attempt may help.
         seconds: what this attempt took.
         refusal: why the model does not open, which no study is to blame for.
+        stored: how many files of the result are in the PACS now.
     """
 
     study: Study
@@ -73,6 +84,7 @@ class Outcome:
     again: bool = False
     seconds: float = 0.0
     refusal: DbsamError | None = None
+    stored: int = 0
 
 
 _DISK_FAULTS = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
@@ -95,9 +107,9 @@ def do_study(study: Study, orders: Orders) -> Outcome:
     failure, details, again = "", "", False
     try:
         with _watched(study, orders):
-            record, is_new = _found_or_made(study, orders, model, started)
+            record, is_new, stored = _found_or_made(study, orders, model, started)
             seconds = time.perf_counter() - started
-            return Outcome(study, record, is_new, seconds=seconds)
+            return Outcome(study, record, is_new, seconds=seconds, stored=stored)
     except DbsamError as error:
         failure, again = " ".join(error.message.split()), _may_pass(error)
         details = "\n".join(error.details)
@@ -114,7 +126,7 @@ def _may_pass(error: Exception) -> bool:
     cause = error.__cause__  # of our own error about a disk
     disk = isinstance(cause, OSError) and cause.errno in _DISK_FAULTS
     disk = disk or isinstance(cause, sqlite3.OperationalError)  # of the slices that are kept
-    return disk or isinstance(error, ServingError | OSError | MemoryError)
+    return disk or isinstance(error, PacsError | ServingError | OSError | MemoryError)
 
 
 def log_of(study: Study, orders: Orders) -> Path:
@@ -139,12 +151,33 @@ def _watched(study: Study, orders: Orders) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
+def _fetched(study: Study, orders: Orders) -> Path:
+    """Where a study of a PACS lies while it is worked on."""
+    return orders.output / f".{study.name}.fetched"
+
+
+@contextmanager
+def _on_disk(study: Study, orders: Orders) -> Iterator[Path]:
+    """The study's file or folder; one of a PACS is there as long as it is needed."""
+    if isinstance(study.path, Path):
+        yield study.path
+        return
+    folder = _fetched(study, orders)
+    remove(folder)  # of a worker that was killed
+    folder.mkdir(mode=0o700)
+    try:
+        yield fetch(study.path, folder, access=orders.access)
+    finally:
+        remove(folder)
+
+
 def tidy_up(study: Study, orders: Orders) -> None:
     """Remove what a killed worker left; nothing if somebody still works on the study."""
     name, log = _lock_name(study), log_of(study, orders)
     if (orders.output / name).exists() or log.exists():  # the log comes first
         with suppress(InputError), one_writer(orders.output, wait=False, name=name):
             tidy(orders.output / study.name)
+            remove(_fetched(study, orders))
             log.unlink(missing_ok=True)
 
 
@@ -154,33 +187,52 @@ def _lock_name(study: Study) -> str:
 
 def _found_or_made(
     study: Study, orders: Orders, model: Model, started: float
-) -> tuple[StudyRecord, bool]:
+) -> tuple[StudyRecord, bool, int]:
+    """The record, whether it is new, and how many files are in the PACS."""
     place = orders.output / study.name
     with one_writer(orders.output, name=_lock_name(study)):
         tidy(place)
-        made_of = _made_of(study, orders, model)
-        if (found := find_record(place, key_of(made_of))) is not None:
-            return found, False
-        volume = read_image(
-            study.path,
-            window=study.window,
-            with_boxes=study.prompts is None,
-            series=study.series,
-            volume=study.volume,
+        with _on_disk(study, orders) as path:
+            made_of = _made_of(study, path, orders, model)
+            found = find_record(place, key_of(made_of))
+            record = found or _made(study, path, orders, model, started, made_of)
+        stored = 0
+        if orders.store and isinstance(study.path, PacsAddress):  # a killed worker may not have
+            files = [place / name for name in record.files if name.endswith(".dcm")]
+            stored = len(store(study.path, files, access=orders.access))
+        return record, found is None, stored
+
+
+def _made(
+    study: Study, path: Path, orders: Orders, model: Model, started: float, made_of: Inputs
+) -> StudyRecord:
+    place, formats = orders.output / study.name, _formats(study, orders)
+    volume = read_image(
+        path,
+        window=study.window,
+        with_boxes=study.prompts is None,
+        series=study.series,
+        volume=study.volume,
+    )
+    planned(volume, formats, place, study.name)  # refuses before any work
+    notes: list[str] = []
+    with _kept(study, orders, key_of(made_of)) as unfinished:
+        segmentation = model.study(
+            volume,
+            _asked(study, volume, orders),
+            fractions=FRACTIONS in formats,
+            say=notes.append,
+            checkpoint=unfinished if volume.is_volume else None,
         )
-        planned(volume, orders.formats, place, study.name)  # refuses before any work
-        notes: list[str] = []
-        with _kept(study, orders, key_of(made_of)) as unfinished:
-            segmentation = model.study(
-                volume,
-                _asked(study, volume, orders),
-                fractions=FRACTIONS in orders.formats,
-                say=notes.append,
-                checkpoint=unfinished if volume.is_volume else None,
-            )
-            if content_hash(study.path) != made_of["input"]:
-                raise InputError(f"{study.path} changed while it was read: run again")
-            return write_result(place, segmentation, orders.formats, made_of, notes, started), True
+        if content_hash(path) != made_of["input"]:
+            raise InputError(f"{path} changed while it was read: run again")
+        return write_result(place, segmentation, formats, made_of, notes, started)
+
+
+def _formats(study: Study, orders: Orders) -> tuple[str, ...]:
+    """As ordered, with one at least that a PACS takes, where it shall be stored there."""
+    stored = orders.store and isinstance(study.path, PacsAddress)
+    return with_stored(orders.formats) if stored else orders.formats
 
 
 @contextmanager
@@ -195,15 +247,15 @@ def _kept(study: Study, orders: Orders, key: str) -> Iterator[Path]:
             remove_answers(path)  # those of other prompts as well
 
 
-def _made_of(study: Study, orders: Orders, model: Model) -> Inputs:
+def _made_of(study: Study, path: Path, orders: Orders, model: Model) -> Inputs:
     prompts = study.prompts
     asked = asdict(prompts) if isinstance(prompts, StudyPrompts) else None
     return {
-        "input": content_hash(study.path),
+        "input": content_hash(path),
         "prompts": content_hash(prompts) if isinstance(prompts, Path) else hash_of(asked),
-        "model": hash_of([orders.source, model.describe(), model.weights.get("sha256")]),
+        "model": hash_of([orders.source, model.describe(), model.weights_key]),
         "options": hash_of(
-            [study.window, study.series, study.volume, orders.formats, orders.propagate]
+            [study.window, study.series, study.volume, _formats(study, orders), orders.propagate]
         ),
         "dbsam-deploy": __version__,
     }

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from ..core.errors import CheckpointError
 from ..core.imaging import Preprocessing
+from ..core.points import POINTS, usual_record
 from ..extras import LITE_MEDSAM_LINE
 from ..resources import DEFAULT_VARIANT, resource_dir
 from . import VARIANTS, DbSam, build_model
@@ -36,7 +37,8 @@ class LoadedModel:
     Attributes:
         model: in evaluation mode.
         preprocessing: how its images enter.
-        weights: `source`, `sha256` of the state dict, `trained` and a `note` for the user.
+        weights: `source`, `sha256` of the state dict, `trained`, a `note` for the user, and
+            `points`, see `core.points`.
     """
 
     model: DbSam
@@ -226,6 +228,7 @@ def _loaded(model: DbSam, source: str, *, trained: bool, note: str) -> LoadedMod
         "sha256": hash_tensors(model.state_dict()),
         "trained": trained,
         "note": note,
+        POINTS: usual_record(model.config.name, trained=trained),
     }
     return LoadedModel(model.eval(), model.config.frame, weights)
 

@@ -53,29 +53,13 @@ class PacsAddress:
         Raises:
             InputError: another form, a login in it, or a UID that is none.
         """
-        try:
-            parts = urlsplit(text)
-            words = parse_qsl(parts.query, strict_parsing=bool(parts.query))
-            place = f"{parts.hostname}:{parts.port}"
-        except ValueError as error:
-            raise InputError(f"{text}: no address ({error}): expected {FORM}") from None
-        if parts.username is not None:
-            shown = text.replace(parts.netloc.rpartition("@")[0], "…")
-            raise InputError(
-                f"{shown}: an address with a login stands in the list of processes: give it in "
-                f"{LOGIN_VARIABLE} or --pacs-login-file"
-            )
-        if parts.scheme not in _PROTOCOLS or not parts.hostname or parts.fragment:
-            raise InputError(f"{text}: expected {FORM}, or dicomwebs:// for TLS")
-        if not place.isascii() or not re.fullmatch(r"[\w./~-]*", parts.path, re.ASCII):
-            raise InputError(f"{text}: a host or path with unusual characters: expected {FORM}")
+        url, words = _taken_apart(text)
         named = dict(words)
         if not {"study"} <= set(named) <= {"study", "series"} or len(named) != len(words):
             raise InputError(f"{text}: expected ?study=UID once, and &series=UID once or not")
         for name, uid in named.items():
             if not is_uid(uid):
                 raise InputError(f"{text}: {name} is no UID: expected digits and dots, 1.2.840…")
-        url = f"{_PROTOCOLS[parts.scheme]}://{parts.netloc}{parts.path.rstrip('/')}"
         return cls(url, named["study"], named.get("series"))
 
     def __str__(self) -> str:
@@ -94,6 +78,43 @@ class PacsAddress:
             raise InputError(
                 f"{self}: the login would cross the network readable by all: use dicomwebs://"
             )
+
+
+def service_url(text: str) -> str:
+    """The `url` of all studies at `dicomweb://host:port/prefix`.
+
+    Raises:
+        InputError: another form, a login in it, or a study.
+    """
+    url, words = _taken_apart(text)
+    if words:
+        raise InputError(f"{text}: expected {FORM.partition('?')[0]}, without a study")
+    return url
+
+
+def _taken_apart(text: str) -> tuple[str, list[tuple[str, str]]]:
+    """The service's URL, and what follows the question mark.
+
+    Raises:
+        InputError: another form, or a login in it.
+    """
+    try:
+        parts = urlsplit(text)
+        words = parse_qsl(parts.query, strict_parsing=bool(parts.query))
+        place = f"{parts.hostname}:{parts.port}"
+    except ValueError as error:
+        raise InputError(f"{text}: no address ({error}): expected {FORM}") from None
+    if parts.username is not None:
+        shown = text.replace(parts.netloc.rpartition("@")[0], "…")
+        raise InputError(
+            f"{shown}: an address with a login stands in the list of processes: give it in "
+            f"{LOGIN_VARIABLE} or --pacs-login-file"
+        )
+    if parts.scheme not in _PROTOCOLS or not parts.hostname or parts.fragment:
+        raise InputError(f"{text}: expected {FORM}, or dicomwebs:// for TLS")
+    if not place.isascii() or not re.fullmatch(r"[\w./~-]*", parts.path, re.ASCII):
+        raise InputError(f"{text}: a host or path with unusual characters: expected {FORM}")
+    return f"{_PROTOCOLS[parts.scheme]}://{parts.netloc}{parts.path.rstrip('/')}", words
 
 
 def _is_loopback(host: str) -> bool:

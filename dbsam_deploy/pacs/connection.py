@@ -1,8 +1,8 @@
 """Requests to a PACS through dicomweb-client, within bounds: what answers is not trusted.
 
-Nothing is read beyond a number of bytes, no redirect is followed, and neither `~/.netrc` nor a
-proxy of the environment is used. A broken connection is tried again; every other failure is one
-`PacsError`.
+Nothing is read beyond a number of bytes or a time (`patience`), no redirect is followed, and
+neither `~/.netrc` nor a proxy of the environment is used. A broken connection is tried again; every
+other failure is one `PacsError`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from ..clients.access import Access
 from ..core.errors import PacsError
 from ..extras import check_installed, require
 from .address import PacsAddress, is_uid
+from .patience import SILENCE_S, Patience, patient_adapter
 
 MAX_LIST_BYTES = 64 * 1024 * 1024
 """Longest answer that is no image: 20,000 instances have some 30 MB of JSON."""
@@ -26,8 +27,8 @@ MAX_INSTANCES = 20_000
 """Most instances of a series, and series of a study."""
 PAUSES_S = (0.5, 1.0, 2.0)
 """Before the second attempt and those after it."""
-TIMEOUT_S = 30.0
-"""Longest silence of a server."""
+TOTAL_S = 4 * 3600.0
+"""Longest that a series may take to fetch, or files to be stored."""
 _BUSY = (408, 429, 502, 503, 504)
 _NONSENSE = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError)
 _NO_LOGIN = ": not for this login (DBSAM_PACS_LOGIN, --pacs-login-file)"
@@ -54,8 +55,10 @@ def _bounded(stream: Callable[..., Iterator[bytes]], limit: int, place: str) -> 
     return blocks
 
 
-def _open_session(session: Any, access: Access) -> Any:
+def _open_session(session: Any, access: Access, patience: Patience) -> Any:
     """A session of requests, made to do what the module's head says."""
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, patient_adapter(patience))
     session.trust_env = False
     session.headers.update({"Accept-Encoding": "identity", **access.headers})
     session.verify = True if access.ca is None else str(access.ca)
@@ -66,6 +69,7 @@ def _open_session(session: Any, access: Access) -> Any:
     def request(method: str, url: str, **options: Any) -> Any:
         (options.get("headers") or {}).pop("Host", None)  # dicomweb-client leaves out the port
         streamed, place = options.get("stream"), url.partition("?")[0]
+        patience.begin(place)
         answer = plain(method, url, **{**options, "stream": True, "allow_redirects": False})
         if 300 <= answer.status_code < 400:
             target = str(answer.headers.get("Location", "nowhere"))[:200]
@@ -87,6 +91,7 @@ class Pacs:
         address: where it is, and which study.
         access: TLS and a login.
         sleep: waits before another attempt.
+        total_s: how long all requests may take together.
 
     Raises:
         InputError: the login would go over the network in the clear.
@@ -94,16 +99,20 @@ class Pacs:
     """
 
     def __init__(
-        self, address: PacsAddress, access: Access, sleep: Callable[[float], None] = time.sleep
+        self,
+        address: PacsAddress,
+        access: Access,
+        sleep: Callable[[float], None] = time.sleep,
+        total_s: float = TOTAL_S,
     ) -> None:
         address.check(access)
         check_installed("pacs", what_for="a PACS")
         self._requests = require("requests", extra="pacs", what_for="a PACS")
         web = require("dicomweb_client.web", extra="pacs", what_for="a PACS")
-        self._session = _open_session(self._requests.Session(), access)
+        self._session = _open_session(self._requests.Session(), access, Patience(total_s))
         self.address, self.sleep = address, sleep
         self._client = web.DICOMwebClient(
-            address.url, session=self._session, permissive_uid=True, timeout=TIMEOUT_S
+            address.url, session=self._session, permissive_uid=True, timeout=SILENCE_S
         )
         self._client.set_http_retry_params(retry=False)
         # Private, so looked up here: in `ask` a release without it would pass for a wrong answer
@@ -129,7 +138,7 @@ class Pacs:
         url, accepted = f"{self.address.url}/{place}", {"Accept": _ANY_SYNTAX}
 
         def get() -> bytes:  # dicomweb-client's own call would parse it, before it is checked
-            answer = self._session.get(url, headers=accepted, stream=True, timeout=TIMEOUT_S)
+            answer = self._session.get(url, headers=accepted, stream=True, timeout=SILENCE_S)
             answer.raise_for_status()
             if answer.headers["Content-Type"].lower().startswith("application/dicom"):
                 return bytes(answer.content)  # some send one part without its envelope

@@ -14,7 +14,7 @@ from ..core.errors import InputError, PacsError
 from ..images.dicom_files import read_header
 from ..prediction.segment import Progress
 from .address import PacsAddress
-from .connection import Pacs, value
+from .connection import TOTAL_S, Pacs, value
 
 MAX_BYTES = 8 * 1024**3
 """Most bytes of a series on the disk."""
@@ -33,6 +33,7 @@ def fetch(
     access: Access | None = None,
     progress: Progress | None = None,
     sleep: Callable[[float], None] = time.sleep,
+    total_s: float = TOTAL_S,
 ) -> Path:
     """Retrieve one series.
 
@@ -42,16 +43,17 @@ def fetch(
         access: TLS and a login.
         progress: told how many instances are there, and how many there will be.
         sleep: waits, in seconds.
+        total_s: how long it may take.
 
     Returns:
         `parent`/SeriesInstanceUID, with one file an instance.
 
     Raises:
         InputError: no such study, or none or several series of images; the folder is there.
-        PacsError: no or a wrong answer, too much, or a series that is still arriving.
+        PacsError: no or a wrong answer, too much or too slow, or a series that is still arriving.
         MissingError: a package is not installed.
     """
-    pacs = Pacs(address, access or Access(), sleep)
+    pacs = Pacs(address, access or Access(), sleep, total_s)
     chosen = _choose(address, pacs.series())
     series = value(chosen, "0020000E")
     target = parent / series

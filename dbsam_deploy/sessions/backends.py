@@ -12,6 +12,7 @@ from ..artefact import Artefact, export_note, find_export, read_artefact, untrai
 from ..cli import say_on_stderr
 from ..core.errors import InputError
 from ..core.imaging import Mode, Preprocessing
+from ..core.points import POINTS
 from ..extras import require
 from .onnxruntime_session import OnnxRuntimeSession
 from .pytorch_session import PytorchSession
@@ -67,7 +68,7 @@ class Opened:
     Attributes:
         session: runs the graphs.
         preprocessing: how images enter the model.
-        weights: `source`, `trained` and `note`, see `Artefact.weights`.
+        weights: `source`, `trained`, `note` and `points`, see `Artefact.weights`.
         name: variant and precision in words.
     """
 
@@ -171,7 +172,8 @@ def _published(options: ModelOptions, open_session: Callable[[Artefact], Session
         say_on_stderr(export_note(folder))
     artefact = read_artefact(folder)  # the session hashes what it takes
     name = f"{artefact.variant} {artefact.precision}"
-    return Opened(open_session(artefact), artefact.preprocessing, artefact.weights, name)
+    weights = {**artefact.weights, POINTS: artefact.points}
+    return Opened(open_session(artefact), artefact.preprocessing, weights, name)
 
 
 BACKENDS = (

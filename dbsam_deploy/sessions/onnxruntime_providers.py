@@ -181,6 +181,9 @@ def open_session(
     """
     settings = runtime.SessionOptions()
     settings.intra_op_num_threads = threads
+    # A pattern keeps a second block as large as all tensors of the largest run so far, and is no
+    # quicker here.
+    settings.enable_mem_pattern = False
     if provider is CPU and not has_vnni(cpuinfo()):
         settings.add_session_config_entry(_SAFE_INT8, "1")
     else:

@@ -17,6 +17,7 @@ for _name in ("fastapi", "starlette"):
     require(_name, extra="viewer", what_for="a server for viewers")
 
 import numpy as np
+import numpy.typing as npt
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
@@ -204,6 +205,10 @@ class ViewerServer:
         request.state.lease = lease
         return lease
 
+    def seen(self, voxels: npt.NDArray[Any]) -> SeenImage | None:
+        """What the audit log says of an image, (D, H, W); None where there is no such log."""
+        return None if self._audit is None else SeenImage(image_hash(voxels), voxels.shape)
+
     def _json_route(self, work: JsonWork) -> Callable[[Request], Awaitable[Response]]:
         async def route(request: Request) -> Response:
             lease = self.find_lease(request)
@@ -234,8 +239,7 @@ class ViewerServer:
                 def work() -> None:
                     values = unpack(body, header)
                     own.set_image(values, spacing)
-                    if self._audit is not None:
-                        lease.image = SeenImage(image_hash(values), header.shape[1:])
+                    lease.image = self.seen(values[0])
 
                 await run_in_threadpool(work)
             lease.held_bytes = voxels

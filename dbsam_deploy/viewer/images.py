@@ -39,10 +39,9 @@ def as_viewer_volume(values: npt.NDArray[Any], spacing: Any, window: Window | No
     """
     if values.ndim != 4 or values.shape[0] != 1 or 0 in values.shape:
         raise InputError(f"image {values.shape}: expected (1, X, Y, Z), one channel of grey values")
-    stored = _finite(values[0])
-    is_ct = stored.dtype.kind in "if" and stored.min() <= CT_BELOW and _are_whole(stored)
+    stored = finite(values[0])
     tries: list[tuple[Window | None, str]] = [(window, "")] if window is not None else []
-    if window is None and is_ct:
+    if window is None and is_ct(stored):
         tries.append((SOFT_TISSUE, SOFT_TISSUE_TEXT))
     pixels, how = _first_with_contrast(stored, [*tries, (None, "")])
     _LOG.info("an image of %s voxels: %s", "×".join(map(str, stored.shape)), how)
@@ -62,7 +61,12 @@ def _first_with_contrast(
     return np.zeros(stored.shape, np.uint8), how
 
 
-def _finite(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def is_ct(stored: npt.NDArray[Any]) -> bool:
+    """Whether values are Hounsfield units, as far as they tell."""
+    return bool(stored.dtype.kind in "if" and stored.min() <= CT_BELOW and _are_whole(stored))
+
+
+def finite(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """The same, with NaN and infinity replaced, and bool as 0 and 255."""
     if values.dtype.kind == "b":
         return values.astype(np.uint8) * np.uint8(255)

@@ -203,6 +203,7 @@ class Workspace:
             rule=self._rules.rule,
             encode_ahead=False,  # here, once an answer is complete
             undo_bytes=UNDO_BYTES,
+            logits_bytes=(0, 0),  # no viewer is sent fractions
         )
         self._memory, self._undo, self._send_all = Memory(last=last), None, False
         self._encode_ahead()

@@ -194,11 +194,11 @@ def _decode(
         part = chains[start : start + at_once]
         boxes = np.stack([_box(chain, plane) for chain in part])
         answer = decoder.decode(index, boxes)
+        asked = None if answer.logits is None else boxes
         for row, chain in enumerate(part):
-            logits = None if answer.logits is None else answer.logits[row, 0]
             mask = np.asarray(answer.masks[row, 0] != 0) & chain.allowed
             iou = float(answer.ious[row, 0])
-            yield chain, SliceMask(chain.anchor.label, index, mask, iou, logits)
+            yield chain, SliceMask(chain.anchor.label, index, mask, iou, asked, row)
 
 
 def _box(chain: Chain, spacing_mm: tuple[float, float] | None) -> FloatArray:

@@ -6,11 +6,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from ..core.contract import BOXES
 from ..core.errors import InputError
-from .links import Anchor
-from .objects import Piece, SliceFindings, TrackedObject
+from ..prediction.segment import Progress
+from .chain import propagate
+from .links import Anchor, ChainEnd
+from .logits import Answered, Question
+from .objects import Decoded, Piece, SliceFindings, TrackedObject
 from .places import checked_index
 from .planes import PlaneView
+from .slices import PlaneDecoder, VolumeSlices
+from .stop_rules import ChainRule
 
 Direction = Literal["both", "up", "down"]
 _STEPS: dict[str, tuple[int, ...]] = {"both": (1, -1), "up": (1,), "down": (-1,)}
@@ -110,6 +116,31 @@ class Course:
         if not found.anchors:
             raise InputError("no object was prompted on this plane: prompt one first")
         return found
+
+    def followed(
+        self, slices: VolumeSlices, starts: Starts, rule: ChainRule, progress: Progress
+    ) -> tuple[dict[int, SliceFindings], tuple[ChainEnd, ...]]:
+        """What chains find, by object and slice, and where they end; nothing is written yet."""
+        view, ends = self.view, list[ChainEnd]()
+        found: dict[int, SliceFindings] = {label: {} for label in starts.limits}
+        for one in propagate(
+            PlaneDecoder(slices, view),
+            starts.anchors,
+            view.depth,
+            rule,
+            bounds=starts.bounds,
+            limits=starts.limits,
+            steps=self.steps,
+            spacing_mm=view.spacing_mm,
+            intensities=view.pixels,
+            progress=progress,
+            ended=ends.append,
+        ):
+            boxes, answered = one.boxes, None
+            if boxes is not None:
+                answered = Answered(Question(view.axis, one.index, {BOXES: boxes}), one.row)
+            found[one.label][one.index] = (Piece.of(one.mask), Decoded(one.iou, None, answered))
+        return found, tuple(ends)
 
     def keep_to(self, found: SliceFindings, tracked: TrackedObject, limit: tuple[int, int]) -> None:
         """Leave the object on the slices that this call may decide.

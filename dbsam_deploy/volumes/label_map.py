@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from ..core.imaging import FloatArray, Preprocessing, upscale_logits
 from ..images.volumes import Volume, label_dtype
 from ..outputs.segmentation import Fractions, Segmentation
+from .logits import LogitsStore
 from .objects import ObjectMask, TrackedObject
 from .planes import view_along
 
@@ -19,6 +19,7 @@ def segmentation_of(
     volume: Volume,
     tracked: Sequence[TrackedObject],
     how: Preprocessing | None,
+    logits: LogitsStore,
     model: str,
     note: str,
 ) -> Segmentation:
@@ -28,6 +29,7 @@ def segmentation_of(
         volume: what they are on.
         tracked: the objects.
         how: how images enter the model, without which logits have no place in the image.
+        logits: of what was decoded.
         model: its name.
         note: what the user must know of it.
     """
@@ -39,32 +41,32 @@ def segmentation_of(
             here[one.mask.read(extent)] = one.about.label
     confidence = np.stack([one.confidence(0, volume.shape) for one in tracked])
     objects = tuple(one.about for one in tracked)
-    fractions = None if how is None else _fractions(volume, tracked, how)
+    fractions = None if how is None else _fractions(volume, tracked, how, logits)
     return Segmentation(volume, labels, objects, confidence, model, fractions, note)
 
 
 def _fractions(
-    volume: Volume, tracked: Sequence[TrackedObject], how: Preprocessing
+    volume: Volume, tracked: Sequence[TrackedObject], how: Preprocessing, store: LogitsStore
 ) -> Fractions | None:
     """Probabilities, if any slice has them: where no stored slice was decoded, 0 and 1."""
     masks: Mapping[int, ObjectMask] = {one.about.label: one.mask.copy() for one in tracked}
-    kept: dict[tuple[int, int], npt.NDArray[np.float16]] = {
-        (one.about.label, index): decoded.logits
+    answers = {
+        (one.about.label, index): decoded.answered
         for one in tracked
         for (axis, index), decoded in one.slices.items()
-        if axis == 0 and decoded.logits is not None
+        if axis == 0 and decoded.answered is not None
     }
-    if not kept:
+    if not answers:
         return None
     _, height, width = volume.shape
     square = view_along(volume, 0).square
 
     def fractions(label: int, index: int) -> FloatArray:
         mask = masks[label].read(((index, index + 1), (0, height), (0, width)))[0]
-        logits = kept.get((label, index))
-        if logits is None:
+        answered = answers.get((label, index))
+        if answered is None:
             return mask.astype(np.float32)
-        full = upscale_logits(logits.astype(np.float32), square, how)
+        full = upscale_logits(store.get(answered), square, how)
         if square != (height, width):
             full = np.asarray(
                 Image.fromarray(full).resize((width, height), Image.Resampling.BOX), np.float32

@@ -25,14 +25,16 @@ class SliceMask:
         index: slice of the plane.
         mask: (H, W), not empty.
         iou: the decoder's own estimate of the mask's IoU; 1 for a mask that a user drew.
-        logits: (4G, 4G) float32, where the decoder gave them.
+        boxes: (N, 4) of the call that this answers, where the decoder gave logits.
+        row: which of them.
     """
 
     label: int
     index: int
     mask: MaskArray
     iou: float = 1.0
-    logits: FloatArray | None = None
+    boxes: FloatArray | None = None
+    row: int = 0
 
 
 @dataclass(frozen=True, eq=False)

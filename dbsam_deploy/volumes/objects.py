@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from ..core.contract import BOXES, MASK_INPUT, POINT_COORDS, POINT_LABELS
 from ..core.imaging import FloatArray
 from ..core.masks import extent_of
 from ..outputs.segmentation import SegmentedObject
 from .links import Anchor, ChainEnd
+from .logits import Answered
 
 Extent = tuple[tuple[int, int], ...]
 """First index and the one after the last along D, H and W."""
@@ -29,16 +31,36 @@ class Asked:
         box: (1, 4) float x0, y0, x1, y1 in the slice's voxels.
         points: (1, P, 2).
         labels: (1, P) 1 inside, 0 outside.
+        mask_input: (1, 4G, 4G) logits of an earlier answer.
     """
 
     box: npt.NDArray[np.float64] | None = None
     points: npt.NDArray[np.float64] | None = None
     labels: npt.NDArray[np.int32] | None = None
+    mask_input: npt.NDArray[Any] | None = None
 
     @property
     def is_drawn(self) -> bool:
         """Whether a mask was given instead of prompts."""
         return self.box is None and self.points is None
+
+    @property
+    def is_vague(self) -> bool:
+        """Whether it is a single point, which may mean several things."""
+        alone = self.box is None and self.mask_input is None
+        return alone and self.points is not None and self.points.shape[1] == 1
+
+    @property
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """As `PromptArrays`, without what is not there."""
+        names = (BOXES, POINT_COORDS, POINT_LABELS, MASK_INPUT)
+        given = (self.box, self.points, self.labels, self.mask_input)
+        return {n: array for n, array in zip(names, given, strict=True) if array is not None}
+
+    @property
+    def form(self) -> tuple[object, ...]:
+        """Objects whose prompts are of one form can be asked for in one call."""
+        return tuple((name, array.shape) for name, array in self.arrays.items())
 
     def after(self, earlier: Asked | None) -> Asked:
         """These prompts with those given on the slice before: a new box replaces the old one."""
@@ -47,10 +69,16 @@ class Asked:
         box = earlier.box if self.box is None else self.box
         if self.points is None or earlier.points is None:
             given = earlier if self.points is None else self
-            return Asked(box, given.points, given.labels)
+            return replace(self, box=box, points=given.points, labels=given.labels)
         marks = [one.labels for one in (earlier, self) if one.labels is not None]
         points = np.concatenate([earlier.points, self.points], axis=1)
-        return Asked(box, points, np.concatenate(marks, axis=1))
+        return replace(self, box=box, points=points, labels=np.concatenate(marks, axis=1))
+
+
+def stacked(asked: Sequence[Asked]) -> dict[str, npt.NDArray[Any]]:
+    """Prompts of one form as those of N objects."""
+    arrays = [one.arrays for one in asked]
+    return {name: np.concatenate([one[name] for one in arrays]) for name in arrays[0]}
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,13 +87,13 @@ class Decoded:
 
     Attributes:
         iou: the decoder's own estimate of the mask's IoU; 1 for a mask that was drawn.
-        logits: (4G, 4G) float16 on the mask grid, if the decoder gave them.
         asked: the user's prompts; None where a chain came here.
+        answered: where its logits are, if the decoder gave them.
     """
 
     iou: float
-    logits: npt.NDArray[np.float16] | None = None
     asked: Asked | None = None
+    answered: Answered | None = None
 
 
 class Piece(NamedTuple):
@@ -308,13 +336,9 @@ class Undo:
     def bytes_beside(self, now: Mapping[SliceName, Decoded]) -> int:
         """What keeping this costs, beside what the object still holds."""
         gone = [one for name, one in self.slices.items() if now.get(name) is not one]
-        return len(self.before) + sum(o.logits.nbytes for o in gone if o.logits is not None)
-
-
-def half(logits: FloatArray | None) -> npt.NDArray[np.float16] | None:
-    """Logits as they are kept."""
-    limit = np.finfo(np.float16).max
-    return None if logits is None else np.clip(logits, -limit, limit).astype(np.float16)
+        asked = [one.asked for one in gone if one.asked is not None]
+        drawn = sum(array.nbytes for one in asked for array in one.arrays.values())
+        return len(self.before) + drawn
 
 
 def slab(

@@ -2,17 +2,92 @@
 
 from __future__ import annotations
 
-from typing import Any, SupportsIndex
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, SupportsIndex, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
+from ..core.contract import MASK_INPUT
 from ..core.errors import InputError
 from ..core.imaging import check_boxes, check_points
 from ..images.arrays import as_array
 from .frames import Space, to_voxels
-from .objects import Asked, Bound
+from .objects import Asked, Bound, TrackedObject
 from .planes import PlaneView
+
+
+class Prompt(TypedDict, total=False):
+    """What is asked of one object on one slice; in voxels two numbers are a place, or three.
+
+    Attributes:
+        box: x0, y0, x1, y1 on the slice; in mm two opposite corners, six numbers.
+        points: (P, 2) on the slice or (P, 3).
+        labels: (P,) 1 inside, 0 outside; by default all are inside.
+        mask_input: (4G, 4G) logits of an earlier answer, in addition.
+        box_3d: x0, y0, z0, x1, y1, z1 instead, slices z0 … z1 - 1, or two opposite corners in mm.
+            Its middle slice is segmented, and the object lies within its slices.
+        index: slice of the plane, where the coordinates do not say it.
+    """
+
+    box: Any
+    points: Any
+    labels: Any
+    mask_input: Any
+    box_3d: Any
+    index: int | None
+
+
+def gathered(
+    view: PlaneView,
+    space: Space,
+    prompts: Sequence[tuple[int, Prompt]],
+    known: Mapping[int, TrackedObject] | None,
+) -> tuple[dict[tuple[int, int], Asked], dict[tuple[int, int], Bound]]:
+    """Label and slice → all that is asked there, and what a 3D box says beside.
+
+    Args:
+        view: the plane.
+        space: of the coordinates.
+        prompts: label and prompt; errors are those of `prompted`.
+        known: label → object, to whose prompts on a slice these are added; None to replace them.
+    """
+    asked: dict[tuple[int, int], Asked] = {}
+    bounds: dict[tuple[int, int], Bound] = {}
+    for label, prompt in prompts:
+        index, one, bound = prompted(view, space, prompt)
+        if bound is not None:
+            bounds[label, index] = bound
+        elif known is not None:
+            before = known[label].asked(view.axis, index) if label in known else None
+            one = one.after(asked.get((label, index), before))
+        asked[label, index] = one
+    return asked, bounds
+
+
+def prompted(view: PlaneView, space: Space, prompt: Prompt) -> tuple[int, Asked, Bound | None]:
+    """The slice that a prompt is on, the prompt in its voxels, and what a 3D box says beside.
+
+    Raises:
+        InputError: see `placed` and `placed_3d`; a 3D box with something else.
+    """
+    given = {name: value for name, value in prompt.items() if value is not None}
+    box_3d = given.pop("box_3d", None)
+    if box_3d is not None:
+        if given:
+            raise InputError("a 3D box stands alone: drop the other prompts, or it")
+        return placed_3d(view, box_3d, space)
+    box, points, labels = (given.pop(name, None) for name in ("box", "points", "labels"))
+    earlier, said = given.pop("mask_input", None), prompt.get("index")
+    if unknown := given.keys() - {"index"}:
+        expected = ", ".join(Prompt.__annotations__)
+        raise InputError(f"prompt {min(unknown)!r}: expected {expected}")
+    index, asked = placed(view, box, points, labels, said, space)
+    if earlier is not None:
+        logits = as_array(MASK_INPUT, earlier)
+        asked = replace(asked, mask_input=logits[None] if logits.ndim == 2 else logits)
+    return index, asked, None
 
 
 def placed(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Self, SupportsIndex
+from types import MappingProxyType
+from typing import Any, Self, SupportsIndex, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +17,14 @@ from ..images.volumes import Volume
 from ..outputs.segmentation import CodedTerm, Segmentation, SegmentedObject
 from ..prediction.predictor import Promptable
 from ..prediction.segment import Progress, ignore
-from .chain import propagate
-from .course import Course, Direction, Starts
+from .claims import Claims
+from .course import Course, Direction
 from .embeddings import SharedPredictor
 from .frames import Plane, Space, plane_axis
+from .history import UNDO_BYTES, History
 from .label_map import segmentation_of
 from .links import ChainEnd
+from .logits import DISK_BYTES, RAM_BYTES
 from .objects import (
     Asked,
     Bound,
@@ -34,27 +36,22 @@ from .objects import (
     TrackedObject,
     Undo,
     around,
-    half,
     slab,
 )
-from .places import checked_index, placed, placed_3d
+from .places import Prompt, checked_index, gathered
 from .planes import PlaneView
-from .slices import PlaneDecoder, VolumeSlices
+from .slices import VolumeSlices
 from .stop_rules import RULE, ChainRule
-
-UNDO_BYTES = 64 * 1024 * 1024
-"""What a session keeps to take changes back; the oldest goes first."""
-_Step = tuple[Change, tuple[Undo, ...], int]
 
 
 class VolumePredictor:
     """Objects on one volume, by prompts on its slices that are carried to the others.
 
     A slice is encoded once, when it is first needed or ahead of that, and any number of sessions
-    share a predictor. Threads may share a session: its calls wait for each other. Prompts on a
-    slice add up: points join those given before, a new box replaces the old one. Slices that the
-    user prompted stay as they are when objects are carried on. Where objects overlap, the higher
-    label covers the lower.
+    share a predictor. Threads may share a session: calls that change one object wait for each
+    other, and what is there can be read meanwhile. Prompts on a slice add up: points join those
+    given before, a new box replaces the old one. Slices that the user prompted stay as they are
+    when objects are carried on. Where objects overlap, the higher label covers the lower.
 
     Args:
         predictor: a model, in this process or behind a server, or what sessions share of it.
@@ -65,6 +62,8 @@ class VolumePredictor:
         encode_ahead: encode slices in a thread, outwards from the last prompted one, while no
             prompt waits.
         undo_bytes: kept to take changes back.
+        logits_bytes: of what a segmentation's fractions are made of, in memory and in a scratch
+            file; beyond that slices are decoded again for them.
     """
 
     def __init__(
@@ -77,17 +76,18 @@ class VolumePredictor:
         rule: ChainRule = RULE,
         encode_ahead: bool = True,
         undo_bytes: int = UNDO_BYTES,
+        logits_bytes: tuple[int, int] = (RAM_BYTES, DISK_BYTES),
     ) -> None:
         self.volume, self.model, self.note, self.rule = volume, model, note, rule
         self._owns_shared = not isinstance(predictor, SharedPredictor)
         self.shared = (
             predictor if isinstance(predictor, SharedPredictor) else SharedPredictor(predictor)
         )
-        self.slices = VolumeSlices(self.shared, volume)
-        self._encode_ahead, self._undo_bytes = encode_ahead, undo_bytes
+        self.slices = VolumeSlices(self.shared, volume, logits_bytes)
+        self._encode_ahead = encode_ahead
         self._objects: dict[int, TrackedObject] = {}
-        self._history: deque[_Step] = deque()
-        self._lock = threading.RLock()
+        self._history = History(undo_bytes)
+        self._claims, self._lock = Claims(), threading.RLock()
 
     def __enter__(self) -> Self:
         return self
@@ -143,52 +143,67 @@ class VolumePredictor:
         self,
         label: int = 1,
         *,
-        box: Any = None,
-        points: Any = None,
-        labels: Any = None,
-        mask_input: Any = None,
-        box_3d: Any = None,
-        index: int | None = None,
         plane: Plane = "stored",
         space: Space = "voxel",
         add: bool = True,
+        **prompt: Unpack[Prompt],
     ) -> Change:
         """Segment an object on one slice; `propagate` carries it to the others.
 
-        In voxels a place is two numbers, see `planes`, or three, see `frames`; in mm it is three.
-
         Args:
             label: the object, which need not exist.
-            box: x0, y0, x1, y1 on the slice; in mm two opposite corners, six numbers.
-            points: (P, 2) on the slice or (P, 3).
-            labels: (P,) 1 inside, 0 outside; by default all are inside.
-            mask_input: (4G, 4G) logits of an earlier answer, in addition.
-            box_3d: x0, y0, z0, x1, y1, z1 instead, slices z0 … z1 - 1, or two opposite corners in
-                mm. Its middle slice is segmented, and the object lies within its slices.
-            index: slice of the plane, where the coordinates do not say it.
             plane: on whose slices the object is seen.
-            space: of the coordinates.
+            space: of the coordinates, see `frames` and `planes`.
             add: to what was asked on this slice before; else instead of it.
+            **prompt: `box`, `points` with `labels`, `mask_input` and `index`, or `box_3d`; see
+                `Prompt`.
 
         Raises:
             InputError: no prompt, one outside the volume or on several slices, a plane or mm where
                 the spacing or the place in the patient is unknown.
         """
-        with self._lock:
-            view, bounds = self._view(plane), None
-            if box_3d is None:
-                index, asked = placed(view, box, points, labels, index, space)
-            elif any(given is not None for given in (box, points, labels, index, mask_input)):
-                raise InputError("a 3D box stands alone: drop the other prompts, or it")
-            else:
-                index, asked, bounds = placed_3d(view, box_3d, space)
-            if add and bounds is None and label in self._objects:
-                asked = asked.after(self._objects[label].asked(view.axis, index))
-            mask, iou, logits = self.slices.segment(view, index, asked, mask_input)
-            if self._encode_ahead:
+        return self.prompt_many([(label, prompt)], plane=plane, space=space, add=add)[0]
+
+    def prompt_many(
+        self,
+        prompts: Sequence[tuple[int, Prompt]],
+        *,
+        plane: Plane = "stored",
+        space: Space = "voxel",
+        add: bool = True,
+    ) -> tuple[Change, ...]:
+        """Segment objects on slices; each slice is asked for all of its objects together.
+
+        Args:
+            prompts: label, and what `prompt` takes; an object may be there more than once.
+            plane: see `prompt`.
+            space: see `prompt`.
+            add: see `prompt`.
+
+        Returns:
+            One change for each object, in the order in which they are first named.
+
+        Raises:
+            InputError: see `prompt`; nothing is changed then.
+        """
+        with self._claims.held([label for label, _ in prompts]):
+            view = self._view(plane)
+            with self._lock:
+                known = dict(self._objects)
+            asked, bounds = gathered(view, space, prompts, known if add else None)
+            found: dict[tuple[int, int], tuple[Piece, Decoded]] = {}
+            for index in dict.fromkeys(index for _, index in asked):
+                here = {label: one for (label, z), one in asked.items() if z == index}
+                for label, mask, iou, answered in self.slices.segment(view, index, here):
+                    found[label, index] = (Piece.of(mask), Decoded(iou, here[label], answered))
+            if self._encode_ahead and asked:
                 self.slices.encode_ahead(view, index)
-            found = (Piece.of(mask), Decoded(iou, half(logits), asked))
-            return self._commit(view.axis, {label: {index: found}}, bounds=bounds)
+            each = {label: [z for own, z in asked if own == label] for label, _ in asked}
+            with self._lock:
+                return tuple(
+                    self._commit(view.axis, {label: {z: found[label, z] for z in own}}, bounds)
+                    for label, own in each.items()
+                )
 
     def set_mask(
         self, label: int, mask: Any, *, index: int | None = None, plane: Plane = "stored"
@@ -206,7 +221,7 @@ class VolumePredictor:
             InputError: another shape.
         """
         array = as_array("mask", mask) != 0
-        with self._lock:
+        with self._claims.held([label]), self._lock:
             view = self._view(plane)
             if index is None:
                 if array.shape != self.volume.shape:
@@ -216,7 +231,7 @@ class VolumePredictor:
             index = checked_index(view, index)
             if array.shape != view.size:
                 raise InputError(f"mask {array.shape} of a slice: expected {view.size}")
-            drawn: SliceFindings = {index: (Piece.of(array), Decoded(1.0, None, Asked()))}
+            drawn: SliceFindings = {index: (Piece.of(array), Decoded(1.0, Asked()))}
             return self._commit(view.axis, {label: drawn})
 
     def propagate(
@@ -233,7 +248,8 @@ class VolumePredictor:
         """Carry objects from their prompted slices to the others, all in one pass.
 
         What an earlier call carried to slices that this one may reach is replaced. Between two
-        prompted slices both chains are joined. An exception changes nothing.
+        prompted slices both chains are joined. An exception changes nothing, and other objects can
+        be prompted meanwhile.
 
         Args:
             labels: the objects; by default all with a prompt on this plane.
@@ -242,45 +258,25 @@ class VolumePredictor:
             direction: towards higher slices (`up`), lower ones, or both.
             until: the last slice to go to; then a direction, or a slice to start from, is needed.
             rule: for this call.
-            progress: called with slices done and slices that there still may be; what it raises
-                ends the call.
+            progress: called before each slice with slices done and all that there may be; what it
+                raises ends the call, so that this is how to cancel it.
 
         Raises:
             InputError: nothing to start from, or limits that contradict each other.
         """
+        view = self._view(plane)
+        course = Course.of(view, from_slice, direction, until)
         with self._lock:
-            view = self._view(plane)
-            course = Course.of(view, from_slice, direction, until)
             given = sorted(self._objects) if labels is None else np.atleast_1d(labels).tolist()
-            chosen = [self._object(label) for label in given]
-            starts = course.starts(chosen, are_named=labels is not None)
-            found, ends = self._carried(course, starts, rule or self.rule, progress)
-            for label, slices in found.items():
-                course.keep_to(slices, self._objects[label], starts.limits[label])
-            return self._commit(view.axis, found, ends=ends, is_carried=True)
-
-    def _carried(
-        self, course: Course, starts: Starts, rule: ChainRule, progress: Progress
-    ) -> tuple[dict[int, SliceFindings], tuple[ChainEnd, ...]]:
-        """What chains find, by object and slice; nothing is written yet."""
-        view, ends = course.view, list[ChainEnd]()
-        found: dict[int, SliceFindings] = {label: {} for label in starts.limits}
-        for one in propagate(
-            PlaneDecoder(self.slices, view),
-            starts.anchors,
-            view.depth,
-            rule,
-            bounds=starts.bounds,
-            limits=starts.limits,
-            steps=course.steps,
-            spacing_mm=view.spacing_mm,
-            intensities=view.pixels,
-            progress=progress,
-            ended=ends.append,
-        ):
-            decoded = Decoded(one.iou, half(one.logits))
-            found[one.label][one.index] = (Piece.of(one.mask), decoded)
-        return found, tuple(ends)
+        with self._claims.held(given):
+            with self._lock:
+                chosen = [self._object(label) for label in given]
+                starts = course.starts(chosen, are_named=labels is not None)
+            found, ends = course.followed(self.slices, starts, rule or self.rule, progress)
+            with self._lock:
+                for label, slices in found.items():
+                    course.keep_to(slices, self._objects[label], starts.limits[label])
+                return self._commit(view.axis, found, ends=ends, is_carried=True)
 
     def undo(self) -> Change:
         """Take the last change back, and return what that changed.
@@ -288,10 +284,8 @@ class VolumePredictor:
         Raises:
             InputError: nothing is left to take back.
         """
-        with self._lock:
-            if not self._history:
-                raise InputError("nothing to undo: no change is kept")
-            change, records, _ = self._history.pop()
+        with self._claims.held(None), self._lock:
+            change, records = self._history.pop()
             for record in reversed(records):
                 if record.is_new:
                     del self._objects[record.label]
@@ -305,7 +299,7 @@ class VolumePredictor:
         Raises:
             InputError: no such object.
         """
-        with self._lock:
+        with self._claims.held([label]), self._lock:
             extent = self._object(label).mask.extent
             slices = range(0) if extent is None else range(*extent[0])
             empty: SliceFindings = {z: (Piece.nothing(), None) for z in slices}
@@ -344,7 +338,9 @@ class VolumePredictor:
                 raise InputError(f"{self.volume.path}: no object yet: prompt one")
             tracked = [self._objects[label] for label in sorted(self._objects)]
             how = getattr(self.shared.predictor, "preprocessing", None)
-            return segmentation_of(self.volume, tracked, how, self.model, self.note)
+            return segmentation_of(
+                self.volume, tracked, how, self.slices.logits, self.model, self.note
+            )
 
     def _view(self, plane: Plane) -> PlaneView:
         return self.slices.along(plane_axis(self.volume, plane))
@@ -358,8 +354,8 @@ class VolumePredictor:
         self,
         axis: int,
         found: Mapping[int, SliceFindings],
+        bounds: Mapping[tuple[int, int], Bound] = MappingProxyType({}),
         *,
-        bounds: Bound | None = None,
         ends: tuple[ChainEnd, ...] = (),
         is_carried: bool = False,
         forget: bool = False,
@@ -377,7 +373,7 @@ class VolumePredictor:
             tracked.decide(axis, {z: decoded for z, (_, decoded) in slices.items()}, forget=forget)
             if not is_carried:
                 for index in slices:
-                    tracked.bound(axis, index, bounds)
+                    tracked.bound(axis, index, bounds.get((label, index)))
             records.append(replace(record, is_new=is_new))
         changed = [record.changed for record in records if record.changed is not None]
         ious = [one.iou for slices in found.values() for _, one in slices.values() if one]
@@ -389,11 +385,5 @@ class VolumePredictor:
             around(changed) if changed else None,
             ends,
         )
-        self._remember(change, tuple(records))
+        self._history.add(change, records, self._objects)
         return change
-
-    def _remember(self, change: Change, records: tuple[Undo, ...]) -> None:
-        cost = sum(one.bytes_beside(self._objects[one.label].slices) for one in records)
-        self._history.append((change, records, cost))
-        while len(self._history) > 1 and sum(c for _, _, c in self._history) > self._undo_bytes:
-            self._history.popleft()

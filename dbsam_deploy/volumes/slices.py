@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from ..core.contract import BOXES, MASK_INPUT, POINT_COORDS
+from ..core.contract import BOXES, POINT_COORDS
 from ..core.imaging import ByteArray, FloatArray, is_constant
 from ..core.masks import Prediction
-from ..images.arrays import as_array
 from ..images.volumes import Volume
 from ..prediction.predictor import Promptable
+from ..prediction.segment import prompts_at_once
 from .embeddings import Ahead, ImageKey, SharedPredictor, image_key
-from .objects import Asked
+from .logits import DISK_BYTES, RAM_BYTES, Answered, LogitsStore, Question
+from .objects import Asked, stacked
 from .planes import PlaneView, view_along
 
 
@@ -27,10 +28,17 @@ class VolumeSlices:
     Args:
         shared: the predictor.
         volume: whose slices.
+        logits_bytes: most bytes of logits in memory, and in a scratch file.
     """
 
-    def __init__(self, shared: SharedPredictor, volume: Volume) -> None:
+    def __init__(
+        self,
+        shared: SharedPredictor,
+        volume: Volume,
+        logits_bytes: tuple[int, int] = (RAM_BYTES, DISK_BYTES),
+    ) -> None:
         self.shared, self.volume = shared, volume
+        self.logits = LogitsStore(self.decode, *logits_bytes)
         self._keys: dict[tuple[int, int], ImageKey | None] = {}
 
     def along(self, axis: int) -> PlaneView:
@@ -38,51 +46,73 @@ class VolumeSlices:
         return view_along(self.volume, axis)
 
     def segment(
-        self, view: PlaneView, index: int, asked: Asked, mask_input: Any = None
-    ) -> tuple[ByteArray, float, FloatArray | None]:
-        """Mask (H, W), predicted IoU and logits (4G, 4G) of one object's prompts on a slice.
+        self, view: PlaneView, index: int, asked: Mapping[int, Asked]
+    ) -> Iterator[tuple[int, ByteArray, float, Answered | None]]:
+        """Several objects' prompts on a slice, those of one form in one call.
 
         Of the three masks that a single point may mean, the one of the highest predicted IoU.
-        """
-        earlier = None if mask_input is None else as_array(MASK_INPUT, mask_input)
-        if earlier is not None and earlier.ndim == 2:
-            earlier = earlier[None]
-        is_vague = asked.points is not None and asked.points.shape[1] == 1
-        found = self.decode(
-            view,
-            index,
-            multimask=is_vague and asked.box is None and earlier is None,
-            boxes=asked.box,
-            point_coords=asked.points,
-            point_labels=asked.labels,
-            mask_input=earlier,
-        )
-        best = int(np.argmax(found.ious[0]))
-        logits = None if found.logits is None else found.logits[0, best]
-        return found.masks[0, best], float(found.ious[0, best]), logits
 
-    def decode(
-        self, view: PlaneView, index: int, *, multimask: bool = False, **prompts: Any
-    ) -> Prediction:
-        """Answers to N `PromptArrays` on a slice, all in its voxels: masks are (N, M, H, W)."""
+        Args:
+            view: the plane.
+            index: the slice.
+            asked: label → prompts in voxels of the slice.
+
+        Yields:
+            Label, mask (H, W), predicted IoU, and where its logits are, if there are any.
+        """
+        forms: dict[tuple[object, ...], list[int]] = {}
+        for label, one in asked.items():
+            forms.setdefault(one.form, []).append(label)
+        for labels in forms.values():
+            is_vague = asked[labels[0]].is_vague
+            has_points = asked[labels[0]].points is not None
+            at_once = prompts_at_once(view.square, 3 if is_vague else 1, has_points)
+            for start in range(0, len(labels), at_once):
+                part = labels[start : start + at_once]
+                prompts = stacked([asked[label] for label in part])
+                question = Question(view.axis, index, prompts, is_vague)
+                found = self.decode(question)
+                for row, label in enumerate(part):
+                    best = int(np.argmax(found.ious[row]))
+                    answered = self._kept(Answered(question, row, best), found)
+                    yield label, found.masks[row, best], float(found.ious[row, best]), answered
+
+    def _kept(self, answered: Answered, found: Prediction) -> Answered | None:
+        if found.logits is None:
+            return None
+        self.logits.keep(answered, found.logits[answered.row, answered.alternative])
+        return answered
+
+    def decode(self, question: Question) -> Prediction:
+        """Answers to a question: masks are (N, M, H, W) in voxels of its slice."""
+        view, index = self.along(question.axis), question.index
         key = self._key(view, index)
         if key is None:
-            count = next(len(array) for array in prompts.values() if array is not None)
+            count = next(len(array) for array in question.prompts.values())
             empty = np.zeros((count, 1, *view.size), np.uint8)
             return Prediction(empty, np.zeros((count, 1), np.float32))
-        given = {
+        given: dict[str, Any] = {
             name: view.to_square(array) if name in (BOXES, POINT_COORDS) else array
-            for name, array in prompts.items()
-            if array is not None
+            for name, array in question.prompts.items()
         }
 
-        def question(predictor: Promptable) -> Prediction:
-            if given.keys() == {BOXES} and not multimask:
+        def ask(predictor: Promptable) -> Prediction:
+            if given.keys() == {BOXES} and not question.multimask:
                 return predictor.predict_boxes(given[BOXES])
-            return predictor.predict_prompts(multimask=multimask, **given)
+            return predictor.predict_prompts(
+                multimask=question.multimask, adapt_points=question.adapt_points, **given
+            )
 
-        found = self.shared.ask(key, lambda: view.image(index), question)
+        found = self.shared.ask(key, lambda: view.image(index), ask)
         return Prediction(view.to_stored(found.masks), found.ious, found.logits)
+
+    def decode_boxes(self, view: PlaneView, index: int, boxes: FloatArray) -> Prediction:
+        """Masks (N, 1, H, W) for (N, 4) boxes in the slice's voxels; their logits are kept."""
+        question = Question(view.axis, index, {BOXES: boxes})
+        found = self.decode(question)
+        for row in range(len(boxes)):
+            self._kept(Answered(question, row), found)
+        return found
 
     def encode_ahead(self, view: PlaneView, index: int) -> None:
         """Encode the plane's slices while nothing is asked, outwards from `index`."""
@@ -120,4 +150,4 @@ class PlaneDecoder:
 
     def decode(self, index: int, boxes: FloatArray) -> Prediction:
         """See `chain.SliceDecoder`."""
-        return self._slices.decode(self._view, index, boxes=boxes)
+        return self._slices.decode_boxes(self._view, index, boxes)

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,11 +18,12 @@ from ..prediction.predictor import Promptable
 from ..prediction.prompts import Prompts
 from ..prediction.results import Result
 from ..prediction.segment import Progress, ignore
+from ..prediction.turns import Turns
 from .embeddings import DISK_BYTES, EmbeddingStore, SharedPredictor
 from .frames import Plane
 from .kept_answers import KeptAnswers, ResumedPredictor
 from .links import ChainEnd
-from .places import placed, placed_3d
+from .places import Prompt, placed_3d, prompted
 from .planes import view
 from .session import VolumePredictor
 from .stop_rules import RULE, ChainRule
@@ -60,7 +62,7 @@ def _check(one: ObjectPrompts, volume: Volume, spec: StudyPrompts) -> None:
     if one.box_3d is not None:
         _, _, (first, end, _) = placed_3d(cut, one.box_3d, spec.space)
     for prompt in one.prompts:
-        index, _ = placed(cut, **prompt.asked, space=spec.space)
+        index, _, _ = prompted(cut, spec.space, prompt.asked)
         if not first <= index < end:
             raise InputError(f"slice {index} is outside its 3D box, slices {first}–{end - 1}")
 
@@ -78,6 +80,7 @@ def segment_study(
     progress: Progress = ignore,
     say: Callable[[str], None] = ignore,
     checkpoint: Path | None = None,
+    turns: Turns | None = None,
 ) -> Segmentation:
     """Segment the objects that `spec` names in one volume.
 
@@ -95,6 +98,7 @@ def segment_study(
         checkpoint: file that keeps what was decoded; another run with the same image, prompts,
             model and rule goes on from it. The caller removes it once the result is written. None
             keeps nothing.
+        turns: of threads that ask this predictor elsewhere.
 
     Raises:
         InputError: see `check_study`; a checkpoint of another image, prompts, model or rule.
@@ -102,7 +106,7 @@ def segment_study(
     """
     check_study(spec, volume)
     with ExitStack() as stack:
-        shared = SharedPredictor(predictor, store=_store(spec))
+        shared = SharedPredictor(predictor, turns=turns, store=_store(spec))
         stack.callback(shared.close)
         kept = None
         if checkpoint is not None:
@@ -110,10 +114,9 @@ def segment_study(
             kept = KeptAnswers(checkpoint, run)
             stack.callback(kept.close)
         asked = ResumedPredictor(shared, kept, logits=fractions)
-        session = VolumePredictor(
-            asked, volume, model=model, note=note, rule=rule, encode_ahead=False
-        )
-        return _segment(session, spec, progress, say)
+        stack.callback(asked.forget)  # who reads fractions later may ask again
+        how: dict[str, Any] = {"model": model, "note": note, "rule": rule, "encode_ahead": False}
+        return _segment(VolumePredictor(asked, volume, **how), spec, progress, say)
 
 
 def _run_of(volume: Volume, spec: StudyPrompts, model: str, rule: str) -> dict[str, str]:
@@ -144,28 +147,26 @@ def _segment(
     progress: Progress,
     say: Callable[[str], None],
 ) -> Segmentation:
-    carried: dict[Plane, list[int]] = {}
+    asked: dict[Plane, list[tuple[int, Prompt]]] = {}
     for label, one in enumerate(spec.objects, 1):
         session.add_object(one.name, label=label, colour=one.colour, code=one.code)
-        if not _prompt(session, label, one, spec):
-            say(f"{one.name} was not found where it was prompted")
-        elif spec.propagate:
-            carried.setdefault(one.plane, []).append(label)
-    for plane, labels in carried.items():
+        own = asked.setdefault(one.plane, [])
+        if one.box_3d is not None:
+            own.append((label, {"box_3d": one.box_3d}))
+        own += [(label, prompt.asked) for prompt in one.prompts]
+    found: dict[Plane, list[int]] = {}
+    for plane, prompts in asked.items():
+        for change in session.prompt_many(prompts, plane=plane, space=spec.space):
+            (label,) = change.labels
+            if change.changed:
+                found.setdefault(plane, []).append(label)
+            else:
+                say(f"{spec.objects[label - 1].name} was not found where it was prompted")
+    for plane, labels in found.items() if spec.propagate else ():
         change = session.propagate(labels, plane=plane, progress=progress)
         for line in _lost(change.ends, spec):
             say(line)
     return session.segmentation()
-
-
-def _prompt(session: VolumePredictor, label: int, one: ObjectPrompts, spec: StudyPrompts) -> bool:
-    """Whether the object was found on a slice that it can be carried on from."""
-    changes = []
-    if one.box_3d is not None:
-        changes.append(session.prompt(label, box_3d=one.box_3d, plane=one.plane, space=spec.space))
-    for prompt in one.prompts:
-        changes.append(session.prompt(label, **prompt.asked, plane=prompt.plane, space=spec.space))
-    return any(change.changed for change in changes)
 
 
 def _lost(ends: tuple[ChainEnd, ...], spec: StudyPrompts) -> Iterator[str]:

@@ -12,6 +12,7 @@ from ..core.errors import InputError
 from ..outputs.segmentation import CodedTerm
 from ..prediction.prompts import Prompts
 from .frames import Plane, Space
+from .places import Prompt
 
 Numbers = tuple[float, ...]
 
@@ -37,7 +38,7 @@ class SlicePrompt:
     plane: Plane = "stored"
 
     @property
-    def asked(self) -> dict[str, Any]:
+    def asked(self) -> Prompt:
         """What a session is asked on this slice."""
         points = [point[:-1] for point in self.points] or None
         labels = [int(point[-1]) for point in self.points] or None

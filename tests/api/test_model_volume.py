@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 import dbsam_deploy as db
+from dbsam_deploy.api.model import Model
 from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.prediction.predictor import Encoding, Predictor, ServedPredictor
+from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
 
 BOX = [8, 6, 40, 30]
 
@@ -59,14 +61,29 @@ def test_predict_between_the_prompts_of_a_session_changes_nothing(model, scan):
         np.testing.assert_array_equal(model.predict(boxes=[BOX]).logits, first.logits)
 
 
-def test_another_device_is_another_model(model, scan):
+def test_another_device_is_another_model(model, scan, tiny_artefact, monkeypatch):
     session = model.volume(scan, encode_ahead=False)
     session.prompt(1, box=BOX, index=2)
-    earlier = session.shared
-    assert model.to("cpu") is model  # where it is
-    assert model.volume(scan).shared is earlier
+    earlier, asked = session.shared, list[str]()
+    assert earlier.store.used[0] > 0
+    other = Predictor(OnnxRuntimeSession(tiny_artefact), tiny_artefact.preprocessing)
+
+    def reopened(device: str) -> Model:
+        asked.append(device)
+        return Model(other, name="tiny", backend=f"onnxruntime-{device}")
+
     with pytest.raises(InputError, match="device tpu"):
         model.to("tpu")
+    monkeypatch.setattr(model, "_reopen", reopened)
+    assert model.to("cpu") is model  # where it is
+    assert model.volume(scan).shared is earlier
+    assert asked == []
+    assert model.to("cuda:0") is model
+    assert (asked, model.device, model.predictor) == (["cuda"], "cuda", other)
+    with model.volume(scan, encode_ahead=False) as new:
+        assert new.shared is not earlier
+        assert new.shared.predictor is other
+    assert earlier.store.used == (0, 0)  # its embeddings are of a model that is gone
 
 
 def test_what_is_encoded_here_and_what_a_server_encodes():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gzip
 import json
 import re
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,7 +20,7 @@ from pydicom import dcmread
 
 from dbsam_deploy.clients.access import Access
 from dbsam_deploy.core.errors import DbsamError, PacsError
-from dbsam_deploy.pacs import connection
+from dbsam_deploy.pacs import connection, patience
 from dbsam_deploy.pacs import fetch as fetching
 from dbsam_deploy.pacs.address import PacsAddress
 from dbsam_deploy.pacs.fetch import fetch
@@ -234,6 +237,66 @@ def test_a_body_without_end_is_cut(liar, one, target, monkeypatch, kind):
     liar.answers[kind] = lambda: (200, head, endless())
     assert "sends more than 100000 bytes: refused" in refused(liar, one, target)
     assert sent[0] < 64 << 20
+
+
+def drips() -> Iterator[bytes]:
+    """A byte now and then, for longer than anybody may wait."""
+    for _ in range(60):
+        time.sleep(0.05)
+        yield b" "
+
+
+@pytest.mark.parametrize("kind", ["series", "instances", "instance"])
+def test_a_server_that_drips_is_given_up(liar, one, target, monkeypatch, kind):
+    monkeypatch.setattr(patience, "GRACE_S", 0.3)
+    head = multipart()[1] if kind == "instance" else {"Content-Type": "application/json"}
+    liar.answers[kind] = lambda: (200, head, drips())
+    said = refused(liar, one, target)
+    assert re.search(r": \d+ bytes in 0 s, slower than 32 KiB a second: given up", said)
+
+
+def test_headers_that_drip_are_given_up(target, monkeypatch, make_series):
+    monkeypatch.setattr(patience, "GRACE_S", 0.3)
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def answer() -> None:
+        connected, _ = listening.accept()
+        with connected, contextlib.suppress(OSError):
+            connected.recv(4096)
+            connected.sendall(b"HTTP/1.1 200 OK\r\nX-Name:")
+            for byte in drips():
+                connected.sendall(byte)
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    address = f"dicomweb://127.0.0.1:{listening.getsockname()[1]}/x?study=1.2.3"
+    with pytest.raises(PacsError, match="slower than 32 KiB a second: given up"):
+        fetch(PacsAddress.parse(address), target, sleep=no_wait)
+    thread.join()
+    listening.close()
+
+
+def test_a_series_has_a_longest_time(liar, one, target):
+    started = time.monotonic()
+    liar.answers["instance"] = lambda: (*multipart()[:2], drips())
+    with pytest.raises(PacsError, match=r"not done within 0\.4 s in all: given up"):
+        fetch(liar.address(one.study), target, sleep=no_wait, total_s=0.4)
+    assert list(target.iterdir()) == []
+    assert time.monotonic() - started < 2.5
+
+
+def test_a_slow_line_that_goes_on_is_waited_for(liar, one, target, monkeypatch):
+    monkeypatch.setattr(patience, "GRACE_S", 0.3)
+    status, head, content = multipart(one.files[0].read_bytes() + bytes(40_000))
+    monkeypatch.setattr(patience, "SLOWEST", len(content))  # a second more for all of it
+
+    def parts() -> Iterator[bytes]:
+        for start in range(0, len(content), len(content) // 8 + 1):
+            time.sleep(0.08)
+            yield content[start : start + len(content) // 8 + 1]
+
+    liar.answers["instance"] = lambda: (status, head, parts())
+    assert fetch(liar.address(one.study), target, sleep=no_wait).is_dir()
 
 
 def test_what_inflates_without_end_is_cut(liar, one, target, monkeypatch):

@@ -6,11 +6,13 @@ import hashlib
 import json
 import logging
 import os
+import struct
 from datetime import datetime
 from ipaddress import ip_network
 from pathlib import Path
 
 import httpx
+import nibabel
 import numpy as np
 import pytest
 from support.small_disk import leave, small_disk  # noqa: F401 - a fixture
@@ -128,6 +130,28 @@ def test_no_log_names_the_patient(log, caplog):
     assert '"what": "set_image"' in everything
     for text in ("DOE", "JANE", "PatientName"):
         assert text not in everything
+
+
+def test_our_own_page_is_audited_too_and_its_files_names_are_not(log, caplog):
+    caplog.set_level(logging.DEBUG)
+    picture = nibabel.Nifti1Image(IMAGE[0].transpose(2, 1, 0), np.eye(4))
+    picture.header["descrip"] = PATIENT.encode()
+    file = picture.to_bytes()
+    head = json.dumps({"sizes": [len(file)], "PatientName": PATIENT}).encode()
+    box = {"label": 1, "through": True, "include_interaction": True, "bbox_coords": BOX}
+    with running(audit=audit(log)) as server:
+        viewer = RawViewer(server.url, ready=False)
+        body = struct.pack("<I", len(head)) + head + file
+        assert viewer.post("study/open", content=body).status_code == 200
+        assert viewer.post("study/mark", json=box).status_code == 200
+        assert viewer.post("study/undo", json={"label": 1}).status_code == 200
+        assert viewer.post("study/open", content=body[:-9]).status_code == 400
+    found = lines(log)[2:]
+    assert [line["what"] for line in found] == ["set_image", "mark", "undo", "set_image"]
+    assert [line["voxels"] for line in found] == [list(SHAPE)] * 4
+    assert len({line["image"] for line in found}) == 1
+    ours = [record for record in caplog.records if not record.name.startswith("http")]
+    assert "DOE" not in log.read_text() + "\n".join(map(logging.Formatter().format, ours))
 
 
 def test_the_file_is_its_owners_and_grows_at_its_end(log):
