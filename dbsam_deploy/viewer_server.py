@@ -44,6 +44,9 @@ examples:
 """
 KEY_VARIABLE = "DBSAM_VIEWER_KEY"
 """Of the environment: the key, where no file is named."""
+KEEP_ALIVE_S = 75
+"""Of a connection that stands idle: the clients' libraries hang up first, after 5 s, so that no
+request meets a connection that ends."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _CT_TEXT = "CT by the soft-tissue window, other images by percentiles"
 
@@ -265,6 +268,7 @@ def _listen(app: Any, args: argparse.Namespace, about: str) -> None:
         access_log=False,
         lifespan="off",
         proxy_headers=False,  # whose word counts is the audit log's business
+        timeout_keep_alive=KEEP_ALIVE_S,
     )
     sockets = [config.bind_socket()]
     sockets[0].listen(256)  # who comes before the first answer waits

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import logging
 import math
@@ -17,15 +16,16 @@ for _name in ("fastapi", "starlette"):
     require(_name, extra="viewer", what_for="a server for viewers")
 
 import numpy as np
-import numpy.typing as npt
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
+from ..core.contract import MAX_IMAGE_PIXELS
 from ..core.errors import DbsamError, InputError
-from .audit import AUDITED, AuditLog, image_hash, session_name
-from .leases import Lease, Leases, SeenImage
+from .audit import AuditLog
+from .gate import Gate
+from .leases import Lease, Leases
 from .marks import BrushMark, SeedMark, flag, mask_place, read_box, read_buffer, read_point
 from .packed import pack, read_header, unpack
 from .refusal import NotServedError
@@ -33,6 +33,8 @@ from .workspace import Redrawn, Workspace
 
 MAX_VOXELS = 2**28
 """Of an image: 1024 slices of 512×512."""
+MAX_SIDE = 2**15
+"""Of an image: what is kept of each slice adds up, however small it is."""
 SWEEP_S = 15.0
 VERSION = "2.6.0+dbsam"
 JSON_BYTES = 64 * 1024
@@ -88,9 +90,10 @@ class ViewerServer:
         max_voxels: int = MAX_VOXELS,
         audit: AuditLog | None = None,
     ) -> None:
-        self.leases, self.about, self.max_voxels, self._audit = leases, about, max_voxels, audit
-        self._keys = {"": key} if isinstance(key, str) else dict(key or {})
+        self.leases, self.about, self.max_voxels = leases, about, max_voxels
+        self.gate = Gate(key, audit)
         self._sweeper: asyncio.Task[None] | None = None
+        self._converting = asyncio.Lock()  # an image takes three times its bytes meanwhile
         self.app = FastAPI(openapi_url=None, redirect_slashes=False)
         self.add_route("GET", "/healthz", self._healthz, needs_key=False)
         self.add_route("POST", "/claim", self._claim)
@@ -114,51 +117,21 @@ class ViewerServer:
         needs_key: bool = True,
     ) -> None:
         """Answer a path; whatever `answer` raises becomes a status and a text."""
-        what = None if self._audit is None else AUDITED.get(path)
 
         async def guarded(request: Request) -> Response:
             start = time.perf_counter()
             try:
                 if needs_key:
-                    request.state.key_name = self._check_key(request)
-                if what is not None and self._audit is not None:
-                    await run_in_threadpool(self._audit.check)
+                    self.gate.check_key(request)
+                await self.gate.check_log(path)
                 response = await answer(request)
             except Exception as error:
                 status, text, headers = _refusal(error, path)
                 response = await self._refuse(request, status, text, **headers)
-            if what is not None:
-                await run_in_threadpool(self._note, request, what, response, start)
+            await self.gate.note(path, request, response, start)
             return response
 
         self.app.add_api_route(path, guarded, methods=[method], response_model=None)
-
-    def _check_key(self, request: Request) -> str:
-        """The name of the key that a request has."""
-        given = request.headers.get("authorization", "").encode("latin-1", "replace")
-        pairs = [(name, f"Bearer {key}".encode()) for name, key in self._keys.items()]
-        names = [name for name, wanted in pairs if hmac.compare_digest(given, wanted)]
-        if self._keys and not names:
-            raise NotServedError(401, "the key is missing or wrong")
-        return names[0] if names else ""
-
-    def _note(self, request: Request, what: str, response: Response, start: float) -> None:
-        """Write down a request whose caller has shown a key, if there are keys."""
-        key_name, audit = getattr(request.state, "key_name", None), self._audit
-        if audit is None or key_name is None:
-            return
-        lease: Lease | None = getattr(request.state, "lease", None)
-        image: dict[str, Any] = {}
-        if lease is not None and lease.image is not None:
-            image = {"image": lease.image.hash, "voxels": lease.image.shape}
-        audit.write(
-            audit.caller(request.client.host if request.client else "", request.headers, key_name),
-            what=what,
-            session=None if lease is None else session_name(lease.token),
-            **image,
-            status=response.status_code,
-            ms=round(1000 * (time.perf_counter() - start), 1),
-        )
 
     async def _healthz(self, request: Request) -> Response:
         return JSONResponse({"ok": True})
@@ -205,10 +178,6 @@ class ViewerServer:
         request.state.lease = lease
         return lease
 
-    def seen(self, voxels: npt.NDArray[Any]) -> SeenImage | None:
-        """What the audit log says of an image, (D, H, W); None where there is no such log."""
-        return None if self._audit is None else SeenImage(image_hash(voxels), voxels.shape)
-
     def _json_route(self, work: JsonWork) -> Callable[[Request], Awaitable[Response]]:
         async def route(request: Request) -> Response:
             lease = self.find_lease(request)
@@ -227,23 +196,36 @@ class ViewerServer:
                 limit = self.max_voxels * 8 + SLACK_BYTES
                 body = await self.read_body(request, limit, take)
                 header = read_header(body)
-                voxels = math.prod(header.shape)
-                if voxels > self.max_voxels:
-                    raise NotServedError(
-                        413, f"an image of {voxels} voxels: this server takes {self.max_voxels}"
-                    )
+                voxels = self._checked(header.shape)
                 take(header.nbytes + voxels)
                 properties = fields.get("image_properties")
                 spacing = properties.get("spacing") if isinstance(properties, dict) else None
 
                 def work() -> None:
                     values = unpack(body, header)
+                    body.clear()
                     own.set_image(values, spacing)
-                    lease.image = self.seen(values[0])
+                    lease.image = self.gate.seen(values[0])
 
-                await run_in_threadpool(work)
+                async with self._converting:
+                    await run_in_threadpool(work)
             lease.held_bytes = voxels
         return JSONResponse({"original_image_shape": list(header.shape)})
+
+    def _checked(self, shape: tuple[int, ...]) -> int:
+        """The number of an image's voxels.
+
+        Raises:
+            NotServedError: 413, it is too large, as a whole, along an axis, or in a slice.
+        """
+        voxels, sides = math.prod(shape), sorted(shape)
+        if voxels > self.max_voxels:
+            text = f"an image of {voxels} voxels: this server takes {self.max_voxels}"
+            raise NotServedError(413, text)
+        if max(shape, default=0) > MAX_SIDE or math.prod(sides[-2:]) > MAX_IMAGE_PIXELS:
+            text = f"an image {shape}: at most {MAX_SIDE} slices, of {MAX_IMAGE_PIXELS} pixels"
+            raise NotServedError(413, text)
+        return voxels
 
     async def _mask_route(self, request: Request) -> Response:
         lease = self.find_lease(request)
@@ -352,7 +334,7 @@ def _response(answer: Redrawn | None) -> Response:
     if answer.extent is not None and answer.mask is not None:
         meta["bbox"] = [[int(first), int(end)] for first, end in answer.extent]
         meta |= {"dtype": "uint8", "shape": list(answer.mask.shape)}
-        body = pack(answer.mask.astype(np.uint8))
+        body = pack(answer.mask.view(np.uint8))
     headers = {"X-Meta": json.dumps(meta, separators=(",", ":"))}
     return Response(body, media_type="application/octet-stream", headers=headers)
 
