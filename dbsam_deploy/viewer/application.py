@@ -24,10 +24,10 @@ from starlette.requests import ClientDisconnect
 from ..core.contract import MAX_IMAGE_PIXELS
 from ..core.errors import DbsamError, InputError
 from .audit import AuditLog
-from .gate import Gate
 from .leases import Lease, Leases
 from .marks import BrushMark, SeedMark, flag, mask_place, read_box, read_buffer, read_point
 from .packed import pack, read_header, unpack
+from .reception import Reception
 from .refusal import NotServedError
 from .workspace import Redrawn, Workspace
 
@@ -91,7 +91,7 @@ class ViewerServer:
         audit: AuditLog | None = None,
     ) -> None:
         self.leases, self.about, self.max_voxels = leases, about, max_voxels
-        self.gate = Gate(key, audit)
+        self.reception = Reception(key, audit)
         self._sweeper: asyncio.Task[None] | None = None
         self._converting = asyncio.Lock()  # an image takes three times its bytes meanwhile
         self.app = FastAPI(openapi_url=None, redirect_slashes=False)
@@ -122,13 +122,13 @@ class ViewerServer:
             start = time.perf_counter()
             try:
                 if needs_key:
-                    self.gate.check_key(request)
-                await self.gate.check_log(path)
+                    self.reception.check_key(request)
+                await self.reception.check_log(path)
                 response = await answer(request)
             except Exception as error:
                 status, text, headers = _refusal(error, path)
                 response = await self._refuse(request, status, text, **headers)
-            await self.gate.note(path, request, response, start)
+            await self.reception.note(path, request, response, start)
             return response
 
         self.app.add_api_route(path, guarded, methods=[method], response_model=None)
@@ -205,7 +205,7 @@ class ViewerServer:
                     values = unpack(body, header)
                     body.clear()
                     own.set_image(values, spacing)
-                    lease.image = self.gate.seen(values[0])
+                    lease.image = self.reception.seen(values[0])
 
                 async with self._converting:
                     await run_in_threadpool(work)

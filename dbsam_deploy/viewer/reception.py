@@ -16,7 +16,7 @@ from .leases import Lease, SeenImage
 from .refusal import NotServedError
 
 
-class Gate:
+class Reception:
     """What every request passes through.
 
     Args:
