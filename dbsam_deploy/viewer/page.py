@@ -182,6 +182,7 @@ class Page:
                 if lease.study is not None:
                     lease.study.close()
                 lease.study = study
+                lease.image = await run_in_threadpool(server.reception.seen, study.image.pixels)
             lease.held_bytes = study.nbytes
         image = study.image
         return JSONResponse(
