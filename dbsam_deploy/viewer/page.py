@@ -182,6 +182,8 @@ class Page:
                 if lease.study is not None:
                     lease.study.close()
                 lease.study = study
+                seen = self._server.reception.seen
+                lease.image = await run_in_threadpool(lambda: seen(study.image.pixels))
                 lease.image = await run_in_threadpool(server.reception.seen, study.image.pixels)
             lease.held_bytes = study.nbytes
         image = study.image
