@@ -43,7 +43,10 @@ def add_predict_options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument_group("prompts (without any, the boxes of an npz are used)")
     )
     add_image_options(parser.add_argument_group("image and output"))
-    add_store_options(parser)
+    group = (
+        "PACS (IMAGE is dicomweb://host:port/prefix?study=UID[&series=UID]; dicomwebs:// for TLS)"
+    )
+    add_store_options(parser.add_argument_group(group))
 
 
 def add_prompt_options(parser: argparse._ActionsContainer) -> None:

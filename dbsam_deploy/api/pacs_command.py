@@ -31,11 +31,8 @@ def image_source(text: str) -> str | Path:
     return text if is_address(text) else user_path(text)
 
 
-def add_store_options(parser: argparse.ArgumentParser) -> None:
+def add_store_options(group: argparse._ArgumentGroup) -> None:
     """`--store`, and how a PACS is reached."""
-    group = parser.add_argument_group(
-        "PACS (IMAGE is dicomweb://host:port/prefix?study=UID[&series=UID]; dicomwebs:// for TLS)"
-    )
     group.add_argument(
         "--store",
         action="store_true",
