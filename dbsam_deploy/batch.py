@@ -15,7 +15,7 @@ from rich.progress import Progress, ProgressColumn, Task, TimeRemainingColumn
 from rich.text import Text
 
 from .api.loading import open_named
-from .api.pacs_command import add_store_options
+from .api.pacs_command import add_store_group
 from .artefact import find_export, read_artefact
 from .cli import Parser, progress_bars, run, say_on_stderr
 from .clients.access import Access
@@ -100,7 +100,7 @@ def _add_pacs_options(group: argparse._ArgumentGroup) -> None:
         help="the PACS whose studies a CSV may name: dicomweb://host:port/prefix, dicomwebs:// for "
         "TLS; no other is asked",
     )
-    add_store_options(group)
+    add_store_group(group)
 
 
 def _add_work_options(work: argparse._ArgumentGroup) -> None:

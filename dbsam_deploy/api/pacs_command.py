@@ -31,8 +31,18 @@ def image_source(text: str) -> str | Path:
     return text if is_address(text) else user_path(text)
 
 
-def add_store_options(group: argparse._ArgumentGroup) -> None:
+def add_store_options(parser: argparse.ArgumentParser) -> None:
     """`--store`, and how a PACS is reached."""
+    add_store_group(
+        parser.add_argument_group(
+            "PACS (IMAGE is dicomweb://host:port/prefix?study=UID[&series=UID]; dicomwebs:// for "
+            "TLS)"
+        )
+    )
+
+
+def add_store_group(group: argparse._ArgumentGroup) -> None:
+    """The options of `add_store_options` in a group."""
     group.add_argument(
         "--store",
         action="store_true",

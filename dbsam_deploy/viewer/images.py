@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ def as_viewer_volume(values: npt.NDArray[Any], spacing: Any, window: Window | No
 
     Args:
         values: of any real type, or bool.
-        spacing: distance between voxels along D, H and W; 1 unless it is three positive numbers.
+        spacing: distance between voxels along D, H and W; 1 unless it is three usable numbers.
         window: level and width for every image, where the server was told.
 
     Raises:
@@ -87,7 +86,7 @@ def _are_whole(values: npt.NDArray[Any]) -> bool:
 def _spacing(given: Any) -> tuple[float, float, float]:
     is_three = isinstance(given, list) and len(given) == 3
     numbers = [v for v in given if isinstance(v, int | float)] if is_three else []
-    if len(numbers) == 3 and all(0 < value < 1e6 and math.isfinite(value) for value in numbers):
+    if len(numbers) == 3 and all(1e-6 < value < 1e6 for value in numbers):
         first, second, third = map(float, numbers)
         return first, second, third
     return 1.0, 1.0, 1.0

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.manifests import reseal
+from support.served_points import check_points
 from support.serving import processes_of, wait_until
 
 from dbsam_deploy.artefact import graph_file
@@ -329,6 +330,7 @@ def test_the_exported_tiny_model_is_served_bit_for_bit(
             answer = client.segment_prompts(case.image, boxes=case.boxes, multimask=True)
             np.testing.assert_array_equal(answer.masks, expected.masks)
             np.testing.assert_array_equal(answer.logits, expected.logits)
+        check_points(server, published.artefact, case)
 
 
 @pytest.mark.triton

@@ -128,6 +128,13 @@ def test_nothing_can_be_prompted_before_an_image_and_its_buffer(server):
     check(viewer.post("add_point_interaction", json=point))
 
 
+@pytest.mark.parametrize("shape", [(1, 40_000, 1, 1), (1, 1, 8200, 8200)])
+def test_images_of_too_many_or_too_large_slices_are_refused_at_upload(shape):
+    with running(max_voxels=2**28) as server:
+        viewer = RawViewer(server.url, ready=False)
+        check(viewer.send("set_image", np.zeros(shape, np.uint8), {}), 413)
+
+
 def test_what_is_too_large_is_refused_at_upload_and_the_slot_goes_on():
     with running(max_voxels=28_000, image_bytes=200_000) as server:
         viewer = RawViewer(server.url)

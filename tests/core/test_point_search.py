@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dbsam_deploy.core.masks import Prediction
-from dbsam_deploy.prediction.point_search import (
+from dbsam_deploy.core.point_search import (
     best_answer,
     boxes_around,
     boxes_beside,

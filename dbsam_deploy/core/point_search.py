@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from ..core.masks import Prediction
+from .masks import Prediction
 
 SIZES = (0.04, 0.06, 0.09, 0.14, 0.2, 0.3, 0.44)
 """Sides of boxes around a click, as a part of the slice's longer side."""
@@ -98,13 +98,32 @@ def best_answer(
     """
     masks = answers.masks[:, 0].astype(bool)
     hits = (masks & wanted).sum((1, 2)) if wanted.any() else masks.any((1, 2)).astype(int)
-    if not hits.size or hits.max() == 0:
-        return None
-    obeying = hits >= 0.9 * hits.max()
-    if unwanted is not None:
-        faults = np.where(obeying, (masks & unwanted).sum((1, 2)), unwanted.size)
-        obeying &= faults == faults.min()
+    faults = np.zeros(len(masks), int) if unwanted is None else (masks & unwanted).sum((1, 2))
     score = answers.ious[:, 0].astype(float)
     if before is not None:
-        score += (masks & before).sum((1, 2)) / np.maximum(1, (masks | before).sum((1, 2)))
-    return int(np.argmax(np.where(obeying, score, -np.inf)))
+        score += overlap(masks, before)
+    order = order_of(hits, faults, score)
+    return order[0] if order else None
+
+
+def order_of(
+    hits: npt.NDArray[np.integer], faults: npt.NDArray[np.integer], score: npt.NDArray[np.floating]
+) -> list[int]:
+    """Which answers obey, the one of the highest score first; none where none has a hit.
+
+    Args:
+        hits: (N,) how much each answer has of what is wanted.
+        faults: (N,) how much it has of what is not.
+        score: (N,) how good it is otherwise.
+    """
+    if not hits.size or hits.max() == 0:
+        return []
+    obeying = hits >= 0.9 * hits.max()
+    obeying &= faults == faults[obeying].min()
+    return [int(i) for i in np.argsort(-score, kind="stable") if obeying[i]]
+
+
+def overlap(masks: MarkedPixels, other: MarkedPixels) -> npt.NDArray[np.float64]:
+    """(N,) IoU of masks (N, H, W) with one (H, W)."""
+    both, either = (masks & other).sum((1, 2)), (masks | other).sum((1, 2))
+    return np.asarray(both / np.maximum(1, either))
