@@ -71,6 +71,7 @@ DOORS = {
         "options.sensitivity_options",
         "export",
     ),
+    "inspect": Door("inspect", "what a weights file or an export is"),
     "doctor": Door("doctor", "what can be used on this machine, and how to get the rest"),
     "repository": Door("serving.repository", "fill a Triton model repository from an export"),
     "collect": Door("training.collect", "gather images without labels for distillation"),
@@ -162,6 +163,27 @@ def add_no_wait(parser: argparse.ArgumentParser) -> None:
         dest="wait",
         action="store_false",
         help="end with an error, not wait, while another command writes the same folder",
+    )
+
+
+WEIGHTS_KINDS = ("model", "ema")
+"""Weights that a checkpoint may have twice: as they are, and as a moving average."""
+
+
+def add_weights_choice(parser: argparse._ActionsContainer) -> None:
+    """`--weights` and `--key` (`weights_key`), wherever a weights file can be named."""
+    parser.add_argument(
+        "--weights",
+        choices=WEIGHTS_KINDS,
+        help="of a checkpoint with both: the weights themselves or their moving average; default: "
+        "what its writer would load",
+    )
+    parser.add_argument(
+        "--key",
+        dest="weights_key",
+        metavar="NAME",
+        help="of a checkpoint with several models: the one below this name, as "
+        "`python -m dbsam_deploy.inspect FILE` shows them",
     )
 
 

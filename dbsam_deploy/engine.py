@@ -13,6 +13,7 @@ from .cli import (
     HelpFormatter,
     Parser,
     add_no_wait,
+    add_weights_choice,
     as_called,
     check_paths,
     run,
@@ -78,6 +79,8 @@ def _verify(artefact: Artefact, kind: Kind, args: argparse.Namespace) -> dict[st
         checkpoint=args.checkpoint,
         image_size=artefact.preprocessing.image_size,
         decoder_weights=args.decoder_weights,
+        weights=args.weights,
+        weights_key=args.weights_key,
     )
     if loaded.weights["sha256"] != artefact.weights["sha256"]:
         raise CheckpointError(
@@ -150,6 +153,7 @@ def _add_reference_options(parser: Parser) -> None:
         "--checkpoint", type=Path, help="the weights that were exported, if not the library's own"
     )
     group.add_argument("--decoder-weights", type=Path, help="as given to the export")
+    add_weights_choice(group)
     group.add_argument("--data", type=Path, help="folder of npz cases; default: bundled")
 
 

@@ -167,6 +167,8 @@ def export(
         checkpoint=options.checkpoint,
         image_size=options.image_size,
         decoder_weights=options.decoder_weights,
+        weights=options.weights,
+        weights_key=options.weights_key,
     )
 
     def say(text: str) -> None:

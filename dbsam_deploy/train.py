@@ -222,7 +222,11 @@ def _start_model(recipe: TrainingRecipe, options: TrainOptions) -> LoadedModel:
     if options.checkpoint is None:
         return fresh_model(recipe.variant, recipe.image_size, options.decoder_weights)
     return load_model(
-        variant=recipe.variant, checkpoint=options.checkpoint, image_size=recipe.image_size
+        variant=recipe.variant,
+        checkpoint=options.checkpoint,
+        image_size=recipe.image_size,
+        weights=options.weights,
+        weights_key=options.weights_key,
     )
 
 

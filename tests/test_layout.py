@@ -62,6 +62,7 @@ DOORS = {
     "engine",
     "evaluate",
     "export",
+    "inspect",
     "loadtest",
     "plugins",
     "predict",

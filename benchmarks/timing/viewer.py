@@ -60,7 +60,8 @@ class ServerProcess:
 @contextlib.contextmanager
 def served(*words: str) -> Iterator[ServerProcess]:
     """The command on a free port, with these arguments."""
-    command = [sys.executable, "-m", "dbsam_deploy.viewer_server", "--port", "0", *words]
+    options = ["--port=0", "--liveness=0", "--idle=86400", *words]
+    command = [sys.executable, "-m", "dbsam_deploy.viewer_server", *options]
     paths = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=paths)
     assert process.stdout is not None
@@ -242,7 +243,12 @@ def table(case: Case, found: Found) -> str:
 def main() -> None:
     """Print Dice (mean, least) and seconds (p50, p95) of each file, and the server's memory."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("files", nargs="*", type=Path, help="npz with imgs and gts")
+    parser.add_argument(
+        "files",
+        nargs="*",
+        type=Path,
+        help="npz with imgs and gts; unknown --options=VALUE go to the server",
+    )
     parser.add_argument("--model", required=True, help="an export or weights")
     parser.add_argument("--objects", type=int, default=10, help="of a file, the largest")
     parser.add_argument(

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from ..model import DbSam
 
 RUNTIME_PRECISIONS = ("float32", "bfloat16")
-PYTORCH_OPTIONS = ("variant", "checkpoint", "image_size", "decoder_weights")
+PYTORCH_OPTIONS = (
+    *("variant", "checkpoint", "image_size", "decoder_weights"),
+    *("weights", "weights_key"),
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class ModelOptions:
         checkpoint: weights file.
         image_size: side of the model frame in pixels.
         decoder_weights: weights of the prompt encoder and mask decoder alone.
+        weights: `model` or `ema`, of a weights file with both.
+        weights_key: name of the model, of a weights file with several.
         engine_cache: folder that keeps engines and compiled models.
         runtime_precision: one of `RUNTIME_PRECISIONS`.
         preprocess: a mode of `imaging.MODES` in place of the model's own.
@@ -50,6 +55,8 @@ class ModelOptions:
     checkpoint: Path | None = None
     image_size: int | None = None
     decoder_weights: Path | None = None
+    weights: str | None = None
+    weights_key: str | None = None
     engine_cache: Path | None = None
     runtime_precision: str | None = None
     preprocess: Mode | None = None
@@ -161,6 +168,7 @@ def _built(options: ModelOptions, open_session: Callable[[DbSam], Session]) -> O
     from ..model.weights import load_model
 
     loaded = load_model(**{name: getattr(options, name) for name in PYTORCH_OPTIONS})
+    say_on_stderr("; ".join(loaded.notes))
     session = open_session(loaded.model)
     return Opened(session, loaded.preprocessing, loaded.weights, loaded.model.config.name)
 

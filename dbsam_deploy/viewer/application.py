@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import logging
 import math
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -23,9 +23,11 @@ from starlette.requests import ClientDisconnect
 
 from ..core.contract import MAX_IMAGE_PIXELS
 from ..core.errors import DbsamError, InputError
+from .audit import AuditLog
 from .leases import Lease, Leases
 from .marks import BrushMark, SeedMark, flag, mask_place, read_box, read_buffer, read_point
 from .packed import pack, read_header, unpack
+from .reception import Reception
 from .refusal import NotServedError
 from .workspace import Redrawn, Workspace
 
@@ -74,15 +76,22 @@ class ViewerServer:
     Args:
         leases: the slots.
         about: the model and what is known of its weights, which viewers show as its licence.
-        key: that every request but `/healthz` must name, if any.
+        key: that every request but `/healthz` must name, if any; or the keys of several by name.
         max_voxels: of an image.
+        audit: where requests are written down.
     """
 
     def __init__(
-        self, leases: Leases, about: str, *, key: str | None = None, max_voxels: int = MAX_VOXELS
+        self,
+        leases: Leases,
+        about: str,
+        *,
+        key: str | Mapping[str, str] | None = None,
+        max_voxels: int = MAX_VOXELS,
+        audit: AuditLog | None = None,
     ) -> None:
-        self.leases, self.about, self._key = leases, about, key
-        self.max_voxels = max_voxels
+        self.leases, self.about, self.max_voxels = leases, about, max_voxels
+        self.reception = Reception(key, audit)
         self._sweeper: asyncio.Task[None] | None = None
         self._converting = asyncio.Lock()  # an image takes three times its bytes meanwhile
         self.app = FastAPI(openapi_url=None, redirect_slashes=False)
@@ -110,26 +119,26 @@ class ViewerServer:
         """Answer a path; whatever `answer` raises becomes a status and a text."""
 
         async def guarded(request: Request) -> Response:
+            start = time.perf_counter()
             try:
                 if needs_key:
-                    self._check_key(request)
-                return await answer(request)
+                    self.reception.check_key(request)
+                await self.reception.check_log(path)
+                response = await answer(request)
             except Exception as error:
                 status, text, headers = _refusal(error, path)
-                return await self._refuse(request, status, text, **headers)
+                response = await self._refuse(request, status, text, **headers)
+            await self.reception.note(path, request, response, start)
+            return response
 
         self.app.add_api_route(path, guarded, methods=[method], response_model=None)
-
-    def _check_key(self, request: Request) -> None:
-        given = request.headers.get("authorization", "").encode("latin-1", "replace")
-        if self._key is not None and not hmac.compare_digest(given, f"Bearer {self._key}".encode()):
-            raise NotServedError(401, "the key is missing or wrong")
 
     async def _healthz(self, request: Request) -> Response:
         return JSONResponse({"ok": True})
 
     async def _claim(self, request: Request) -> Response:
         lease, rules = self.leases.claim(), self.leases.rules
+        request.state.lease = lease
         if self._sweeper is None or self._sweeper.done():
             self._sweeper = asyncio.create_task(self._sweep())
         return JSONResponse(
@@ -150,7 +159,7 @@ class ViewerServer:
         return JSONResponse({**_CAPABILITIES, "license": self.about})
 
     async def _release(self, request: Request) -> Response:
-        self.leases.release(request.headers.get("x-lease-token"))
+        request.state.lease = self.leases.release(request.headers.get("x-lease-token"))
         return JSONResponse({"released": True})
 
     async def _heartbeat(self, request: Request) -> Response:
@@ -165,7 +174,9 @@ class ViewerServer:
 
     def find_lease(self, request: Request) -> Lease:
         """The slot that a request names; errors as `Leases.find`."""
-        return self.leases.find(request.headers.get("x-lease-token"))
+        lease = self.leases.find(request.headers.get("x-lease-token"))
+        request.state.lease = lease
+        return lease
 
     def _json_route(self, work: JsonWork) -> Callable[[Request], Awaitable[Response]]:
         async def route(request: Request) -> Response:
@@ -194,6 +205,7 @@ class ViewerServer:
                     values = unpack(body, header)
                     body.clear()
                     own.set_image(values, spacing)
+                    lease.image = self.reception.seen(values[0])
 
                 async with self._converting:
                     await run_in_threadpool(work)
