@@ -22,7 +22,7 @@ from dbsam_deploy.viewer.leases import Lease
 BOX_MARK = {"bbox_coords": BOX, "include_interaction": True}
 WHERE = [[3, 9], [10, 22], [15, 38]]
 # Slots are not what is tried: a claim that is hung up on holds one for a minute.
-LIMITS = {"slots": 100_000, "upload_s": 0.2, "max_voxels": 30_000, "image_bytes": 2_000_000}
+LIMITS = {"slots": 100_000, "upload_s": 0.2, "max_voxels": 30_000, "image_bytes": 50_000_000}
 _SERVER = f"""
 import sys
 from support.viewer import running
