@@ -211,14 +211,17 @@ def _page_rules(model: Model, args: argparse.Namespace, keys: dict[str, str]) ->
     figures: dict[str, Any] = {}
     if "://" not in str(args.model) and (args.model is None or Path(args.model).is_dir()):
         figures = read_artefact(find_export(args.model and Path(args.model))).figures
-    card = resource_dir("export") / "checkpoints" / CARD
+    told: dict[str, str] = {}
+    if CARD in str(model.weights.get("note")):
+        path = resource_dir("export") / "checkpoints" / CARD
+        told = {"card": path.read_text(encoding="utf-8"), "licence": "Apache-2.0, see the card"}
     return PageRules(
         model.describe(),
         note=model.note,
         weights=model.weights,
         figures={k: v for k, v in figures.items() if not isinstance(v, float) or isfinite(v)},
-        card=card.read_text(encoding="utf-8") if CARD in str(model.weights.get("note")) else "",
         only_local=not keys and args.host in LOOPBACK,
+        **told,
     )
 
 

@@ -69,6 +69,7 @@ class PageRules:
         weights: what is known of them, see `Artefact.weights`.
         figures: of the gate, see `Artefact.figures`.
         card: the model card's text, where there is one.
+        licence: of the weights, in words.
         only_local: answer to names of this machine alone.
     """
 
@@ -77,6 +78,7 @@ class PageRules:
     weights: Mapping[str, Any] = field(default_factory=dict)
     figures: Mapping[str, Any] = field(default_factory=dict)
     card: str = ""
+    licence: str = "that which came with the weights"
     only_local: bool = False
 
 
@@ -159,6 +161,7 @@ class Page:
                 "weights": weights,
                 "figures": dict(rules.figures),
                 "card": rules.card,
+                "licence": rules.licence,
                 "reach": self._work.reach,
                 "window": self._work.window,
                 "max_voxels": self._server.max_voxels,
@@ -179,6 +182,8 @@ class Page:
                 if lease.study is not None:
                     lease.study.close()
                 lease.study = study
+                seen = self._server.reception.seen
+                lease.image = await run_in_threadpool(lambda: seen(study.image.pixels))
                 lease.image = await run_in_threadpool(server.reception.seen, study.image.pixels)
             lease.held_bytes = study.nbytes
         image = study.image

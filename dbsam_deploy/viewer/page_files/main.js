@@ -135,6 +135,8 @@ class App {
     $("image-name").textContent = `${this.study.name} · ${info.shape.toReversed().slice(0, this.scene.isVolume ? 3 : 2).join("×")}`;
     $("values").textContent = [`Grey values: ${info.values}.`, ...info.notes.map((one) => named(one, study.files))].join(" ");
     $("through").parentElement.hidden = !this.scene.isVolume;
+    $("view-row").hidden = !this.scene.isVolume;
+    $("window-row").hidden = info.kind === "picture";
     fill($("format"), Object.keys(info.formats).map((name) => [name, FORMAT_NAMES[name]]));
     fill($("view"), this.scene.views.map((name) => [name, VIEW_NAMES[name]]));
     $("view").value = this.scene.view;
@@ -211,7 +213,9 @@ class App {
     if (meta.box) this.scene.write(meta.box, voxels, fields.label);
     this.last = meta;
     const all = (performance.now() - start) / 1000;
-    this.note(`answer in ${seconds(meta.seconds)}, shown in ${seconds(all)}`);
+    const [first, end] = meta.box?.[0] ?? [0, 0];
+    const where = end - first > 1 ? `slices ${first + 1}–${end} changed; ` : "";
+    this.note(`${where}answer in ${seconds(meta.seconds)}, shown in ${seconds(all)}`);
     return meta.has_run;
   }
 
@@ -327,6 +331,11 @@ class App {
   showSlice() {
     const bar = $("slice-bar");
     bar.hidden = !this.study || !this.scene.isVolume || this.scene.view === "3D";
+    const isVolume = Boolean(this.study && this.scene.isVolume);
+    if ($("stage").classList.contains("volume") !== isVolume) {
+      $("stage").classList.toggle("volume", isVolume);
+      this.scene.nv.resizeListener(); // at once, not after the next frame: places on the screen moved
+    }
     if (bar.hidden) return;
     const array = this.scene.across();
     const at = this.scene.place[array];
@@ -351,15 +360,23 @@ class App {
   }
 
   showBusy(text) {
+    clearInterval(this.clock);
+    const start = performance.now();
+    const tell = () => {
+      const passed = Math.floor((performance.now() - start) / 1000);
+      $("busy-text").textContent = passed > 1 ? `${text} · ${passed} s` : text;
+    };
+    tell();
+    if (text) this.clock = setInterval(tell, 1000);
     $("busy").hidden = !text;
-    $("busy-text").textContent = text;
     $("stage").classList.toggle("working", Boolean(text));
   }
 
   fillAbout() {
     const { model, note, weights, figures, reach, card } = this.about;
     const percent = (value) => `${(100 * value).toFixed(1)} %`;
-    const rows = [["Model", model], ["Weights", [note, weights.source].filter(Boolean).join("; ")]];
+    const rows = [["Model", model], ["Weights", [note, weights.note || weights.source].filter(Boolean).join("; ")]];
+    rows.push(["Licence", this.about.licence]);
     if (weights.sha256) rows.push(["SHA-256", weights.sha256]);
     if ("trained" in weights) rows.push(["Trained", weights.trained ? "yes" : "no: its masks mean nothing"]);
     if (figures.images) {

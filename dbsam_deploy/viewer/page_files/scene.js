@@ -186,6 +186,8 @@ export class Scene {
   }
 
   setView(name) {
+    // In 3D the body is a veil, through which the masks are seen.
+    if ((name === "3D") !== (this.view === "3D") && this.isVolume) this.nv.setOpacity(0, name === "3D" ? 0.25 : 1);
     this.view = name;
     const index = PLANES.indexOf(name);
     this.nv.setSliceType(index >= 0 ? index : name === "four" ? MULTI : RENDER);
