@@ -311,19 +311,18 @@ class Model:
     ) -> Segmentation:
         """Named objects, carried through a volume; see `volumes.study.segment_study`."""
         told: dict[str, Any] = {"progress": progress, "say": say}
-        with self._lock:
-            return segment_study(
-                self.predictor,
-                volume,
-                spec,
-                model=self.describe(),
-                weights=self.weights_key,
-                note=self.note,
-                fractions=fractions,
-                checkpoint=checkpoint,
-                turns=self._lock,
-                **{name: call for name, call in told.items() if call is not None},
-            )
+        return segment_study(
+            self.predictor,
+            volume,
+            spec,
+            model=self.describe(),
+            weights=self.weights_key,
+            note=self.note,
+            fractions=fractions,
+            checkpoint=checkpoint,
+            turns=self._lock,  # of each slice, so that other calls go between
+            **{name: call for name, call in told.items() if call is not None},
+        )
 
     def embedding(self, image: ImageLike = _OF_SET_IMAGE) -> FloatArray:
         """The encoder's output for an image, (1, 256, G, G); computed if it is not kept.
