@@ -169,6 +169,7 @@ def export(
         decoder_weights=options.decoder_weights,
         weights=options.weights,
         weights_key=options.weights_key,
+        adapter=options.adapter,
     )
 
     def say(text: str) -> None:

@@ -227,6 +227,7 @@ def _start_model(recipe: TrainingRecipe, options: TrainOptions) -> LoadedModel:
         image_size=recipe.image_size,
         weights=options.weights,
         weights_key=options.weights_key,
+        adapter=options.adapter,
     )
 
 

@@ -57,6 +57,16 @@ def test_a_click_finds_the_object_that_the_decoder_alone_does_not():
     np.testing.assert_array_equal(masks[0], blocks(OTHER))
 
 
+def test_boxes_are_tried_where_the_image_lies_in_the_models_frame():
+    decoder, size = BoxTrainedDecoder(blocks(OBJECT, OTHER)), (128, 128)  # the model sees half
+    coords, labels = join_prompts(
+        size, point_coords=np.array([[[51.0, 41.0]]]), point_labels=np.array([[1]])
+    )
+    plan = planned_sets(*(coords, labels, None, None, size, HOW), tokens=SINGLE, rules=BOX_TRAINED)
+    low, _ = plan.decoded(range(1), decoder, PromptAdapter(HOW, size, decoder))
+    np.testing.assert_array_equal(low[0, 0] > 0, blocks(OBJECT))
+
+
 def test_a_bounded_number_of_boxes_is_decoded_at_once():
     for at_once in (8, 3):
         decoder = BoxTrainedDecoder(blocks(OBJECT))
@@ -82,9 +92,11 @@ def test_every_answer_holds_the_click_where_anything_is_found(rng):
 
 def test_a_point_outside_keeps_the_search_off_it():
     decoder = BoxTrainedDecoder(blocks((10, 10, 50, 50)))
-    masks, _, _ = answer(decoder, points=[(20.5, 20.5), (45.5, 20.5)], labels=[1, 0])
+    alone, _, _ = answer(decoder, points=[(20.5, 20.5)])
+    assert alone[0, 20, 27]
+    masks, _, _ = answer(decoder, points=[(20.5, 20.5), (27.5, 20.5)], labels=[1, 0])
     assert masks[0, 20, 20]
-    assert not masks[0, 20, 45]
+    assert not masks[0, 20, 27]
 
 
 def test_alternatives_differ_and_the_surest_comes_first():
