@@ -38,9 +38,9 @@ examples:
 """
 
 _ROWS = {
-    "first": "a click in the object, no box",
-    "past_box": "a box that misses a third, a click on that",
-    "in_box": "a box a third too large, a click outside",
+    "first": "click, no box",
+    "past_box": "click past a box",
+    "in_box": "click outside, in a box",
 }
 
 
@@ -71,8 +71,8 @@ def _answers(answers: Answers) -> tuple[str, str]:
 def figures_table(figures: PointFigures, title: str) -> Table:
     """One row for each kind of prompt."""
     table = Table(title=title, caption=f"Dice of the objects' own boxes: {figures.tight:.3f}")
-    table.add_column("prompt")
-    for column in ("objects", "without click", "decoder", "obeyed", "boxes tried", "obeyed"):
+    table.add_column("prompt", no_wrap=True)
+    for column in ("objects", "box alone", "decoder", "obeyed", "boxes tried", "obeyed"):
         table.add_column(column, justify="right")
     table.add_column("better")
     for kind, one in figures.kinds.items():

@@ -17,8 +17,7 @@ from .contract import BOXES, MAX_PROMPTS, NUM_MASK_TOKENS, decoder_spec, prompt_
 from .imaging import Arrays, FloatArray, Preprocessing, logit_at, postprocess, to_model_frame
 from .masks import mask_box
 from .point_search import (
-    ASPECTS,
-    SIZES,
+    MOST_BOXES,
     Boxes,
     boxes_around,
     boxes_beside,
@@ -32,7 +31,7 @@ from .prompts import TOP_LEFT, join_prompts, set_feed
 AT_ONCE = 8
 """Boxes that a decoder gets at once, unless a server is told otherwise: the memory it takes is
 bounded, and no bit of an answer depends on where it was computed."""
-MAX_SEARCHES = MAX_PROMPTS // (len(SIZES) * len(ASPECTS))
+MAX_SEARCHES = MAX_PROMPTS // MOST_BOXES
 """Prompt sets of which a server searches each in one request: no more is decoded than for boxes."""
 ALTERNATIVES = NUM_MASK_TOKENS - 1
 _SAME = 0.8

@@ -20,7 +20,7 @@ from .onnxruntime_providers import (
 )
 from .session import OPENED_LATER, Feed, Found, check_contract, check_feed
 
-_MANY = 8
+_MANY = 12
 """Prompts, of 40 MiB each at SAM's size, up to which a run's memory is kept for the next one."""
 
 

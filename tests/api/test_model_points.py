@@ -66,7 +66,7 @@ def test_a_point_works_whatever_it_is_asked_through(searched, image, answers):
 
 
 def test_many_points_are_many_objects(searched, image):
-    places = np.stack(np.meshgrid(np.arange(5, 60, 10.0), [12.5, 30.5]), -1).reshape(-1, 1, 2)
+    places = np.stack(np.meshgrid(np.arange(5, 60, 8.0), [8.5, 19.5, 30.5]), -1).reshape(-1, 1, 2)
     assert len(places) == MAX_SEARCHES
     places = np.concatenate([places, places + 3])
     with db.load(searched.folder) as model:

@@ -52,9 +52,19 @@ def test_a_click_finds_the_object_that_the_decoder_alone_does_not():
     masks, iou, plan = answer(decoder, points=[(25.5, 20.5)])
     np.testing.assert_array_equal(masks[0], blocks(OBJECT))
     assert iou == 1
-    assert plan.work == 21
+    assert plan.work == 8
     masks, _, _ = answer(decoder, points=[(50, 50), (58.5, 58.5)])
     np.testing.assert_array_equal(masks[0], blocks(OTHER))
+
+
+def test_boxes_are_tried_where_the_image_lies_in_the_models_frame():
+    decoder, size = BoxTrainedDecoder(blocks(OBJECT, OTHER)), (128, 128)  # the model sees half
+    coords, labels = join_prompts(
+        size, point_coords=np.array([[[51.0, 41.0]]]), point_labels=np.array([[1]])
+    )
+    plan = planned_sets(*(coords, labels, None, None, size, HOW), tokens=SINGLE, rules=BOX_TRAINED)
+    low, _ = plan.decoded(range(1), decoder, PromptAdapter(HOW, size, decoder))
+    np.testing.assert_array_equal(low[0, 0] > 0, blocks(OBJECT))
 
 
 def test_a_bounded_number_of_boxes_is_decoded_at_once():
@@ -64,7 +74,7 @@ def test_a_bounded_number_of_boxes_is_decoded_at_once():
         assert masks.any()
         assert {graph for graph, _ in decoder.asked} == {"decoder"}
         counts = [count for _, count in decoder.asked]
-        assert sum(counts) == 21
+        assert sum(counts) == 8
         assert max(counts) == at_once
 
 
@@ -82,9 +92,11 @@ def test_every_answer_holds_the_click_where_anything_is_found(rng):
 
 def test_a_point_outside_keeps_the_search_off_it():
     decoder = BoxTrainedDecoder(blocks((10, 10, 50, 50)))
-    masks, _, _ = answer(decoder, points=[(20.5, 20.5), (45.5, 20.5)], labels=[1, 0])
+    alone, _, _ = answer(decoder, points=[(20.5, 20.5)])
+    assert alone[0, 20, 27]
+    masks, _, _ = answer(decoder, points=[(20.5, 20.5), (27.5, 20.5)], labels=[1, 0])
     assert masks[0, 20, 20]
-    assert not masks[0, 20, 45]
+    assert not masks[0, 20, 27]
 
 
 def test_alternatives_differ_and_the_surest_comes_first():
@@ -194,8 +206,8 @@ def request(count: int) -> dict[str, np.ndarray]:
 
 def test_a_request_decodes_no_more_than_one_of_boxes():
     assert read_prompts(request(MAX_SEARCHES), SIZE, HOW, BOX_TRAINED).work <= MAX_PROMPTS
-    with pytest.raises(InputError, match=r"13 prompt sets .* 273 boxes .* at most 256"):
-        read_prompts(request(MAX_SEARCHES + 1), SIZE, HOW, BOX_TRAINED)
+    with pytest.raises(InputError, match=r"33 prompt sets .* 264 boxes .* at most 256"):
+        read_prompts(request(33), SIZE, HOW, BOX_TRAINED)
     assert read_prompts(request(MAX_PROMPTS), SIZE, HOW).work == MAX_PROMPTS
     raw = {**request(MAX_PROMPTS), "adapt_points": np.zeros(1, np.uint8)}
     assert read_prompts(raw, SIZE, HOW, BOX_TRAINED).work == MAX_PROMPTS

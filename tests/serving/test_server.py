@@ -135,21 +135,7 @@ def test_a_server_at_any_path_leaves_no_process_memory_or_file(
 
 
 @pytest.mark.triton
-def test_stopping_cleans_up_after_a_killed_server(tiny_repository, server_environment, tmp_path):
-    server = TritonServer(
-        tiny_repository.folder, server_environment, log=tmp_path / "log", ports=FREE
-    ).start()
-    group = server.pid
-    os.kill(group, signal.SIGKILL)
-    assert wait_until(lambda: server.has_ended)
-    assert "ended by SIGKILL" in server.why_ended()
-    server.stop()
-    assert_none_left(group)
-    assert not list(SHARED_MEMORY.glob(f"{server.shared_memory_prefix}*"))
-
-
-@pytest.mark.triton
-def test_complete_configurations_survive_auto_completion(
+def test_configurations_survive_auto_completion_and_stopping_cleans_up_after_a_killed_server(
     tiny_repository, tiny_artefact, server_environment, tmp_path
 ):
     log = tmp_path / "log"
@@ -160,6 +146,13 @@ def test_complete_configurations_survive_auto_completion(
         url = f"http://{server.http_url}/v2/models/dbsam_encoder{server.ending}/config"
         with urllib.request.urlopen(url, timeout=10) as answer:
             assert b'"max_batch_size":1' in answer.read()
+        group = server.pid
+        os.kill(group, signal.SIGKILL)
+        assert wait_until(lambda: server.has_ended)
+        assert "ended by SIGKILL" in server.why_ended()
+        server.stop()
+        assert_none_left(group)
+        assert not list(SHARED_MEMORY.glob(f"{server.shared_memory_prefix}*"))
 
 
 @pytest.mark.triton

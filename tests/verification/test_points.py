@@ -41,6 +41,8 @@ def test_what_the_gate_cannot_tell_is_left_to_the_kind_of_the_weights():
     figures = compare(session, session, HOW, cases())
     for poor in (replace(figures, objects=3), replace(figures, dice=0.29)):
         assert measured_points(poor, WEIGHTS) == WEIGHTS["points"]
+    for poor in (replace(figures, points_obeyed=0.4), replace(figures, point_dice=0.4)):
+        assert rules_of(measured_points(poor, WEIGHTS)) == BOX_TRAINED
     untrained = {"trained": False, "points": usual_record("db_sam", trained=False)}
     assert rules_of(measured_points(figures, untrained)) == NATIVE
 

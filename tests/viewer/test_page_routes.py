@@ -48,12 +48,6 @@ def png(values: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-@pytest.fixture(scope="module")
-def server():
-    with running(slots=64) as started:
-        yield started
-
-
 @pytest.fixture
 def viewer(server):
     one = RawViewer(server.url, ready=False)

@@ -19,12 +19,6 @@ from dbsam_deploy.viewer.packed import pack
 SHARED = {"include_interaction": True}
 
 
-@pytest.fixture(scope="module")
-def server():
-    with running(slots=64) as started:
-        yield started
-
-
 @pytest.fixture
 def viewer(server):
     one = RawViewer(server.url)
