@@ -171,7 +171,7 @@ WEIGHTS_KINDS = ("model", "ema")
 
 
 def add_weights_choice(parser: argparse._ActionsContainer) -> None:
-    """`--weights` and `--key` (`weights_key`), wherever a weights file can be named."""
+    """`--weights`, `--key` (`weights_key`), `--adapter`, wherever a weights file can be named."""
     parser.add_argument(
         "--weights",
         choices=WEIGHTS_KINDS,
@@ -184,6 +184,12 @@ def add_weights_choice(parser: argparse._ActionsContainer) -> None:
         metavar="NAME",
         help="of a checkpoint with several models: the one below this name, as "
         "`python -m dbsam_deploy.inspect FILE` shows them",
+    )
+    parser.add_argument(
+        "--adapter",
+        type=Path,
+        metavar="PATH",
+        help="a LoRA to merge into the checkpoint: a file of SAMed, or a folder of peft",
     )
 
 

@@ -81,6 +81,7 @@ def _verify(artefact: Artefact, kind: Kind, args: argparse.Namespace) -> dict[st
         decoder_weights=args.decoder_weights,
         weights=args.weights,
         weights_key=args.weights_key,
+        adapter=args.adapter,
     )
     if loaded.weights["sha256"] != artefact.weights["sha256"]:
         raise CheckpointError(
@@ -227,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.verb == "build":
         check_options(_engine_options(args))  # before an export is looked for
     if args.verb != "inspect":
-        check_paths(args, "checkpoint", "decoder_weights", "data")
+        check_paths(args, "checkpoint", "decoder_weights", "adapter", "data")
     artefact = load_artefact(find_export(args.artefact))
     if args.artefact is None:
         say_on_stderr(export_note(artefact.folder))

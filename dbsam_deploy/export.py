@@ -39,7 +39,7 @@ from .files.publication import replace_folder, tidy
 from .files.work import WorkFolder, clear_work, work_folder
 from .fusions import fuse_file
 from .graphs.onnx_export import check_onnx, export_graph
-from .hardware import installed_versions
+from .machine.hardware import installed_versions
 from .model import DbSam
 from .model.weights import LoadedModel, load_model
 from .quantization.quantizer import Quantizer, calibration_images
@@ -169,6 +169,7 @@ def export(
         decoder_weights=options.decoder_weights,
         weights=options.weights,
         weights_key=options.weights_key,
+        adapter=options.adapter,
     )
 
     def say(text: str) -> None:

@@ -108,13 +108,14 @@ def _print_table(facts: dict[str, Any], console: Console) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; see the module's `--help`."""
     args = build_parser().parse_args(argv)
-    check_paths(args, "file")
+    check_paths(args, "file", "adapter")
     if (args.file / MANIFEST_NAME).is_file():
         facts = _of_export(args.file)
     else:
         from .model.inspection import inspect_weights  # PyTorch, which an export does not need
 
-        facts = inspect_weights(args.file, weights=args.weights, key=args.weights_key)
+        names = {"weights": args.weights, "key": args.weights_key, "adapter": args.adapter}
+        facts = inspect_weights(args.file, **names)
     if args.json:
         print(json.dumps(facts, indent=2))
     else:

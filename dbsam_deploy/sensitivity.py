@@ -76,7 +76,7 @@ def find_exclusions(
             f"{options.precision} quantises no activations, so there is nothing to choose; use "
             "--precision int8 or fp8"
         )
-    names = ("variant", "checkpoint", "image_size", "weights", "weights_key")
+    names = ("variant", "checkpoint", "image_size", "weights", "weights_key", "adapter")
     loaded = load_model(**{name: getattr(options, name) for name in names})
     bars = progress_bars(console)
     quantizer = Quantizer.of(loaded, recipe, images, options.budget, bars)

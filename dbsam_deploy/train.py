@@ -27,7 +27,7 @@ from .evaluation import build_protocol, evaluate, find_cases, read_cases
 from .extras import require
 from .files.atomic import write_atomically, writing_to
 from .files.locks import one_writer
-from .hardware import installed_versions
+from .machine.hardware import installed_versions
 from .model import DbSam
 from .model.checkpoint import write_checkpoint
 from .model.weights import LoadedModel, fresh_model, load_model
@@ -227,6 +227,7 @@ def _start_model(recipe: TrainingRecipe, options: TrainOptions) -> LoadedModel:
         image_size=recipe.image_size,
         weights=options.weights,
         weights_key=options.weights_key,
+        adapter=options.adapter,
     )
 
 

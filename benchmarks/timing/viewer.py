@@ -47,14 +47,17 @@ class ServerProcess:
 
     def wait_until_idle(self) -> None:
         """Return once it computes nothing: all slices are encoded."""
-        ticks = self._ticks()
-        while (now := (time.sleep(1), self._ticks())[1]) - ticks > 5:
-            ticks = now
+        before, now = -1.0, self.cpu_seconds
+        while now - before > 0.05:
+            time.sleep(2)
+            before, now = now, self.cpu_seconds
 
-    def _ticks(self) -> int:
+    @property
+    def cpu_seconds(self) -> float:
+        """Of all its threads so far, which other work on the machine changes little."""
         status = Path(f"/proc/{self.pid}/stat").read_text(encoding="ascii")
         words = status.rsplit(")", 1)[1].split()
-        return int(words[11]) + int(words[12])
+        return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextlib.contextmanager
@@ -111,16 +114,26 @@ class Case:
 
 @dataclass
 class Found:
-    """Dice and seconds by prompt, a number for each object."""
+    """Dice and seconds by prompt, a number for each object.
 
+    Attributes:
+        server: which is asked.
+        dice: with the truth.
+        seconds: until the answer was there.
+        cpu_seconds: of the server meanwhile.
+    """
+
+    server: ServerProcess
     dice: dict[str, list[float]] = field(default_factory=dict)
     seconds: dict[str, list[float]] = field(default_factory=dict)
+    cpu_seconds: dict[str, list[float]] = field(default_factory=dict)
 
     def timed(self, prompt: str, ask: Callable[[], object]) -> None:
         """Ask, and keep the time."""
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), self.server.cpu_seconds
         ask()
         self.seconds.setdefault(prompt, []).append(time.perf_counter() - start)
+        self.cpu_seconds.setdefault(prompt, []).append(self.server.cpu_seconds - cpu)
 
     def compare(self, prompt: str, found: npt.NDArray[np.uint8], truth: Bits) -> None:
         """Keep the Dice of a mask with the truth."""
@@ -178,7 +191,7 @@ def ask_all(client: Client, truth: Bits, found: Found) -> None:
 
 def measure(server: ServerProcess, case: Case, most: int, first: int) -> Found:
     """All prompts for the objects of a case; `first` of them are asked before it is encoded."""
-    objects, found = case.objects(most), Found()
+    objects, found = case.objects(most), Found(server)
     with Client(server_url=server.url, read_timeout=PATIENCE_S) as client:
         for number, truth in enumerate(objects[:first]):
             ask_first(client, case, truth, number + 1, found)
@@ -235,13 +248,14 @@ def table(case: Case, found: Found) -> str:
         if prompt in found.seconds:
             dice = found.dice.get(prompt, [])
             middle, high = np.percentile(found.seconds[prompt], [50, 95])
+            cpu = np.median(found.cpu_seconds[prompt])
             said = f"{np.mean(dice):.3f} | {min(dice):.3f}" if dice else " | "
-            lines.append(f"| {prompt} | {said} | {middle:.2f} | {high:.2f} |")
+            lines.append(f"| {prompt} | {said} | {middle:.2f} | {high:.2f} | {cpu:.2f} |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Print Dice (mean, least) and seconds (p50, p95) of each file, and the server's memory."""
+    """Print Dice (mean, least), seconds (p50, p95), CPU seconds (p50), and the server's memory."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "files",

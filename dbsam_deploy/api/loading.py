@@ -62,6 +62,7 @@ def load(
     decoder_weights: str | Path | None = None,
     weights: str | None = None,
     weights_key: str | None = None,
+    adapter: str | Path | None = None,
     preprocess: Mode | None = None,
     runtime_precision: str | None = None,
     engine_cache: str | Path | None = None,
@@ -78,11 +79,11 @@ def load(
         decoder_weights: prompt encoder and mask decoder of their own, for weights.
         weights: `model` or `ema`, of a weights file with the weights and their moving average.
         weights_key: name of the model, of a weights file with several.
+        adapter: a LoRA to merge into the weights file: a file of SAMed, or a folder of peft.
         preprocess: another mode than the model's own: `sam`, `medsam` or `lite_medsam`.
         runtime_precision: `float32` or `bfloat16`, for OpenVINO.
         engine_cache: folder that keeps engines and compiled models.
-        **server: for a server, see `open_server`: `shared_memory`, `timeout_s`, `retries`, `key`,
-            `access`.
+        **server: of a server, see `ServerOptions` and `open_server`.
 
     Raises:
         InputError, CheckpointError, EngineError: a source, option, runtime or device that is not.
@@ -95,12 +96,11 @@ def load(
         decoder_weights=_path("decoder_weights", decoder_weights),
         weights=weights,
         weights_key=weights_key,
+        adapter=_path("adapter", adapter),
         engine_cache=_path("engine_cache", engine_cache),
         runtime_precision=runtime_precision,
         preprocess=preprocess,
     )
-    if unknown := sorted(server.keys() - ServerOptions.__annotations__.keys()):
-        raise TypeError(f"load() got an unexpected keyword argument {unknown[0]!r}")
     return _open(source, options, backend, **server)
 
 
@@ -108,6 +108,8 @@ def _open(
     source: str | Path | None, options: ModelOptions, backend: str | None, **served: Any
 ) -> Model:
     """What `load` opens; `served` are the options of a server."""
+    if unknown := sorted(served.keys() - ServerOptions.__annotations__.keys()):
+        raise TypeError(f"load() got an unexpected keyword argument {unknown[0]!r}")
     _check_kinds(options, backend, served.get("timeout_s"))
     if source is not None and "://" in str(source):
         scheme, address = _address(str(source), options, backend)

@@ -13,13 +13,18 @@ from .checkpoint import Checkpoint, Selected, select
 from .contents import FoundTensor, about, find_models, flatten
 from .fitting import StateDict, differences, fit_tensors, interpolate_position
 from .layouts import own_names
+from .lora import adapter_file, has_adapters, merge_adapter, merge_in_place
 from .pickles import StoredTensor
 from .weight_files import WeightsFile, inspect_line, open_weights
 from .weights import ADAPTER, infer_fusion, infer_variant, trained_size
 
 
 def inspect_weights(
-    path: Path, *, weights: str | None = None, key: str | None = None
+    path: Path,
+    *,
+    weights: str | None = None,
+    key: str | None = None,
+    adapter: Path | None = None,
 ) -> dict[str, Any]:
     """Facts about a weights file.
 
@@ -27,6 +32,7 @@ def inspect_weights(
         path: a file, or a folder that Hugging Face's libraries wrote.
         weights: see `read_checkpoint`.
         key: see `read_checkpoint`.
+        adapter: see `load_model`.
 
     Returns:
         `file`, `form`, `bytes`, `sha256`, `models` (prefix → what it has), and of the one that
@@ -47,7 +53,7 @@ def inspect_weights(
     }
     refused = []
     try:
-        facts |= _of_model(file, weights, key)
+        facts |= _of_model(file, weights, key, adapter)
         refused.append(facts["refused"])
     except (CheckpointError, InputError) as error:
         refused.append(error.message.removesuffix(f"; {inspect_line(path)}"))
@@ -66,14 +72,21 @@ def _models(file: WeightsFile) -> dict[str, str]:
     return {model.label: about(model.tensors) for model in found}
 
 
-def _of_model(file: WeightsFile, weights: str | None, key: str | None) -> dict[str, Any]:
+def _of_model(
+    file: WeightsFile, weights: str | None, key: str | None, adapter: Path | None
+) -> dict[str, Any]:
     """Facts about the model that would be loaded.
 
     Raises:
         CheckpointError: none would be, or one of a family that is not known.
     """
     selected = select(file, weights, key)
-    tensors = own_names(_descriptions(selected))
+    stored = own_names(_descriptions(selected))
+    lora = has_adapters(stored) or adapter is not None
+    tensors = merge_in_place(f"checkpoint {file.path}", stored) if adapter is None else stored
+    if adapter is not None:
+        found = select(open_weights(adapter_file(adapter)))
+        tensors = merge_adapter(stored, own_names(_descriptions(found)), adapter)
     facts: dict[str, Any] = {
         "model": selected.model.label,
         "layout": selected.layout,
@@ -89,7 +102,7 @@ def _of_model(file: WeightsFile, weights: str | None, key: str | None) -> dict[s
         "variant": variant,
         "family": _FAMILIES.get(variant, "DB-SAM"),
         "image_size": size or VARIANTS[variant].image_size,
-        "adapters": _adapters(tensors),
+        "adapters": _adapters(tensors) + ["LoRA, merged when it is loaded"] * lora,
         "differences": missing,
         "refused": f"it does not fit {variant}" if missing else "",
     }

@@ -19,6 +19,7 @@ from . import VARIANTS, DbSam, build_model
 from .checkpoint import Checkpoint, hash_tensors, read_checkpoint
 from .config import Fusion
 from .fitting import StateDict, check_fit, fit_tensors, interpolate_position
+from .lora import adapter_file, has_adapters, merge_adapter, merge_in_place
 from .weight_files import inspect_line
 
 LITE_MEDSAM = "lite_medsam"
@@ -59,6 +60,7 @@ def load_model(
     decoder_weights: Path | None = None,
     weights: str | None = None,
     weights_key: str | None = None,
+    adapter: Path | None = None,
 ) -> LoadedModel:
     """Build a variant and load its weights.
 
@@ -74,6 +76,7 @@ def load_model(
             and embedding scale, see `fresh_model`.
         weights: `model` or `ema`, where the checkpoint has both.
         weights_key: prefix of the model, where the checkpoint has several.
+        adapter: LoRA that is merged into the checkpoint: a file of SAMed, or a folder of peft.
 
     Raises:
         CheckpointError: see `read_checkpoint` and `check_fit`.
@@ -81,8 +84,9 @@ def load_model(
     """
     if checkpoint is None and decoder_weights is None:
         checkpoint = _own_checkpoint(variant or DEFAULT_VARIANT)
-    if checkpoint is None and (weights or weights_key):
-        raise CheckpointError("--weights and --key choose within a file: name it with --checkpoint")
+    if checkpoint is None and (weights or weights_key or adapter):
+        what = "--adapter belongs to" if adapter else "--weights and --key choose within"
+        raise CheckpointError(f"{what} a file: name it with --checkpoint")
     if checkpoint is None:
         return fresh_model(variant or DEFAULT_VARIANT, image_size, decoder_weights)
     if decoder_weights is not None:
@@ -91,7 +95,21 @@ def load_model(
             "encoder: leave out --decoder-weights"
         )
     found = read_checkpoint(checkpoint, weights=weights, key=weights_key)
-    return _from_checkpoint(found, variant, image_size)
+    return _from_checkpoint(_merged(found, adapter), variant, image_size)
+
+
+def _merged(found: Checkpoint, adapter: Path | None) -> Checkpoint:
+    """A checkpoint with its own adapters of low rank, or another file's, in the weights."""
+    if adapter is not None:
+        added = read_checkpoint(adapter_file(adapter)).tensors
+        tensors = merge_adapter(found.tensors, added, adapter)
+        note = f"with the LoRA {adapter.name}"
+    elif has_adapters(found.tensors):
+        tensors = merge_in_place(f"checkpoint {found.path}", found.tensors)
+        note = "its LoRA is merged"
+    else:
+        return found
+    return replace(found, tensors=tensors, notes=(note, *found.notes))
 
 
 def _from_checkpoint(found: Checkpoint, variant: str | None, image_size: int | None) -> LoadedModel:

@@ -46,6 +46,7 @@ class ExportOptions:
         decoder_weights: prompt encoder and mask decoder for a fresh encoder, without a checkpoint.
         weights: `model` or `ema`, of a checkpoint with both.
         weights_key: name of the model, of a checkpoint with several.
+        adapter: LoRA that is merged into the checkpoint.
         data: folder of npz cases for the parity gate, None for the bundled examples.
         data_images: images of `data` that are compared, None for the recipe's number.
         output: folder for everything that is written.
@@ -63,6 +64,7 @@ class ExportOptions:
     decoder_weights: Path | None = None
     weights: str | None = None
     weights_key: str | None = None
+    adapter: Path | None = None
     data: Path | None = None
     data_images: int | None = None
     output: Path = Path("build")
@@ -130,7 +132,7 @@ def parse_words(argv: list[str] | None) -> argparse.Namespace:
         InputError: an image size that no graph has, or images that the recipe needs or cannot use.
     """
     words = build_parser().parse_args(argv)
-    check_paths(words, "checkpoint", "decoder_weights", "data", "calibration")
+    check_paths(words, "checkpoint", "decoder_weights", "adapter", "data", "calibration")
     if words.image_size is not None:
         check_image_size(words.image_size)
     calibration_plan(load_recipe(words.precision), words.calibration, words.budget)

@@ -42,6 +42,7 @@ class SensitivityOptions:
     image_size: int | None = None
     weights: str | None = None
     weights_key: str | None = None
+    adapter: Path | None = None
     output: Path = Path("build/sensitivity")
     wait: bool = True
 
@@ -49,7 +50,15 @@ class SensitivityOptions:
 def export_command(options: SensitivityOptions) -> str:
     """The command that exports what was swept, with the layers that the sweep leaves out."""
     words = [f"--precision {options.precision}", f"--budget {options.budget:g}"]
-    names = ("calibration", "checkpoint", "variant", "image_size", "weights", "weights_key")
+    names = (
+        "calibration",
+        "checkpoint",
+        "variant",
+        "image_size",
+        "weights",
+        "weights_key",
+        "adapter",
+    )
     given = {name: getattr(options, name) for name in names}
     words += [
         f"--{name.removeprefix('weights_').replace('_', '-')} {shlex.quote(str(value))}"
@@ -100,7 +109,7 @@ def parse_words(argv: list[str] | None) -> argparse.Namespace:
         InputError: an image size that no graph has, no images, or an impossible budget.
     """
     words = build_parser().parse_args(argv)
-    check_paths(words, "checkpoint", "calibration")
+    check_paths(words, "checkpoint", "adapter", "calibration")
     if words.image_size is not None:
         check_image_size(words.image_size)
     calibration_plan(load_recipe(words.precision), words.calibration, words.budget)

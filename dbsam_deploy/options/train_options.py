@@ -44,6 +44,7 @@ class TrainOptions:
         decoder_weights: prompt encoder and mask decoder of a fresh start.
         weights: `model` or `ema`, of a checkpoint with both.
         weights_key: name of the model, of a checkpoint with several.
+        adapter: LoRA that is merged into the checkpoint.
         teacher_weights: the teacher's file.
         teacher: None: the recipe's; `none`: leave the distillation out.
         freeze: what the last phase keeps fixed, None: the recipe's; see `Phase`.
@@ -63,6 +64,7 @@ class TrainOptions:
     decoder_weights: Path | None = None
     weights: str | None = None
     weights_key: str | None = None
+    adapter: Path | None = None
     teacher_weights: Path | None = None
     teacher: str | None = None
     freeze: str | None = None
@@ -125,6 +127,6 @@ def parse_words(argv: list[str] | None) -> argparse.Namespace:
     words = build_parser().parse_args(argv)
     words.window = reading_of(words).window
     check_paths(words, "data", "split", "unlabelled")
-    check_paths(words, "checkpoint", "decoder_weights", "teacher_weights")
+    check_paths(words, "checkpoint", "decoder_weights", "teacher_weights", "adapter")
     find_training_recipe(words.recipe)
     return words

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 RUNTIME_PRECISIONS = ("float32", "bfloat16")
 PYTORCH_OPTIONS = (
     *("variant", "checkpoint", "image_size", "decoder_weights"),
-    *("weights", "weights_key"),
+    *("weights", "weights_key", "adapter"),
 )
 
 
@@ -42,6 +42,7 @@ class ModelOptions:
         decoder_weights: weights of the prompt encoder and mask decoder alone.
         weights: `model` or `ema`, of a weights file with both.
         weights_key: name of the model, of a weights file with several.
+        adapter: LoRA that is merged into the weights file.
         engine_cache: folder that keeps engines and compiled models.
         runtime_precision: one of `RUNTIME_PRECISIONS`.
         preprocess: a mode of `imaging.MODES` in place of the model's own.
@@ -57,6 +58,7 @@ class ModelOptions:
     decoder_weights: Path | None = None
     weights: str | None = None
     weights_key: str | None = None
+    adapter: Path | None = None
     engine_cache: Path | None = None
     runtime_precision: str | None = None
     preprocess: Mode | None = None

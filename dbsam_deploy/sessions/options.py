@@ -187,5 +187,5 @@ def model_options(args: argparse.Namespace) -> ModelOptions:
     if any(
         backend.name == args.backend and "checkpoint" in backend.options for backend in BACKENDS
     ):
-        check_paths(args, "checkpoint", "decoder_weights")
+        check_paths(args, "checkpoint", "decoder_weights", "adapter")
     return options

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import math
@@ -93,7 +94,7 @@ class ViewerServer:
         self.leases, self.about, self.max_voxels = leases, about, max_voxels
         self.reception = Reception(key, audit)
         self._sweeper: asyncio.Task[None] | None = None
-        self._converting = asyncio.Lock()  # an image takes three times its bytes meanwhile
+        self._converting = asyncio.Lock()  # what is large takes several times its bytes
         self.app = FastAPI(openapi_url=None, redirect_slashes=False)
         self.add_route("GET", "/healthz", self._healthz, needs_key=False)
         self.add_route("POST", "/claim", self._claim)
@@ -237,19 +238,20 @@ class ViewerServer:
                 header = read_header(body)
                 sides = mask_place({} if is_seed else fields, header, shape)
                 take(header.nbytes)
+                runs = flag(fields, "run_prediction", not is_seed)
 
                 def work() -> Response:
                     voxels = unpack(body, header) != 0
                     if is_seed:
-                        runs = flag(fields, "run_prediction", False)
                         return _response(own.seed(SeedMark(voxels), runs=runs))
-                    runs = flag(fields, "run_prediction", True)
                     is_inside = flag(fields, "include_interaction")
                     is_lasso = request.url.path.endswith("/add_lasso_interaction")
                     brush = BrushMark("lasso" if is_lasso else "scribble", voxels, sides, is_inside)
                     return _response(own.add(brush if voxels.any() else None, runs=runs))
 
-                return await run_in_threadpool(work)
+                asks_model = runs or not is_seed  # which has turns of its own
+                async with contextlib.nullcontext() if asks_model else self._converting:
+                    return await run_in_threadpool(work)
 
     async def read_body(
         self, request: Request, limit: int, take: Callable[[int], None] | None = None
