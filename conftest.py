@@ -34,12 +34,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.browser import missing_browser
 from support.orthanc import missing_orthanc
 from timing import ratios as benchmarking
 
 from dbsam_deploy.core.errors import InputError, MissingError
 from dbsam_deploy.extras import pip_line
-from dbsam_deploy.hardware import Hardware, describe_hardware, installed_versions
+from dbsam_deploy.machine.hardware import Hardware, describe_hardware, installed_versions
 from dbsam_deploy.serving.environment import DEFAULT_FOLDER, ServerEnvironment, find_environment
 
 pytest_plugins = ["pytester", "support.random_numbers", "support.run_order"]
@@ -108,6 +109,7 @@ MISSING: dict[str, Callable[[], str]] = {
     "data": _missing_data,
     "deployment": _missing_deployment,
     "orthanc": missing_orthanc,
+    "browser": missing_browser,
     "ray": _without("ray", pip_line("cluster")),
 }
 """Marker → why its tests cannot run on this machine, or "" if they can."""

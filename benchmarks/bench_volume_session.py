@@ -19,7 +19,7 @@ from dbsam_deploy.images.volumes import Volume
 from dbsam_deploy.volumes.session import VolumePredictor
 from dbsam_deploy.volumes.stop_rules import ChainRule
 
-MOST_BYTES = 1_400_000_000
+MOST_BYTES = 1_200_000_000
 SHAPE = (400, 512, 512)
 OBJECTS = (  # centre and radii along z, y, x; its middle slice; a box there
     ((200, 250, 180), (150, 100, 90), 200, [80, 140, 280, 360]),

@@ -10,6 +10,7 @@ from typing import Any
 from .core.contract import graph_specs
 from .core.errors import InputError
 from .core.imaging import Preprocessing
+from .core.points import POINTS, record_of, rules_of
 from .files.atomic import sha256_of
 from .files.manifests import Body, ManifestKind, is_inside, is_sha256
 from .files.user_paths import user_path
@@ -57,7 +58,8 @@ class Artefact:
         precision: recipe stem, `fp32`, `fp16`, …
         preprocessing: how images enter the model.
         graphs: graph name (`encoder`, `decoder`, `prompt_decoder`) → file.
-        weights: where the weights came from: `source`, `sha256`, `trained` and a `note` for users.
+        weights: where the weights came from: `source`, `sha256`, `trained` and a `note` for users;
+            `points` is how they take prompts with points, see `core.points`.
         figures: measured parity, Dice and latency, as in the closing table.
         versions: library versions that made it.
         quantization: what was quantised in each graph, the excluded modules and the calibration
@@ -77,6 +79,12 @@ class Artefact:
     quantization: dict[str, Any] = field(default_factory=dict)
     key: str = ""
     inputs: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def points(self) -> dict[str, Any]:
+        """How prompts with points are answered, see `core.points.record_of`."""
+        measure = f"python -m dbsam_deploy.prompts_check {self.folder} measures it"
+        return record_of(self.weights, self.variant, measure)
 
     def path(self, graph: str) -> Path:
         """File of `graph`.
@@ -224,6 +232,8 @@ def _artefact(folder: Path, body: Body) -> Artefact:
     for name, kind in _KINDS.items():
         if not isinstance(body[name], kind):
             raise TypeError(f"{name}: a {type(body[name]).__name__}, expected {kind.__name__}")
+    if POINTS in body["weights"]:
+        rules_of(body["weights"][POINTS])
     return Artefact(folder=folder, **body)
 
 

@@ -15,7 +15,7 @@ from rich.progress import Progress, ProgressColumn, Task, TimeRemainingColumn
 from rich.text import Text
 
 from .api.loading import open_named
-from .api.pacs_command import STORED
+from .api.pacs_command import add_store_group
 from .artefact import find_export, read_artefact
 from .cli import Parser, progress_bars, run, say_on_stderr
 from .clients.access import Access
@@ -28,9 +28,9 @@ from .cohort.work import Orders, Outcome
 from .core.errors import InputError
 from .extras import check_installed
 from .files.locks import one_writer
-from .hardware import describe_hardware, memory_gib
+from .machine.hardware import describe_hardware, memory_gib
 from .outputs.files import ENDINGS
-from .pacs.address import PacsAddress, add_pacs_options, named_pacs_access, service_url
+from .pacs.address import PacsAddress, named_pacs_access, service_url
 from .sessions.backends import find_backend
 from .sessions.options import TRITON, add_model_options, add_server_options, model_options
 from .volumes.prompt_file import read_prompt_file
@@ -100,13 +100,7 @@ def _add_pacs_options(group: argparse._ArgumentGroup) -> None:
         help="the PACS whose studies a CSV may name: dicomweb://host:port/prefix, dicomwebs:// for "
         "TLS; no other is asked",
     )
-    group.add_argument(
-        "--store",
-        action="store_true",
-        help=f"put what is found into the PACS, too: {STORED[0]} unless --format names "
-        f"{' or '.join(STORED[1:])}",
-    )
-    add_pacs_options(group)
+    add_store_group(group)
 
 
 def _add_work_options(work: argparse._ArgumentGroup) -> None:

@@ -13,6 +13,7 @@ from .cli import (
     HelpFormatter,
     Parser,
     add_no_wait,
+    add_weights_choice,
     as_called,
     check_paths,
     run,
@@ -78,6 +79,9 @@ def _verify(artefact: Artefact, kind: Kind, args: argparse.Namespace) -> dict[st
         checkpoint=args.checkpoint,
         image_size=artefact.preprocessing.image_size,
         decoder_weights=args.decoder_weights,
+        weights=args.weights,
+        weights_key=args.weights_key,
+        adapter=args.adapter,
     )
     if loaded.weights["sha256"] != artefact.weights["sha256"]:
         raise CheckpointError(
@@ -150,6 +154,7 @@ def _add_reference_options(parser: Parser) -> None:
         "--checkpoint", type=Path, help="the weights that were exported, if not the library's own"
     )
     group.add_argument("--decoder-weights", type=Path, help="as given to the export")
+    add_weights_choice(group)
     group.add_argument("--data", type=Path, help="folder of npz cases; default: bundled")
 
 
@@ -223,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.verb == "build":
         check_options(_engine_options(args))  # before an export is looked for
     if args.verb != "inspect":
-        check_paths(args, "checkpoint", "decoder_weights", "data")
+        check_paths(args, "checkpoint", "decoder_weights", "adapter", "data")
     artefact = load_artefact(find_export(args.artefact))
     if args.artefact is None:
         say_on_stderr(export_note(artefact.folder))

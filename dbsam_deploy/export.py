@@ -29,6 +29,7 @@ from .artefact import (
 )
 from .core.contract import graph_specs
 from .core.errors import InputError
+from .core.points import POINTS
 from .engines.build import Choice, Request, build_engines, choose_engines
 from .engines.manifest import EngineRecord
 from .files.atomic import writing_to
@@ -38,7 +39,7 @@ from .files.publication import replace_folder, tidy
 from .files.work import WorkFolder, clear_work, work_folder
 from .fusions import fuse_file
 from .graphs.onnx_export import check_onnx, export_graph
-from .hardware import installed_versions
+from .machine.hardware import installed_versions
 from .model import DbSam
 from .model.weights import LoadedModel, load_model
 from .quantization.quantizer import Quantizer, calibration_images
@@ -54,6 +55,7 @@ from .sessions.pytorch_session import PytorchSession
 from .verification.cases import Case, bundled_examples, load_cases
 from .verification.engine_parity import unverified_here, verify_engines
 from .verification.parity import Figures, check_gate, compare
+from .verification.points import measured_points
 from .verification.report import closing_table
 
 
@@ -165,6 +167,9 @@ def export(
         checkpoint=options.checkpoint,
         image_size=options.image_size,
         decoder_weights=options.decoder_weights,
+        weights=options.weights,
+        weights_key=options.weights_key,
+        adapter=options.adapter,
     )
 
     def say(text: str) -> None:
@@ -230,7 +235,8 @@ def _make_artefact(job: _Job, bars: Progress, say: Callable[[str], None]) -> Art
             progress=lambda name: step(f"compared {name}"),
         )
     check_gate(figures, job.recipe.gate, f"{job.recipe.precision} {draft.variant}")
-    draft = replace(draft, figures=figures.as_dict())
+    weights = {**draft.weights, POINTS: measured_points(figures, draft.weights)}
+    draft = replace(draft, figures=figures.as_dict(), weights=weights)
     work.close([item.file for item in draft.graphs.values()])
     write_artefact(draft)
     replace_folder(work.files, folder)
@@ -320,6 +326,7 @@ GATE_MODULES = (
     "sessions.onnxruntime_session",
     "verification.cases",
     "verification.parity",
+    "verification.points",
 )
 """What the figures come from, likewise."""
 _TRACED = ("torch", "segment-anything", "onnx", "onnxscript", "onnx-ir", "numpy")

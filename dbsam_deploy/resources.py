@@ -15,6 +15,9 @@ VARIANT_NAMES = (
 )
 """The model variants, for command lines that have not loaded PyTorch; `model.VARIANTS` has them."""
 
+WEIGHTS_IN_FOLDERS = ("model.safetensors", "pytorch_model.bin")
+"""The weights in a folder that Hugging Face's libraries write."""
+
 _PACKAGE = Path(__file__).resolve().parent
 
 

@@ -76,9 +76,8 @@ def find_exclusions(
             f"{options.precision} quantises no activations, so there is nothing to choose; use "
             "--precision int8 or fp8"
         )
-    loaded = load_model(
-        variant=options.variant, checkpoint=options.checkpoint, image_size=options.image_size
-    )
+    names = ("variant", "checkpoint", "image_size", "weights", "weights_key", "adapter")
+    loaded = load_model(**{name: getattr(options, name) for name in names})
     bars = progress_bars(console)
     quantizer = Quantizer.of(loaded, recipe, images, options.budget, bars)
     place, scratch = options.output, options.output / Quantizer.SCRATCH

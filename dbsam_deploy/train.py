@@ -27,7 +27,7 @@ from .evaluation import build_protocol, evaluate, find_cases, read_cases
 from .extras import require
 from .files.atomic import write_atomically, writing_to
 from .files.locks import one_writer
-from .hardware import installed_versions
+from .machine.hardware import installed_versions
 from .model import DbSam
 from .model.checkpoint import write_checkpoint
 from .model.weights import LoadedModel, fresh_model, load_model
@@ -222,7 +222,12 @@ def _start_model(recipe: TrainingRecipe, options: TrainOptions) -> LoadedModel:
     if options.checkpoint is None:
         return fresh_model(recipe.variant, recipe.image_size, options.decoder_weights)
     return load_model(
-        variant=recipe.variant, checkpoint=options.checkpoint, image_size=recipe.image_size
+        variant=recipe.variant,
+        checkpoint=options.checkpoint,
+        image_size=recipe.image_size,
+        weights=options.weights,
+        weights_key=options.weights_key,
+        adapter=options.adapter,
     )
 
 

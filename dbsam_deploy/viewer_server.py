@@ -6,18 +6,26 @@ import argparse
 import logging
 import os
 import re
+import signal
 import sys
+from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .api.loading import load
 from .api.model import Model
+from .artefact import find_export, read_artefact
 from .cli import Parser, run, say_on_stderr
 from .core.errors import InputError
 from .extras import check_installed
 from .files.regular import small_text
 from .images.intensity import window_range
+from .resources import resource_dir
 from .sessions.backends import LOCAL_BACKENDS
+
+if TYPE_CHECKING:
+    from .viewer.audit import AuditRules
+    from .viewer.page import PageRules
 
 DESCRIPTION = """\
 Serve a model to the viewers that speak nnInteractive's protocol.
@@ -36,6 +44,9 @@ examples:
 """
 KEY_VARIABLE = "DBSAM_VIEWER_KEY"
 """Of the environment: the key, where no file is named."""
+KEEP_ALIVE_S = 75
+"""Of a connection that stands idle: the clients' libraries hang up first, after 5 s, so that no
+request meets a connection that ends."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _CT_TEXT = "CT by the soft-tissue window, other images by percentiles"
 
@@ -54,6 +65,7 @@ def build_parser() -> Parser:
     parser.add_argument("--variant", metavar="NAME", help="of a weights file, see predict")
     _add_answers(parser.add_argument_group("answers"))
     _add_network(parser.add_argument_group("network"))
+    _add_audit(parser.add_argument_group("audit"))
     return parser
 
 
@@ -96,10 +108,32 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
         "--key-file",
         type=Path,
         metavar="FILE",
-        help=f"key that viewers must name (default: {KEY_VARIABLE} of the environment)",
+        help="key that viewers must name, or several as NAME KEY in each line (default: "
+        f"{KEY_VARIABLE} of the environment)",
     )
     group.add_argument(
         "--api-key", metavar="KEY", help="the key itself, which other users of this machine can see"
+    )
+
+
+def _add_audit(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--audit-log",
+        type=Path,
+        metavar="FILE",
+        help="who did what with which image, as JSON lines",
+    )
+    group.add_argument(
+        "--audit-lenient",
+        action="store_true",
+        help="answer, with a complaint, where the audit log cannot be written (default: refuse)",
+    )
+    group.add_argument(
+        "--trust-proxy",
+        action="append",
+        default=[],
+        metavar="ADDRESS",
+        help="take X-Forwarded-User and -For from this address or network, for the audit log",
     )
 
 
@@ -129,38 +163,75 @@ def _checked(args: argparse.Namespace) -> argparse.Namespace:
         raise InputError(f"--prefix {args.prefix}: expected a path such as /nninteractive")
     if args.api_key is not None and args.key_file is not None:
         raise InputError("--api-key and --key-file: expected one of them")
+    if args.audit_log is None and (args.audit_lenient or args.trust_proxy):
+        raise InputError("--audit-lenient and --trust-proxy go with --audit-log")
     return args
 
 
-def _key(args: argparse.Namespace) -> str | None:
-    """What viewers must name, if anything.
+def read_keys(args: argparse.Namespace) -> dict[str, str]:
+    """Keys of which viewers must name one, by the names of those who have them, if there are any.
 
     Raises:
         InputError: no key in its file, or one that no header can have.
     """
-    key: str | None = args.api_key
-    if key is None:
-        key = os.environ.get(KEY_VARIABLE) or None
+    given = args.api_key if args.api_key is not None else os.environ.get(KEY_VARIABLE) or None
+    lines = [] if given is None else [["", given]]
     if args.key_file is not None:
-        key = small_text(args.key_file).strip()
-    if key is not None and not re.fullmatch(r"[!-~]+", key):
-        raise InputError("the key has another form: expected one line of ASCII without spaces")
-    if key is None and args.host not in LOOPBACK:
+        words = [line.split() for line in small_text(args.key_file).strip().split("\n")]
+        lines = [["", *line] if len(line) == 1 else line for line in words]
+    if not all(len(line) == 2 and re.fullmatch(r"[!-~]+", line[1]) for line in lines):
+        raise InputError(
+            "a key has another form: expected ASCII without spaces, alone or in lines NAME KEY"
+        )
+    keys = dict(lines)
+    if (len(lines) > 1 and "" in keys) or len(set(keys.values())) != len(lines):
+        raise InputError(f"{args.key_file}: expected each name and key once, and a name for each")
+    if not keys and args.host not in LOOPBACK:
         say_on_stderr(
             f"WARNING: whoever reaches {args.host}:{args.port} can use this server: give it a key "
             "(--key-file) and put a proxy with TLS before it"
         )
-    return key
+    return keys
 
 
-def _serve(model: Model, args: argparse.Namespace, key: str | None) -> None:
+def _audit_rules(model: Model, args: argparse.Namespace) -> AuditRules:
+    """How requests are written down, and of what model."""
+    from .viewer.audit import AuditRules, read_networks
+
+    named = {"model": model.name, "weights": str(model.weights.get("sha256") or "unknown")}
+    return AuditRules(
+        args.audit_log, named, read_networks(args.trust_proxy), not args.audit_lenient
+    )
+
+
+def _page_rules(model: Model, args: argparse.Namespace, keys: dict[str, str]) -> PageRules:
+    """What the page says of the model."""
+    from .viewer.page import CARD, PageRules
+
+    figures: dict[str, Any] = {}
+    if "://" not in str(args.model) and (args.model is None or Path(args.model).is_dir()):
+        figures = read_artefact(find_export(args.model and Path(args.model))).figures
+    told: dict[str, str] = {}
+    if CARD in str(model.weights.get("note")):
+        path = resource_dir("export") / "checkpoints" / CARD
+        told = {"card": path.read_text(encoding="utf-8"), "licence": "Apache-2.0, see the card"}
+    return PageRules(
+        model.describe(),
+        note=model.note,
+        weights=model.weights,
+        figures={k: v for k, v in figures.items() if not isinstance(v, float) or isfinite(v)},
+        only_local=not keys and args.host in LOOPBACK,
+        **told,
+    )
+
+
+def _serve(model: Model, args: argparse.Namespace, keys: dict[str, str]) -> None:
     """Answer viewers until the process is told to end."""
-    import uvicorn
-    from fastapi import FastAPI
-
     from .viewer.application import ViewerServer
+    from .viewer.audit import AuditLog
     from .viewer.carrying import measured_reach
     from .viewer.leases import LeaseRules, Leases
+    from .viewer.page import Page
     from .viewer.workspace import WorkRules, Workspace
     from .volumes.embeddings import SharedPredictor
 
@@ -172,34 +243,55 @@ def _serve(model: Model, args: argparse.Namespace, key: str | None) -> None:
     )
     window = _CT_TEXT if rules.window is None else "window {:g} {:g}".format(*rules.window)
     about = "; ".join(filter(None, [model.describe(), model.note, window]))
-    app: Any = ViewerServer(leases, about, key=key, max_voxels=args.max_voxels).app
+    audit = None if args.audit_log is None else AuditLog(_audit_rules(model, args))
+    server = ViewerServer(leases, about, key=keys, max_voxels=args.max_voxels, audit=audit)
+    Page(server, shared, rules, _page_rules(model, args, keys))
+    try:
+        _listen(server.app, args, f"{about}\n{reach} slices to each side")
+    finally:
+        if audit is not None:
+            audit.close()
+        shared.close()
+
+
+def _listen(app: Any, args: argparse.Namespace, about: str) -> None:
+    """Print where the server is, and answer there."""
+    import uvicorn
+    from fastapi import FastAPI
+
     if args.prefix:
         outer = FastAPI(openapi_url=None, redirect_slashes=False)
         outer.mount(args.prefix, app)
         app = outer
     config = uvicorn.Config(
-        app, host=args.host, port=args.port, log_level="warning", access_log=False, lifespan="off"
+        app,
+        host=args.host,
+        port=args.port,
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        proxy_headers=False,  # whose word counts is the audit log's business
+        timeout_keep_alive=KEEP_ALIVE_S,
     )
     sockets = [config.bind_socket()]
     sockets[0].listen(256)  # who comes before the first answer waits
     host = f"[{args.host}]" if ":" in args.host else args.host
     address = f"http://{host}:{sockets[0].getsockname()[1]}{args.prefix}"
-    print(f"{about}\n{reach} slices to each side\nready: {address}", flush=True)
-    try:
-        uvicorn.Server(config).run(sockets=sockets)
-    finally:
-        shared.close()
+    print(f"{about}\npage: {address}/\nready: {address}", flush=True)
+    # uvicorn raises the signal again once it has answered what it accepted: then all is closed.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    uvicorn.Server(config).run(sockets=sockets)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; see the module's `--help`."""
     args = _checked(build_parser().parse_args(argv))
-    key = _key(args)
+    keys = read_keys(args)
     check_installed("viewer", what_for="`python -m dbsam_deploy.viewer_server`")
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     logging.getLogger("dbsam_deploy.viewer").setLevel(logging.INFO)
     with load(args.model, backend=args.backend, device=args.device, variant=args.variant) as model:
-        _serve(model, args, key)
+        _serve(model, args, keys)
     return 0
 
 

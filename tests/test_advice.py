@@ -38,6 +38,7 @@ VALUES = {
     "shlex.quote(str(artefact.folder))": EXPORT,
     "shlex.quote(str(folder))": FOLDER,
     "shlex.quote(str(output))": FOLDER,
+    "shlex.quote(str(path))": FOLDER,
     "shlex.quote(str(repository))": FOLDER,
     "target": " --target sm_86,sm_120",
     **{f"pip_line('{extra.name}')": "pip install pillow" for extra in EXTRAS},  # test_extras.py
@@ -49,7 +50,7 @@ VALUES = {
 OURS = r"(?:python -m |--module )dbsam_deploy\.(?P<door>[a-z_.]*[a-z_])|\bdbsam (?P<name>[a-z]+)"
 PIP = r"(?:\{python\} -m )?\bpip (?:install|uninstall)\b"
 COORDINATE = re.compile(r"(?<=\s)[xyz][01](?=\s|$)")
-INTERNAL = {"engines.worker", "hardware", "quantization.modelopt_worker"}
+INTERNAL = {"engines.worker", "machine.hardware", "quantization.modelopt_worker"}
 """Started by the program, not by users."""
 
 
@@ -148,11 +149,12 @@ def test_our_own_command_lines_are_taken() -> None:
 
 def test_the_sweeps_advice_names_what_was_swept() -> None:
     options = SensitivityOptions(
-        "int8", Path("a folder"), 0.01, checkpoint=Path("x.pth"), image_size=256
+        "int8", Path("a folder"), 0.01, checkpoint=Path("x.pth"), image_size=256, weights_key="net"
     )
     command = export_command(options)
     parsed = whole_parser().parse_args(_words(command))
-    for name in ("precision", "calibration", "budget", "checkpoint", "variant", "image_size"):
+    names = ("precision", "calibration", "budget", "checkpoint", "variant", "image_size")
+    for name in (*names, "weights", "weights_key"):
         assert getattr(parsed, name) == getattr(options, name)
 
 

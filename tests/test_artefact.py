@@ -140,6 +140,8 @@ def test_a_graph_outside_the_folder_is_refused(
         ({"graphs": {"another": entry()}}, "some of encoder"),
         ({"graphs": {}}, "some of encoder"),
         ({"weights": None}, "weights: a NoneType, expected dict"),
+        ({"weights": {"points": {"first": "search"}}}, "points, past_box: None, expected native"),
+        ({"weights": {"points": []}}, "expected the rules of first, past_box"),
         ({"variant": 5}, "variant: a int, expected str"),
         ({"preprocessing": {"image_size": 10**40, "mode": "sam"}}, "from 64 to 2048"),
         ({"graphs": []}, "not a manifest"),

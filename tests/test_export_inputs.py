@@ -18,6 +18,7 @@ from support.toy_exports import FIGURES, Toy
 from dbsam_deploy import export as door
 from dbsam_deploy.artefact import Artefact, load_artefact
 from dbsam_deploy.core.errors import InputError
+from dbsam_deploy.core.points import usual_record
 from dbsam_deploy.engines.build import Choice
 from dbsam_deploy.engines.device import Gpu
 from dbsam_deploy.export import Stages, export, main
@@ -62,7 +63,8 @@ def test_a_publication_says_what_it_was_made_of(toy: Toy, capsys) -> None:
     artefact, made = load_artefact(toy.output / "fp32"), toy.graphs["a"]
     assert (artefact.precision, artefact.variant) == ("fp32", "lite_medsam")
     assert (artefact.preprocessing, artefact.graphs) == (made.preprocessing, made.graphs)
-    assert artefact.weights == {**made.weights, "sha256": "a"}
+    points = usual_record("x", trained=False)  # nothing is measured on these weights
+    assert artefact.weights == {**made.weights, "sha256": "a", "points": points}
     assert artefact.figures == {**FIGURES.as_dict(), "dice_drop": 0}
     assert (artefact.versions, artefact.quantization) == ({"python": "3"}, {})
     assert artefact.key == key_of(artefact.inputs)

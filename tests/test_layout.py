@@ -15,13 +15,11 @@ PACKAGE = ROOT / "dbsam_deploy"
 ORDER = (
     # what every room may use
     "core",
-    "privacy",
     "files",
-    "child_process",
     "extras",
     "cli",
     "resources",
-    "hardware",
+    "machine",
     "artefact",
     "recipe",
     # one room a stage
@@ -62,9 +60,11 @@ DOORS = {
     "engine",
     "evaluate",
     "export",
+    "inspect",
     "loadtest",
     "plugins",
     "predict",
+    "prompts_check",
     "sam_signature",
     "sensitivity",
     "serve",

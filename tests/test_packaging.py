@@ -24,7 +24,7 @@ OPTIONAL = (
 """Packages that a plain installation has not."""
 NEEDS_EXPORT = re.compile(
     r"model|graphs|fusions|files\.onnx_files|quantization|training|export|train|sensitivity|kernels\.torch_ops"
-    r"|viewer\.application"
+    r"|viewer\.(application|page)"
     r"|engines\.layers|sessions\.(fused_|cuda_graphs|cpu_graph|float_head|openvino_session)"
 )
 """Modules that work on weights or graphs; all others load in a plain installation."""
@@ -213,7 +213,7 @@ for name in json.load(sys.stdin):
     importlib.import_module(name)
 from dbsam_deploy.clients.shared_memory import SharedRegion
 from dbsam_deploy.core.errors import DbsamError
-from dbsam_deploy.hardware import describe_hardware, memory_gib
+from dbsam_deploy.machine.hardware import describe_hardware, memory_gib
 from dbsam_deploy.serving.environment import find_environment, install_environment
 assert memory_gib() == 0 and describe_hardware().cores > 0
 for call in (lambda: SharedRegion(1), find_environment, install_environment):

@@ -140,3 +140,19 @@ def test_a_bill_of_materials_is_checked_by_its_schema(chain):
     assert chain.schema_error(document) == ""
     component = {"type": "none of the kinds", "name": "x"}
     assert "none of the kinds" in chain.schema_error({**document, "components": [component]})
+
+
+def test_what_the_viewers_page_carries_is_listed_as_it_is_locked(chain, monkeypatch, tmp_path):
+    packages = chain.page_packages()
+    assert {"@niivue/niivue", "gl-matrix"} <= {one.name for one in packages}
+    assert all(chain.is_allowed(one.licence) for one in packages)
+    assert "Inside the page" in chain.notice([])
+    components = [chain.page_component(one) for one in packages]
+    assert "pkg:npm/%40niivue/niivue@0.69.0" in [one["purl"] for one in components]
+    document = {"bomFormat": "CycloneDX", "specVersion": "1.6", "version": 1}
+    assert chain.schema_error({**document, "components": components}) == ""
+    other = tmp_path / "licences.txt"
+    other.write_text("gl-matrix 1.0.0: MIT\n")
+    monkeypatch.setattr(chain, "PAGE_LICENCES", other)
+    with pytest.raises(ValueError, match=r"gl-matrix 1.0.0, the lock has 3"):
+        chain.page_packages()

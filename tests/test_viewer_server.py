@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from support.tiny_artefact import make_tiny_artefact
 
 from dbsam_deploy import viewer_server
 from dbsam_deploy.cli import run
+from dbsam_deploy.core.errors import InputError
 
 
 @pytest.mark.parametrize(
@@ -28,6 +30,9 @@ from dbsam_deploy.cli import run
         ["--api-key", "a", "--key-file", "b"],
         ["--api-key", ""],
         ["--key-file", "no_such_file"],
+        ["--key-file", __file__],
+        ["--audit-lenient"],
+        ["--trust-proxy", "10.0.0.1"],
         ["no_such_model"],
     ],
 )
@@ -39,9 +44,33 @@ def test_mistakes_are_one_line(words, capsys):
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "keys"),
+    [
+        ("sesame\n", {"": "sesame"}),
+        ("desk sesame\nnight open\n", {"desk": "sesame", "night": "open"}),
+        ("desk sesame\nopen\n", None),
+        ("desk sesame\nnight sesame\n", None),
+        ("desk sesame\ndesk open\n", None),
+        ("desk sesame please\n", None),
+        ("", None),
+    ],
+)
+def test_one_key_or_several_with_names(tmp_path, text, keys):
+    file = tmp_path / "keys"
+    file.write_text(text)
+    args = viewer_server.build_parser().parse_args(["--key-file", str(file)])
+    if keys is None:
+        with pytest.raises(InputError, match="expected"):
+            viewer_server.read_keys(args)
+    else:
+        assert viewer_server.read_keys(args) == keys
+
+
 def test_a_model_is_served_under_a_prefix_with_a_key_of_the_environment(tmp_path):
     make_tiny_artefact(tmp_path / "model")
     words = [str(tmp_path / "model"), "--port", "0", "--prefix", "/sam", "--reach", "2"]
+    words += ["--audit-log", str(tmp_path / "audit.jsonl")]
     process = subprocess.Popen(
         [sys.executable, "-m", "dbsam_deploy.viewer_server", *words],
         stdout=subprocess.PIPE,
@@ -69,6 +98,11 @@ def test_a_model_is_served_under_a_prefix_with_a_key_of_the_environment(tmp_path
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=20)
         assert "Traceback" not in err
+        acts = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+        assert [act["what"] for act in acts] == [
+            *("start", "claim", "set_image", "box", "point", "point", "release", "stop"),
+        ]
+        assert acts[1]["model"].startswith("tiny_test")
     finally:
         process.kill()
         process.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, TypedDict
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy.typing as npt
 from ..core.contract import MASK_INPUT, POINT_COORDS, POINT_LABELS
 from ..core.errors import InputError
 from ..images.arrays import as_array
+from ..images.volumes import Volume
 from ..prediction.prompts import Prompts
 
 
@@ -61,6 +63,15 @@ def prompts_of(boxes: Any, points: Any, labels: Any, mask_input: Any, boxes_3d: 
         point_labels=_array("labels", labels, 2),
         mask_input=_array(MASK_INPUT, mask_input, 3),
     )
+
+
+def own_boxes(prompts: Prompts, volume: Volume) -> Prompts:
+    """`prompts` with the boxes that the image's own file holds, if there are any."""
+    if volume.boxes is None:
+        return prompts
+    if volume.boxes.shape[1] == 6:
+        return replace(prompts, boxes_3d=volume.boxes)
+    return replace(prompts, boxes=volume.boxes)
 
 
 def _array(name: str, value: Any, axes: int) -> npt.NDArray[Any] | None:

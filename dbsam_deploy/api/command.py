@@ -25,8 +25,9 @@ from ..prediction.prompts import Prompts, check_prompts
 from ..prediction.results import Result
 from ..volumes.prompt_file import read_prompt_file
 from ..volumes.study_prompts import StudyPrompts, from_prompts
+from .arguments import own_boxes
 from .loading import open_named
-from .model import Model, own_boxes
+from .model import Model
 from .pacs_command import add_store_options, image_source, predict_in_pacs
 from .study_command import earlier_result, predict_study, slice_progress
 
@@ -67,6 +68,11 @@ def add_prompt_options(parser: argparse._ActionsContainer) -> None:
         action="append",
         help="a point inside (LABEL 1) or outside (0) the object; all points describe one object, "
         "together with the --box if there is one",
+    )
+    parser.add_argument(
+        "--raw-points",
+        action="store_true",
+        help="points as the decoder takes them: nothing is tried for weights that know boxes alone",
     )
     parser.add_argument("--slice", type=int, metavar="K", help="slice of --box and --point, from 0")
     parser.add_argument(
@@ -179,6 +185,7 @@ def prompts_from(args: argparse.Namespace, volume: Volume) -> Prompts:
         point_labels=None if points is None else points[None, :, 2],
         slice_index=args.slice,
         multimask=args.multimask,
+        adapt_points=not args.raw_points,
     )
     if points is not None and not np.isin(points[:, 2], (0, 1)).all():
         raise InputError(
@@ -223,6 +230,10 @@ def _introduce(volume: Volume, model: Model) -> None:
         say(f"NOTE: {model.note}")
 
 
+def _about_points(model: Model) -> str:
+    return f"points: {model.points_note or model.points}"
+
+
 def _prompts_file(args: argparse.Namespace) -> StudyPrompts:
     """What `--prompts` names.
 
@@ -231,8 +242,9 @@ def _prompts_file(args: argparse.Namespace) -> StudyPrompts:
     """
     others = [name for name in ("box", "box3d", "point") if getattr(args, name)]
     others += [name for name in ("slice", "propagate") if getattr(args, name) is not None]
-    if others or args.multimask:
-        raise InputError(f"--{(others or ['multimask'])[0]} and --prompts: the file says it all")
+    others += [name for name in ("multimask", "raw_points") if getattr(args, name)]
+    if others:
+        raise InputError(f"--{others[0].replace('_', '-')} and --prompts: the file says it all")
     return read_prompt_file(args.prompts)
 
 
@@ -252,6 +264,8 @@ def _asked(
     propagates = prompts.boxes_3d is not None if args.propagate is None else args.propagate
     if propagates and not volume.is_volume:
         raise InputError(f"{volume.path} is one image: --propagate goes with a volume")
+    if args.raw_points and (propagates or prompts.point_coords is None):
+        raise InputError("--raw-points goes with --point on one slice")
     if args.resume and not propagates:
         raise InputError("--resume goes with objects that are carried through a volume")
     return prompts, from_prompts(prompts, propagate=True) if propagates else None
@@ -304,6 +318,8 @@ def _predict_files(args: argparse.Namespace, open_model: Callable[[], Model]) ->
     console = table_console()
     with open_model() as model:
         _introduce(volume, model)
+        if prompts.point_coords is not None and prompts.adapt_points:
+            console.print(_about_points(model), markup=False, highlight=False, soft_wrap=True)
         with slice_progress() as progress:
             start = time.perf_counter()
             result = model.run(volume, prompts, progress, propagate=False)

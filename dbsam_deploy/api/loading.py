@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from ..artefact import MANIFEST_NAME
 from ..clients.access import Access
@@ -13,15 +13,17 @@ from ..clients.client import DbsamClient
 from ..clients.retries import Retries, Transport
 from ..core.errors import InputError
 from ..core.imaging import Mode
+from ..core.points import POINTS, rules_of
 from ..files.user_paths import user_path
 from ..prediction.predictor import Predictor, ServedPredictor
+from ..resources import WEIGHTS_IN_FOLDERS
 from ..sessions.backends import ModelOptions, open_backend
 from ..sessions.options import TRITON, model_options, named_access, named_key
 from .model import Model
 
 KEPT_EMBEDDINGS = 8
 """Images whose embedding a model keeps: 32 MiB at SAM's size."""
-WEIGHTS_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
+WEIGHTS_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 GRAPH_SUFFIXES = (".onnx", ".plan", ".engine")
 SCHEMES: dict[str, tuple[Transport, int]] = {
     "triton": ("grpc", 8001),
@@ -35,6 +37,21 @@ TLS_SCHEMES = {"grpc": "triton+tls", "http": "triton+https"}
 TIMEOUT_S = 60.0
 
 
+class ServerOptions(TypedDict, total=False):
+    """What `load` hands on to `open_server`."""
+
+    shared_memory: bool
+    """For a server on this machine."""
+    timeout_s: float | None
+    """How long one request may take."""
+    retries: Retries | None
+    """When a request that the server refused is sent again."""
+    key: str | None
+    """Of the server's restricted interfaces."""
+    access: Access | None
+    """Of a proxy, see `Access`."""
+
+
 def load(
     source: str | Path | None = None,
     *,
@@ -43,14 +60,13 @@ def load(
     variant: str | None = None,
     image_size: int | None = None,
     decoder_weights: str | Path | None = None,
+    weights: str | None = None,
+    weights_key: str | None = None,
+    adapter: str | Path | None = None,
     preprocess: Mode | None = None,
     runtime_precision: str | None = None,
     engine_cache: str | Path | None = None,
-    shared_memory: bool = False,
-    timeout_s: float | None = None,
-    retries: Retries | None = None,
-    key: str | None = None,
-    access: Access | None = None,
+    **server: Unpack[ServerOptions],
 ) -> Model:
     """Open a model: an export, a weights file or a server.
 
@@ -61,14 +77,13 @@ def load(
         variant: of a weights file whose keys do not tell it.
         image_size: side of the model frame, for weights.
         decoder_weights: prompt encoder and mask decoder of their own, for weights.
+        weights: `model` or `ema`, of a weights file with the weights and their moving average.
+        weights_key: name of the model, of a weights file with several.
+        adapter: a LoRA to merge into the weights file: a file of SAMed, or a folder of peft.
         preprocess: another mode than the model's own: `sam`, `medsam` or `lite_medsam`.
         runtime_precision: `float32` or `bfloat16`, for OpenVINO.
         engine_cache: folder that keeps engines and compiled models.
-        shared_memory: for a server, see `open_server`.
-        timeout_s: for a server, too.
-        retries: for a server, too.
-        key: for a server, too.
-        access: for a server behind a proxy, see `Access`.
+        **server: of a server, see `ServerOptions` and `open_server`.
 
     Raises:
         InputError, CheckpointError, EngineError: a source, option, runtime or device that is not.
@@ -79,19 +94,23 @@ def load(
         variant=variant,
         image_size=image_size,
         decoder_weights=_path("decoder_weights", decoder_weights),
+        weights=weights,
+        weights_key=weights_key,
+        adapter=_path("adapter", adapter),
         engine_cache=_path("engine_cache", engine_cache),
         runtime_precision=runtime_precision,
         preprocess=preprocess,
     )
-    served = {"shared_memory": shared_memory, "timeout_s": timeout_s, "retries": retries}
-    return _open(source, options, backend, **served, key=key, access=access)
+    return _open(source, options, backend, **server)
 
 
 def _open(
     source: str | Path | None, options: ModelOptions, backend: str | None, **served: Any
 ) -> Model:
     """What `load` opens; `served` are the options of a server."""
-    _check_kinds(options, backend, served["timeout_s"])
+    if unknown := sorted(served.keys() - ServerOptions.__annotations__.keys()):
+        raise TypeError(f"load() got an unexpected keyword argument {unknown[0]!r}")
+    _check_kinds(options, backend, served.get("timeout_s"))
     if source is not None and "://" in str(source):
         scheme, address = _address(str(source), options, backend)
         return open_server(address, scheme, **served)
@@ -105,7 +124,7 @@ def _check_kinds(options: ModelOptions, backend: Any, timeout_s: Any) -> None:
     Raises:
         InputError: with its name.
     """
-    names = ("variant", "preprocess", "runtime_precision")
+    names = ("variant", "preprocess", "runtime_precision", "weights", "weights_key")
     texts = {"backend": backend, **{name: getattr(options, name) for name in names}}
     for name, value in texts.items():
         if value is not None and not isinstance(value, str):
@@ -163,7 +182,8 @@ def _with_source(
         path = path.parent
     if path.suffix in GRAPH_SUFFIXES and path.is_file():
         raise InputError(f"{path} is one graph of an export: name its folder, {path.parent}")
-    if path.is_file() or path.suffix in WEIGHTS_SUFFIXES:
+    in_folder = any((path / name).is_file() for name in WEIGHTS_IN_FOLDERS)
+    if path.is_file() or path.suffix in WEIGHTS_SUFFIXES or in_folder:
         return dataclasses.replace(options, checkpoint=path, backend=backend or "pytorch")
     if not path.exists():
         raise InputError(
@@ -178,7 +198,12 @@ def open_model(options: ModelOptions, *, kept_embeddings: int = KEPT_EMBEDDINGS)
     opened = open_backend(options)
     how = opened.preprocessing
     return Model(
-        Predictor(opened.session, how, kept_embeddings=kept_embeddings),
+        Predictor(
+            opened.session,
+            how,
+            kept_embeddings=kept_embeddings,
+            points=rules_of(opened.weights[POINTS]),
+        ),
         name=opened.name,
         backend=opened.session.backend,
         preprocessing=how,

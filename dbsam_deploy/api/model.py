@@ -11,6 +11,7 @@ import numpy as np
 
 from ..core.errors import InputError, ServingError
 from ..core.imaging import FloatArray, Preprocessing
+from ..core.points import NATIVE, POINTS, SILENT_SERVER, PointRules
 from ..images.arrays import ImageLike, as_volume
 from ..images.intensity import Window
 from ..images.volumes import Volume
@@ -24,7 +25,7 @@ from ..volumes.embeddings import SharedPredictor
 from ..volumes.session import VolumePredictor
 from ..volumes.study import result_of, segment_study
 from ..volumes.study_prompts import StudyPrompts, from_prompts
-from .arguments import SamNames, prompts_of, renamed
+from .arguments import SamNames, own_boxes, prompts_of, renamed
 
 _OF_SET_IMAGE: Any = object()
 """No image was named; not None, which is what OpenCV gives for a file that it cannot read."""
@@ -83,6 +84,25 @@ class Model:
     def note(self, text: str) -> None:
         self._note = text
 
+    @property
+    def points(self) -> PointRules | None:
+        """How prompts with points are answered; None where a server does not say it."""
+        found: PointRules | None = getattr(self.predictor, "points", NATIVE)
+        return found
+
+    @property
+    def points_note(self) -> str:
+        """What the user must know of it: for example that the export does not say it."""
+        if self.points is None:
+            return SILENT_SERVER
+        return str(self.weights.get(POINTS, {}).get("note", ""))
+
+    @property
+    def weights_key(self) -> str:
+        """What tells its answers from those of other weights; of a server, nothing."""
+        rules = self.predictor.points if isinstance(self.predictor, Predictor) else ""
+        return f"{self.weights.get('sha256', '')} {rules}"
+
     def describe(self) -> str:
         """Name, runtime and preprocessing in one line."""
         how = self.preprocessing
@@ -131,6 +151,7 @@ class Model:
         labels: Any = None,
         mask_input: Any = None,
         multimask: bool = False,
+        adapt_points: bool = True,
         boxes_3d: Any = None,
         slice_index: int | None = None,
         window: Window | str | None = None,
@@ -152,6 +173,7 @@ class Model:
             labels: of the points, 1 inside and 0 outside; without it all are inside.
             mask_input: (N, 4G, 4G) or (4G, 4G), an earlier result's `logits[:, m]`.
             multimask: three alternatives for each prompt.
+            adapt_points: answer points as `points` says; else as the decoder does.
             boxes_3d: (N, 6) x0, y0, z0, x1, y1, z1 in a volume: slices z0 … z1 - 1.
             slice_index: which slice of a volume.
             window: (level, width) that maps stored values to 0–255, or "file", see `read_image`.
@@ -167,6 +189,7 @@ class Model:
         prompts = prompts_of(boxes, points, labels, mask_input, boxes_3d)
         three = bool(multimask or sam.get("multimask_output"))
         prompts = dataclasses.replace(prompts, multimask=three, slice_index=slice_index)
+        prompts = dataclasses.replace(prompts, adapt_points=adapt_points)
         taken = self._taken(image, window=window, series=series, volume=volume)
         return self.run(taken, prompts, keep_masks=True)
 
@@ -272,7 +295,9 @@ class Model:
         told = {} if progress is None else {"progress": progress}
         with self._lock:  # the predictor holds one image at a time
             result = segment(self.predictor, volume, prompts, **told, keep_masks=keep_masks)
-        return dataclasses.replace(result, note=self.note)
+        adapted = prompts.point_coords is not None and prompts.adapt_points
+        notes = filter(None, [self.note, self.points_note if adapted else ""])
+        return dataclasses.replace(result, note="; ".join(notes))
 
     def study(
         self,
@@ -286,19 +311,18 @@ class Model:
     ) -> Segmentation:
         """Named objects, carried through a volume; see `volumes.study.segment_study`."""
         told: dict[str, Any] = {"progress": progress, "say": say}
-        with self._lock:
-            return segment_study(
-                self.predictor,
-                volume,
-                spec,
-                model=self.describe(),
-                weights=str(self.weights.get("sha256", "")),
-                note=self.note,
-                fractions=fractions,
-                checkpoint=checkpoint,
-                turns=self._lock,
-                **{name: call for name, call in told.items() if call is not None},
-            )
+        return segment_study(
+            self.predictor,
+            volume,
+            spec,
+            model=self.describe(),
+            weights=self.weights_key,
+            note=self.note,
+            fractions=fractions,
+            checkpoint=checkpoint,
+            turns=self._lock,  # of each slice, so that other calls go between
+            **{name: call for name, call in told.items() if call is not None},
+        )
 
     def embedding(self, image: ImageLike = _OF_SET_IMAGE) -> FloatArray:
         """The encoder's output for an image, (1, 256, G, G); computed if it is not kept.
@@ -361,12 +385,3 @@ class Model:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def own_boxes(prompts: Prompts, volume: Volume) -> Prompts:
-    """`prompts` with the boxes that the image's own file holds, if there are any."""
-    if volume.boxes is None:
-        return prompts
-    if volume.boxes.shape[1] == 6:
-        return dataclasses.replace(prompts, boxes_3d=volume.boxes)
-    return dataclasses.replace(prompts, boxes=volume.boxes)

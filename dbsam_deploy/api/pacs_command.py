@@ -33,9 +33,16 @@ def image_source(text: str) -> str | Path:
 
 def add_store_options(parser: argparse.ArgumentParser) -> None:
     """`--store`, and how a PACS is reached."""
-    group = parser.add_argument_group(
-        "PACS (IMAGE is dicomweb://host:port/prefix?study=UID[&series=UID]; dicomwebs:// for TLS)"
+    add_store_group(
+        parser.add_argument_group(
+            "PACS (IMAGE is dicomweb://host:port/prefix?study=UID[&series=UID]; dicomwebs:// for "
+            "TLS)"
+        )
     )
+
+
+def add_store_group(group: argparse._ArgumentGroup) -> None:
+    """The options of `add_store_options` in a group."""
     group.add_argument(
         "--store",
         action="store_true",

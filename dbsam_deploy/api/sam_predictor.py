@@ -67,10 +67,11 @@ class SamPredictor:
 
     Args:
         sam_model: an opened model.
+        adapt_points: see `Model.predict`.
     """
 
-    def __init__(self, sam_model: Model) -> None:
-        self.model = sam_model
+    def __init__(self, sam_model: Model, *, adapt_points: bool = True) -> None:
+        self.model, self._adapt_points = sam_model, adapt_points
         self._image: Volume | None = None
 
     @property
@@ -164,6 +165,7 @@ class SamPredictor:
             box=box,
             mask_input=mask_input,
             multimask_output=multimask_output,
+            adapt_points=self._adapt_points,
         )
         masks, ious, logits = result
         return self._full_size(logits) if return_logits else masks, ious, logits
@@ -206,6 +208,7 @@ class SamPredictor:
             boxes=placed[1],
             mask_input=None if mask_input is None else as_array(MASK_INPUT, mask_input)[:, 0],
             multimask=multimask_output,
+            adapt_points=self._adapt_points,
         )
         logits = result.logits
         if logits is None:

@@ -93,6 +93,7 @@ class AsyncOpenImage:
         *,
         multimask: bool = False,
         logits: bool = False,
+        adapt_points: bool = True,
         **prompts: Unpack[PromptArrays],
     ) -> Prediction:
         """See `client.OpenImage.predict`."""
@@ -100,7 +101,7 @@ class AsyncOpenImage:
         if boxes is not None:
             return await _finish(self._client._known_boxes(self.known, boxes, logits=logits))
         exchange = self._client._known_prompts(
-            self.known, multimask=multimask, logits=logits, **prompts
+            self.known, multimask=multimask, logits=logits, adapt_points=adapt_points, **prompts
         )
         return await _finish(exchange)
 

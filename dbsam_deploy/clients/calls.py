@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from types import ModuleType
@@ -23,6 +24,7 @@ from ..core.contract import (
 from ..core.errors import InputError, ServingError
 from ..core.imaging import Arrays, check_boxes, check_contrast, check_image
 from ..core.masks import Prediction
+from ..core.points import KINDS, PARAMETER, PointRules, rules_of
 from ..core.prompts import Places, PromptArrays, check_mask_input, check_mask_pixels, join_prompts
 from ..core.settings import WEIGHTS_NOTE
 from ..extras import require
@@ -293,17 +295,23 @@ def _triton_type(name: str, array: npt.NDArray[Any]) -> str:
     return str(known)
 
 
-def weights_note(config: Any) -> str:
-    """What users must know of the weights, from the front's configuration.
-
-    Args:
-        config: of `dbsam_interactive`, a gRPC message or HTTP's dictionary.
-    """
+def parameters_of(config: Any) -> dict[str, str]:
+    """Parameters of a model's configuration, a gRPC message or HTTP's dictionary."""
     if isinstance(config, dict):
-        found = config.get("parameters", {}).get(WEIGHTS_NOTE, {"string_value": _NO_NOTE})
-        return str(found["string_value"])
-    parameters = config.config.parameters
-    return str(parameters[WEIGHTS_NOTE].string_value) if WEIGHTS_NOTE in parameters else _NO_NOTE
+        found = config.get("parameters", {})
+        return {name: str(value["string_value"]) for name, value in found.items()}
+    return {name: value.string_value for name, value in config.config.parameters.items()}
+
+
+def weights_note(parameters: Mapping[str, str]) -> str:
+    """What the user must know of the weights, from the parameters of `dbsam_interactive`."""
+    return parameters.get(WEIGHTS_NOTE, _NO_NOTE)
+
+
+def points_rules(parameters: Mapping[str, str]) -> PointRules | None:
+    """How prompts with points are answered, likewise; None of a repository that does not say it."""
+    named = {kind: parameters.get(PARAMETER + kind) for kind in KINDS}
+    return rules_of(named) if any(named.values()) else None
 
 
 def mask_side(metadata: Any) -> int:

@@ -8,6 +8,7 @@ from typing import Any, Self, Unpack
 import numpy.typing as npt
 
 from ..core.masks import Prediction
+from ..core.points import PointRules
 from ..core.prompts import PromptArrays
 from .calls import CHANNEL
 from .exchange import Exchange, Exchanges, Returned
@@ -125,6 +126,14 @@ class DbsamClient(Exchanges):
         """
         return _finish(self._note())
 
+    def points(self) -> PointRules | None:
+        """How the server answers prompts with points; None where its repository is older.
+
+        Raises:
+            InputError, ServingError: see `segment`.
+        """
+        return _finish(self._points())
+
     def close(self) -> None:
         """Free shared memory and close the connection; stop the server after this, not before."""
         _finish(self._closing())
@@ -154,6 +163,7 @@ class OpenImage:
         *,
         multimask: bool = False,
         logits: bool = False,
+        adapt_points: bool = True,
         **prompts: Unpack[PromptArrays],
     ) -> Prediction:
         """Masks for N prompt sets, see `DbsamClient.segment_prompts`.
@@ -163,6 +173,7 @@ class OpenImage:
         Args:
             multimask: return the three alternatives instead of the single mask.
             logits: return the logits too, to prompt again with.
+            adapt_points: answer points as the server's `points` say; else as its decoder does.
             **prompts: see `core.prompts.PromptArrays`.
 
         Raises:
@@ -172,18 +183,25 @@ class OpenImage:
         boxes = boxes_alone(prompts, multimask=multimask)
         if boxes is not None:
             return self.predict_boxes(boxes, logits=logits)
-        return self.predict_prompts(multimask=multimask, logits=logits, **prompts)
+        return self.predict_prompts(
+            multimask=multimask, logits=logits, adapt_points=adapt_points, **prompts
+        )
 
     def predict_boxes(self, boxes: npt.NDArray[Any], *, logits: bool = False) -> Prediction:
         """One mask a box, by the box decoder; see `predict`."""
         return _finish(self._client._known_boxes(self.known, boxes, logits=logits))
 
     def predict_prompts(
-        self, *, multimask: bool = False, logits: bool = False, **prompts: Unpack[PromptArrays]
+        self,
+        *,
+        multimask: bool = False,
+        logits: bool = False,
+        adapt_points: bool = True,
+        **prompts: Unpack[PromptArrays],
     ) -> Prediction:
         """Masks by the prompt decoder, for boxes alone as well; see `predict`."""
         exchange = self._client._known_prompts(
-            self.known, multimask=multimask, logits=logits, **prompts
+            self.known, multimask=multimask, logits=logits, adapt_points=adapt_points, **prompts
         )
         return _finish(exchange)
 

@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from functools import partial
 from typing import Any, TypeVar, Unpack
 
@@ -21,6 +21,7 @@ from ..core.contract import CACHED
 from ..core.errors import InputError, NoServerError, NotKeptError, ServingError, StoppingError
 from ..core.imaging import Arrays
 from ..core.masks import Prediction
+from ..core.points import PointRules
 from ..core.prompts import PromptArrays
 from ..serving.control import KEY_HEADER, KEY_VARIABLE
 from .access import Access
@@ -33,6 +34,8 @@ from .calls import (
     check_options,
     load_library,
     mask_side,
+    parameters_of,
+    points_rules,
     prompt_call,
     prompt_result,
     read_result,
@@ -136,6 +139,7 @@ class Exchanges(ABC):
         self._library = load_library(f"tritonclient.{transport}")
         self._refused = load_library("tritonclient.utils").InferenceServerException
         self._side: int | None = None
+        self._config: Mapping[str, str] | None = None
         self._closed = False
         if transport == "grpc":
             _claim_grpc()
@@ -214,13 +218,16 @@ class Exchanges(ABC):
         *,
         multimask: bool,
         logits: bool,
+        adapt_points: bool = True,
         **prompts: Unpack[PromptArrays],
     ) -> Exchange[Prediction]:
         request = self._begin()
         sized = logits or has_earlier_mask(**prompts)
         side = (yield from self._mask_side(request)) if sized else 1
         wanted = Wanted(side, logits, self._packed)
-        call = known_prompts_call(image, wanted, multimask=multimask, **prompts)
+        call = known_prompts_call(
+            image, wanted, multimask=multimask, adapt_points=adapt_points, **prompts
+        )
         arrays = yield from self._ask_known(call, image, request)
         return known_result(arrays, image)
 
@@ -242,12 +249,21 @@ class Exchanges(ABC):
         return self._side
 
     def _note(self) -> Exchange[str]:
-        request = self._begin()
+        return weights_note((yield from self._parameters()))
 
-        def attempt() -> Exchange[Any]:
-            return (yield self._ask(request, self._client.get_model_config, KNOWN_MODEL))
+    def _points(self) -> Exchange[PointRules | None]:
+        return points_rules((yield from self._parameters()))
 
-        return weights_note((yield from self._attempts(request, attempt)))
+    def _parameters(self) -> Exchange[Mapping[str, str]]:
+        """What the front model's configuration says; asked once."""
+        if self._config is None:
+            request = self._begin()
+
+            def attempt() -> Exchange[Any]:
+                return (yield self._ask(request, self._client.get_model_config, KNOWN_MODEL))
+
+            self._config = parameters_of((yield from self._attempts(request, attempt)))
+        return self._config
 
     def _run(self, call: Call, request: ServerRequest) -> Exchange[Arrays]:
         return (yield from self._attempts(request, partial(self._attempt, call, request)))

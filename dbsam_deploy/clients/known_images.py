@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..core.contract import (
+    ADAPT_POINTS,
     ANY_IOU_SCORES,
     ANY_MASKS,
     BOXES,
@@ -125,7 +126,12 @@ def known_boxes_call(image: KnownImage, boxes: npt.NDArray[Any], wanted: Wanted)
 
 
 def known_prompts_call(
-    image: KnownImage, wanted: Wanted, *, multimask: bool, **prompts: Unpack[PromptArrays]
+    image: KnownImage,
+    wanted: Wanted,
+    *,
+    multimask: bool,
+    adapt_points: bool = True,
+    **prompts: Unpack[PromptArrays],
 ) -> Call:
     """A request for mask token 0 of each prompt set, or for tokens 1–3 with `multimask`."""
     arrays = prompt_arrays(image.size, wanted.side, **prompts)
@@ -133,6 +139,8 @@ def known_prompts_call(
     if not has_earlier_mask(**prompts):  # no zeros on the way
         arrays = {name: array for name, array in arrays.items() if name not in _EARLIER_MASK}
     arrays[MULTIMASK.name] = np.array([multimask], np.uint8)
+    if not adapt_points:
+        arrays[ADAPT_POINTS.name] = np.zeros(1, np.uint8)
     masks = NUM_MASK_TOKENS - 1 if multimask else 1
     check_mask_pixels(count * masks, image.size)
     return _call(image, arrays, wanted.outputs(count, masks, image.size))

@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .. import __version__
-from ..api.model import Model, own_boxes
+from ..api.arguments import own_boxes
+from ..api.model import Model
 from ..api.pacs_command import with_stored
 from ..clients.access import Access
 from ..core.errors import DbsamError, InputError, PacsError, ServingError
@@ -252,7 +253,7 @@ def _made_of(study: Study, path: Path, orders: Orders, model: Model) -> Inputs:
     return {
         "input": content_hash(path),
         "prompts": content_hash(prompts) if isinstance(prompts, Path) else hash_of(asked),
-        "model": hash_of([orders.source, model.describe(), model.weights.get("sha256")]),
+        "model": hash_of([orders.source, model.describe(), model.weights_key]),
         "options": hash_of(
             [study.window, study.series, study.volume, _formats(study, orders), orders.propagate]
         ),

@@ -328,6 +328,9 @@ IMAGE_ID = TensorSpec("image_id", "bytes", (1,), "content hash, see `image_id.im
 MULTIMASK = TensorSpec(
     "multimask_tokens", "uint8", (1,), "0: mask token 0; 1: tokens 1–3; left out: all four"
 )
+ADAPT_POINTS = TensorSpec(
+    "adapt_points", "uint8", (1,), "0: the decoder gets points as they are; else see `points`"
+)
 CACHED = TensorSpec("cached", "uint8", (1,), "1: the embedding was kept; 0: it was computed")
 MASKS_PACKED = TensorSpec(
     "masks_packed", "bytes", (1,), "zlib of numpy.packbits of masks: their bits in C order", "image"
@@ -364,7 +367,7 @@ def interactive_spec(mask_side: int, *, prompts: bool = True) -> GraphSpec:
     """
     inputs = [RAW_IMAGE, IMAGE_ID, RAW_BOXES]
     if prompts:
-        inputs += [*prompts_ensemble_spec(mask_side).inputs[1:], MULTIMASK]
+        inputs += [*prompts_ensemble_spec(mask_side).inputs[1:], MULTIMASK, ADAPT_POINTS]
     outputs = (
         ANY_MASKS,
         ANY_IOU_SCORES,

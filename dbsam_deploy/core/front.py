@@ -41,7 +41,7 @@ from .front_metrics import (
 from .imaging import Arrays, preprocess
 from .interactive import Interactive
 from .refusal import RefusedError
-from .settings import preprocessing_from_config, settings_from_config
+from .settings import points_from_config, preprocessing_from_config, settings_from_config
 
 CONTROL_VARIABLE = "DBSAM_CONTROL"
 """Names the folder in which `dbsam serve` leaves word for the front model."""
@@ -79,6 +79,7 @@ class TritonFront:
         try:
             how = preprocessing_from_config(args["model_config"])
             self._settings = settings = settings_from_config(args["model_config"])
+            rules = points_from_config(args["model_config"])
             preprocess(np.zeros((2, 2, 3), np.uint8), how)
         except DbsamError as error:
             raise self.triton.TritonModelException(f"{args['model_name']}: {error}") from error
@@ -86,7 +87,7 @@ class TritonFront:
         reuse_blocks(_BLOCK)
         self._cache = EmbeddingCache(settings.cache_mib << 20)
         graphs = BlsGraphs(self.triton, how)
-        self._interactive = Interactive(how, graphs, self._cache, settings.chunk)
+        self._interactive = Interactive(how, graphs, self._cache, settings.chunk, rules)
         self._metrics = FrontMetrics(self.triton, args["model_name"])
         self._counts = Counter[str]()
         self._lock = threading.Lock()

@@ -25,7 +25,7 @@ from PIL import Image
 
 from .contract import MAX_IMAGE_PIXELS, MAX_POINTS, MAX_PROMPTS, Geometry
 from .errors import EngineError, InputError, MissingError
-from .upscaling import FloatArray, Upscale, resample, sign_mask
+from .upscaling import FloatArray, Upscale, resample, sign_mask, value_at
 
 Mode = Literal["sam", "medsam", "lite_medsam"]
 MODES: tuple[Mode, ...] = ("sam", "medsam", "lite_medsam")
@@ -349,6 +349,13 @@ def upscale_logits(
 ) -> FloatArray:
     """One (4G, 4G) logit map → (H, W) logits in the image frame, bilinear as in the original."""
     return resample(logits, _stages(original_size, how))
+
+
+def logit_at(
+    logits: FloatArray, original_size: tuple[int, int], how: Preprocessing, row: int, column: int
+) -> float:
+    """One pixel of `upscale_logits`: above 0 where `postprocess` has it in the mask."""
+    return value_at(logits, _stages(original_size, how), row, column)
 
 
 def _stages(original_size: tuple[int, int], how: Preprocessing) -> tuple[Upscale, ...]:

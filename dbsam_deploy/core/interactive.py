@@ -40,6 +40,8 @@ from .imaging import (
     preprocess,
 )
 from .masks import MaskPacker
+from .points import NATIVE, PointRules
+from .prompt_adapter import Decode, PromptAdapter
 from .refusal import RefusedError
 from .requests import ReadPrompts, read_prompts
 
@@ -65,12 +67,14 @@ class Interactive:
         graphs: runs the graphs.
         cache: embeddings that are kept.
         chunk: boxes or prompt sets that the decoder gets at once; its memory grows with it.
+        rules: how prompts with points are answered.
     """
 
     how: Preprocessing
     graphs: Graphs
     cache: EmbeddingCache
     chunk: int
+    rules: PointRules = NATIVE
 
     def answer(self, arrays: Arrays, wanted: Collection[str], check: Callable[[], None]) -> Arrays:
         """The outputs of `contract.interactive_spec`.
@@ -107,7 +111,7 @@ class Interactive:
             name = image_id(image)
             if asked not in (None, name):
                 raise InputError(f"image_id {asked} is not that of raw_image, {name}: send one")
-            prompts = read_prompts(arrays, (image.shape[0], image.shape[1]), self.how)
+            prompts = self._read(arrays, (image.shape[0], image.shape[1]))
             kept, cached = self.cache.get_or_make(
                 name, lambda: self._encode(image), check, lasting=lasting
             )
@@ -119,12 +123,22 @@ class Interactive:
             raise RefusedError(
                 f"image_id {asked}: not kept (any more): send raw_image", "NOT_FOUND"
             )
-        return asked, found, True, read_prompts(arrays, found.original_size, self.how)
+        return asked, found, True, self._read(arrays, found.original_size)
+
+    def _read(self, arrays: Arrays, size: tuple[int, int]) -> ReadPrompts | None:
+        return read_prompts(arrays, size, self.how, self.rules)
 
     def _encode(self, image: ByteArray) -> Kept:
         pixels = preprocess(check_contrast(image), self.how)
         embedding, nbytes = self.graphs.encode(pixels)
         return Kept(embedding, (image.shape[0], image.shape[1]), nbytes)
+
+    def _decoder(self, kept: Kept, check: Callable[[], None]) -> Decode:
+        def decode(graph: str, feed: Arrays) -> tuple[FloatArray, FloatArray]:
+            check()
+            return self.graphs.decode(graph, kept.embedding, feed)
+
+        return decode
 
     def _masks(
         self, kept: Kept, prompts: ReadPrompts, wanted: set[str], check: Callable[[], None]
@@ -135,12 +149,11 @@ class Interactive:
         packer = MaskPacker() if MASKS_PACKED.name in wanted else None
         logits: list[FloatArray] = []
         ious: list[FloatArray] = []
+        decode = self._decoder(kept, check)
+        adapter = PromptAdapter(self.how, size, decode, self.chunk)
         for start in range(0, count, self.chunk):
-            check()
             part = slice(start, start + self.chunk)
-            feed = {name: array[part] for name, array in prompts.feed.items()}
-            low, iou = self.graphs.decode(prompts.graph, kept.embedding, feed)
-            low, iou = low[:, prompts.tokens], iou[:, prompts.tokens]
+            low, iou = prompts.decoded(range(count)[part], decode, adapter)
             ious.append(iou)
             if masks is not None or packer is not None:
                 some = postprocess(low, size, self.how, masks if masks is None else masks[part])

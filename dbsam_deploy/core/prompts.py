@@ -11,9 +11,23 @@ from typing import Any, TypedDict
 import numpy as np
 import numpy.typing as npt
 
-from .contract import MAX_MASK_PIXELS, MAX_POINTS
+from .contract import (
+    HAS_MASK_INPUT,
+    MASK_INPUT,
+    MAX_MASK_PIXELS,
+    MAX_POINTS,
+    POINT_COORDS,
+    POINT_LABELS,
+)
 from .errors import InputError
-from .imaging import FloatArray, check_boxes, check_points
+from .imaging import (
+    Arrays,
+    FloatArray,
+    Preprocessing,
+    check_boxes,
+    check_points,
+    to_model_frame,
+)
 
 NO_POINT, TOP_LEFT, BOTTOM_RIGHT = -1, 2, 3
 IntArray = npt.NDArray[np.int32]
@@ -133,6 +147,36 @@ def check_tokens(
         point_coords=point_coords[:, points] if given else None,
         point_labels=point_labels[:, points] if given else None,
     )
+
+
+def set_feed(
+    coords: FloatArray,
+    labels: IntArray,
+    masks: FloatArray | None,
+    has_mask: npt.NDArray[Any] | None,
+    size: tuple[int, int],
+    how: Preprocessing,
+) -> Arrays:
+    """Checked prompt sets as `prompt_decoder` takes them, without its batch axis.
+
+    Args:
+        coords: (N, T, 2) as `join_prompts` returns them, in the image frame.
+        labels: (N, T) likewise.
+        masks: (N, 4G, 4G) earlier logits; None for zeros.
+        has_mask: (N,) 1 to use them; None for 0.
+        size: height and width of the image.
+        how: mode and sizes of the model.
+    """
+    count, side = len(coords), how.mask_side
+    masks = np.zeros((count, side, side), np.float32) if masks is None else masks
+    has_mask = np.zeros(count, np.float32) if has_mask is None else has_mask
+    return {
+        # "Not a point" keeps zero coordinates: zero maps to zero.
+        POINT_COORDS: to_model_frame(coords, size, how),
+        POINT_LABELS: labels,
+        MASK_INPUT: masks[:, None],
+        HAS_MASK_INPUT: np.asarray(has_mask, np.float32),
+    }
 
 
 def check_mask_input(mask_input: npt.NDArray[Any], count: int, side: int) -> FloatArray:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 from .errors import InputError
 from .imaging import Preprocessing
+from .points import KINDS, PARAMETER, PointRules, rules_of
 
 WEIGHTS_NOTE = "weights_note"
 """Parameter with what users must know of the weights, for clients to read; nothing obeys it."""
@@ -69,3 +70,17 @@ def preprocessing_from_config(model_config: str) -> Preprocessing:
         return Preprocessing(image_size, mode, embedding_stride=stride)
     except KeyError as error:
         raise InputError(f"config.pbtxt has no parameter {error}: export again") from error
+
+
+def points_from_config(model_config: str) -> PointRules:
+    """Read how prompts with points are answered, likewise.
+
+    Raises:
+        InputError: a parameter is missing or has no usable value.
+    """
+    parameters = json.loads(model_config).get("parameters", {})
+    named = {kind: parameters.get(PARAMETER + kind, {}).get("string_value") for kind in KINDS}
+    try:
+        return rules_of(named)
+    except InputError as error:
+        raise InputError(f"config.pbtxt: {error.message}; fill the repository again") from error

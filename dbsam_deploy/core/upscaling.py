@@ -67,6 +67,13 @@ def resample(x: FloatArray, stages: tuple[Upscale, ...]) -> FloatArray:
     return out
 
 
+def value_at(x: FloatArray, stages: tuple[Upscale, ...], row: int, column: int) -> float:
+    """`resample(x, stages)[row, column]`, bit for bit, and no more than it needs."""
+    shape = (x.shape[0], x.shape[1])
+    rows, columns = _lines(shape, stages, 0), _lines(shape, stages, 1)
+    return float(_part(x, rows, columns, (row, row + 1), (column, column + 1))[0, 0])
+
+
 def sign_mask(x: FloatArray, stages: tuple[Upscale, ...], out: npt.NDArray[np.uint8]) -> None:
     """Write `resample(x, stages) > 0` into `out`.
 

@@ -146,7 +146,7 @@ def read_image(
         return _from_npz(path, window, with_boxes)
     if name.endswith((".nii", ".nii.gz")):
         return replace(
-            _from_scan(path, "nifti", read_nifti(path, volume=volume), window), member=volume
+            from_scan(path, "nifti", read_nifti(path, volume=volume), window), member=volume
         )
     raise InputError(
         f"{path}: unknown kind of file; expected {', '.join(PICTURE_SUFFIXES)}, .npz, .nii, "
@@ -186,12 +186,13 @@ def _read_dicom(path: Path, window: Window | str | None, series: str | int | Non
         window, text = (127.5, 255.0), scan.own_window
     elif window is None and scan.is_ct:
         window, text = SOFT_TISSUE, SOFT_TISSUE_TEXT
-    return _from_scan(path, "dicom", scan, window, text)
+    return from_scan(path, "dicom", scan, window, text)
 
 
-def _from_scan(
+def from_scan(
     path: Path, kind: str, scan: Scan, window: Window | None, window_text: str = ""
 ) -> Volume:
+    """A scan that was read, as slices; `window` and errors as `to_uint8`."""
     pixels, intensity = to_uint8(
         scan.values,
         window,

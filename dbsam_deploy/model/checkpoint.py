@@ -1,75 +1,188 @@
 """One weights file → a plain, hashed state dict that fits a model, or an error that says why not.
 
-Nothing in a file is ever executed: pickles are read with `weights_only=True`. What a file declares
-is compared with what it holds before anything is allocated.
+Where the model is in the file, and under which names, is found from its keys (`contents`,
+`layouts`). How the file is read, so that nothing in it is ever executed: `weight_files`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import os
-import pickle
-import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
-from ..core.errors import CheckpointError
+from ..core.errors import CheckpointError, InputError
 from ..files.atomic import write_atomically
-from ..files.damage import DAMAGED, reason_of
-from ..files.regular import regular_size
-from ..files.zip_files import open_zip, plain_sizes
-from .pickles import declared_storages
+from .contents import (
+    Candidate,
+    FoundTensor,
+    choose_model,
+    find_models,
+    flatten,
+    ignored,
+    is_swapped,
+    shortened,
+)
+from .fitting import StateDict
+from .layouts import HUGGING_FACE, POSITIONS, layout_of, own_names
+from .pickles import OddTensor
+from .weight_files import WeightsFile, file_size, inspect_line, open_weights, read_content
 
-StateDict = dict[str, Tensor]
-
-WRAPPERS = ("net", "model", "state_dict", "model_state_dict")
-"""Keys under which training scripts put the state dict; `net` is DB-SAM's own."""
-
-MAX_CHECKPOINT_BYTES = 16 * 1024 * 1024 * 1024
-"""Largest file that is read: SAM's ViT-H with its optimiser has 8 GB."""
-MAX_PICKLE_BYTES = 32 * 1024 * 1024
-"""Longest pickle within a file, or header of a safetensors file; real ones have kilobytes."""
-
-_COUNT_BYTES = 8
-"""What precedes the numbers of a storage in files from before 2020."""
-
-DIFF_LINES = 8
-"""How many keys of each kind an error lists; with its heading a diff fits one screen."""
+SAM_MEAN, SAM_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+"""Statistics that SAM keeps beside its weights in some versions."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A weights file as read: `tensors` by name, its `path` and the file's SHA-256."""
+    """A weights file as read.
+
+    Attributes:
+        path: the file, or its folder.
+        sha256: of the file.
+        tensors: by SAM's names.
+        notes: what the user should know: where the model was found, and what was ignored.
+    """
 
     path: Path
     sha256: str
     tensors: StateDict
+    notes: tuple[str, ...] = ()
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Read `.safetensors`, or a PyTorch file in any of the known layouts.
+@dataclass(frozen=True)
+class Selected:
+    """The model of a file that is taken.
 
-    Layouts: a plain state dict (SAM, MedSAM), `{"net": …}` (DB-SAM), `{"model": …}`, with or
-    without the `module.` prefix of a data-parallel run.
+    Attributes:
+        model: where it is.
+        layout: one of `layouts`.
+        ignored: names of what is no part of it.
+        notes: as `Checkpoint.notes`.
+    """
+
+    model: Candidate
+    layout: str
+    ignored: list[str]
+    notes: tuple[str, ...]
+
+
+def read_checkpoint(
+    path: Path, *, weights: str | None = None, key: str | None = None
+) -> Checkpoint:
+    """Read `.safetensors`, or a PyTorch file, whatever its writer wrapped the model in.
+
+    Args:
+        path: the file, or a folder that Hugging Face's libraries wrote.
+        weights: `model` or `ema`, where the file has both.
+        key: prefix of the model, where the file has several.
 
     Raises:
-        CheckpointError: missing, unreadable, unsafe (would run code), or holding no tensors.
+        CheckpointError: missing, unreadable, unsafe (would run code), holding no tensors, several
+            models, or tensors that are no plain numbers.
     """
-    _size(path)
-    with path.open("rb") as stream:
-        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    tensors = _tensors(path, _read(path))
-    return Checkpoint(path, sha256, tensors)
+    file = open_weights(path)
+    file.check_names()
+    selected = select(file, weights, key)
+    content = file.read()
+    found = {name: _at(content, one.way) for name, one in selected.model.tensors.items()}
+    _check_positions(path, found)
+    notes = (*selected.notes, *_statistics(content, file, selected.ignored))
+    return Checkpoint(path, file.sha256, own_names(found), notes)
+
+
+def select(file: WeightsFile, weights: str | None = None, key: str | None = None) -> Selected:
+    """Find the model in a file whose description was read.
+
+    Raises:
+        CheckpointError: see `read_checkpoint`.
+    """
+    content = file.declared.content
+    try:
+        found = flatten(content)
+        models = find_models(found)
+        if not models:
+            raise InputError(_without_tensors(content))
+        _check_plain(found)
+        swapped = is_swapped(content)
+        model, note = choose_model(models, weights, key, swapped=swapped)
+    except ValueError as error:
+        details = error.details if isinstance(error, InputError) else ()
+        what = error.message if isinstance(error, InputError) else str(error)
+        raise CheckpointError(
+            f"checkpoint {file.path}: {what}; {inspect_line(file.path)}", *details
+        ) from error
+    layout, left = layout_of(model.tensors), ignored(content, found, model)
+    notes = [note] if note else []
+    if model.prefix and not note:
+        notes.append(f"found under {model.prefix}")
+    if layout == HUGGING_FACE:
+        notes.append(f"layout of {layout}")
+    if left:
+        notes.append(f"ignored: {shortened(left)}")
+    return Selected(model, layout, left, tuple(notes))
+
+
+def _without_tensors(content: Any) -> str:
+    if not isinstance(content, dict):
+        kind = {"StoredTensor": "Tensor", "NoneType": "object without tensors"}
+        name = type(content).__name__
+        return f"holds a {kind.get(name, name)}, expected a state dict"
+    return f"{'no tensors in it' if content else 'it is empty'}; expected tensors by name"
+
+
+def _check_plain(found: Mapping[str, FoundTensor]) -> None:
+    """Refuse tensors that are no plain numbers.
+
+    Raises:
+        ValueError: with the name of one.
+    """
+    for name, one in found.items():
+        if isinstance(one.tensor, OddTensor):
+            raise ValueError(f"{name} is {one.tensor.what}; expected a tensor of plain numbers")
+        if one.tensor.dtype.is_complex:
+            raise ValueError(f"{name} is complex; expected a tensor of real numbers")
+
+
+def _at(content: Any, way: tuple[Any, ...]) -> Tensor:
+    for name in way:
+        content = content[name]
+    tensor: Tensor = content.detach().clone()  # the file may change once it was read
+    return tensor
+
+
+def _check_positions(path: Path, tensors: StateDict) -> None:
+    """Refuse two position matrices, where the layout has one under two names.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    both = [tensors[name] for name in POSITIONS if name in tensors]
+    if len(both) == 2 and not torch.equal(*both):
+        raise CheckpointError(
+            f"checkpoint {path}: {POSITIONS[0]} and {POSITIONS[1]} differ, expected one matrix; "
+            f"{inspect_line(path)}"
+        )
+
+
+def _statistics(content: Any, file: WeightsFile, left: list[str]) -> list[str]:
+    """A note where the file's own image statistics are not SAM's."""
+    found = flatten(file.declared.content)
+    for name in left:
+        for word, expected in (("pixel_mean", SAM_MEAN), ("pixel_std", SAM_STD)):
+            if name.rpartition(".")[2] == word and name in found:
+                values = _at(content, found[name].way).flatten().tolist()
+                if len(values) != 3 or any(
+                    abs(a - b) > 1e-3 for a, b in zip(values, expected, strict=True)
+                ):
+                    listed = ", ".join(f"{value:g}" for value in values[:3])
+                    return [f"its {word} ({listed}) is not SAM's: prepare images as it was trained"]
+    return []
 
 
 def read_training_state(path: Path) -> dict[str, Any]:
@@ -78,122 +191,15 @@ def read_training_state(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, unreadable, unsafe, or not a table.
     """
-    _size(path)
-    content = _read(path)
+    file_size(path)
+    file = open_weights(path)
+    file.check_names()
+    content = read_content(path)
     if not isinstance(content, dict):
         raise CheckpointError(
             f"checkpoint {path}: holds a {type(content).__name__}, expected a training state"
         )
     return content
-
-
-def _size(path: Path) -> int:
-    """Bytes of a file that is small enough to be read.
-
-    Raises:
-        CheckpointError: no such file, none at all, or too large.
-    """
-    if not os.path.exists(path):
-        raise CheckpointError(f"checkpoint {path}: no such file")
-    size = regular_size(path, CheckpointError)
-    if size > MAX_CHECKPOINT_BYTES:
-        raise CheckpointError(
-            f"checkpoint {path}: {size} bytes; at most {MAX_CHECKPOINT_BYTES} are read; save the "
-            "state dict alone"
-        )
-    return size
-
-
-def _read(path: Path) -> object:
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols
-            _check_declared(path)
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # PyTorch begins with advice to load it unsafely; what it found comes after that.
-        reason = reason_of(ValueError(str(error).rpartition("WeightsUnpickler error:")[2]))
-        match = re.search(r"(?:GLOBAL|global) (\S+)", reason)
-        what = f"it asks for {match.group(1)[:100]}" if match else reason
-        raise CheckpointError(
-            f"checkpoint {path}: refused, it holds more than tensors ({what}) and loading it could "
-            "run code; save the state dict alone, best as .safetensors"
-        ) from error
-    except DAMAGED as error:
-        raise CheckpointError(
-            f"checkpoint {path}: not a PyTorch weights file ({reason_of(error)})"
-        ) from error
-
-
-def _read_safetensors(path: Path) -> StateDict:
-    try:
-        with path.open("rb") as stream:
-            header = int.from_bytes(stream.read(8), "little")
-        if header > MAX_PICKLE_BYTES:
-            raise ValueError(f"its header has {header} bytes; at most {MAX_PICKLE_BYTES} are read")
-        return load_file(path)
-    except (SafetensorError, *DAMAGED) as error:
-        raise CheckpointError(
-            f"checkpoint {path}: not a safetensors file ({reason_of(error)})"
-        ) from error
-
-
-def _check_declared(path: Path) -> None:
-    """Compare what a PyTorch file declares with what it holds, before `torch.load` believes it.
-
-    Raises:
-        Those of `pickles.declared_storages` and `zip_files.plain_sizes`; ValueError: storages that
-            the file does not hold.
-    """
-    size = _size(path)
-    with path.open("rb") as stream:
-        if stream.read(4) != b"PK\x03\x04":  # a file from before 2020: five pickles, then numbers
-            stream.seek(0)
-            declared = declared_storages(stream, pickles=5)
-            left = size - stream.tell() - _COUNT_BYTES * len(declared)
-            _check_held(sum(declared.values()), left, "its storages")
-            return
-    with open_zip(path, CheckpointError) as archive:
-        sizes = plain_sizes(archive, size)
-        records = [name for name in sizes if name.endswith("/data.pkl")]
-        if len(records) != 1:
-            raise ValueError(f"{len(records)} data.pkl in it; expected one")
-        record = records[0]
-        if sizes[record] > MAX_PICKLE_BYTES:
-            raise ValueError(f"its data.pkl has {sizes[record]} bytes")
-        declared = declared_storages(io.BytesIO(archive.read(record)))
-        for key, count in declared.items():
-            name = f"{record.removesuffix('.pkl')}/{key}"
-            _check_held(count, sizes.get(name, 0), f"its storage {key}")
-        damaged = archive.testzip()  # PyTorch does not compare checksums
-    if damaged is not None:
-        raise ValueError(f"the checksum of its {damaged} is wrong: fetch it again")
-
-
-def _check_held(declared: int, held: int, what: str) -> None:
-    if declared != held:
-        raise ValueError(f"{what} should have {declared} bytes, and the file holds {held}")
-
-
-def _tensors(path: Path, content: object) -> StateDict:
-    for wrapper in WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-            break
-    if not isinstance(content, Mapping):
-        raise CheckpointError(
-            f"checkpoint {path}: holds a {type(content).__name__}, expected a state dict"
-        )
-    tensors = {str(k).removeprefix("module."): v for k, v in content.items()}
-    wrong = [k for k, v in tensors.items() if not isinstance(v, Tensor)]
-    if wrong or not tensors:
-        found = f"{wrong[0]!r} is a {type(tensors[wrong[0]]).__name__}" if wrong else "it is empty"
-        raise CheckpointError(
-            f"checkpoint {path}: {found}; expected tensors by name, plain or in one of {WRAPPERS}"
-        )
-    return tensors
 
 
 def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
@@ -235,78 +241,3 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def fit_tensors(tensors: StateDict, wanted: Mapping[str, Tensor]) -> StateDict:
-    """Apply the small remap table: names and shapes on which DB-SAM checkpoints are known to vary.
-
-    - `mlp.dwconv.weight` ↔ `mlp.dwconv.dwconv.weight` (and bias);
-    - a 1×1 convolution (out, in, 1, 1) where a Linear (out, in) is wanted, and the reverse;
-    - a missing `num_batches_tracked` counts as 0.
-
-    Args:
-        tensors: the file's tensors.
-        wanted: the model's state dict, for its names and shapes.
-
-    Returns:
-        The tensors under the model's names where the table applies, all others unchanged.
-    """
-    fitted = {}
-    for name, tensor in tensors.items():
-        target = name
-        if name not in wanted:
-            for variant in (
-                name.replace(".mlp.dwconv.", ".mlp.dwconv.dwconv."),
-                name.replace(".mlp.dwconv.dwconv.", ".mlp.dwconv."),
-            ):
-                target = variant if variant in wanted and variant not in tensors else target
-        shape = wanted[target].shape if target in wanted else tensor.shape
-        if tensor.shape != shape and (*tensor.shape, 1, 1) == shape:
-            tensor = tensor[..., None, None]
-        elif tensor.shape != shape and tensor.shape == (*shape, 1, 1):
-            tensor = tensor[..., 0, 0]
-        fitted[target] = tensor
-    for name, tensor in wanted.items():
-        if name.endswith("num_batches_tracked") and name not in fitted:
-            fitted[name] = torch.zeros_like(tensor)
-    return fitted
-
-
-def check_fit(source: str, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Compare a state dict with a model's, strictly.
-
-    Args:
-        source: what is being loaded, for the message.
-        tensors: the candidate.
-        wanted: the model's own state dict.
-
-    Raises:
-        CheckpointError: with a one-screen diff of missing, unexpected and mis-shaped keys, or the
-            name of a tensor that holds NaN or infinity.
-    """
-    missing = [k for k in wanted if k not in tensors]
-    unexpected = [k for k in tensors if k not in wanted]
-    shapes = [
-        f"{k} is {tuple(tensors[k].shape)}, expected {tuple(wanted[k].shape)}"
-        for k in wanted
-        if k in tensors and tensors[k].shape != wanted[k].shape
-    ]
-    if missing or unexpected or shapes:
-        parts = [
-            f"{len(keys)} {kind}: {'; '.join(keys[:DIFF_LINES])}"
-            + (f"; and {len(keys) - DIFF_LINES} more" if len(keys) > DIFF_LINES else "")
-            for kind, keys in (
-                ("missing", missing),
-                ("unexpected", unexpected),
-                ("of another shape", shapes),
-            )
-            if keys
-        ]
-        raise CheckpointError(
-            f"{source} does not fit the model; name the variant the file was trained as "
-            "with --variant",
-            *parts,
-        )
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{source}: {name} holds NaN or infinity; the file is damaged")

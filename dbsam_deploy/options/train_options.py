@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from ..cli import HelpFormatter, Parser, add_no_wait, check_paths
+from ..cli import HelpFormatter, Parser, add_no_wait, add_weights_choice, check_paths
 from ..datasets.finding import add_reading_options, reading_of
 from ..images.intensity import Window
 from ..training.choices import Freeze, available_training_recipes, find_training_recipe
@@ -42,6 +42,9 @@ class TrainOptions:
         unlabelled: folder of images for distillation.
         checkpoint: weights to start from; None: fresh weights.
         decoder_weights: prompt encoder and mask decoder of a fresh start.
+        weights: `model` or `ema`, of a checkpoint with both.
+        weights_key: name of the model, of a checkpoint with several.
+        adapter: LoRA that is merged into the checkpoint.
         teacher_weights: the teacher's file.
         teacher: None: the recipe's; `none`: leave the distillation out.
         freeze: what the last phase keeps fixed, None: the recipe's; see `Phase`.
@@ -59,6 +62,9 @@ class TrainOptions:
     unlabelled: Path | None = None
     checkpoint: Path | None = None
     decoder_weights: Path | None = None
+    weights: str | None = None
+    weights_key: str | None = None
+    adapter: Path | None = None
     teacher_weights: Path | None = None
     teacher: str | None = None
     freeze: str | None = None
@@ -94,6 +100,7 @@ def build_parser() -> Parser:
         type=Path,
         help="start from these weights (SAM ViT-B for the paper's way)",
     )
+    add_weights_choice(parser)
     add("--decoder-weights", type=Path, help="lite_medsam.pth: decoder of a fresh start")
     add("--teacher", help="variant to distil from, or `none`; by default the recipe's")
     add("--teacher-weights", type=Path, help="the teacher's file, by default as for export")
@@ -120,6 +127,6 @@ def parse_words(argv: list[str] | None) -> argparse.Namespace:
     words = build_parser().parse_args(argv)
     words.window = reading_of(words).window
     check_paths(words, "data", "split", "unlabelled")
-    check_paths(words, "checkpoint", "decoder_weights", "teacher_weights")
+    check_paths(words, "checkpoint", "decoder_weights", "teacher_weights", "adapter")
     find_training_recipe(words.recipe)
     return words

@@ -173,6 +173,16 @@ _CONTENTS: dict[str, Callable[[Segmentation], bytes]] = {
 }
 
 
+def content_of(segmentation: Segmentation, format_name: str) -> bytes:
+    """A segmentation as one file of a format, `png` for an image of one slice.
+
+    Raises:
+        InputError: a format that cannot hold this segmentation.
+        MissingError: a package that the format needs is not installed.
+    """
+    return _CONTENTS[format_name](segmentation)
+
+
 def _check_replaceable(folder: Path) -> None:
     """Refuse a folder with anything else than pictures, since it is replaced as a whole."""
     if not os.path.lexists(folder):

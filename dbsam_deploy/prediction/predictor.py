@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol, Unpack, runtime_checkable
 
 import numpy as np
@@ -11,18 +12,15 @@ import numpy.typing as npt
 
 from ..core.contract import (
     BOXES,
-    HAS_MASK_INPUT,
     IMAGE,
     IMAGE_EMBEDDINGS,
     IOU_PREDICTIONS,
     LOW_RES_MASKS,
-    MASK_INPUT,
     NUM_MASK_TOKENS,
-    POINT_COORDS,
-    POINT_LABELS,
 )
-from ..core.errors import InputError
+from ..core.errors import InputError, ServingError
 from ..core.imaging import (
+    Arrays,
     FloatArray,
     Preprocessing,
     check_boxes,
@@ -33,7 +31,10 @@ from ..core.imaging import (
     to_model_frame,
 )
 from ..core.masks import Prediction
+from ..core.points import NATIVE, PointRules
+from ..core.prompt_adapter import PromptAdapter
 from ..core.prompts import Places, PromptArrays, check_mask_input, join_prompts
+from ..core.requests import planned_sets
 from ..sessions.session import Session
 
 if TYPE_CHECKING:  # a local prediction, and an export's key, do without the client
@@ -52,7 +53,11 @@ class Promptable(Protocol):
         ...
 
     def predict_prompts(
-        self, *, multimask: bool = False, **prompts: Unpack[PromptArrays]
+        self,
+        *,
+        multimask: bool = False,
+        adapt_points: bool = True,
+        **prompts: Unpack[PromptArrays],
     ) -> Prediction:
         """One prediction for each of N prompt sets, see `Predictor.predict_prompts`."""
         ...
@@ -79,15 +84,21 @@ class Predictor:
         preprocessing: how images enter the model; must match the graphs' image size.
         kept_embeddings: images whose embedding is kept, by their content; the least recently used
             goes first. One is 4 MiB at SAM's size.
+        points: how prompts with points are answered; by default by the decoder.
     """
 
     def __init__(
-        self, session: Session, preprocessing: Preprocessing, *, kept_embeddings: int = 1
+        self,
+        session: Session,
+        preprocessing: Preprocessing,
+        *,
+        kept_embeddings: int = 1,
+        points: PointRules = NATIVE,
     ) -> None:
         if kept_embeddings < 1:
             raise InputError(f"kept_embeddings {kept_embeddings}: expected at least 1")
         self.session = session
-        self.preprocessing = preprocessing
+        self.preprocessing, self.points = preprocessing, points
         self._kept = kept_embeddings
         self._embeddings: OrderedDict[bytes, FloatArray] = OrderedDict()
         self._image_embeddings: FloatArray | None = None
@@ -146,17 +157,17 @@ class Predictor:
         Raises:
             InputError: no image was set, or see `check_boxes`.
         """
-        embeddings = self._current()
+        self._current()
         values = check_boxes(boxes, self._original_size)
-        model_boxes = to_model_frame(values, self._original_size, self.preprocessing)[None]
-        out = self.session.run("decoder", {IMAGE_EMBEDDINGS: embeddings, BOXES: model_boxes})
-        return self._prediction(out[LOW_RES_MASKS][0], out[IOU_PREDICTIONS][0])
+        model_boxes = to_model_frame(values, self._original_size, self.preprocessing)
+        return self._prediction(*self._decode("decoder", {BOXES: model_boxes}))
 
     def predict_prompts(
         self,
         *,
         mask_input: npt.NDArray[Any] | None = None,
         multimask: bool = False,
+        adapt_points: bool = True,
         **places: Unpack[Places],
     ) -> Prediction:
         """One prediction for each of N prompt sets: box, points and an earlier mask, combined.
@@ -164,32 +175,31 @@ class Predictor:
         Args:
             mask_input: (N, 4G, 4G) float logits, as in `Prediction.logits`.
             multimask: return the three alternatives instead of the single mask.
+            adapt_points: answer points as the model's `points` say; else as its decoder does.
             **places: `boxes`, `point_coords` and `point_labels`, see `core.prompts.Places`.
 
         Raises:
             InputError: no image, neither boxes nor points, or arrays that do not fit together.
         """
-        embeddings = self._current()
+        self._current()
         size, how = self._original_size, self.preprocessing
-        tokens_xy, labels = join_prompts(size, **places)
-        coords = to_model_frame(tokens_xy, size, how)
-        count, side = len(coords), how.mask_side
-        masks = np.zeros((1, count, 1, side, side), np.float32)
+        coords, labels = join_prompts(size, **places)
+        count, masks, has_mask = len(coords), None, None
         if mask_input is not None:
-            masks[0, :, 0] = check_mask_input(mask_input, count, side)
-        has_mask = np.full((1, count), mask_input is not None, np.float32)
-        feed = {
-            IMAGE_EMBEDDINGS: embeddings,
-            POINT_COORDS: coords[None],
-            POINT_LABELS: labels[None],
-            MASK_INPUT: masks,
-            HAS_MASK_INPUT: has_mask,
-        }
-        out = self.session.run("prompt_decoder", feed)
-        tokens = slice(1, NUM_MASK_TOKENS) if multimask else slice(0, 1)
-        return self._prediction(
-            out[LOW_RES_MASKS][0, :, tokens], out[IOU_PREDICTIONS][0, :, tokens]
+            masks, has_mask = check_mask_input(mask_input, count, how.mask_side), np.ones(count)
+        prompts = planned_sets(
+            *(coords, labels, masks, has_mask, size, how),
+            tokens=slice(1, NUM_MASK_TOKENS) if multimask else slice(0, 1),
+            rules=self.points if adapt_points else NATIVE,
         )
+        adapter = PromptAdapter(how, size, self._decode)
+        return self._prediction(*prompts.decoded(range(count), self._decode, adapter))
+
+    def _decode(self, graph: str, feed: Arrays) -> tuple[FloatArray, FloatArray]:
+        """See `prompt_adapter.Decode`."""
+        batch = {name: array[None] for name, array in feed.items()}
+        out = self.session.run(graph, {IMAGE_EMBEDDINGS: self._current(), **batch})
+        return out[LOW_RES_MASKS][0], out[IOU_PREDICTIONS][0]
 
     def _current(self) -> FloatArray:
         if self._image_embeddings is None:
@@ -213,6 +223,8 @@ class ServedPredictor:
         self.client = client
         self._logits = logits
         self._image: OpenImage | None = None
+        self._points: PointRules | None = None
+        self._has_asked = False
 
     def set_image(self, image: npt.NDArray[Any]) -> None:
         """See `Promptable`; it is sent with the first prompt, if the server lacks it.
@@ -225,15 +237,33 @@ class ServedPredictor:
         same = before is not None and np.array_equal(before.known.pixels, pixels)
         self._image = before if same else self.client.take(pixels)
 
+    @property
+    def points(self) -> PointRules | None:
+        """How the server answers prompts with points; None where it does not say so.
+
+        It is asked once, when somebody first wants to know.
+        """
+        if not self._has_asked:
+            self._has_asked = True
+            with suppress(InputError, ServingError):  # a proxy may keep it to itself
+                self._points = self.client.points()
+        return self._points
+
     def predict_boxes(self, boxes: npt.NDArray[Any]) -> Prediction:
         """See `Predictor.predict_boxes`; errors are those of `DbsamClient.segment`."""
         return self._current().predict_boxes(boxes, logits=self._logits)
 
     def predict_prompts(
-        self, *, multimask: bool = False, **prompts: Unpack[PromptArrays]
+        self,
+        *,
+        multimask: bool = False,
+        adapt_points: bool = True,
+        **prompts: Unpack[PromptArrays],
     ) -> Prediction:
         """See `Predictor.predict_prompts`; errors are those of `DbsamClient.segment_prompts`."""
-        return self._current().predict_prompts(multimask=multimask, logits=self._logits, **prompts)
+        return self._current().predict_prompts(
+            multimask=multimask, logits=self._logits, adapt_points=adapt_points, **prompts
+        )
 
     def _current(self) -> OpenImage:
         if self._image is None:

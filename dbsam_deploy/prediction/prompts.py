@@ -26,6 +26,7 @@ class Prompts:
         mask_input: (N, 4G, 4G) float logits of an earlier answer.
         slice_index: the slice that all but 3D boxes refer to; None for a 2D image.
         multimask: predict three alternatives for each prompt.
+        adapt_points: see `Predictor.predict_prompts`.
     """
 
     boxes: npt.NDArray[Any] | None = None
@@ -35,6 +36,7 @@ class Prompts:
     mask_input: npt.NDArray[Any] | None = None
     slice_index: int | None = None
     multimask: bool = False
+    adapt_points: bool = True
 
     def __len__(self) -> int:
         """N."""

@@ -18,6 +18,7 @@ from ..core.contract import MAX_PROMPTS
 from ..core.errors import InputError
 from ..core.imaging import NOTHING, is_constant
 from ..core.masks import Prediction
+from ..core.prompt_adapter import MAX_SEARCHES
 from ..core.prompts import check_mask_pixels
 from ..images.volumes import Volume, label_dtype
 from .predictor import Promptable
@@ -77,7 +78,8 @@ def _segment_slice(
     index, count, size = prompts.slice_index or 0, len(prompts), volume.shape[1:]
     labels = np.zeros(volume.shape, label_dtype(count))
     maps = np.zeros((_masks_each(prompts), *size), labels.dtype)
-    batch = prompts_at_once(size, len(maps))
+    has_points = prompts.point_coords is not None and prompts.adapt_points
+    batch = prompts_at_once(size, len(maps), has_points)
     parts = []
     for start in range(0, count, batch):
         part = _predict(predictor, prompts.part(start, start + batch))
@@ -102,10 +104,16 @@ def _segment_slice(
     )
 
 
-def prompts_at_once(original_size: tuple[int, int], masks_each: int = 1) -> int:
-    """Prompts to decode in one call, so that their full-size masks stay within memory."""
+def prompts_at_once(
+    original_size: tuple[int, int], masks_each: int = 1, has_points: bool = False
+) -> int:
+    """Prompts to decode in one call, so that their full-size masks stay within memory.
+
+    Of prompts with points, for each of which boxes may be tried, a server takes fewer.
+    """
     pixels = original_size[0] * original_size[1] * masks_each
-    return max(1, min(MAX_PROMPTS, _MASK_BYTES_AT_ONCE // pixels))
+    most = MAX_SEARCHES if has_points else MAX_PROMPTS
+    return max(1, min(most, _MASK_BYTES_AT_ONCE // pixels))
 
 
 def _predict(predictor: Promptable, prompts: Prompts) -> Prediction:
@@ -118,6 +126,7 @@ def _predict(predictor: Promptable, prompts: Prompts) -> Prediction:
         point_labels=prompts.point_labels,
         mask_input=prompts.mask_input,
         multimask=prompts.multimask,
+        adapt_points=prompts.adapt_points,
     )
 
 

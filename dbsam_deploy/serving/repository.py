@@ -24,6 +24,7 @@ from ..artefact import (
 from ..core import contract
 from ..core.errors import InputError, ServingError
 from ..core.imaging import Preprocessing
+from ..core.points import rules_of
 from ..engines.kinds import TENSORRT
 from ..engines.manifest import engine_folder, plugin_library, verified_plans
 from ..files.atomic import sha256_of, write_file, writing_to
@@ -214,8 +215,9 @@ def check_replaceable(output: Path) -> None:
 def _write_models(
     artefact: Artefact, served: Artefact, platforms: dict[str, Platform], root: Path
 ) -> None:
-    note = untrained_note(artefact.weights)
-    for name, text in render_configs(artefact.preprocessing, platforms, note=note).items():
+    note, points = untrained_note(artefact.weights), rules_of(artefact.points)
+    configs = render_configs(artefact.preprocessing, platforms, note=note, points=points)
+    for name, text in configs.items():
         (root / name / VERSION).mkdir(parents=True)  # an ensemble needs the empty folder too
         (root / name / CONFIG_NAME).write_text(text)
     for graph in platforms:

@@ -30,6 +30,7 @@ from ..core.contract import (
     prompts_ensemble_spec,
 )
 from ..core.imaging import Preprocessing
+from ..core.points import NATIVE, PARAMETER, PointRules
 from ..core.settings import WEIGHTS_NOTE, FrontSettings
 from ..engines.profiles import MAX_BATCH
 
@@ -53,7 +54,11 @@ GRAPH_MODELS = {name: MODEL_STEM + name for name in ("encoder", "decoder", "prom
 
 
 def render_configs(
-    how: Preprocessing, platforms: Mapping[str, Platform], *, note: str | None = None
+    how: Preprocessing,
+    platforms: Mapping[str, Platform],
+    *,
+    note: str | None = None,
+    points: PointRules = NATIVE,
 ) -> dict[str, str]:
     """Every `config.pbtxt` of a repository.
 
@@ -61,6 +66,7 @@ def render_configs(
         how: sizes and mode of the exported model.
         platforms: exported graph → what runs it; `prompt_decoder` may be absent.
         note: what users must know of the weights; None for no weights.
+        points: how prompts with points are answered.
 
     Returns:
         Triton model name → text of its configuration.
@@ -71,7 +77,7 @@ def render_configs(
         graphs["prompt_decoder"] = prompt_decoder_spec(how)
     configs = {GRAPH_MODELS[name]: _graph_model(graphs[name], platforms[name]) for name in graphs}
     front = front_spec(how, prompts=prompts)
-    configs[front.name] = _front_model(front, how, platforms)
+    configs[front.name] = _front_model(front, how, platforms, points)
     if note is not None:
         configs[front.name] += _text([_parameter(WEIGHTS_NOTE, note)], head="")
     renames = {MASKS.name: BOX_MASKS.name, IOU_SCORES.name: BOX_IOU_SCORES.name}
@@ -120,7 +126,9 @@ def _graph_model(spec: GraphSpec, platform: Platform) -> str:
     return _text(lines)
 
 
-def _front_model(spec: GraphSpec, how: Preprocessing, platforms: Mapping[str, Platform]) -> str:
+def _front_model(
+    spec: GraphSpec, how: Preprocessing, platforms: Mapping[str, Platform], points: PointRules
+) -> str:
     # Enough requests at once to fill the encoder's batch.
     batch = MAX_BATCH[platforms["encoder"]]["encoder"]
     settings = FrontSettings(image_workers=max(batch, FrontSettings.image_workers))
@@ -134,7 +142,8 @@ def _front_model(spec: GraphSpec, how: Preprocessing, platforms: Mapping[str, Pl
         "instance_group [ { count: 1 kind: KIND_CPU } ]",
     ]
     values = {key: getattr(how, key) for key in ("image_size", "embedding_stride", "mode")}
-    for key, value in {**values, **asdict(settings)}.items():
+    rules = {PARAMETER + kind: answered for kind, answered in asdict(points).items()}
+    for key, value in {**values, **rules, **asdict(settings)}.items():
         lines.append(_parameter(key, value))
     return _text(lines)
 

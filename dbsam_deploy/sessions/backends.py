@@ -12,6 +12,7 @@ from ..artefact import Artefact, export_note, find_export, read_artefact, untrai
 from ..cli import say_on_stderr
 from ..core.errors import InputError
 from ..core.imaging import Mode, Preprocessing
+from ..core.points import POINTS
 from ..extras import require
 from .onnxruntime_session import OnnxRuntimeSession
 from .pytorch_session import PytorchSession
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
     from ..model import DbSam
 
 RUNTIME_PRECISIONS = ("float32", "bfloat16")
-PYTORCH_OPTIONS = ("variant", "checkpoint", "image_size", "decoder_weights")
+PYTORCH_OPTIONS = (
+    *("variant", "checkpoint", "image_size", "decoder_weights"),
+    *("weights", "weights_key", "adapter"),
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,9 @@ class ModelOptions:
         checkpoint: weights file.
         image_size: side of the model frame in pixels.
         decoder_weights: weights of the prompt encoder and mask decoder alone.
+        weights: `model` or `ema`, of a weights file with both.
+        weights_key: name of the model, of a weights file with several.
+        adapter: LoRA that is merged into the weights file.
         engine_cache: folder that keeps engines and compiled models.
         runtime_precision: one of `RUNTIME_PRECISIONS`.
         preprocess: a mode of `imaging.MODES` in place of the model's own.
@@ -49,6 +56,9 @@ class ModelOptions:
     checkpoint: Path | None = None
     image_size: int | None = None
     decoder_weights: Path | None = None
+    weights: str | None = None
+    weights_key: str | None = None
+    adapter: Path | None = None
     engine_cache: Path | None = None
     runtime_precision: str | None = None
     preprocess: Mode | None = None
@@ -67,7 +77,7 @@ class Opened:
     Attributes:
         session: runs the graphs.
         preprocessing: how images enter the model.
-        weights: `source`, `trained` and `note`, see `Artefact.weights`.
+        weights: `source`, `trained`, `note` and `points`, see `Artefact.weights`.
         name: variant and precision in words.
     """
 
@@ -160,6 +170,7 @@ def _built(options: ModelOptions, open_session: Callable[[DbSam], Session]) -> O
     from ..model.weights import load_model
 
     loaded = load_model(**{name: getattr(options, name) for name in PYTORCH_OPTIONS})
+    say_on_stderr("; ".join(loaded.notes))
     session = open_session(loaded.model)
     return Opened(session, loaded.preprocessing, loaded.weights, loaded.model.config.name)
 
@@ -171,7 +182,8 @@ def _published(options: ModelOptions, open_session: Callable[[Artefact], Session
         say_on_stderr(export_note(folder))
     artefact = read_artefact(folder)  # the session hashes what it takes
     name = f"{artefact.variant} {artefact.precision}"
-    return Opened(open_session(artefact), artefact.preprocessing, artefact.weights, name)
+    weights = {**artefact.weights, POINTS: artefact.points}
+    return Opened(open_session(artefact), artefact.preprocessing, weights, name)
 
 
 BACKENDS = (

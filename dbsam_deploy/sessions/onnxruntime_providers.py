@@ -23,8 +23,8 @@ from typing import Any
 
 from ..core.errors import EngineError, MissingError
 from ..extras import ONNXRUNTIME_GPU_LINE, ONNXRUNTIME_TENSORRT_LINE, TENSORRT_10, pip_line, require
-from ..hardware import cpuinfo, has_vnni
-from ..privacy import silence
+from ..machine.hardware import cpuinfo, has_vnni
+from ..machine.privacy import silence
 
 DRIVER_LIBRARY = "libcuda.so.1"
 HEAVY_NODES = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
@@ -181,6 +181,9 @@ def open_session(
     """
     settings = runtime.SessionOptions()
     settings.intra_op_num_threads = threads
+    # A pattern keeps a second block as large as all tensors of the largest run so far, and is no
+    # quicker here.
+    settings.enable_mem_pattern = False
     if provider is CPU and not has_vnni(cpuinfo()):
         settings.add_session_config_entry(_SAFE_INT8, "1")
     else:

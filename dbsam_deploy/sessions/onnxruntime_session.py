@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 from ..artefact import Artefact, take_graphs
-from ..core.contract import GraphSpec, graph_specs
+from ..core.contract import BOXES, POINT_COORDS, GraphSpec, graph_specs
 from ..core.errors import InputError
 from ..core.imaging import FloatArray
 from ..extras import require
@@ -19,6 +19,9 @@ from .onnxruntime_providers import (
     require_provider,
 )
 from .session import OPENED_LATER, Feed, Found, check_contract, check_feed
+
+_MANY = 12
+"""Prompts, of 40 MiB each at SAM's size, up to which a run's memory is kept for the next one."""
 
 
 class OnnxRuntimeSession:
@@ -66,8 +69,18 @@ class OnnxRuntimeSession:
         with self._lock:
             if graph not in self._sessions:
                 self._open(graph)
-        outputs = self._sessions[graph].run(spec.output_names, feed)
+        outputs = self._sessions[graph].run(spec.output_names, feed, self._tidying(feed))
         return dict(zip(spec.output_names, outputs, strict=True))
+
+    def _tidying(self, feed: Feed) -> Any:
+        """Options of a run that gives its memory back at its end; None for one that keeps it."""
+        prompts = (feed[name].shape[1] for name in (BOXES, POINT_COORDS) if name in feed)
+        many = max(prompts, default=0)
+        if self._provider is not CPU or many <= _MANY:
+            return None
+        options = self._runtime.RunOptions()
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        return options
 
     def _open(self, graph: str) -> None:
         """Open a graph, after which its content is dropped."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artefact import BUILD_FOLDER
-from ..cli import check_paths
+from ..cli import add_weights_choice, check_paths
 from ..clients.access import Access, read_login
 from ..core.errors import InputError
 from ..core.imaging import MODES
@@ -93,6 +93,7 @@ def _add_weights_options(model: argparse._ArgumentGroup) -> None:
         type=Path,
         help=f"prompt encoder and mask decoder weights ({weights})",
     )
+    add_weights_choice(model)
 
 
 def add_server_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -186,5 +187,5 @@ def model_options(args: argparse.Namespace) -> ModelOptions:
     if any(
         backend.name == args.backend and "checkpoint" in backend.options for backend in BACKENDS
     ):
-        check_paths(args, "checkpoint", "decoder_weights")
+        check_paths(args, "checkpoint", "decoder_weights", "adapter")
     return options

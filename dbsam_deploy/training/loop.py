@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from ..core.errors import InputError
 from ..model import DbSam
-from ..model.checkpoint import StateDict
+from ..model.fitting import StateDict
 from .datasets import Example, Steps, loader
 from .recipe import Optimizer, Phase
 from .state import TrainingState, save_state

@@ -27,6 +27,7 @@ from ..images.npz_files import (
     stack_shape,
 )
 from ..images.volumes import PICTURE_SUFFIXES, Volume, read_image
+from .decoded import RecentArrays
 
 LabelMap = npt.NDArray[np.int32]
 
@@ -36,6 +37,8 @@ PAIRED_FOLDERS = {"npy_images": "npy_gts", "imgs": "gts"}
 """MedSAM's training folders: images and, beside them, label maps with the same file stems."""
 _IMAGE_SUFFIXES = (".npz", ".npy")
 _CACHED_FILES = 4
+DECODED_BYTES = 1024 * 1024 * 1024
+"""Images and label maps that stay decoded, in each process that reads."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,7 @@ class LabelledSlices:
 
     def __init__(self, paths: Path | Sequence[Path | CaseFile], name: str | None = None) -> None:
         _load_case.cache_clear()  # files may have changed since another source read them
+        _decoded.clear()
         given = [paths] if isinstance(paths, Path) else list(paths)
         found = [file for path in given for file in _find_stacks(path)]
         if not found:
@@ -205,7 +209,7 @@ class LabelledSlices:
         """
         file, z = (int(v) for v in self._slices[index])
         stack = self.stacks[file]
-        values, labels = _load_stack(stack)
+        values, labels = _decoded(stack)
         image = _as_uint8(values[z], stack.images)
         rgb = image.copy() if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
         stem = stack.images.stem if stack.case is None else stack.case.name
@@ -256,7 +260,7 @@ def _load_volume(path: Path) -> Volume:
     return read_image(path, with_boxes=False)
 
 
-@lru_cache(maxsize=_CACHED_FILES)
+@lru_cache(maxsize=1)  # its arrays are kept as those of a stack
 def _load_case(case: CaseFile) -> LabelledCase:
     return read_case(case)
 
@@ -353,9 +357,8 @@ def objects_in(labels: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     return np.asarray(ids[(sizes >= MIN_OBJECT_PX) & (ids != 0)], np.int64)
 
 
-@lru_cache(maxsize=_CACHED_FILES)
 def _load_stack(stack: _Stack) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Images and label maps of one file; the last few files stay decoded."""
+    """Images and label maps of one file."""
     if stack.case is not None:
         values = _load_case(stack.case).volume.pixels
     elif stack.key is None:
@@ -370,6 +373,9 @@ def _load_stack(stack: _Stack) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
             "the run began"
         )
     return values, _read_labels(stack)
+
+
+_decoded = RecentArrays(_load_stack, DECODED_BYTES)
 
 
 def _as_uint8(plane: npt.NDArray[Any], path: Path) -> ByteArray:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..core.errors import CheckpointError
 from ..files.atomic import write_atomically
-from ..model.checkpoint import StateDict, read_training_state
+from ..model.checkpoint import read_training_state
+from ..model.fitting import StateDict
 from .recipe import TrainingRecipe
 
 FORMAT = 1

@@ -160,3 +160,23 @@ def _grown_box(mask: npt.NDArray[np.bool_], jitter: float, rng: np.random.Genera
     box += rng.uniform(0, jitter, 4) * (-1, -1, 1, 1)
     height, width = mask.shape
     return np.clip(box, 0, (width, height, width, height)).astype(np.float32)
+
+
+def deepest_point(mask: npt.NDArray[np.bool_]) -> FloatArray:
+    """(2,) x, y of the middle of a pixel that is as far from the mask's border as any is.
+
+    Args:
+        mask: (H, W), not empty.
+    """
+    x0, y0, x1, y1 = mask_box(mask).astype(int)
+    left = np.pad(mask[y0:y1, x0:x1], 1)
+    while left.any():
+        last, inner = left, left.copy()
+        inner[1:] &= left[:-1]
+        inner[:-1] &= left[1:]
+        inner[:, 1:] &= left[:, :-1]
+        inner[:, :-1] &= left[:, 1:]
+        left = inner
+    rows, columns = np.nonzero(last)
+    middle = len(rows) // 2
+    return np.array([columns[middle] - 1 + x0 + 0.5, rows[middle] - 1 + y0 + 0.5], np.float32)

@@ -16,7 +16,7 @@ from ..core.imaging import FloatArray, Preprocessing, preprocess
 from ..prediction.predictor import Predictor
 from ..recipe import Gate
 from ..sessions.session import Feed, Session
-from .cases import Case
+from .cases import Case, deepest_point
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,9 @@ class Figures:
         prompt_agreement_p5: 5th percentile of the same.
         dice: mean Dice of the deployed masks with the ground truth.
         dice_reference: the same for the reference.
+        point_dice: mean Dice of the deployed masks with the ground truth where each object is
+            prompted by its deepest pixel alone, as the decoder answers.
+        points_obeyed: share of these masks that hold that pixel.
         encoder_ms: deployed encoder, batch 1.
         decoder_ms: deployed decoder, all boxes of an image.
         reference_encoder_ms: the reference's encoder, batch 1.
@@ -54,6 +57,8 @@ class Figures:
     prompt_agreement_p5: float
     dice: float
     dice_reference: float
+    point_dice: float
+    points_obeyed: float
     encoder_ms: float
     decoder_ms: float
     reference_encoder_ms: float
@@ -110,6 +115,8 @@ class _CaseFigures:
     prompted: list[float]
     dice: list[float]
     dice_reference: list[float]
+    point_dice: list[float]
+    points_obeyed: list[float]
     empty_masks: int
 
 
@@ -149,6 +156,8 @@ def compare(
         prompt_agreement_p5=float(np.percentile(prompted, 5)),
         dice=float(np.mean([x for part in parts for x in part.dice])),
         dice_reference=float(np.mean([x for part in parts for x in part.dice_reference])),
+        point_dice=float(np.mean([x for part in parts for x in part.point_dice])),
+        points_obeyed=float(np.mean([x for part in parts for x in part.points_obeyed])),
         encoder_ms=ours.median_ms("encoder"),
         decoder_ms=ours.median_ms("decoder"),
         reference_encoder_ms=theirs.median_ms("encoder"),
@@ -168,6 +177,9 @@ def _compare_case(ours: _Timed, theirs: _Timed, how: Preprocessing, case: Case) 
     alone = Predictor(ours.session, how)
     alone.set_embeddings(embeddings[1], size)
     logits = alone.predict_boxes(case.boxes).known_logits()
+    places = np.array([deepest_point(mask) for mask in case.truth])
+    marks = np.ones((len(places), 1), np.int32)
+    pointed = predictors[0].predict_prompts(point_coords=places[:, None], point_labels=marks)
     return _CaseFigures(
         embedding_cosine=cosine(*embeddings),
         decoder_cosines=list(map(cosine, logits, want.known_logits())),
@@ -175,6 +187,11 @@ def _compare_case(ours: _Timed, theirs: _Timed, how: Preprocessing, case: Case) 
         prompted=_prompt_agreement(predictors, case, want.known_logits()[:, 0]),
         dice=list(map(dice, got.masks[:, 0], case.truth)),
         dice_reference=list(map(dice, want.masks[:, 0], case.truth)),
+        point_dice=list(map(dice, pointed.masks[:, 0], case.truth)),
+        points_obeyed=[
+            float(mask[int(y), int(x)])
+            for mask, (x, y) in zip(pointed.masks[:, 0], places, strict=True)
+        ],
         empty_masks=sum(not mask.any() for mask in want.masks),
     )
 

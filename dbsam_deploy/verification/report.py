@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ..artefact import Artefact
 from ..cli import as_called
+from ..core.points import rules_of
 from ..engines.manifest import EngineRecord
 from .parity import Figures
 
@@ -125,6 +126,13 @@ def closing_table(
         console.print(engine_table(engines, f"engines: {first.kind} {first.version}"))
     for note in _notes(artefact, figures, engine_note):
         console.print(f"note: {as_called(note)}", highlight=False, markup=False, soft_wrap=True)
+    found = artefact.points
+    console.print(
+        f"points: {rules_of(found)} ({found['because']})",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
     following = as_called(_next_commands(artefact, repository))
     console.print(following, highlight=False, markup=False, soft_wrap=True)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
+import contextlib
 import json
 import logging
 import math
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -21,15 +22,20 @@ from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
+from ..core.contract import MAX_IMAGE_PIXELS
 from ..core.errors import DbsamError, InputError
+from .audit import AuditLog
 from .leases import Lease, Leases
 from .marks import BrushMark, SeedMark, flag, mask_place, read_box, read_buffer, read_point
 from .packed import pack, read_header, unpack
+from .reception import Reception
 from .refusal import NotServedError
 from .workspace import Redrawn, Workspace
 
 MAX_VOXELS = 2**28
 """Of an image: 1024 slices of 512×512."""
+MAX_SIDE = 2**15
+"""Of an image: what is kept of each slice adds up, however small it is."""
 SWEEP_S = 15.0
 VERSION = "2.6.0+dbsam"
 JSON_BYTES = 64 * 1024
@@ -71,16 +77,24 @@ class ViewerServer:
     Args:
         leases: the slots.
         about: the model and what is known of its weights, which viewers show as its licence.
-        key: that every request but `/healthz` must name, if any.
+        key: that every request but `/healthz` must name, if any; or the keys of several by name.
         max_voxels: of an image.
+        audit: where requests are written down.
     """
 
     def __init__(
-        self, leases: Leases, about: str, *, key: str | None = None, max_voxels: int = MAX_VOXELS
+        self,
+        leases: Leases,
+        about: str,
+        *,
+        key: str | Mapping[str, str] | None = None,
+        max_voxels: int = MAX_VOXELS,
+        audit: AuditLog | None = None,
     ) -> None:
-        self.leases, self.about, self._key = leases, about, key
-        self.max_voxels = max_voxels
+        self.leases, self.about, self.max_voxels = leases, about, max_voxels
+        self.reception = Reception(key, audit)
         self._sweeper: asyncio.Task[None] | None = None
+        self._converting = asyncio.Lock()  # what is large takes several times its bytes
         self.app = FastAPI(openapi_url=None, redirect_slashes=False)
         self.add_route("GET", "/healthz", self._healthz, needs_key=False)
         self.add_route("POST", "/claim", self._claim)
@@ -106,26 +120,26 @@ class ViewerServer:
         """Answer a path; whatever `answer` raises becomes a status and a text."""
 
         async def guarded(request: Request) -> Response:
+            start = time.perf_counter()
             try:
                 if needs_key:
-                    self._check_key(request)
-                return await answer(request)
+                    self.reception.check_key(request)
+                await self.reception.check_log(path)
+                response = await answer(request)
             except Exception as error:
                 status, text, headers = _refusal(error, path)
-                return await self._refuse(request, status, text, **headers)
+                response = await self._refuse(request, status, text, **headers)
+            await self.reception.note(path, request, response, start)
+            return response
 
         self.app.add_api_route(path, guarded, methods=[method], response_model=None)
-
-    def _check_key(self, request: Request) -> None:
-        given = request.headers.get("authorization", "").encode("latin-1", "replace")
-        if self._key is not None and not hmac.compare_digest(given, f"Bearer {self._key}".encode()):
-            raise NotServedError(401, "the key is missing or wrong")
 
     async def _healthz(self, request: Request) -> Response:
         return JSONResponse({"ok": True})
 
     async def _claim(self, request: Request) -> Response:
         lease, rules = self.leases.claim(), self.leases.rules
+        request.state.lease = lease
         if self._sweeper is None or self._sweeper.done():
             self._sweeper = asyncio.create_task(self._sweep())
         return JSONResponse(
@@ -146,7 +160,7 @@ class ViewerServer:
         return JSONResponse({**_CAPABILITIES, "license": self.about})
 
     async def _release(self, request: Request) -> Response:
-        self.leases.release(request.headers.get("x-lease-token"))
+        request.state.lease = self.leases.release(request.headers.get("x-lease-token"))
         return JSONResponse({"released": True})
 
     async def _heartbeat(self, request: Request) -> Response:
@@ -161,7 +175,9 @@ class ViewerServer:
 
     def find_lease(self, request: Request) -> Lease:
         """The slot that a request names; errors as `Leases.find`."""
-        return self.leases.find(request.headers.get("x-lease-token"))
+        lease = self.leases.find(request.headers.get("x-lease-token"))
+        request.state.lease = lease
+        return lease
 
     def _json_route(self, work: JsonWork) -> Callable[[Request], Awaitable[Response]]:
         async def route(request: Request) -> Response:
@@ -181,18 +197,36 @@ class ViewerServer:
                 limit = self.max_voxels * 8 + SLACK_BYTES
                 body = await self.read_body(request, limit, take)
                 header = read_header(body)
-                voxels = math.prod(header.shape)
-                if voxels > self.max_voxels:
-                    raise NotServedError(
-                        413, f"an image of {voxels} voxels: this server takes {self.max_voxels}"
-                    )
+                voxels = self._checked(header.shape)
                 take(header.nbytes + voxels)
                 properties = fields.get("image_properties")
                 spacing = properties.get("spacing") if isinstance(properties, dict) else None
-                shape = header.shape
-                await run_in_threadpool(lambda: own.set_image(unpack(body, header), spacing))
+
+                def work() -> None:
+                    values = unpack(body, header)
+                    body.clear()
+                    own.set_image(values, spacing)
+                    lease.image = self.reception.seen(values[0])
+
+                async with self._converting:
+                    await run_in_threadpool(work)
             lease.held_bytes = voxels
-        return JSONResponse({"original_image_shape": list(shape)})
+        return JSONResponse({"original_image_shape": list(header.shape)})
+
+    def _checked(self, shape: tuple[int, ...]) -> int:
+        """The number of an image's voxels.
+
+        Raises:
+            NotServedError: 413, it is too large, as a whole, along an axis, or in a slice.
+        """
+        voxels, sides = math.prod(shape), sorted(shape)
+        if voxels > self.max_voxels:
+            text = f"an image of {voxels} voxels: this server takes {self.max_voxels}"
+            raise NotServedError(413, text)
+        if max(shape, default=0) > MAX_SIDE or math.prod(sides[-2:]) > MAX_IMAGE_PIXELS:
+            text = f"an image {shape}: at most {MAX_SIDE} slices, of {MAX_IMAGE_PIXELS} pixels"
+            raise NotServedError(413, text)
+        return voxels
 
     async def _mask_route(self, request: Request) -> Response:
         lease = self.find_lease(request)
@@ -204,19 +238,20 @@ class ViewerServer:
                 header = read_header(body)
                 sides = mask_place({} if is_seed else fields, header, shape)
                 take(header.nbytes)
+                runs = flag(fields, "run_prediction", not is_seed)
 
                 def work() -> Response:
                     voxels = unpack(body, header) != 0
                     if is_seed:
-                        runs = flag(fields, "run_prediction", False)
                         return _response(own.seed(SeedMark(voxels), runs=runs))
-                    runs = flag(fields, "run_prediction", True)
                     is_inside = flag(fields, "include_interaction")
                     is_lasso = request.url.path.endswith("/add_lasso_interaction")
                     brush = BrushMark("lasso" if is_lasso else "scribble", voxels, sides, is_inside)
                     return _response(own.add(brush if voxels.any() else None, runs=runs))
 
-                return await run_in_threadpool(work)
+                asks_model = runs or not is_seed  # which has turns of its own
+                async with contextlib.nullcontext() if asks_model else self._converting:
+                    return await run_in_threadpool(work)
 
     async def read_body(
         self, request: Request, limit: int, take: Callable[[int], None] | None = None
@@ -301,7 +336,7 @@ def _response(answer: Redrawn | None) -> Response:
     if answer.extent is not None and answer.mask is not None:
         meta["bbox"] = [[int(first), int(end)] for first, end in answer.extent]
         meta |= {"dtype": "uint8", "shape": list(answer.mask.shape)}
-        body = pack(answer.mask.astype(np.uint8))
+        body = pack(answer.mask.view(np.uint8))
     headers = {"X-Meta": json.dumps(meta, separators=(",", ":"))}
     return Response(body, media_type="application/octet-stream", headers=headers)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ def as_viewer_volume(values: npt.NDArray[Any], spacing: Any, window: Window | No
 
     Args:
         values: of any real type, or bool.
-        spacing: distance between voxels along D, H and W; 1 unless it is three positive numbers.
+        spacing: distance between voxels along D, H and W; 1 unless it is three usable numbers.
         window: level and width for every image, where the server was told.
 
     Raises:
@@ -39,10 +38,9 @@ def as_viewer_volume(values: npt.NDArray[Any], spacing: Any, window: Window | No
     """
     if values.ndim != 4 or values.shape[0] != 1 or 0 in values.shape:
         raise InputError(f"image {values.shape}: expected (1, X, Y, Z), one channel of grey values")
-    stored = _finite(values[0])
-    is_ct = stored.dtype.kind in "if" and stored.min() <= CT_BELOW and _are_whole(stored)
+    stored = finite(values[0])
     tries: list[tuple[Window | None, str]] = [(window, "")] if window is not None else []
-    if window is None and is_ct:
+    if window is None and is_ct(stored):
         tries.append((SOFT_TISSUE, SOFT_TISSUE_TEXT))
     pixels, how = _first_with_contrast(stored, [*tries, (None, "")])
     _LOG.info("an image of %s voxels: %s", "×".join(map(str, stored.shape)), how)
@@ -62,7 +60,12 @@ def _first_with_contrast(
     return np.zeros(stored.shape, np.uint8), how
 
 
-def _finite(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def is_ct(stored: npt.NDArray[Any]) -> bool:
+    """Whether values are Hounsfield units, as far as they tell."""
+    return bool(stored.dtype.kind in "if" and stored.min() <= CT_BELOW and _are_whole(stored))
+
+
+def finite(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """The same, with NaN and infinity replaced, and bool as 0 and 255."""
     if values.dtype.kind == "b":
         return values.astype(np.uint8) * np.uint8(255)
@@ -83,7 +86,7 @@ def _are_whole(values: npt.NDArray[Any]) -> bool:
 def _spacing(given: Any) -> tuple[float, float, float]:
     is_three = isinstance(given, list) and len(given) == 3
     numbers = [v for v in given if isinstance(v, int | float)] if is_three else []
-    if len(numbers) == 3 and all(0 < value < 1e6 and math.isfinite(value) for value in numbers):
+    if len(numbers) == 3 and all(1e-6 < value < 1e6 for value in numbers):
         first, second, third = map(float, numbers)
         return first, second, third
     return 1.0, 1.0, 1.0

@@ -41,6 +41,14 @@ class Closable(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class SeenImage:
+    """What is written down of an image: a hash of its voxels, and how many along each axis."""
+
+    hash: str
+    shape: tuple[int, ...]
+
+
 @dataclass(eq=False)
 class Lease:
     """One viewer's slot.
@@ -55,6 +63,7 @@ class Lease:
         is_over: it was given back.
         turn: its requests wait for each other.
         study: what our own page works on instead of `work`; None for other viewers.
+        image: of an audited server, once it has one.
     """
 
     token: str
@@ -66,6 +75,7 @@ class Lease:
     is_over: bool = False
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     study: Closable | None = None
+    image: SeenImage | None = None
 
     def close(self) -> None:
         """Let go of everything."""
@@ -123,11 +133,12 @@ class Leases:
             raise NotServedError(410, "lease expired or unknown")
         return self._held[token]
 
-    def release(self, token: str | None) -> None:
-        """Give a slot back, if it is still held."""
+    def release(self, token: str | None) -> Lease | None:
+        """Give a slot back, if it is still held, and return it."""
         lease = None if token is None else self._held.get(token)
         if lease is not None:
             self._end(lease)
+        return lease
 
     def sweep(self) -> None:
         """Take slots back that nobody uses, none with a request in flight."""

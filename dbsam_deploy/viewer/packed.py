@@ -23,6 +23,12 @@ _CODECS = (1, 2)
 _CHUNK_BYTES = 1 << 30
 _FRAME_BYTES = 32
 """Of a frame's own header, the least that blosc2 may be given."""
+_FILTERS, _MODES = slice(16, 22), 31
+"""In a frame's header: what was done before compression, and what its content means."""
+_KNOWN_FILTERS = frozenset((0, 1, 2))
+"""None, shuffled bytes, shuffled bits; others may load a plugin."""
+_KNOWN_MODES = frozenset((0x00, 0x10, 0x20, 0x30))
+"""Compressed, all zeros, all NaN, one value; others name files or leave memory as it was."""
 _MAX_AXES = 8
 _KINDS = "biuf"
 
@@ -94,6 +100,8 @@ def unpack(body: bytes | bytearray, header: PackedHeader) -> npt.NDArray[Any]:
             raise InputError("chunks of a packed array hold more than its header says")
         if blosc2.get_cbuffer_sizes(frame)[:2] != (plain, packed):
             raise InputError("a chunk of a packed array has another size than it says")
+        if not (_KNOWN_FILTERS.issuperset(frame[_FILTERS]) and frame[_MODES] in _KNOWN_MODES):
+            raise InputError("a chunk of a packed array is of a kind that no client sends")
         chunks.append((done, plain, frame))
         place, done = place + _CHUNK.size + packed, done + plain
     if done != header.nbytes or place != len(body):

@@ -9,8 +9,8 @@ class NotServedError(InputError):
     """A request that is not answered; everything else that a viewer gets wrong is a 400.
 
     Attributes:
-        status: 401 (key), 408 (an upload that stands still), 410 (lease), 413 (too large) or 503
-            (no slot).
+        status: 401 (key), 408 (an upload that stands still), 410 (lease), 413 (too large), 503
+            (no slot) or 507 (no room in the audit log).
     """
 
     def __init__(self, status: int, text: str) -> None:

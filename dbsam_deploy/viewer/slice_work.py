@@ -12,7 +12,8 @@ from PIL import Image, ImageFilter
 
 from ..core.contract import BOXES
 from ..core.masks import Prediction, mask_box
-from ..prediction.point_search import best_answer, boxes_around, boxes_beside, boxes_past
+from ..core.point_search import best_answer, boxes_around, boxes_beside, boxes_past
+from ..core.points import BOX_TRAINED, PointRules
 from ..volumes.logits import Question
 from ..volumes.planes import PlaneView
 from ..volumes.slices import VolumeSlices
@@ -73,6 +74,11 @@ class SliceWork:
         """The object in a box, (4,) x0, y0, x1, y1."""
         return self._surest(self._answers(np.array([box], float)), self._nothing)
 
+    @property
+    def _rules(self) -> PointRules:
+        """Of the model; of a server that does not say it, those of weights that know boxes."""
+        return self._slices.shared.points or BOX_TRAINED
+
     def clicks(self, wish: Wish) -> SliceFound:
         """The object after a click, the last of the wish."""
         row, column, is_inside = wish.clicks[-1]
@@ -80,7 +86,12 @@ class SliceWork:
             return SliceFound(self.before, None)
         if is_inside:
             wanted = self._mask_of([c for c in wish.clicks if c[2]])
-            return self._obeying(self._including(wanted, wish), wish.clicks)
+            is_first = not self.before.any() and wish.box is None
+            if (self._rules.first if is_first else self._rules.past_box) == "native":
+                found = self._pointed(wish, is_first=is_first)
+            else:
+                found = self._including(wanted, wish)
+            return self._obeying(found, wish.clicks)
         unwanted = self._mask_of([(row, column, False)])
         outside = [click for click in wish.clicks if not click[2]]
         return self._obeying(self._excluding(unwanted, outside, wish), wish.clicks)
@@ -125,6 +136,23 @@ class SliceWork:
         found = self._surest(answers, wanted, unwanted, self.before)
         return SliceFound(found.mask if found.mask.any() else self.before, found.iou)
 
+    def _pointed(self, wish: Wish, *, is_first: bool) -> SliceFound:
+        """The object with all clicks as points, of weights that know them."""
+        places = np.array([[[column + 0.5, row + 0.5] for row, column, _ in wish.clicks]])
+        marks = np.array([[int(is_inside) for _, _, is_inside in wish.clicks]], np.int32)
+        boxes = None
+        if not is_first:
+            boxes = np.array([mask_box(self.before) if wish.box is None else wish.box], float)
+        answers = self._answers(
+            boxes,
+            point_coords=places,
+            point_labels=marks,
+            multimask=is_first and len(wish.clicks) == 1,
+        )
+        best = int(np.argmax(answers.ious[0]))
+        mask, iou = answers.masks[0, best] != 0, float(answers.ious[0, best])
+        return SliceFound(mask, iou) if mask.any() else SliceFound(self.before, None)
+
     def _excluding(
         self, unwanted: MaskArray, outside: Sequence[tuple[int, int, bool]], wish: Wish
     ) -> SliceFound:
@@ -146,8 +174,11 @@ class SliceWork:
         found = self._surest(answers, wanted, unwanted, self.before)
         return SliceFound(found.mask if found.mask.any() else self.before, found.iou)
 
-    def _answers(self, boxes: npt.NDArray[np.float64], **points: Any) -> Prediction:
-        question = Question(self._view.axis, self.index, {BOXES: boxes, **points})
+    def _answers(self, boxes: npt.NDArray[np.float64] | None, **prompts: Any) -> Prediction:
+        """The decoder's own: what is tried in its place is chosen here."""
+        several = bool(prompts.pop("multimask", False))
+        given = prompts if boxes is None else {BOXES: boxes, **prompts}
+        question = Question(self._view.axis, self.index, given, several, adapt_points=False)
         return self._slices.decode(question)
 
     def _surest(self, answers: Prediction, *asked: MaskArray) -> SliceFound:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from ..core.imaging import ByteArray, FloatArray
 from ..core.masks import Prediction
+from ..core.points import PointRules
 from ..prediction.predictor import Encoding, Promptable
 from ..prediction.turns import Turns
 from .array_store import ArrayStore
@@ -92,6 +93,12 @@ class SharedPredictor:
         self._ahead: OrderedDict[int, Iterator[Ahead]] = OrderedDict()
         self._guard = threading.Lock()
         self._worker: threading.Thread | None = None
+
+    @property
+    def points(self) -> PointRules | None:
+        """How the predictor answers prompts with points; None where it does not say so."""
+        found: PointRules | None = getattr(self.predictor, "points", None)
+        return found
 
     def ask(
         self,

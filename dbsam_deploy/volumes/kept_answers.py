@@ -18,10 +18,11 @@ from typing import Any, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from ..core.contract import BOXES
+from ..core.contract import ADAPT_POINTS, BOXES
 from ..core.errors import InputError
 from ..core.imaging import Preprocessing
 from ..core.masks import MaskPacker, Prediction, unpack_masks
+from ..core.points import PointRules
 from ..core.prompts import PromptArrays
 from ..files.inputs import digest
 from ..prediction.predictor import Promptable
@@ -170,6 +171,11 @@ class ResumedPredictor:
         """How images enter the model, where it is in this process."""
         return getattr(self._shared.predictor, "preprocessing", None)
 
+    @property
+    def points(self) -> PointRules | None:
+        """See `SharedPredictor.points`."""
+        return self._shared.points
+
     def forget(self) -> None:
         """Ask for everything from now on: what was kept is closed."""
         self._kept = None
@@ -183,14 +189,21 @@ class ResumedPredictor:
         return self._ask({BOXES: boxes}, lambda one: one.predict_boxes(boxes))
 
     def predict_prompts(
-        self, *, multimask: bool = False, **prompts: Unpack[PromptArrays]
+        self,
+        *,
+        multimask: bool = False,
+        adapt_points: bool = True,
+        **prompts: Unpack[PromptArrays],
     ) -> Prediction:
         """See `Promptable`."""
+        how = {"multimask": multimask, ADAPT_POINTS.name: adapt_points}
 
         def ask(predictor: Promptable) -> Prediction:
-            return predictor.predict_prompts(multimask=multimask, **prompts)
+            return predictor.predict_prompts(
+                multimask=multimask, adapt_points=adapt_points, **prompts
+            )
 
-        return self._ask({"multimask": np.array(multimask), **prompts}, ask)
+        return self._ask({**{name: np.array(flag) for name, flag in how.items()}, **prompts}, ask)
 
     def _ask(
         self, arrays: Mapping[str, Any], question: Callable[[Promptable], Prediction]

@@ -35,17 +35,20 @@ class Question:
         index: the slice.
         prompts: `PromptArrays` of N objects, in voxels of the slice.
         multimask: whether there are three answers to each.
+        adapt_points: see `Predictor.predict_prompts`.
     """
 
     axis: int
     index: int
     prompts: Mapping[str, npt.NDArray[Any]]
     multimask: bool = False
+    adapt_points: bool = True
 
     @cached_property
     def key(self) -> bytes:
         """The same for the same question."""
-        whole = hashlib.blake2b(repr((self.axis, self.index, self.multimask)).encode())
+        flags = (self.axis, self.index, self.multimask, self.adapt_points)
+        whole = hashlib.blake2b(repr(flags).encode())
         for name, array in sorted(self.prompts.items()):
             whole.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
         return whole.digest()

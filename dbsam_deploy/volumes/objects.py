@@ -279,7 +279,9 @@ class TrackedObject:
             if extent[other][0] <= index < extent[other][1]:
                 place = index - starts[other]
                 np.moveaxis(new, other, 0)[place] = np.moveaxis(old, other, 0)[place]
-        found = extent_of(old != new)
+        new ^= old  # what differs, in the place of what is new: a third array would be the peak
+        found = extent_of(new)
+        new ^= old
         if found is None:
             return Undo(self.about.label, None, b"", before_slices, before_bounds)
         changed = tuple((s + a, s + b) for s, (a, b) in zip(starts, found, strict=True))
@@ -331,7 +333,7 @@ class Undo:
         if self.changed is not None:
             sides = [end - first for first, end in self.changed]
             bits = np.unpackbits(np.frombuffer(self.before, np.uint8), count=int(np.prod(sides)))
-            tracked.mask.write(self.changed, bits.reshape(sides).astype(bool))
+            tracked.mask.write(self.changed, bits.reshape(sides).view(bool))
 
     def bytes_beside(self, now: Mapping[SliceName, Decoded]) -> int:
         """What keeping this costs, beside what the object still holds."""

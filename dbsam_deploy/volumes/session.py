@@ -220,7 +220,8 @@ class VolumePredictor:
         Raises:
             InputError: another shape.
         """
-        array = as_array("mask", mask) != 0
+        array = as_array("mask", mask)
+        array = array if array.dtype == bool else array != 0
         with self._claims.held([label]), self._lock:
             view = self._view(plane)
             if index is None:

@@ -65,7 +65,8 @@ class VolumeSlices:
             forms.setdefault(one.form, []).append(label)
         for labels in forms.values():
             is_vague = asked[labels[0]].is_vague
-            at_once = prompts_at_once(view.square, 3 if is_vague else 1)
+            has_points = asked[labels[0]].points is not None
+            at_once = prompts_at_once(view.square, 3 if is_vague else 1, has_points)
             for start in range(0, len(labels), at_once):
                 part = labels[start : start + at_once]
                 prompts = stacked([asked[label] for label in part])
@@ -98,7 +99,9 @@ class VolumeSlices:
         def ask(predictor: Promptable) -> Prediction:
             if given.keys() == {BOXES} and not question.multimask:
                 return predictor.predict_boxes(given[BOXES])
-            return predictor.predict_prompts(multimask=question.multimask, **given)
+            return predictor.predict_prompts(
+                multimask=question.multimask, adapt_points=question.adapt_points, **given
+            )
 
         found = self.shared.ask(key, lambda: view.image(index), ask)
         return Prediction(view.to_stored(found.masks), found.ious, found.logits)

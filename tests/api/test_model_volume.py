@@ -1,5 +1,7 @@
 """`Model.volume`: sessions on volumes that share a model with each other and with `predict`."""
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -8,6 +10,7 @@ from dbsam_deploy.api.model import Model
 from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.prediction.predictor import Encoding, Predictor, ServedPredictor
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
+from dbsam_deploy.volumes.study_prompts import ObjectPrompts, StudyPrompts
 
 BOX = [8, 6, 40, 30]
 
@@ -59,6 +62,27 @@ def test_predict_between_the_prompts_of_a_session_changes_nothing(model, scan):
         session.prompt(2, box=BOX, index=2)
         np.testing.assert_array_equal(session.mask(1), session.mask(2))
         np.testing.assert_array_equal(model.predict(boxes=[BOX]).logits, first.logits)
+
+
+def test_others_are_answered_while_a_study_is_segmented(model, scan):
+    volume = db.read_image(scan)
+    spec = StudyPrompts((ObjectPrompts("a", box_3d=(*BOX[:2], 0, *BOX[2:], 6)),))
+    expected, alone = model.study(volume, spec), model.predict(scan, boxes=[BOX], slice_index=1)
+    answers, done = [], []
+    thread = threading.Thread(
+        target=lambda: answers.append(model.predict(scan, boxes=[BOX], slice_index=1)), daemon=True
+    )
+
+    def progress(slices: int, _: int) -> None:
+        if slices == 1:
+            thread.start()
+            thread.join(timeout=60)
+            done.append(not thread.is_alive())
+
+    found = model.study(volume, spec, progress=progress)
+    assert done == [True]
+    np.testing.assert_array_equal(answers[0].masks, alone.masks)
+    np.testing.assert_array_equal(found.labels, expected.labels)
 
 
 def test_another_device_is_another_model(model, scan, tiny_artefact, monkeypatch):

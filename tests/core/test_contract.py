@@ -117,6 +117,7 @@ GRAPHS = {
             "mask_input float32 (num_prompts, 128, 128) in mask grid, optional",
             "has_mask_input float32 (num_prompts) in none, optional",
             "multimask_tokens uint8 (1) in none, optional",
+            "adapt_points uint8 (1) in none, optional",
         ],
         [
             "masks uint8 (num_prompts, num_masks, height, width) in image",

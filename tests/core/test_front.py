@@ -15,6 +15,7 @@ from dbsam_deploy.core import front
 from dbsam_deploy.core.errors import EngineError, InputError
 from dbsam_deploy.core.image_id import image_id
 from dbsam_deploy.core.imaging import Preprocessing
+from dbsam_deploy.core.points import NATIVE
 from dbsam_deploy.core.settings import (
     FrontSettings,
     preprocessing_from_config,
@@ -145,7 +146,8 @@ class Request:
 
 
 def config(**values):
-    items = {**asdict(HOW), **values}
+    rules = {f"points_{kind}": how for kind, how in asdict(NATIVE).items()}
+    items = {**asdict(HOW), **rules, **values}
     return json.dumps({"parameters": {k: {"string_value": str(v)} for k, v in items.items()}})
 
 

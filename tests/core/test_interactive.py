@@ -13,6 +13,7 @@ from dbsam_deploy.core.image_id import image_id
 from dbsam_deploy.core.imaging import Preprocessing
 from dbsam_deploy.core.interactive import Interactive
 from dbsam_deploy.core.masks import unpack_masks
+from dbsam_deploy.core.points import PointRules
 from dbsam_deploy.core.refusal import RefusedError
 from dbsam_deploy.prediction.predictor import Predictor
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
@@ -106,6 +107,58 @@ def test_prompt_sets_are_answered_as_locally_in_chunks(front, local, image, rng,
         np.testing.assert_array_equal(answer["low_res_logits"], expected.logits)
         packed = answer["masks_packed"][0]
         np.testing.assert_array_equal(unpack_masks(packed, expected.masks.shape), expected.masks)
+
+
+SEARCHED = PointRules("search", "search", "search")
+CLICKS = {
+    "point_coords": np.float32([[[30, 20], [80, 50]], [[60, 30], [5, 5]], [[88, 3], [0, 0]]]),
+    "point_labels": np.int32([[1, 0], [1, 1], [1, -1]]),
+}
+
+
+@pytest.mark.parametrize("given", [CLICKS, {**CLICKS, "boxes": BOXES}], ids=["points", "boxes"])
+@pytest.mark.parametrize("is_corrected", [False, True], ids=["new", "corrected"])
+def test_points_that_boxes_are_tried_for_are_answered_as_locally(
+    tiny_artefact, image, rng, given, is_corrected
+):
+    local = Predictor(OnnxRuntimeSession(tiny_artefact), HOW, points=SEARCHED)
+    local.set_image(image)
+    front = Interactive(HOW, SessionGraphs(tiny_artefact), EmbeddingCache(1 << 20), 8, SEARCHED)
+    earlier = rng.standard_normal((3, 32, 32)).astype(np.float32)
+    sets = prompt_sets(SIZE, earlier, **given)
+    if is_corrected:
+        given = {**given, "mask_input": earlier}
+    else:
+        sets["has_mask_input"][:] = 0
+    single, several = (local.predict_prompts(**given, multimask=more) for more in (False, True))
+    answer = front.answer({"raw_image": image, **sets}, ALL, nothing)
+    for name, part in (("masks", "masks"), ("iou_scores", "ious"), ("low_res_logits", "logits")):
+        expected = np.concatenate([getattr(single, part), getattr(several, part)], axis=1)
+        np.testing.assert_array_equal(answer[name], expected)
+    tried = [count for graph, count in front.graphs.decoded if graph == "decoder"]
+    assert sum(tried) > 15
+    assert max(tried) <= 8
+    raw = {**sets, "adapt_points": np.zeros(1, np.uint8)}
+    answer = front.answer({"raw_image": image, **raw}, ALL, nothing)
+    expected = local.predict_prompts(**given, adapt_points=False)
+    np.testing.assert_array_equal(answer["masks"][:, :1], expected.masks)
+    assert not np.array_equal(expected.masks, single.masks)
+
+
+def test_a_search_ends_with_its_client(tiny_artefact, image):
+    front = Interactive(HOW, SessionGraphs(tiny_artefact), EmbeddingCache(1 << 20), 8, SEARCHED)
+    left = [None] * 3
+
+    def gone():
+        if not left:
+            raise RefusedError("the client has gone: dropped", "CANCELLED")
+        left.pop()
+
+    sets = {name: array[2:] for name, array in CLICKS.items()}
+    sets["point_labels"] = np.int32([[1, -1]])
+    with pytest.raises(RefusedError):
+        front.answer({"raw_image": image, **sets}, ALL, gone)
+    assert len(front.graphs.decoded) < 3
 
 
 def test_only_wanted_masks_are_made_of_logits(front, image, monkeypatch):

@@ -25,7 +25,7 @@ from dbsam_deploy.model import VARIANTS, variant_config
 ENCODERS = {
     ("db_sam_tiny", "fp32"): (8, 4, 8),
     ("db_sam_tiny", "fp16"): (8, 4, 8),
-    ("db_sam_4level", "fp16"): (8, 4, 4),
+    ("db_sam_4level", "fp32"): (8, 4, 4),
     ("db_sam_plus", "fp16"): (8, 0, 4),
     ("lite_medsam", "fp16"): (0, 0, 0),
 }
@@ -233,7 +233,7 @@ print(0 if plan is None else plan.nbytes)
 
 @pytest.mark.rtx
 def test_the_same_file_parses_and_builds_in_tensorrt_rtx(exported_graph, tmp_path):
-    model = ir.load(exported_graph("db_sam_4level", "encoder", "fp16"))
+    model = ir.load(exported_graph("db_sam_4level", "encoder", "fp32"))
     assert fuse(model) == FusionCounts(8, 4, 4)  # sampling from one level and from four
     ir.save(model, tmp_path / "encoder.onnx")
     result = subprocess.run(

@@ -74,7 +74,7 @@ def test_values_equal_the_graph_at_other_batches_than_traced(exported, model, na
 @pytest.mark.parametrize(
     ("variant", "precision"),
     [
-        ("db_sam_4level", "fp16"),
+        ("db_sam_4level", "fp32"),
         ("db_sam_plus", "fp16"),
         ("lite_medsam", "fp16"),
         ("lite_medsam", "fp8"),  # traced as float32, in a later opset

@@ -44,7 +44,9 @@ def measure(predictor: Predictor, folder) -> EvaluationResult:
     ("task", "count", "dice", "box_dice"),
     [
         ("Microscopy_nuclei_HE", 36, 0.8163, 0.5840),
-        ("Microscopy_nuclei_fluorescence", 49, 0.7236, 0.6485),
+        pytest.param(
+            *("Microscopy_nuclei_fluorescence", 49, 0.7236, 0.6485), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_reference_figures_of_a_task(predictor, tmp_path, task, count, dice, box_dice):

@@ -43,12 +43,75 @@ def test_own_checkpoint_round_trip(tiny_file):
     assert loaded.preprocessing.mode == "sam"
 
 
-def test_another_image_size_needs_to_be_asked_for(tiny_file):
-    with pytest.raises(CheckpointError, match=r"pos_embed is \(1, 8, 8, 128\), expected \(1, 64"):
-        load_model(checkpoint=tiny_file)
+def test_a_model_has_the_image_size_that_it_was_trained_at(tiny_file):
+    loaded = load_model(checkpoint=tiny_file)
+    assert loaded.preprocessing.image_size == 128
+    assert "trained at 128 px" in loaded.weights["note"]
+    stored = read_checkpoint(tiny_file).tensors
+    assert loaded.weights["sha256"] == hash_tensors(stored)  # nothing was resized
     loaded = load_model(checkpoint=tiny_file, image_size=192)
     assert loaded.model.image_encoder.pos_embed.shape == (1, 12, 12, 128)
     assert torch.isfinite(loaded.model.encode(torch.zeros(1, 3, 192, 192))).all()
+
+
+def test_tables_of_relative_positions_of_another_size_count_as_in_sam(tmp_path, thin_vit_b):
+    """SAM interpolates them in every forward; a fine-tune may have kept those of 1024 px."""
+    model = build_model("sam_vit_b")
+    name = "image_encoder.blocks.0.attn.rel_pos_h"
+    wide = torch.randn(127, model.image_encoder.blocks[0].attn.rel_pos_h.shape[1])
+    torch.save({**model.state_dict(), name: wide}, tmp_path / "sam.pth")
+    image = torch.randn(1, 3, 64, 64)
+    found = load_model(checkpoint=tmp_path / "sam.pth").model.encode(image)
+    model.image_encoder.blocks[0].attn.rel_pos_h = torch.nn.Parameter(wide)
+    torch.testing.assert_close(found, model.encode(image), rtol=0, atol=1e-6)
+
+
+def test_one_fine_tune_in_four_wrappers_is_one_model(tmp_path, thin_vit_b):
+    """An export's key is its weights' hash, its configuration and what does not depend on these."""
+    state = build_model("sam_vit_b").state_dict()
+    wrapped = {
+        "plain.pth": state,
+        "a.ckpt": {"state_dict": {f"net.sam.{k}": v for k, v in state.items()}, "epoch": 3},
+        "b.pt": {"model": state, "model_ema": {k: v + 1 for k, v in state.items()}},
+        "c.pth": {"state_dict": {f"module._orig_mod.{k}": v for k, v in state.items()}},
+    }
+    keys = set()
+    for name, content in wrapped.items():
+        torch.save(content, tmp_path / name)
+        loaded = load_model(checkpoint=tmp_path / name)
+        keys.add((loaded.weights["sha256"], loaded.model.config))
+    assert len(keys) == 1
+    other = load_model(checkpoint=tmp_path / "b.pt", weights="ema")
+    assert other.weights["sha256"] not in {key for key, _ in keys}
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.full((256,), 1e300, dtype=torch.float64), "holds 1e\\+300, more than float32 can"),
+        (torch.ones(256, dtype=torch.int8), "is int8, expected float32: quantised weights"),
+    ],
+)
+def test_numbers_that_the_model_cannot_take(tmp_path, thin_vit_b, value, message):
+    state = build_model("sam_vit_b").state_dict()
+    path = tmp_path / "w.pth"
+    torch.save({**state, "image_encoder.neck.3.weight": value}, path)
+    with pytest.raises(CheckpointError, match=f"neck.3.weight {message}") as error:
+        load_model(checkpoint=path)
+    assert str(error.value).endswith(f"`python -m dbsam_deploy.inspect {path}` shows what it holds")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_are_taken(tmp_path, thin_vit_b, dtype):
+    state = build_model("sam_vit_b").state_dict()
+    torch.save({k: v.to(dtype) for k, v in state.items()}, tmp_path / "w.pth")
+    found = load_model(checkpoint=tmp_path / "w.pth").model.state_dict()
+    assert all(torch.equal(found[k], v.to(dtype).float()) for k, v in state.items())
+
+
+def test_a_choice_within_no_file(tmp_path):
+    with pytest.raises(CheckpointError, match="choose within a file: name it with --checkpoint"):
+        load_model(variant="sam_vit_b", weights="ema")
 
 
 @pytest.mark.parametrize(

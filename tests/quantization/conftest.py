@@ -1,4 +1,4 @@
-"""Numbers that repeat, an image, and float encoders of a small db_sam at 64 px."""
+"""Numbers that repeat, an image, and float encoders of a small db_sam_4level at 64 px."""
 
 import numpy as np
 import pytest

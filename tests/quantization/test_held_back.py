@@ -22,7 +22,7 @@ PLAN = CalibrationPlan("max", 99.9, images=1, held_back=2, seed=0)
 
 @pytest.fixture(scope="module")
 def session(small_models):
-    return PytorchSession(small_models("db_sam"))
+    return PytorchSession(small_models("db_sam_4level"))
 
 
 @pytest.fixture(scope="module")

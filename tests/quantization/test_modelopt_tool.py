@@ -319,6 +319,6 @@ def test_ranges_come_from_the_images(real):
 @pytest.mark.modelopt
 def test_the_fusions_find_their_patterns_behind_the_pairs(real, small_models, tmp_path):
     _, found, _ = real
-    config = small_models("db_sam").config
+    config = small_models("db_sam_4level").config
     path = Path(shutil.copy(found.path, tmp_path / "fused.onnx"))
     assert fuse_file(path, config, found.modules) == expected_counts(config)

@@ -226,7 +226,7 @@ def test_the_fusions_find_their_patterns_behind_the_pairs(
 ):
     found, _ = quantized(precision)
     (before,) = run_onnx(onnx.load(found.path), feed)
-    config = small_models("db_sam").config
+    config = small_models("db_sam_4level").config
     path = Path(shutil.copy(found.path, tmp_path))
     assert fuse_file(path, config, found.modules) == expected_counts(config)
     (after,) = run_onnx(onnx.load(path), feed)
@@ -238,7 +238,7 @@ def test_a_quantised_channel_attention_block_stays_as_it_is(quantized, small_mod
     kept = tuple(x for x in load_recipe("int8").quantization.exclude if "vit_conv" not in x)
     leave_out = ("*.vit_conv_blocks.[012].*", "*.se.*")
     found, _ = quantized("int8", leave_out, exclude=kept, rounding="nearest")
-    config = small_models("db_sam").config
+    config = small_models("db_sam_4level").config
     expected = replace(expected_counts(config), channel_attention=3)
     path = Path(shutil.copy(found.path, tmp_path))
     assert fuse_file(path, config, found.modules) == expected

@@ -43,7 +43,7 @@ def few(recipe=INT8, **changes):
 @pytest.fixture
 def make(small_models, monkeypatch):
     """`make(recipe, path, budget)`: a quantiser of an untrained encoder at 64×64."""
-    model = small_models("db_sam")
+    model = small_models("db_sam_4level")
     loaded = LoadedModel(model, Preprocessing(64), {"sha256": "0"})
 
     def build(recipe, path=EXAMPLES, budget=None):

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.manifests import reseal
+from support.served_points import check_points
 from support.serving import processes_of, wait_until
 
 from dbsam_deploy.artefact import graph_file
@@ -134,21 +135,7 @@ def test_a_server_at_any_path_leaves_no_process_memory_or_file(
 
 
 @pytest.mark.triton
-def test_stopping_cleans_up_after_a_killed_server(tiny_repository, server_environment, tmp_path):
-    server = TritonServer(
-        tiny_repository.folder, server_environment, log=tmp_path / "log", ports=FREE
-    ).start()
-    group = server.pid
-    os.kill(group, signal.SIGKILL)
-    assert wait_until(lambda: server.has_ended)
-    assert "ended by SIGKILL" in server.why_ended()
-    server.stop()
-    assert_none_left(group)
-    assert not list(SHARED_MEMORY.glob(f"{server.shared_memory_prefix}*"))
-
-
-@pytest.mark.triton
-def test_complete_configurations_survive_auto_completion(
+def test_configurations_survive_auto_completion_and_stopping_cleans_up_after_a_killed_server(
     tiny_repository, tiny_artefact, server_environment, tmp_path
 ):
     log = tmp_path / "log"
@@ -159,6 +146,13 @@ def test_complete_configurations_survive_auto_completion(
         url = f"http://{server.http_url}/v2/models/dbsam_encoder{server.ending}/config"
         with urllib.request.urlopen(url, timeout=10) as answer:
             assert b'"max_batch_size":1' in answer.read()
+        group = server.pid
+        os.kill(group, signal.SIGKILL)
+        assert wait_until(lambda: server.has_ended)
+        assert "ended by SIGKILL" in server.why_ended()
+        server.stop()
+        assert_none_left(group)
+        assert not list(SHARED_MEMORY.glob(f"{server.shared_memory_prefix}*"))
 
 
 @pytest.mark.triton
@@ -336,6 +330,7 @@ def test_the_exported_tiny_model_is_served_bit_for_bit(
             answer = client.segment_prompts(case.image, boxes=case.boxes, multimask=True)
             np.testing.assert_array_equal(answer.masks, expected.masks)
             np.testing.assert_array_equal(answer.logits, expected.logits)
+        check_points(server, published.artefact, case)
 
 
 @pytest.mark.triton

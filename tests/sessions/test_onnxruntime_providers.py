@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper
+from support.peak_memory import resident_bytes
 
 from dbsam_deploy.core.errors import EngineError, MissingError
 from dbsam_deploy.diagnosis.inspections import ONE_NODE_MODEL
@@ -20,6 +23,7 @@ from dbsam_deploy.sessions.onnxruntime_providers import (
     CPU,
     CUDA,
     TENSORRT,
+    import_onnxruntime,
     open_session,
     require_provider,
 )
@@ -256,3 +260,23 @@ def test_int8_products_are_made_safe_only_where_they_overflow(
     else:
         with pytest.raises(RuntimeError, match="x64quantprecision"):
             settings.get_session_config_entry("session.x64quantprecision")
+
+
+def test_a_run_like_the_one_before_takes_no_further_memory():
+    shape = [24, 1024, 256]
+    names = ["x", *(f"value_{number}" for number in range(6)), "y"]
+    nodes = [
+        helper.make_node("Softmax" if number % 2 else "Erf", [before], [after])
+        for number, (before, after) in enumerate(itertools.pairwise(names))
+    ]
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", *shape[1:]]) for name in "xy"
+    ]
+    graph = helper.make_graph(nodes, "chain", ends[:1], ends[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    session = open_session(import_onnxruntime(), model.SerializeToString(), CPU, threads=1)
+    values = np.zeros(shape, np.float32)
+    session.run(None, {"x": values})
+    before = resident_bytes()
+    session.run(None, {"x": values})
+    assert resident_bytes() - before < values.nbytes // 2

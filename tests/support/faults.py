@@ -53,7 +53,8 @@ class Faults:
         if self.dead:
             raise Killed
         self.calls.append(name)
-        self.places.append((name, _our_lines()))
+        if not self._at:  # `points` is asked of what nothing befell
+            self.places.append((name, _our_lines()))
         number = len(self.calls)
         if self._at and number == self._at and not self._error:
             self.dead = True

@@ -1,4 +1,4 @@
-"""deployment/nginx/nginx.conf in the real nginx, with the places of a test."""
+"""The configurations of deployment/nginx/ in the real nginx, with the places of a test."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from pathlib import Path
 from support.ports import free_port, wait_for
 
 CONFIG = Path(__file__).resolve().parents[2] / "deployment" / "nginx" / "nginx.conf"
+VIEWER_CONFIG = CONFIG.with_name("viewer.conf")
 USER, PASSWORD = "radiology", "correct horse"
 LOGIN = "Basic " + base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
 
@@ -55,9 +56,9 @@ def write_secrets(folder: Path) -> None:
     (folder / "htpasswd").write_text(f"{USER}:{hashed}")
 
 
-def configured(folder: Path, port: int, changes: dict[str, str]) -> str:
+def configured(folder: Path, port: int, changes: dict[str, str], shipped: Path = CONFIG) -> str:
     """The shipped configuration with the places of this test; everything else is as it is."""
-    text = CONFIG.read_text()
+    text = shipped.read_text()
     replaced = {
         **changes,
         "/tmp/": f"{folder}/",  # noqa: S108 - what the container has
@@ -68,7 +69,7 @@ def configured(folder: Path, port: int, changes: dict[str, str]) -> str:
         "worker_processes auto": "worker_processes 1",
     }
     for old in replaced:
-        assert old in text, f"{old!r} is not in {CONFIG.name} any more"
+        assert old in text, f"{old!r} is not in {shipped.name} any more"
     parts = [text]
     for old, new in replaced.items():  # what was put in is not looked at again
         parts = [
@@ -87,12 +88,14 @@ def _cut(part: str, old: str, new: str) -> list[str]:
 
 
 @contextmanager
-def running(nginx: str, folder: Path, changes: dict[str, str]) -> Iterator[Proxy]:
+def running(
+    nginx: str, folder: Path, changes: dict[str, str], shipped: Path = CONFIG
+) -> Iterator[Proxy]:
     """nginx with the shipped configuration, until it answers and then some."""
     write_secrets(folder)
     port = free_port()
     config = folder / "nginx.conf"
-    config.write_text(configured(folder, port, changes))
+    config.write_text(configured(folder, port, changes, shipped))
     user = "user root;" if os.getuid() == 0 else ""  # who may read pytest's folders
     log = folder / "log"
     with log.open("wb") as stderr:

@@ -1,15 +1,24 @@
-"""The memory that a process has taken at most."""
+"""The memory that a process takes, and has taken at most."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 
-def peak_bytes() -> int:
-    """The largest resident memory of this process so far.
+def peak_bytes(pid: int | None = None) -> int:
+    """The largest resident memory of a process, by default this one, so far.
 
     `ru_maxrss` is not that: Linux begins it with the peak of the process that started this one.
     """
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return _status("VmHWM", pid)
+
+
+def resident_bytes() -> int:
+    """The resident memory of this process now."""
+    return _status("VmRSS", None)
+
+
+def _status(name: str, pid: int | None) -> int:
+    status = Path(f"/proc/{pid or 'self'}/status").read_text(encoding="ascii")
+    (line,) = (line for line in status.splitlines() if line.startswith(f"{name}:"))
     return int(line.split()[1]) * 1024

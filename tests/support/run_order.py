@@ -13,23 +13,28 @@ TESTS = Path(__file__).resolve().parents[1]
 LONG = (
     "test_export.py",
     "test_export_int8.py",
+    "training/test_loop.py",
+    "kernels/test_library.py",
+    "serving/test_server.py",
     "fusions/test_fusions.py",
     "engines/test_build.py",
-    "serving/test_server.py",
     "test_export_faults.py",
+    "timing/test_compare_cpu.py",
     "timing/test_benchmark_gate.py",
+    "serving/test_faults.py",
     "model/test_shipped_checkpoint.py",
-    "kernels/test_library.py",
-    "model/test_lite_medsam.py",
-    "kernels/test_plugin_calls.py",
-    "training/test_loop.py",
-    "graphs/test_onnx_export.py",
     "quantization/test_put_back.py",
+    "quantization/test_qdq.py",
+    "serving/test_supervisor.py",
+    "kernels/test_plugin_calls.py",
+    "test_engine.py",
+    "model/test_lite_medsam.py",
+    "graphs/test_onnx_export.py",
     "quantization/test_one_sided.py",
     "timing/test_gpu.py",
 )
 """Files that take longest. They begin, so that no worker is left with one at the end; the first two
-make what many others use, each in one of two workers."""
+make what many others use, each in a worker of its own."""
 
 
 def pytest_configure(config: pytest.Config) -> None:

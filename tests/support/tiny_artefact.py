@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from onnx import TensorProto, helper
 from dbsam_deploy.artefact import Artefact, graph_file, load_artefact, write_artefact
 from dbsam_deploy.core.contract import Geometry, GraphSpec, graph_specs
 from dbsam_deploy.core.imaging import Preprocessing
+from dbsam_deploy.core.points import POINTS, PointRules
 
 from .graph_builder import GraphBuilder
 
@@ -137,4 +140,14 @@ def make_tiny_artefact(
         weights={"source": "random", "sha256": None, "trained": False, "note": "test graphs"},
     )
     write_artefact(artefact)
+    return load_artefact(folder)
+
+
+def copy_with_points(artefact: Artefact, folder: Path, rules: PointRules | None) -> Artefact:
+    """The same export with other rules for points; None for one that does not say them."""
+    shutil.copytree(artefact.folder, folder)
+    weights = {name: value for name, value in artefact.weights.items() if name != POINTS}
+    if rules is not None:
+        weights[POINTS] = rules.record("a test says so")
+    write_artefact(dataclasses.replace(artefact, folder=folder, weights=weights))
     return load_artefact(folder)

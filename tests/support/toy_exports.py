@@ -16,6 +16,7 @@ from rich.console import Console
 from dbsam_deploy import export as door
 from dbsam_deploy.artefact import Artefact, load_artefact
 from dbsam_deploy.cli import run
+from dbsam_deploy.core.points import POINTS, usual_record
 from dbsam_deploy.export import ExportOptions, Stages, export, main
 from dbsam_deploy.files.atomic import sha256_of
 from dbsam_deploy.model import VARIANTS
@@ -45,7 +46,7 @@ class Toy:
         made = self.graphs[weights]
         model = torch.nn.Identity()
         model.config = VARIANTS["lite_medsam"]  # no fused operator has to be in its graphs
-        about = {**made.weights, "sha256": weights}
+        about = {**made.weights, "sha256": weights, POINTS: usual_record("x", trained=False)}
 
         def take(model: object, name: str, recipe: object, folder: Path) -> None:
             (folder / f"{name}.tmp").write_bytes(b"scratch")

@@ -19,9 +19,11 @@ from scipy import ndimage
 
 from dbsam_deploy.core.masks import Prediction
 from dbsam_deploy.viewer.application import ViewerServer
+from dbsam_deploy.viewer.audit import AuditLog
 from dbsam_deploy.viewer.leases import LeaseRules, Leases
+from dbsam_deploy.viewer.page import Page, PageRules
 from dbsam_deploy.viewer.workspace import WorkRules, Workspace
-from dbsam_deploy.volumes.embeddings import SharedPredictor
+from dbsam_deploy.volumes.embeddings import EmbeddingStore, SharedPredictor
 
 from .bright import BrightPredictor
 from .wedge import SHAPE, WIDE, wedge
@@ -110,22 +112,27 @@ class RunningServer:
 @contextlib.contextmanager
 def running(
     *,
-    key: str | None = None,
+    key: str | dict[str, str] | None = None,
+    audit: AuditLog | None = None,
     prefix: str = "",
     reach: int = 20,
     max_voxels: int = 2**22,
     deadline_s: float = 45.0,
+    model: Any = None,
+    exact: bool = False,
     **lease_rules: Any,
 ) -> Iterator[RunningServer]:
-    model = BoxTrained()
-    shared = SharedPredictor(model)
+    model = BoxTrained() if model is None else model
+    shared = SharedPredictor(model, store=EmbeddingStore(exact=exact))
     rules = WorkRules(reach=reach, rule=WIDE, deadline_s=deadline_s)
     leases = Leases(LeaseRules(**lease_rules), lambda: Workspace(shared, rules))
-    app: Any = ViewerServer(leases, "bright", key=key, max_voxels=max_voxels).app
+    viewers = ViewerServer(leases, "bright", key=key, max_voxels=max_voxels, audit=audit)
+    Page(viewers, shared, rules, PageRules("bright", only_local=key is None))
+    app: Any = viewers.app
     if prefix:
         inner, app = app, FastAPI(redirect_slashes=False)
         app.mount(prefix, inner)
-    config = uvicorn.Config(app, port=0, log_level="warning", lifespan="off")
+    config = uvicorn.Config(app, port=0, log_level="warning", lifespan="off", proxy_headers=False)
     sockets = [config.bind_socket()]
     sockets[0].listen(256)
     server = uvicorn.Server(config)

@@ -10,6 +10,7 @@ from support.labelled_sets import write_nifti
 from dbsam_deploy import convert
 from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.datasets.cases import Reading
+from dbsam_deploy.training import samples
 from dbsam_deploy.training.material import Material, labelled_sources
 from dbsam_deploy.training.samples import (
     MIN_OBJECT_PX,
@@ -305,3 +306,34 @@ def test_pairs_in_nifti_give_what_their_npz_give(tmp_path):
     write_nifti(tmp_path / "mr" / "labels" / "b.nii.gz", labels, origin=(5.0, 5.0, 5.0))
     with pytest.raises(InputError, match="mm beside its images"):
         labelled_sources(tmp_path / "mr", None, window)
+
+
+def test_decoded_files_are_read_once_within_a_number_of_bytes(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    for number in range(6):
+        values = rng.integers(0, 256, (2, *LABELS.shape)).astype(np.uint8)
+        write_nifti(tmp_path / f"images/c{number}.nii.gz", values)
+        write_nifti(tmp_path / f"labels/c{number}.nii.gz", np.stack([LABELS, LABELS]))
+    read: list[str] = []
+    read_case = samples.read_case
+
+    def noting(case):
+        read.append(case.name)
+        return read_case(case)
+
+    monkeypatch.setattr(samples, "read_case", noting)
+    (source,) = labelled_sources(tmp_path, None)
+    order = rng.permutation(np.tile(np.arange(len(source)), 3)).tolist()
+    read.clear()
+    expected = {index: source.sample(index) for index in order}
+    assert sorted(read) in ([f"c{n}" for n in range(6)], [f"c{n}" for n in range(5)])
+    each = samples._decoded.used // 6
+    monkeypatch.setattr(samples._decoded, "most_bytes", 2 * each)
+    for index in order:
+        sample = source.sample(index)
+        assert samples._decoded.used <= 2 * each
+        np.testing.assert_array_equal(sample.image, expected[index].image)
+        np.testing.assert_array_equal(sample.labels, expected[index].labels)
+    assert len(read) > 12
+    monkeypatch.setattr(samples._decoded, "most_bytes", 0)
+    assert source.sample(0).name  # the one that is used is there in any case

@@ -172,10 +172,13 @@ def test_every_mask_token_is_compared_for_points_and_for_all_prompts_together(ca
     # Token 0 as the single mask, then tokens 1 to 3: 1, then 1, 2/3 and 0.
     assert figures.prompt_agreement_mean * 4 - 2 == half
     assert figures.prompt_agreement_p5 == 0
-    labels = [feed["point_labels"][0].tolist() for feed in deployed.prompted]
+    alone, *prompted = deployed.prompted  # the first is for the figures of points
+    labels = [feed["point_labels"][0].tolist() for feed in prompted]
     objects = len(case.boxes)
+    assert alone["point_labels"][0].tolist() == [[1, -1]] * objects
+    assert figures.points_obeyed == 1
     assert labels == [[[1, 0, -1]] * objects] * 2 + [[[1, 0, 2, 3]] * objects] * 2
-    for feed, earlier in zip(deployed.prompted, (0, 0, 1, 1), strict=True):
+    for feed, earlier in zip(prompted, (0, 0, 1, 1), strict=True):
         assert (feed["has_mask_input"] == earlier).all()
         assert (feed["mask_input"] == earlier).all()
         scale = 64 / case.image.shape[0]

@@ -35,6 +35,8 @@ FIGURES = Figures(
     prompt_agreement_p5=0.42,
     dice=0.51,
     dice_reference=0.52,
+    point_dice=0.53,
+    points_obeyed=0.54,
     encoder_ms=61,
     decoder_ms=62,
     reference_encoder_ms=63,
@@ -90,6 +92,7 @@ def test_each_figure_stands_under_its_heading():
     assert "predict IMAGE --box x0 y0 x1 y1 --artefact 'build/some export'" in text
     assert "serve --repository build/repo" in text
     assert "note:" not in text
+    assert "points: boxes are tried for a point without a box, a point past its box (db_sam" in text
 
 
 def test_what_the_reader_must_know_is_a_note():

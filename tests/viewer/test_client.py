@@ -17,12 +17,6 @@ from support.wedge import SHAPE, wedge
 from dbsam_deploy.viewer import carrying, workspace
 
 
-@pytest.fixture(scope="module")
-def server():
-    with running(slots=64) as started:
-        yield started
-
-
 def picture(truth: np.ndarray) -> np.ndarray:
     values = np.where(truth, 200, 20).astype(np.uint8)[None]
     values[:, :, 0, 0] = 60

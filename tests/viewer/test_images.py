@@ -54,7 +54,9 @@ def test_ct_outside_the_soft_tissue_window_is_shown_by_its_own_range():
     assert as_viewer_volume(air, None, None).intensity.how == "percentiles"
 
 
-@pytest.mark.parametrize("given", [None, [1, 2], [1, 0, 1], ["a", 1, 1], [1, float("inf"), 1], 3])
+@pytest.mark.parametrize(
+    "given", [None, [1, 2], [1, 0, 1], ["a", 1, 1], [1, float("inf"), 1], 3, [9e5, 5e-324, 1]]
+)
 def test_a_spacing_of_another_form_is_one(given):
     assert as_viewer_volume(CT, given, None).spacing_mm == (1.0, 1.0, 1.0)
     assert as_viewer_volume(CT, [3, 1, 0.5], None).spacing_mm == (3.0, 1.0, 0.5)

@@ -66,6 +66,17 @@ def test_no_size_is_believed_before_it_is_checked():
 
 
 @pytest.mark.parametrize(
+    ("place", "value"), [(31, 0x40), (31, 0x08), (31, 0x01), (16, 3), (21, 160)]
+)
+def test_frames_that_load_plugins_or_leave_memory_as_it_was_are_refused(place, value):
+    """Not written, from a file, by a dictionary; with what came before, by a filter of others."""
+    body = bytearray(pack_array(np.arange(6000, dtype=np.int16)))
+    body[len(header((6000,), b"int16")) + 16 + place] = value
+    with pytest.raises(InputError, match="no client sends"):
+        read(bytes(body))
+
+
+@pytest.mark.parametrize(
     "body",
     [
         b"",

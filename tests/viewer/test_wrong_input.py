@@ -19,12 +19,6 @@ from dbsam_deploy.viewer.packed import pack
 SHARED = {"include_interaction": True}
 
 
-@pytest.fixture(scope="module")
-def server():
-    with running(slots=64) as started:
-        yield started
-
-
 @pytest.fixture
 def viewer(server):
     one = RawViewer(server.url)
@@ -132,6 +126,13 @@ def test_nothing_can_be_prompted_before_an_image_and_its_buffer(server):
     assert json.loads(viewer.post("undo").headers["X-Meta"])["ran_prediction"] is False
     viewer.send("set_image", IMAGE, {"image_properties": {"spacing": "?"}}).raise_for_status()
     check(viewer.post("add_point_interaction", json=point))
+
+
+@pytest.mark.parametrize("shape", [(1, 40_000, 1, 1), (1, 1, 8200, 8200)])
+def test_images_of_too_many_or_too_large_slices_are_refused_at_upload(shape):
+    with running(max_voxels=2**28) as server:
+        viewer = RawViewer(server.url, ready=False)
+        check(viewer.send("set_image", np.zeros(shape, np.uint8), {}), 413)
 
 
 def test_what_is_too_large_is_refused_at_upload_and_the_slot_goes_on():

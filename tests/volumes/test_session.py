@@ -130,7 +130,7 @@ def test_points_add_up_and_a_new_box_replaces_the_old_one():
             asked.append({"boxes": boxes.tolist()})
             return super().predict_boxes(boxes)
 
-        def predict_prompts(self, *, multimask=False, **prompts):
+        def predict_prompts(self, *, multimask=False, adapt_points=True, **prompts):
             asked.append({name: value.tolist() for name, value in prompts.items()})
             return super().predict_prompts(multimask=multimask, **prompts)
 
