@@ -40,7 +40,7 @@ from timing import ratios as benchmarking
 
 from dbsam_deploy.core.errors import InputError, MissingError
 from dbsam_deploy.extras import pip_line
-from dbsam_deploy.hardware import Hardware, describe_hardware, installed_versions
+from dbsam_deploy.machine.hardware import Hardware, describe_hardware, installed_versions
 from dbsam_deploy.serving.environment import DEFAULT_FOLDER, ServerEnvironment, find_environment
 
 pytest_plugins = ["pytester", "support.random_numbers", "support.run_order"]

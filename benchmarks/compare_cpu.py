@@ -37,7 +37,7 @@ from dbsam_deploy.cli import HelpFormatter, Parser, progress_bars, run
 from dbsam_deploy.core.contract import graph_specs
 from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.core.imaging import FloatArray, preprocess
-from dbsam_deploy.hardware import describe_hardware
+from dbsam_deploy.machine.hardware import describe_hardware
 from dbsam_deploy.model.weights import load_model
 from dbsam_deploy.recipe import load_recipe
 from dbsam_deploy.sessions.onnxruntime_providers import CPU, import_onnxruntime, open_session

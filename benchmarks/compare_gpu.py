@@ -28,7 +28,7 @@ from torch import Tensor
 
 from dbsam_deploy.cli import HelpFormatter, Parser, run
 from dbsam_deploy.core.errors import AccuracyError, InputError
-from dbsam_deploy.hardware import describe_hardware
+from dbsam_deploy.machine.hardware import describe_hardware
 from dbsam_deploy.model import VARIANTS, DbSam
 from dbsam_deploy.model.weights import load_model
 from dbsam_deploy.sessions.cuda_graphs import CudaGraphRecorder, RecordedFunction

@@ -27,7 +27,7 @@ from dbsam_deploy.cli import HelpFormatter, Parser, run
 from dbsam_deploy.core.errors import AccuracyError
 from dbsam_deploy.core.imaging import preprocess
 from dbsam_deploy.graphs.onnx_export import export_graph
-from dbsam_deploy.hardware import describe_hardware
+from dbsam_deploy.machine.hardware import describe_hardware
 from dbsam_deploy.model.weights import load_model
 from dbsam_deploy.recipe import available_precisions, load_recipe
 from dbsam_deploy.sessions.onnxruntime_providers import CPU, import_onnxruntime, open_session

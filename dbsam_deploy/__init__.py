@@ -17,7 +17,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .privacy import switch_off
+from .machine.privacy import switch_off
 
 if TYPE_CHECKING:
     from .api.loading import load

@@ -28,7 +28,7 @@ from .cohort.work import Orders, Outcome
 from .core.errors import InputError
 from .extras import check_installed
 from .files.locks import one_writer
-from .hardware import describe_hardware, memory_gib
+from .machine.hardware import describe_hardware, memory_gib
 from .outputs.files import ENDINGS
 from .pacs.address import PacsAddress, named_pacs_access, service_url
 from .sessions.backends import find_backend

@@ -23,9 +23,9 @@ from .core.errors import DbsamError, EngineError, InputError
 from .diagnosis.inspections import EXTRA_PREFIX, Answer, inspect_runtime
 from .diagnosis.probes import BACKEND_PROBES, Ask, Finding, Probe
 from .extras import EXTRAS, GXX_LINE, HEADERS_LINE, NVCC_LINE, Extra, pip_line
-from .hardware import Hardware, describe_hardware, memory_gib
 from .kernels.library import ARCHITECTURES
 from .kernels.plugin_build import DEFAULT_OUTPUT, LIBRARY_NAME, find_headers, read_library
+from .machine.hardware import Hardware, describe_hardware, memory_gib
 from .serving.environment import DEFAULT_FOLDER, WHEEL, find_environment, install_hint
 from .sessions.backends import LOCAL_BACKENDS
 

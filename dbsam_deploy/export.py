@@ -39,7 +39,7 @@ from .files.publication import replace_folder, tidy
 from .files.work import WorkFolder, clear_work, work_folder
 from .fusions import fuse_file
 from .graphs.onnx_export import check_onnx, export_graph
-from .hardware import installed_versions
+from .machine.hardware import installed_versions
 from .model import DbSam
 from .model.weights import LoadedModel, load_model
 from .quantization.quantizer import Quantizer, calibration_images

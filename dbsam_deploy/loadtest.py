@@ -15,7 +15,6 @@ from .cli import Parser, numbers, progress_bars, run, say_on_stderr, table_conso
 from .clients.calls import check_options, is_here
 from .core.errors import InputError
 from .core.imaging import check_boxes
-from .hardware import describe_hardware
 from .images.volumes import read_image
 from .loadtesting.cpu_time import cpu_seconds
 from .loadtesting.generator import new_histogram
@@ -24,6 +23,7 @@ from .loadtesting.plots import require_libraries
 from .loadtesting.run import Load, LoadPlan, LoadPoint, run_plan
 from .loadtesting.tables import one_line, result_table
 from .loadtesting.work import ABOUT, WAYS, WORKS, Connection, Subject, drawn_subject
+from .machine.hardware import describe_hardware
 from .prediction.predictor import Promptable
 from .sessions.backends import ModelOptions
 from .sessions.options import add_access_options, named_access, named_key

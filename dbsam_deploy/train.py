@@ -27,7 +27,7 @@ from .evaluation import build_protocol, evaluate, find_cases, read_cases
 from .extras import require
 from .files.atomic import write_atomically, writing_to
 from .files.locks import one_writer
-from .hardware import installed_versions
+from .machine.hardware import installed_versions
 from .model import DbSam
 from .model.checkpoint import write_checkpoint
 from .model.weights import LoadedModel, fresh_model, load_model

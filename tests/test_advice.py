@@ -50,7 +50,7 @@ VALUES = {
 OURS = r"(?:python -m |--module )dbsam_deploy\.(?P<door>[a-z_.]*[a-z_])|\bdbsam (?P<name>[a-z]+)"
 PIP = r"(?:\{python\} -m )?\bpip (?:install|uninstall)\b"
 COORDINATE = re.compile(r"(?<=\s)[xyz][01](?=\s|$)")
-INTERNAL = {"engines.worker", "hardware", "quantization.modelopt_worker"}
+INTERNAL = {"engines.worker", "machine.hardware", "quantization.modelopt_worker"}
 """Started by the program, not by users."""
 
 

@@ -27,7 +27,7 @@ from dbsam_deploy.diagnosis.probes import BACKEND_PROBES, Finding
 from dbsam_deploy.doctor import CHECKS, INSTALL_LINES, Check, examine
 from dbsam_deploy.engines.device import find_gpu
 from dbsam_deploy.extras import EXTRAS
-from dbsam_deploy.hardware import memory_gib
+from dbsam_deploy.machine.hardware import memory_gib
 from dbsam_deploy.sessions.backends import LOCAL_BACKENDS
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,13 +15,11 @@ PACKAGE = ROOT / "dbsam_deploy"
 ORDER = (
     # what every room may use
     "core",
-    "privacy",
     "files",
-    "child_process",
     "extras",
     "cli",
     "resources",
-    "hardware",
+    "machine",
     "artefact",
     "recipe",
     # one room a stage

@@ -47,7 +47,7 @@ def test_every_door_is_a_command() -> None:
         for path in PACKAGE.rglob("*.py")
         if re.search(r"^    sys.exit\((cli\.)?run\(main\)\)", path.read_text(), re.M)
     }
-    internal = {"hardware", "engines.worker", "quantization.modelopt_worker"}
+    internal = {"machine.hardware", "engines.worker", "quantization.modelopt_worker"}
     assert {door.module for door in DOORS.values()} == runnable - internal
 
 
@@ -153,10 +153,10 @@ def test_a_door_is_named_as_it_was_called(dbsam: Path, way: str) -> None:
 
 def test_only_our_commands_are_renamed(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "python -m dbsam_deploy; python -m dbsam_deploy.export. "
-    text += "python -m dbsam_deploy.hardware; python -m pip"
+    text += "python -m dbsam_deploy.machine.hardware; python -m pip"
     assert cli.as_called(text) == text
     monkeypatch.setattr(sys, "argv", ["/usr/bin/dbsam", "doctor"])
-    renamed = "dbsam; dbsam export. python -m dbsam_deploy.hardware; python -m pip"
+    renamed = "dbsam; dbsam export. python -m dbsam_deploy.machine.hardware; python -m pip"
     assert cli.as_called(text) == renamed
 
 

@@ -213,7 +213,7 @@ for name in json.load(sys.stdin):
     importlib.import_module(name)
 from dbsam_deploy.clients.shared_memory import SharedRegion
 from dbsam_deploy.core.errors import DbsamError
-from dbsam_deploy.hardware import describe_hardware, memory_gib
+from dbsam_deploy.machine.hardware import describe_hardware, memory_gib
 from dbsam_deploy.serving.environment import find_environment, install_environment
 assert memory_gib() == 0 and describe_hardware().cores > 0
 for call in (lambda: SharedRegion(1), find_environment, install_environment):

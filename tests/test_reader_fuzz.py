@@ -15,7 +15,7 @@ from PIL import Image
 from support.reader_corpus import write_corpus
 from support.reader_fuzz import MEMORY_BYTES, Fuzz, damaged, read
 
-from dbsam_deploy.child_process import run_python
+from dbsam_deploy.machine.child_process import run_python
 
 SECONDS = float(os.environ.get("DBSAM_FUZZ_SECONDS", "20"))
 

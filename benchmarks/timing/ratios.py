@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.extras import require
-from dbsam_deploy.hardware import Hardware, installed_versions
+from dbsam_deploy.machine.hardware import Hardware, installed_versions
 
 ROUNDS = 40
 WARM_UP_ROUNDS = 5

@@ -59,8 +59,8 @@ class PointRules:
 
 KINDS = tuple(item.name for item in fields(PointRules))
 NATIVE = PointRules()
-BOX_TRAINED = PointRules(first="search", past_box="search")
-"""Of weights trained with boxes alone: points outside the object are mostly obeyed (docs/facts)."""
+BOX_TRAINED = PointRules("search", "search", "search")
+"""Of weights trained with boxes alone (docs/facts.md)."""
 SILENT_SERVER = (
     "the server does not say how its weights take points: an older repository leaves them to its "
     "decoder, fill it again"

@@ -19,11 +19,11 @@ from dataclasses import asdict, dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
-from ..child_process import run_python
 from ..core.errors import DbsamError, EngineError, MissingError
 from ..engines.device import DRIVER_LIBRARY, find_gpu
 from ..extras import EXTRAS
-from ..hardware import describe_hardware
+from ..machine.child_process import run_python
+from ..machine.hardware import describe_hardware
 from ..sessions.onnxruntime_providers import (
     PROVIDERS,
     import_onnxruntime,

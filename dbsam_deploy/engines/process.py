@@ -9,8 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..child_process import run_python
 from ..core.errors import EngineError
+from ..machine.child_process import run_python
 from .device import Gpu
 from .kinds import Kind, import_kind
 from .network import BuildJob

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..child_process import run_python
 from ..core.errors import EngineError
 from ..extras import LEAN_LINE, pip_line, require
+from ..machine.child_process import run_python
 from .plugin_build import PluginLibrary, read_library
 
 NAMESPACE, VERSION = "dbsam", "1"

@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from ..child_process import run_python
 from ..core.errors import EngineError, ExportError, InputError, MissingError
 from ..core.imaging import FloatArray
 from ..extras import pip_line
 from ..files.onnx_files import save_onnx
+from ..machine.child_process import run_python
 from ..recipe import Quantization
 from .qdq_types import check_float8_opset
 

@@ -23,7 +23,7 @@ from ..cli import say_on_stderr
 from ..core.contract import IMAGE
 from ..core.errors import AccuracyError, ExportError, InputError
 from ..files.atomic import sha256_of, write_atomically
-from ..hardware import installed_versions
+from ..machine.hardware import installed_versions
 from ..recipe import Gate, Quantization
 from ..sessions.onnxruntime_providers import CPU, import_onnxruntime, open_session
 from ..verification.parity import cosine

@@ -19,8 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..child_process import run_python
 from ..core.errors import EngineError
+from ..machine.child_process import run_python
 
 DEFAULT_FOLDER = Path(".triton-server")
 WHEEL = "nvidia-pytriton==0.7.0"

@@ -15,7 +15,7 @@ from ..core.embedding_cache import EmbeddingCache
 from ..core.errors import ServingError
 from ..core.imaging import Arrays, FloatArray
 from ..core.interactive import Interactive
-from ..privacy import silence
+from ..machine.privacy import silence
 from .probe import BOXES_MODEL, PROBE_SIZE, PROMPTS_MODEL, probe_image, question
 
 MAX_OTHER_PIXELS, MAX_SCORE_ERROR = 0.05, 0.1

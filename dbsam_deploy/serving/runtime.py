@@ -13,7 +13,7 @@ from ..core import allocation, array_guard
 from ..core.errors import ServingError
 from ..core.front import CONTROL_VARIABLE
 from ..files.atomic import is_file_at, locked
-from ..privacy import VARIABLES
+from ..machine.privacy import VARIABLES
 from .environment import ServerEnvironment
 
 STANDINS = Path(__file__).parent / "standin_backends"

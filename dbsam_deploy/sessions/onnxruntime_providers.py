@@ -23,8 +23,8 @@ from typing import Any
 
 from ..core.errors import EngineError, MissingError
 from ..extras import ONNXRUNTIME_GPU_LINE, ONNXRUNTIME_TENSORRT_LINE, TENSORRT_10, pip_line, require
-from ..hardware import cpuinfo, has_vnni
-from ..privacy import silence
+from ..machine.hardware import cpuinfo, has_vnni
+from ..machine.privacy import silence
 
 DRIVER_LIBRARY = "libcuda.so.1"
 HEAVY_NODES = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})

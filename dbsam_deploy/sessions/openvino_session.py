@@ -25,7 +25,7 @@ from ..core.errors import EngineError, InputError
 from ..core.imaging import FloatArray
 from ..extras import require
 from ..files.private import cache_folder, find_kept, keep, private_folder
-from ..hardware import cpuinfo, processor
+from ..machine.hardware import cpuinfo, processor
 from .float_head import Split, split_head
 from .session import Feed, Found, check_contract, check_feed
 

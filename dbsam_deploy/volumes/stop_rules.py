@@ -39,11 +39,11 @@ class ChainRule:
     """
 
     follow_image: bool = True
-    min_likeness: float = 0.05
+    min_likeness: float = 0.2
     margin_px: float = 2.0
     margin_mm: float | None = None
-    min_overlap: float = 0.2
-    min_iou_ratio: float = 0.75
+    min_overlap: float = 0.15
+    min_iou_ratio: float = 0.8
     min_brightness_match: float = 0.7
     reach: int | None = None
 

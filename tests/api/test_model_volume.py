@@ -76,7 +76,7 @@ def test_others_are_answered_while_a_study_is_segmented(model, scan):
     def progress(slices: int, _: int) -> None:
         if slices == 1:
             thread.start()
-            thread.join(timeout=20)
+            thread.join(timeout=60)
             done.append(not thread.is_alive())
 
     found = model.study(volume, spec, progress=progress)

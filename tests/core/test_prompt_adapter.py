@@ -23,7 +23,8 @@ from dbsam_deploy.core.prompt_adapter import MAX_SEARCHES, PromptAdapter
 from dbsam_deploy.core.prompts import join_prompts
 from dbsam_deploy.core.requests import planned_sets, read_prompts
 
-SEARCHED = PointRules("search", "search", "search")
+SEARCHED = BOX_TRAINED
+IN_BOX_NATIVE = PointRules(first="search", past_box="search")
 SINGLE, SEVERAL, ALL = slice(0, 1), slice(1, 4), slice(0, 4)
 
 
@@ -136,7 +137,9 @@ def test_an_earlier_mask_without_a_box_is_what_the_next_click_corrects():
     first = blocks((10, 20, 30, 40))
     masks, _, _ = answer(decoder, points=[(15, 25), (45, 30)], earlier=first)
     np.testing.assert_array_equal(masks[0], blocks((10, 20, 50, 40)))
-    masks, _, plan = answer(decoder, points=[(25.5, 30.5)], labels=[0], earlier=first)
+    masks, _, plan = answer(
+        decoder, points=[(25.5, 30.5)], labels=[0], earlier=first, rules=IN_BOX_NATIVE
+    )
     assert masks[0, 25, 12]
     assert not masks[0, 30, 25]
     assert plan.work == 1
@@ -146,7 +149,7 @@ def test_an_earlier_mask_without_a_box_is_what_the_next_click_corrects():
 def test_a_point_outside_in_a_box_is_the_decoders_unless_its_rules_say_otherwise():
     decoder = BoxTrainedDecoder(blocks((10, 20, 50, 40)))
     box, place = (10, 20, 50, 40), [(48.5, 30.5)]
-    raw, _, plan = answer(decoder, box=box, points=place, labels=[0])
+    raw, _, plan = answer(decoder, box=box, points=place, labels=[0], rules=IN_BOX_NATIVE)
     assert plan.work == 1
     assert not raw[0, 30, 48]
     masks, _, plan = answer(decoder, box=box, points=place, labels=[0], rules=SEARCHED)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dbsam_deploy.privacy import VARIABLES
+from dbsam_deploy.machine.privacy import VARIABLES
 from dbsam_deploy.serving.containers import FOR_ONNX, OLDEST_RELEASE, REGISTRY_IMAGE
 from dbsam_deploy.serving.environment import LOCK
 

@@ -7,7 +7,7 @@ import pytest
 from support.box_trained import HOW, BoxTrainedSession, blocks, picture
 
 from dbsam_deploy.core.errors import InputError
-from dbsam_deploy.core.points import BOX_TRAINED, NATIVE, PointRules, rules_of
+from dbsam_deploy.core.points import NATIVE, PointRules, rules_of
 from dbsam_deploy.datasets.finding import find_cases
 from dbsam_deploy.evaluation.point_check import Answers, KindFigures, PointFigures, check_points
 from dbsam_deploy.prediction.predictor import Predictor
@@ -37,7 +37,7 @@ def test_weights_that_know_boxes_alone_are_found_out(files):
     assert past.search == Answers(1, 1)
     assert "in_box" not in figures.kinds  # no mask of these weights has too much
     record = figures.record(NATIVE)
-    assert rules_of(record) == BOX_TRAINED
+    assert rules_of(record) == PointRules("search", "search", "native")
     assert record["because"] == "measured on 12 objects of 6 images"
     assert record["measured"]["first"]["native"] == {"dice": 0, "obeyed": 0}
 

@@ -11,7 +11,7 @@ from dbsam_deploy.files.sources import PACKAGE
 BY_PATH = {"write_text", "write_bytes", "copy2", "copyfile", "copytree"}
 BY_PATH_OR_STREAM = {"save", "savez", "savez_compressed", "savefig", "tofile"}
 ELSEWHERE = {
-    "child_process.open": "a log",
+    "machine.child_process.open": "a log",
     "cohort.work.open": "a log",
     "engines.build.copyfile": "in the folder that replaces the engines",
     "engines.process.write_text": "in the builder's scratch",

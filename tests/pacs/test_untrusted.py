@@ -252,7 +252,7 @@ def test_a_server_that_drips_is_given_up(liar, one, target, monkeypatch, kind):
     head = multipart()[1] if kind == "instance" else {"Content-Type": "application/json"}
     liar.answers[kind] = lambda: (200, head, drips())
     said = refused(liar, one, target)
-    assert re.search(r": \d+ bytes in 0 s, slower than 32 KiB a second: given up", said)
+    assert re.search(r": \d+ bytes in \d+ s, slower than 32 KiB a second: given up", said)
 
 
 def test_headers_that_drip_are_given_up(target, monkeypatch, make_series):
@@ -277,22 +277,20 @@ def test_headers_that_drip_are_given_up(target, monkeypatch, make_series):
 
 
 def test_a_series_has_a_longest_time(liar, one, target):
-    started = time.monotonic()
     liar.answers["instance"] = lambda: (*multipart()[:2], drips())
     with pytest.raises(PacsError, match=r"not done within 0\.4 s in all: given up"):
         fetch(liar.address(one.study), target, sleep=no_wait, total_s=0.4)
     assert list(target.iterdir()) == []
-    assert time.monotonic() - started < 2.5
 
 
 def test_a_slow_line_that_goes_on_is_waited_for(liar, one, target, monkeypatch):
-    monkeypatch.setattr(patience, "GRACE_S", 0.3)
+    monkeypatch.setattr(patience, "GRACE_S", 1.0)
     status, head, content = multipart(one.files[0].read_bytes() + bytes(40_000))
-    monkeypatch.setattr(patience, "SLOWEST", len(content))  # a second more for all of it
+    monkeypatch.setattr(patience, "SLOWEST", len(content) // 8)  # a second more a part
 
     def parts() -> Iterator[bytes]:
         for start in range(0, len(content), len(content) // 8 + 1):
-            time.sleep(0.08)
+            time.sleep(0.15)
             yield content[start : start + len(content) // 8 + 1]
 
     liar.answers["instance"] = lambda: (status, head, parts())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from dbsam_deploy.child_process import run_python
 from dbsam_deploy.cli import run
+from dbsam_deploy.machine.child_process import run_python
 
 
 def loaded(names: Iterable[str], code: str, *, absent: Iterable[str] = ()) -> set[str]:

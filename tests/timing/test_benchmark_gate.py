@@ -13,8 +13,8 @@ import torch
 from timing import ratios as benchmarking
 from timing.ratios import Baseline, Measurement
 
-from dbsam_deploy import hardware
 from dbsam_deploy.core.errors import InputError
+from dbsam_deploy.machine import hardware
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 from support.dicom_series import write_dicom_series
 
-from dbsam_deploy.child_process import Ended
 from dbsam_deploy.core.errors import InputError
+from dbsam_deploy.machine.child_process import Ended
 from dbsam_deploy.training import collect
 from dbsam_deploy.training.collect import PACKAGES, Package, Take
 from dbsam_deploy.training.samples import Images

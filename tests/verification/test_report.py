@@ -92,7 +92,7 @@ def test_each_figure_stands_under_its_heading():
     assert "predict IMAGE --box x0 y0 x1 y1 --artefact 'build/some export'" in text
     assert "serve --repository build/repo" in text
     assert "note:" not in text
-    assert "points: boxes are tried for a point without a box, a point past its box (db_sam" in text
+    assert "points: boxes are tried for a point without a box, a point past its" in text
 
 
 def test_what_the_reader_must_know_is_a_note():

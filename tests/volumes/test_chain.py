@@ -117,7 +117,7 @@ def test_a_leak_ends_the_chain_and_its_mask_is_not_taken() -> None:
     found, ends = run(Scripted(leaking), [anchor(truth, 2)], 8)
     assert max(z for _, z in found) == 4
     assert ends[1, True].last == 4
-    assert "IoU with the mask before it 0.10, under 0.2" in ends[1, True].reason
+    assert "IoU with the mask before it 0.10, under 0.15" in ends[1, True].reason
     found, _ = run(Scripted(leaking), [anchor(truth, 2)], 8, ChainRule(min_overlap=0.05))
     assert (1, 5) in found
 
@@ -285,6 +285,42 @@ def test_the_image_holds_a_model_that_creeps_outwards() -> None:
         rows[follow] = int(found[1, 8].mask.any(1).sum())
     assert rows[False] == 16 + 7 * 4
     assert 16 <= rows[True] <= 20  # the margin of one slice, not of seven
+
+
+def ellipsoid(seed: int, depth: int = 20) -> np.ndarray:
+    """(depth, SIDE, SIDE): one that leans and whose largest slice is the 11th."""
+    rng = np.random.default_rng(seed)
+    half, centre, lean = rng.uniform(14, 18, 2), rng.uniform(26, 38, 2), rng.uniform(-1, 1, 2)
+    y, x = np.mgrid[:SIDE, :SIDE]
+    along = (np.arange(depth) - 10)[:, None, None]
+    rows = (y - centre[0] - lean[0] * along) / half[0]
+    columns = (x - centre[1] - lean[1] * along) / half[1]
+    return np.asarray(rows**2 + columns**2 + (along / rng.uniform(5, 7)) ** 2 < 1)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_model_that_fills_its_box_still_finds_an_object_in_noise(seed: int) -> None:
+    truth = ellipsoid(seed)
+    pixels = np.where(truth, 110, 80) + np.random.default_rng(seed).normal(0, 12, truth.shape)
+    pixels = pixels.clip(0, 255).astype(np.uint8)
+    found, _ = run(
+        Scripted(fills_its_box),
+        [anchor(truth, 10)],
+        len(truth),
+        intensities=lambda z: pixels[z],
+        spacing_mm=(3.0, 1.0, 1.0),
+    )
+    masks = np.zeros_like(truth)
+    masks[10] = truth[10]
+    for (_, z), item in found.items():
+        masks[z] = item.mask
+    assert 2 * np.count_nonzero(masks & truth) / (masks.sum() + truth.sum()) > 0.9
+
+
+def test_an_object_that_shrinks_by_much_is_followed() -> None:
+    truth = np.stack([square(20, 20, 24), square(24, 24, 10), square(24, 24, 9)])
+    found, _ = run(Scripted(within(truth)), [anchor(truth, 0)], 3)  # IoU 0.17
+    assert sorted(z for _, z in found) == [1, 2]
 
 
 def test_the_image_follows_an_object_that_leaves_the_last_masks_box() -> None:

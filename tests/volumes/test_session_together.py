@@ -131,7 +131,7 @@ def during(session: VolumePredictor, *works: Callable[[], object], **how) -> lis
         if slices == 1:
             for thread in threads:
                 thread.start()
-            threads[0].join(timeout=10)
+            threads[0].join(timeout=60)
             done.append(not threads[0].is_alive())
 
     session.propagate(1, progress=progress, **how)
@@ -163,7 +163,7 @@ def test_a_call_on_the_same_object_waits_for_its_end():
     ready = threading.Thread(target=lambda: None)
     threads = during(session, ready.start, lambda: session.set_mask(1, np.zeros((40, 50)), index=4))
     for thread in threads:
-        thread.join(timeout=10)
+        thread.join(timeout=60)
     for count in (5, 6, 1):  # carried, then drawn
         assert session.mask(1).any((1, 2)).sum() == count
         session.undo()

@@ -249,7 +249,7 @@ class App {
   showLabels() {
     const { labels, active } = this.study;
     this.scene.setColours(this.colours.map((colour, n) => (labels[n]?.isShown && !this.isHidden ? colour : null)));
-    const counts = this.scene.counts();
+    const { counts } = this.scene;
     $("labels").replaceChildren(...labels.map((label, index) => this.labelRow(label, index, index === active, counts[index])));
     $("new-label").disabled = labels.length >= this.colours.length;
     $("undo").disabled = !this.label.steps.length;
@@ -364,7 +364,7 @@ class App {
     const start = performance.now();
     const tell = () => {
       const passed = Math.floor((performance.now() - start) / 1000);
-      $("busy-text").textContent = passed > 1 ? `${text} · ${passed} s` : text;
+      $("busy").textContent = passed > 1 ? `${text} … ${passed} s` : `${text} …`;
     };
     tell();
     if (text) this.clock = setInterval(tell, 1000);
@@ -417,7 +417,7 @@ class App {
 
   save() {
     const format = $("format").value;
-    const objects = this.study.labels.filter((_, index) => this.scene.counts()[index])
+    const objects = this.study.labels.filter((_, index) => this.scene.counts[index])
       .map(({ number, name }) => ({ label: number, name }));
     return this.queue("Saving", async () => {
       const answer = await this.asking(() => this.server.json("study/save", { format, objects }));

@@ -60,6 +60,7 @@ export class Scene {
     nv.addVolume(image);
     nv.createEmptyDrawing();
     this.bits = nv.drawBitmap;
+    this.counts = new Array(8).fill(0); // voxels of each label
     this.sides = image.dimsRAS.slice(1, 4);
     this.axes = image.permRAS.map((axis) => ({ array: 3 - Math.abs(axis), isFlipped: axis < 0 }));
     const strides = [1, this.sides[0], this.sides[0] * this.sides[1]];
@@ -101,13 +102,43 @@ export class Scene {
     const bit = 1 << (label - 1);
     const bits = this.bits;
     let n = 0;
+    let more = 0;
     for (let z = z0; z < z1; z++) {
       for (let y = y0; y < y1; y++) {
         let at = this.first + z * sz + y * sy + x0 * sx;
-        for (let x = x0; x < x1; x++, at += sx) bits[at] = voxels[n++] ? bits[at] | bit : bits[at] & ~bit;
+        for (let x = x0; x < x1; x++, at += sx) {
+          const before = bits[at];
+          bits[at] = voxels[n++] ? before | bit : before & ~bit;
+          if (bits[at] !== before) more += bits[at] > before ? 1 : -1;
+        }
       }
     }
-    this.nv.refreshDrawing(true);
+    this.counts[label - 1] += more;
+    this.upload(box);
+  }
+
+  /** Bring a box of the masks to the graphics card; all of a large volume would take a second. */
+  upload(box) {
+    const { gl, opts, drawTexture } = this.nv;
+    if (opts.is2DSliceShader) return this.nv.refreshDrawing(true);
+    const [[x0, x1], [y0, y1], [z0, z1]] = this.axes.map(({ array, isFlipped }, axis) => {
+      const [first, end] = box[array];
+      return isFlipped ? [this.sides[axis] - end, this.sides[axis] - first] : [first, end];
+    });
+    const [width, height] = this.sides;
+    const part = new Uint8Array((x1 - x0) * (y1 - y0) * (z1 - z0));
+    let n = 0;
+    for (let z = z0; z < z1; z++) {
+      for (let y = y0; y < y1; y++, n += x1 - x0) {
+        const row = (z * height + y) * width;
+        part.set(this.bits.subarray(row + x0, row + x1), n);
+      }
+    }
+    gl.activeTexture(gl.TEXTURE7); // NiiVue's unit for drawings
+    gl.bindTexture(gl.TEXTURE_3D, drawTexture);
+    gl.pixelStorei(gl.UNPACK_ALIGNMENT, 1);
+    gl.texSubImage3D(gl.TEXTURE_3D, 0, x0, y0, z0, x1 - x0, y1 - y0, z1 - z0, gl.RED, gl.UNSIGNED_BYTE, part);
+    return this.nv.drawScene();
   }
 
   /** The bytes of all labels in the order of the server's array. */
@@ -136,20 +167,17 @@ export class Scene {
         for (let x = 0; x < width; x++, at += sx) this.bits[at] = masks[n++];
       }
     }
-    this.nv.refreshDrawing(true);
-  }
-
-  /** Voxels of each label, from label 1. */
-  counts() {
     const seen = new Uint32Array(256);
-    for (const byte of this.bits) seen[byte]++;
-    return this.colours.map((_, index) => seen.reduce((sum, count, byte) => sum + (byte >> index & 1 ? count : 0), 0));
+    for (let at = 0; at < masks.length; at++) seen[masks[at]]++;
+    this.counts = this.counts.map((_, index) => seen.reduce((sum, count, byte) => sum + (byte >> index & 1) * count, 0));
+    this.nv.refreshDrawing(true);
   }
 
   /** Forget one label. */
   erase(label) {
     const keep = ~(1 << (label - 1));
     for (let at = 0; at < this.bits.length; at++) this.bits[at] &= keep;
+    this.counts[label - 1] = 0;
     this.nv.refreshDrawing(true);
   }
 

@@ -15,14 +15,14 @@ from types import ModuleType
 
 import pytest
 
-from dbsam_deploy import privacy
-from dbsam_deploy.child_process import run_python
+from dbsam_deploy.machine import privacy
+from dbsam_deploy.machine.child_process import run_python
 from dbsam_deploy.serving import server
 from dbsam_deploy.serving.environment import ServerEnvironment
 from dbsam_deploy.serving.runtime import server_variables
 from dbsam_deploy.sessions.onnxruntime_providers import import_onnxruntime
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 RECORDER = r"""
 #define _GNU_SOURCE

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dbsam_deploy.child_process import run_python
 from dbsam_deploy.core.errors import EngineError
+from dbsam_deploy.machine.child_process import run_python
 
 FAILURES = [
     ("print('error: no disk', file=sys.stderr); sys.exit(2)", "no disk"),

@@ -2,8 +2,8 @@
 
 Run it to see both::
 
-    python -m dbsam_deploy.hardware
-    python -m dbsam_deploy.hardware --key
+    python -m dbsam_deploy.machine.hardware
+    python -m dbsam_deploy.machine.hardware --key
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-from . import cli
+from .. import cli
 
 CPUINFO = Path("/proc/cpuinfo")
 VERSIONED_PACKAGES = (
@@ -158,13 +158,13 @@ def installed_versions(packages: Iterable[str] = VERSIONED_PACKAGES) -> dict[str
 def main(argv: list[str] | None = None) -> int:
     """Print the hardware facts; returns 0."""
     parser = cli.Parser(
-        prog="python -m dbsam_deploy.hardware",
+        prog="python -m dbsam_deploy.machine.hardware",
         description=(
             "Show what this machine is: the key that names its benchmark baseline\n"
             "(benchmarks/baselines/<key>.json), and the versions stored beside figures.\n\n"
             "examples:\n"
-            "  python -m dbsam_deploy.hardware          everything, as JSON\n"
-            "  python -m dbsam_deploy.hardware --key    only the key, for scripts"
+            "  python -m dbsam_deploy.machine.hardware          everything, as JSON\n"
+            "  python -m dbsam_deploy.machine.hardware --key    only the key, for scripts"
         ),
         formatter_class=cli.HelpFormatter,
     )
