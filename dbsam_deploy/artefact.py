@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -83,7 +84,8 @@ class Artefact:
     @property
     def points(self) -> dict[str, Any]:
         """How prompts with points are answered, see `core.points.record_of`."""
-        measure = f"python -m dbsam_deploy.prompts_check {self.folder} measures it"
+        folder = shlex.quote(str(self.folder))
+        measure = f"measure it: python -m dbsam_deploy.prompts_check {folder} --data DIR"
         return record_of(self.weights, self.variant, measure)
 
     def path(self, graph: str) -> Path:

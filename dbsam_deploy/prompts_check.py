@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -139,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     lines = [f"recorded in {folder / MANIFEST_NAME}: {rules_of(changed.points)}"]
     repository = repository_beside(folder)
     if changed.weights != artefact.weights and (repository / REPOSITORY_NAME).is_file():
-        fill = f"python -m dbsam_deploy.serving.repository --artefact {folder}"
+        fill = f"python -m dbsam_deploy.serving.repository --artefact {shlex.quote(str(folder))}"
         lines.append(f"fill its repository again: {fill}")
     for line in lines:
         console.print(as_called(line), markup=False, highlight=False, soft_wrap=True)

@@ -32,6 +32,7 @@ VALUES = {
     "' '.join(words)": "--precision int8",  # test_the_sweeps_advice has the real ones
     "NUMPY": "numpy<2",
     "WHEEL": "tritonserver==2.51.0",
+    "folder": FOLDER,
     "kind.name": "tensorrt",
     "python": "python",
     "place": f" --server-env {FOLDER}",

@@ -30,7 +30,7 @@ from .contents import (
     shortened,
 )
 from .fitting import StateDict
-from .layouts import HUGGING_FACE, POSITIONS, layout_of, own_names
+from .layouts import HUGGING_FACE, POSITIONS, SAM, layout_of, own_names
 from .pickles import OddTensor
 from .weight_files import WeightsFile, file_size, inspect_line, open_weights, read_content
 
@@ -47,12 +47,14 @@ class Checkpoint:
         sha256: of the file.
         tensors: by SAM's names.
         notes: what the user should know: where the model was found, and what was ignored.
+        layout: one of `layouts`, in which the file has it.
     """
 
     path: Path
     sha256: str
     tensors: StateDict
     notes: tuple[str, ...] = ()
+    layout: str = SAM
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def read_checkpoint(
     found = {name: _at(content, one.way) for name, one in selected.model.tensors.items()}
     _check_positions(path, found)
     notes = (*selected.notes, *_statistics(content, file, selected.ignored))
-    return Checkpoint(path, file.sha256, own_names(found), notes)
+    return Checkpoint(path, file.sha256, own_names(found), notes, selected.layout)
 
 
 def select(file: WeightsFile, weights: str | None = None, key: str | None = None) -> Selected:

@@ -106,6 +106,8 @@ class ModelConfig:
         preprocessing: how images enter the model, see `dbsam_deploy.core.imaging`.
         window_size: side of the windows of local attention, in tokens.
         tiny_vit: LiteMedSAM's encoder instead of SAM's ViT; the ViT's fields are then not used.
+        decoder_norm_eps: eps of the LayerNorms within the mask decoder's blocks: 1e-5 in SAM, 1e-6
+            in transformers' `SamModel`.
     """
 
     name: str
@@ -118,6 +120,7 @@ class ModelConfig:
     preprocessing: Mode = "sam"
     window_size: int = 14
     tiny_vit: TinyVitConfig | None = None
+    decoder_norm_eps: float = 1e-5
 
     @property
     def frame(self) -> Preprocessing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from .adapter import FourBranchAdapter, RunBlocks, TwoBranchAdapter
 from .config import FourBranchConfig, Fusion, ModelConfig, TwoBranchConfig, variant_config
-from .sam import build_mask_decoder, build_prompt_encoder, build_vit
+from .sam import build_mask_decoder, build_prompt_encoder, build_vit, set_decoder_eps
 from .tiny_vit import TinyVit
 
 
@@ -37,7 +38,12 @@ class DbSam(nn.Module):
         elif isinstance(config.adapter, FourBranchConfig):
             self.image_encoder.adapter = FourBranchAdapter(config.embed_dim, config.adapter)
         self.prompt_encoder: Any = build_prompt_encoder(config)
-        self.mask_decoder: Any = build_mask_decoder()
+        self.mask_decoder: Any = build_mask_decoder(config)
+
+    def set_decoder_norm_eps(self, eps: float) -> None:
+        """Compute with another `decoder_norm_eps`, which the configuration then has."""
+        self.config = replace(self.config, decoder_norm_eps=eps)
+        set_decoder_eps(self.mask_decoder, eps)
 
     def encode(self, image: Tensor) -> Tensor:
         """Encoder + fusion.

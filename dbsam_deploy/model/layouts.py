@@ -10,6 +10,8 @@ T = TypeVar("T")
 
 HUGGING_FACE = "Hugging Face SamModel"
 SAM = "SAM"
+HUGGING_FACE_EPS = 1e-6
+"""eps of the LayerNorms in the mask decoder's blocks with which `SamModel` computes."""
 
 POSITIONS = (
     "prompt_encoder.shared_embedding.positional_embedding",

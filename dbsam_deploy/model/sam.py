@@ -82,9 +82,9 @@ def build_prompt_encoder(config: ModelConfig) -> nn.Module:
     )
 
 
-def build_mask_decoder() -> nn.Module:
+def build_mask_decoder(config: ModelConfig) -> nn.Module:
     """SAM's `MaskDecoder` with its two-way transformer, as in ViT-B."""
-    return MaskDecoder(
+    decoder: nn.Module = MaskDecoder(
         num_multimask_outputs=3,
         transformer=TwoWayTransformer(
             depth=2, embedding_dim=EMBEDDING_CHANNELS, mlp_dim=2048, num_heads=8
@@ -93,3 +93,12 @@ def build_mask_decoder() -> nn.Module:
         iou_head_depth=3,
         iou_head_hidden_dim=256,
     )
+    set_decoder_eps(decoder, config.decoder_norm_eps)
+    return decoder
+
+
+def set_decoder_eps(decoder: nn.Module, eps: float) -> None:
+    """Set `eps` of the LayerNorms within the blocks of a mask decoder."""
+    for module in decoder.get_submodule("transformer.layers").modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = eps

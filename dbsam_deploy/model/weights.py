@@ -19,6 +19,7 @@ from . import VARIANTS, DbSam, build_model
 from .checkpoint import Checkpoint, hash_tensors, read_checkpoint
 from .config import Fusion
 from .fitting import StateDict, check_fit, fit_tensors, interpolate_position
+from .layouts import HUGGING_FACE, HUGGING_FACE_EPS
 from .lora import adapter_file, has_adapters, merge_adapter, merge_in_place
 from .weight_files import inspect_line
 
@@ -117,6 +118,8 @@ def _from_checkpoint(found: Checkpoint, variant: str | None, image_size: int | N
     trained_at = trained_size(found.tensors)
     size = image_size or trained_at
     model = _build(name, size, infer_fusion(found.tensors))
+    if found.layout == HUGGING_FACE:
+        model.set_decoder_norm_eps(HUGGING_FACE_EPS)
     wanted = model.state_dict()
     tensors = interpolate_position(fit_tensors(found.tensors, wanted), wanted, image_size)
     adapter = {k: v for k, v in wanted.items() if k.startswith(ADAPTER)}

@@ -79,7 +79,7 @@ def prompted(view: PlaneView, space: Space, prompt: Prompt) -> tuple[int, Asked,
             raise InputError("a 3D box stands alone: drop the other prompts, or it")
         return placed_3d(view, box_3d, space)
     box, points, labels = (given.pop(name, None) for name in ("box", "points", "labels"))
-    earlier, said = given.pop("mask_input", None), prompt.get("index")
+    earlier, said = given.pop(MASK_INPUT, None), prompt.get("index")
     if unknown := given.keys() - {"index"}:
         expected = ", ".join(Prompt.__annotations__)
         raise InputError(f"prompt {min(unknown)!r}: expected {expected}")

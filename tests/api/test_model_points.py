@@ -82,7 +82,7 @@ def test_an_export_that_does_not_say_it_is_told_where_it_matters(tiny_artefact, 
         assert model.points == NATIVE
         result = model.predict(image, points=[[20, 18]])
         assert "test graphs; this export does not say how its weights take points" in result.note
-        assert f"dbsam_deploy.prompts_check {old.folder} measures it" in result.note
+        assert f"dbsam_deploy.prompts_check {old.folder} --data DIR" in result.note
         assert model.predict(image, boxes=[[5, 6, 40, 30]]).note == "test graphs"
         assert model.predict(image, points=[[9, 9]], adapt_points=False).note == "test graphs"
     new = copy_with_points(tiny_artefact, tmp_path / "new", NATIVE)

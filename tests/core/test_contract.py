@@ -203,8 +203,8 @@ def test_impossible_embedding_strides(stride):
 PACKAGE = Path(dbsam_deploy.__file__).parent
 WORDS = {"image", "boxes", "masks"}
 """Tensors whose names are everyday words: only what picks one out of a dictionary is meant."""
-OWN_KEYS = {"datasets", "images", "training"}
-"""Rooms whose dictionaries are the arrays of a file or of a training batch, not of a graph."""
+OWN_KEYS = {"datasets", "images", "training", "viewer"}
+"""Rooms whose dictionaries are a file's arrays, a training batch or a message, not a graph's."""
 
 
 def _tensor_names() -> set[str]:

@@ -146,7 +146,7 @@ def test_points_that_boxes_are_tried_for_are_answered_as_locally(
 
 
 def test_a_search_ends_with_its_client(tiny_artefact, image):
-    front = Interactive(HOW, SessionGraphs(tiny_artefact), EmbeddingCache(1 << 20), 8, SEARCHED)
+    front = Interactive(HOW, SessionGraphs(tiny_artefact), EmbeddingCache(1 << 20), 2, SEARCHED)
     left = [None] * 3
 
     def gone():

@@ -36,6 +36,7 @@ ELSEWHERE = {
     "serving.runtime.copyfile": "in the server's own folder",
     "serving.snapshot.copyfile": "in the server's own folder",
     "serving.stages.write_text": "in the server's own folder",
+    "viewer.uploads.write_bytes": "in a temporary folder",
     "training.journal.open": "row by row; rows after the resume point are dropped by the next run",
 }
 """Module and call → where it writes, or why it may."""

@@ -1,15 +1,18 @@
 """Other names for the same model: transformers' `SamModel`."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.nn import LayerNorm
 
 from dbsam_deploy.core.errors import CheckpointError
-from dbsam_deploy.model import build_model
+from dbsam_deploy.model import VARIANTS, build_model
 from dbsam_deploy.model.checkpoint import read_checkpoint
 from dbsam_deploy.model.layouts import POSITIONS, own_name, own_names
+from dbsam_deploy.model.weights import load_model
 
 TABLE = Path(__file__).parent / "keys" / "hugging_face.tsv"
 """Names and shapes of `SamModel(SamConfig()).state_dict()`, transformers 5.24.0."""
@@ -46,3 +49,21 @@ def test_two_matrices_of_positions(tmp_path):
     save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="differ, expected one matrix"):
         read_checkpoint(tmp_path)
+
+
+def test_the_decoder_computes_with_the_eps_of_sam_model(tmp_path, monkeypatch):
+    """Its masks differ by 1e-4 from transformers' own otherwise, and by 4e-6 so."""
+    thin = replace(VARIANTS["sam_vit_b"], embed_dim=24, num_heads=2, depth=4, image_size=64)
+    monkeypatch.setitem(VARIANTS, "sam_vit_b", thin)
+    state = build_model("sam_vit_b").state_dict()
+    back = {own_name(name): name for name in hugging_face()}
+    save_file(
+        {back[k]: v.contiguous() for k, v in state.items() if k in back},
+        tmp_path / "model.safetensors",
+    )
+    torch.save(state, tmp_path / "sam.pth")
+    for path, eps in ((tmp_path, 1e-6), (tmp_path / "sam.pth", 1e-5)):
+        model = load_model(checkpoint=path).model
+        norms = [m for m in model.mask_decoder.transformer.modules() if isinstance(m, LayerNorm)]
+        assert [norm.eps for norm in norms] == [eps] * 8 + [1e-5]
+        assert model.config.decoder_norm_eps == eps
