@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
-from fastapi import Request, Response
-from starlette.concurrency import run_in_threadpool
 
 from .audit import AUDITED, AuditLog, image_hash, session_name
 from .leases import Lease, SeenImage
 from .refusal import NotServedError
+
+if TYPE_CHECKING:  # an extra's, and only named here
+    from fastapi import Request, Response
 
 
 class Reception:
@@ -44,7 +46,7 @@ class Reception:
     async def check_log(self, path: str) -> None:
         """See to it that an act can be written down; errors as `AuditLog.check`."""
         if self._audit is not None and path in AUDITED:
-            await run_in_threadpool(self._audit.check)
+            await asyncio.to_thread(self._audit.check)
 
     async def note(self, path: str, request: Request, response: Response, start: float) -> None:
         """Write an act down, unless its caller has shown none of the keys.
@@ -68,7 +70,7 @@ class Reception:
         entry["ms"] = round(1000 * (time.perf_counter() - start), 1)
         peer = request.client.host if request.client else ""
         caller = audit.caller(peer, request.headers, key_name)
-        await run_in_threadpool(lambda: audit.write(caller, **entry))
+        await asyncio.to_thread(audit.write, caller, **entry)
 
     def seen(self, voxels: npt.NDArray[Any]) -> SeenImage | None:
         """What is written down of an image, (D, H, W); None where nothing is."""

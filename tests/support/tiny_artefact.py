@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 from dbsam_deploy.artefact import Artefact, graph_file, load_artefact, write_artefact
 from dbsam_deploy.core.contract import Geometry, GraphSpec, graph_specs
 from dbsam_deploy.core.imaging import Preprocessing
-from dbsam_deploy.core.points import POINTS, PointRules
+from dbsam_deploy.core.points import POINTS, PointRules, usual_record
 
 from .graph_builder import GraphBuilder
 
@@ -137,7 +137,13 @@ def make_tiny_artefact(
         precision="fp32",
         preprocessing=how,
         graphs={name: graph_file(path, folder) for name, path in paths.items()},
-        weights={"source": "random", "sha256": None, "trained": False, "note": "test graphs"},
+        weights={
+            "source": "random",
+            "sha256": None,
+            "trained": False,
+            "note": "test graphs",
+            POINTS: usual_record("tiny_test", trained=False),
+        },
     )
     write_artefact(artefact)
     return load_artefact(folder)
