@@ -26,10 +26,13 @@ ENCODERS = {
     ("db_sam_tiny", "fp32"): (8, 4, 8),
     ("db_sam_tiny", "fp16"): (8, 4, 8),
     ("db_sam_4level", "fp32"): (8, 4, 4),
+    ("db_sam_4level", "fp16"): (8, 4, 4),
     ("db_sam_plus", "fp16"): (8, 0, 4),
     ("lite_medsam", "fp16"): (0, 0, 0),
 }
 """The shipped encoder, small ones, and their counts: sampling, channel and ViT attention."""
+
+SLOW = {("db_sam_4level", "fp16")}  # half precision with four levels: a trace of its own
 
 DTYPES = {"fp32": "float32", "fp16": "float16"}
 
@@ -40,7 +43,11 @@ def config_of(small_models, shipped_model):
     return lambda variant: (models.get(variant) or small_models(variant)).config
 
 
-@pytest.fixture(scope="module", params=ENCODERS, ids="-".join)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(key, marks=[pytest.mark.slow] * (key in SLOW)) for key in ENCODERS],
+    ids="-".join,
+)
 def encoder(request, exported_graph, shipped_graphs, config_of, tmp_path_factory):
     """(variant, precision), the exported file, a fused copy, and what `fuse_file` returned."""
     variant, precision = request.param

@@ -15,7 +15,7 @@ import httpx
 import nibabel
 import numpy as np
 import pytest
-from support.small_disk import leave, small_disk  # noqa: F401 - a fixture
+from support.small_disk import leave
 from support.viewer import BOX, IMAGE, RawViewer, running
 from support.wedge import SHAPE
 
@@ -173,7 +173,7 @@ def test_it_may_be_moved_away_at_any_time(log, tmp_path):
     assert log.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_full_disk_stops_the_work_until_there_is_room(small_disk, caplog):  # noqa: F811
+def test_a_full_disk_stops_the_work_until_there_is_room(small_disk, caplog):
     log = small_disk / "audit.jsonl"
     one = audit(log)
     with running(audit=one) as server, server.client() as client:
@@ -195,7 +195,7 @@ def test_a_full_disk_stops_the_work_until_there_is_room(small_disk, caplog):  # 
     ]
 
 
-def test_who_may_do_without_it_is_told_that_it_is_incomplete(small_disk, caplog):  # noqa: F811
+def test_who_may_do_without_it_is_told_that_it_is_incomplete(small_disk, caplog):
     one = audit(small_disk / "audit.jsonl", is_required=False)
     leave(small_disk, 0)
     with running(audit=one) as server:
@@ -204,7 +204,7 @@ def test_who_may_do_without_it_is_told_that_it_is_incomplete(small_disk, caplog)
     assert "it is incomplete" in caplog.text
 
 
-def test_a_line_that_was_cut_off_stays_and_the_next_one_is_whole(small_disk):  # noqa: F811
+def test_a_line_that_was_cut_off_stays_and_the_next_one_is_whole(small_disk):
     """The disk takes a part of it: what is left of a page."""
     log = small_disk / "audit.jsonl"
     one = audit(log, is_required=False)
