@@ -13,6 +13,7 @@ from rich.text import Text
 
 from .artefact import MANIFEST_NAME, load_artefact
 from .cli import Parser, add_weights_choice, check_paths, run, table_console
+from .core.errors import InputError
 
 DESCRIPTION = """\
 Show what a weights file is: its model, where in the file it is and under which names, the size of
@@ -110,6 +111,10 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     check_paths(args, "file", "adapter")
     if (args.file / MANIFEST_NAME).is_file():
+        if args.weights or args.weights_key or args.adapter:
+            raise InputError(
+                f"--weights, --key and --adapter are of a weights file: {args.file} is an export"
+            )
         facts = _of_export(args.file)
     else:
         from .model.inspection import inspect_weights  # PyTorch, which an export does not need

@@ -225,6 +225,7 @@ def _start_model(recipe: TrainingRecipe, options: TrainOptions) -> LoadedModel:
         variant=recipe.variant,
         checkpoint=options.checkpoint,
         image_size=recipe.image_size,
+        decoder_weights=options.decoder_weights,
         weights=options.weights,
         weights_key=options.weights_key,
         adapter=options.adapter,

@@ -99,6 +99,8 @@ def test_an_export(capsys, tiny_artefact):
     assert facts["weights"] == tiny_artefact.weights
     assert cli.run(inspect.main, [str(tiny_artefact.folder)]) == 0
     assert facts["graphs"]["encoder"] in capsys.readouterr().out
+    assert cli.run(inspect.main, [str(tiny_artefact.folder), "--weights", "ema"]) == 2
+    assert "is an export" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [b"", b"not weights", b"PK\x03\x04" + bytes(40)])

@@ -103,7 +103,7 @@ def test_an_export_made_anew_meanwhile_keeps_its_own(export, data, capsys, monke
     assert "points" not in json.loads((export.folder / "manifest.json").read_text())["weights"]
 
 
-def test_a_record_survives_reading_and_serves_again(tiny_artefact, tmp_path):
+def test_a_record_survives_reading(tiny_artefact, tmp_path):
     searched = copy_with_points(tiny_artefact, tmp_path / "x", NATIVE)
     assert rules_of(searched.points) == NATIVE
     assert "note" not in searched.points

@@ -318,7 +318,7 @@ def _predict_files(args: argparse.Namespace, open_model: Callable[[], Model]) ->
     console = table_console()
     with open_model() as model:
         _introduce(volume, model)
-        if prompts.point_coords is not None and prompts.adapt_points:
+        if prompts.has_adapted_points:
             console.print(_about_points(model), markup=False, highlight=False, soft_wrap=True)
         with slice_progress() as progress:
             start = time.perf_counter()

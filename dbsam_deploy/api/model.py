@@ -295,8 +295,7 @@ class Model:
         told = {} if progress is None else {"progress": progress}
         with self._lock:  # the predictor holds one image at a time
             result = segment(self.predictor, volume, prompts, **told, keep_masks=keep_masks)
-        adapted = prompts.point_coords is not None and prompts.adapt_points
-        notes = filter(None, [self.note, self.points_note if adapted else ""])
+        notes = filter(None, [self.note, self.points_note if prompts.has_adapted_points else ""])
         return dataclasses.replace(result, note="; ".join(notes))
 
     def study(

@@ -52,7 +52,8 @@ class Search:
         outside: (Q, 2) of those that it has not.
         before: (4G, 4G) logits of the mask that is corrected, or None. None with a first of
             `boxes` that is such a mask's, see `is_first_before`.
-        is_first_before: the mask of the first box is what is corrected; it is no answer itself.
+        is_first_before: the mask of the first box is what is corrected; it is no answer itself
+            unless it obeys all points.
     """
 
     boxes: Boxes
@@ -170,7 +171,9 @@ class PromptAdapter:
         low, iou = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
         before = search.before
         if search.is_first_before:
-            before, low, iou = low[0], low[1:], iou[1:]
+            before = low[0]
+            if not self._obeys(before, search):
+                low, iou = low[1:], iou[1:]
         masks, score = low > 0, iou.astype(float)
         hits = (
             self._held(low, search.inside) if len(search.inside) else masks.any((1, 2)).astype(int)
@@ -202,6 +205,13 @@ class PromptAdapter:
             feed = set_feed(coords, labels, None, None, self._size, self._how)
             low, iou = self._decode(prompt_decoder_spec(self._how).name, feed)
             yield low[:, 0], iou[:, 0]
+
+    def _obeys(self, low: FloatArray, search: Search) -> bool:
+        """Whether a mask has all points that are inside, and none of those outside."""
+        has, lacks = (
+            int(self._held(low[None], points)[0]) for points in (search.inside, search.outside)
+        )
+        return has == len(search.inside) and lacks == 0
 
     def _held(self, low: FloatArray, points: FloatArray) -> npt.NDArray[np.intp]:
         """(n,) how many of the points (P, 2) each full-size mask has, exactly."""

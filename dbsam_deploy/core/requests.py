@@ -149,7 +149,7 @@ def _prompt_sets(
         if has_mask.shape != (count,) or not np.isin(has_mask, (0, 1)).all():
             raise InputError(f"has_mask_input {has_mask}: expected 0 or 1 for {count} prompts")
     found = planned_sets(coords, labels, masks, has_mask, size, how, tokens=tokens, rules=rules)
-    if found.searches and count > 1 and found.work > MAX_PROMPTS:
+    if found.searches and found.work > MAX_PROMPTS:
         raise InputError(
             f"{count} prompt sets with points, for which {found.work} boxes are tried: at most "
             f"{MAX_PROMPTS} in one request; send fewer at a time, or {ADAPT_POINTS.name} 0"

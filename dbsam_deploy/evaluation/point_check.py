@@ -17,13 +17,12 @@ import numpy.typing as npt
 from ..core.errors import InputError
 from ..core.imaging import is_constant
 from ..core.masks import mask_box
-from ..core.points import KINDS, PointRules
+from ..core.points import BOX_TRAINED, KINDS, PointRules
 from ..datasets.cases import CaseFile, LabelledCase, read_case
 from ..prediction.predictor import Predictor
 from ..verification.cases import deepest_point
 from ..verification.parity import dice
 
-SEARCHED = PointRules("search", "search", "search")
 LEAST_IMAGES, LEAST_OBJECTS = 4, 8
 """Fewer decide nothing."""
 LEAST_GAIN = 0.02
@@ -135,7 +134,7 @@ def check_points(
     Raises:
         InputError: a file that cannot be read.
     """
-    asked = Predictor(predictor.session, predictor.preprocessing, points=SEARCHED)
+    asked = Predictor(predictor.session, predictor.preprocessing, points=BOX_TRAINED)
     found: dict[str, list[_Outcome]] = {kind: [] for kind in KINDS}
     tight, images = list[float](), 0
     chosen = _spread(files, most_objects)

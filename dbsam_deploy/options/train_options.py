@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 from ..cli import HelpFormatter, Parser, add_no_wait, add_weights_choice, check_paths
+from ..core.errors import InputError
 from ..datasets.finding import add_reading_options, reading_of
 from ..images.intensity import Window
 from ..training.choices import Freeze, available_training_recipes, find_training_recipe
@@ -122,11 +123,25 @@ def parse_words(argv: list[str] | None) -> argparse.Namespace:
     """The parsed command line; what is seen to be a mistake without PyTorch is refused.
 
     Raises:
-        InputError: an unknown recipe.
+        InputError: an unknown recipe, or options of a start that is not asked for.
     """
     words = build_parser().parse_args(argv)
+    _check_start(words)
     words.window = reading_of(words).window
     check_paths(words, "data", "split", "unlabelled")
     check_paths(words, "checkpoint", "decoder_weights", "teacher_weights", "adapter")
     find_training_recipe(words.recipe)
     return words
+
+
+def _check_start(words: argparse.Namespace) -> None:
+    if words.checkpoint is not None:
+        if words.decoder_weights is not None:
+            raise InputError(
+                "--decoder-weights is for a fresh start: --checkpoint brings its own decoder"
+            )
+        return
+    choices = {"--weights": words.weights, "--key": words.weights_key, "--adapter": words.adapter}
+    for name, value in choices.items():
+        if value is not None:
+            raise InputError(f"{name} is of a weights file: name it with --checkpoint")

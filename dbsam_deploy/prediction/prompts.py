@@ -52,6 +52,11 @@ class Prompts:
         return any(array is not None for array in arrays)
 
     @property
+    def has_adapted_points(self) -> bool:
+        """Whether boxes may be tried for points."""
+        return self.point_coords is not None and self.adapt_points
+
+    @property
     def names(self) -> list[str]:
         """Each prompt in words."""
         if self.boxes_3d is not None:

@@ -78,8 +78,7 @@ def _segment_slice(
     index, count, size = prompts.slice_index or 0, len(prompts), volume.shape[1:]
     labels = np.zeros(volume.shape, label_dtype(count))
     maps = np.zeros((_masks_each(prompts), *size), labels.dtype)
-    has_points = prompts.point_coords is not None and prompts.adapt_points
-    batch = prompts_at_once(size, len(maps), has_points)
+    batch = prompts_at_once(size, len(maps), prompts.has_adapted_points)
     parts = []
     for start in range(0, count, batch):
         part = _predict(predictor, prompts.part(start, start + batch))

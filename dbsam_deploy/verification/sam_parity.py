@@ -144,10 +144,10 @@ def _compare(files: SamFiles, predictor: Predictor, case: Case) -> tuple[float, 
     canvas, scale, corner = canvas_of(case.image)
     box = case.boxes[:1] * scale + np.array([*corner, *corner], np.float32)
     predictor.set_image(canvas)
-    embedding = predictor.image_embeddings
+    embedding, own = predictor.image_embeddings, files.encode(canvas)
     corners, labels = box.reshape(2, 2), np.array([2, 3])
     wanted = predictor.predict_prompts(boxes=box)
-    whole = files.decode(files.encode(canvas), corners, labels)
+    whole = files.decode(own, corners, labels)
     plain = files.decode(embedding, corners, labels)
     inside = corners.mean(0, keepdims=True)
     outside = corners[:1]
@@ -165,7 +165,7 @@ def _compare(files: SamFiles, predictor: Predictor, case: Case) -> tuple[float, 
     )
     pairs = ((plain, wanted), (clicks, corrected))
     return (
-        cosine(files.encode(canvas), embedding),
+        cosine(own, embedding),
         min(cosine(ours[LOW_RES_MASKS], theirs.known_logits()) for ours, theirs in pairs),
         dice(whole[SAM_MASKS][0, 0] > 0, wanted.masks[0, 0]),
     )

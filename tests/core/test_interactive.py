@@ -13,7 +13,7 @@ from dbsam_deploy.core.image_id import image_id
 from dbsam_deploy.core.imaging import Preprocessing
 from dbsam_deploy.core.interactive import Interactive
 from dbsam_deploy.core.masks import unpack_masks
-from dbsam_deploy.core.points import PointRules
+from dbsam_deploy.core.points import BOX_TRAINED
 from dbsam_deploy.core.refusal import RefusedError
 from dbsam_deploy.prediction.predictor import Predictor
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
@@ -109,7 +109,6 @@ def test_prompt_sets_are_answered_as_locally_in_chunks(front, local, image, rng,
         np.testing.assert_array_equal(unpack_masks(packed, expected.masks.shape), expected.masks)
 
 
-SEARCHED = PointRules("search", "search", "search")
 CLICKS = {
     "point_coords": np.float32([[[30, 20], [80, 50]], [[60, 30], [5, 5]], [[88, 3], [0, 0]]]),
     "point_labels": np.int32([[1, 0], [1, 1], [1, -1]]),
@@ -121,9 +120,9 @@ CLICKS = {
 def test_points_that_boxes_are_tried_for_are_answered_as_locally(
     tiny_artefact, image, rng, given, is_corrected
 ):
-    local = Predictor(OnnxRuntimeSession(tiny_artefact), HOW, points=SEARCHED)
+    local = Predictor(OnnxRuntimeSession(tiny_artefact), HOW, points=BOX_TRAINED)
     local.set_image(image)
-    front = Interactive(HOW, SessionGraphs(tiny_artefact), EmbeddingCache(1 << 20), 8, SEARCHED)
+    front = Interactive(HOW, SessionGraphs(tiny_artefact), EmbeddingCache(1 << 20), 8, BOX_TRAINED)
     earlier = rng.standard_normal((3, 32, 32)).astype(np.float32)
     sets = prompt_sets(SIZE, earlier, **given)
     if is_corrected:
@@ -146,7 +145,7 @@ def test_points_that_boxes_are_tried_for_are_answered_as_locally(
 
 
 def test_a_search_ends_with_its_client(tiny_artefact, image):
-    front = Interactive(HOW, SessionGraphs(tiny_artefact), EmbeddingCache(1 << 20), 2, SEARCHED)
+    front = Interactive(HOW, SessionGraphs(tiny_artefact), EmbeddingCache(1 << 20), 2, BOX_TRAINED)
     left = [None] * 3
 
     def gone():

@@ -23,7 +23,6 @@ from dbsam_deploy.core.prompt_adapter import MAX_SEARCHES, PromptAdapter
 from dbsam_deploy.core.prompts import join_prompts
 from dbsam_deploy.core.requests import planned_sets, read_prompts
 
-SEARCHED = BOX_TRAINED
 IN_BOX_NATIVE = PointRules(first="search", past_box="search")
 SINGLE, SEVERAL, ALL = slice(0, 1), slice(1, 4), slice(0, 4)
 
@@ -152,9 +151,20 @@ def test_a_point_outside_in_a_box_is_the_decoders_unless_its_rules_say_otherwise
     raw, _, plan = answer(decoder, box=box, points=place, labels=[0], rules=IN_BOX_NATIVE)
     assert plan.work == 1
     assert not raw[0, 30, 48]
-    masks, _, plan = answer(decoder, box=box, points=place, labels=[0], rules=SEARCHED)
+    masks, _, plan = answer(decoder, box=box, points=place, labels=[0], rules=BOX_TRAINED)
     assert plan.work == 6
     assert not masks[0, 30, 48]
+
+
+def test_a_box_whose_own_mask_obeys_its_points_is_not_corrected():
+    ring = blocks((10, 20, 50, 40))
+    ring[29:31, 29:31] = False
+    box = (10, 20, 50, 40)
+    hole = [(30.0, 30.0)]
+    masks, iou, plan = answer(BoxTrainedDecoder(ring), box=box, points=hole, labels=[0])
+    assert plan.work == 6
+    np.testing.assert_array_equal(masks[0], ring)
+    assert iou == 1
 
 
 BOX = (10.0, 20.0, 40.0, 40.0)
