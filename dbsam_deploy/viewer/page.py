@@ -198,6 +198,8 @@ class Page:
             upload = Upload(upload.files, self._work.window, upload.series)
         try:
             image = read_uploaded(upload)
+        except NotServedError:
+            raise
         except InputError as error:
             raise InputError("\n".join((error.message, *error.details))) from error
         depth, height, width = image.shape
