@@ -183,8 +183,7 @@ class ViewerServer:
         async def route(request: Request) -> Response:
             lease = self.find_lease(request)
             async with self.leases.acting(lease) as own:
-                body = await self.read_body(request, JSON_BYTES)
-                fields = json_fields(bytes(body) or b"{}", "the body")
+                fields = await self.read_fields(request)
                 return await run_in_threadpool(lambda: _response(work(own, fields)))
 
         return route
@@ -252,6 +251,10 @@ class ViewerServer:
                 asks_model = runs or not is_seed  # which has turns of its own
                 async with contextlib.nullcontext() if asks_model else self._converting:
                     return await run_in_threadpool(work)
+
+    async def read_fields(self, request: Request) -> Fields:
+        """A body that is a JSON object, or empty; errors as `read_body` and `InputError`."""
+        return _json_fields(bytes(await self.read_body(request, JSON_BYTES)) or b"{}", "the body")
 
     async def read_body(
         self, request: Request, limit: int, take: Callable[[int], None] | None = None
@@ -360,11 +363,11 @@ def _refusal(error: Exception, path: str) -> tuple[int, str, dict[str, str]]:
 
 
 def header_fields(request: Request) -> Fields:
-    """The JSON object that goes with a binary body; errors as `json_fields`."""
-    return json_fields(request.headers.get("x-meta", "{}").encode("latin-1", "replace"), "X-Meta")
+    """The JSON object that goes with a binary body; errors as `_json_fields`."""
+    return _json_fields(request.headers.get("x-meta", "{}").encode("latin-1", "replace"), "X-Meta")
 
 
-def json_fields(text: bytes, what: str) -> Fields:
+def _json_fields(text: bytes, what: str) -> Fields:
     """A JSON object.
 
     Raises:

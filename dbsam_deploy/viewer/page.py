@@ -27,13 +27,7 @@ from starlette.types import Scope
 
 from ..core.errors import InputError, MissingError
 from ..volumes.embeddings import SharedPredictor
-from .application import (
-    JSON_BYTES,
-    SLACK_BYTES,
-    Fields,
-    ViewerServer,
-    json_fields,
-)
+from .application import SLACK_BYTES, Fields, ViewerServer
 from .leases import Lease
 from .marks import flag, read_box, read_point
 from .refusal import NotServedError
@@ -182,9 +176,8 @@ class Page:
                 if lease.study is not None:
                     lease.study.close()
                 lease.study = study
-                seen = self._server.reception.seen
-                lease.image = await run_in_threadpool(lambda: seen(study.image.pixels))
-                lease.image = await run_in_threadpool(server.reception.seen, study.image.pixels)
+                seen = server.reception.seen
+                lease.image = await run_in_threadpool(seen, study.image.pixels)
             lease.held_bytes = study.nbytes
         image = study.image
         return JSONResponse(
@@ -205,6 +198,8 @@ class Page:
             upload = Upload(upload.files, self._work.window, upload.series)
         try:
             image = read_uploaded(upload)
+        except NotServedError:
+            raise
         except InputError as error:
             raise InputError("\n".join((error.message, *error.details))) from error
         depth, height, width = image.shape
@@ -230,8 +225,7 @@ class Page:
             lease = self._server.find_lease(request)
             async with self._server.leases.acting(lease):
                 study = _study_of(lease)
-                body = await self._server.read_body(request, JSON_BYTES)
-                fields = json_fields(bytes(body) or b"{}", "the body")
+                fields = await self._server.read_fields(request)
                 return await run_in_threadpool(lambda: _timed(lambda: work(study, fields)))
 
         return route
@@ -256,8 +250,7 @@ class Page:
         lease = self._server.find_lease(request)
         async with self._server.leases.acting(lease):
             study = _study_of(lease)
-            body = await self._server.read_body(request, JSON_BYTES)
-            fields = json_fields(bytes(body), "the body")
+            fields = await self._server.read_fields(request)
             name, named = str(fields.get("format")), read_named(fields)
             rules = self._rules
             content = await run_in_threadpool(

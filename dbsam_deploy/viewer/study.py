@@ -231,7 +231,7 @@ def shown_nifti(image: Volume) -> bytes:
     struct.pack_into("<hh", head, 252, 0, 1)
     struct.pack_into("<12f", head, 280, *affine[:3].ravel())
     head[344:348] = b"n+1\0"
-    return bytes(head) + np.ascontiguousarray(pixels).tobytes()
+    return b"".join((head, np.ascontiguousarray(pixels).data))
 
 
 def inflated(body: bytes | bytearray, size: int) -> bytes:

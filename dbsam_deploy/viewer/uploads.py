@@ -19,12 +19,15 @@ from ..images.intensity import Window
 from ..images.nifti import read_nifti
 from ..images.volumes import SOFT_TISSUE, SOFT_TISSUE_TEXT, Volume, from_scan, read_image
 from .images import finite, is_ct
+from .refusal import NotServedError
 
 MAX_FILES = 20_000
 _SERIES_ADVICE = " with --series UID or NUMBER (Python: series=...)"
 """Of a command line, which the page has not."""
 _LENGTH = struct.Struct("<I")
 _MAX_HEAD_BYTES = 1024 * 1024
+_LARGEST = 1e15
+"""Of a window's numbers; JSON has whole ones that no float holds."""
 _STARTS = (
     (b"\x89PNG\r\n\x1a\n", ".png"),
     (b"\xff\xd8\xff", ".jpg"),
@@ -78,8 +81,8 @@ def read_upload(body: bytes | bytearray) -> Upload:
     sizes = head.get("sizes") if isinstance(head, dict) else None
     if not isinstance(sizes, list) or not 1 <= len(sizes) <= MAX_FILES:
         raise InputError(f"an upload without a list of sizes: expected 1 to {MAX_FILES} files")
-    if not all(type(size) is int and size >= 0 for size in sizes):
-        raise InputError("an upload whose sizes are no whole numbers from 0")
+    if not all(type(size) is int and 0 <= size <= len(body) for size in sizes):
+        raise InputError(f"an upload whose sizes are no whole numbers from 0 to {len(body)}")
     place = _LENGTH.size + length
     if place + sum(sizes) != len(body):
         raise InputError(f"an upload of {len(body)} bytes: its files have {sum(sizes)} by its list")
@@ -93,10 +96,11 @@ def read_upload(body: bytes | bytearray) -> Upload:
 def _window(given: Any) -> Window | str | None:
     if given is None or given == "file":
         return given
-    numbers = [n for n in given if type(n) in (int, float)] if isinstance(given, list) else []
-    if len(numbers) != 2 or len(given) != 2:
-        raise InputError(f"window {given!r:.60}: expected level and width")
-    return float(numbers[0]), float(numbers[1])
+    if isinstance(given, list) and len(given) == 2:
+        level, width = given
+        if all(type(n) in (int, float) and abs(n) < _LARGEST for n in given):
+            return float(level), float(width)
+    raise InputError(f"window {given!r:.60}: expected level and width")
 
 
 def _series(given: Any) -> str | None:
@@ -115,11 +119,20 @@ def suffix_of(content: bytes | memoryview) -> str:
 
 @contextlib.contextmanager
 def lying_in_a_folder(files: Mapping[str, bytes | memoryview]) -> Iterator[Path]:
-    """The files under names of ours, in a folder for this user alone that is deleted at the end."""
-    with tempfile.TemporaryDirectory(prefix="dbsam_page_") as name:
-        folder = Path(name)
-        for own_name, content in files.items():
-            (folder / own_name).write_bytes(content)
+    """The files under names of ours, in a folder for this user alone that is deleted at the end.
+
+    Raises:
+        NotServedError: 507, they cannot be put there.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            name = stack.enter_context(tempfile.TemporaryDirectory(prefix="dbsam_page_"))
+            folder = Path(name)
+            for own_name, content in files.items():
+                (folder / own_name).write_bytes(content)
+        except OSError as error:
+            text = f"no room for temporary files on the server: {error.strerror}"
+            raise NotServedError(507, text) from error
         try:
             yield folder
         except InputError as error:
@@ -154,7 +167,9 @@ def _read_nifti(path: Path, window: Window | str | None) -> Volume:
         raise InputError("NIfTI names no window of its own")
     scan = read_nifti(path)
     scan = replace(scan, values=finite(scan.values))
-    if window is None and is_ct(scan.values):
+    # What fills gaps tells nothing of the image.
+    told = scan.values if scan.padding is None else scan.values[~scan.padding]
+    if window is None and is_ct(told):
         return from_scan(path, "nifti", scan, SOFT_TISSUE, SOFT_TISSUE_TEXT)
     return from_scan(path, "nifti", scan, window)
 

@@ -155,10 +155,12 @@ def test_our_own_page_is_audited_too_and_its_files_names_are_not(log, caplog):
 
 
 def test_the_file_is_its_owners_and_grows_at_its_end(log):
-    os.umask(0)
-    for _ in range(2):
-        one = audit(log)
-        one.close()
+    before = os.umask(0)
+    try:
+        for _ in range(2):
+            audit(log).close()
+    finally:
+        os.umask(before)
     assert log.stat().st_mode & 0o777 == 0o600
     assert [line["what"] for line in lines(log)] == ["start", "stop"] * 2
 

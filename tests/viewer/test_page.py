@@ -197,6 +197,8 @@ def test_one_of_several_series_is_chosen(user, tmp_path):
 
 def test_keys_alone_are_enough(user, ct):
     user.choose(ct)
+    user.press("b", "Enter")  # a corner, which is forgotten with its image
+    user.choose(ct)
     user.go_to((5, 8, 12))
     user.press("b", "Enter")
     user.go_to((5, 24, 39))
@@ -234,6 +236,22 @@ def test_a_lost_slot_is_taken_anew_with_the_masks(user, server, ct):
     np.testing.assert_array_equal(user.mask(), expected)
 
 
+def test_another_image_after_a_lost_slot_is_all_that_is_sent(user, server, ct, tmp_path):
+    asked = []
+    user.page.on("response", lambda answer: asked.append((answer.url, answer.status)))
+    user.choose(ct)
+    (tmp_path / "notes.txt").write_bytes(b"hello")
+    for path in (ct, tmp_path / "notes.txt"):
+        for token in list(server.leases._held):
+            server.leases.release(token)
+        user.choose(path)
+    opened = [status for url, status in asked if url.endswith("/study/open")]
+    assert opened == [200, 410, 200, 410, 400]
+    user.go_to((5, 20, 20))
+    user.box(BEGIN, END)  # on the image that is still there
+    np.testing.assert_array_equal(user.mask(), wedge())
+
+
 def test_another_window_keeps_the_masks(user, ct):
     user.choose(ct)
     user.go_to((5, 20, 20))
@@ -242,6 +260,10 @@ def test_another_window_keeps_the_masks(user, ct):
     user.settle()
     assert "level 400 width 1800" in user.text("values")
     np.testing.assert_array_equal(user.mask(), wedge())
+    user.page.select_option("#window", "file")
+    user.settle()
+    assert "names no window" in user.text("message-text")
+    assert user.page.input_value("#window") == user.run("return JSON.stringify(app.study.window);")
 
 
 def test_a_key_is_asked_for_until_it_is_right_and_a_server_may_go(browser, ct):
@@ -250,6 +272,9 @@ def test_a_key_is_asked_for_until_it_is_right_and_a_server_may_go(browser, ct):
         user.page.fill("#key", "sesam")
         user.page.keyboard.press("Enter")
         user.page.get_by_text("That key is wrong").wait_for()
+        user.page.keyboard.press("Escape")
+        user.settle()
+        assert "reload the page" in user.text("message-text")
         user.page.goto("about:blank")
         user.page.goto(f"{server.url}/#key=sesame")
         user.settle()
@@ -262,6 +287,23 @@ def test_a_key_is_asked_for_until_it_is_right_and_a_server_may_go(browser, ct):
     assert "does not answer" in user.text("message-text")
     np.testing.assert_array_equal(user.mask(), wedge())
     user.close()
+
+
+def test_a_key_is_asked_for_once_however_many_are_refused(browser):
+    with running(key="sesame") as server:
+        user = PageUser(browser, f"{server.url}/#key=sesame")
+        user.settle()
+        user.run(
+            """
+            app.server.key = "an old one";
+            const ask = () => app.server.ask("capabilities", null, { method: "GET" });
+            Promise.all([ask(), ask()]).then(() => { document.title = "both answered"; });
+            """
+        )
+        user.page.fill("#key", "sesame")
+        user.page.keyboard.press("Enter")
+        user.page.wait_for_function("document.title === 'both answered'", timeout=5000)
+        user.close()
 
 
 def test_a_finger_marks_on_a_phone_and_a_closed_page_gives_its_slot_back(browser, server, ct):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.dicom_series import write_dicom_series
+from support.small_disk import leave, small_disk  # noqa: F401 - a fixture
 from support.viewer import RawViewer, running
 from support.wedge import SHAPE, wedge
 
@@ -158,6 +159,12 @@ def test_values_are_seen_as_other_viewers_see_them(viewer, values):
     assert "level 1 width 3" in opened(viewer, nifti(values), window=[1, 3])["values"]
 
 
+def test_what_fills_the_gaps_of_an_mr_makes_no_ct_of_it(viewer):
+    values = np.where(wedge(), 200, np.arange(50)).astype(np.int16)
+    values[:, :5] = -32768
+    assert "soft-tissue" not in opened(viewer, nifti(values))["values"]
+
+
 def test_an_image_is_shown_as_the_model_sees_it(viewer):
     opened(viewer)
     shown = nibabel.Nifti1Image.from_bytes(viewer.post("study/pixels").content)
@@ -196,6 +203,20 @@ def test_nothing_of_an_upload_stays_on_the_disk(viewer, monkeypatch, tmp_path):
     assert os.listdir(tmp_path) == ["ct"]
 
 
+def test_a_full_disk_of_temporary_files_is_told(viewer, monkeypatch, small_disk):  # noqa: F811
+    monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
+    leave(small_disk, 0)
+    noise = np.random.default_rng(1).integers(0, 256, (100, 100, 3), np.uint8)
+    answer = viewer.post("study/open", content=upload(png(noise)))
+    assert answer.status_code == 507
+    assert answer.json()["detail"] == (
+        "no room for temporary files on the server: No space left on device"
+    )
+    (small_disk / "ballast").unlink()
+    opened(viewer, png(noise))
+    assert os.listdir(small_disk) == []
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [
@@ -210,6 +231,9 @@ def test_nothing_of_an_upload_stays_on_the_disk(viewer, monkeypatch, tmp_path):
         ("open", upload(nifti(), window=[1])),
         ("open", upload(nifti(), window="file")),
         ("open", upload(nifti(), window=[0, -1])),
+        ("open", upload(nifti(), window=[10**400, 1])),
+        ("open", upload(nifti(), window=[0, float("nan")])),
+        ("open", struct.pack("<I", 8615) + b'{"sizes": [%b, %b]}' % ((b"9" * 4300,) * 2)),
         ("open", upload(nifti(), series=3)),
         ("open", struct.pack("<I", 16) + b'{"sizes": [1e9]}'),
         ("open", struct.pack("<I", 15) + b'{"sizes": [-1]}'),

@@ -64,15 +64,15 @@ class App {
     if (!this.chooseSeries(text)) this.say(text);
   }
 
-  /** Ask; a slot that was lost is taken anew, with the image and its masks. */
-  async asking(ask) {
+  /** Ask; a slot that was lost is taken anew, with the image and its masks unless others follow. */
+  async asking(ask, restores = true) {
     try {
       return await ask();
     } catch (error) {
       if (error.status !== 410) throw error;
     }
     await this.server.claim();
-    if (this.study) await this.restore();
+    if (restores && this.study) await this.restore();
     return ask();
   }
 
@@ -88,19 +88,21 @@ class App {
 
   // opening
 
-  open(files, choice = {}) {
+  open(files, { window = null, series = null } = {}) {
     const chosen = meant(files);
     if (!chosen.length) return this.say("There is no file in what you chose.");
     const isSame = this.study?.files === files;
     if (!isSame && this.isUnsaved && !confirm("Masks were not saved. Open another image?")) return null;
     this.opening = chosen;
-    const window = choice.window ?? (isSame ? this.study.window : null);
     return this.queue("Opening", async () => {
-      if (!this.server.token) await this.server.claim();
-      const series = choice.series ?? (isSame ? this.study.series : null);
+      const { token } = this.server;
+      if (!token) await this.server.claim();
       const masks = isSame ? this.scene.masks() : null;
-      const study = { files: isSame ? files : chosen, window, series };
-      const info = await this.asking(() => this.upload(study.files, study));
+      const study = { files: isSame ? files : chosen, window, series: isSame ? this.study.series : series };
+      const info = await this.asking(() => this.upload(study.files, study), false).catch((error) => {
+        if (this.server.token !== token) this.server.release(); // a new slot, without the image before
+        throw error;
+      });
       const pixels = await (await this.server.ask("study/pixels")).arrayBuffer();
       await this.show(study, info, pixels, isSame);
       if (masks?.some(Boolean)) {
@@ -119,6 +121,7 @@ class App {
   async show(study, info, pixels, isSame) {
     const { labels, active } = this.study ?? {};
     const before = isSame ? { labels, active, view: this.scene.view, place: this.scene.place } : null;
+    this.corner = null;
     this.study = { ...study, info, name: nameOf(study.files), labels: before?.labels ?? [], active: before?.active ?? 0 };
     await this.scene.open(pixels);
     if (before) {
@@ -402,7 +405,8 @@ class App {
     const dialog = $("key-dialog");
     $("key-text").textContent = wasWrong ? "That key is wrong." : "This server asks for a key.";
     if (!dialog.open) dialog.showModal();
-    return new Promise((done) => {
+    return new Promise((done, failed) => {
+      dialog.oncancel = () => failed(new ServerError(401, "This server asks for a key: reload the page to enter it."));
       $("key-form").onsubmit = (event) => {
         event.preventDefault();
         const key = $("key").value.trim();
@@ -457,13 +461,11 @@ class App {
       this.scene.place = place;
     }, "input");
     on("opacity", () => this.scene.setOpacity($("opacity").value / 100), "input");
-    on("window", () => {
+    on("window", async () => {
       const value = $("window").value;
-      const window = value === "" || value === "file" ? value || null : JSON.parse(value);
-      if (this.study) {
-        this.study.window = window;
-        this.open(this.study.files);
-      }
+      await this.open(this.study.files, { window: value === "file" ? value : JSON.parse(value || "null") });
+      const { window } = this.study; // another one than was chosen, if that was refused
+      $("window").value = Array.isArray(window) ? JSON.stringify(window) : window ?? "";
     }, "change");
     this.scene.nv.drawOpacity = 0.5;
     addEventListener("beforeunload", (event) => { if (this.isUnsaved) event.preventDefault(); });

@@ -21,6 +21,7 @@ export class Server {
     this.askKey = askKey;
     this.token = null;
     this.key = takeKey();
+    this.asked = null;
     this.beat = 0;
     addEventListener("pagehide", () => this.release());
   }
@@ -61,6 +62,7 @@ export class Server {
   async ask(path, body = null, { method = "POST", headers = {} } = {}) {
     for (;;) {
       let answer;
+      const { key } = this;
       try {
         answer = await fetch(path, {
           method,
@@ -75,12 +77,18 @@ export class Server {
       }
       if (answer.ok) return answer;
       if (answer.status === 401) {
-        this.key = await this.askKey(Boolean(this.key));
-        sessionStorage.setItem(KEY, this.key);
+        if (this.key === key) await this.renewKey();
         continue;
       }
       throw new ServerError(answer.status, await words(answer));
     }
+  }
+
+  /** Ask the user once, whatever else is refused meanwhile, such as a sign of life. */
+  async renewKey() {
+    this.asked ??= this.askKey(Boolean(this.key)).finally(() => { this.asked = null; });
+    this.key = await this.asked;
+    sessionStorage.setItem(KEY, this.key);
   }
 
   /** Ask with JSON. */
