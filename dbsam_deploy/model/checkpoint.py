@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from ..core.errors import CheckpointError, InputError
 from ..files.atomic import write_atomically
+from ..files.damage import reason_of
 from .contents import (
     Candidate,
     FoundTensor,
@@ -31,8 +33,8 @@ from .contents import (
 )
 from .fitting import StateDict
 from .layouts import HUGGING_FACE, POSITIONS, SAM, layout_of, own_names
-from .pickles import OddTensor
-from .weight_files import WeightsFile, file_size, inspect_line, open_weights, read_content
+from .pickles import OddTensor, StoredTensor
+from .weight_files import WeightsFile, inspect_line, open_weights
 
 SAM_MEAN, SAM_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 """Statistics that SAM keeps beside its weights in some versions."""
@@ -92,7 +94,12 @@ def read_checkpoint(
     file.check_names()
     selected = select(file, weights, key)
     content = file.read()
-    found = {name: _at(content, one.way) for name, one in selected.model.tensors.items()}
+    try:
+        found = {name: _at(content, one.way) for name, one in selected.model.tensors.items()}
+    except (AttributeError, LookupError, TypeError) as error:
+        raise CheckpointError(
+            f"checkpoint {path}: not read as its description says ({reason_of(error)})"
+        ) from error
     _check_positions(path, found)
     notes = (*selected.notes, *_statistics(content, file, selected.ignored))
     return Checkpoint(path, file.sha256, own_names(found), notes, selected.layout)
@@ -113,6 +120,7 @@ def select(file: WeightsFile, weights: str | None = None, key: str | None = None
         _check_plain(found)
         swapped = is_swapped(content)
         model, note = choose_model(models, weights, key, swapped=swapped)
+        _check_shared(model, file.size)
     except ValueError as error:
         details = error.details if isinstance(error, InputError) else ()
         what = error.message if isinstance(error, InputError) else str(error)
@@ -151,6 +159,26 @@ def _check_plain(found: Mapping[str, FoundTensor]) -> None:
             raise ValueError(f"{name} is complex; expected a tensor of real numbers")
 
 
+def _check_shared(model: Candidate, size: int) -> None:
+    """Refuse tensors that share their numbers so often that copies of them fill the memory.
+
+    Args:
+        model: of the file.
+        size: bytes of the file.
+
+    Raises:
+        ValueError: together they are larger than two such files.
+    """
+    tensors = [one.tensor for one in model.tensors.values()]
+    needed = sum(
+        math.prod(tensor.shape) * tensor.dtype.itemsize
+        for tensor in tensors
+        if isinstance(tensor, StoredTensor)
+    )
+    if needed > 2 * size:
+        raise ValueError(f"its tensors have {needed} bytes, and the file has {size}: they overlap")
+
+
 def _at(content: Any, way: tuple[Any, ...]) -> Tensor:
     for name in way:
         content = content[name]
@@ -178,7 +206,7 @@ def _statistics(content: Any, file: WeightsFile, left: list[str]) -> list[str]:
     for name in left:
         for word, expected in (("pixel_mean", SAM_MEAN), ("pixel_std", SAM_STD)):
             if name.rpartition(".")[2] == word and name in found:
-                values = _at(content, found[name].way).flatten().tolist()
+                values = _at(content, found[name].way).flatten()[: len(expected) + 1].tolist()
                 if len(values) != 3 or any(
                     abs(a - b) > 1e-3 for a, b in zip(values, expected, strict=True)
                 ):
@@ -193,10 +221,7 @@ def read_training_state(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, unreadable, unsafe, or not a table.
     """
-    file_size(path)
-    file = open_weights(path)
-    file.check_names()
-    content = read_content(path)
+    content = open_weights(path).read(mapped=False)
     if not isinstance(content, dict):
         raise CheckpointError(
             f"checkpoint {path}: holds a {type(content).__name__}, expected a training state"

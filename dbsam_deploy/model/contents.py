@@ -29,6 +29,8 @@ HARMLESS = re.compile(r"pixel_mean|pixel_std|n_averaged|.*(loss|criterion|metric
 """Tensors beside the model's own that are no part of it."""
 MAX_NESTING = 12
 """Deepest table that is looked into."""
+MAX_MODELS = 100
+"""Most models of one file."""
 MAX_NAME = 200
 """Longest name that is shown."""
 NAMED_AT_MOST = 8
@@ -88,11 +90,16 @@ def flatten(content: Any) -> dict[str, FoundTensor]:
     """
     found: dict[str, FoundTensor] = {}
     for one in _ends(content, (), set()):
-        name = _shown(".".join(map(str, one.way)))
+        name = _joined(one.way)
         if name in found:
             raise ValueError(f"{name} is there twice")
         found[name] = one
     return found
+
+
+def _joined(way: tuple[Any, ...]) -> str:
+    """The name of what is at the end of a way."""
+    return _shown(".".join(str(word)[:MAX_NAME] for word in way))
 
 
 def _shown(name: object) -> str:
@@ -121,7 +128,8 @@ def find_models(found: Mapping[str, FoundTensor]) -> list[Candidate]:
     """The models of a file, in its order; equal ones, such as two names of one module, once.
 
     Raises:
-        ValueError: a tensor that a model has twice, under names that only differ in wrappers.
+        ValueError: a tensor that a model has twice, under names that only differ in wrappers; too
+            many models.
     """
     models: dict[str, dict[str, FoundTensor]] = {}
     for name, one in found.items():
@@ -135,6 +143,8 @@ def find_models(found: Mapping[str, FoundTensor]) -> list[Candidate]:
             raise ValueError(f"{own} is there twice, once as {name}")
         model.setdefault(own, one)
     candidates = [Candidate(prefix, tensors) for prefix, tensors in models.items()]
+    if len(candidates) > MAX_MODELS:
+        raise ValueError(f"{len(candidates)} models in it; expected at most {MAX_MODELS}")
     with_encoder = [model for model in candidates if model.has_encoder]
     distinct: list[Candidate] = []
     for candidate in with_encoder or candidates:
@@ -169,10 +179,10 @@ def _plain_tables(found: Mapping[str, FoundTensor]) -> list[Candidate]:
     """The largest table of tensors of a file without a model that we know."""
     tables: dict[tuple[Any, ...], dict[str, FoundTensor]] = {}
     for one in found.values():
-        key = str(one.way[-1]).removeprefix("module.") if one.way else ""
+        key = _shown(one.way[-1]).removeprefix("module.")
         tables.setdefault(one.way[:-1], {})[key] = one
     largest = max(tables.items(), key=lambda pair: len(pair[1]), default=None)
-    return [Candidate(".".join(map(str, largest[0])), largest[1])] if largest else []
+    return [Candidate(_joined(largest[0]), largest[1])] if largest else []
 
 
 def choose_model(

@@ -134,14 +134,16 @@ def interpolate_position(
         return tensors
     resized = dict(tensors)
     table, grid = tensors[name], wanted[name].shape[1:3]
-    if image_size is not None and table.shape[1:3] != grid:
+    fits = table.shape[-1] == wanted[name].shape[-1] and table.numel() > 0
+    if image_size is not None and fits and table.shape[1:3] != grid:
         resized[name] = F.interpolate(
             table.permute(0, 3, 1, 2).float(), grid, mode="bicubic", align_corners=False
         ).permute(0, 2, 3, 1)
     for key, target in wanted.items():
         if ".attn.rel_pos_" in key and key in tensors and tensors[key].dim() == 2:
             source = tensors[key]
-            if source.shape[0] != target.shape[0]:
+            fits = source.shape[1] == target.shape[1] and source.shape[0] > 0
+            if fits and source.shape[0] != target.shape[0]:
                 resized[key] = F.interpolate(
                     source.T[None].float(), target.shape[0], mode="linear", align_corners=False
                 )[0].T

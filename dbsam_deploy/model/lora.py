@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 
 from ..core.errors import CheckpointError, InputError
+from ..files.damage import DAMAGED, reason_of
 from ..files.regular import small_text
 from .fitting import StateDict
 from .layouts import own_name
 from .weight_files import inspect_line
 
 PEFT_CONFIG = "adapter_config.json"
+MAX_RANK = 65536
 PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 _SAMED = re.compile(r"w_([ab])_(\d{3})")
@@ -85,7 +87,12 @@ def _add_queries_and_values(
     weight = tensors.get(name)
     if weight is None or parts.keys() != {"aq", "bq", "av", "bv"}:
         raise CheckpointError(f"{source}: the adapter of {name} is not whole")
-    width = weight.shape[1]
+    width = weight.shape[-1] if weight.dim() else 0
+    if weight.shape != (3 * width, width):
+        raise CheckpointError(
+            f"{source}: {name} is {tuple(weight.shape)}, expected three times as many rows as "
+            "columns"
+        )
     changed = weight.to(torch.float32, copy=True)
     for rows, kind in ((slice(None, width), "q"), (slice(-width, None), "v")):
         changed[rows] += _product(
@@ -181,11 +188,11 @@ def _peft_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(small_text(path / PEFT_CONFIG))
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    except (ValueError, KeyError, TypeError, InputError) as error:
+    except (*DAMAGED, InputError) as error:
         raise CheckpointError(
-            f"{path / PEFT_CONFIG} is no configuration of LoRA: {error}"
+            f"{path / PEFT_CONFIG} is no configuration of LoRA: {reason_of(error)}"
         ) from error
-    if rank < 1 or not math.isfinite(alpha):
+    if not 1 <= rank <= MAX_RANK or not math.isfinite(alpha):
         raise CheckpointError(f"{path / PEFT_CONFIG}: rank {rank} and lora_alpha {alpha}")
     expected = {"peft_type": "LORA", "use_dora": False, "fan_in_fan_out": False, "bias": "none"}
     empty = ("rank_pattern", "alpha_pattern", "layers_pattern", "lora_bias", "megatron_config")
@@ -196,7 +203,8 @@ def _peft_config(path: Path) -> dict[str, Any]:
             f"{path / PEFT_CONFIG}: {wrong[0]} is {config[wrong[0]]!r:.60}, which is not merged "
             "here: save model.merge_and_unload() instead"
         )
-    return {"scale": alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)}
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return {"rank": rank, "scale": scale}
 
 
 def _merge_peft(
@@ -218,6 +226,11 @@ def _merge_peft(
             raise CheckpointError(
                 f"{path} adapts {name}, which is no whole linear layer of the model that "
                 "--checkpoint names"
+            )
+        if parts["A"].shape[0] != config["rank"]:
+            raise CheckpointError(
+                f"{path}: the adapter of {name} is {tuple(parts['A'].shape)}, and the rank in "
+                f"{PEFT_CONFIG} is {config['rank']}"
             )
         product = _product(str(path), name, parts["A"], parts["B"], tuple(weight.shape))
         merged[name] = weight.float() + config["scale"] * product

@@ -23,7 +23,9 @@ MAX_OPCODES = 2_000_000
 MAX_DEPTH = 16
 """Deepest tuple in tuples."""
 MAX_COPIED = 32 * 1024 * 1024
-"""Most items and letters, in all, that a pickle has copied into other objects."""
+"""Most bytes, in all, that a pickle has copied into other objects."""
+_ITEM_BYTES = 128
+"""What an item takes at most in a copied table or set; a letter of a text takes one byte."""
 MAX_NAME_NUMBER = 2**48
 """Largest number as a name in a table; larger ones can have one hash for all."""
 
@@ -74,6 +76,7 @@ _CONSTANTS = frozenset(
     {"BININT", "BININT1", "BININT2", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING", "LONG1"}
 )
 _MADE = {"EMPTY_LIST": list, "EMPTY_DICT": dict}
+_ENCODED = "_codecs.encode"
 _OTHERS = frozenset({"NONE", "NEWTRUE", "NEWFALSE", "EMPTY_SET"})
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 MAX_AXES = 64
@@ -142,11 +145,13 @@ class Declared:
         content: the saved object: dict, list, `Items`, `StoredTensor`, `OddTensor`, `Thing`,
             numbers and text; None stands for all else.
         asked: what is called that makes no weights and is not in `inert.INERT`.
+        odd: kinds of the `OddTensor` that are made anywhere, kept in the content or not.
     """
 
     storages: dict[str, int]
     content: Any
     asked: tuple[str, ...] = ()
+    odd: tuple[str, ...] = ()
 
 
 @dataclass
@@ -155,6 +160,7 @@ class _Walk:
 
     storages: dict[str, _Storage]
     asked: dict[str, None]
+    odd: dict[str, None]
     stack: list[Any] = field(default_factory=list)
     marks: list[list[Any]] = field(default_factory=list)
     memo: dict[int, Any] = field(default_factory=dict)
@@ -163,7 +169,7 @@ class _Walk:
     def step(self, name: str, value: Any) -> None:
         """Take one opcode."""
         if name in _CONSTANTS:
-            self.stack.append(value)
+            self.stack.append(_constant(name, value))
         elif name in _MADE:
             self.stack.append(_MADE[name]())
         elif name == "EMPTY_TUPLE" or name in _OTHERS:
@@ -246,13 +252,16 @@ class _Walk:
             return _rebuilt(name, items)
         if name in _PARAMETERS:
             return items[0]
-        return OddTensor(_ODD[name]) if name in _ODD else self._thing(name, items)
+        if name in _ODD:
+            self.odd[_ODD[name]] = None
+            return OddTensor(_ODD[name])
+        return self._thing(name, items)
 
     def _thing(self, name: str, items: tuple[Any, ...]) -> Any:
         """What a call makes that is no tensor and no table of them."""
         if name in COPIED or name == "torch.Size":
-            self._charge(items[0] if items else "")
-            if name == "_codecs.encode" and items[1:] != ("latin1",):
+            self._charge(items[0] if items else "", each=1 if name == _ENCODED else _ITEM_BYTES)
+            if name == _ENCODED and items[1:] != ("latin1",):
                 raise ValueError("text in another encoding than Latin 1")
         inert = name in INERT and (name not in GETATTR or _of_history(items))
         if not inert and name not in _CALLED and name != _LAYOUT:
@@ -261,17 +270,26 @@ class _Walk:
 
     def _build(self, state: Any, target: Any) -> None:
         """Attributes of a table, which PyTorch copies, or of a thing that keeps none."""
-        if isinstance(target, Thing):
+        if isinstance(target, Thing) and target.name not in COPIED:
             return
-        if not (isinstance(target, dict) and isinstance(state, dict)):
+        if not (isinstance(target, dict | Thing) and isinstance(state, dict)):
             raise ValueError("a tensor that is changed after it was made")
         self._charge(state)
 
-    def _charge(self, copied: Any) -> None:
-        source = copied.items if isinstance(copied, Items) else copied
-        self.copied += 1 + (len(source) if isinstance(source, dict | list | tuple | str) else 0)
+    def _charge(self, copied: Any, *, each: int = _ITEM_BYTES) -> None:
+        """Count a copy.
+
+        Raises:
+            ValueError: of what has no known length, or of items that are no names (`_check_name`).
+        """
+        items = copied.items if isinstance(copied, Items) else copied
+        if not isinstance(items, dict | list | tuple | str):
+            raise ValueError("a copy of what is no text, list or table")
+        self.copied += each * (1 + len(items))
         if self.copied > MAX_COPIED:
-            raise ValueError(f"more than {MAX_COPIED} copied items")
+            raise ValueError(f"more than {MAX_COPIED} copied bytes")
+        for item in () if isinstance(items, str) else items:
+            _check_name(item)
 
 
 def declared(stream: BinaryIO, *, pickles: int = 1, content: int = 0) -> Declared:
@@ -288,9 +306,10 @@ def declared(stream: BinaryIO, *, pickles: int = 1, content: int = 0) -> Declare
     """
     storages: dict[str, _Storage] = {}
     asked: dict[str, None] = {}
+    odd: dict[str, None] = {}
     saved = None
     for number in range(pickles):
-        walk = _Walk(storages, asked)
+        walk = _Walk(storages, asked, odd)
         for count, (opcode, value, _at) in enumerate(pickletools.genops(stream)):
             if count > MAX_OPCODES:
                 raise ValueError(f"a pickle of more than {MAX_OPCODES} opcodes")
@@ -298,12 +317,23 @@ def declared(stream: BinaryIO, *, pickles: int = 1, content: int = 0) -> Declare
         if number == content:
             saved = walk.stack[-1]
     sizes = {key: found.count * found.dtype.itemsize for key, found in storages.items()}
-    return Declared(sizes, saved, tuple(asked))
+    return Declared(sizes, saved, tuple(asked), tuple(odd))
 
 
 def _of_history(items: tuple[Any, ...]) -> bool:
     """Whether a method is asked for that MMEngine names in its checkpoints."""
     return bool(items) and isinstance(items[0], _Name) and items[0].text == HISTORY
+
+
+def _constant(name: str, value: Any) -> Any:
+    """A number or text.
+
+    Raises:
+        ValueError: text of which PyTorch and `pickletools` make different letters.
+    """
+    if name == "SHORT_BINSTRING" and not value.isascii():
+        raise ValueError("text that readers decode in different ways")
+    return value
 
 
 def _tuple(items: list[Any]) -> Items:
@@ -317,8 +347,7 @@ def _put(target: Any, items: list[Any], *, in_table: bool) -> None:
     """Put items into a list, or names and values into a table.
 
     Raises:
-        ValueError: into something else; or names whose hashes may take for ever: a tuple in which
-            others are shared, or numbers that all have one hash.
+        ValueError: into something else; or a name of `_check_name`.
     """
     if isinstance(target, Thing):
         return
@@ -328,12 +357,21 @@ def _put(target: Any, items: list[Any], *, in_table: bool) -> None:
     if not (isinstance(target, dict) and in_table):
         raise ValueError(f"items that are put into a {type(target).__name__}")
     for name, value in zip(items[::2], items[1::2], strict=True):
-        if isinstance(name, Items):
-            raise ValueError("a table with tuples as names")
-        if isinstance(name, int | float) and not abs(name) < MAX_NAME_NUMBER:
-            raise ValueError("a table with huge numbers as names")
+        _check_name(name)
         if isinstance(name, str | bytes | int | float):
             target[name] = value
+
+
+def _check_name(name: Any) -> None:
+    """Refuse a name in a table, or an item of a set, whose hash may take for ever.
+
+    Raises:
+        ValueError: a tuple, in which others may be shared, or a number whose hash others have too.
+    """
+    if isinstance(name, Items):
+        raise ValueError("a table with tuples as names")
+    if isinstance(name, int | float) and not abs(name) < MAX_NAME_NUMBER:
+        raise ValueError("a table with huge numbers as names")
 
 
 def _rebuilt(name: str, items: tuple[Any, ...]) -> StoredTensor:
@@ -347,7 +385,7 @@ def _rebuilt(name: str, items: tuple[Any, ...]) -> StoredTensor:
     if name.endswith("v3"):  # a storage of bytes, and the type of its numbers
         dtype = getattr(torch, items[6].text.rpartition(".")[2])
     numbers = [offset, *sizes.items, *strides.items]
-    whole = all(isinstance(number, int) and number >= 0 for number in numbers)
+    whole = all(isinstance(number, int) and 0 <= number < 2**63 for number in numbers)
     if not whole or not len(sizes.items) == len(strides.items) <= MAX_AXES:
         raise ValueError("a tensor whose sizes are no whole numbers")
     pairs = zip(sizes.items, strides.items, strict=True)

@@ -67,14 +67,22 @@ class WeightsFile:
     sha256: str
     declared: Declared
 
-    def read(self) -> Any:
-        """The content, in the shape of `declared.content`; numbers stay in the file until used.
+    def read(self, *, mapped: bool = True) -> Any:
+        """The content, in the shape of `declared.content`.
+
+        Args:
+            mapped: whether the numbers stay in the file until they are used, where it allows that.
 
         Raises:
-            CheckpointError: it cannot be read, or would run code.
+            CheckpointError: it cannot be read, would run code, or has tensors of other kinds.
         """
         self.check_names()
-        return read_content(self.file, mapped=self.form == "PyTorch")
+        if self.declared.odd:  # PyTorch makes them as it is told, kept in the content or not
+            raise CheckpointError(
+                f"checkpoint {self.path}: a tensor in it is {self.declared.odd[0]}; expected "
+                f"tensors of plain numbers; {inspect_line(self.path)}"
+            )
+        return read_content(self.file, mapped=mapped and self.form == "PyTorch")
 
     def check_names(self) -> None:
         """Refuse a file that asks for what makes no weights.
@@ -211,6 +219,7 @@ def _describe_pytorch(file: Path) -> tuple[str, Declared]:
         records = [name for name in sizes if name.endswith("/data.pkl")]
         if len(records) != 1:
             raise ValueError(f"{len(records)} data.pkl in it; expected one")
+        _check_entry_names(archive)
         record = records[0]
         if sizes[record] > MAX_PICKLE_BYTES:
             raise ValueError(f"its data.pkl has {sizes[record]} bytes")
@@ -234,6 +243,23 @@ def _refuse_programs(archive: zipfile.ZipFile) -> None:
     """
     if any(re.search(r"/code/|/constants\.pkl$", name) for name in archive.namelist()):
         raise ValueError("a TorchScript program: save the model's state dict instead")
+
+
+def _check_entry_names(archive: zipfile.ZipFile) -> None:
+    """Refuse names of entries that PyTorch may take for others than Python does.
+
+    It ignores the case of letters, and knows no encodings and no second name of an entry.
+
+    Raises:
+        ValueError: with such a name.
+    """
+    seen: set[str] = set()
+    for entry in archive.infolist():
+        name = entry.orig_filename
+        _folder, _, alike = name.lower().partition("/")
+        if name != entry.filename or not name.isascii() or alike in seen:
+            raise ValueError(f"readers may take its entry {name} for another")
+        seen.add(alike)
 
 
 def _check_held(declared_bytes: int, held: int, what: str) -> None:

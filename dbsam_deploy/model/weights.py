@@ -175,18 +175,19 @@ def infer_variant(checkpoint: Checkpoint) -> str:
             f"{len(tensors)} keys (first: {next(iter(tensors))}); expected a SAM-type model; "
             f"{inspect_line(checkpoint.path)}"
         )
+    width = len(patch) if patch.dim() else 0
     if any(k.startswith(f"{ADAPTER}self_attn_blocks.") for k in tensors):
         name = "db_sam_plus"
     elif any(k.startswith(f"{ADAPTER}spatial_prior_module.lcb1.") for k in tensors):
         name = "db_sam_4level"
     elif any(k.startswith(ADAPTER) for k in tensors):
         tiny = VARIANTS["db_sam_tiny"].embed_dim
-        name = "db_sam_tiny" if len(patch) == tiny else "db_sam"
+        name = "db_sam_tiny" if width == tiny else "db_sam"
     else:
         name = "medsam_vit_b" if "medsam" in _file_name(checkpoint.path).lower() else "sam_vit_b"
-    if len(patch) != VARIANTS[name].embed_dim:
+    if width != VARIANTS[name].embed_dim:
         raise CheckpointError(
-            f"{checkpoint.path}: a ViT of width {len(patch)}, but {name} has "
+            f"{checkpoint.path}: a ViT of width {width}, but {name} has "
             f"{VARIANTS[name].embed_dim}; only ViT-B checkpoints and db_sam_tiny fit; "
             f"{inspect_line(checkpoint.path)}"
         )

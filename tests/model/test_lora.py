@@ -147,7 +147,11 @@ def test_peft(tmp_path, base, layers, rslora, scale):
         ({"rank_pattern": {"q": 2}}, "rank_pattern is {'q': 2}, which is not merged"),
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
         ({"r": 0}, "rank 0"),
+        ({"r": RANK + 1}, r"is \(3, 24\), and the rank in adapter_config\.json is 4"),
+        ({"r": float("inf")}, "is no configuration of LoRA"),
+        ({"r": 10**400}, "rank 1000"),
         ({"lora_alpha": "x"}, "is no configuration of LoRA"),
+        ({"lora_alpha": 10**400}, "is no configuration of LoRA"),
     ],
 )
 def test_what_is_not_merged(tmp_path, base, changed, message):
@@ -179,3 +183,18 @@ def test_an_adapter_alone(tmp_path, base):
     torch.save(state, tmp_path / "peft.pth")
     with pytest.raises(CheckpointError, match="layers of peft whose scale is not in it"):
         load_model(checkpoint=tmp_path / "peft.pth")
+
+
+@pytest.mark.parametrize("shape", [(), (0, 50_000), (3, 50_000)], ids=str)
+def test_an_adapter_of_nothing(tmp_path, shape):
+    """Of rank 0 and some hundred bytes, with a product (50 000, 50 000) of 10 GB."""
+    layer, wide = "image_encoder.blocks.0.attn.qkv", shape[-1] if shape else 1
+    state = {
+        "image_encoder.patch_embed.proj.weight": torch.zeros(WIDTH, 3, 16, 16),
+        f"{layer}.qkv.weight": torch.zeros(shape),
+        **{f"{layer}.linear_a_{kind}.weight": torch.zeros(0, wide) for kind in "qv"},
+        **{f"{layer}.linear_b_{kind}.weight": torch.zeros(wide, 0) for kind in "qv"},
+    }
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match="expected three times as many rows as columns"):
+        load_model(checkpoint=tmp_path / "w.safetensors")

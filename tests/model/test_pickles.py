@@ -233,6 +233,9 @@ def test_what_lies_beside_the_weights_is_not_made(tmp_path, write):
         assert list(found.tensors) == ["a"]
 
 
+_NAMES = b"".join(b"J" + struct.pack("<i", i) + b"N" for i in range(60000) if i != 0x5174)
+
+
 @pytest.mark.parametrize(
     ("repeated", "start"),
     [
@@ -241,17 +244,16 @@ def test_what_lies_beside_the_weights_is_not_made(tmp_path, write):
         (b"c__builtin__\nset\nh\1\x85R", b"](" + b"K\1" * 65536 + b"eq\1"),
         (
             b"ccollections\nOrderedDict\n)Rh\1b",
-            b"}("
-            + b"".join(b"J" + struct.pack("<i", i) + b"N" for i in range(60000) if i != 0x5174)
-            + b"uq\1",
+            b"}(" + _NAMES + b"uq\1",
         ),
+        (b"ccollections\nCounter\n)Rh\1b", b"}(" + _NAMES + b"uq\1"),
     ],
-    ids=["text", "shape", "set", "attributes"],
+    ids=["text", "shape", "set", "attributes", "counter"],
 )
 def test_copies_are_counted(tmp_path, write, repeated, start):
     """65 536 items copied a thousand times: nearly nothing in the file, gigabytes in memory."""
     content = b"\x80\2" + start + repeated * 1000 + b"."
-    with pytest.raises(CheckpointError, match="more than 33554432 copied items"):
+    with pytest.raises(CheckpointError, match="more than 33554432 copied bytes"):
         read_checkpoint(write(tmp_path / "a.pth", content))
 
 
@@ -277,3 +279,81 @@ def test_only_mmengine_names_methods(tmp_path, write):
     path = write(tmp_path / "a.pth", call("__builtin__\ngetattr", argument))
     with pytest.raises(CheckpointError, match=r"it asks for __builtin__\.getattr"):
         read_checkpoint(path)
+
+
+def beside(extra: bytes) -> bytes:
+    """The pickle of `{"a": tensor, "b": [extra]}`."""
+    return tensor_pickle().removesuffix(b".") + b"X\1\0\0\0b](" + extra + b"es."
+
+
+_HUGE = b"\x8a\x09" + (2**64).to_bytes(9, "little") + b"\x85"
+_SET = b"c__builtin__\nset\n"
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [_SET + b"](K\1K\2e\x85Rq\1" + _SET + b"h\1\x85R", _SET + b"h\2\x85R", _SET + b"K\1\x85R"],
+    ids=["a set", "a tensor", "a number"],
+)
+def test_a_copy_of_what_has_no_known_length(tmp_path, write, extra):
+    """A tensor (2**31, 0) has no numbers, and a set of it has 2**31 tensors."""
+    content = beside(extra).replace(b"Rs", b"Rq\2s", 1)
+    with pytest.raises(CheckpointError, match="a copy of what is no text, list or table"):
+        read_checkpoint(write(tmp_path / "a.pth", content))
+
+
+def test_a_set_whose_hashes_take_for_ever(tmp_path, write):
+    shared = b"K\1\x85" + b"q\1(h\1h\1t" * 10
+    same = b"".join(b"\x8a\x0a" + ((2**61 - 1) * i).to_bytes(10, "little") for i in (1, 2))
+    for kind in (_SET, b"ccollections\nCounter\n"):
+        for items, message in ((shared, "tuples as names"), (same, "huge numbers as names")):
+            content = beside(kind + b"](" + items + b"e\x85R")
+            with pytest.raises(CheckpointError, match=message):
+                read_checkpoint(write(tmp_path / "a.pth", content))
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_tensor_of_another_kind_that_nothing_keeps(tmp_path, write, reader):
+    """`torch.Tensor` would take 4 GB for it, and the `Namespace` drops it."""
+    made = b"(ctorch\nTensor\nctorch\nTensor\nJ\0\0\0\x3f\x85}tR"
+    dropped = b"cargparse\nNamespace\n(ctorch._tensor\n_rebuild_from_type_v2\n" + made + b"tR"
+    path = write(tmp_path / "a.pth", beside(dropped))
+    with pytest.raises(CheckpointError, match="a tensor in it is of a class of its own"):
+        READERS[reader](path)
+
+
+@pytest.mark.parametrize("other", ["a/DATA.PKL", "a/Data/0", "b/DATA.pkl", "a/data/\u00e9"])
+@pytest.mark.parametrize("first", [True, False])
+def test_entries_that_readers_take_for_others(tmp_path, other, first):
+    """PyTorch ignores case: it read `DATA.PKL` after `data.pkl` had been looked at."""
+    path, hostile = tmp_path / "a.pth", call("builtins\nbytearray", b"J\0\0\0\x10")
+    with zipfile.ZipFile(path, "w") as archive:
+        entries = [(other, hostile), ("a/data.pkl", tensor_pickle())]
+        for name, content in entries if first else reversed(entries):
+            archive.writestr(name, content)
+        archive.writestr("a/data/0", bytes(12))
+        archive.writestr("a/version", b"3\n")
+    with pytest.raises(CheckpointError, match="readers may take its entry"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (tensor_pickle().replace(b"X\1\0\0\0a", b"U\2\xc3\xa9"), "decode in different ways"),
+        (b"\x80\2}K\1}" + tensor_pickle()[3:-1] + b"s\x88Ns.", "not read as its description says"),
+        (tensor_pickle(size=7).replace(b"J\7\0\0\0\x85", _HUGE), "no whole numbers"),
+    ],
+    ids=["text", "one is true", "axes"],
+)
+def test_what_is_read_is_what_was_described(tmp_path, write, content, message):
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(write(tmp_path / "a.pth", content))
+
+
+def test_tensors_that_overlap(tmp_path):
+    """A thousand views of one megabyte would be copied into a gigabyte."""
+    numbers = torch.zeros(250_000)
+    torch.save({str(i): numbers[i:] for i in range(1000)}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"its tensors have 998\d+ bytes, .* they overlap"):
+        read_checkpoint(tmp_path / "a.pth")

@@ -10,6 +10,7 @@ from support.references import small_model
 from dbsam_deploy.core.errors import CheckpointError
 from dbsam_deploy.model import VARIANTS, build_model, weights
 from dbsam_deploy.model.checkpoint import hash_tensors, read_checkpoint
+from dbsam_deploy.model.fitting import interpolate_position
 from dbsam_deploy.model.weights import fresh_model, infer_variant, load_model, shipped_checkpoint
 
 PARTS = ("prompt_encoder.", "mask_decoder.")
@@ -159,6 +160,22 @@ def test_a_vit_of_another_width_is_refused(tmp_path):
     )
     with pytest.raises(CheckpointError, match="width 1024"):
         load_model(checkpoint=tmp_path / "l.pth")
+
+
+def test_tensors_of_no_shape(tmp_path, thin_vit_b):
+    """A patch embedding without a width; tables so wide that they would grow when resized."""
+    torch.save({"image_encoder.patch_embed.proj.weight": torch.zeros(())}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match="a ViT of width 0, but sam_vit_b has 24"):
+        load_model(checkpoint=tmp_path / "a.pth")
+    wide = {
+        "image_encoder.pos_embed": torch.zeros(1, 2, 2, 50_000),
+        "image_encoder.blocks.0.attn.rel_pos_h": torch.zeros(3, 50_000),
+    }
+    wanted = build_model("sam_vit_b", image_size=64).state_dict()
+    left = interpolate_position(wide, wanted, 64)
+    assert {name: table.shape for name, table in left.items()} == {
+        name: table.shape for name, table in wide.items()
+    }
 
 
 def test_no_sam_type_model(tmp_path):
