@@ -217,10 +217,16 @@ def test_learning_rate_rises_then_falls_to_zero() -> None:
         (["--recipe", "db_sam", "--data", "/nowhere"], "no such file or folder"),
         (["--recipe", "db_sam", "--teacher", "lite_medsam"], "no [distill] table"),
         (["--recipe", "db_sam", "--micro-batch", "0"], "--micro-batch"),
-        (["--weights", "ema"], "--weights is of a weights file: name it with --checkpoint"),
-        (["--key", "a"], "--key is of a weights file"),
-        (["--adapter", "a"], "--adapter is of a weights file"),
-        (["--checkpoint", "a", "--decoder-weights", "a"], "brings its own decoder"),
+        (
+            ["--recipe", "db_sam", "--weights", "ema"],
+            "--weights is of a weights file: name it with --checkpoint",
+        ),
+        (["--recipe", "db_sam", "--key", "a"], "--key is of a weights file"),
+        (["--recipe", "db_sam", "--adapter", "a"], "--adapter is of a weights file"),
+        (
+            ["--recipe", "db_sam", "--checkpoint", "a", "--decoder-weights", "a"],
+            "brings its own decoder",
+        ),
     ],
 )
 def test_a_users_mistake_is_one_line_and_status_2(arguments, text, capsys, tmp_path) -> None:
