@@ -167,33 +167,6 @@ def add_no_wait(parser: argparse.ArgumentParser) -> None:
     )
 
 
-WEIGHTS_KINDS = ("model", "ema")
-"""Weights that a checkpoint may have twice: as they are, and as a moving average."""
-
-
-def add_weights_choice(parser: argparse._ActionsContainer) -> None:
-    """`--weights`, `--key` (`weights_key`), `--adapter`, wherever a weights file can be named."""
-    parser.add_argument(
-        "--weights",
-        choices=WEIGHTS_KINDS,
-        help="of a checkpoint with both: the weights themselves or their moving average; default: "
-        "what its writer would load",
-    )
-    parser.add_argument(
-        "--key",
-        dest="weights_key",
-        metavar="NAME",
-        help="of a checkpoint with several models: the one below this name, as "
-        "`python -m dbsam_deploy.inspect FILE` shows them",
-    )
-    parser.add_argument(
-        "--adapter",
-        type=Path,
-        metavar="PATH",
-        help="a LoRA to merge into the checkpoint: a file of SAMed, or a folder of peft",
-    )
-
-
 def say_on_stderr(text: str) -> None:
     """A line beside the results, for whoever watches; nothing if `text` is empty."""
     if text:

@@ -13,7 +13,6 @@ from .cli import (
     HelpFormatter,
     Parser,
     add_no_wait,
-    add_weights_choice,
     as_called,
     check_paths,
     run,
@@ -45,6 +44,7 @@ from .files.locks import one_writer
 from .recipe import load_recipe
 from .serving.choice import refresh_repository
 from .sessions.pytorch_session import PytorchSession
+from .sessions.weights_choice import WeightsChoice, add_weights_choice
 from .verification.cases import bundled_examples, load_cases
 from .verification.engine_parity import unverified_here, verify_engines
 from .verification.report import engine_table
@@ -76,12 +76,8 @@ def _verify(artefact: Artefact, kind: Kind, args: argparse.Namespace) -> dict[st
     cases = load_cases(args.data or bundled_examples(), recipe.parity)
     loaded = load_model(
         variant=artefact.variant,
-        checkpoint=args.checkpoint,
         image_size=artefact.preprocessing.image_size,
-        decoder_weights=args.decoder_weights,
-        weights=args.weights,
-        weights_key=args.weights_key,
-        adapter=args.adapter,
+        **vars(WeightsChoice.of(args)),
     )
     if loaded.weights["sha256"] != artefact.weights["sha256"]:
         raise CheckpointError(

@@ -52,6 +52,7 @@ from .serving.repository import (
 )
 from .sessions.onnxruntime_session import OnnxRuntimeSession
 from .sessions.pytorch_session import PytorchSession
+from .sessions.weights_choice import ModelChoice
 from .verification.cases import Case, bundled_examples, load_cases
 from .verification.engine_parity import unverified_here, verify_engines
 from .verification.parity import Figures, check_gate, compare
@@ -162,15 +163,7 @@ def export(
     choice = stages.choose_engines(options.engine, options.targets, folder)
     images = calibration_images(recipe, options.calibration, options.budget)
     cases = _cases(options, recipe)
-    loaded = stages.load_model(
-        variant=options.variant,
-        checkpoint=options.checkpoint,
-        image_size=options.image_size,
-        decoder_weights=options.decoder_weights,
-        weights=options.weights,
-        weights_key=options.weights_key,
-        adapter=options.adapter,
-    )
+    loaded = stages.load_model(**vars(ModelChoice.of(options)))
 
     def say(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True, markup=False)

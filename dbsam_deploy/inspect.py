@@ -12,8 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from .artefact import MANIFEST_NAME, load_artefact
-from .cli import Parser, add_weights_choice, check_paths, run, table_console
+from .cli import Parser, check_paths, run, table_console
 from .core.errors import InputError
+from .sessions.weights_choice import add_weights_choice
 
 DESCRIPTION = """\
 Show what a weights file is: its model, where in the file it is and under which names, the size of

@@ -33,6 +33,7 @@ from .model.checkpoint import write_checkpoint
 from .model.weights import LoadedModel, fresh_model, load_model
 from .prediction.predictor import Predictor
 from .sessions.pytorch_session import PytorchSession
+from .sessions.weights_choice import WeightsChoice
 from .training.journal import Journal
 from .training.loop import Outlet, PhaseRun, Validate, run_phase
 from .training.material import Material, gather
@@ -223,12 +224,8 @@ def _start_model(recipe: TrainingRecipe, options: TrainOptions) -> LoadedModel:
         return fresh_model(recipe.variant, recipe.image_size, options.decoder_weights)
     return load_model(
         variant=recipe.variant,
-        checkpoint=options.checkpoint,
         image_size=recipe.image_size,
-        decoder_weights=options.decoder_weights,
-        weights=options.weights,
-        weights_key=options.weights_key,
-        adapter=options.adapter,
+        **vars(WeightsChoice.of(options)),
     )
 
 

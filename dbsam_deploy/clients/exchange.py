@@ -47,6 +47,7 @@ from .known_images import (
     KNOWN_MODEL,
     KnownImage,
     Wanted,
+    boxes_alone,
     check_opened,
     has_earlier_mask,
     known_boxes_call,
@@ -179,7 +180,12 @@ class Exchanges(ABC):
         return ServerRequest(self.url, self.transport, self._timeout_s)
 
     def _boxes(
-        self, image: npt.NDArray[Any], boxes: npt.NDArray[Any], *, logits: bool, check: bool
+        self,
+        image: npt.NDArray[Any],
+        boxes: npt.NDArray[Any],
+        *,
+        logits: bool = False,
+        check: bool = True,
     ) -> Exchange[Prediction]:
         request = self._begin()
         side = (yield from self._mask_side(request)) if logits else None
@@ -216,11 +222,16 @@ class Exchanges(ABC):
         self,
         image: KnownImage,
         *,
-        multimask: bool,
-        logits: bool,
+        multimask: bool = False,
+        logits: bool = False,
         adapt_points: bool = True,
+        boxes_apart: bool = True,
         **prompts: Unpack[PromptArrays],
     ) -> Exchange[Prediction]:
+        """Masks of a kept image; of boxes alone by the box decoder, if they go `boxes_apart`."""
+        boxes = boxes_alone(prompts, multimask=multimask) if boxes_apart else None
+        if boxes is not None:
+            return (yield from self._known_boxes(image, boxes, logits=logits))
         request = self._begin()
         sized = logits or has_earlier_mask(**prompts)
         side = (yield from self._mask_side(request)) if sized else 1

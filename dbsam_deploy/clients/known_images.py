@@ -44,6 +44,20 @@ _Outputs = dict[TensorSpec, tuple[int, ...]]
 """Outputs to ask for → their shapes."""
 
 
+class KnownPrompts(PromptArrays, total=False):
+    """All that may be asked of an image that a server keeps.
+
+    Attributes:
+        multimask: return the three alternatives instead of the single mask.
+        logits: return the logits too, to prompt again with.
+        adapt_points: answer points as the server's `points` say; else as its decoder does.
+    """
+
+    multimask: bool
+    logits: bool
+    adapt_points: bool
+
+
 @dataclass(eq=False)
 class KnownImage:
     """An image and what its server calls it.

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..catalogue import DEFAULT_VARIANT, VARIANT_NAMES
-from ..cli import HelpFormatter, Parser, add_no_wait, add_weights_choice, check_paths
+from ..cli import HelpFormatter, Parser, add_no_wait, check_paths
 from ..core.contract import check_image_size
 from ..engines.build import CHOICES, parse_targets
 from ..recipe import available_precisions, calibration_plan, load_recipe
 from ..resources import resource_dir
+from ..sessions.weights_choice import ModelChoice, add_weights_choice
 
 DESCRIPTION = """\
 Export a model as two graphs (encoder + fusion, prompt + decoder), compare them with PyTorch on real
@@ -36,18 +37,11 @@ examples:
 
 
 @dataclass(frozen=True)
-class ExportOptions:
-    """What an export is asked for.
+class ExportOptions(ModelChoice):
+    """What an export is asked for; of which model, says `ModelChoice`.
 
     Attributes:
         precision: recipe stem.
-        variant: model variant, None to take the checkpoint's.
-        checkpoint: weights file, None for those that `load_model` has for the variant.
-        image_size: side S of the model frame, None for the variant's own.
-        decoder_weights: prompt encoder and mask decoder for a fresh encoder, without a checkpoint.
-        weights: `model` or `ema`, of a checkpoint with both.
-        weights_key: name of the model, of a checkpoint with several.
-        adapter: LoRA that is merged into the checkpoint.
         data: folder of npz cases for the parity gate, None for the bundled examples.
         data_images: images of `data` that are compared, None for the recipe's number.
         output: folder for everything that is written.
@@ -59,13 +53,6 @@ class ExportOptions:
     """
 
     precision: str
-    variant: str | None = None
-    checkpoint: Path | None = None
-    image_size: int | None = None
-    decoder_weights: Path | None = None
-    weights: str | None = None
-    weights_key: str | None = None
-    adapter: Path | None = None
     data: Path | None = None
     data_images: int | None = None
     output: Path = Path("build")

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from ..cli import HelpFormatter, Parser, add_no_wait, add_weights_choice, check_paths
+from ..cli import HelpFormatter, Parser, add_no_wait, check_paths
 from ..core.errors import InputError
 from ..datasets.finding import add_reading_options, reading_of
 from ..images.intensity import Window
+from ..sessions.weights_choice import WeightsChoice, add_weights_choice
 from ..training.choices import Freeze, available_training_recipes, find_training_recipe
 
 DESCRIPTION = """\
@@ -31,8 +32,10 @@ examples:
 
 
 @dataclass(frozen=True)
-class TrainOptions:
+class TrainOptions(WeightsChoice):
     """What a training is asked for; everything that changes the weights is in the recipe.
+
+    What it starts from, says `WeightsChoice`; without a checkpoint it is fresh weights.
 
     Attributes:
         recipe: name, or path of a `.toml`.
@@ -41,11 +44,6 @@ class TrainOptions:
         window: (level, width) that maps values of `data` to 0–255, see `read_image`.
         modality: number or name of one of several images of a case.
         unlabelled: folder of images for distillation.
-        checkpoint: weights to start from; None: fresh weights.
-        decoder_weights: prompt encoder and mask decoder of a fresh start.
-        weights: `model` or `ema`, of a checkpoint with both.
-        weights_key: name of the model, of a checkpoint with several.
-        adapter: LoRA that is merged into the checkpoint.
         teacher_weights: the teacher's file.
         teacher: None: the recipe's; `none`: leave the distillation out.
         freeze: what the last phase keeps fixed, None: the recipe's; see `Phase`.
@@ -61,11 +59,6 @@ class TrainOptions:
     window: Window | None = None
     modality: str | None = None
     unlabelled: Path | None = None
-    checkpoint: Path | None = None
-    decoder_weights: Path | None = None
-    weights: str | None = None
-    weights_key: str | None = None
-    adapter: Path | None = None
     teacher_weights: Path | None = None
     teacher: str | None = None
     freeze: str | None = None

@@ -190,13 +190,7 @@ def open_session(
     else:
         settings.add_session_config_entry(_RECORD_PLACEMENT, "1")
     chain = [(provider.name, {**provider.options, **(options or {})}), *provider.behind]
-    source = model
-    if isinstance(model, OnnxContent):
-        source = model.model
-        if model.data is not None:
-            settings.add_external_initializers_from_files_in_memory(
-                [model.location], [model.data], [len(model.data)]
-            )
+    source = _source(model, settings)
     try:
         session = runtime.InferenceSession(source, settings, providers=chain, enable_fallback=0)
     except _failures(runtime) as error:
@@ -215,6 +209,17 @@ def open_session(
     if provider is not CPU:
         _check_placement(session, provider)
     return session
+
+
+def _source(model: str | bytes | OnnxContent, settings: Any) -> str | bytes:
+    """What a session is opened from; weights in a file of their own go into its settings."""
+    if not isinstance(model, OnnxContent):
+        return model
+    if model.data is not None:
+        settings.add_external_initializers_from_files_in_memory(
+            [model.location], [model.data], [len(model.data)]
+        )
+    return model.model
 
 
 def _failures(runtime: ModuleType) -> tuple[type[Exception], ...]:

@@ -9,12 +9,13 @@ from typing import Any
 
 from ..artefact import BUILD_FOLDER
 from ..catalogue import VARIANT_NAMES
-from ..cli import add_weights_choice, check_paths
+from ..cli import check_paths
 from ..clients.access import Access, read_login
 from ..core.errors import InputError
 from ..core.imaging import MODES
 from ..files.regular import regular_size
 from .backends import BACKENDS, LOCAL_BACKENDS, RUNTIME_PRECISIONS, ModelOptions, names_with
+from .weights_choice import add_weights_choice
 
 TRITON = "triton"
 """The backend that is a running server, with options of its own."""

@@ -1,10 +1,10 @@
 """Answers of each family's own code, for tests/model/families/ and, at full size, by hand.
 
 `PYTHONPATH=.:tests python tests/support/family_references.py mobile_sam FOLDER OUT.npz` with the
-folder that holds the family's package, in an environment with torch; sam_med2d needs OpenCV too. `--full` takes the real
-shapes: OUT.npz is then compared with our model and not written. Not run by the tests, which read
-what it wrote. The packages on PyPI: `mobilesam-mirror` 1.0.0 (`mobile_sam`), `isat-sam` 1.5.2
-(SAM-Med2D: `ISAT/segment_any/segment_anything_med2d`), `segment-anything` 1.0.
+folder that holds the family's package, in an environment with torch; sam_med2d needs OpenCV too.
+`--full` takes the real shapes, and compares with our model in place of writing OUT.npz. Not run by
+the tests, which read what it wrote. The packages on PyPI: `mobilesam-mirror` 1.0.0 (`mobile_sam`),
+`isat-sam` 1.5.2 (SAM-Med2D: `ISAT/segment_any/segment_anything_med2d`), `segment-anything` 1.0.
 
 Weights and inputs follow from their names (`fixed_numbers`), so that none is stored.
 """
@@ -24,9 +24,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-
 from support.fixed_numbers import fixed_numbers, fixed_weights
+from torch import Tensor, nn
 
 ORIGINAL = (45, 70)
 """Height and width of the user's image."""
