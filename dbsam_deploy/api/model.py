@@ -12,9 +12,9 @@ import numpy as np
 from ..core.errors import InputError, ServingError
 from ..core.imaging import FloatArray, Preprocessing
 from ..core.points import NATIVE, POINTS, SILENT_SERVER, PointRules
-from ..images.arrays import ImageLike, as_volume
+from ..images.arrays import ImageLike, ReadOptions, as_volume
 from ..images.intensity import Window
-from ..images.volumes import ReadOptions, Volume
+from ..images.volumes import Volume
 from ..outputs.segmentation import Segmentation
 from ..prediction.predictor import Predictor, Promptable, ServedPredictor
 from ..prediction.prompts import Prompts, check_prompts

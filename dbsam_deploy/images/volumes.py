@@ -18,7 +18,7 @@ import os
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -100,20 +100,6 @@ class Volume:
         """Slice `index` as (H, W, 3) uint8 RGB."""
         pixels = self.pixels[index]
         return pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)
-
-
-class ReadOptions(TypedDict, total=False):
-    """What `read_image` is told where a file leaves it open.
-
-    Attributes:
-        window: (level, width) that maps stored values to 0–255, or "file".
-        series: of a DICOM folder.
-        volume: which one of a 4D NIfTI file, from 0.
-    """
-
-    window: Window | str | None
-    series: str | int | None
-    volume: int | None
 
 
 def read_image(
