@@ -22,7 +22,7 @@ from ..core.errors import InputError, NoServerError, NotKeptError, ServingError,
 from ..core.imaging import Arrays
 from ..core.masks import Prediction
 from ..core.points import PointRules
-from ..core.prompts import PromptArrays
+from ..core.prompts import PromptArrays, boxes_alone
 from ..serving.control import KEY_HEADER, KEY_VARIABLE
 from .access import Access
 from .calls import (
@@ -47,7 +47,6 @@ from .known_images import (
     KNOWN_MODEL,
     KnownImage,
     Wanted,
-    boxes_alone,
     check_opened,
     has_earlier_mask,
     known_boxes_call,

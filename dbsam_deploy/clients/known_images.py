@@ -112,16 +112,6 @@ class Wanted:
         return found
 
 
-def boxes_alone(prompts: PromptArrays, *, multimask: bool) -> npt.NDArray[Any] | None:
-    """The boxes of prompts that are nothing else, which the box decoder takes; otherwise None."""
-    others = [name for name, array in prompts.items() if name != BOXES and array is not None]
-    return None if others or multimask else _boxes_of(**prompts)
-
-
-def _boxes_of(*, boxes: npt.NDArray[Any] | None = None, **_: Any) -> npt.NDArray[Any] | None:
-    return boxes
-
-
 def has_earlier_mask(*, mask_input: npt.NDArray[Any] | None = None, **_: Any) -> bool:
     """Whether prompts continue from the logits of an earlier answer."""
     return mask_input is not None

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .contract import (
+    BOXES,
     HAS_MASK_INPUT,
     MASK_INPUT,
     MAX_MASK_PIXELS,
@@ -55,6 +56,16 @@ class PromptArrays(Places, total=False):
     """
 
     mask_input: npt.NDArray[Any] | None
+
+
+def boxes_alone(prompts: PromptArrays, *, multimask: bool) -> npt.NDArray[Any] | None:
+    """The boxes of prompts that are nothing else, which the box decoder takes; otherwise None."""
+    others = [name for name, array in prompts.items() if name != BOXES and array is not None]
+    return None if others or multimask else _boxes_of(**prompts)
+
+
+def _boxes_of(*, boxes: npt.NDArray[Any] | None = None, **_: Any) -> npt.NDArray[Any] | None:
+    return boxes
 
 
 def join_prompts(

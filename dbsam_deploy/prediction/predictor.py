@@ -33,7 +33,7 @@ from ..core.imaging import (
 from ..core.masks import Prediction
 from ..core.points import NATIVE, PointRules
 from ..core.prompt_adapter import PromptAdapter
-from ..core.prompts import Places, PromptArrays, check_mask_input, join_prompts
+from ..core.prompts import Places, PromptArrays, boxes_alone, check_mask_input, join_prompts
 from ..core.requests import planned_sets
 from ..sessions.session import Session
 
@@ -61,6 +61,20 @@ class Promptable(Protocol):
     ) -> Prediction:
         """One prediction for each of N prompt sets, see `Predictor.predict_prompts`."""
         ...
+
+
+def prediction_of(
+    predictor: Promptable,
+    prompts: PromptArrays,
+    *,
+    multimask: bool = False,
+    adapt_points: bool = True,
+) -> Prediction:
+    """Masks for N prompt sets, see `Predictor.predict_prompts`; of boxes alone by their decoder."""
+    boxes = boxes_alone(prompts, multimask=multimask)
+    if boxes is not None:
+        return predictor.predict_boxes(boxes)
+    return predictor.predict_prompts(multimask=multimask, adapt_points=adapt_points, **prompts)
 
 
 @runtime_checkable
