@@ -112,14 +112,7 @@ def build_parser() -> Parser:
         metavar="N",
         help="how many of their images are compared; default: the recipe's",
     )
-    parser.add_argument("--output", type=Path, default=Path("build"), help="where to write")
-    parser.add_argument(
-        "--signature",
-        choices=("sam",),
-        help="also write encoder.onnx and decoder.onnx in the signature of SAM's own files, for "
-        "OHIF, CVAT and others (build/fp16_sam)",
-    )
-    add_no_wait(parser)
+    _add_output(parser)
     _add_quantization(parser)
     _add_engines(parser)
     return parser
@@ -137,6 +130,17 @@ def parse_words(argv: list[str] | None) -> argparse.Namespace:
         check_image_size(words.image_size)
     calibration_plan(load_recipe(words.precision), words.calibration, words.budget)
     return words
+
+
+def _add_output(parser: Parser) -> None:
+    parser.add_argument("--output", type=Path, default=Path("build"), help="where to write")
+    parser.add_argument(
+        "--signature",
+        choices=("sam",),
+        help="also write encoder.onnx and decoder.onnx in the signature of SAM's own files, for "
+        "OHIF, CVAT and others (build/fp16_sam)",
+    )
+    add_no_wait(parser)
 
 
 def _add_quantization(parser: Parser) -> None:
