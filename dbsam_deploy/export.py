@@ -230,7 +230,7 @@ def _make_artefact(job: _Job, bars: Progress, say: Callable[[str], None]) -> Art
     check_gate(figures, job.recipe.gate, f"{job.recipe.precision} {draft.variant}")
     weights = {**draft.weights, POINTS: measured_points(figures, draft.weights)}
     draft = replace(draft, figures=figures.as_dict(), weights=weights)
-    work.close([item.file for item in draft.graphs.values()])
+    work.close([file.file for item in draft.graphs.values() for file in item.files])
     write_artefact(draft)
     replace_folder(work.files, folder)
     clear_work(folder.parent, folder.name)

@@ -88,10 +88,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _publish(artefact: Artefact, output: Path) -> None:
     """Make both files, compare them and put them into their folder, or leave it as it was."""
-    import onnx
-
     from .artefact import take_graphs
-    from .files.onnx_files import check_valid, save_onnx
+    from .files.onnx_files import check_valid, read_content, save_onnx
     from .graphs.sam_graphs import sam_decoder, sam_encoder
     from .prediction.predictor import Predictor
     from .sessions.onnxruntime_session import OnnxRuntimeSession
@@ -104,7 +102,7 @@ def _publish(artefact: Artefact, output: Path) -> None:
         for graph, content in take_graphs(artefact):
             if graph in makers:
                 name, make = makers[graph]
-                made = make(onnx.load_from_string(content), how)
+                made = make(read_content(content), how)
                 save_onnx(made, fresh / f"{name}.onnx", check_valid)
         predictor = Predictor(OnnxRuntimeSession(artefact), how)
         parity = load_recipe("fp32").parity

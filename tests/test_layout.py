@@ -17,6 +17,7 @@ ORDER = (
     "core",
     "files",
     "extras",
+    "catalogue",
     "cli",
     "resources",
     "machine",
@@ -69,6 +70,7 @@ DOORS = {
     "sensitivity",
     "serve",
     "train",
+    "variants",
     "viewer_server",
 }
 """Modules that parse a command line, call rooms and print; no room imports one."""

@@ -6,11 +6,12 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..catalogue import DEFAULT_VARIANT, VARIANT_NAMES
 from ..cli import HelpFormatter, Parser, add_no_wait, check_paths
 from ..core.contract import check_image_size
 from ..engines.build import CHOICES, parse_targets
 from ..recipe import available_precisions, calibration_plan, load_recipe
-from ..resources import DEFAULT_VARIANT, VARIANT_NAMES, resource_dir
+from ..resources import resource_dir
 from ..sessions.weights_choice import ModelChoice, add_weights_choice
 
 DESCRIPTION = """\
@@ -86,7 +87,8 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--image-size",
         type=int,
-        help="side of the model frame; by default the variant's: 1024, or 256 for lite_medsam",
+        help="side of the model frame; by default the variant's: 1024, 256 for lite_medsam and "
+        "sam_med2d",
     )
     parser.add_argument(
         "--decoder-weights",

@@ -7,10 +7,10 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..catalogue import VARIANT_NAMES
 from ..cli import HelpFormatter, Parser, add_no_wait, check_paths
 from ..core.contract import check_image_size
 from ..recipe import available_precisions, calibration_plan, load_recipe
-from ..resources import VARIANT_NAMES
 from ..sessions.weights_choice import ModelChoice, add_weights_choice
 
 DESCRIPTION = """\
