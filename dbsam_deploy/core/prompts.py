@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 from .contract import (
-    BOXES,
     HAS_MASK_INPUT,
     MASK_INPUT,
     MAX_MASK_PIXELS,
@@ -58,14 +57,28 @@ class PromptArrays(Places, total=False):
     mask_input: npt.NDArray[Any] | None
 
 
-def boxes_alone(prompts: PromptArrays, *, multimask: bool) -> npt.NDArray[Any] | None:
-    """The boxes of prompts that are nothing else, which the box decoder takes; otherwise None."""
-    others = [name for name, array in prompts.items() if name != BOXES and array is not None]
-    return None if others or multimask else _boxes_of(**prompts)
+class DecoderPrompts(PromptArrays, total=False):
+    """Prompt sets, and how a decoder answers them.
+
+    Attributes:
+        multimask: the three alternatives (by default False: the single mask).
+        adapt_points: answer points as the model's `points` say (the default); else as its decoder
+            does.
+    """
+
+    multimask: bool
+    adapt_points: bool
 
 
-def _boxes_of(*, boxes: npt.NDArray[Any] | None = None, **_: Any) -> npt.NDArray[Any] | None:
-    return boxes
+def boxes_alone(
+    *,
+    boxes: npt.NDArray[Any] | None = None,
+    multimask: bool = False,
+    adapt_points: bool = True,
+    **others: Any,
+) -> npt.NDArray[Any] | None:
+    """The boxes of `DecoderPrompts` that are nothing else, which the box decoder takes; or None."""
+    return None if multimask or any(one is not None for one in others.values()) else boxes
 
 
 def join_prompts(

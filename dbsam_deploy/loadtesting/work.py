@@ -157,7 +157,7 @@ async def find_expected(
     _same(one, (await opened.predict(boxes=box)).masks, "one-shot and known image")
     clicks = []
     for prompts in subject.clicks():
-        boxes = boxes_alone(prompts, multimask=False)
+        boxes = boxes_alone(**prompts)
         if boxes is not None:
             answer = await client.segment(subject.image, boxes)
         else:
@@ -170,7 +170,7 @@ async def find_expected(
         local.set_image(subject.image)
         _same(one, local.predict_boxes(box).masks, "the server and the export in this process")
         for prompts, masks in zip(subject.clicks(), clicks, strict=True):
-            found = prediction_of(local, prompts).masks
+            found = prediction_of(local, **prompts).masks
             _same(masks, found, "the server and the export in this process")
         checked = "the export in this process, bit for bit"
     return Expected(one, clicks, checked)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from ..core.contract import MAX_PROMPTS
 from ..core.errors import InputError
 from ..core.imaging import check_boxes, check_points
-from ..core.prompts import PromptArrays
+from ..core.prompts import DecoderPrompts, PromptArrays
 from ..images.volumes import Volume
 
 
@@ -48,13 +48,20 @@ class Prompts:
 
     @property
     def arrays(self) -> PromptArrays:
-        """What is asked of one slice, as a predictor takes it."""
-        return {
-            "boxes": self.boxes,
-            "point_coords": self.point_coords,
-            "point_labels": self.point_labels,
-            "mask_input": self.mask_input,
-        }
+        """What is asked of one slice."""
+        return PromptArrays(
+            boxes=self.boxes,
+            point_coords=self.point_coords,
+            point_labels=self.point_labels,
+            mask_input=self.mask_input,
+        )
+
+    @property
+    def asked(self) -> DecoderPrompts:
+        """The same as a predictor takes it."""
+        return DecoderPrompts(
+            **self.arrays, multimask=self.multimask, adapt_points=self.adapt_points
+        )
 
     @property
     def given(self) -> bool:

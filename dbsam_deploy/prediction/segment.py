@@ -79,10 +79,9 @@ def _segment_slice(
     labels = np.zeros(volume.shape, label_dtype(count))
     maps = np.zeros((_masks_each(prompts), *size), labels.dtype)
     batch = prompts_at_once(size, len(maps), prompts.has_adapted_points)
-    how = {"multimask": prompts.multimask, "adapt_points": prompts.adapt_points}
     parts = []
     for start in range(0, count, batch):
-        part = prediction_of(predictor, prompts.part(start, start + batch).arrays, **how)
+        part = prediction_of(predictor, **prompts.part(start, start + batch).asked)
         for row, masks in enumerate(part.masks):
             for alternative, mask in enumerate(masks):
                 maps[alternative][mask == 1] = start + row + 1

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from ..core.contract import BOXES, POINT_COORDS
 from ..core.imaging import ByteArray, FloatArray, is_constant
 from ..core.masks import Prediction
-from ..core.prompts import PromptArrays
 from ..images.volumes import Volume
-from ..prediction.predictor import prediction_of
+from ..prediction.predictor import Promptable, prediction_of
 from ..prediction.segment import prompts_at_once
 from .embeddings import Ahead, ImageKey, SharedPredictor, image_key
 from .logits import DISK_BYTES, RAM_BYTES, Answered, LogitsStore, Question
@@ -97,12 +96,15 @@ class VolumeSlices:
             for name, array in question.prompts.items()
         }
 
-        how = {"multimask": question.multimask, "adapt_points": question.adapt_points}
-        found = self.shared.ask(
-            key,
-            lambda: view.image(index),
-            lambda one: prediction_of(one, cast(PromptArrays, given), **how),
-        )
+        def ask(predictor: Promptable) -> Prediction:
+            return prediction_of(
+                predictor,
+                multimask=question.multimask,
+                adapt_points=question.adapt_points,
+                **given,
+            )
+
+        found = self.shared.ask(key, lambda: view.image(index), ask)
         return Prediction(view.to_stored(found.masks), found.ious, found.logits)
 
     def decode_boxes(self, view: PlaneView, index: int, boxes: FloatArray) -> Prediction:

@@ -9,10 +9,12 @@ POINTS = {"point_coords": np.array([[[30, 20], [2, 2]]]), "point_labels": np.arr
 
 
 def test_boxes_alone_go_to_the_box_decoder() -> None:
-    assert boxes_alone({"boxes": BOXES, "mask_input": None}, multimask=False) is BOXES
-    for prompts, multimask in (
-        ({"boxes": BOXES}, True),
-        ({"boxes": BOXES, **POINTS}, False),
-        (POINTS, False),
+    for more in ({}, {"mask_input": None}, {"multimask": False, "adapt_points": False}):
+        assert boxes_alone(boxes=BOXES, **more) is BOXES
+    for asked in (
+        {"boxes": BOXES, "multimask": True},
+        {"boxes": BOXES, **POINTS},
+        {"boxes": BOXES, "no_prompt": 1},  # whoever takes the prompts refuses it
+        POINTS,
     ):
-        assert boxes_alone(prompts, multimask=multimask) is None
+        assert boxes_alone(**asked) is None
