@@ -143,8 +143,58 @@ def test_another_brightness_ends_the_chain_where_pixels_are_given() -> None:
 
     assert ends(intensities=lambda z: pixels[z]) == 5
     assert ends(intensities=lambda z: np.repeat(pixels[z][..., None], 3, 2)) == 5
-    assert ends(intensities=lambda z: pixels[z], rule=ChainRule(min_brightness_match=0.05)) == 7
+    assert (
+        ends(
+            intensities=lambda z: pixels[z], rule=ChainRule(min_brightness_match=0.05, min_joint=0)
+        )
+        == 7
+    )
     assert ends() == 7
+
+
+def test_a_mask_that_is_weak_in_two_ways_ends_the_chain() -> None:
+    truth = tube(8, 0, 8)
+    rng = np.random.default_rng(0)
+    pixels = rng.normal(100, 10, truth.shape).clip(0, 255).astype(np.uint8)
+    pixels[6:] += 15  # alike by 0.79
+
+    def last(iou: float, **rule: float) -> int:
+        decoder = Scripted(lambda z, box: truth[z], ious=lambda z: 0.9 if z < 6 else iou)
+        more = {"rule": ChainRule(**rule), "intensities": lambda z: pixels[z]}  # type: ignore[arg-type]
+        return run(decoder, [anchor(truth, 2)], 8, **more)[1][1, True].last  # type: ignore[arg-type]
+
+    assert last(0.9) == 7
+    assert last(0.73) == 5
+    assert last(0.73, min_joint=0) == 7
+
+
+def test_beside_the_anchor_the_prompts_own_box_is_asked_for_too() -> None:
+    """Of a mask that is half of its object, the other half is found on the next slice."""
+    truth = tube(5, 0, 5)
+    half = Anchor(1, 2, square(20, 10, 8), 0.9, prompt=np.array([10, 20, 26, 36], np.float32))
+    decoder = Scripted(within(truth))
+    found, _ = run(decoder, [half], 5, ChainRule(margin_px=8))  # 2 px at 64
+    for z in (1, 3):
+        np.testing.assert_array_equal(found[1, z].mask, truth[z])
+    asked = {z: boxes[0].tolist() for z, boxes in decoder.asked[1:]}
+    assert asked[3] == asked[1] == [8, 18, 26, 36]
+    assert asked[4] == [8, 18, 28, 38]  # two pixels around the last mask
+
+
+@pytest.mark.parametrize(("iou", "followed"), [(0.6, True), (0.75, False)])
+def test_a_much_surer_mask_of_a_wider_box_is_followed(iou: float, followed: bool) -> None:
+    truth, pixels = tube(4, 0, 4), pictured(tube(4, 0, 4))
+    half, box = truth[1] & square(0, 0, 28), np.array([10, 20, 26, 36], np.float32)
+    decoder = Scripted(within(truth), ious=lambda z: 0.8)
+    start = Anchor(1, 1, half, iou, prompt=box)
+    more = {"intensities": lambda z: pixels[z], "spacing_mm": (1.0, 1.0, 1.0)}
+    found, _ = run(decoder, [start], 4, ChainRule(min_iou_ratio=0, margin_px=0), **more)  # type: ignore[arg-type]
+    index, asked = decoder.asked[0]
+    assert index == 1
+    assert asked.tolist() == [[9, 19, 27, 37], [9.5, 19.5, 26.5, 36.5]]
+    whole = np.count_nonzero(found[1, 3].mask) > 0.9 * 16 * 16
+    assert whole == followed
+    assert not any(z == 1 for _, z in found)  # the anchor's own mask stays
 
 
 def test_in_known_bounds_nothing_else_ends_a_chain() -> None:
@@ -270,7 +320,7 @@ def fills_its_box(index: int, box: np.ndarray) -> np.ndarray:
 def test_the_image_holds_a_model_that_creeps_outwards() -> None:
     """One that fills its box adds the margin on each slice, unless the image says otherwise."""
     truth = tube(12, 0, 12)
-    rule = ChainRule(margin_px=8, min_brightness_match=0)  # 2 px at 64
+    rule = ChainRule(margin_px=8, min_brightness_match=0, min_joint=0)  # 2 px at 64
     pixels = pictured(truth)
     rows = {}
     for follow in (True, False):
