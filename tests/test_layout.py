@@ -66,7 +66,6 @@ DOORS = {
     "plugins",
     "predict",
     "prompts_check",
-    "sam_signature",
     "sensitivity",
     "serve",
     "train",

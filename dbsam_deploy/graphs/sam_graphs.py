@@ -35,7 +35,7 @@ def sam_encoder(encoder: onnx.ModelProto, how: Preprocessing) -> onnx.ModelProto
         how: the export's preprocessing.
 
     Raises:
-        InputError: a model whose way to resize a picture of 1024×1024 no ONNX operator has.
+        InputError: see `check_sam_signature`.
     """
     before = parser.parse_graph(_ENCODER.format(side=SAM_SIDE, body=_preprocessing(how)))
     _put_around(encoder.graph, sam_encoder_spec(how), list(before.node), [])
@@ -80,16 +80,26 @@ def _value_info(spec: TensorSpec) -> onnx.ValueInfoProto:
     return onnx.helper.make_tensor_value_info(spec.name, _TYPES[spec.dtype], spec.axes)
 
 
-def _preprocessing(how: Preprocessing) -> str:
-    """`core.imaging.preprocess` of a square picture of 1024 pixels, from `sam_bytes` on."""
+def check_sam_signature(how: Preprocessing) -> int:
+    """How many pixels of a picture of 1024 are one of the model's, along a side.
+
+    Raises:
+        InputError: a model whose way to resize a picture of 1024×1024 no ONNX operator has.
+    """
     step, rest = divmod(SAM_SIDE, how.image_size)
     divisible = how.mode in ("lite_medsam", "sam_med2d")
     if rest or (step > 1 and not divisible):
         raise InputError(
             f"a model of image size {how.image_size} with {how.mode} preprocessing: expected "
-            f"{SAM_SIDE}, to which these files are bound"
+            f"{SAM_SIDE}, to which files in SAM's signature are bound"
             + (", or a divisor of it" if divisible else "")
         )
+    return step
+
+
+def _preprocessing(how: Preprocessing) -> str:
+    """`core.imaging.preprocess` of a square picture of 1024 pixels, from `sam_bytes` on."""
+    step = check_sam_signature(how)
     return _z_scored(step) if how.mode in ("sam", "sam_med2d") else _unit_range(step)
 
 

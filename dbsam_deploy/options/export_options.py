@@ -29,6 +29,8 @@ examples:
     python -m dbsam_deploy.export --precision fp32 --checkpoint medsam_vit_b.pth
   with TensorRT-RTX engines for GPUs that are elsewhere; this machine needs none
     python -m dbsam_deploy.export --precision fp16 --engine tensorrt-rtx --target sm_86,sm_120
+  LiteMedSAM for OHIF and others that take SAM's own two ONNX files
+    python -m dbsam_deploy.export --precision fp16 --variant lite_medsam --signature sam
   int8, with ranges from your own images (npz, NIfTI, PNG, JPEG)
     python -m dbsam_deploy.export --precision int8 --calibration images/
   a DB-SAM you trained, compared on your own images (npz with imgs and gts)
@@ -49,6 +51,8 @@ class ExportOptions(ModelChoice):
         targets: GPUs to build them for, where the builder is told.
         calibration: folder or file of real images for a recipe that quantises activations.
         budget: largest loss of Dice for which a sweep leaves layers out, None for no sweep.
+        signature: `sam` for files in the signature of SAM's own as well, see
+            `verification.sam_files`.
         wait: for another command that writes `output` to end; else the export is refused.
     """
 
@@ -60,6 +64,7 @@ class ExportOptions(ModelChoice):
     targets: tuple[str, ...] = ()
     calibration: Path | None = None
     budget: float | None = None
+    signature: str | None = None
     wait: bool = True
 
 
@@ -105,8 +110,7 @@ def build_parser() -> Parser:
         metavar="N",
         help="how many of their images are compared; default: the recipe's",
     )
-    parser.add_argument("--output", type=Path, default=Path("build"), help="where to write")
-    add_no_wait(parser)
+    _add_output(parser)
     _add_quantization(parser)
     _add_engines(parser)
     return parser
@@ -124,6 +128,17 @@ def parse_words(argv: list[str] | None) -> argparse.Namespace:
         check_image_size(words.image_size)
     calibration_plan(load_recipe(words.precision), words.calibration, words.budget)
     return words
+
+
+def _add_output(parser: Parser) -> None:
+    parser.add_argument("--output", type=Path, default=Path("build"), help="where to write")
+    parser.add_argument(
+        "--signature",
+        choices=("sam",),
+        help="also write encoder.onnx and decoder.onnx in the signature of SAM's own files, for "
+        "OHIF, CVAT and others (build/fp16_sam)",
+    )
+    add_no_wait(parser)
 
 
 def _add_quantization(parser: Parser) -> None:
