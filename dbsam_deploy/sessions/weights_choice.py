@@ -81,7 +81,7 @@ def add_weights_choice(
         dest="weights_key",
         metavar="NAME",
         help="of a checkpoint with several models: the one below this name, as "
-        "`python -m dbsam_deploy.inspect FILE` shows them",
+        "`python -m dbsam_deploy.inspect_file FILE` shows them",
     )
     parser.add_argument(
         "--adapter",
