@@ -54,9 +54,6 @@ DOORS = {
     "serve": Door("serve", "install, start and try the Triton server"),
     "client": Door("client", "segment an image through a running server"),
     "viewer-server": Door("viewer_server", "a model for 3D Slicer, napari and MITK"),
-    "sam-signature": Door(
-        "sam_signature", "an export as SAM's two files, for OHIF's browser model"
-    ),
     "loadtest": Door("loadtest", "latency and throughput of a running server under load"),
     "evaluate": Door("evaluate", "Dice and NSD of a model on a folder of labelled images"),
     "prompts-check": Door("prompts_check", "how an export's weights take points, measured"),
@@ -71,7 +68,8 @@ DOORS = {
         "options.sensitivity_options",
         "export",
     ),
-    "inspect": Door("inspect", "what a weights file or an export is"),
+    "variants": Door("variants", "the models, their sizes and licences, and where weights are"),
+    "inspect": Door("inspect_file", "what a weights file or an export is"),
     "doctor": Door("doctor", "what can be used on this machine, and how to get the rest"),
     "repository": Door("serving.repository", "fill a Triton model repository from an export"),
     "collect": Door("training.collect", "gather images without labels for distillation"),

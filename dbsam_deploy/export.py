@@ -58,6 +58,7 @@ from .verification.engine_parity import unverified_here, verify_engines
 from .verification.parity import Figures, check_gate, compare
 from .verification.points import measured_points
 from .verification.report import closing_table
+from .verification.sam_files import check_sam_files, publish_sam_files
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,8 @@ def export(
         console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     say(f"weights: {loaded.weights['note']}")
+    if options.signature:
+        check_sam_files(loaded.preprocessing, recipe, folder)
     bars = progress_bars(console)
     quantizer = Quantizer.of(loaded, recipe, images, options.budget, bars)
     inputs = _graph_inputs(loaded, recipe, quantizer.key), _compared(loaded, cases)
@@ -180,6 +183,8 @@ def export(
         if choice.request is not None:
             engines = _engine_stage(job, artefact, choice.request, console)
         repository = build_repository(artefact, repository_beside(folder))
+        if options.signature:
+            publish_sam_files(artefact, say)
     return Published(artefact, figures, repository, engines, choice.note)
 
 
@@ -230,7 +235,7 @@ def _make_artefact(job: _Job, bars: Progress, say: Callable[[str], None]) -> Art
     check_gate(figures, job.recipe.gate, f"{job.recipe.precision} {draft.variant}")
     weights = {**draft.weights, POINTS: measured_points(figures, draft.weights)}
     draft = replace(draft, figures=figures.as_dict(), weights=weights)
-    work.close([item.file for item in draft.graphs.values()])
+    work.close([file.file for item in draft.graphs.values() for file in item.files])
     write_artefact(draft)
     replace_folder(work.files, folder)
     clear_work(folder.parent, folder.name)

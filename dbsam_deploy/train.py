@@ -22,7 +22,6 @@ import torch
 from rich.console import Console
 
 from .core.errors import InputError
-from .datasets.cases import Reading
 from .evaluation import build_protocol, evaluate, find_cases, read_cases
 from .extras import require
 from .files.atomic import write_atomically, writing_to
@@ -91,7 +90,7 @@ def train(options: TrainOptions, console: Console | None = None) -> Trained:
         data=options.data,
         split=options.split,
         unlabelled=options.unlabelled,
-        reading=_reading(options),
+        reading=options.reading,
     )
     loaded = _start_model(recipe, options)
     for line in (*material.lines(), f"start: {loaded.weights['note']}"):
@@ -229,15 +228,11 @@ def _start_model(recipe: TrainingRecipe, options: TrainOptions) -> LoadedModel:
     )
 
 
-def _reading(options: TrainOptions) -> Reading:
-    return Reading(options.window, options.modality)
-
-
 def _validation(options: TrainOptions) -> Validate | None:
     if options.data is None or options.split is None:
         return None
     files = find_cases(
-        options.data, split=options.split, subset="validation", reading=_reading(options)
+        options.data, split=options.split, subset="validation", reading=options.reading
     )
     protocol = build_protocol("objects")
 

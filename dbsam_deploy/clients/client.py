@@ -159,8 +159,8 @@ class OpenImage:
         Boxes alone go to the box decoder, as in `DbsamClient.segment`, unless `multimask`.
 
         Args:
-            **asked: the prompts of `core.prompts.PromptArrays`; `multimask`, `logits` (by default
-                False) and `adapt_points` (by default True), see `known_images.KnownPrompts`.
+            **asked: the prompts of `core.prompts.PromptArrays`, with `multimask`, `adapt_points`
+                and `logits`, see `core.prompts.DecoderPrompts` and `known_images.KnownPrompts`.
 
         Raises:
             InputError: an unusable prompt, found here or by the server.

@@ -22,7 +22,7 @@ from ..core.errors import InputError, NoServerError, NotKeptError, ServingError,
 from ..core.imaging import Arrays
 from ..core.masks import Prediction
 from ..core.points import PointRules
-from ..core.prompts import PromptArrays
+from ..core.prompts import DecoderPrompts, PromptArrays, boxes_alone
 from ..serving.control import KEY_HEADER, KEY_VARIABLE
 from .access import Access
 from .calls import (
@@ -47,7 +47,6 @@ from .known_images import (
     KNOWN_MODEL,
     KnownImage,
     Wanted,
-    boxes_alone,
     check_opened,
     has_earlier_mask,
     known_boxes_call,
@@ -222,23 +221,19 @@ class Exchanges(ABC):
         self,
         image: KnownImage,
         *,
-        multimask: bool = False,
         logits: bool = False,
-        adapt_points: bool = True,
         boxes_apart: bool = True,
-        **prompts: Unpack[PromptArrays],
+        **asked: Unpack[DecoderPrompts],
     ) -> Exchange[Prediction]:
         """Masks of a kept image; of boxes alone by the box decoder, if they go `boxes_apart`."""
-        boxes = boxes_alone(prompts, multimask=multimask) if boxes_apart else None
+        boxes = boxes_alone(**asked) if boxes_apart else None
         if boxes is not None:
             return (yield from self._known_boxes(image, boxes, logits=logits))
         request = self._begin()
-        sized = logits or has_earlier_mask(**prompts)
+        sized = logits or has_earlier_mask(**asked)
         side = (yield from self._mask_side(request)) if sized else 1
         wanted = Wanted(side, logits, self._packed)
-        call = known_prompts_call(
-            image, wanted, multimask=multimask, adapt_points=adapt_points, **prompts
-        )
+        call = known_prompts_call(image, wanted, **asked)
         arrays = yield from self._ask_known(call, image, request)
         return known_result(arrays, image)
 

@@ -7,10 +7,10 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..catalogue import VARIANT_NAMES
 from ..cli import HelpFormatter, Parser, add_no_wait, check_paths
 from ..core.contract import check_image_size
 from ..recipe import available_precisions, calibration_plan, load_recipe
-from ..resources import VARIANT_NAMES
 from ..sessions.weights_choice import ModelChoice, add_weights_choice
 
 DESCRIPTION = """\
@@ -77,8 +77,7 @@ def build_parser() -> Parser:
         metavar="LOSS",
         help="largest loss of Dice with the truth on held-back images; the gate holds as well",
     )
-    parser.add_argument("--checkpoint", type=Path, help="weights: .pth, .ckpt or .safetensors")
-    add_weights_choice(parser)
+    add_weights_choice(parser, "weights: .pth, .ckpt or .safetensors")
     parser.add_argument("--variant", choices=VARIANT_NAMES, help="by default the checkpoint's")
     parser.add_argument("--image-size", type=int, help="side of the model frame")
     parser.add_argument(
