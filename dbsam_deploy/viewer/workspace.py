@@ -308,13 +308,8 @@ class Workspace:
 
     def _carry(self, axis: int, index: int, memory: Memory, deadline: float) -> None:
         session = self._work()
-        rule, sure = self._rules.rule, 1.0 if memory.sure is None else memory.sure
-        rule = replace(
-            rule,
-            reach=self._rules.reach,
-            min_iou_ratio=rule.min_iou_ratio * sure,
-            min_joint=rule.min_joint * sure,
-        )
+        rule = self._rules.rule.relative_to(1.0 if memory.sure is None else memory.sure)
+        rule = replace(rule, reach=self._rules.reach)
         walls = memory.decided[axis] - {index}
         for change in carry(session, LABEL, axis, index, walls, rule, deadline):
             self._steps.append(change)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -60,6 +60,10 @@ class ChainRule:
             raise InputError(f"{self}: expected overlaps from 0 to 1 and no negative number")
         if self.reach is not None and self.reach < 1:
             raise InputError(f"reach {self.reach}: expected at least 1 slice, or none for all")
+
+    def relative_to(self, iou: float) -> ChainRule:
+        """The same for an anchor that counts as drawn, whose mask has this predicted IoU."""
+        return replace(self, min_iou_ratio=self.min_iou_ratio * iou, min_joint=self.min_joint * iou)
 
 
 RULE = ChainRule()
