@@ -69,7 +69,7 @@ DOORS = {
         "export",
     ),
     "variants": Door("variants", "the models, their sizes and licences, and where weights are"),
-    "inspect": Door("inspect", "what a weights file or an export is"),
+    "inspect": Door("inspect_file", "what a weights file or an export is"),
     "doctor": Door("doctor", "what can be used on this machine, and how to get the rest"),
     "repository": Door("serving.repository", "fill a Triton model repository from an export"),
     "collect": Door("training.collect", "gather images without labels for distillation"),

@@ -146,11 +146,9 @@ def _inspect(artefact: Artefact, console: Console) -> None:
 
 def _add_reference_options(parser: Parser) -> None:
     group = parser.add_argument_group("comparison with PyTorch")
-    group.add_argument(
-        "--checkpoint", type=Path, help="the weights that were exported, if not the library's own"
+    add_weights_choice(
+        group, "the weights that were exported, if not the library's own", "as given to the export"
     )
-    group.add_argument("--decoder-weights", type=Path, help="as given to the export")
-    add_weights_choice(group)
     group.add_argument("--data", type=Path, help="folder of npz cases; default: bundled")
 
 

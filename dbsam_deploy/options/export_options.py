@@ -87,19 +87,17 @@ def build_parser() -> Parser:
         choices=VARIANT_NAMES,
         help=f"model variant; by default the checkpoint's, or {DEFAULT_VARIANT}",
     )
-    parser.add_argument("--checkpoint", type=Path, help="weights: .pth, .ckpt or .safetensors")
-    add_weights_choice(parser)
+    add_weights_choice(
+        parser,
+        checkpoint="weights: .pth, .ckpt or .safetensors",
+        decoder_weights="with a fresh encoder instead of --checkpoint: this file's prompt encoder "
+        "and mask decoder (lite_medsam.pth)",
+    )
     parser.add_argument(
         "--image-size",
         type=int,
         help="side of the model frame; by default the variant's: 1024, 256 for lite_medsam and "
         "sam_med2d",
-    )
-    parser.add_argument(
-        "--decoder-weights",
-        type=Path,
-        help="with a fresh encoder instead of --checkpoint: this file's prompt encoder and mask "
-        "decoder (lite_medsam.pth)",
     )
     parser.add_argument(
         "--data",

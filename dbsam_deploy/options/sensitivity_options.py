@@ -77,8 +77,7 @@ def build_parser() -> Parser:
         metavar="LOSS",
         help="largest loss of Dice with the truth on held-back images; the gate holds as well",
     )
-    parser.add_argument("--checkpoint", type=Path, help="weights: .pth, .ckpt or .safetensors")
-    add_weights_choice(parser)
+    add_weights_choice(parser, "weights: .pth, .ckpt or .safetensors")
     parser.add_argument("--variant", choices=VARIANT_NAMES, help="by default the checkpoint's")
     parser.add_argument("--image-size", type=int, help="side of the model frame")
     parser.add_argument(

@@ -87,13 +87,11 @@ def build_parser() -> Parser:
         type=Path,
         help="folder of images for distillation (PNG, JPEG, npz)",
     )
-    add(
-        "--checkpoint",
-        type=Path,
-        help="start from these weights (SAM ViT-B for the paper's way)",
+    add_weights_choice(
+        parser,
+        checkpoint="start from these weights (SAM ViT-B for the paper's way)",
+        decoder_weights="lite_medsam.pth: decoder of a fresh start",
     )
-    add_weights_choice(parser)
-    add("--decoder-weights", type=Path, help="lite_medsam.pth: decoder of a fresh start")
     add("--teacher", help="variant to distil from, or `none`; by default the recipe's")
     add("--teacher-weights", type=Path, help="the teacher's file, by default as for export")
     add(

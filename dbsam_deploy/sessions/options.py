@@ -87,14 +87,12 @@ def _add_weights_options(model: argparse._ArgumentGroup) -> None:
         metavar="NAME",
         help=f"{', '.join(VARIANT_NAMES)} ({weights})",
     )
-    model.add_argument("--checkpoint", type=Path, help=f"weights file ({weights})")
     model.add_argument("--image-size", type=int, help=f"side of the model frame ({weights})")
-    model.add_argument(
-        "--decoder-weights",
-        type=Path,
-        help=f"prompt encoder and mask decoder weights ({weights})",
+    add_weights_choice(
+        model,
+        checkpoint=f"weights file ({weights})",
+        decoder_weights=f"prompt encoder and mask decoder weights ({weights})",
     )
-    add_weights_choice(model)
 
 
 def add_server_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:

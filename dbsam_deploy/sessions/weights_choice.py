@@ -57,8 +57,19 @@ class ModelChoice(WeightsChoice):
     image_size: int | None = None
 
 
-def add_weights_choice(parser: argparse._ActionsContainer) -> None:
-    """`--weights`, `--key` (`weights_key`), `--adapter`, wherever a weights file can be named."""
+def add_weights_choice(
+    parser: argparse._ActionsContainer, checkpoint: str = "", decoder_weights: str = ""
+) -> None:
+    """The options of a `WeightsChoice`.
+
+    Args:
+        parser: gets them.
+        checkpoint: help of `--checkpoint`; without it the command names its file otherwise.
+        decoder_weights: help of `--decoder-weights`; without it there is no such option.
+    """
+    for name, text in (("--checkpoint", checkpoint), ("--decoder-weights", decoder_weights)):
+        if text:
+            parser.add_argument(name, type=Path, help=text)
     parser.add_argument(
         "--weights",
         choices=WEIGHTS_KINDS,
@@ -70,7 +81,7 @@ def add_weights_choice(parser: argparse._ActionsContainer) -> None:
         dest="weights_key",
         metavar="NAME",
         help="of a checkpoint with several models: the one below this name, as "
-        "`python -m dbsam_deploy.inspect FILE` shows them",
+        "`python -m dbsam_deploy.inspect_file FILE` shows them",
     )
     parser.add_argument(
         "--adapter",

@@ -12,8 +12,8 @@ import numpy as np
 
 from ..core.errors import InputError
 from ..images.volumes import Volume, label_dtype
+from ..outputs.object_statistics import mean_confidence, voxel_counts
 from ..outputs.segmentation import Segmentation
-from ..outputs.statistics import mean_confidence, voxel_counts
 from ..prediction.predictor import Promptable
 from ..prediction.prompts import Prompts
 from ..prediction.results import Result

@@ -99,7 +99,9 @@ def test_numbers_that_the_model_cannot_take(tmp_path, thin_vit_b, value, message
     torch.save({**state, "image_encoder.neck.3.weight": value}, path)
     with pytest.raises(CheckpointError, match=f"neck.3.weight {message}") as error:
         load_model(checkpoint=path)
-    assert str(error.value).endswith(f"`python -m dbsam_deploy.inspect {path}` shows what it holds")
+    assert str(error.value).endswith(
+        f"`python -m dbsam_deploy.inspect_file {path}` shows what it holds"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
