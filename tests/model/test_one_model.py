@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from support.references import small_model
