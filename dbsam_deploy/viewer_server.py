@@ -79,14 +79,14 @@ def _add_answers(group: argparse._ArgumentGroup) -> None:
         "--reach",
         type=int,
         metavar="N",
-        help="slices to each side of a prompted one (default: what --budget allows)",
+        help="most slices to each side of a prompted one (default: to the object's end)",
     )
     group.add_argument(
-        "--budget",
+        "--answer-within",
         type=float,
-        default=15.0,
+        default=9.0,
         metavar="S",
-        help="seconds for each side, by the model's speed as measured at the start",
+        help="seconds after which an answer goes no further; the next prompt goes on (default: 9)",
     )
     group.add_argument("--max-voxels", type=int, default=2**28, metavar="N", help="of an image")
 
@@ -144,7 +144,7 @@ def _checked(args: argparse.Namespace) -> argparse.Namespace:
     limits = {
         "port": (0, 65535),
         "sessions": (1, 64),
-        "budget": (0.1, 30),
+        "answer_within": (0.1, 50),
         "idle": (1, 86400),
         "liveness": (0, 86400),
         "max_voxels": (1, 2**33),
@@ -227,25 +227,24 @@ def _serve(model: Model, args: argparse.Namespace, keys: dict[str, str]) -> None
     """Answer viewers until the process is told to end."""
     from .viewer.application import ViewerServer
     from .viewer.audit import AuditLog
-    from .viewer.carrying import measured_reach
     from .viewer.leases import LeaseRules, Leases
     from .viewer.page import Page
     from .viewer.workspace import WorkRules, Workspace
     from .volumes.embeddings import SharedPredictor
 
     shared = SharedPredictor(model.predictor)
-    reach = args.reach or measured_reach(shared, args.budget)
-    rules = WorkRules(None if args.window is None else tuple(args.window), reach)
+    window = None if args.window is None else tuple(args.window)
+    rules = WorkRules(window, args.reach, args.answer_within)
     leases = Leases(
         LeaseRules(args.sessions, args.idle, args.liveness), lambda: Workspace(shared, rules)
     )
-    window = _CT_TEXT if rules.window is None else "window {:g} {:g}".format(*rules.window)
-    about = "; ".join(filter(None, [model.describe(), model.note, window]))
+    shown = _CT_TEXT if window is None else "window {:g} {:g}".format(*window)
+    about = "; ".join(filter(None, [model.describe(), model.note, shown]))
     audit = None if args.audit_log is None else AuditLog(_audit_rules(model, args))
     server = ViewerServer(leases, about, key=keys, max_voxels=args.max_voxels, audit=audit)
     Page(server, shared, rules, _page_rules(model, args, keys))
     try:
-        _listen(server.app, args, f"{about}\n{reach} slices to each side")
+        _listen(server.app, args, about)
     finally:
         if audit is not None:
             audit.close()
