@@ -67,17 +67,21 @@ class Published:
 
     Attributes:
         artefact: the published graphs.
-        figures: their comparison with PyTorch.
         repository: what serves them, or the engines where those were verified.
         engines: graph → plan that was built from it.
         engine_note: what was not built and how to build it.
     """
 
     artefact: Artefact
-    figures: Figures
     repository: Repository
     engines: dict[str, EngineRecord] = field(default_factory=dict)
     engine_note: str = ""
+
+    @property
+    def figures(self) -> Figures:
+        """The comparison of the graphs with PyTorch."""
+        known = {k: v for k, v in self.artefact.figures.items() if k != "dice_drop"}
+        return Figures(**known)
 
 
 @dataclass(frozen=True)
@@ -178,14 +182,13 @@ def export(
     job = _Job(stages, loaded, recipe, quantizer, cases, folder, *inputs)
     with one_writer(options.output, wait=options.wait, say=say), writing_to(options.output):
         artefact = _artefact(job, bars, say)
-        figures = Figures(**{k: v for k, v in artefact.figures.items() if k != "dice_drop"})
         engines = {}
         if choice.request is not None:
             engines = _engine_stage(job, artefact, choice.request, console)
         repository = build_repository(artefact, repository_beside(folder))
         if options.signature:
             publish_sam_files(artefact, say)
-    return Published(artefact, figures, repository, engines, choice.note)
+    return Published(artefact, repository, engines, choice.note)
 
 
 def _artefact(job: _Job, bars: Progress, say: Callable[[str], None]) -> Artefact:

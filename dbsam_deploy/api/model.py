@@ -22,6 +22,7 @@ from ..prediction.results import Result
 from ..prediction.segment import Progress, segment
 from ..prediction.turns import Turns
 from ..volumes.embeddings import SharedPredictor
+from ..volumes.label_map import AboutModel
 from ..volumes.session import VolumePredictor
 from ..volumes.study import result_of, segment_study
 from ..volumes.study_prompts import StudyPrompts, from_prompts
@@ -213,7 +214,7 @@ class Model:
             if self._shared is None:
                 self._shared = SharedPredictor(self.predictor, turns=self._lock)
         return VolumePredictor(
-            self._shared, read, model=self.name, note=self.note, encode_ahead=encode_ahead
+            self._shared, read, about=AboutModel(self.name, self.note), encode_ahead=encode_ahead
         )
 
     def _taken(self, image: ImageLike, **how: Any) -> Volume:
@@ -301,9 +302,7 @@ class Model:
             self.predictor,
             volume,
             spec,
-            model=self.describe(),
-            weights=self.weights_key,
-            note=self.note,
+            about=AboutModel(self.describe(), self.note, self.weights_key),
             fractions=fractions,
             checkpoint=checkpoint,
             turns=self._lock,  # of each slice, so that other calls go between
