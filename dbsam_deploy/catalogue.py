@@ -30,7 +30,7 @@ class Variant:
 
 _APACHE = "Apache-2.0"
 _SAM = "facebookresearch/segment-anything on GitHub"
-_DB_SAM = "none are published: train it (dbsam train --recipe db_sam), or bring your own"
+_DB_SAM = "none are published: train it, or bring your own"
 _CATALOGUE = (
     Variant("db_sam", "DB-SAM", 153_033_776, 1024, "", _DB_SAM),
     Variant("db_sam_4level", "DB-SAM", 163_105_520, 1024, "", _DB_SAM),

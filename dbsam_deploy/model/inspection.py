@@ -9,13 +9,14 @@ import torch
 
 from ..catalogue import CATALOGUE
 from ..core.errors import CheckpointError, InputError
-from . import VARIANTS, build_model
+from . import VARIANTS
 from .checkpoint import Checkpoint, Selected, select
 from .contents import FoundTensor, about, find_models, flatten
 from .fitting import StateDict, differences, fit_tensors, interpolate_position
 from .layouts import own_names
 from .lora import adapter_file, has_adapters, merge_adapter, merge_in_place
 from .pickles import StoredTensor
+from .shapes import shapes_of
 from .weight_files import WeightsFile, inspect_line, open_weights
 from .weights import ADAPTER, BLOCK_ADAPTER, infer_fusion, infer_variant, trained_size
 
@@ -133,7 +134,7 @@ def _precision(tensors: dict[str, FoundTensor]) -> str:
 def _differences(tensors: StateDict, variant: str, size: int | None) -> list[str]:
     """Missing, unexpected and mis-shaped keys, as loading would find them."""
     with torch.device("meta"):
-        wanted = build_model(variant, image_size=size, fusion=infer_fusion(tensors)).state_dict()
+        wanted = shapes_of(variant, image_size=size, fusion=infer_fusion(tensors))
         fitted = interpolate_position(fit_tensors(tensors, wanted), wanted, None)
     return differences(fitted, wanted)
 
