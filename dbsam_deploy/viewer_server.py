@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .api.loading import load
 from .api.model import Model
-from .artefact import find_export, read_artefact
+from .artefact import MANIFEST_NAME, Artefact, find_export, read_artefact
 from .cli import Parser, numbers, run, say_on_stderr
 from .core.errors import InputError
 from .extras import check_installed
@@ -197,18 +197,29 @@ def _audit_rules(model: Model, args: argparse.Namespace) -> AuditRules:
     from .viewer.audit import AuditRules, read_networks
 
     named = {"model": model.name, "weights": str(model.weights.get("sha256") or "unknown")}
+    export = _export_of(args)
+    if export is not None:
+        named["export"] = export.key
     return AuditRules(
         args.audit_log, named, read_networks(args.trust_proxy), not args.audit_lenient
     )
+
+
+def _export_of(args: argparse.Namespace) -> Artefact | None:
+    """The export that is served; None for weights, which may be a folder too, or a server."""
+    if args.model is None:
+        return read_artefact(find_export())
+    path = Path(args.model)
+    folder = path.parent if path.name == MANIFEST_NAME else path
+    return read_artefact(folder) if (folder / MANIFEST_NAME).is_file() else None
 
 
 def _page_rules(model: Model, args: argparse.Namespace, keys: dict[str, str]) -> PageRules:
     """What the page says of the model."""
     from .viewer.page import CARD, PageRules
 
-    figures: dict[str, Any] = {}
-    if "://" not in str(args.model) and (args.model is None or Path(args.model).is_dir()):
-        figures = read_artefact(find_export(args.model and Path(args.model))).figures
+    export = _export_of(args)
+    figures: dict[str, Any] = {} if export is None else export.figures
     told: dict[str, str] = {}
     if CARD in str(model.weights.get("note")):
         path = resource_dir("export") / "checkpoints" / CARD
