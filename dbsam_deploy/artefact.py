@@ -14,6 +14,7 @@ from .core.imaging import Preprocessing
 from .core.points import POINTS, record_of, rules_of
 from .files.atomic import sha256_of
 from .files.manifests import Body, ManifestKind, is_inside, is_sha256
+from .files.onnx_data import OnnxContent, data_names, data_path
 from .files.user_paths import user_path
 
 MANIFEST_NAME = "manifest.json"
@@ -21,8 +22,6 @@ BUILD_FOLDER = Path("build")
 """Where an export writes, and where the others look, unless they are told."""
 ENGINES = "engines"
 """Folder in an export's that holds its engines, each with a sealed manifest of its own."""
-_EXTERNAL_DATA = b"\x0a\x08location\x12"
-"""In an ONNX file: the entry of a tensor that says in which other file its values are."""
 
 _MANIFEST = ManifestKind(
     "a manifest of this library",
@@ -42,11 +41,19 @@ class GraphFile:
         file: name, relative to the manifest.
         sha256: of its content.
         size_bytes: its length.
+        data: the file with its weights, where they do not fit into it, see `files.onnx_data`. Its
+            hash stands in the graph's own file, so that `sha256` is of both.
     """
 
     file: str
     sha256: str
     size_bytes: int
+    data: GraphFile | None = None
+
+    @property
+    def files(self) -> tuple[GraphFile, ...]:
+        """The graph's file and the one with its weights."""
+        return (self,) if self.data is None else (self, self.data)
 
 
 @dataclass(frozen=True)
@@ -102,8 +109,10 @@ class Artefact:
 
 
 def graph_file(path: Path, folder: Path) -> GraphFile:
-    """Describe `path` for a manifest that lies in `folder`."""
-    return GraphFile(path.relative_to(folder).as_posix(), sha256_of(path), path.stat().st_size)
+    """Describe `path`, and its weights beside it, for a manifest that lies in `folder`."""
+    data = graph_file(data_path(path), folder) if data_path(path).is_file() else None
+    name = path.relative_to(folder).as_posix()
+    return GraphFile(name, sha256_of(path), path.stat().st_size, data)
 
 
 def write_artefact(artefact: Artefact) -> Path:
@@ -178,7 +187,8 @@ def read_artefact(folder: str | Path) -> Artefact:
             f"{', '.join(map(str, inside))}"
         )
     artefact = _MANIFEST.read(path, lambda body: _artefact(folder, body))
-    files = {item.file: item.size_bytes for item in artefact.graphs.values()}
+    found = [item for graph in artefact.graphs.values() for item in graph.files]
+    files = {item.file: item.size_bytes for item in found}
     for name, expected in files.items():
         size = _MANIFEST.find(path, name).stat().st_size
         if size != expected:
@@ -190,24 +200,27 @@ def read_artefact(folder: str | Path) -> Artefact:
     return artefact
 
 
-def take_graphs(artefact: Artefact) -> Iterator[tuple[str, bytes]]:
-    """Each graph's name and the content of its file: the very bytes that were checked.
+def take_graphs(artefact: Artefact) -> Iterator[tuple[str, OnnxContent]]:
+    """Each graph's name and the content of its files: the very bytes that were checked.
 
     What is made of them belongs together, whatever becomes of the folder meanwhile. Nothing here
     keeps them.
 
     Raises:
-        InputError: a file is missing or has changed, or its weights are in another file.
+        InputError: a file is missing or has changed, or weights are in a file that the manifest
+            does not have.
     """
     path = artefact.folder / MANIFEST_NAME
     for graph, item in artefact.graphs.items():
         content = _MANIFEST.take(path, item.file, item.sha256)
-        if _EXTERNAL_DATA in content:
+        location = "" if item.data is None else Path(item.data.file).name
+        if data_names(content) - {location}:
             raise InputError(
                 f"{artefact.folder / item.file} has weights in another file (external data), which "
                 "no hash covers: save it as one file and export again"
             )
-        yield graph, content
+        data = None if item.data is None else _MANIFEST.take(path, item.data.file, item.data.sha256)
+        yield graph, OnnxContent(content, data, location)
 
 
 def described_file(item: Body) -> GraphFile:
@@ -216,7 +229,8 @@ def described_file(item: Body) -> GraphFile:
     Raises:
         ValueError: no name in the manifest's folder, no hash or no size.
     """
-    described = GraphFile(**item)
+    data = item.get("data")
+    described = GraphFile(**{**item, "data": None if data is None else described_file(data)})
     size = described.size_bytes
     if not is_inside(described.file):
         raise ValueError(f"file {str(described.file)[:80]!r}: expected a path inside its folder")

@@ -54,9 +54,6 @@ DOORS = {
     "serve": Door("serve", "install, start and try the Triton server"),
     "client": Door("client", "segment an image through a running server"),
     "viewer-server": Door("viewer_server", "a model for 3D Slicer, napari and MITK"),
-    "sam-signature": Door(
-        "sam_signature", "an export as SAM's two files, for OHIF's browser model"
-    ),
     "loadtest": Door("loadtest", "latency and throughput of a running server under load"),
     "evaluate": Door("evaluate", "Dice and NSD of a model on a folder of labelled images"),
     "prompts-check": Door("prompts_check", "how an export's weights take points, measured"),
@@ -71,7 +68,8 @@ DOORS = {
         "options.sensitivity_options",
         "export",
     ),
-    "inspect": Door("inspect", "what a weights file or an export is"),
+    "variants": Door("variants", "the models, their sizes and licences, and where weights are"),
+    "inspect": Door("inspect_file", "what a weights file or an export is"),
     "doctor": Door("doctor", "what can be used on this machine, and how to get the rest"),
     "repository": Door("serving.repository", "fill a Triton model repository from an export"),
     "collect": Door("training.collect", "gather images without labels for distillation"),
@@ -163,33 +161,6 @@ def add_no_wait(parser: argparse.ArgumentParser) -> None:
         dest="wait",
         action="store_false",
         help="end with an error, not wait, while another command writes the same folder",
-    )
-
-
-WEIGHTS_KINDS = ("model", "ema")
-"""Weights that a checkpoint may have twice: as they are, and as a moving average."""
-
-
-def add_weights_choice(parser: argparse._ActionsContainer) -> None:
-    """`--weights`, `--key` (`weights_key`), `--adapter`, wherever a weights file can be named."""
-    parser.add_argument(
-        "--weights",
-        choices=WEIGHTS_KINDS,
-        help="of a checkpoint with both: the weights themselves or their moving average; default: "
-        "what its writer would load",
-    )
-    parser.add_argument(
-        "--key",
-        dest="weights_key",
-        metavar="NAME",
-        help="of a checkpoint with several models: the one below this name, as "
-        "`python -m dbsam_deploy.inspect FILE` shows them",
-    )
-    parser.add_argument(
-        "--adapter",
-        type=Path,
-        metavar="PATH",
-        help="a LoRA to merge into the checkpoint: a file of SAMed, or a folder of peft",
     )
 
 

@@ -13,7 +13,6 @@ from .cli import (
     HelpFormatter,
     Parser,
     add_no_wait,
-    add_weights_choice,
     as_called,
     check_paths,
     run,
@@ -45,6 +44,7 @@ from .files.locks import one_writer
 from .recipe import load_recipe
 from .serving.choice import refresh_repository
 from .sessions.pytorch_session import PytorchSession
+from .sessions.weights_choice import WeightsChoice, add_weights_choice
 from .verification.cases import bundled_examples, load_cases
 from .verification.engine_parity import unverified_here, verify_engines
 from .verification.report import engine_table
@@ -76,12 +76,8 @@ def _verify(artefact: Artefact, kind: Kind, args: argparse.Namespace) -> dict[st
     cases = load_cases(args.data or bundled_examples(), recipe.parity)
     loaded = load_model(
         variant=artefact.variant,
-        checkpoint=args.checkpoint,
         image_size=artefact.preprocessing.image_size,
-        decoder_weights=args.decoder_weights,
-        weights=args.weights,
-        weights_key=args.weights_key,
-        adapter=args.adapter,
+        **vars(WeightsChoice.of(args)),
     )
     if loaded.weights["sha256"] != artefact.weights["sha256"]:
         raise CheckpointError(
@@ -150,11 +146,9 @@ def _inspect(artefact: Artefact, console: Console) -> None:
 
 def _add_reference_options(parser: Parser) -> None:
     group = parser.add_argument_group("comparison with PyTorch")
-    group.add_argument(
-        "--checkpoint", type=Path, help="the weights that were exported, if not the library's own"
+    add_weights_choice(
+        group, "the weights that were exported, if not the library's own", "as given to the export"
     )
-    group.add_argument("--decoder-weights", type=Path, help="as given to the export")
-    add_weights_choice(group)
     group.add_argument("--data", type=Path, help="folder of npz cases; default: bundled")
 
 

@@ -30,8 +30,8 @@ from .evaluation import (
 from .evaluation.boxes import BoxGrowth
 from .evaluation.evaluator import FileProgress
 from .evaluation.files import write_files
-from .evaluation.html import write_page
 from .evaluation.metrics import load_library
+from .evaluation.page import write_page
 from .evaluation.plots import check_libraries
 from .evaluation.published import compare
 from .evaluation.segmenters import KEPT_EMBEDDINGS

@@ -52,11 +52,13 @@ from .serving.repository import (
 )
 from .sessions.onnxruntime_session import OnnxRuntimeSession
 from .sessions.pytorch_session import PytorchSession
+from .sessions.weights_choice import ModelChoice
 from .verification.cases import Case, bundled_examples, load_cases
 from .verification.engine_parity import unverified_here, verify_engines
 from .verification.parity import Figures, check_gate, compare
 from .verification.points import measured_points
 from .verification.report import closing_table
+from .verification.sam_files import check_sam_files, publish_sam_files
 
 
 @dataclass(frozen=True)
@@ -65,17 +67,21 @@ class Published:
 
     Attributes:
         artefact: the published graphs.
-        figures: their comparison with PyTorch.
         repository: what serves them, or the engines where those were verified.
         engines: graph → plan that was built from it.
         engine_note: what was not built and how to build it.
     """
 
     artefact: Artefact
-    figures: Figures
     repository: Repository
     engines: dict[str, EngineRecord] = field(default_factory=dict)
     engine_note: str = ""
+
+    @property
+    def figures(self) -> Figures:
+        """The comparison of the graphs with PyTorch."""
+        known = {k: v for k, v in self.artefact.figures.items() if k != "dice_drop"}
+        return Figures(**known)
 
 
 @dataclass(frozen=True)
@@ -162,32 +168,27 @@ def export(
     choice = stages.choose_engines(options.engine, options.targets, folder)
     images = calibration_images(recipe, options.calibration, options.budget)
     cases = _cases(options, recipe)
-    loaded = stages.load_model(
-        variant=options.variant,
-        checkpoint=options.checkpoint,
-        image_size=options.image_size,
-        decoder_weights=options.decoder_weights,
-        weights=options.weights,
-        weights_key=options.weights_key,
-        adapter=options.adapter,
-    )
+    loaded = stages.load_model(**vars(ModelChoice.of(options)))
 
     def say(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     say(f"weights: {loaded.weights['note']}")
+    if options.signature:
+        check_sam_files(loaded.preprocessing, recipe, folder)
     bars = progress_bars(console)
     quantizer = Quantizer.of(loaded, recipe, images, options.budget, bars)
     inputs = _graph_inputs(loaded, recipe, quantizer.key), _compared(loaded, cases)
     job = _Job(stages, loaded, recipe, quantizer, cases, folder, *inputs)
     with one_writer(options.output, wait=options.wait, say=say), writing_to(options.output):
         artefact = _artefact(job, bars, say)
-        figures = Figures(**{k: v for k, v in artefact.figures.items() if k != "dice_drop"})
         engines = {}
         if choice.request is not None:
             engines = _engine_stage(job, artefact, choice.request, console)
         repository = build_repository(artefact, repository_beside(folder))
-    return Published(artefact, figures, repository, engines, choice.note)
+        if options.signature:
+            publish_sam_files(artefact, say)
+    return Published(artefact, repository, engines, choice.note)
 
 
 def _artefact(job: _Job, bars: Progress, say: Callable[[str], None]) -> Artefact:
@@ -237,7 +238,7 @@ def _make_artefact(job: _Job, bars: Progress, say: Callable[[str], None]) -> Art
     check_gate(figures, job.recipe.gate, f"{job.recipe.precision} {draft.variant}")
     weights = {**draft.weights, POINTS: measured_points(figures, draft.weights)}
     draft = replace(draft, figures=figures.as_dict(), weights=weights)
-    work.close([item.file for item in draft.graphs.values()])
+    work.close([file.file for item in draft.graphs.values() for file in item.files])
     write_artefact(draft)
     replace_folder(work.files, folder)
     clear_work(folder.parent, folder.name)

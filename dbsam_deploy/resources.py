@@ -6,15 +6,6 @@ from pathlib import Path
 
 from .core.errors import InputError
 
-DEFAULT_VARIANT = "db_sam_tiny"
-"""The model variant whose trained weights come with the library, in `export/checkpoints/`."""
-
-VARIANT_NAMES = (
-    *("db_sam", "db_sam_4level", "db_sam_plus", "sam_vit_b", "medsam_vit_b"),
-    *("db_sam_tiny", "lite_medsam"),
-)
-"""The model variants, for command lines that have not loaded PyTorch; `model.VARIANTS` has them."""
-
 WEIGHTS_IN_FOLDERS = ("model.safetensors", "pytorch_model.bin")
 """The weights in a folder that Hugging Face's libraries write."""
 

@@ -33,6 +33,7 @@ from .quantization.calibration_images import CalibrationSet
 from .quantization.quantizer import Quantizer, calibration_images
 from .quantization.sweep import Sweep
 from .recipe import Recipe, load_recipe
+from .sessions.weights_choice import ModelChoice
 
 _COLUMNS = (
     *("group", "layers", "macs"),
@@ -76,8 +77,7 @@ def find_exclusions(
             f"{options.precision} quantises no activations, so there is nothing to choose; use "
             "--precision int8 or fp8"
         )
-    names = ("variant", "checkpoint", "image_size", "weights", "weights_key", "adapter")
-    loaded = load_model(**{name: getattr(options, name) for name in names})
+    loaded = load_model(**vars(ModelChoice.of(options)))
     bars = progress_bars(console)
     quantizer = Quantizer.of(loaded, recipe, images, options.budget, bars)
     place, scratch = options.output, options.output / Quantizer.SCRATCH

@@ -22,7 +22,6 @@ import torch
 from rich.console import Console
 
 from .core.errors import InputError
-from .datasets.cases import Reading
 from .evaluation import build_protocol, evaluate, find_cases, read_cases
 from .extras import require
 from .files.atomic import write_atomically, writing_to
@@ -33,6 +32,7 @@ from .model.checkpoint import write_checkpoint
 from .model.weights import LoadedModel, fresh_model, load_model
 from .prediction.predictor import Predictor
 from .sessions.pytorch_session import PytorchSession
+from .sessions.weights_choice import WeightsChoice
 from .training.journal import Journal
 from .training.loop import Outlet, PhaseRun, Validate, run_phase
 from .training.material import Material, gather
@@ -90,7 +90,7 @@ def train(options: TrainOptions, console: Console | None = None) -> Trained:
         data=options.data,
         split=options.split,
         unlabelled=options.unlabelled,
-        reading=_reading(options),
+        reading=options.reading,
     )
     loaded = _start_model(recipe, options)
     for line in (*material.lines(), f"start: {loaded.weights['note']}"):
@@ -223,24 +223,16 @@ def _start_model(recipe: TrainingRecipe, options: TrainOptions) -> LoadedModel:
         return fresh_model(recipe.variant, recipe.image_size, options.decoder_weights)
     return load_model(
         variant=recipe.variant,
-        checkpoint=options.checkpoint,
         image_size=recipe.image_size,
-        decoder_weights=options.decoder_weights,
-        weights=options.weights,
-        weights_key=options.weights_key,
-        adapter=options.adapter,
+        **vars(WeightsChoice.of(options)),
     )
-
-
-def _reading(options: TrainOptions) -> Reading:
-    return Reading(options.window, options.modality)
 
 
 def _validation(options: TrainOptions) -> Validate | None:
     if options.data is None or options.split is None:
         return None
     files = find_cases(
-        options.data, split=options.split, subset="validation", reading=_reading(options)
+        options.data, split=options.split, subset="validation", reading=options.reading
     )
     protocol = build_protocol("objects")
 

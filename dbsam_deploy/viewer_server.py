@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .api.loading import load
 from .api.model import Model
 from .artefact import find_export, read_artefact
-from .cli import Parser, run, say_on_stderr
+from .cli import Parser, numbers, run, say_on_stderr
 from .core.errors import InputError
 from .extras import check_installed
 from .files.regular import small_text
@@ -72,9 +72,7 @@ def build_parser() -> Parser:
 def _add_answers(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--window",
-        nargs=2,
-        type=float,
-        metavar=("LEVEL", "WIDTH"),
+        **numbers("LEVEL", "WIDTH"),
         help="for every image (default: soft tissue where the values are CT's, else percentiles)",
     )
     group.add_argument(

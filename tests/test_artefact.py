@@ -25,6 +25,7 @@ from dbsam_deploy.artefact import (
 from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.core.imaging import Preprocessing
 from dbsam_deploy.files.atomic import sha256_of
+from dbsam_deploy.files.onnx_data import OnnxContent
 
 
 @pytest.fixture
@@ -237,7 +238,7 @@ def test_weights_in_another_file_are_refused(tmp_path: Path) -> None:
 
 def test_graphs_are_taken_as_they_were_checked(artefact: Artefact) -> None:
     taken = take_graphs(artefact)
-    assert next(taken) == ("encoder", b"encoder" * 50)
+    assert next(taken) == ("encoder", OnnxContent(b"encoder" * 50))
     artefact.path("decoder").write_bytes(b"decoded" * 50)
     with pytest.raises(InputError, match="was changed after"):
         next(taken)

@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 from support.commands import refused
 
+from dbsam_deploy import export as door
 from dbsam_deploy.artefact import load_artefact
 from dbsam_deploy.core.contract import Geometry, graph_specs
 from dbsam_deploy.core.errors import AccuracyError, InputError
@@ -186,3 +187,17 @@ def test_a_users_mistake_is_one_line_and_status_2(
     monkeypatch.chdir(tmp_path)
     assert message in refused(main, arguments.split(), capsys)
     assert not list(tmp_path.iterdir())
+
+
+def test_sams_two_files_are_published_beside_an_export(toy, monkeypatch):
+    """What is in them: tests/verification/test_sam_files.py."""
+    with pytest.raises(InputError, match="image size 64"):
+        toy.run(signature="sam")
+    assert not (toy.output / "fp32").exists()
+    monkeypatch.setattr(door, "check_sam_files", lambda how, recipe, folder: None)
+    published = []
+    monkeypatch.setattr(door, "publish_sam_files", lambda made, say: published.append(made.folder))
+    toy.run()
+    assert published == []
+    toy.run(signature="sam")
+    assert published == [toy.output / "fp32"]

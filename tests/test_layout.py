@@ -5,6 +5,7 @@ import doctest
 import importlib
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 from dbsam_deploy.files.sources import imported
@@ -17,6 +18,7 @@ ORDER = (
     "core",
     "files",
     "extras",
+    "catalogue",
     "cli",
     "resources",
     "machine",
@@ -60,15 +62,15 @@ DOORS = {
     "engine",
     "evaluate",
     "export",
-    "inspect",
+    "inspect_file",
     "loadtest",
     "plugins",
     "predict",
     "prompts_check",
-    "sam_signature",
     "sensitivity",
     "serve",
     "train",
+    "variants",
     "viewer_server",
 }
 """Modules that parse a command line, call rooms and print; no room imports one."""
@@ -134,6 +136,12 @@ def test_every_room_is_on_the_list_and_the_other_way_round() -> None:
     rooms = {_room(name) for name in IMPORTS} - {"__init__", "__main__"}
     assert rooms == set(ORDER) | DOORS
     assert len(ORDER) == len(set(ORDER))
+
+
+def test_no_name_hides_a_module_of_the_standard_library() -> None:
+    """With a folder of ours on the path, as in a shell that stands in it, ours would be taken."""
+    names = {part for name in IMPORTS for part in name.split(".")}
+    assert names & sys.stdlib_module_names == set()
 
 
 def test_imports_go_one_way() -> None:

@@ -34,8 +34,7 @@ from dbsam_deploy.engines.build import EngineOptions, Request
 from dbsam_deploy.engines.kinds import TENSORRT
 from dbsam_deploy.engines.manifest import engine_folder, read_plan, read_records
 from dbsam_deploy.engines.process import Builder
-from dbsam_deploy.evaluation import build_protocol, evaluate
-from dbsam_deploy.evaluation import html as page
+from dbsam_deploy.evaluation import build_protocol, evaluate, page
 from dbsam_deploy.files.atomic import sha256_of, write_atomically
 from dbsam_deploy.files.locks import LOCK_NAME, one_writer
 from dbsam_deploy.kernels import plugin_build

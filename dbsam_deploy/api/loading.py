@@ -80,7 +80,7 @@ def load(
         weights: `model` or `ema`, of a weights file with the weights and their moving average.
         weights_key: name of the model, of a weights file with several.
         adapter: a LoRA to merge into the weights file: a file of SAMed, or a folder of peft.
-        preprocess: another mode than the model's own: `sam`, `medsam` or `lite_medsam`.
+        preprocess: another mode than the model's own: see `core.imaging`.
         runtime_precision: `float32` or `bfloat16`, for OpenVINO.
         engine_cache: folder that keeps engines and compiled models.
         **server: of a server, see `ServerOptions` and `open_server`.

@@ -12,7 +12,7 @@ import numpy as np
 from ..core.errors import InputError, ServingError
 from ..core.imaging import FloatArray, Preprocessing
 from ..core.points import NATIVE, POINTS, SILENT_SERVER, PointRules
-from ..images.arrays import ImageLike, as_volume
+from ..images.arrays import ImageLike, ReadOptions, as_volume
 from ..images.intensity import Window
 from ..images.volumes import Volume
 from ..outputs.segmentation import Segmentation
@@ -22,6 +22,7 @@ from ..prediction.results import Result
 from ..prediction.segment import Progress, segment
 from ..prediction.turns import Turns
 from ..volumes.embeddings import SharedPredictor
+from ..volumes.label_map import AboutModel
 from ..volumes.session import VolumePredictor
 from ..volumes.study import result_of, segment_study
 from ..volumes.study_prompts import StudyPrompts, from_prompts
@@ -113,19 +114,14 @@ class Model:
         self,
         image: ImageLike,
         image_format: str = "RGB",
-        *,
-        window: Window | str | None = None,
-        series: str | int | None = None,
-        volume: int | None = None,
+        **reading: Unpack[ReadOptions],
     ) -> None:
         """Take an image for the `predict` calls that name none, and encode it.
 
         Args:
             image: see `predict`; of one slice.
             image_format: `RGB`, or `BGR` for colours as OpenCV reads them.
-            window: (level, width) that maps values to 0–255, or "file", see `read_image`.
-            series: of a DICOM folder, see `read_image`.
-            volume: which one of a 4D NIfTI file, from 0.
+            **reading: `window`, `series` and `volume`, see `predict`.
 
         Raises:
             InputError: not one image, or another format.
@@ -133,7 +129,7 @@ class Model:
         self.image = None  # never answer for the one before
         if image_format not in ("RGB", "BGR"):
             raise InputError(f"image_format {image_format!r}: expected RGB or BGR")
-        read = as_volume(image, window=window, series=series, volume=volume)
+        read = as_volume(image, **reading)
         if read.is_volume:
             raise InputError(f"{read.path} has {read.shape[0]} slices: expected one image")
         if image_format == "BGR" and read.pixels.ndim == 4:
@@ -197,10 +193,8 @@ class Model:
         self,
         image: ImageLike,
         *,
-        window: Window | str | None = None,
-        series: str | int | None = None,
-        volume: int | None = None,
         encode_ahead: bool = True,
+        **reading: Unpack[ReadOptions],
     ) -> VolumePredictor:
         """A session on a volume: prompts on its slices, carried to the others, and taken back.
 
@@ -208,21 +202,19 @@ class Model:
 
         Args:
             image: see `predict`; of any number of slices.
-            window: (level, width) that maps stored values to 0–255, or "file", see `read_image`.
-            series: of a DICOM folder, see `read_image`.
-            volume: which one of a 4D NIfTI file, from 0.
             encode_ahead: encode slices in a thread, outwards from the last prompted one, while no
                 prompt waits.
+            **reading: `window`, `series` and `volume`, see `predict`.
 
         Raises:
             InputError: an image that is not usable.
         """
-        read = as_volume(image, window=window, series=series, volume=volume)
+        read = as_volume(image, **reading)
         with self._lock:
             if self._shared is None:
                 self._shared = SharedPredictor(self.predictor, turns=self._lock)
         return VolumePredictor(
-            self._shared, read, model=self.name, note=self.note, encode_ahead=encode_ahead
+            self._shared, read, about=AboutModel(self.name, self.note), encode_ahead=encode_ahead
         )
 
     def _taken(self, image: ImageLike, **how: Any) -> Volume:
@@ -244,11 +236,9 @@ class Model:
         boxes_3d: Any = None,
         multimask: bool = False,
         slice_index: int | None = None,
-        window: Window | str | None = None,
-        series: str | int | None = None,
-        volume: int | None = None,
         propagate: bool = True,
         progress: Progress | None = None,
+        **reading: Unpack[ReadOptions],
     ) -> Result:
         """One label map of an image or volume; memory does not grow with the number of prompts.
 
@@ -260,12 +250,10 @@ class Model:
             boxes_3d: (N, 6) x0, y0, z0, x1, y1, z1 in a volume: slices z0 … z1 - 1.
             multimask: three alternatives for each prompt, of which the best is kept.
             slice_index: which slice of a volume, for all but 3D boxes.
-            window: (level, width) that maps stored values to 0–255, or "file", see `read_image`.
-            series: of a DICOM folder, see `read_image`.
-            volume: which one of a 4D NIfTI file, from 0.
             propagate: find the object of a 3D box on its middle slice and carry it to the others,
                 mask by mask; else the same 2D box is put on each slice.
             progress: called with slices done and slices in all.
+            **reading: `window`, `series` and `volume`, see `predict`.
 
         Raises:
             InputError: no prompt, or an image or prompt that is not usable.
@@ -273,7 +261,7 @@ class Model:
         """
         prompts = prompts_of(boxes, points, labels, None, boxes_3d)
         prompts = dataclasses.replace(prompts, multimask=multimask, slice_index=slice_index)
-        read = as_volume(image, window=window, series=series, volume=volume)
+        read = as_volume(image, **reading)
         return self.run(read, prompts, progress, propagate=propagate)
 
     def run(
@@ -314,9 +302,7 @@ class Model:
             self.predictor,
             volume,
             spec,
-            model=self.describe(),
-            weights=self.weights_key,
-            note=self.note,
+            about=AboutModel(self.describe(), self.note, self.weights_key),
             fractions=fractions,
             checkpoint=checkpoint,
             turns=self._lock,  # of each slice, so that other calls go between

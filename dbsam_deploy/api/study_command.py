@@ -23,8 +23,8 @@ from ..images.overlays import Panel, draw_overlay, evenly_spaced
 from ..images.volumes import Volume, png_bytes
 from ..outputs.files import ENDINGS, FRACTIONS, OVERLAY, write
 from ..outputs.merging import Earlier, merged, read_earlier
+from ..outputs.object_statistics import mean_confidence, voxel_counts, voxel_ml
 from ..outputs.segmentation import Segmentation
-from ..outputs.statistics import mean_confidence, voxel_counts, voxel_ml
 from ..prediction.segment import Progress
 from ..volumes.kept_answers import remove_answers
 from ..volumes.study import check_study

@@ -10,9 +10,9 @@ import numpy.typing as npt
 
 from ..core.masks import Prediction
 from ..core.prompts import PromptArrays
-from .calls import CHANNEL, load_library
+from .calls import CHANNEL, BoxOptions, load_library
 from .exchange import Exchange, Exchanges, Returned
-from .known_images import KnownImage, boxes_alone
+from .known_images import KnownImage, KnownPrompts
 from .retries import ServerRequest
 
 
@@ -51,15 +51,10 @@ class AsyncDbsamClient(Exchanges):
         await asyncio.sleep(seconds)
 
     async def segment(
-        self,
-        image: npt.NDArray[Any],
-        boxes: npt.NDArray[Any],
-        *,
-        logits: bool = False,
-        check: bool = True,
+        self, image: npt.NDArray[Any], boxes: npt.NDArray[Any], **options: Unpack[BoxOptions]
     ) -> Prediction:
         """See `DbsamClient.segment`."""
-        return await _finish(self._boxes(image, boxes, logits=logits, check=check))
+        return await _finish(self._boxes(image, boxes, **options))
 
     async def segment_prompts(
         self, image: npt.NDArray[Any], *, multimask: bool = False, **prompts: Unpack[PromptArrays]
@@ -88,22 +83,9 @@ class AsyncOpenImage:
     def __init__(self, client: AsyncDbsamClient, known: KnownImage) -> None:
         self._client, self.known = client, known
 
-    async def predict(
-        self,
-        *,
-        multimask: bool = False,
-        logits: bool = False,
-        adapt_points: bool = True,
-        **prompts: Unpack[PromptArrays],
-    ) -> Prediction:
+    async def predict(self, **asked: Unpack[KnownPrompts]) -> Prediction:
         """See `client.OpenImage.predict`."""
-        boxes = boxes_alone(prompts, multimask=multimask)
-        if boxes is not None:
-            return await _finish(self._client._known_boxes(self.known, boxes, logits=logits))
-        exchange = self._client._known_prompts(
-            self.known, multimask=multimask, logits=logits, adapt_points=adapt_points, **prompts
-        )
-        return await _finish(exchange)
+        return await _finish(self._client._known_prompts(self.known, **asked))
 
 
 async def _finish(exchange: Exchange[Returned]) -> Returned:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from types import ModuleType
-from typing import Any, Unpack
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,18 @@ MAX_TIMEOUT_S = 7 * 24 * 3600
 
 _ALIGNMENT = 64
 _NO_NOTE = "the server does not say whether its weights are trained: its repository is older"
+
+
+class BoxOptions(TypedDict, total=False):
+    """How masks of boxes are asked for.
+
+    Attributes:
+        logits: ask for the low-resolution logits too, to prompt again with.
+        check: look for mistakes before sending; the server checks again in any case.
+    """
+
+    logits: bool
+    check: bool
 
 
 @dataclass(frozen=True)

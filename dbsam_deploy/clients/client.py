@@ -10,10 +10,10 @@ import numpy.typing as npt
 from ..core.masks import Prediction
 from ..core.points import PointRules
 from ..core.prompts import PromptArrays
-from .calls import CHANNEL
+from .calls import CHANNEL, BoxOptions
 from .exchange import Exchange, Exchanges, Returned
 from .http_connection import HttpConnection
-from .known_images import KnownImage, boxes_alone
+from .known_images import KnownImage, KnownPrompts
 
 
 class DbsamClient(Exchanges):
@@ -52,20 +52,15 @@ class DbsamClient(Exchanges):
         time.sleep(seconds)
 
     def segment(
-        self,
-        image: npt.NDArray[Any],
-        boxes: npt.NDArray[Any],
-        *,
-        logits: bool = False,
-        check: bool = True,
+        self, image: npt.NDArray[Any], boxes: npt.NDArray[Any], **options: Unpack[BoxOptions]
     ) -> Prediction:
         """One independent mask for each box.
 
         Args:
             image: (H, W, 3) uint8 RGB.
             boxes: (N, 4) x0, y0, x1, y1 in the image frame.
-            logits: ask for the low-resolution logits too, to prompt again with.
-            check: look for mistakes before sending; the server checks again in any case.
+            **options: `logits` (by default False) and `check` (by default True), see
+                `calls.BoxOptions`.
 
         Returns:
             masks (N, 1, H, W), ious (N, 1) and, if asked for, logits (N, 1, 4G, 4G).
@@ -75,7 +70,7 @@ class DbsamClient(Exchanges):
             ServingError: no server, a timeout, or an error inside the server; its subclasses tell
                 these apart.
         """
-        return _finish(self._boxes(image, boxes, logits=logits, check=check))
+        return _finish(self._boxes(image, boxes, **options))
 
     def segment_prompts(
         self, image: npt.NDArray[Any], *, multimask: bool = False, **prompts: Unpack[PromptArrays]
@@ -158,52 +153,28 @@ class OpenImage:
     def __init__(self, client: DbsamClient, known: KnownImage) -> None:
         self._client, self.known = client, known
 
-    def predict(
-        self,
-        *,
-        multimask: bool = False,
-        logits: bool = False,
-        adapt_points: bool = True,
-        **prompts: Unpack[PromptArrays],
-    ) -> Prediction:
+    def predict(self, **asked: Unpack[KnownPrompts]) -> Prediction:
         """Masks for N prompt sets, see `DbsamClient.segment_prompts`.
 
         Boxes alone go to the box decoder, as in `DbsamClient.segment`, unless `multimask`.
 
         Args:
-            multimask: return the three alternatives instead of the single mask.
-            logits: return the logits too, to prompt again with.
-            adapt_points: answer points as the server's `points` say; else as its decoder does.
-            **prompts: see `core.prompts.PromptArrays`.
+            **asked: the prompts of `core.prompts.PromptArrays`, with `multimask`, `adapt_points`
+                and `logits`, see `core.prompts.DecoderPrompts` and `known_images.KnownPrompts`.
 
         Raises:
             InputError: an unusable prompt, found here or by the server.
             ServingError: see `DbsamClient.segment`.
         """
-        boxes = boxes_alone(prompts, multimask=multimask)
-        if boxes is not None:
-            return self.predict_boxes(boxes, logits=logits)
-        return self.predict_prompts(
-            multimask=multimask, logits=logits, adapt_points=adapt_points, **prompts
-        )
+        return _finish(self._client._known_prompts(self.known, **asked))
 
     def predict_boxes(self, boxes: npt.NDArray[Any], *, logits: bool = False) -> Prediction:
         """One mask a box, by the box decoder; see `predict`."""
         return _finish(self._client._known_boxes(self.known, boxes, logits=logits))
 
-    def predict_prompts(
-        self,
-        *,
-        multimask: bool = False,
-        logits: bool = False,
-        adapt_points: bool = True,
-        **prompts: Unpack[PromptArrays],
-    ) -> Prediction:
+    def predict_prompts(self, **asked: Unpack[KnownPrompts]) -> Prediction:
         """Masks by the prompt decoder, for boxes alone as well; see `predict`."""
-        exchange = self._client._known_prompts(
-            self.known, multimask=multimask, logits=logits, adapt_points=adapt_points, **prompts
-        )
-        return _finish(exchange)
+        return _finish(self._client._known_prompts(self.known, boxes_apart=False, **asked))
 
 
 def _finish(exchange: Exchange[Returned]) -> Returned:

@@ -22,7 +22,7 @@ from ..core.errors import InputError, NoServerError, NotKeptError, ServingError,
 from ..core.imaging import Arrays
 from ..core.masks import Prediction
 from ..core.points import PointRules
-from ..core.prompts import PromptArrays
+from ..core.prompts import DecoderPrompts, PromptArrays, boxes_alone
 from ..serving.control import KEY_HEADER, KEY_VARIABLE
 from .access import Access
 from .calls import (
@@ -179,7 +179,12 @@ class Exchanges(ABC):
         return ServerRequest(self.url, self.transport, self._timeout_s)
 
     def _boxes(
-        self, image: npt.NDArray[Any], boxes: npt.NDArray[Any], *, logits: bool, check: bool
+        self,
+        image: npt.NDArray[Any],
+        boxes: npt.NDArray[Any],
+        *,
+        logits: bool = False,
+        check: bool = True,
     ) -> Exchange[Prediction]:
         request = self._begin()
         side = (yield from self._mask_side(request)) if logits else None
@@ -216,18 +221,19 @@ class Exchanges(ABC):
         self,
         image: KnownImage,
         *,
-        multimask: bool,
-        logits: bool,
-        adapt_points: bool = True,
-        **prompts: Unpack[PromptArrays],
+        logits: bool = False,
+        boxes_apart: bool = True,
+        **asked: Unpack[DecoderPrompts],
     ) -> Exchange[Prediction]:
+        """Masks of a kept image; of boxes alone by the box decoder, if they go `boxes_apart`."""
+        boxes = boxes_alone(**asked) if boxes_apart else None
+        if boxes is not None:
+            return (yield from self._known_boxes(image, boxes, logits=logits))
         request = self._begin()
-        sized = logits or has_earlier_mask(**prompts)
+        sized = logits or has_earlier_mask(**asked)
         side = (yield from self._mask_side(request)) if sized else 1
         wanted = Wanted(side, logits, self._packed)
-        call = known_prompts_call(
-            image, wanted, multimask=multimask, adapt_points=adapt_points, **prompts
-        )
+        call = known_prompts_call(image, wanted, **asked)
         arrays = yield from self._ask_known(call, image, request)
         return known_result(arrays, image)
 

@@ -31,7 +31,7 @@ from ..core.errors import ServingError
 from ..core.image_id import image_id
 from ..core.imaging import Arrays, ByteArray, check_boxes, check_contrast, check_image
 from ..core.masks import Prediction, unpack_masks
-from ..core.prompts import PromptArrays, check_mask_pixels
+from ..core.prompts import DecoderPrompts, PromptArrays, check_mask_pixels
 from .calls import Call, prompt_arrays
 
 _MODEL = interactive_spec(1)
@@ -42,6 +42,16 @@ _AFFINITY_DIGITS = 8
 
 _Outputs = dict[TensorSpec, tuple[int, ...]]
 """Outputs to ask for → their shapes."""
+
+
+class KnownPrompts(DecoderPrompts, total=False):
+    """All that may be asked of an image that a server keeps.
+
+    Attributes:
+        logits: return the logits too, to prompt again with (by default False).
+    """
+
+    logits: bool
 
 
 @dataclass(eq=False)
@@ -98,16 +108,6 @@ class Wanted:
         return found
 
 
-def boxes_alone(prompts: PromptArrays, *, multimask: bool) -> npt.NDArray[Any] | None:
-    """The boxes of prompts that are nothing else, which the box decoder takes; otherwise None."""
-    others = [name for name, array in prompts.items() if name != BOXES and array is not None]
-    return None if others or multimask else _boxes_of(**prompts)
-
-
-def _boxes_of(*, boxes: npt.NDArray[Any] | None = None, **_: Any) -> npt.NDArray[Any] | None:
-    return boxes
-
-
 def has_earlier_mask(*, mask_input: npt.NDArray[Any] | None = None, **_: Any) -> bool:
     """Whether prompts continue from the logits of an earlier answer."""
     return mask_input is not None
@@ -129,7 +129,7 @@ def known_prompts_call(
     image: KnownImage,
     wanted: Wanted,
     *,
-    multimask: bool,
+    multimask: bool = False,
     adapt_points: bool = True,
     **prompts: Unpack[PromptArrays],
 ) -> Call:

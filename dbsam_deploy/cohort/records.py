@@ -21,8 +21,8 @@ from ..files.publication import replacing
 from ..files.regular import regular_size
 from ..images.overlays import Panel, draw_panel
 from ..outputs.files import planned, write
+from ..outputs.object_statistics import mean_confidence, voxel_counts, voxel_ml
 from ..outputs.segmentation import Segmentation
-from ..outputs.statistics import mean_confidence, voxel_counts, voxel_ml
 
 RECORD_NAME = "study.json"
 PICTURE_NAME, PICTURE_SIDE = "overview.jpg", 256

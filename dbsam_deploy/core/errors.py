@@ -3,17 +3,18 @@
     DbsamError
     ├── InputError        an image, prompt, option or recipe from the caller (exit status 2)
     ├── CheckpointError   a weights file that cannot be read or does not fit  (exit status 2)
-    ├── ExportError       a graph that cannot be written or is not valid      (exit status 1)
-    ├── AccuracyError     an artefact that misses its gate                    (exit status 1)
     ├── EngineError       a runtime or engine that is missing or refuses      (exit status 2)
     │   └── MissingError  a package or tool that one line installs
-    ├── PacsError         a PACS: no or a wrong answer, a refusal             (exit status 1)
-    └── ServingError      Triton: repository, server process, client request  (exit status 1)
-        ├── NoServerError   nothing answers there, or it stopped answering
-        ├── StoppingError   the server is stopping and takes no new request
-        ├── BusyError       the server has enough to do, or still loads the model
-        ├── NotKeptError    the server does not keep the image of that id (any more)
-        └── DeadlineError   the answer did not come in time
+    └── StageError        a stage failed                                      (exit status 1)
+        ├── ExportError     a graph that cannot be written or is not valid
+        ├── AccuracyError   an artefact that misses its gate
+        ├── PacsError       a PACS: no or a wrong answer, a refusal
+        └── ServingError    Triton: repository, server process, client request
+            ├── NoServerError   nothing answers there, or it stopped answering
+            ├── StoppingError   the server is stopping and takes no new request
+            ├── BusyError       the server has enough to do, or still loads the model
+            ├── NotKeptError    the server does not keep the image of that id (any more)
+            └── DeadlineError   the answer did not come in time
 
 A message says what was found, what was expected and what to do. Command line entry points print it
 as one line (`dbsam_deploy.cli.run`); anything that is not a `DbsamError` is a bug and keeps its
@@ -46,18 +47,6 @@ class CheckpointError(DbsamError):
     """A weights file cannot be read, is unsafe, or does not fit the variant."""
 
 
-class ExportError(DbsamError):
-    """A graph cannot be exported or is not a valid ONNX model."""
-
-    exit_status = 1
-
-
-class AccuracyError(DbsamError):
-    """An artefact differs from the PyTorch reference by more than its gate allows."""
-
-    exit_status = 1
-
-
 class EngineError(DbsamError):
     """A runtime is missing, refuses the artefact, or its output is unusable."""
 
@@ -79,16 +68,26 @@ class MissingError(EngineError):
         return type(self), (self.what, self.install)
 
 
-class ServingError(DbsamError):
-    """The Triton repository, server or request failed."""
+class StageError(DbsamError):
+    """A stage failed for another reason than the caller's mistake."""
 
     exit_status = 1
 
 
-class PacsError(DbsamError):
+class ExportError(StageError):
+    """A graph cannot be exported or is not a valid ONNX model."""
+
+
+class AccuracyError(StageError):
+    """An artefact differs from the PyTorch reference by more than its gate allows."""
+
+
+class PacsError(StageError):
     """A PACS does not answer, answers what is unusable, or refuses."""
 
-    exit_status = 1
+
+class ServingError(StageError):
+    """The Triton repository, server or request failed."""
 
 
 class NoServerError(ServingError):

@@ -4,13 +4,16 @@ Local prediction, the Triton models and the client all run this file (the reposi
 of it), so that a mask is the same bit for bit wherever it is computed. It therefore needs neither
 torch nor BLAS: post-processing is element-wise IEEE arithmetic in a fixed order.
 
-Modes (spec: DB-SAM inference; MedSAM 1.0; LiteMedSAM):
+Modes (spec: DB-SAM inference; MedSAM 1.0; LiteMedSAM; SAM-Med2D):
     sam     longest side to S with Pillow's bilinear filter, (x - mean) / std with SAM's statistics
             on 0–255, zero padding right and bottom; logits → S×S → crop → original size.
     medsam  resize to exactly S×S with scikit-image order 3, min–max to 0–1; logits → original size.
     lite_medsam
             longest side to S by pixel area, as OpenCV's INTER_AREA, min–max to 0–1, zero padding
             right and bottom; logits as in sam.
+    sam_med2d
+            resize to exactly S×S by the nearest pixel, as OpenCV's INTER_NEAREST, SAM's statistics;
+            logits → S×S → original size.
 """
 
 from __future__ import annotations
@@ -27,8 +30,10 @@ from .contract import MAX_IMAGE_PIXELS, MAX_POINTS, MAX_PROMPTS, Geometry
 from .errors import EngineError, InputError, MissingError
 from .upscaling import FloatArray, Upscale, resample, sign_mask, value_at
 
-Mode = Literal["sam", "medsam", "lite_medsam"]
-MODES: tuple[Mode, ...] = ("sam", "medsam", "lite_medsam")
+Mode = Literal["sam", "medsam", "lite_medsam", "sam_med2d"]
+MODES: tuple[Mode, ...] = ("sam", "medsam", "lite_medsam", "sam_med2d")
+_SQUEEZED = ("medsam", "sam_med2d")
+"""Modes that fill the model frame, whatever the image's aspect."""
 
 PIXEL_MEAN = np.array([123.675, 116.28, 103.53], np.float32)
 PIXEL_STD = np.array([58.395, 57.12, 57.375], np.float32)
@@ -60,7 +65,7 @@ class Preprocessing(Geometry):
     def content_size(self, original_size: tuple[int, int]) -> tuple[int, int]:
         """Height and width that an image of `original_size` (H, W) fills in the model frame."""
         height, width = original_size
-        if self.mode == "medsam":
+        if self.mode in _SQUEEZED:
             return self.image_size, self.image_size
         scale = self.image_size / max(height, width)
         return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
@@ -198,7 +203,7 @@ def preprocess(image: npt.NDArray[Any], how: Preprocessing) -> FloatArray:
         how: mode and size.
 
     Returns:
-        (1, 3, S, S) float32: z-scored (sam) or 0–1 (the others); zero where there is no image.
+        (1, 3, S, S) float32: z-scored (sam, sam_med2d) or 0–1; zero where there is no image.
 
     Raises:
         InputError: see `check_image`.
@@ -211,9 +216,13 @@ def preprocess(image: npt.NDArray[Any], how: Preprocessing) -> FloatArray:
     height, width = how.content_size((image.shape[0], image.shape[1]))
     if how.mode == "lite_medsam":
         content = _unit_range(area_resize(image, (height, width)))
+    elif how.mode == "sam_med2d":
+        content = _z_scored(
+            image[_nearest(image.shape[0], size)][:, _nearest(image.shape[1], size)]
+        )
     else:
         resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
-        content = (np.asarray(resized, np.float32) - PIXEL_MEAN) / PIXEL_STD
+        content = _z_scored(np.asarray(resized))
     out = np.zeros((1, 3, size, size), np.float32)
     out[0, :, :height, :width] = content.transpose(2, 0, 1)
     return out
@@ -230,6 +239,17 @@ def _medsam_pixels(image: ByteArray, size: int) -> FloatArray:
         np.uint8
     )
     return _unit_range(pixels)
+
+
+def _z_scored(pixels: ByteArray) -> FloatArray:
+    scored: FloatArray = (pixels.astype(np.float32) - PIXEL_MEAN) / PIXEL_STD
+    return scored
+
+
+def _nearest(source: int, count: int) -> npt.NDArray[np.intp]:
+    """Which of `source` pixels each of `count` takes; OpenCV rounds the step twice."""
+    step = 1 / (count / source)
+    return np.minimum((np.arange(count) * step).astype(np.intp), source - 1)
 
 
 def _unit_range(pixels: ByteArray) -> FloatArray:

@@ -71,7 +71,8 @@ _WORDS = {
     "in_box": "a point outside the object",
 }
 _BY_VARIANT = {
-    "sam_vit_b": NATIVE,
+    **dict.fromkeys(("sam_vit_b", "sam_vit_l", "sam_vit_h"), NATIVE),
+    **dict.fromkeys(("sam_med2d", "mobile_sam"), NATIVE),
     **dict.fromkeys(("db_sam", "db_sam_4level", "db_sam_plus", "db_sam_tiny"), BOX_TRAINED),
     **dict.fromkeys(("medsam_vit_b", "lite_medsam"), BOX_TRAINED),
 }

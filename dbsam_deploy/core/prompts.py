@@ -57,6 +57,30 @@ class PromptArrays(Places, total=False):
     mask_input: npt.NDArray[Any] | None
 
 
+class DecoderPrompts(PromptArrays, total=False):
+    """Prompt sets, and how a decoder answers them.
+
+    Attributes:
+        multimask: the three alternatives (by default False: the single mask).
+        adapt_points: answer points as the model's `points` say (the default); else as its decoder
+            does.
+    """
+
+    multimask: bool
+    adapt_points: bool
+
+
+def boxes_alone(
+    *,
+    boxes: npt.NDArray[Any] | None = None,
+    multimask: bool = False,
+    adapt_points: bool = True,
+    **others: Any,
+) -> npt.NDArray[Any] | None:
+    """The boxes of `DecoderPrompts` that are nothing else, which the box decoder takes; or None."""
+    return None if multimask or any(one is not None for one in others.values()) else boxes
+
+
 def join_prompts(
     original_size: tuple[int, int],
     *,

@@ -298,7 +298,7 @@ def _wanted(artefact: Artefact, request: Request, spec: GraphSpec) -> EngineReco
         graph=spec.name,
         kind=options.kind.name,
         precision=artefact.precision,
-        plan=replace(artefact.graphs[spec.name], file=f"{spec.name}.plan", sha256=""),
+        plan=replace(artefact.graphs[spec.name], file=f"{spec.name}.plan", sha256="", data=None),
         onnx_sha256=artefact.graphs[spec.name].sha256,
         version=builder.version,
         cuda=builder.cuda,

@@ -100,10 +100,11 @@ def _prompted(
     for done, (index, own) in enumerate(boxes.items()):
         run.progress(done, len(boxes))
         answer = slices.decode(index, np.stack(list(own.values())))
-        for label, mask, iou in zip(own, as_bool(answer.masks[:, 0]), answer.ious, strict=True):
+        found = zip(own.items(), as_bool(answer.masks[:, 0]), answer.ious, strict=True)
+        for (label, box), mask, iou in found:
             masks.setdefault(label, np.zeros(case.labels.shape, bool))[index] = mask
             if largest[label] == index and mask.any():
-                anchors[label] = Anchor(label, index, mask, float(iou[0]))
+                anchors[label] = Anchor(label, index, mask, float(iou[0]), prompt=box)
     return masks, list(anchors.values())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -11,29 +12,85 @@ import onnx
 import onnx_ir as ir
 
 from ..core.errors import ExportError
+from .atomic import sha256_of
+from .onnx_data import DATA_HASH, OnnxContent, data_path
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 """Metadata of a node: the modules it was traced in, outermost first, then its own name."""
+ONE_FILE_BYTES = 2**31 - 2**26
+"""Most bytes of weights in an ONNX file itself; the rest is for its nodes."""
+_INSIDE_BYTES = 1024
+"""Smaller constants stay in the first file: shapes and axes, which a checker looks into."""
 
 
 def save_onnx(
     model: onnx.ModelProto | ir.Model, path: Path, check: Callable[[Path], None] | None = None
 ) -> None:
-    """Write a graph with its weights inside; the file appears only if `check` accepts it.
+    """Write a graph; the file appears only if `check` accepts it.
 
     Args:
         model: the graph; a ModelProto loses its notes as well, see `strip_notes`.
-        path: the file; an earlier one is replaced.
+        path: the file; an earlier one is replaced. Weights of more than `ONE_FILE_BYTES` get a file
+            of their own beside it, see `data_path`, which appears first.
         check: raises for a file that must not be published, such as `check_valid`.
     """
-    proto = model if isinstance(model, onnx.ModelProto) else ir.to_proto(model)
-    strip_notes(proto)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         partial = Path(scratch) / path.name
-        onnx.save(proto, partial)
+        if large := weight_bytes(model) > ONE_FILE_BYTES:
+            _save_in_two(model, partial)
+        else:
+            proto = model if isinstance(model, onnx.ModelProto) else _whole(model)
+            strip_notes(proto)
+            onnx.save(proto, partial)
         if check is not None:
             check(partial)
+        if large:
+            data_path(partial).replace(data_path(path))
         partial.replace(path)
+        if not large:
+            data_path(path).unlink(missing_ok=True)
+
+
+def read_content(content: OnnxContent) -> onnx.ModelProto:
+    """A graph with all its weights inside, from the content of its files."""
+    model = onnx.load_model_from_string(content.model)
+    if content.data is None:
+        return model
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            place = {entry.key: entry.value for entry in tensor.external_data}
+            start = int(place.get("offset", 0))
+            tensor.raw_data = content.data[start : start + int(place["length"])]
+            tensor.data_location = onnx.TensorProto.DEFAULT
+            del tensor.external_data[:]
+    return model
+
+
+def weight_bytes(model: onnx.ModelProto | ir.Model) -> int:
+    """Size of a graph's constants."""
+    if isinstance(model, onnx.ModelProto):
+        return sum(
+            math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+            for tensor in model.graph.initializer
+        )
+    values = (value.const_value for value in model.graph.initializers.values())
+    return sum(value.nbytes for value in values if value is not None)
+
+
+def _whole(model: ir.Model) -> onnx.ModelProto:
+    """A graph with its weights inside, where they may come from another file."""
+    return ir.to_proto(ir.external_data.load_to_model(model))
+
+
+def _save_in_two(model: onnx.ModelProto | ir.Model, path: Path) -> None:
+    """Write a graph and, one after the other, its weights."""
+    graph = ir.from_proto(model) if isinstance(model, onnx.ModelProto) else model
+    data = data_path(path)
+    ir.save(graph, path, external_data=data.name, size_threshold_bytes=_INSIDE_BYTES)
+    proto = onnx.load(path, load_external_data=False)
+    strip_notes(proto)
+    proto.metadata_props.add(key=DATA_HASH, value=sha256_of(data))
+    onnx.save(proto, path)
 
 
 def check_valid(path: Path) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .atomic import sha256_of, write_atomically
+from .onnx_data import DATA_SUFFIX, data_path
 from .publication import keep_only, remove
 
 WORK_NAME = ".work"
@@ -49,11 +50,14 @@ class WorkFolder:
         """
         for folder in (self.files, self.scratch):
             folder.mkdir(parents=True, exist_ok=True)
-        found = {}
-        for name, known in self._read(say).items():
+        found, recorded = {}, self._read(say)
+        for name, known in recorded.items():
             path = self.files / name
             if path.is_file() and sha256_of(path) == known:
                 found[name] = known
+        for name in recorded:
+            if name.endswith(DATA_SUFFIX) and name not in found:  # its graph is nothing without it
+                found.pop(name.removesuffix(DATA_SUFFIX), None)
         keep_only(self.root, (self.files.name, self.scratch.name, _DONE_NAME))
         keep_only(self.files, found)
         keep_only(self.scratch, self.keep)
@@ -71,7 +75,7 @@ class WorkFolder:
             return {}
 
     def finish(self, name: str, done: Mapping[str, str]) -> dict[str, str]:
-        """Move a file from `scratch` to `files`, and record it.
+        """Move a file, and its weights beside it, from `scratch` to `files`, and record it.
 
         Args:
             name: of the file.
@@ -81,10 +85,12 @@ class WorkFolder:
             All that is finished.
         """
         made = self.scratch / name
-        known = {**done, name: sha256_of(made)}
+        files = [path for path in (data_path(made), made) if path.is_file()]
+        known = {**done, **{path.name: sha256_of(path) for path in files}}
         with write_atomically(self.root / _DONE_NAME) as stream:
             stream.write(json.dumps(known).encode())
-        made.replace(self.files / name)
+        for path in files:
+            path.replace(self.files / path.name)
         return known
 
     def close(self, names: Collection[str]) -> Path:

@@ -36,7 +36,7 @@ from .encoder_decoder import build_graph, example_inputs
 from .precision import apply_precision
 
 FOLDED_BYTES = 64 * 2**20
-"""Largest constant that is folded; the widest weight matrix has 9 MiB."""
+"""Largest constant that is folded; the widest weight matrix has 25 MiB."""
 
 _LAYOUT_OPS = {"Cast", "Reshape", "Squeeze", "Unsqueeze"}
 """Ops at a graph's float32 edges that move data without computing."""

@@ -35,7 +35,7 @@ def sam_encoder(encoder: onnx.ModelProto, how: Preprocessing) -> onnx.ModelProto
         how: the export's preprocessing.
 
     Raises:
-        InputError: a model whose way to resize a picture of 1024×1024 no ONNX operator has.
+        InputError: see `check_sam_signature`.
     """
     before = parser.parse_graph(_ENCODER.format(side=SAM_SIDE, body=_preprocessing(how)))
     _put_around(encoder.graph, sam_encoder_spec(how), list(before.node), [])
@@ -80,22 +80,43 @@ def _value_info(spec: TensorSpec) -> onnx.ValueInfoProto:
     return onnx.helper.make_tensor_value_info(spec.name, _TYPES[spec.dtype], spec.axes)
 
 
-def _preprocessing(how: Preprocessing) -> str:
-    """`core.imaging.preprocess` of a square picture of 1024 pixels, from `sam_bytes` on."""
+def check_sam_signature(how: Preprocessing) -> int:
+    """How many pixels of a picture of 1024 are one of the model's, along a side.
+
+    Raises:
+        InputError: a model whose way to resize a picture of 1024×1024 no ONNX operator has.
+    """
     step, rest = divmod(SAM_SIDE, how.image_size)
-    if rest or (step > 1 and how.mode != "lite_medsam"):
+    divisible = how.mode in ("lite_medsam", "sam_med2d")
+    if rest or (step > 1 and not divisible):
         raise InputError(
             f"a model of image size {how.image_size} with {how.mode} preprocessing: expected "
-            f"{SAM_SIDE}, to which these files are bound"
-            + (", or a divisor of it" if how.mode == "lite_medsam" else "")
+            f"{SAM_SIDE}, to which files in SAM's signature are bound"
+            + (", or a divisor of it" if divisible else "")
         )
-    if how.mode == "sam":
-        mean, std = (", ".join(map(str, values.tolist())) for values in (PIXEL_MEAN, PIXEL_STD))
-        return f"""
+    return step
+
+
+def _preprocessing(how: Preprocessing) -> str:
+    """`core.imaging.preprocess` of a square picture of 1024 pixels, from `sam_bytes` on."""
+    step = check_sam_signature(how)
+    return _z_scored(step) if how.mode in ("sam", "sam_med2d") else _unit_range(step)
+
+
+def _z_scored(step: int) -> str:
+    """Every `step`th pixel, by SAM's statistics."""
+    mean, std = (", ".join(map(str, values.tolist())) for values in (PIXEL_MEAN, PIXEL_STD))
+    nearest = _NEAREST.format(side=SAM_SIDE, step=step) if step > 1 else ""
+    return f"""
             sam_mean = Constant <value = float[1,3,1,1] {{{mean}}}> ()
             sam_std = Constant <value = float[1,3,1,1] {{{std}}}> ()
-            sam_centred = Sub (sam_bytes, sam_mean)
+{nearest}
+            sam_centred = Sub ({"sam_nearest" if nearest else "sam_bytes"}, sam_mean)
             {IMAGE} = Div (sam_centred, sam_std)"""
+
+
+def _unit_range(step: int) -> str:
+    """Means of `step` by `step` pixels, min–max."""
     # Pixels by area, as OpenCV rounds them: ties up where it halves, to even elsewhere.
     small = f"""
             sam_mean = AveragePool <kernel_shape = [{step}, {step}], strides = [{step}, {step}]>
@@ -112,6 +133,13 @@ def _preprocessing(how: Preprocessing) -> str:
             sam_above = Sub (sam_small, sam_low)
             {IMAGE} = Div (sam_above, sam_range)"""
 
+
+_NEAREST = """
+            sam_start = Constant <value_ints = [0, 0]> ()
+            sam_end = Constant <value_ints = [{side}, {side}]> ()
+            sam_axes = Constant <value_ints = [2, 3]> ()
+            sam_steps = Constant <value_ints = [{step}, {step}]> ()
+            sam_nearest = Slice (sam_bytes, sam_start, sam_end, sam_axes, sam_steps)"""
 
 _ENCODER = """
 before (float[1,3,{side},{side}] input_image) => (float image) {{

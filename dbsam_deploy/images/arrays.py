@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,20 @@ from .volumes import Volume, load_pixels, picture_values, read_image
 
 ImageLike = Any
 """A path, a `Volume`, a PIL image, or numbers: NumPy, nested lists or a torch tensor."""
+
+
+class ReadOptions(TypedDict, total=False):
+    """What a file leaves open, see `read_image`.
+
+    Attributes:
+        window: (level, width) that maps stored values to 0–255, or "file".
+        series: of a DICOM folder.
+        volume: which one of a 4D NIfTI file, from 0.
+    """
+
+    window: Window | str | None
+    series: str | int | None
+    volume: int | None
 
 
 def as_volume(

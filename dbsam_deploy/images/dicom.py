@@ -38,13 +38,13 @@ def read_dicom(path: Path, *, series: str | None = None, own_window: bool = Fals
         is_ct = is_in_hu(stack.frames[0])
     return Scan(
         pixels.values,
-        stack.spacing_mm,
-        stack.geometry,
-        tuple(dict.fromkeys(frame.file.path for frame in stack.frames)),
         padding=pixels.padding,
         is_inverted=pixels.is_inverted,
         is_ct=is_ct,
         own_window=pixels.window,
+        spacing_mm=stack.spacing_mm,
+        geometry=stack.geometry,
+        files=tuple(dict.fromkeys(frame.file.path for frame in stack.frames)),
         unplaced=stack.unplaced,
         notes=(*notes, *stack.notes),
     )

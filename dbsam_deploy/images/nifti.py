@@ -59,8 +59,13 @@ def read_nifti(path: Path, *, volume: int | None = None) -> Scan:
     stored = stored.reshape(sizes).transpose(2, 1, 0)
     padding = _fill_values(stored)
     dx, dy, dz = (float(step) for step in np.linalg.norm(affine[:3, :3], axis=0))
-    geometry = ScanGeometry(affine, shape, header)
-    return Scan(_rescaled(stored, header), (dz, dy, dx), geometry, (path,), padding=padding)
+    return Scan(
+        _rescaled(stored, header),
+        padding,
+        spacing_mm=(dz, dy, dx),
+        geometry=ScanGeometry(affine, shape, header),
+        files=(path,),
+    )
 
 
 def count_volumes(path: Path) -> int:

@@ -9,7 +9,7 @@ way in or out. In memory slices are (D, H, W) = (z, y, x).
 from __future__ import annotations
 
 import gzip
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -42,35 +42,50 @@ class ScanGeometry:
     header: Any = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where pixels come from: their place in the patient, and their files.
+
+    Attributes:
+        spacing_mm: distance between voxels along (z, y, x), where the file says so.
+        geometry: what a NIfTI label map needs; None where the file does not place its pixels (a
+            photograph or X-ray in DICOM), or they form no grid.
+        files: every file that was read; none of them may be overwritten.
+        unplaced: why the slices of a series form no grid, which NIfTI needs; the predicate of a
+            sentence, and empty where they do.
+        notes: what was left out, and what was made of the stored numbers and their geometry.
+    """
+
+    spacing_mm: tuple[float, float, float] | None = None
+    geometry: ScanGeometry | None = None
+    files: tuple[Path, ...] = ()
+    unplaced: str = ""
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, other: Provenance) -> dict[str, Any]:
+        """What `other` hands on to what is made of it."""
+        return {field.name: getattr(other, field.name) for field in fields(cls)}
+
+
 @dataclass(frozen=True)
-class Scan:
+class Scan(Provenance):
     """One scan as stored.
 
     Attributes:
         values: (D, H, W) intensities after the file's own rescaling, or (1, H, W, 3) uint8 RGB.
-        spacing_mm: distance between voxels along (z, y, x); None where the file has none.
-        geometry: None where the file does not place its pixels (a photograph or X-ray in DICOM), or
-            they form no grid.
-        files: the files it was read from.
         padding: (D, H, W) bool, pixels that hold no measurement; None where there are none.
         is_inverted: whether the lowest value is shown white (MONOCHROME1).
         is_ct: whether `values` are HU.
         own_window: in words, the file's own window that `values` went through, so that 0–255 is
             black to white; empty where they did not.
-        unplaced: why slices with positions form no grid, as the predicate of a sentence.
-        notes: what was left out, and what was made of the stored numbers.
     """
 
     values: npt.NDArray[Any]
-    spacing_mm: tuple[float, float, float] | None
-    geometry: ScanGeometry | None
-    files: tuple[Path, ...]
     padding: npt.NDArray[np.bool_] | None = None
     is_inverted: bool = False
     is_ct: bool = False
     own_window: str = ""
-    unplaced: str = ""
-    notes: tuple[str, ...] = ()
 
 
 def check_voxels(shape: tuple[int, ...], path: Path, voxel_bytes: int = 1) -> None:

@@ -36,7 +36,7 @@ from .intensity import Intensity, Window, to_uint8
 from .nifti import read_nifti
 from .npz_files import read_npz
 from .quiet import without_stderr
-from .scans import Scan, ScanGeometry, nifti_bytes
+from .scans import Provenance, Scan, nifti_bytes
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 OWN_WINDOW = "file"
@@ -55,7 +55,7 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 @dataclass(frozen=True)
-class Volume:
+class Volume(Provenance):
     """One image or volume, ready to segment.
 
     Attributes:
@@ -64,12 +64,6 @@ class Volume:
         pixels: (D, H, W) grey or (D, H, W, 3) RGB uint8.
         intensity: how the stored values became 0–255.
         boxes: the file's own prompts, (n, 4) for an image or (n, 6) half-open for a volume.
-        spacing_mm: distance between voxels along (z, y, x), where the file says so.
-        geometry: what a NIfTI label map needs, for NIfTI and DICOM.
-        files: every file that was read; none of them may be overwritten.
-        unplaced: why the slices of a series form no grid, which NIfTI needs; the predicate of a
-            sentence, and empty where they do.
-        notes: what of a folder was left out, and what was made of its geometry.
         member: which volume of a 4D NIfTI file it is, where one was named.
     """
 
@@ -78,11 +72,6 @@ class Volume:
     pixels: ByteArray
     intensity: Intensity
     boxes: FloatArray | None = None
-    spacing_mm: tuple[float, float, float] | None = None
-    geometry: ScanGeometry | None = None
-    files: tuple[Path, ...] = ()
-    unplaced: str = ""
-    notes: tuple[str, ...] = ()
     member: int | None = None
 
     @property
@@ -201,17 +190,7 @@ def from_scan(
         is_inverted=scan.is_inverted,
         window_text=window_text,
     )
-    return Volume(
-        path,
-        kind,
-        pixels,
-        intensity,
-        spacing_mm=scan.spacing_mm,
-        geometry=scan.geometry,
-        files=scan.files,
-        unplaced=scan.unplaced,
-        notes=scan.notes,
-    )
+    return Volume(path, kind, pixels, intensity, **Provenance.of(scan))
 
 
 def _read_picture(path: Path, window: Window | None) -> Volume:
@@ -335,7 +314,9 @@ def picture_values(
 def _from_npz(path: Path, window: Window | None, with_boxes: bool) -> Volume:
     content = read_npz(path, with_boxes=with_boxes)
     pixels, intensity = to_uint8(content.values, window, path)
-    return Volume(path, "npz", pixels, intensity, content.boxes, content.spacing_mm, files=(path,))
+    return Volume(
+        path, "npz", pixels, intensity, content.boxes, spacing_mm=content.spacing_mm, files=(path,)
+    )
 
 
 def label_dtype(count: int) -> type[np.uint8] | type[np.uint16]:

@@ -4,9 +4,9 @@
 compute in float32 and round once, into the dtype of the inputs, as the kernels do.
 
 `ms_deform_attn`, `channel_attention` and `rel_pos_attention` are custom operators that
-`torch.compile` and `torch.export` keep as one call. On CUDA tensors they launch the compiled
-kernels on the current stream; on CPU tensors they run the reference. They are for inference: no
-gradients.
+`torch.compile` and `torch.export` keep as one call, with the arguments of their references. On CUDA
+tensors they launch the compiled kernels on the current stream; on CPU tensors they run the
+reference. They are for inference: no gradients.
 
 Shapes: B batch, N windows, Q queries, V value tokens, H heads, D channels a head, L levels,
 P points, S side of a token window, C channels, R squeezed channels.
@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -169,16 +169,22 @@ def rel_pos_attention_reference(
     return out.transpose(1, 2).reshape(windows, tokens, num_heads * depth).to(qkv.dtype)
 
 
-@torch.library.custom_op("dbsam::ms_deform_attn", mutates_args=())
+def _operator(
+    reference: Callable[..., Any],
+) -> Callable[[Callable[..., Any]], torch.library.CustomOpDef]:
+    """Make a function the operator `dbsam::<its name>`, which is called as `reference` is."""
+    schema = torch.library.infer_schema(reference, mutates_args=())
+
+    def made(function: Callable[..., Any]) -> torch.library.CustomOpDef:
+        name = f"dbsam::{function.__name__}"
+        return torch.library.custom_op(name, function, mutates_args=(), schema=schema)
+
+    return made
+
+
+@_operator(ms_deform_attn_reference)
 def ms_deform_attn(
-    value: Tensor,
-    offsets: Tensor,
-    weights: Tensor,
-    *,
-    num_heads: int,
-    num_points: int,
-    level_shapes: Sequence[int],
-    query_shapes: Sequence[int],
+    value: Tensor, offsets: Tensor, weights: Tensor, *, num_heads: int, num_points: int, **maps: Any
 ) -> Tensor:
     """Fused multi-scale deformable attention; see `ms_deform_attn_reference`.
 
@@ -186,6 +192,7 @@ def ms_deform_attn(
         InputError: a shape, dtype, device or stride that does not fit.
         EngineError: the kernel refuses the arguments, or CUDA reports an error.
     """
+    level_shapes, query_shapes = list(maps["level_shapes"]), list(maps["query_shapes"])
     levels, sources = as_shapes(level_shapes), as_shapes(query_shapes)
     batch, channels = value.shape[0], value.shape[-1]
     queries = sum(height * width for height, width in sources)
@@ -200,20 +207,14 @@ def ms_deform_attn(
     )
     if not _has_kernels(value):
         return ms_deform_attn_reference(
-            value,
-            offsets,
-            weights,
-            num_heads=num_heads,
-            num_points=num_points,
-            level_shapes=level_shapes,
-            query_shapes=query_shapes,
+            value, offsets, weights, num_heads=num_heads, num_points=num_points, **maps
         )
     out = value.new_empty((batch, queries, channels))
     _launch(
         "dbsam_ms_deform_attn",
         (value, offsets, weights, out),
-        (batch, num_heads, depth, len(levels), num_points, list(level_shapes)),
-        (len(sources), list(query_shapes), dtype),
+        (batch, num_heads, depth, len(levels), num_points, level_shapes),
+        (len(sources), query_shapes, dtype),
     )
     return out
 
@@ -223,18 +224,8 @@ def _(value: Tensor, offsets: Tensor, weights: Tensor, **sizes: Any) -> Tensor:
     return value.new_empty((value.shape[0], offsets.shape[1], value.shape[2]))
 
 
-@torch.library.custom_op("dbsam::channel_attention", mutates_args=())
-def channel_attention(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    dw_weight: Tensor,
-    fc1: Tensor,
-    fc2: Tensor,
-    pw_weight: Tensor,
-    *,
-    epsilon: float,
-) -> tuple[Tensor, Tensor]:
+@_operator(channel_attention_reference)
+def channel_attention(x: Tensor, *parameters: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """Fused channel attention; see `channel_attention_reference`.
 
     Raises:
@@ -244,8 +235,8 @@ def channel_attention(
     if x.dim() != 4:
         raise InputError(f"channel_attention: x has {x.dim()} axes, expected (B, H, W, C)")
     batch, height, width, channels = x.shape
+    norm_weight, norm_bias, dw_weight, fc1, fc2, pw_weight = parameters
     reduced = fc1.shape[0]
-    parameters = (norm_weight, norm_bias, dw_weight, fc1, fc2, pw_weight)
     dtype = _check_tensors(
         "channel_attention",
         x=(x, (batch, height, width, channels)),
@@ -279,15 +270,9 @@ def _(x: Tensor, *parameters: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     return hidden, x.new_empty((batch, *parameters[-1].shape))
 
 
-@torch.library.custom_op("dbsam::rel_pos_attention", mutates_args=())
+@_operator(rel_pos_attention_reference)
 def rel_pos_attention(
-    qkv: Tensor,
-    rel_pos_h: Tensor,
-    rel_pos_w: Tensor,
-    *,
-    num_heads: int,
-    side: int,
-    scale: float,
+    qkv: Tensor, *tables: Tensor, num_heads: int, side: int, scale: float
 ) -> Tensor:
     """Fused attention with relative positions; see `rel_pos_attention_reference`.
 
@@ -295,6 +280,7 @@ def rel_pos_attention(
         InputError: a shape, dtype, device or stride that does not fit.
         EngineError: the kernel refuses the arguments, or CUDA reports an error.
     """
+    rel_pos_h, rel_pos_w = tables
     windows, packed = qkv.shape[0], qkv.shape[-1]
     depth = _divide("rel_pos_attention", packed, 3 * num_heads)
     dtype = _check_tensors(
@@ -305,12 +291,12 @@ def rel_pos_attention(
     )
     if not _has_kernels(qkv):
         return rel_pos_attention_reference(
-            qkv, rel_pos_h, rel_pos_w, num_heads=num_heads, side=side, scale=scale
+            qkv, *tables, num_heads=num_heads, side=side, scale=scale
         )
     out = qkv.new_empty((windows, side * side, num_heads * depth))
     _launch(
         "dbsam_rel_pos_attention",
-        (qkv, rel_pos_h, rel_pos_w, out),
+        (qkv, *tables, out),
         (windows, side, num_heads, depth),
         (scale, dtype),
     )

@@ -13,13 +13,11 @@ import numpy as np
 
 from ..clients.access import Access
 from ..clients.async_client import AsyncDbsamClient
-from ..clients.known_images import boxes_alone
 from ..clients.retries import Retries, Transport
 from ..core.errors import ServingError
 from ..core.imaging import ByteArray, FloatArray
-from ..core.masks import Prediction
-from ..core.prompts import PromptArrays
-from ..prediction.predictor import Promptable
+from ..core.prompts import PromptArrays, boxes_alone
+from ..prediction.predictor import Promptable, prediction_of
 from .generator import Sender
 
 Work = Literal["one-shot", "click"]
@@ -159,7 +157,7 @@ async def find_expected(
     _same(one, (await opened.predict(boxes=box)).masks, "one-shot and known image")
     clicks = []
     for prompts in subject.clicks():
-        boxes = boxes_alone(prompts, multimask=False)
+        boxes = boxes_alone(**prompts)
         if boxes is not None:
             answer = await client.segment(subject.image, boxes)
         else:
@@ -172,15 +170,10 @@ async def find_expected(
         local.set_image(subject.image)
         _same(one, local.predict_boxes(box).masks, "the server and the export in this process")
         for prompts, masks in zip(subject.clicks(), clicks, strict=True):
-            found = _local(local, prompts).masks
+            found = prediction_of(local, **prompts).masks
             _same(masks, found, "the server and the export in this process")
         checked = "the export in this process, bit for bit"
     return Expected(one, clicks, checked)
-
-
-def _local(local: Promptable, prompts: PromptArrays) -> Prediction:
-    boxes = boxes_alone(prompts, multimask=False)
-    return local.predict_prompts(**prompts) if boxes is None else local.predict_boxes(boxes)
 
 
 def _same(first: ByteArray, second: ByteArray, what: str) -> None:

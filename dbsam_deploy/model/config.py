@@ -69,9 +69,10 @@ class FourBranchConfig(AdapterConfig):
 
 @dataclass(frozen=True)
 class TinyVitConfig:
-    """Image encoder of LiteMedSAM, see `dbsam_deploy.model.tiny_vit`; one entry a stage.
+    """Image encoder of LiteMedSAM and MobileSAM, see `dbsam_deploy.model.tiny_vit`.
 
-    Attributes:
+    Attributes, one entry a stage but for the first:
+        patch_stride: of both convolutions of the patch embedding; with 1 they are 1×1, else 3×3.
         embed_dims: channels.
         depths: blocks; those of the first stage are convolutions, the others attend in windows.
         num_heads: attention heads; the first stage has none.
@@ -84,11 +85,12 @@ class TinyVitConfig:
     num_heads: tuple[int, ...] = (0, 4, 5, 10)
     window_sizes: tuple[int, ...] = (0, 7, 14, 7)
     strides: tuple[int, ...] = (2, 2, 1)
+    patch_stride: int = 1
 
     @property
     def embedding_stride(self) -> int:
-        """Pixels a cell of the embedding; the patch embedding has no stride."""
-        return math.prod(self.strides)
+        """Pixels a cell of the embedding."""
+        return self.patch_stride**2 * math.prod(self.strides)
 
 
 @dataclass(frozen=True)
@@ -105,9 +107,10 @@ class ModelConfig:
         adapter: the branch beside the ViT, or None for plain SAM.
         preprocessing: how images enter the model, see `dbsam_deploy.core.imaging`.
         window_size: side of the windows of local attention, in tokens.
-        tiny_vit: LiteMedSAM's encoder instead of SAM's ViT; the ViT's fields are then not used.
+        tiny_vit: a TinyViT instead of SAM's ViT, whose fields are then not used.
         decoder_norm_eps: eps of the LayerNorms within the mask decoder's blocks: 1e-5 in SAM, 1e-6
             in transformers' `SamModel`.
+        block_adapters: an adapter within each ViT block, as SAM-Med2D has it.
     """
 
     name: str
@@ -121,6 +124,7 @@ class ModelConfig:
     window_size: int = 14
     tiny_vit: TinyVitConfig | None = None
     decoder_norm_eps: float = 1e-5
+    block_adapters: bool = False
 
     @property
     def frame(self) -> Preprocessing:
@@ -144,6 +148,8 @@ _CONFIGS = (
     ),
     ModelConfig("db_sam_plus", adapter=FourBranchConfig()),
     ModelConfig("sam_vit_b", norm_eps=1e-6),
+    ModelConfig("sam_vit_l", embed_dim=1024, depth=24, num_heads=16, norm_eps=1e-6),
+    ModelConfig("sam_vit_h", embed_dim=1280, depth=32, num_heads=16, norm_eps=1e-6),
     ModelConfig("medsam_vit_b", norm_eps=1e-6, preprocessing="medsam"),
     ModelConfig(
         "db_sam_tiny",
@@ -155,6 +161,14 @@ _CONFIGS = (
     ModelConfig(
         "lite_medsam", image_size=256, preprocessing="lite_medsam", tiny_vit=TinyVitConfig()
     ),
+    ModelConfig(
+        "sam_med2d",
+        image_size=256,
+        norm_eps=1e-6,
+        preprocessing="sam_med2d",
+        block_adapters=True,
+    ),
+    ModelConfig("mobile_sam", tiny_vit=TinyVitConfig(patch_stride=2)),
 )
 
 VARIANTS: dict[str, ModelConfig] = {config.name: config for config in _CONFIGS}

@@ -27,6 +27,8 @@ TRANSPARENT = frozenset(
 """Words that data-parallel, compiled, sharded and checkpointed modules put anywhere in a key."""
 HARMLESS = re.compile(r"pixel_mean|pixel_std|n_averaged|.*(loss|criterion|metric).*")
 """Tensors beside the model's own that are no part of it."""
+_UNUSED = re.compile(r"image_encoder\.(norm_head|head)\.(weight|bias)")
+"""The classifier with which MobileSAM's encoder was trained beforehand; its `forward` has none."""
 MAX_NESTING = 12
 """Deepest table that is looked into."""
 MAX_MODELS = 100
@@ -138,6 +140,8 @@ def find_models(found: Mapping[str, FoundTensor]) -> list[Candidate]:
         if at is None:
             continue
         own = ".".join(word for word in words[at:] if word not in TRANSPARENT)
+        if _UNUSED.fullmatch(own):
+            continue
         model = models.setdefault(".".join(words[:at]), {})
         if own in model and model[own].tensor != one.tensor:
             raise ValueError(f"{own} is there twice, once as {name}")
@@ -294,7 +298,7 @@ def ignored(content: Any, found: Mapping[str, FoundTensor], model: Candidate) ->
             (i for i, (a, b) in enumerate(zip(words, start, strict=False)) if a != b),
             min(len(words), len(start)),
         )
-        label = ".".join(words[: same + 1])
+        label = ".".join(words[: same + 1 + (words[same] in PARTS)])
         left.append(label)
     return list(dict.fromkeys(left))
 

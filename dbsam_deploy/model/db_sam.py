@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import FourBranchAdapter, RunBlocks, TwoBranchAdapter
+from .block_adapter import add_adapters
 from .config import FourBranchConfig, Fusion, ModelConfig, TwoBranchConfig, variant_config
 from .sam import build_mask_decoder, build_prompt_encoder, build_vit, set_decoder_eps
 from .tiny_vit import TinyVit
@@ -33,6 +34,8 @@ class DbSam(nn.Module):
             if config.tiny_vit is None
             else TinyVit(config.tiny_vit, config.image_size)
         )
+        if config.block_adapters:
+            add_adapters(self.image_encoder, config.embed_dim)
         if isinstance(config.adapter, TwoBranchConfig):
             self.image_encoder.adapter = TwoBranchAdapter(config.embed_dim, config.adapter)
         elif isinstance(config.adapter, FourBranchConfig):

@@ -7,16 +7,18 @@ from typing import Any
 
 import torch
 
+from ..catalogue import CATALOGUE
 from ..core.errors import CheckpointError, InputError
-from . import VARIANTS, build_model
+from . import VARIANTS
 from .checkpoint import Checkpoint, Selected, select
 from .contents import FoundTensor, about, find_models, flatten
 from .fitting import StateDict, differences, fit_tensors, interpolate_position
 from .layouts import own_names
 from .lora import adapter_file, has_adapters, merge_adapter, merge_in_place
 from .pickles import StoredTensor
+from .shapes import shapes_of
 from .weight_files import WeightsFile, inspect_line, open_weights
-from .weights import ADAPTER, infer_fusion, infer_variant, trained_size
+from .weights import ADAPTER, BLOCK_ADAPTER, infer_fusion, infer_variant, trained_size
 
 
 def inspect_weights(
@@ -100,15 +102,12 @@ def _of_model(
     missing = _differences(tensors, variant, size)
     return facts | {
         "variant": variant,
-        "family": _FAMILIES.get(variant, "DB-SAM"),
+        "family": CATALOGUE[variant].family,
         "image_size": size or VARIANTS[variant].image_size,
         "adapters": _adapters(tensors) + ["LoRA, merged when it is loaded"] * lora,
         "differences": missing,
         "refused": f"it does not fit {variant}" if missing else "",
     }
-
-
-_FAMILIES = {"sam_vit_b": "SAM", "medsam_vit_b": "MedSAM", "lite_medsam": "LiteMedSAM"}
 
 
 def _descriptions(selected: Selected) -> StateDict:
@@ -135,7 +134,7 @@ def _precision(tensors: dict[str, FoundTensor]) -> str:
 def _differences(tensors: StateDict, variant: str, size: int | None) -> list[str]:
     """Missing, unexpected and mis-shaped keys, as loading would find them."""
     with torch.device("meta"):
-        wanted = build_model(variant, image_size=size, fusion=infer_fusion(tensors)).state_dict()
+        wanted = shapes_of(variant, image_size=size, fusion=infer_fusion(tensors))
         fitted = interpolate_position(fit_tensors(tensors, wanted), wanted, None)
     return differences(fitted, wanted)
 
@@ -143,4 +142,5 @@ def _differences(tensors: StateDict, variant: str, size: int | None) -> list[str
 def _adapters(tensors: StateDict) -> list[str]:
     fusion = infer_fusion(tensors)
     with_adapter = any(name.startswith(ADAPTER) for name in tensors)
-    return [f"DB-SAM's{f' (fusion {fusion})' if fusion else ''}"] if with_adapter else []
+    found = [f"DB-SAM's{f' (fusion {fusion})' if fusion else ''}"] if with_adapter else []
+    return found + ["SAM-Med2D's"] * any(BLOCK_ADAPTER in name for name in tensors)

@@ -19,6 +19,8 @@ POSITIONS = (
 )
 """Two names of `SamModel` for one matrix."""
 _POSITION = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
+_MED2D = re.compile(r"^(image_encoder\.blocks\.\d+)\.Adapter\.")
+"""The adapters of SAM-Med2D, see `block_adapter`."""
 _MLP = r"mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head)"
 _RENAMED = (
     (r"^(shared_image|prompt_encoder\.shared)_embedding\.positional_embedding$", _POSITION),
@@ -71,5 +73,5 @@ def own_names(tensors: Mapping[str, T]) -> dict[str, T]:
             twice, under two names for one tensor, or once; the prompt encoder's is taken.
     """
     if layout_of(tensors) == SAM:
-        return dict(tensors)
+        return {_MED2D.sub(r"\1.mlp.adapter.", name): value for name, value in tensors.items()}
     return {own_name(name): value for name, value in sorted(tensors.items(), reverse=True)}

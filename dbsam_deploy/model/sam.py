@@ -50,6 +50,7 @@ PromptEncoder: Any = _modeling.PromptEncoder
 MaskDecoder: Any = _modeling.MaskDecoder
 TwoWayTransformer: Any = _modeling.TwoWayTransformer
 LayerNorm2d: Any = sys.modules[f"{_PRIVATE_NAME}.common"].LayerNorm2d
+MLPBlock: Any = sys.modules[f"{_PRIVATE_NAME}.common"].MLPBlock
 ViTBlock: Any = sys.modules[f"{_PRIVATE_NAME}.image_encoder"].Block
 get_rel_pos: Any = sys.modules[f"{_PRIVATE_NAME}.image_encoder"].get_rel_pos
 

@@ -1,9 +1,9 @@
-"""TinyViT as LiteMedSAM runs it: the image encoder of `lite_medsam`, under the checkpoint's names.
+"""TinyViT: the image encoder of `mobile_sam` and `lite_medsam`, under the checkpoints' names.
 
-Architecture: Wu et al., "TinyViT", ECCV 2022 (5M size), with LiteMedSAM's changes (bowang-lab/
-MedSAM, branch LiteMedSAM): a patch embedding without stride, so that the first stage works on
-pixels, and a last stage that keeps the resolution of the third. LiteMedSAM trains with drop path
-0, so there is none here.
+Architecture: Wu et al., "TinyViT", ECCV 2022 (5M size), with MobileSAM's change (ChaoningZhang/
+MobileSAM), a last stage that keeps the resolution of the third, and LiteMedSAM's (bowang-lab/
+MedSAM, branch LiteMedSAM), a patch embedding without stride, so that the first stage works on
+pixels. Both train with drop path 0, so there is none here.
 """
 
 from __future__ import annotations
@@ -35,14 +35,19 @@ class ConvBn(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """RGB → first stage's width, pixel by pixel."""
+    """RGB → first stage's width: two convolutions, pixel by pixel or 3×3 with a stride."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, stride: int) -> None:
         super().__init__()
-        self.seq = nn.Sequential(ConvBn(3, dim // 2), nn.GELU(), ConvBn(dim // 2, dim))
+        kernel = 1 if stride == 1 else 3
+        self.seq = nn.Sequential(
+            ConvBn(3, dim // 2, kernel, stride=stride),
+            nn.GELU(),
+            ConvBn(dim // 2, dim, kernel, stride=stride),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) → (B, dim, H, W)."""
+        """(B, 3, H, W) → (B, dim, H / stride², W / stride²)."""
         return self.seq(x)
 
 
@@ -192,9 +197,9 @@ class TinyVit(nn.Module):
     def __init__(self, config: TinyVitConfig, image_size: int) -> None:
         super().__init__()
         dims = config.embed_dims
-        self.patch_embed = PatchEmbed(dims[0])
+        self.patch_embed = PatchEmbed(dims[0], config.patch_stride)
         self.layers = nn.Sequential()
-        grid = image_size
+        grid = image_size // config.patch_stride**2
         for i, dim in enumerate(dims):
             blocks: list[nn.Module] = [
                 AttentionBlock(dim, config.num_heads[i], config.window_sizes[i], grid)
@@ -217,9 +222,9 @@ class TinyVit(nn.Module):
         """Encode images.
 
         Args:
-            image: (B, 3, S, S) float32 0–1, model frame.
+            image: (B, 3, S, S) float32, model frame.
 
         Returns:
-            image_embeddings (B, 256, G, G), G = S / product of the strides.
+            image_embeddings (B, 256, G, G), G = S / `TinyVitConfig.embedding_stride`.
         """
         return self.neck(self.layers(self.patch_embed(image)))

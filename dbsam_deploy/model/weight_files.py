@@ -97,7 +97,7 @@ class WeightsFile:
 
 def inspect_line(path: Path) -> str:
     """What a refusal ends with: the command that shows what a file holds."""
-    return f"`python -m dbsam_deploy.inspect {shlex.quote(str(path))}` shows what it holds"
+    return f"`python -m dbsam_deploy.inspect_file {shlex.quote(str(path))}` shows what it holds"
 
 
 def weights_file(path: Path) -> Path:

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
+from ..catalogue import DEFAULT_VARIANT
 from ..core.contract import PATCH_SIZE
 from ..core.errors import CheckpointError
 from ..core.imaging import Preprocessing
 from ..core.points import POINTS, usual_record
 from ..extras import LITE_MEDSAM_LINE
-from ..resources import DEFAULT_VARIANT, WEIGHTS_IN_FOLDERS, resource_dir
+from ..resources import WEIGHTS_IN_FOLDERS, resource_dir
 from . import VARIANTS, DbSam, build_model
 from .checkpoint import Checkpoint, hash_tensors, read_checkpoint
 from .config import Fusion
@@ -24,11 +25,15 @@ from .lora import adapter_file, has_adapters, merge_adapter, merge_in_place
 from .weight_files import inspect_line
 
 LITE_MEDSAM = "lite_medsam"
+SAM_VARIANTS = ("sam_vit_b", "sam_vit_l", "sam_vit_h")
+"""SAM's own three sizes."""
 INIT_SEED = 0
 """Seed of fresh weights, so that an export without a checkpoint is the same every time."""
 
 ADAPTER = "image_encoder.adapter."
 """What the keys of the branch beside the ViT begin with."""
+BLOCK_ADAPTER = ".mlp.adapter."
+"""In the keys of SAM-Med2D's adapters."""
 _TINY_VIT = "image_encoder.patch_embed.seq."
 _DECODER_PREFIXES = ("prompt_encoder.", "mask_decoder.")
 _NECK_SCALE = "image_encoder.neck.3."
@@ -167,7 +172,8 @@ def infer_variant(checkpoint: Checkpoint) -> str:
     """
     tensors = checkpoint.tensors
     if any(k.startswith(_TINY_VIT) for k in tensors):
-        return LITE_MEDSAM
+        first = tensors.get(f"{_TINY_VIT}0.c.weight")
+        return LITE_MEDSAM if first is None or first.shape[2:] == (1, 1) else "mobile_sam"
     patch = tensors.get("image_encoder.patch_embed.proj.weight")
     if patch is None:
         raise CheckpointError(
@@ -183,8 +189,10 @@ def infer_variant(checkpoint: Checkpoint) -> str:
     elif any(k.startswith(ADAPTER) for k in tensors):
         tiny = VARIANTS["db_sam_tiny"].embed_dim
         name = "db_sam_tiny" if width == tiny else "db_sam"
+    elif any(BLOCK_ADAPTER in k for k in tensors):
+        name = "sam_med2d"
     else:
-        name = "medsam_vit_b" if "medsam" in _file_name(checkpoint.path).lower() else "sam_vit_b"
+        return _plain_sam(checkpoint, width)
     if width != VARIANTS[name].embed_dim:
         raise CheckpointError(
             f"{checkpoint.path}: a ViT of width {width}, but {name} has "
@@ -192,6 +200,29 @@ def infer_variant(checkpoint: Checkpoint) -> str:
             f"{inspect_line(checkpoint.path)}"
         )
     return name
+
+
+def _plain_sam(checkpoint: Checkpoint, width: int) -> str:
+    """Variant of a ViT without an adapter, by its width and the file's name.
+
+    Raises:
+        CheckpointError: of no variant's width, or MedSAM's of one that MedSAM never had.
+    """
+    medsam = "medsam" in _file_name(checkpoint.path).lower()
+    sizes = {VARIANTS[name].embed_dim: name for name in SAM_VARIANTS}
+    if width not in sizes:
+        found = ", ".join(f"{size} ({name})" for size, name in sizes.items())
+        raise CheckpointError(
+            f"{checkpoint.path}: a ViT of width {width}, expected {found}; "
+            f"{inspect_line(checkpoint.path)}"
+        )
+    if medsam and sizes[width] != "sam_vit_b":
+        raise CheckpointError(
+            f"{checkpoint.path}: MedSAM by its name, with a ViT of width {width}, and MedSAM's "
+            f"preprocessing goes with ViT-B: if images enter as SAM's, name --variant "
+            f"{sizes[width]}"
+        )
+    return "medsam_vit_b" if medsam else sizes[width]
 
 
 def infer_fusion(tensors: StateDict) -> Fusion | None:

@@ -6,11 +6,13 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..cli import HelpFormatter, Parser, add_no_wait, add_weights_choice, check_paths
+from ..catalogue import DEFAULT_VARIANT, VARIANT_NAMES
+from ..cli import HelpFormatter, Parser, add_no_wait, check_paths
 from ..core.contract import check_image_size
 from ..engines.build import CHOICES, parse_targets
 from ..recipe import available_precisions, calibration_plan, load_recipe
-from ..resources import DEFAULT_VARIANT, VARIANT_NAMES, resource_dir
+from ..resources import resource_dir
+from ..sessions.weights_choice import ModelChoice, add_weights_choice
 
 DESCRIPTION = """\
 Export a model as two graphs (encoder + fusion, prompt + decoder), compare them with PyTorch on real
@@ -27,6 +29,8 @@ examples:
     python -m dbsam_deploy.export --precision fp32 --checkpoint medsam_vit_b.pth
   with TensorRT-RTX engines for GPUs that are elsewhere; this machine needs none
     python -m dbsam_deploy.export --precision fp16 --engine tensorrt-rtx --target sm_86,sm_120
+  LiteMedSAM for OHIF and others that take SAM's own two ONNX files
+    python -m dbsam_deploy.export --precision fp16 --variant lite_medsam --signature sam
   int8, with ranges from your own images (npz, NIfTI, PNG, JPEG)
     python -m dbsam_deploy.export --precision int8 --calibration images/
   a DB-SAM you trained, compared on your own images (npz with imgs and gts)
@@ -35,18 +39,11 @@ examples:
 
 
 @dataclass(frozen=True)
-class ExportOptions:
-    """What an export is asked for.
+class ExportOptions(ModelChoice):
+    """What an export is asked for; of which model, says `ModelChoice`.
 
     Attributes:
         precision: recipe stem.
-        variant: model variant, None to take the checkpoint's.
-        checkpoint: weights file, None for those that `load_model` has for the variant.
-        image_size: side S of the model frame, None for the variant's own.
-        decoder_weights: prompt encoder and mask decoder for a fresh encoder, without a checkpoint.
-        weights: `model` or `ema`, of a checkpoint with both.
-        weights_key: name of the model, of a checkpoint with several.
-        adapter: LoRA that is merged into the checkpoint.
         data: folder of npz cases for the parity gate, None for the bundled examples.
         data_images: images of `data` that are compared, None for the recipe's number.
         output: folder for everything that is written.
@@ -54,17 +51,12 @@ class ExportOptions:
         targets: GPUs to build them for, where the builder is told.
         calibration: folder or file of real images for a recipe that quantises activations.
         budget: largest loss of Dice for which a sweep leaves layers out, None for no sweep.
+        signature: `sam` for files in the signature of SAM's own as well, see
+            `verification.sam_files`.
         wait: for another command that writes `output` to end; else the export is refused.
     """
 
     precision: str
-    variant: str | None = None
-    checkpoint: Path | None = None
-    image_size: int | None = None
-    decoder_weights: Path | None = None
-    weights: str | None = None
-    weights_key: str | None = None
-    adapter: Path | None = None
     data: Path | None = None
     data_images: int | None = None
     output: Path = Path("build")
@@ -72,6 +64,7 @@ class ExportOptions:
     targets: tuple[str, ...] = ()
     calibration: Path | None = None
     budget: float | None = None
+    signature: str | None = None
     wait: bool = True
 
 
@@ -94,18 +87,17 @@ def build_parser() -> Parser:
         choices=VARIANT_NAMES,
         help=f"model variant; by default the checkpoint's, or {DEFAULT_VARIANT}",
     )
-    parser.add_argument("--checkpoint", type=Path, help="weights: .pth, .ckpt or .safetensors")
-    add_weights_choice(parser)
+    add_weights_choice(
+        parser,
+        checkpoint="weights: .pth, .ckpt or .safetensors",
+        decoder_weights="with a fresh encoder instead of --checkpoint: this file's prompt encoder "
+        "and mask decoder (lite_medsam.pth)",
+    )
     parser.add_argument(
         "--image-size",
         type=int,
-        help="side of the model frame; by default the variant's: 1024, or 256 for lite_medsam",
-    )
-    parser.add_argument(
-        "--decoder-weights",
-        type=Path,
-        help="with a fresh encoder instead of --checkpoint: this file's prompt encoder and mask "
-        "decoder (lite_medsam.pth)",
+        help="side of the model frame; by default the variant's: 1024, 256 for lite_medsam and "
+        "sam_med2d",
     )
     parser.add_argument(
         "--data",
@@ -118,8 +110,7 @@ def build_parser() -> Parser:
         metavar="N",
         help="how many of their images are compared; default: the recipe's",
     )
-    parser.add_argument("--output", type=Path, default=Path("build"), help="where to write")
-    add_no_wait(parser)
+    _add_output(parser)
     _add_quantization(parser)
     _add_engines(parser)
     return parser
@@ -137,6 +128,17 @@ def parse_words(argv: list[str] | None) -> argparse.Namespace:
         check_image_size(words.image_size)
     calibration_plan(load_recipe(words.precision), words.calibration, words.budget)
     return words
+
+
+def _add_output(parser: Parser) -> None:
+    parser.add_argument("--output", type=Path, default=Path("build"), help="where to write")
+    parser.add_argument(
+        "--signature",
+        choices=("sam",),
+        help="also write encoder.onnx and decoder.onnx in the signature of SAM's own files, for "
+        "OHIF, CVAT and others (build/fp16_sam)",
+    )
+    add_no_wait(parser)
 
 
 def _add_quantization(parser: Parser) -> None:

@@ -7,10 +7,11 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..cli import HelpFormatter, Parser, add_no_wait, add_weights_choice, check_paths
+from ..catalogue import VARIANT_NAMES
+from ..cli import HelpFormatter, Parser, add_no_wait, check_paths
 from ..core.contract import check_image_size
 from ..recipe import available_precisions, calibration_plan, load_recipe
-from ..resources import VARIANT_NAMES
+from ..sessions.weights_choice import ModelChoice, add_weights_choice
 
 DESCRIPTION = """\
 Quantise an encoder block by block and in groups, measure each choice on held-back calibration
@@ -31,18 +32,12 @@ DEFAULT_BUDGET = 0.005
 
 
 @dataclass(frozen=True)
-class SensitivityOptions:
-    """What a sweep is asked for; see the command's help."""
+class SensitivityOptions(ModelChoice):
+    """What a sweep is asked for, see the command's help; of which model, says `ModelChoice`."""
 
     precision: str
     calibration: Path | None
     budget: float = DEFAULT_BUDGET
-    checkpoint: Path | None = None
-    variant: str | None = None
-    image_size: int | None = None
-    weights: str | None = None
-    weights_key: str | None = None
-    adapter: Path | None = None
     output: Path = Path("build/sensitivity")
     wait: bool = True
 
@@ -50,16 +45,7 @@ class SensitivityOptions:
 def export_command(options: SensitivityOptions) -> str:
     """The command that exports what was swept, with the layers that the sweep leaves out."""
     words = [f"--precision {options.precision}", f"--budget {options.budget:g}"]
-    names = (
-        "calibration",
-        "checkpoint",
-        "variant",
-        "image_size",
-        "weights",
-        "weights_key",
-        "adapter",
-    )
-    given = {name: getattr(options, name) for name in names}
+    given = {"calibration": options.calibration, **vars(ModelChoice.of(options))}
     words += [
         f"--{name.removeprefix('weights_').replace('_', '-')} {shlex.quote(str(value))}"
         for name, value in given.items()
@@ -91,8 +77,7 @@ def build_parser() -> Parser:
         metavar="LOSS",
         help="largest loss of Dice with the truth on held-back images; the gate holds as well",
     )
-    parser.add_argument("--checkpoint", type=Path, help="weights: .pth, .ckpt or .safetensors")
-    add_weights_choice(parser)
+    add_weights_choice(parser, "weights: .pth, .ckpt or .safetensors")
     parser.add_argument("--variant", choices=VARIANT_NAMES, help="by default the checkpoint's")
     parser.add_argument("--image-size", type=int, help="side of the model frame")
     parser.add_argument(

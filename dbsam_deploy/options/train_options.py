@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
 
-from ..cli import HelpFormatter, Parser, add_no_wait, add_weights_choice, check_paths
+from ..cli import HelpFormatter, Parser, add_no_wait, check_paths
 from ..core.errors import InputError
+from ..datasets.cases import Reading
 from ..datasets.finding import add_reading_options, reading_of
-from ..images.intensity import Window
+from ..sessions.weights_choice import WeightsChoice, add_weights_choice
 from ..training.choices import Freeze, available_training_recipes, find_training_recipe
 
 DESCRIPTION = """\
@@ -31,21 +32,17 @@ examples:
 
 
 @dataclass(frozen=True)
-class TrainOptions:
+class TrainOptions(WeightsChoice):
     """What a training is asked for; everything that changes the weights is in the recipe.
+
+    What it starts from, says `WeightsChoice`; without a checkpoint it is fresh weights.
 
     Attributes:
         recipe: name, or path of a `.toml`.
         data: folder of labelled images, None to train on synthetic images alone.
         split: file with `train` and `validation` lists of files in `data`; None: all is trained on.
-        window: (level, width) that maps values of `data` to 0–255, see `read_image`.
-        modality: number or name of one of several images of a case.
+        reading: how images of `data` are read.
         unlabelled: folder of images for distillation.
-        checkpoint: weights to start from; None: fresh weights.
-        decoder_weights: prompt encoder and mask decoder of a fresh start.
-        weights: `model` or `ema`, of a checkpoint with both.
-        weights_key: name of the model, of a checkpoint with several.
-        adapter: LoRA that is merged into the checkpoint.
         teacher_weights: the teacher's file.
         teacher: None: the recipe's; `none`: leave the distillation out.
         freeze: what the last phase keeps fixed, None: the recipe's; see `Phase`.
@@ -58,14 +55,8 @@ class TrainOptions:
     recipe: str
     data: Path | None = None
     split: Path | None = None
-    window: Window | None = None
-    modality: str | None = None
+    reading: Reading = field(default_factory=Reading)
     unlabelled: Path | None = None
-    checkpoint: Path | None = None
-    decoder_weights: Path | None = None
-    weights: str | None = None
-    weights_key: str | None = None
-    adapter: Path | None = None
     teacher_weights: Path | None = None
     teacher: str | None = None
     freeze: str | None = None
@@ -96,13 +87,11 @@ def build_parser() -> Parser:
         type=Path,
         help="folder of images for distillation (PNG, JPEG, npz)",
     )
-    add(
-        "--checkpoint",
-        type=Path,
-        help="start from these weights (SAM ViT-B for the paper's way)",
+    add_weights_choice(
+        parser,
+        checkpoint="start from these weights (SAM ViT-B for the paper's way)",
+        decoder_weights="lite_medsam.pth: decoder of a fresh start",
     )
-    add_weights_choice(parser)
-    add("--decoder-weights", type=Path, help="lite_medsam.pth: decoder of a fresh start")
     add("--teacher", help="variant to distil from, or `none`; by default the recipe's")
     add("--teacher-weights", type=Path, help="the teacher's file, by default as for export")
     add(
@@ -127,7 +116,8 @@ def parse_words(argv: list[str] | None) -> argparse.Namespace:
     """
     words = build_parser().parse_args(argv)
     _check_start(words)
-    words.window = reading_of(words).window
+    words.reading = reading_of(words)
+    del words.window, words.modality
     check_paths(words, "data", "split", "unlabelled")
     check_paths(words, "checkpoint", "decoder_weights", "teacher_weights", "adapter")
     find_training_recipe(words.recipe)

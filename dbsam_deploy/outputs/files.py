@@ -18,8 +18,8 @@ from ..images.scans import require_nibabel
 from ..images.volumes import Volume, label_map_bytes, label_npz_bytes, no_grid, png_bytes
 from . import dicom_seg, rtstruct
 from .dicom_sources import find_sources
+from .object_statistics import csv_bytes, json_bytes, mean_confidence
 from .segmentation import Segmentation
-from .statistics import csv_bytes, json_bytes, mean_confidence
 
 FRACTIONS = "dicom-seg-fractional"
 """The format that needs probabilities."""

@@ -33,7 +33,7 @@ from ..core.imaging import (
 from ..core.masks import Prediction
 from ..core.points import NATIVE, PointRules
 from ..core.prompt_adapter import PromptAdapter
-from ..core.prompts import Places, PromptArrays, check_mask_input, join_prompts
+from ..core.prompts import DecoderPrompts, Places, boxes_alone, check_mask_input, join_prompts
 from ..core.requests import planned_sets
 from ..sessions.session import Session
 
@@ -52,15 +52,15 @@ class Promptable(Protocol):
         """One independent mask for each of (N, 4) boxes in the image frame."""
         ...
 
-    def predict_prompts(
-        self,
-        *,
-        multimask: bool = False,
-        adapt_points: bool = True,
-        **prompts: Unpack[PromptArrays],
-    ) -> Prediction:
+    def predict_prompts(self, **asked: Unpack[DecoderPrompts]) -> Prediction:
         """One prediction for each of N prompt sets, see `Predictor.predict_prompts`."""
         ...
+
+
+def prediction_of(predictor: Promptable, **asked: Unpack[DecoderPrompts]) -> Prediction:
+    """Masks for N prompt sets, see `Predictor.predict_prompts`; of boxes alone by their decoder."""
+    boxes = boxes_alone(**asked)
+    return predictor.predict_prompts(**asked) if boxes is None else predictor.predict_boxes(boxes)
 
 
 @runtime_checkable
@@ -253,17 +253,9 @@ class ServedPredictor:
         """See `Predictor.predict_boxes`; errors are those of `DbsamClient.segment`."""
         return self._current().predict_boxes(boxes, logits=self._logits)
 
-    def predict_prompts(
-        self,
-        *,
-        multimask: bool = False,
-        adapt_points: bool = True,
-        **prompts: Unpack[PromptArrays],
-    ) -> Prediction:
+    def predict_prompts(self, **asked: Unpack[DecoderPrompts]) -> Prediction:
         """See `Predictor.predict_prompts`; errors are those of `DbsamClient.segment_prompts`."""
-        return self._current().predict_prompts(
-            multimask=multimask, logits=self._logits, adapt_points=adapt_points, **prompts
-        )
+        return self._current().predict_prompts(logits=self._logits, **asked)
 
     def _current(self) -> OpenImage:
         if self._image is None:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from ..core.contract import MAX_PROMPTS
 from ..core.errors import InputError
 from ..core.imaging import check_boxes, check_points
+from ..core.prompts import DecoderPrompts, PromptArrays
 from ..images.volumes import Volume
 
 
@@ -46,10 +47,26 @@ class Prompts:
         return 0
 
     @property
+    def arrays(self) -> PromptArrays:
+        """What is asked of one slice."""
+        return PromptArrays(
+            boxes=self.boxes,
+            point_coords=self.point_coords,
+            point_labels=self.point_labels,
+            mask_input=self.mask_input,
+        )
+
+    @property
+    def asked(self) -> DecoderPrompts:
+        """The same as a predictor takes it."""
+        return DecoderPrompts(
+            **self.arrays, multimask=self.multimask, adapt_points=self.adapt_points
+        )
+
+    @property
     def given(self) -> bool:
         """Whether anything is asked; an empty array of boxes is, and `check_prompts` refuses it."""
-        arrays = (self.boxes, self.boxes_3d, self.point_coords, self.point_labels, self.mask_input)
-        return any(array is not None for array in arrays)
+        return any(array is not None for array in (self.boxes_3d, *self.arrays.values()))
 
     @property
     def has_adapted_points(self) -> bool:
@@ -84,16 +101,11 @@ class Prompts:
     def part(self, start: int, stop: int) -> Prompts:
         """Prompts `start` to `stop - 1` of a slice."""
 
-        def cut(array: npt.NDArray[Any] | None) -> npt.NDArray[Any] | None:
+        def cut(array: Any) -> npt.NDArray[Any] | None:
             return None if array is None else array[start:stop]
 
-        return replace(
-            self,
-            boxes=cut(self.boxes),
-            point_coords=cut(self.point_coords),
-            point_labels=cut(self.point_labels),
-            mask_input=cut(self.mask_input),
-        )
+        arrays: dict[str, Any] = {name: cut(array) for name, array in self.arrays.items()}
+        return replace(self, **arrays)
 
 
 def _numbers(values: npt.NDArray[Any]) -> str:

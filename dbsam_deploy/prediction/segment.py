@@ -21,7 +21,7 @@ from ..core.masks import Prediction
 from ..core.prompt_adapter import MAX_SEARCHES
 from ..core.prompts import check_mask_pixels
 from ..images.volumes import Volume, label_dtype
-from .predictor import Promptable
+from .predictor import Promptable, prediction_of
 from .prompts import Prompts, check_prompts
 from .results import Result
 
@@ -81,7 +81,7 @@ def _segment_slice(
     batch = prompts_at_once(size, len(maps), prompts.has_adapted_points)
     parts = []
     for start in range(0, count, batch):
-        part = _predict(predictor, prompts.part(start, start + batch))
+        part = prediction_of(predictor, **prompts.part(start, start + batch).asked)
         for row, masks in enumerate(part.masks):
             for alternative, mask in enumerate(masks):
                 maps[alternative][mask == 1] = start + row + 1
@@ -113,20 +113,6 @@ def prompts_at_once(
     pixels = original_size[0] * original_size[1] * masks_each
     most = MAX_SEARCHES if has_points else MAX_PROMPTS
     return max(1, min(most, _MASK_BYTES_AT_ONCE // pixels))
-
-
-def _predict(predictor: Promptable, prompts: Prompts) -> Prediction:
-    boxes_alone = prompts.point_coords is None and prompts.mask_input is None
-    if boxes_alone and prompts.boxes is not None and not prompts.multimask:
-        return predictor.predict_boxes(prompts.boxes)
-    return predictor.predict_prompts(
-        boxes=prompts.boxes,
-        point_coords=prompts.point_coords,
-        point_labels=prompts.point_labels,
-        mask_input=prompts.mask_input,
-        multimask=prompts.multimask,
-        adapt_points=prompts.adapt_points,
-    )
 
 
 def _segment_boxes_3d(

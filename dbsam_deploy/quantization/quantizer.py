@@ -19,8 +19,10 @@ from ..cli import say_on_stderr
 from ..core.contract import IMAGE, graph_specs
 from ..core.errors import InputError
 from ..core.imaging import FloatArray, Preprocessing, preprocess
+from ..files import onnx_files
 from ..files.atomic import sha256_of, write_atomically
 from ..files.manifests import seal_of
+from ..graphs.precision import DTYPES
 from ..model.weights import LoadedModel
 from ..recipe import Quantization, Recipe, calibration_plan
 from ..sessions.pytorch_session import PytorchSession
@@ -50,6 +52,20 @@ def calibration_images(
     """
     plan = calibration_plan(recipe, path, budget)
     return None if plan is None or path is None else choose_images(path, plan)
+
+
+def _check_size(loaded: LoadedModel, recipe: Recipe) -> None:
+    """Refuse an encoder whose float graph has its weights in a second file.
+
+    Raises:
+        InputError: it has.
+    """
+    count = sum(parameter.numel() for parameter in loaded.model.image_encoder.parameters())
+    if count * DTYPES[recipe.dtype].itemsize > onnx_files.ONE_FILE_BYTES:
+        raise InputError(
+            f"{loaded.model.config.name} has {count / 1e6:.0f} M weights in its encoder, and "
+            f"{recipe.precision} quantises graphs of at most 2 GiB: export it with --precision fp16"
+        )
 
 
 @dataclass(frozen=True)
@@ -90,7 +106,7 @@ class Quantizer:
 
         Raises:
             InputError: images for another graph than the encoder, whose inputs are the only images;
-                or a recipe that modelopt cannot follow.
+                or a recipe that modelopt cannot follow, or a model too large for one file.
             EngineError: modelopt is wanted and not installed.
         """
         plan = recipe.quantization
@@ -103,6 +119,8 @@ class Quantizer:
                 f"recipe {recipe.precision}: graphs = {list(plan.graphs)}; ranges can be found for "
                 'the encoder alone, whose input is an image: graphs = ["encoder"]'
             )
+        if plan is not None:
+            _check_size(loaded, recipe)
         return cls(plan, images, loaded.preprocessing, budget, loaded, recipe, bars)
 
     @property

@@ -236,6 +236,8 @@ def _copy_graph(artefact: Artefact, served: Artefact, graph: str, folder: Path) 
     source = served.path(graph)
     target = folder / _PLATFORMS[source.suffix][1]
     _copy_checked(source, target, served.graphs[graph].sha256)
+    if (data := artefact.graphs[graph].data) is not None:  # by the name that the ONNX file knows
+        _copy_checked(artefact.folder / data.file, folder / Path(data.file).name, data.sha256)
     # A plan runs on the GPU it was built for only; the ONNX it came from lets the CPU stand-in
     # serve the same configuration.
     origin = artefact.path(graph).with_suffix(".onnx")

@@ -17,32 +17,25 @@ from ..extras import require
 from .onnxruntime_session import OnnxRuntimeSession
 from .pytorch_session import PytorchSession
 from .session import Session
+from .weights_choice import ModelChoice
 
 if TYPE_CHECKING:
     from ..model import DbSam
 
 RUNTIME_PRECISIONS = ("float32", "bfloat16")
-PYTORCH_OPTIONS = (
-    *("variant", "checkpoint", "image_size", "decoder_weights"),
-    *("weights", "weights_key", "adapter"),
-)
+PYTORCH_OPTIONS = ModelChoice.names()
 
 
 @dataclass(frozen=True)
-class ModelOptions:
+class ModelOptions(ModelChoice):
     """Which model is opened, and how; None is a backend's own default.
+
+    What a backend builds from weights, says `ModelChoice`.
 
     Attributes:
         backend: one of `LOCAL_BACKENDS`.
         device: `cpu` or `cuda`.
         artefact: folder of an export; None is the newest below `build/`.
-        variant: model variant, see `dbsam_deploy.model.VARIANTS`.
-        checkpoint: weights file.
-        image_size: side of the model frame in pixels.
-        decoder_weights: weights of the prompt encoder and mask decoder alone.
-        weights: `model` or `ema`, of a weights file with both.
-        weights_key: name of the model, of a weights file with several.
-        adapter: LoRA that is merged into the weights file.
         engine_cache: folder that keeps engines and compiled models.
         runtime_precision: one of `RUNTIME_PRECISIONS`.
         preprocess: a mode of `imaging.MODES` in place of the model's own.
@@ -52,13 +45,6 @@ class ModelOptions:
     backend: str = "onnxruntime"
     device: str | None = None
     artefact: Path | None = None
-    variant: str | None = None
-    checkpoint: Path | None = None
-    image_size: int | None = None
-    decoder_weights: Path | None = None
-    weights: str | None = None
-    weights_key: str | None = None
-    adapter: Path | None = None
     engine_cache: Path | None = None
     runtime_precision: str | None = None
     preprocess: Mode | None = None
@@ -169,7 +155,7 @@ def _built(options: ModelOptions, open_session: Callable[[DbSam], Session]) -> O
     """A session of a model that is built here from its weights."""
     from ..model.weights import load_model
 
-    loaded = load_model(**{name: getattr(options, name) for name in PYTORCH_OPTIONS})
+    loaded = load_model(**vars(ModelChoice.of(options)))
     say_on_stderr("; ".join(loaded.notes))
     session = open_session(loaded.model)
     return Opened(session, loaded.preprocessing, loaded.weights, loaded.model.config.name)

@@ -24,6 +24,9 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
+from ..files.onnx_data import OnnxContent
+from ..files.onnx_files import read_content
+
 MICROSOFT = "com.microsoft"
 UNSIGNED_ZERO = 128
 """Zero point of uint8 values that stand for int8 values with zero point 0."""
@@ -101,9 +104,9 @@ class _Graph:
         return zero.data_type == onnx.TensorProto.INT8 and not numpy_helper.to_array(zero).any()
 
 
-def read_cpu_graph(content: bytes) -> bytes:
+def read_cpu_graph(content: OnnxContent) -> OnnxContent:
     """The content of a published graph's file, rewritten for ONNX Runtime's CPU provider."""
-    return bytes(cpu_graph(onnx.load_model_from_string(content)).SerializeToString())
+    return OnnxContent(cpu_graph(read_content(content)).SerializeToString())
 
 
 def cpu_graph(model: onnx.ModelProto) -> onnx.ModelProto:

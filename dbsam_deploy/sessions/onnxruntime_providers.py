@@ -23,6 +23,7 @@ from typing import Any
 
 from ..core.errors import EngineError, MissingError
 from ..extras import ONNXRUNTIME_GPU_LINE, ONNXRUNTIME_TENSORRT_LINE, TENSORRT_10, pip_line, require
+from ..files.onnx_data import OnnxContent
 from ..machine.hardware import cpuinfo, has_vnni
 from ..machine.privacy import silence
 
@@ -161,7 +162,7 @@ def _load_tensorrt(runtime: ModuleType) -> None:
 
 def open_session(
     runtime: ModuleType,
-    model: str | bytes,
+    model: str | bytes | OnnxContent,
     provider: Provider,
     *,
     threads: int = 0,
@@ -171,7 +172,7 @@ def open_session(
 
     Args:
         runtime: the module `onnxruntime`, after `require_provider`.
-        model: path or serialised ONNX.
+        model: path, or content of its file or files.
         provider: where it must run.
         threads: intra-op threads, 0 for one per core.
         options: provider options of this session.
@@ -189,8 +190,9 @@ def open_session(
     else:
         settings.add_session_config_entry(_RECORD_PLACEMENT, "1")
     chain = [(provider.name, {**provider.options, **(options or {})}), *provider.behind]
+    source = _source(model, settings)
     try:
-        session = runtime.InferenceSession(model, settings, providers=chain, enable_fallback=0)
+        session = runtime.InferenceSession(source, settings, providers=chain, enable_fallback=0)
     except _failures(runtime) as error:
         raise EngineError(
             f"onnxruntime {runtime.__version__} opens no session on {provider.name}: {error}"
@@ -207,6 +209,17 @@ def open_session(
     if provider is not CPU:
         _check_placement(session, provider)
     return session
+
+
+def _source(model: str | bytes | OnnxContent, settings: Any) -> str | bytes:
+    """What a session is opened from; weights in a file of their own go into its settings."""
+    if not isinstance(model, OnnxContent):
+        return model
+    if model.data is not None:
+        settings.add_external_initializers_from_files_in_memory(
+            [model.location], [model.data], [len(model.data)]
+        )
+    return model.model
 
 
 def _failures(runtime: ModuleType) -> tuple[type[Exception], ...]:

@@ -11,6 +11,7 @@ from ..core.contract import BOXES, POINT_COORDS, GraphSpec, graph_specs
 from ..core.errors import InputError
 from ..core.imaging import FloatArray
 from ..extras import require
+from ..files.onnx_data import OnnxContent
 from .onnxruntime_providers import (
     CPU,
     PROVIDERS,
@@ -54,7 +55,7 @@ class OnnxRuntimeSession:
         self._artefact, self._threads = artefact, threads
         self._specs = graph_specs(artefact.preprocessing)
         self._sessions: dict[str, Any] = {}
-        self._content: dict[str, bytes] = {}
+        self._content: dict[str, OnnxContent] = {}
         self._lock = threading.Lock()
         for graph, content in take_graphs(artefact):
             self._content[graph] = content
@@ -98,7 +99,7 @@ class OnnxRuntimeSession:
         self._sessions[graph] = session
         del self._content[graph]
 
-    def _model(self, graph: str, content: bytes) -> bytes:
+    def _model(self, graph: str, content: OnnxContent) -> OnnxContent:
         """The graph, or what stands for it on the CPU."""
         if self._provider is CPU and graph in self._artefact.quantization.get("graphs", ()):
             require("onnx", extra="cpu", what_for="an int8 export on ONNX Runtime's CPU provider")

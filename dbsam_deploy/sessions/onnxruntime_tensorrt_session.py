@@ -60,6 +60,11 @@ class OnnxRuntimeTensorrtSession(OnnxRuntimeSession):
         return super().run(graph, feed)
 
     def _open(self, graph: str) -> None:
+        if self._artefact.graphs[graph].data is not None:
+            raise EngineError(
+                f"{graph} has more than 2 GiB of weights, which ONNX Runtime cannot hand over to "
+                "TensorRT: export it with --precision fp16, or build an engine (--engine tensorrt)"
+            )
         folder = self._folder(graph)
         hint = ": name another one with --engine-cache"
         private_folder(self._cache, "TensorRT's engines", hint)

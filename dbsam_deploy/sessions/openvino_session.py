@@ -10,8 +10,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +27,9 @@ from ..core.contract import BATCH, GraphSpec, graph_specs
 from ..core.errors import EngineError, InputError
 from ..core.imaging import FloatArray
 from ..extras import require
+from ..files.atomic import write_files
+from ..files.onnx_data import OnnxContent
+from ..files.onnx_files import read_content
 from ..files.private import cache_folder, find_kept, keep, private_folder
 from ..machine.hardware import cpuinfo, processor
 from .float_head import Split, split_head
@@ -128,50 +134,67 @@ class OpenvinoSession:
             split = self._split(source, spec)
             if split is None:
                 return [self._compile_part(core, source, shapes, self._settings)]
-            head = self._compile_part(core, split.head.SerializeToString(), shapes, exact)
+            head = self._compile_part(core, _content(split.head), shapes, exact)
             between = {split.tensor: list(head.output(0).shape)}
-            rest = split.rest.SerializeToString()
-            rest = self._compile_part(core, rest, between, self._settings)
+            rest = self._compile_part(core, _content(split.rest), between, self._settings)
         except RuntimeError as error:
             raise EngineError(
                 f"openvino {self._runtime.__version__} does not compile {name}: {error}"
             ) from error
         return [head, rest]
 
-    def _split(self, source: bytes, spec: GraphSpec) -> Split | None:
+    def _split(self, source: OnnxContent, spec: GraphSpec) -> Split | None:
         if self._settings[HINT] == PRECISIONS["float32"]:
             return None
-        return split_head(onnx.load_model_from_string(source), spec)
+        return split_head(read_content(source), spec)
 
     def _compile_part(
         self,
         core: Any,
-        source: bytes,
+        source: OnnxContent,
         shapes: dict[str, list[int]],
         settings: dict[str, Any],
     ) -> Any:
         """A compiled model, out of the cache if it has one of all that determines it."""
         facts = [self._runtime.__version__, processor(cpuinfo()), shapes, settings]
-        key = hashlib.sha256(source + json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        key = hashlib.sha256(source.model + json.dumps(facts, sort_keys=True).encode()).hexdigest()
         if found := find_kept(self._cache, key, ".blob"):
             return core.import_model(io.BytesIO(found[1]), "CPU", settings)
-        model = core.read_model(io.BytesIO(source))
+        model = self._read(core, source)
         model.reshape({n: self._runtime.PartialShape(shape) for n, shape in shapes.items()})
         compiled = core.compile_model(model, "CPU", settings)
-        try:
+        with self._keeping():
             keep(self._cache, key, ".blob", compiled.export_model().getvalue())
+        return compiled
+
+    def _read(self, core: Any, source: OnnxContent) -> Any:
+        """A graph as OpenVINO has it; weights in a file of their own are read from a disk alone."""
+        if source.data is None:
+            return core.read_model(io.BytesIO(source.model))
+        with self._keeping(), tempfile.TemporaryDirectory(dir=self._cache) as folder:
+            path = Path(folder, "graph.onnx")
+            write_files({path: source.model, path.with_name(source.location): source.data})
+            return core.read_model(path)
+
+    @contextmanager
+    def _keeping(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise EngineError(
                 f"compiled models cannot be kept in {self._cache}: {error.strerror}; name another "
                 "folder with --engine-cache"
             ) from error
-        return compiled
 
 
-def _standard(content: bytes, spec: GraphSpec) -> bytes:
+def _content(model: onnx.ModelProto) -> OnnxContent:
+    return OnnxContent(model.SerializeToString())
+
+
+def _standard(content: OnnxContent, spec: GraphSpec) -> OnnxContent:
     """A graph in standard ops only, since OpenVINO knows no functions, checked by the contract."""
     try:
-        model = onnx.load_model_from_string(content)
+        model = onnx.load_model_from_string(content.model)
     except Exception as error:
         raise EngineError(f"the file of {spec.name} is no ONNX ({error}): export again") from error
     fixed = {tensor.name for tensor in model.graph.initializer}
@@ -179,7 +202,8 @@ def _standard(content: bytes, spec: GraphSpec) -> bytes:
     check_contract(spec, _tensors(inputs), _tensors(model.graph.output))
     if not model.functions:
         return content
-    return bytes(onnx.inliner.inline_local_functions(model).SerializeToString())
+    inlined = onnx.inliner.inline_local_functions(model)
+    return replace(content, model=inlined.SerializeToString())
 
 
 def _tensors(found: Any) -> Found:

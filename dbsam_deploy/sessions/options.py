@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from ..artefact import BUILD_FOLDER
-from ..cli import add_weights_choice, check_paths
+from ..catalogue import VARIANT_NAMES
+from ..cli import check_paths
 from ..clients.access import Access, read_login
 from ..core.errors import InputError
 from ..core.imaging import MODES
 from ..files.regular import regular_size
-from ..resources import VARIANT_NAMES
 from .backends import BACKENDS, LOCAL_BACKENDS, RUNTIME_PRECISIONS, ModelOptions, names_with
+from .weights_choice import add_weights_choice
 
 TRITON = "triton"
 """The backend that is a running server, with options of its own."""
@@ -72,7 +73,7 @@ def add_model_options(
         choices=MODES,
         help="override the model's own preprocessing: sam keeps the aspect and z-scores, medsam "
         "(MedSAM 1.0) squeezes to a square and scales to 0-1, lite_medsam keeps the aspect and "
-        "scales to 0-1",
+        "scales to 0-1, sam_med2d squeezes by the nearest pixel and z-scores",
     )
     return model
 
@@ -86,14 +87,12 @@ def _add_weights_options(model: argparse._ArgumentGroup) -> None:
         metavar="NAME",
         help=f"{', '.join(VARIANT_NAMES)} ({weights})",
     )
-    model.add_argument("--checkpoint", type=Path, help=f"weights file ({weights})")
     model.add_argument("--image-size", type=int, help=f"side of the model frame ({weights})")
-    model.add_argument(
-        "--decoder-weights",
-        type=Path,
-        help=f"prompt encoder and mask decoder weights ({weights})",
+    add_weights_choice(
+        model,
+        checkpoint=f"weights file ({weights})",
+        decoder_weights=f"prompt encoder and mask decoder weights ({weights})",
     )
-    add_weights_choice(model)
 
 
 def add_server_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:

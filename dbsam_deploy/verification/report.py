@@ -117,7 +117,8 @@ def closing_table(
         table.add_column(column, justify="right")
     for name, figures_of_graph in _rows(figures).items():
         item = artefact.graphs[name]
-        table.add_row(item.file, f"{item.size_bytes / 2**20:.1f}", *figures_of_graph)
+        size = sum(file.size_bytes for file in item.files)
+        table.add_row(item.file, f"{size / 2**20:.1f}", *figures_of_graph)
     console.print(table)
     if artefact.quantization:
         console.print(quantization_table(artefact))

@@ -308,8 +308,8 @@ class Workspace:
 
     def _carry(self, axis: int, index: int, memory: Memory, deadline: float) -> None:
         session = self._work()
-        ratio = self._rules.rule.min_iou_ratio * (1.0 if memory.sure is None else memory.sure)
-        rule = replace(self._rules.rule, reach=self._rules.reach, min_iou_ratio=ratio)
+        rule = self._rules.rule.relative_to(1.0 if memory.sure is None else memory.sure)
+        rule = replace(rule, reach=self._rules.reach)
         walls = memory.decided[axis] - {index}
         for change in carry(session, LABEL, axis, index, walls, rule, deadline):
             self._steps.append(change)

@@ -19,10 +19,14 @@ from ..core.imaging import ByteArray, FloatArray
 from ..core.masks import Prediction
 from ..prediction.segment import Progress, ignore, prompts_at_once
 from .links import Anchor, Bounds, Chain, ChainEnd, SliceMask
-from .stop_rules import ChainRule, next_box, overlap
+from .stop_rules import ChainRule, next_box, overlap, wider_box
 
 Intensities = Callable[[int], ByteArray]
 """Slice → (H, W) grey or (H, W, 3) RGB pixels."""
+
+
+WIDER_PX = (2.0, 4.0)
+"""Wider boxes beside a prompt's own, see `ChainRule.margin_px`."""
 
 
 class SliceDecoder(Protocol):
@@ -98,6 +102,7 @@ def _steps(
     progress: Progress,
 ) -> Iterator[tuple[Chain, SliceMask]]:
     """Slice by slice the masks that the chains' rule accepts, all upwards first or downwards."""
+    _follow_surer(decoder, chains)
     if intensities is not None:
         for chain in chains:
             chain.look_at(intensities(chain.anchor.index))
@@ -116,6 +121,29 @@ def _steps(
                     yield chain, found
             done += 1
     progress(done, done)
+
+
+def _follow_surer(decoder: SliceDecoder, chains: Sequence[Chain]) -> None:
+    """Ask for boxes a little wider than the prompts' own; follow a mask that is much surer.
+
+    A model can find half an organ in its tight box, and all of it in one a pixel wider.
+    """
+    slices: dict[int, list[tuple[Chain, FloatArray]]] = {}
+    for chain in chains:
+        prompt, shape = chain.anchor.prompt, chain.anchor.mask.shape
+        if chain.slices and prompt is not None:
+            wider = np.stack([wider_box(prompt, margin, shape) for margin in WIDER_PX])
+            slices.setdefault(chain.anchor.index, []).append((chain, wider))
+    for index, here in slices.items():
+        boxes = np.unique(np.concatenate([wider for _, wider in here]), axis=0)
+        at_once = prompts_at_once(here[0][0].anchor.mask.shape)
+        for start in range(0, len(boxes), at_once):
+            part = boxes[start : start + at_once]
+            answer = decoder.decode(index, part)
+            for chain, wider in here:
+                for row in np.flatnonzero((part[:, None] == wider).all(-1).any(-1)):
+                    iou, mask = float(answer.ious[row, 0]), np.asarray(answer.masks[row, 0] != 0)
+                    chain.follow_surer(mask, iou)
 
 
 def _check(anchors: Sequence[Anchor], depth: int, bounds: Bounds) -> None:
@@ -202,8 +230,14 @@ def _decode(
 
 
 def _box(chain: Chain, spacing_mm: tuple[float, float] | None) -> FloatArray:
-    """(4,) around the expected outline, inside what is known to hold the object."""
+    """(4,) around the expected outline, inside what is known to hold the object.
+
+    Beside the anchor it holds that slice's prompt too, as the anchor's mask may be a part of it.
+    """
     box, within = next_box(chain.outline, chain.rule, spacing_mm), chain.anchor.within
+    prompt = chain.anchor.prompt
+    if prompt is not None and chain.last == chain.anchor.index:
+        box = np.concatenate([np.minimum(box[:2], prompt[:2]), np.maximum(box[2:], prompt[2:])])
     if within is None:
         return box
     inner = np.concatenate([np.maximum(box[:2], within[:2]), np.minimum(box[2:], within[2:])])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -15,13 +16,30 @@ from .objects import ObjectMask, TrackedObject
 from .planes import view_along
 
 
+@dataclass(frozen=True)
+class AboutModel:
+    """What is said of a model beside what it finds.
+
+    Attributes:
+        name: in words.
+        note: what the user must know of it.
+        weights: what tells it from others of that name, where answers are kept.
+    """
+
+    name: str = ""
+    note: str = ""
+    weights: str = ""
+
+
+UNNAMED = AboutModel()
+
+
 def segmentation_of(
     volume: Volume,
     tracked: Sequence[TrackedObject],
     how: Preprocessing | None,
     logits: LogitsStore,
-    model: str,
-    note: str,
+    about: AboutModel,
 ) -> Segmentation:
     """The label map of objects, in the order of their labels; a higher one covers a lower.
 
@@ -30,8 +48,7 @@ def segmentation_of(
         tracked: the objects.
         how: how images enter the model, without which logits have no place in the image.
         logits: of what was decoded.
-        model: its name.
-        note: what the user must know of it.
+        about: the model.
     """
     labels = np.zeros(volume.shape, label_dtype(tracked[-1].about.label))
     for one in tracked:
@@ -42,7 +59,7 @@ def segmentation_of(
     confidence = np.stack([one.confidence(0, volume.shape) for one in tracked])
     objects = tuple(one.about for one in tracked)
     fractions = None if how is None else _fractions(volume, tracked, how, logits)
-    return Segmentation(volume, labels, objects, confidence, model, fractions, note)
+    return Segmentation(volume, labels, objects, confidence, about.name, fractions, about.note)
 
 
 def _fractions(

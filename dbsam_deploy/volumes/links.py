@@ -43,9 +43,12 @@ class Anchor(SliceMask):
 
     Attributes:
         within: (4,) box that the object lies in on every slice, where that is known.
+        prompt: (4,) box that was drawn around the object, where its mask is the answer. The mask
+            may have missed a part.
     """
 
     within: FloatArray | None = None
+    prompt: FloatArray | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,12 @@ class Chain:
         self.held: dict[int, tuple[SliceMask, npt.NDArray[np.uint8]]] = {}
         self.pixels: ByteArray | None = None  # of the slice before
         self.outline, self.allowed = anchor.mask, np.ones_like(anchor.mask)
+
+    def follow_surer(self, mask: MaskArray, iou: float) -> None:
+        """Follow another mask of the anchor's slice, if it is much surer than the anchor's own."""
+        least = max(self.anchor.iou + self.rule.surer_by, self.first.iou)
+        if mask.any() and iou > least:
+            self.first = self.before = SliceAnswer(mask, iou)
 
     def look_at(self, pixels: ByteArray) -> None:
         """Note what the object looks like on the anchor's slice."""

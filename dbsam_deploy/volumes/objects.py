@@ -226,7 +226,10 @@ class TrackedObject:
             return None
         bound = self.bounds.get(axis)
         within = None if bound is None else np.array(bound.box, np.float32)
-        return Anchor(self.about.label, index, mask, decoded.iou, within=within)
+        asked, prompt = decoded.asked, None
+        if asked is not None and asked.box is not None and asked.points is None:
+            prompt = np.asarray(asked.box[0], np.float32)
+        return Anchor(self.about.label, index, mask, decoded.iou, within=within, prompt=prompt)
 
     def confidence(self, axis: int, shape: tuple[int, int, int]) -> FloatArray:
         """The decoder's own estimates on the slices along an axis; NaN where it was not asked."""

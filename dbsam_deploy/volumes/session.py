@@ -22,7 +22,7 @@ from .course import Course, Direction
 from .embeddings import SharedPredictor
 from .frames import Plane, Space, plane_axis
 from .history import UNDO_BYTES, History
-from .label_map import segmentation_of
+from .label_map import UNNAMED, AboutModel, segmentation_of
 from .links import ChainEnd
 from .logits import DISK_BYTES, RAM_BYTES
 from .objects import (
@@ -56,8 +56,7 @@ class VolumePredictor:
     Args:
         predictor: a model, in this process or behind a server, or what sessions share of it.
         volume: what is segmented.
-        model: name of the model, in words.
-        note: what the user must know of it.
+        about: the model, for the result.
         rule: how masks are carried from slice to slice, see `ChainRule`.
         encode_ahead: encode slices in a thread, outwards from the last prompted one, while no
             prompt waits.
@@ -71,14 +70,13 @@ class VolumePredictor:
         predictor: Promptable | SharedPredictor,
         volume: Volume,
         *,
-        model: str = "",
-        note: str = "",
+        about: AboutModel = UNNAMED,
         rule: ChainRule = RULE,
         encode_ahead: bool = True,
         undo_bytes: int = UNDO_BYTES,
         logits_bytes: tuple[int, int] = (RAM_BYTES, DISK_BYTES),
     ) -> None:
-        self.volume, self.model, self.note, self.rule = volume, model, note, rule
+        self.volume, self.about, self.rule = volume, about, rule
         self._owns_shared = not isinstance(predictor, SharedPredictor)
         self.shared = (
             predictor if isinstance(predictor, SharedPredictor) else SharedPredictor(predictor)
@@ -339,9 +337,7 @@ class VolumePredictor:
                 raise InputError(f"{self.volume.path}: no object yet: prompt one")
             tracked = [self._objects[label] for label in sorted(self._objects)]
             how = getattr(self.shared.predictor, "preprocessing", None)
-            return segmentation_of(
-                self.volume, tracked, how, self.slices.logits, self.model, self.note
-            )
+            return segmentation_of(self.volume, tracked, how, self.slices.logits, self.about)
 
     def _view(self, plane: Plane) -> PlaneView:
         return self.slices.along(plane_axis(self.volume, plane))

@@ -12,7 +12,7 @@ from ..core.contract import BOXES, POINT_COORDS
 from ..core.imaging import ByteArray, FloatArray, is_constant
 from ..core.masks import Prediction
 from ..images.volumes import Volume
-from ..prediction.predictor import Promptable
+from ..prediction.predictor import Promptable, prediction_of
 from ..prediction.segment import prompts_at_once
 from .embeddings import Ahead, ImageKey, SharedPredictor, image_key
 from .logits import DISK_BYTES, RAM_BYTES, Answered, LogitsStore, Question
@@ -97,10 +97,11 @@ class VolumeSlices:
         }
 
         def ask(predictor: Promptable) -> Prediction:
-            if given.keys() == {BOXES} and not question.multimask:
-                return predictor.predict_boxes(given[BOXES])
-            return predictor.predict_prompts(
-                multimask=question.multimask, adapt_points=question.adapt_points, **given
+            return prediction_of(
+                predictor,
+                multimask=question.multimask,
+                adapt_points=question.adapt_points,
+                **given,
             )
 
         found = self.shared.ask(key, lambda: view.image(index), ask)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -31,10 +31,13 @@ class ChainRule:
         margin_px: each side of that box moves outwards by so many pixels, where the slice's longer
             side is 256.
         margin_mm: the same in mm, instead, where the spacing is known.
+        surer_by: where a box a little wider than a prompt's has a predicted IoU higher by this, its
+            mask is what is followed: the prompt's own has missed a part.
         min_overlap: least IoU of a mask with the one before it.
         min_iou_ratio: least predicted IoU, as a part of the anchor's.
         min_brightness_match: least overlap of the grey values in a mask with those in the anchor's,
             see `Appearance.match`.
+        min_joint: least product of the last two: a mask may be weak in one, not in both.
         reach: most slices to each side of an anchor; None for the whole volume.
     """
 
@@ -42,18 +45,25 @@ class ChainRule:
     min_likeness: float = 0.2
     margin_px: float = 2.0
     margin_mm: float | None = None
+    surer_by: float = 0.1
     min_overlap: float = 0.15
     min_iou_ratio: float = 0.8
     min_brightness_match: float = 0.7
+    min_joint: float = 0.65
     reach: int | None = None
 
     def __post_init__(self) -> None:
         parts = (self.min_likeness, self.min_overlap, self.min_brightness_match)
-        values = (self.margin_px, self.margin_mm or 0.0, self.min_iou_ratio, *parts)
+        distances = (self.margin_px, self.margin_mm or 0.0)
+        values = (*distances, self.surer_by, self.min_iou_ratio, self.min_joint, *parts)
         if min(values) < 0 or max(parts) > 1:
             raise InputError(f"{self}: expected overlaps from 0 to 1 and no negative number")
         if self.reach is not None and self.reach < 1:
             raise InputError(f"reach {self.reach}: expected at least 1 slice, or none for all")
+
+    def relative_to(self, iou: float) -> ChainRule:
+        """The same for an anchor that counts as drawn, whose mask has this predicted IoU."""
+        return replace(self, min_iou_ratio=self.min_iou_ratio * iou, min_joint=self.min_joint * iou)
 
 
 RULE = ChainRule()
@@ -76,12 +86,22 @@ def next_box(
         rule: says how much wider the box is.
         spacing_mm: distance between rows and between columns.
     """
-    height, width = mask.shape
-    margin_y = margin_x = rule.margin_px * max(height, width) / MARGIN_FRAME
+    box, size = mask_box(mask).astype(np.float32), mask.shape
     if rule.margin_mm is not None and spacing_mm is not None:
         margin_y, margin_x = (rule.margin_mm / distance for distance in spacing_mm)
-    wider = mask_box(mask) + np.array([-margin_x, -margin_y, margin_x, margin_y])
-    return np.asarray(np.clip(wider, 0, (width, height, width, height)), np.float32)
+        return _wider(box, margin_y, margin_x, size)
+    return wider_box(box, rule.margin_px, size)
+
+
+def wider_box(box: FloatArray, margin_px: float, size: tuple[int, int]) -> FloatArray:
+    """(4,) float32 box, wider by so many pixels of `MARGIN_FRAME`, inside a slice of size H, W."""
+    margin = margin_px * max(size) / MARGIN_FRAME
+    return _wider(box, margin, margin, size)
+
+
+def _wider(box: FloatArray, margin_y: float, margin_x: float, size: tuple[int, int]) -> FloatArray:
+    wider = box + np.array([-margin_x, -margin_y, margin_x, margin_y])
+    return np.asarray(np.clip(wider, 0, (*size[::-1], *size[::-1])), np.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,4 +157,7 @@ def why_not(answer: SliceAnswer, before: SliceAnswer, anchor: SliceAnswer, rule:
         match = answer.appearance.match(anchor.appearance)
         if match < rule.min_brightness_match:
             return f"brightness like the object's {match:.2f}, under {rule.min_brightness_match:g}"
+        joint = rule.min_joint * anchor.iou
+        if answer.iou * match < joint:
+            return f"predicted IoU times likeness {answer.iou * match:.2f}, under {joint:.2f}"
     return ""

@@ -6,14 +6,13 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ..core.errors import InputError
 from ..images.volumes import Volume, label_dtype
+from ..outputs.object_statistics import mean_confidence, voxel_counts
 from ..outputs.segmentation import Segmentation
-from ..outputs.statistics import mean_confidence, voxel_counts
 from ..prediction.predictor import Promptable
 from ..prediction.prompts import Prompts
 from ..prediction.results import Result
@@ -22,6 +21,7 @@ from ..prediction.turns import Turns
 from .embeddings import DISK_BYTES, EmbeddingStore, SharedPredictor
 from .frames import Plane
 from .kept_answers import KeptAnswers, ResumedPredictor
+from .label_map import AboutModel
 from .links import ChainEnd
 from .places import Prompt, placed_3d, prompted
 from .planes import view
@@ -72,9 +72,7 @@ def segment_study(
     volume: Volume,
     spec: StudyPrompts,
     *,
-    model: str,
-    weights: str = "",
-    note: str = "",
+    about: AboutModel,
     rule: ChainRule = RULE,
     fractions: bool = False,
     progress: Progress = ignore,
@@ -88,9 +86,7 @@ def segment_study(
         predictor: a model, in this process or behind a server.
         volume: image or volume.
         spec: the same for every study, or for this one; see `check_study`, which is applied here.
-        model: its name in words, for the result.
-        weights: what tells it from others of that name, for the checkpoint.
-        note: what the user must know of it, for the result.
+        about: the model, for the result, and for the checkpoint.
         rule: how objects are carried from slice to slice.
         fractions: keep probabilities, for a fractional DICOM-SEG.
         progress: called with slices done and slices in all.
@@ -110,13 +106,13 @@ def segment_study(
         stack.callback(shared.close)
         kept = None
         if checkpoint is not None:
-            run = _run_of(volume, spec, f"{model} {weights}", f"{rule!r} {fractions}")
+            run = _run_of(volume, spec, f"{about.name} {about.weights}", f"{rule!r} {fractions}")
             kept = KeptAnswers(checkpoint, run)
             stack.callback(kept.close)
         asked = ResumedPredictor(shared, kept, logits=fractions)
         stack.callback(asked.forget)  # who reads fractions later may ask again
-        how: dict[str, Any] = {"model": model, "note": note, "rule": rule, "encode_ahead": False}
-        return _segment(VolumePredictor(asked, volume, **how), spec, progress, say)
+        session = VolumePredictor(asked, volume, about=about, rule=rule, encode_ahead=False)
+        return _segment(session, spec, progress, say)
 
 
 def _run_of(volume: Volume, spec: StudyPrompts, model: str, rule: str) -> dict[str, str]:

@@ -13,7 +13,7 @@ import dbsam_deploy as db
 from dbsam_deploy.clients.async_client import AsyncDbsamClient
 from dbsam_deploy.clients.calls import load_library
 from dbsam_deploy.clients.client import DbsamClient
-from dbsam_deploy.clients.known_images import KnownImage, boxes_alone, check_opened, known_result
+from dbsam_deploy.clients.known_images import KnownImage, check_opened, known_result
 from dbsam_deploy.core.errors import InputError, NotKeptError, ServingError
 from dbsam_deploy.prediction.predictor import Predictor
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
@@ -234,13 +234,3 @@ def test_damaged_packed_masks_are_the_servers_fault(image, bad):
 def test_a_server_that_calls_an_image_otherwise_is_refused(image):
     with pytest.raises(ServingError, match="this library's version"):
         check_opened({"image_id": np.array([b"0" * 64], object)}, KnownImage.of(image))
-
-
-def test_boxes_alone_go_to_the_box_decoder():
-    assert boxes_alone({"boxes": BOXES, "mask_input": None}, multimask=False) is BOXES
-    for prompts, multimask in (
-        ({"boxes": BOXES}, True),
-        ({"boxes": BOXES, **POINTS}, False),
-        (POINTS, False),
-    ):
-        assert boxes_alone(prompts, multimask=multimask) is None

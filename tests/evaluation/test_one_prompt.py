@@ -14,8 +14,8 @@ from dbsam_deploy.core.masks import Prediction
 from dbsam_deploy.evaluation import EvaluationResult, build_protocol, evaluate
 from dbsam_deploy.evaluation.boxes import BoxGrowth
 from dbsam_deploy.evaluation.files import write_files
-from dbsam_deploy.evaluation.html import write_page
 from dbsam_deploy.evaluation.metrics import dice
+from dbsam_deploy.evaluation.page import write_page
 from dbsam_deploy.evaluation.published import compare
 from dbsam_deploy.evaluation.tables import print_result
 

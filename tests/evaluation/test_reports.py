@@ -19,7 +19,7 @@ from dbsam_deploy.core.masks import Prediction
 from dbsam_deploy.evaluation import EvaluationResult, LabelledCase, build_protocol, evaluate
 from dbsam_deploy.evaluation.boxes import fill_box
 from dbsam_deploy.evaluation.files import write_files
-from dbsam_deploy.evaluation.html import write_page
+from dbsam_deploy.evaluation.page import write_page
 from dbsam_deploy.evaluation.plots import overlay_png, task_plot
 from dbsam_deploy.evaluation.published import AVERAGES, OUR_LABELS, PAPER_ROWS, compare
 from dbsam_deploy.evaluation.tables import our_average, print_result

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dbsam_deploy.catalogue import CATALOGUE
 from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.model import VARIANTS, build_model, variant_config
 from dbsam_deploy.model.adapter import TwoBranchAdapter
@@ -16,7 +17,6 @@ from dbsam_deploy.model.blocks import ChannelAttentionBlock, CrossAttentionBlock
 from dbsam_deploy.model.config import TwoBranchConfig
 from dbsam_deploy.model.conv_branch import ConvPyramid, Resize
 from dbsam_deploy.model.fusion import Dane, FigureFusion, MultiConvDane
-from dbsam_deploy.resources import VARIANT_NAMES
 
 KEYS = Path(__file__).parent / "keys"
 ADAPTER = "image_encoder.adapter."
@@ -77,13 +77,22 @@ def test_plain_sam_has_no_adapter_and_sams_eps():
 
 
 def test_every_variant_is_built_by_name_and_unknown_ones_are_refused():
-    assert tuple(VARIANTS) == VARIANT_NAMES
+    assert tuple(VARIANTS) == tuple(CATALOGUE)
     with pytest.raises(InputError, match=r"db_sam_huge.*expected one of.*db_sam_tiny"):
         build_model("db_sam_huge")
     with pytest.raises(InputError, match="multiple of 16"):
         build_model("db_sam_tiny", image_size=100)
     with pytest.raises(InputError, match="no selectable fusion"):
         variant_config("db_sam_plus", fusion="dane3")
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_the_catalogue_says_what_a_variant_is(name):
+    with torch.device("meta"):
+        model = build_model(name)
+    told = CATALOGUE[name]
+    assert (told.name, told.image_size) == (name, model.config.image_size)
+    assert told.parameters == sum(p.numel() for p in model.parameters())
 
 
 def test_encode_without_adapter_is_sams_own_forward():

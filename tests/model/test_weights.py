@@ -9,7 +9,7 @@ from support.references import small_model
 
 from dbsam_deploy.core.errors import CheckpointError
 from dbsam_deploy.model import VARIANTS, build_model, weights
-from dbsam_deploy.model.checkpoint import hash_tensors, read_checkpoint
+from dbsam_deploy.model.checkpoint import Checkpoint, hash_tensors, read_checkpoint
 from dbsam_deploy.model.fitting import interpolate_position
 from dbsam_deploy.model.weights import fresh_model, infer_variant, load_model, shipped_checkpoint
 
@@ -99,7 +99,9 @@ def test_numbers_that_the_model_cannot_take(tmp_path, thin_vit_b, value, message
     torch.save({**state, "image_encoder.neck.3.weight": value}, path)
     with pytest.raises(CheckpointError, match=f"neck.3.weight {message}") as error:
         load_model(checkpoint=path)
-    assert str(error.value).endswith(f"`python -m dbsam_deploy.inspect {path}` shows what it holds")
+    assert str(error.value).endswith(
+        f"`python -m dbsam_deploy.inspect_file {path}` shows what it holds"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -156,16 +158,34 @@ def test_variant_is_read_from_the_keys(tmp_path):
 
 def test_a_vit_of_another_width_is_refused(tmp_path):
     torch.save(
-        {"image_encoder.patch_embed.proj.weight": torch.zeros(1024, 3, 16, 16)}, tmp_path / "l.pth"
+        {"image_encoder.patch_embed.proj.weight": torch.zeros(900, 3, 16, 16)}, tmp_path / "l.pth"
     )
-    with pytest.raises(CheckpointError, match="width 1024"):
+    with pytest.raises(CheckpointError, match=r"width 900, expected 768 \(sam_vit_b\), 1024"):
         load_model(checkpoint=tmp_path / "l.pth")
+
+
+def test_medsams_preprocessing_is_not_guessed_for_a_larger_vit(tmp_path):
+    path = tmp_path / "my_medsam_vit_l.pth"
+    torch.save({"image_encoder.patch_embed.proj.weight": torch.zeros(1024, 3, 16, 16)}, path)
+    with pytest.raises(CheckpointError, match=r"MedSAM by its name, .* name --variant sam_vit_l"):
+        load_model(checkpoint=path)
+
+
+@pytest.mark.parametrize("variant", ["sam_vit_l", "sam_vit_h"])
+def test_larger_vits_are_known_by_their_width(tmp_path, monkeypatch, variant):
+    thin = replace(VARIANTS[variant], num_heads=2, depth=4, image_size=64)
+    monkeypatch.setitem(VARIANTS, variant, thin)
+    with torch.device("meta"):
+        keys = build_model(variant).state_dict()
+    patch = "image_encoder.patch_embed.proj.weight"
+    found = {**keys, patch: torch.zeros(keys[patch].shape)}
+    assert infer_variant(Checkpoint(tmp_path / "a.pth", "", found)) == variant
 
 
 def test_tensors_of_no_shape(tmp_path, thin_vit_b):
     """A patch embedding without a width; tables so wide that they would grow when resized."""
     torch.save({"image_encoder.patch_embed.proj.weight": torch.zeros(())}, tmp_path / "a.pth")
-    with pytest.raises(CheckpointError, match="a ViT of width 0, but sam_vit_b has 24"):
+    with pytest.raises(CheckpointError, match=r"a ViT of width 0, expected 24 \(sam_vit_b\)"):
         load_model(checkpoint=tmp_path / "a.pth")
     wide = {
         "image_encoder.pos_embed": torch.zeros(1, 2, 2, 50_000),

@@ -190,7 +190,7 @@ def test_of_several_models_one_has_to_be_named(tmp_path):
         read_checkpoint(path)
     assert error.value.message == (
         f"checkpoint {path}: 2 models in it: name one with --key; "
-        f"`python -m dbsam_deploy.inspect {path}` shows what it holds"
+        f"`python -m dbsam_deploy.inspect_file {path}` shows what it holds"
     )
     assert error.value.details == (
         "state_dict.student  314 tensors, 0.0 M numbers, float32",
@@ -252,7 +252,7 @@ def test_tensors_that_are_no_plain_numbers(tmp_path, name):
         read_checkpoint(path)
     text = str(error.value)
     assert "\n" not in text
-    assert text.endswith(f"`python -m dbsam_deploy.inspect {path}` shows what it holds")
+    assert text.endswith(f"`python -m dbsam_deploy.inspect_file {path}` shows what it holds")
 
 
 def test_the_same_tensor_twice(tmp_path):

@@ -18,6 +18,7 @@ from support.references import check_close
 
 from dbsam_deploy.artefact import Artefact, graph_file
 from dbsam_deploy.core.imaging import Preprocessing
+from dbsam_deploy.files.onnx_data import OnnxContent
 from dbsam_deploy.sessions.cpu_graph import cpu_graph, is_quantized, read_cpu_graph
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
 
@@ -227,7 +228,8 @@ def test_the_session_runs_the_rewritten_graph(
     facts = {"graphs": {"encoder": {}}}
     artefact = Artefact(tmp_path, "tiny", "int8", how, graphs, quantization=facts)
     feed = {"image": np.random.default_rng().normal(0, 1, (1, 3, 128, 128)).astype(np.float32)}
-    (expected,) = run_onnx(onnx.load_from_string(read_cpu_graph(path.read_bytes())), feed)
+    content = read_cpu_graph(OnnxContent(path.read_bytes()))
+    (expected,) = run_onnx(onnx.load_from_string(content.model), feed)
     found = OnnxRuntimeSession(artefact).run("encoder", feed)["image_embeddings"]
     np.testing.assert_array_equal(found, expected)
     (pairs,) = run_onnx(onnx.load(path), feed)

@@ -160,7 +160,7 @@ def labelled_case(
         boxes: the file's own prompts.
     """
     pixels = np.where(labels > 0, 255, 0).astype(np.uint8)
-    volume = Volume(Path(name), "npz", pixels, "as stored", boxes, spacing_mm)
+    volume = Volume(Path(name), "npz", pixels, "as stored", boxes, spacing_mm=spacing_mm)
     task = name.rpartition("/")[0]
     return LabelledCase(task, name, volume, labels, {1: "first", 2: "second"})
 

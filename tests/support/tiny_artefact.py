@@ -8,12 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import pytest
 from onnx import TensorProto, helper
 
 from dbsam_deploy.artefact import Artefact, graph_file, load_artefact, write_artefact
 from dbsam_deploy.core.contract import Geometry, GraphSpec, graph_specs
 from dbsam_deploy.core.imaging import Preprocessing
 from dbsam_deploy.core.points import POINTS, PointRules, usual_record
+from dbsam_deploy.files import onnx_files
+from dbsam_deploy.files.onnx_files import check_valid, save_onnx
 
 from .graph_builder import GraphBuilder
 
@@ -146,6 +149,18 @@ def make_tiny_artefact(
         },
     )
     write_artefact(artefact)
+    return load_artefact(folder)
+
+
+def in_two_files(artefact: Artefact, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Artefact:
+    """The same export with the weights of its graphs in files of their own, as above 2 GiB."""
+    folder.mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(onnx_files, "ONE_FILE_BYTES", 100)
+        for name in artefact.graphs:
+            save_onnx(onnx.load(artefact.path(name)), folder / f"{name}.onnx", check_valid)
+    graphs = {name: graph_file(folder / f"{name}.onnx", folder) for name in artefact.graphs}
+    write_artefact(dataclasses.replace(artefact, folder=folder, graphs=graphs))
     return load_artefact(folder)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from dbsam_deploy.images.intensity import STORED
 from dbsam_deploy.images.scans import ScanGeometry
 from dbsam_deploy.images.volumes import Volume
+from dbsam_deploy.volumes.label_map import AboutModel
 from dbsam_deploy.volumes.session import VolumePredictor
 from dbsam_deploy.volumes.stop_rules import ChainRule
 
@@ -61,7 +62,7 @@ def affine_of(directions: np.ndarray, spacing_xyz: tuple[float, ...]) -> np.ndar
 
 def bright(truth: np.ndarray | None = None, **options) -> VolumePredictor:
     volume = scan(wedge() if truth is None else truth, options.pop("affine", None))
-    options = {"model": "bright", "rule": WIDE, **options}
+    options = {"about": AboutModel("bright"), "rule": WIDE, **options}
     return VolumePredictor(BrightPredictor(), volume, **options)
 
 

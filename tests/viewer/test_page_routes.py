@@ -74,7 +74,7 @@ def drawn(answer: httpx.Response) -> np.ndarray:
 
 
 def test_the_page_comes_with_rules_that_keep_everything_on_this_server(server):
-    for path in ("/", "/page/main.js", "/page/style.css", "/page/niivue.js"):
+    for path in ("/", "/page/main.js", "/page/style.css", "/page/third_party/niivue.js"):
         answer = httpx.get(server.url + path)
         assert answer.status_code == 200
         policy = answer.headers["content-security-policy"]

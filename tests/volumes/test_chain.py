@@ -1,87 +1,16 @@
-"""Objects carried through drawn volumes by models whose masks are known in advance."""
+"""Objects carried through drawn volumes: where chains go, meet and end."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-
 import numpy as np
 import pytest
+from support.scripted_decoder import Scripted, anchor, run, square, tube, within
 
 from dbsam_deploy.core.errors import InputError
-from dbsam_deploy.core.masks import Prediction
 from dbsam_deploy.volumes import chain as chain_module
-from dbsam_deploy.volumes.chain import Anchor, ChainEnd, SliceMask, propagate
+from dbsam_deploy.volumes.chain import propagate
+from dbsam_deploy.volumes.links import Anchor
 from dbsam_deploy.volumes.stop_rules import ChainRule
-
-SIDE = 64
-Answerer = Callable[[int, np.ndarray], np.ndarray]
-
-
-class Scripted:
-    """A decoder whose answer to a box on a slice is a function; it notes what it was asked."""
-
-    def __init__(self, answer: Answerer, ious: Callable[[int], float] = lambda z: 0.9) -> None:
-        self.answer, self.ious = answer, ious
-        self.asked: list[tuple[int, np.ndarray]] = []
-
-    def decode(self, index: int, boxes: np.ndarray) -> Prediction:
-        self.asked.append((index, boxes))
-        masks = np.stack([self.answer(index, box) for box in boxes])
-        ious = np.full((len(boxes), 1), self.ious(index), np.float32)
-        return Prediction(masks[:, None].astype(np.uint8), ious)
-
-    @property
-    def opened(self) -> list[int]:
-        return [index for index, _ in self.asked]
-
-
-def within(truth: np.ndarray) -> Answerer:
-    """The truth's pixels inside the box."""
-
-    def answer(index: int, box: np.ndarray) -> np.ndarray:
-        x0, y0, x1, y1 = box.round().astype(int)
-        inside = np.zeros(truth.shape[1:], bool)
-        inside[y0:y1, x0:x1] = True
-        return truth[index] & inside
-
-    return answer
-
-
-def square(row: int, column: int, length: int) -> np.ndarray:
-    mask = np.zeros((SIDE, SIDE), bool)
-    mask[row : row + length, column : column + length] = True
-    return mask
-
-
-def tube(depth: int, first: int, end: int, *, slide: int = 0) -> np.ndarray:
-    """(depth, SIDE, SIDE): a square of 16 on slices first … end - 1 that slides along x."""
-    truth = np.zeros((depth, SIDE, SIDE), bool)
-    for z in range(first, end):
-        truth[z] = square(20, 10 + slide * (z - first), 16)
-    return truth
-
-
-def anchor(truth: np.ndarray, index: int, label: int = 1, iou: float = 0.9) -> Anchor:
-    return Anchor(label, index, truth[index], iou)
-
-
-def run(
-    decoder: Scripted,
-    anchors: list[Anchor],
-    depth: int,
-    rule: ChainRule | None = None,
-    **more: object,
-) -> tuple[dict[tuple[int, int], SliceMask], dict[tuple[int, bool], ChainEnd]]:
-    """Masks by label and slice, and ends by label and whether upwards."""
-    ends: list[ChainEnd] = []
-    found = list(propagate(decoder, anchors, depth, rule or ChainRule(), ended=ends.append, **more))  # type: ignore[arg-type]
-    keys = [(item.label, item.index) for item in found]
-    assert len(keys) == len(set(keys))
-    up = [number % 2 == 0 for number in range(len(ends))]
-    return dict(zip(keys, found, strict=True)), {
-        (end.label, way): end for end, way in zip(ends, up, strict=True)
-    }
 
 
 def test_a_sliding_object_is_followed_to_both_of_its_ends() -> None:
@@ -143,8 +72,29 @@ def test_another_brightness_ends_the_chain_where_pixels_are_given() -> None:
 
     assert ends(intensities=lambda z: pixels[z]) == 5
     assert ends(intensities=lambda z: np.repeat(pixels[z][..., None], 3, 2)) == 5
-    assert ends(intensities=lambda z: pixels[z], rule=ChainRule(min_brightness_match=0.05)) == 7
+    assert (
+        ends(
+            intensities=lambda z: pixels[z], rule=ChainRule(min_brightness_match=0.05, min_joint=0)
+        )
+        == 7
+    )
     assert ends() == 7
+
+
+def test_a_mask_that_is_weak_in_two_ways_ends_the_chain() -> None:
+    truth = tube(8, 0, 8)
+    rng = np.random.default_rng(0)
+    pixels = rng.normal(100, 10, truth.shape).clip(0, 255).astype(np.uint8)
+    pixels[6:] += 15  # alike by 0.79
+
+    def last(iou: float, **rule: float) -> int:
+        decoder = Scripted(lambda z, box: truth[z], ious=lambda z: 0.9 if z < 6 else iou)
+        more = {"rule": ChainRule(**rule), "intensities": lambda z: pixels[z]}  # type: ignore[arg-type]
+        return run(decoder, [anchor(truth, 2)], 8, **more)[1][1, True].last  # type: ignore[arg-type]
+
+    assert last(0.9) == 7
+    assert last(0.73) == 5
+    assert last(0.73, min_joint=0) == 7
 
 
 def test_in_known_bounds_nothing_else_ends_a_chain() -> None:
@@ -252,116 +202,3 @@ def test_what_cannot_be_carried_is_refused_before_the_model_is_asked() -> None:
     ):
         with pytest.raises(InputError, match="expected"):
             ChainRule(**wrong)  # type: ignore[arg-type]
-
-
-def pictured(truth: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Pixels of a bright object on a darker ground, with noise."""
-    noise = np.random.default_rng(seed).normal(0, 5, truth.shape)
-    return (np.where(truth, 150, 80) + noise).clip(0, 255).astype(np.uint8)
-
-
-def fills_its_box(index: int, box: np.ndarray) -> np.ndarray:
-    x0, y0, x1, y1 = box.round().astype(int)
-    mask = np.zeros((SIDE, SIDE), bool)
-    mask[y0:y1, x0:x1] = True
-    return mask
-
-
-def test_the_image_holds_a_model_that_creeps_outwards() -> None:
-    """One that fills its box adds the margin on each slice, unless the image says otherwise."""
-    truth = tube(12, 0, 12)
-    rule = ChainRule(margin_px=8, min_brightness_match=0)  # 2 px at 64
-    pixels = pictured(truth)
-    rows = {}
-    for follow in (True, False):
-        found, _ = run(
-            Scripted(fills_its_box),
-            [anchor(truth, 1)],
-            12,
-            replace(rule, follow_image=follow),
-            intensities=lambda z: pixels[z],
-            spacing_mm=(1.0, 1.0, 1.0),
-        )
-        rows[follow] = int(found[1, 8].mask.any(1).sum())
-    assert rows[False] == 16 + 7 * 4
-    assert 16 <= rows[True] <= 20  # the margin of one slice, not of seven
-
-
-def ellipsoid(seed: int, depth: int = 20) -> np.ndarray:
-    """(depth, SIDE, SIDE): one that leans and whose largest slice is the 11th."""
-    rng = np.random.default_rng(seed)
-    half, centre, lean = rng.uniform(14, 18, 2), rng.uniform(26, 38, 2), rng.uniform(-1, 1, 2)
-    y, x = np.mgrid[:SIDE, :SIDE]
-    along = (np.arange(depth) - 10)[:, None, None]
-    rows = (y - centre[0] - lean[0] * along) / half[0]
-    columns = (x - centre[1] - lean[1] * along) / half[1]
-    return np.asarray(rows**2 + columns**2 + (along / rng.uniform(5, 7)) ** 2 < 1)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_a_model_that_fills_its_box_still_finds_an_object_in_noise(seed: int) -> None:
-    truth = ellipsoid(seed)
-    pixels = np.where(truth, 110, 80) + np.random.default_rng(seed).normal(0, 12, truth.shape)
-    pixels = pixels.clip(0, 255).astype(np.uint8)
-    found, _ = run(
-        Scripted(fills_its_box),
-        [anchor(truth, 10)],
-        len(truth),
-        intensities=lambda z: pixels[z],
-        spacing_mm=(3.0, 1.0, 1.0),
-    )
-    masks = np.zeros_like(truth)
-    masks[10] = truth[10]
-    for (_, z), item in found.items():
-        masks[z] = item.mask
-    assert 2 * np.count_nonzero(masks & truth) / (masks.sum() + truth.sum()) > 0.9
-
-
-def test_an_object_that_shrinks_by_much_is_followed() -> None:
-    truth = np.stack([square(20, 20, 24), square(24, 24, 10), square(24, 24, 9)])
-    found, _ = run(Scripted(within(truth)), [anchor(truth, 0)], 3)  # IoU 0.17
-    assert sorted(z for _, z in found) == [1, 2]
-
-
-def test_the_image_follows_an_object_that_leaves_the_last_masks_box() -> None:
-    truth = tube(8, 0, 8, slide=4)
-    pixels = pictured(truth)
-    exact = {"rule": ChainRule(margin_px=0), "spacing_mm": (4.0, 1.0, 1.0)}
-    found, _ = run(
-        Scripted(within(truth)), [anchor(truth, 0)], 8, intensities=lambda z: pixels[z], **exact
-    )
-    assert np.count_nonzero(found[1, 7].mask) > 0.9 * 16 * 16
-    found, _ = run(Scripted(within(truth)), [anchor(truth, 0)], 8, **exact)
-    assert (1, 7) not in found or np.count_nonzero(found[1, 7].mask) < 0.3 * 16 * 16
-
-
-def test_what_does_not_look_like_the_object_is_cut_off_the_mask() -> None:
-    truth = tube(3, 0, 3)
-    far = square(45, 45, 10)
-    pixels = pictured(truth)
-
-    def with_a_stray_piece(index: int, box: np.ndarray) -> np.ndarray:
-        return truth[index] | far
-
-    def mask(rule: ChainRule) -> np.ndarray:
-        decoder = Scripted(with_a_stray_piece)
-        return run(decoder, [anchor(truth, 0)], 3, rule, intensities=lambda z: pixels[z])[0][
-            1, 1
-        ].mask
-
-    assert not mask(ChainRule())[far].any()
-    assert mask(ChainRule(min_likeness=0, min_brightness_match=0))[far].all()
-    np.testing.assert_array_equal(mask(ChainRule())[truth[1]], True)
-
-
-def test_a_chain_ends_where_nothing_looks_like_the_object_and_the_model_is_not_asked() -> None:
-    truth = np.zeros((6, SIDE, SIDE), bool)
-    truth[:4] = square(30, 30, 5)
-    pixels = pictured(truth)
-    decoder = Scripted(lambda z, box: truth[0])
-    given = {"intensities": lambda z: pixels[z], "spacing_mm": (5.0, 1.0, 1.0)}
-    _, ends = run(decoder, [anchor(truth, 1)], 6, **given)
-    assert ends[1, True].reason == "slice 4: nothing there looks like the object"
-    assert decoder.opened == [2, 3, 0]
-    found, ends = run(decoder, [anchor(truth, 1)], 6, bounds={1: (0, 6)}, **given)
-    assert (1, 5) in found  # a known extent is believed, whatever it looks like

@@ -10,6 +10,7 @@ from dbsam_deploy.images.arrays import as_volume
 from dbsam_deploy.prediction.predictor import Predictor
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
 from dbsam_deploy.volumes.array_store import ArrayStore
+from dbsam_deploy.volumes.label_map import AboutModel
 from dbsam_deploy.volumes.logits import LogitsStore
 from dbsam_deploy.volumes.session import VolumePredictor
 from dbsam_deploy.volumes.study import segment_study
@@ -98,7 +99,7 @@ def test_a_study_can_be_asked_for_fractions_once_its_run_is_over(predictor, monk
             predictor,
             scan(wedge()),
             StudyPrompts(tuple(prompts), propagate=False),
-            model="tiny",
+            about=AboutModel("tiny"),
             fractions=True,
             checkpoint=tmp_path / "unfinished.db",
         )

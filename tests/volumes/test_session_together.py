@@ -14,6 +14,7 @@ from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.images.arrays import as_volume
 from dbsam_deploy.prediction.predictor import Predictor
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
+from dbsam_deploy.volumes.label_map import AboutModel
 from dbsam_deploy.volumes.session import VolumePredictor
 from dbsam_deploy.volumes.study import segment_study
 from dbsam_deploy.volumes.study_prompts import ObjectPrompts, SlicePrompt, StudyPrompts
@@ -75,7 +76,7 @@ def test_a_study_asks_for_the_objects_of_a_slice_together():
         ObjectPrompts(f"{n}", (SlicePrompt(tuple(box), (), 5),)) for n, box in enumerate(BOXES)
     ]
     spec = StudyPrompts(tuple(objects), propagate=False)
-    together = segment_study(model, scan(wedge()), spec, model="bright")
+    together = segment_study(model, scan(wedge()), spec, about=AboutModel("bright"))
     assert model.asked == [("boxes", 8)]
     session = bright()
     for label, box in enumerate(BOXES, 1):

@@ -1,5 +1,6 @@
 """Prompts on a volume → named objects, whatever the prompts came as."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.images.arrays import as_volume
 from dbsam_deploy.images.scans import ScanGeometry
 from dbsam_deploy.images.volumes import Volume
+from dbsam_deploy.volumes.label_map import AboutModel
 from dbsam_deploy.volumes.study import segment_study
 from dbsam_deploy.volumes.study_prompts import ObjectPrompts, SlicePrompt, StudyPrompts
 
+BRIGHT = AboutModel("bright")
 LIVER = (slice(3, 9), slice(10, 20), slice(5, 25))
 KIDNEY = (slice(2, 6), slice(25, 35), slice(30, 45))
 
@@ -32,21 +35,19 @@ def in_place(volume: Volume) -> Volume:
     affine[:3, 3] = [50, 60, -70]
     depth, height, width = volume.shape
     geometry = ScanGeometry(affine, (width, height, depth))
-    return Volume(
-        volume.path, "nifti", volume.pixels, volume.intensity, None, (4.0, 2.0, 2.0), geometry
-    )
+    return replace(volume, kind="nifti", spacing_mm=(4.0, 2.0, 2.0), geometry=geometry)
 
 
 def found(volume: Volume, *objects: ObjectPrompts, **how: Any) -> np.ndarray:
     spec = StudyPrompts(objects, **how)
-    return segment_study(BrightPredictor(), volume, spec, model="bright").labels
+    return segment_study(BrightPredictor(), volume, spec, about=BRIGHT).labels
 
 
 def test_each_object_keeps_its_name_and_label(two_bars: Volume) -> None:
     a = ObjectPrompts("liver", box_3d=(3, 8, 3, 28, 22, 9), colour=(1, 2, 3))
     b = ObjectPrompts("kidney", (SlicePrompt((28, 23, 47, 37), index=4),))
     spec = StudyPrompts((a, b))
-    result = segment_study(BrightPredictor(), two_bars, spec, model="bright", note="a note")
+    result = segment_study(BrightPredictor(), two_bars, spec, about=AboutModel("bright", "a note"))
     assert [(o.label, o.name, o.colour) for o in result.objects] == [
         (1, "liver", (1, 2, 3)),
         (2, "kidney", None),
@@ -69,7 +70,7 @@ def test_all_objects_go_through_the_volume_in_one_pass(two_bars: Volume) -> None
     predictor = BrightPredictor()
     a = ObjectPrompts("liver", (SlicePrompt((3, 8, 28, 22), index=4),))
     b = ObjectPrompts("kidney", (SlicePrompt((28, 23, 47, 37), index=4),))
-    segment_study(predictor, two_bars, StudyPrompts((a, b)), model="bright")
+    segment_study(predictor, two_bars, StudyPrompts((a, b)), about=BRIGHT)
     # slice 4, up to 9, where the liver ends, and down to 1, where the kidney does
     assert predictor.encoded <= 1 + 5 + 3 + 2
 
@@ -102,7 +103,7 @@ def test_no_slice_is_encoded_twice(two_bars: Volume, z: int, in_mm: bool) -> Non
     objects = [ObjectPrompts(n, (one,)) for n, one in zip("ab", prompts, strict=True)]
     spec = StudyPrompts(tuple(objects), space="lps" if in_mm else "voxel")
     predictor = Encoder()
-    result = segment_study(predictor, in_place(two_bars), spec, model="bright")
+    result = segment_study(predictor, in_place(two_bars), spec, about=BRIGHT)
     assert np.unique(result.labels).tolist() == [0, 1, 2]
     assert len(predictor.seen) == len(set(predictor.seen)) >= 7
 
@@ -176,7 +177,7 @@ def test_a_prompt_that_does_not_fit_is_refused_with_its_object(two_bars: Volume,
     predictor = BrightPredictor()
     good = ObjectPrompts("good", box_3d=(3, 8, 3, 28, 22, 9))
     with pytest.raises(InputError, match=rf"^a: .*{message}") as refused:
-        segment_study(predictor, in_place(two_bars), StudyPrompts((good, one)), model="bright")
+        segment_study(predictor, in_place(two_bars), StudyPrompts((good, one)), about=BRIGHT)
     assert "\n" not in refused.value.message
     assert predictor.encoded == 0
 
@@ -196,7 +197,11 @@ def test_a_lost_object_is_said_and_the_others_stay(two_bars: Volume) -> None:
     )
     said: list[str] = []
     result = segment_study(
-        BrightPredictor(), two_bars, StudyPrompts(objects), model="bright", say=said.append
+        BrightPredictor(),
+        two_bars,
+        StudyPrompts(objects),
+        about=BRIGHT,
+        say=said.append,
     )
     assert np.bincount(result.labels.ravel())[1:].tolist() == [6 * 200, 16]
     assert said[0] == "ghost was not found where it was prompted"
@@ -210,18 +215,18 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_result(
     spec = StudyPrompts((ObjectPrompts("liver", (SlicePrompt((3, 8, 28, 22), index=5),)),))
     kept = tmp_path / "unfinished.db"
     whole = BrightPredictor()
-    expected = segment_study(whole, two_bars, spec, model="bright")
+    expected = segment_study(whole, two_bars, spec, about=BRIGHT)
     first = BrightPredictor(4, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
-        segment_study(first, two_bars, spec, model="bright", checkpoint=kept)
+        segment_study(first, two_bars, spec, about=BRIGHT, checkpoint=kept)
     again = BrightPredictor()
-    result = segment_study(again, two_bars, spec, model="bright", checkpoint=kept)
+    result = segment_study(again, two_bars, spec, about=BRIGHT, checkpoint=kept)
     np.testing.assert_array_equal(result.labels, expected.labels)
     np.testing.assert_array_equal(result.confidence, expected.confidence)
     assert again.encoded == whole.encoded - 3
     other = StudyPrompts((ObjectPrompts("liver", (SlicePrompt((3, 8, 28, 22), index=6),)),))
     with pytest.raises(InputError, match="with another set of prompts"):
-        segment_study(again, two_bars, other, model="bright", checkpoint=kept)
+        segment_study(again, two_bars, other, about=BRIGHT, checkpoint=kept)
     two_bars.pixels[0, 0, 0] += 1
     with pytest.raises(InputError, match="with another volume"):
-        segment_study(again, two_bars, spec, model="bright", checkpoint=kept)
+        segment_study(again, two_bars, spec, about=BRIGHT, checkpoint=kept)

@@ -3,7 +3,7 @@
 // NiiVue turns a volume so that its axes run right, anterior, superior ("RAS"); masks are kept in that
 // order, a byte a voxel: bit n - 1 is label n. Which colour a byte has, a table of 256 says.
 
-import { NVImage, Niivue } from "./niivue.js";
+import { NVImage, Niivue } from "./third_party/niivue.js";
 
 const PLANES = ["axial", "coronal", "sagittal"];
 const NORMAL = [2, 1, 0]; // RAS axis across each of PLANES

@@ -12,8 +12,8 @@ from support.dicom_series import write_dicom_series
 from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.images.arrays import as_volume
 from dbsam_deploy.images.volumes import Volume, read_image
+from dbsam_deploy.outputs.object_statistics import csv_bytes, json_bytes, measure
 from dbsam_deploy.outputs.segmentation import Segmentation, SegmentedObject
-from dbsam_deploy.outputs.statistics import csv_bytes, json_bytes, measure
 
 LABELS = np.zeros((4, 6, 8), np.uint16)
 LABELS[1:3, 2:5, 3:4] = 1

@@ -1,4 +1,4 @@
-"""The command that makes SAM's two files of an export, and what a browser's viewer gets of them."""
+"""SAM's two files of an export, and what a browser's viewer gets of them."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from support.tiny_artefact import make_tiny_artefact
+from support.tiny_artefact import in_two_files, make_tiny_artefact
 
-from dbsam_deploy import sam_signature
-from dbsam_deploy.artefact import find_exports, load_artefact, write_artefact
-from dbsam_deploy.cli import run
+from dbsam_deploy.artefact import find_exports, load_artefact
+from dbsam_deploy.core.errors import AccuracyError, InputError
+from dbsam_deploy.core.imaging import Preprocessing
+from dbsam_deploy.files import onnx_files
 from dbsam_deploy.graphs import sam_graphs
 from dbsam_deploy.images.npz_files import read_images
 from dbsam_deploy.prediction.predictor import Predictor
+from dbsam_deploy.recipe import load_recipe
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
+from dbsam_deploy.verification import sam_files
 from dbsam_deploy.verification.cases import bundled_examples
+from dbsam_deploy.verification.sam_files import check_sam_files, publish_sam_files
 from dbsam_deploy.verification.sam_parity import canvas_of
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FEED = ROOT / "tests" / "support" / "cornerstone_feed.cjs"
 BOX = [200.0, 300.0, 700.0, 800.0]
 OUTSIDE = [[512.0, 512.0], [100.0, 800.0], [900.0, 200.0]]
@@ -32,9 +36,7 @@ OUTSIDE = [[512.0, 512.0], [100.0, 800.0], [900.0, 200.0]]
 def published(tmp_path_factory) -> Path:
     """Files of a small model of SAM's geometry, beside their export."""
     export = tmp_path_factory.mktemp("build") / "sam"
-    make_tiny_artefact(export, image_size=1024)
-    assert run(sam_signature.main, [str(export)]) == 0
-    return export.with_name("sam_sam")
+    return publish_sam_files(make_tiny_artefact(export, image_size=1024), lambda text: None)
 
 
 def test_the_files_are_published_with_what_they_came_from(published):
@@ -55,34 +57,55 @@ def test_the_files_are_published_with_what_they_came_from(published):
     assert find_exports(published.parent) == (artefact.folder,), "it is no export"
 
 
-def test_files_that_differ_are_not_published(tmp_path, monkeypatch, capsys):
+def test_files_that_differ_are_not_published(tmp_path, monkeypatch):
     export = tmp_path / "lite"
-    make_tiny_artefact(export, image_size=256, mode="lite_medsam", stride=4)
-    assert run(sam_signature.main, [str(export)]) == 0
+    artefact = make_tiny_artefact(export, image_size=256, mode="lite_medsam", stride=4)
+    said = []
+    publish_sam_files(artefact, said.append)
     before = (export.with_name("lite_sam") / "sam.json").read_bytes()
+    publish_sam_files(artefact, said.append)
+    assert said[1] == f"{tmp_path / 'lite_sam'} is up to date"
+    monkeypatch.setattr(sam_files, "code_digest", lambda modules: "another")
     monkeypatch.setattr(sam_graphs, "_PROMPTS", sam_graphs._PROMPTS.replace("{scale}", "0.2"))
-    assert run(sam_signature.main, [str(export)]) == 1
-    assert "Nothing was published" in capsys.readouterr().err
+    with pytest.raises(AccuracyError, match="Nothing was published"):
+        publish_sam_files(artefact, said.append)
     assert (export.with_name("lite_sam") / "sam.json").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lite", "lite_sam"]
 
 
-def test_mistakes_are_one_line(tmp_path, capsys):
-    export = tmp_path / "tiny"
-    artefact = make_tiny_artefact(export, image_size=512)
-    (tmp_path / "other").mkdir()
-    for words, message in (
-        ([str(export)], "image size 512"),
-        ([str(export), "--output", str(tmp_path / "other")], "was not made by this command"),
-        ([str(tmp_path / "none")], "no manifest.json"),
-    ):
-        assert run(sam_signature.main, words) == 2
-        assert message in capsys.readouterr().err
-    artefact.quantization["graphs"] = ["encoder"]
-    write_artefact(artefact)
-    assert run(sam_signature.main, [str(export)]) == 2
-    assert "quantised" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "tiny"]
+def test_damaged_files_are_made_again(tmp_path):
+    artefact = make_tiny_artefact(tmp_path / "a", image_size=256, mode="sam_med2d")
+    folder = publish_sam_files(artefact, lambda text: None)
+    whole = (folder / "decoder.onnx").read_bytes()
+    (folder / "decoder.onnx").write_bytes(whole[:-1])
+    publish_sam_files(artefact, lambda text: None)
+    assert (folder / "decoder.onnx").read_bytes() == whole
+
+
+def test_weights_in_a_file_of_their_own_stay_so(tmp_path, monkeypatch):
+    artefact = make_tiny_artefact(tmp_path / "a", image_size=256, mode="sam_med2d")
+    large = in_two_files(artefact, tmp_path / "large", monkeypatch)
+    monkeypatch.setattr(onnx_files, "ONE_FILE_BYTES", 100)
+    folder = publish_sam_files(large, lambda text: None)
+    names = ["decoder.onnx", "decoder.onnx.data", "encoder.onnx", "encoder.onnx.data", "sam.json"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    said = []
+    publish_sam_files(large, said.append)
+    assert said == [f"{folder} is up to date"]
+
+
+@pytest.mark.parametrize(
+    ("how", "precision", "message"),
+    [
+        (Preprocessing(512), "fp32", "image size 512 with sam preprocessing: expected 1024"),
+        (Preprocessing(1024, "medsam"), "int8", "--precision int8: expected fp32 or fp16"),
+        (Preprocessing(1024), "fp32", "holds no files in SAM's signature"),
+    ],
+)
+def test_what_cannot_be_made_is_told_before_the_export(tmp_path, how, precision, message):
+    (tmp_path / "x_sam").mkdir()
+    with pytest.raises(InputError, match=message):
+        check_sam_files(how, load_recipe(precision), tmp_path / "x")
 
 
 @pytest.mark.parametrize(

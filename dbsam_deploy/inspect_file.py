@@ -1,4 +1,4 @@
-"""`python -m dbsam_deploy.inspect`: what a weights file or an export is."""
+"""`python -m dbsam_deploy.inspect_file`: what a weights file or an export is."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from .artefact import MANIFEST_NAME, load_artefact
-from .cli import Parser, add_weights_choice, check_paths, run, table_console
+from .cli import Parser, check_paths, run, table_console
 from .core.errors import InputError
+from .sessions.weights_choice import add_weights_choice
 
 DESCRIPTION = """\
 Show what a weights file is: its model, where in the file it is and under which names, the size of
@@ -25,20 +26,20 @@ The exit status is 0 for a file that was shown, whether it can be loaded or not;
 "refused", which is empty where it can.
 
 examples:
-  python -m dbsam_deploy.inspect medsam_vit_b.pth
+  python -m dbsam_deploy.inspect_file medsam_vit_b.pth
   a file with the weights and their moving average
-    python -m dbsam_deploy.inspect last.ckpt --weights ema
+    python -m dbsam_deploy.inspect_file last.ckpt --weights ema
   for a program
-    python -m dbsam_deploy.inspect last.ckpt --json
+    python -m dbsam_deploy.inspect_file last.ckpt --json
   a folder that Hugging Face's libraries wrote, and an export
-    python -m dbsam_deploy.inspect sam-vit-base/
-    python -m dbsam_deploy.inspect build/fp16
+    python -m dbsam_deploy.inspect_file sam-vit-base/
+    python -m dbsam_deploy.inspect_file build/fp16
 """
 
 
 def build_parser() -> Parser:
     """The command line."""
-    parser = Parser(prog="python -m dbsam_deploy.inspect", description=DESCRIPTION)
+    parser = Parser(prog="python -m dbsam_deploy.inspect_file", description=DESCRIPTION)
     parser.add_argument("file", type=Path, metavar="FILE", help="weights, or an export's folder")
     add_weights_choice(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dbsam_deploy import cli, inspect
+from dbsam_deploy import cli, inspect_file
 from dbsam_deploy.core.errors import CheckpointError
 from dbsam_deploy.model import build_model
 from dbsam_deploy.model.checkpoint import read_checkpoint
@@ -16,7 +16,7 @@ from dbsam_deploy.model.weights import load_model, shipped_checkpoint
 
 
 def shown(capsys, *words: object) -> dict:
-    assert cli.run(inspect.main, [*map(str, words), "--json"]) == 0
+    assert cli.run(inspect_file.main, [*map(str, words), "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -33,7 +33,7 @@ def large(tmp_path_factory) -> Path:
 
 
 def test_a_table_of_the_shipped_checkpoint(capsys):
-    assert cli.run(inspect.main, [str(shipped_checkpoint())]) == 0
+    assert cli.run(inspect_file.main, [str(shipped_checkpoint())]) == 0
     text = capsys.readouterr().out
     for words in ("DB-SAM, variant db_sam_tiny", "1024 px", "float16", "fusion dane", "yes"):
         assert words in text
@@ -97,16 +97,16 @@ def test_an_export(capsys, tiny_artefact):
     assert facts["form"] == "export"
     assert (facts["variant"], facts["image_size"]) == (tiny_artefact.variant, 128)
     assert facts["weights"] == tiny_artefact.weights
-    assert cli.run(inspect.main, [str(tiny_artefact.folder)]) == 0
+    assert cli.run(inspect_file.main, [str(tiny_artefact.folder)]) == 0
     assert facts["graphs"]["encoder"] in capsys.readouterr().out
-    assert cli.run(inspect.main, [str(tiny_artefact.folder), "--weights", "ema"]) == 2
+    assert cli.run(inspect_file.main, [str(tiny_artefact.folder), "--weights", "ema"]) == 2
     assert "is an export" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [b"", b"not weights", b"PK\x03\x04" + bytes(40)])
 def test_what_is_no_weights_file_is_one_line(capsys, tmp_path, content):
     (tmp_path / "w.pth").write_bytes(content)
-    assert cli.run(inspect.main, [str(tmp_path / "w.pth")]) == 2
+    assert cli.run(inspect_file.main, [str(tmp_path / "w.pth")]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("error: checkpoint ")
@@ -133,7 +133,7 @@ def test_the_line_that_a_refusal_advises_works(capsys, tmp_path, name):
     with pytest.raises(CheckpointError) as error:
         load_model(checkpoint=path)
     assert error.value.message.endswith(" shows what it holds")
-    advised = re.findall(r"`python -m dbsam_deploy\.inspect (.+)`", error.value.message)[-1]
+    advised = re.findall(r"`python -m dbsam_deploy\.inspect_file (.+)`", error.value.message)[-1]
     facts = shown(capsys, *shlex.split(advised))
     assert facts["file"] == str(path)
     assert facts["refused"] or facts["differences"]
