@@ -13,7 +13,7 @@ from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.core.imaging import Preprocessing, preprocess, upscale_logits
 from dbsam_deploy.graphs.sam_graphs import sam_decoder, sam_encoder, sam_picture_encoder
 
-HOW = Preprocessing(64, "sam")
+HOW = Preprocessing(256, "sam")
 SIDE = HOW.mask_side
 BOX = ([[160, 200], [800, 900]], [2, 3])
 PADDING = ([[0, 0]], [-1])
@@ -27,9 +27,9 @@ def opened(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
 
 
 @pytest.fixture(scope="module")
-def pair(exported_graph):
+def pair(float_graphs):
     """The export's prompt decoder, and the same in SAM's signature."""
-    model = onnx.load(exported_graph("db_sam", "prompt_decoder", "fp32"))
+    model = onnx.load(float_graphs / "prompt_decoder.onnx")
     return opened(model), opened(sam_decoder(model, HOW))
 
 

@@ -150,6 +150,7 @@ def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytes
     for name in ("WORK", "ANSWER", *workers):  # a worker's benchmarks are switched off
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # other plugins only take time
+    monkeypatch.setenv("XDG_CACHE_HOME", str(pytester.path))  # which conftest.py sets
     shutil.copy(ROOT / "conftest.py", pytester.path / "conftest.py")
     pytester.makeini(
         "[pytest]\npython_files = test_*.py bench_*.py\nmarkers =\n  gpu\n  slow\n  bound\n"
@@ -160,9 +161,11 @@ def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytes
     return pytester
 
 
+PLUGINS = ("-p", "no:cacheprovider", "-p", "pytest_benchmark.plugin")
+
+
 def _run(project: pytest.Pytester, *options: str) -> pytest.RunResult:
-    plugins = ("-p", "no:cacheprovider", "-p", "pytest_benchmark.plugin")
-    return project.runpytest_subprocess(*plugins, *options)
+    return project.runpytest_inprocess(*PLUGINS, *options)
 
 
 def _baselines(project: pytest.Pytester) -> list[Path]:
@@ -170,7 +173,8 @@ def _baselines(project: pytest.Pytester) -> list[Path]:
 
 
 def test_without_the_flag_only_tests_run(project: pytest.Pytester) -> None:
-    result = _run(project)
+    """In a process of its own, as from a shell; the runs below are in this one."""
+    result = project.runpytest_subprocess(*PLUGINS)
     result.assert_outcomes(passed=1, deselected=1)
     result.stdout.fnmatch_lines(["*pytest --benchmark*", "test_plain.py*"])
 
