@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..catalogue import VARIANT_NAMES
 from ..core.contract import BOXES, MASK_INPUT, POINT_COORDS
 from ..core.errors import InputError
 from ..core.imaging import FloatArray, Preprocessing, to_image_frame, to_model_frame, upscale_logits
@@ -249,10 +250,12 @@ class _Registry(dict[str, Callable[..., Model]]):
 
 sam_model_registry: dict[str, Callable[..., Model]] = _Registry(
     vit_b=_build(None),
-    db_sam=_build("db_sam"),
-    db_sam_tiny=_build("db_sam_tiny"),
-    sam_vit_b=_build("sam_vit_b"),
-    medsam_vit_b=_build("medsam_vit_b"),
-    lite_medsam=_build("lite_medsam"),
+    vit_l=_build("sam_vit_l"),
+    vit_h=_build("sam_vit_h"),
+    vit_t=_build("mobile_sam"),
+    **{name: _build(name) for name in VARIANT_NAMES},
 )
-"""Name → function of a checkpoint; `vit_b` tells the variant by the checkpoint's keys."""
+"""Name → function of a checkpoint: SAM's and MobileSAM's own names, and all variants.
+
+`vit_b` tells the variant by the checkpoint's keys.
+"""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dbsam_deploy import SamPredictor, load, sam_model_registry
+from dbsam_deploy.catalogue import CATALOGUE
 from dbsam_deploy.core.errors import InputError
 
 IMAGE = np.random.default_rng(3).integers(0, 256, (6, 8, 3), dtype=np.uint8)
@@ -146,7 +147,7 @@ def test_the_registry_opens_weights_in_pytorch(image):
     sam = sam_model_registry["db_sam_tiny"]()
     assert sam.to(device="cpu").backend == "pytorch-cpu"
     assert sam.name == "db_sam_tiny"
-    assert "vit_b" in sam_model_registry
+    assert {"vit_b", "vit_l", "vit_h", "vit_t", *CATALOGUE} == set(sam_model_registry)
 
 
 def test_two_predictors_of_one_model_keep_their_images(predictor, image):
@@ -159,5 +160,5 @@ def test_two_predictors_of_one_model_keep_their_images(predictor, image):
 
 
 def test_a_model_that_is_not_here_names_those_that_are():
-    with pytest.raises(InputError, match=r"vit_h.*vit_b, db_sam"):
-        sam_model_registry["vit_h"]
+    with pytest.raises(InputError, match=r"vit_g.*vit_b, vit_l, vit_h, vit_t, db_sam"):
+        sam_model_registry["vit_g"]

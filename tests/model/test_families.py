@@ -14,10 +14,12 @@ import torch
 from support.family_references import ORIGINAL, answers, picture
 from support.fixed_numbers import fixed_weights
 
+from dbsam_deploy.catalogue import CATALOGUE
 from dbsam_deploy.core.imaging import PIXEL_MEAN, PIXEL_STD, preprocess, upscale_logits
 from dbsam_deploy.graphs.encoder_decoder import build_graph
 from dbsam_deploy.model import VARIANTS
 from dbsam_deploy.model.config import TinyVitConfig
+from dbsam_deploy.model.inspection import inspect_weights
 from dbsam_deploy.model.weights import load_model
 
 FOLDER = Path(__file__).parent / "families"
@@ -66,6 +68,15 @@ def test_a_familys_file_gives_the_familys_answers(family):
     low = expected["boxes_masks"]
     for i, wanted in enumerate(expected["whole"]):
         check(upscale_logits(low[i, 0], ORIGINAL, loaded.preprocessing), wanted[0])
+
+
+def test_inspect_says_what_a_familys_file_is(family):
+    name, _, path = family
+    facts = inspect_weights(path)
+    assert (facts["variant"], facts["family"]) == (name, CATALOGUE[name].family)
+    assert facts["adapters"] == (["SAM-Med2D's"] if name == "sam_med2d" else [])
+    assert facts["refused"] == ""
+    assert all(part in " ".join(facts["ignored"]) for part in LEFT_OUT[name])
 
 
 def test_the_graphs_give_the_familys_answers(family):
