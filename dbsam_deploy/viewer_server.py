@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .api.loading import load
 from .api.model import Model
-from .artefact import find_export, read_artefact
+from .artefact import MANIFEST_NAME, Artefact, find_export, read_artefact
 from .cli import Parser, numbers, run, say_on_stderr
 from .core.errors import InputError
 from .extras import check_installed
@@ -79,14 +79,14 @@ def _add_answers(group: argparse._ArgumentGroup) -> None:
         "--reach",
         type=int,
         metavar="N",
-        help="slices to each side of a prompted one (default: what --budget allows)",
+        help="most slices to each side of a prompted one (default: to the object's end)",
     )
     group.add_argument(
-        "--budget",
+        "--answer-within",
         type=float,
-        default=15.0,
+        default=9.0,
         metavar="S",
-        help="seconds for each side, by the model's speed as measured at the start",
+        help="seconds after which an answer goes no further; the next prompt goes on (default: 9)",
     )
     group.add_argument("--max-voxels", type=int, default=2**28, metavar="N", help="of an image")
 
@@ -144,7 +144,7 @@ def _checked(args: argparse.Namespace) -> argparse.Namespace:
     limits = {
         "port": (0, 65535),
         "sessions": (1, 64),
-        "budget": (0.1, 30),
+        "answer_within": (0.1, 50),
         "idle": (1, 86400),
         "liveness": (0, 86400),
         "max_voxels": (1, 2**33),
@@ -197,18 +197,29 @@ def _audit_rules(model: Model, args: argparse.Namespace) -> AuditRules:
     from .viewer.audit import AuditRules, read_networks
 
     named = {"model": model.name, "weights": str(model.weights.get("sha256") or "unknown")}
+    export = _export_of(args)
+    if export is not None:
+        named["export"] = export.key
     return AuditRules(
         args.audit_log, named, read_networks(args.trust_proxy), not args.audit_lenient
     )
+
+
+def _export_of(args: argparse.Namespace) -> Artefact | None:
+    """The export that is served; None for weights, which may be a folder too, or a server."""
+    if args.model is None:
+        return read_artefact(find_export())
+    path = Path(args.model)
+    folder = path.parent if path.name == MANIFEST_NAME else path
+    return read_artefact(folder) if (folder / MANIFEST_NAME).is_file() else None
 
 
 def _page_rules(model: Model, args: argparse.Namespace, keys: dict[str, str]) -> PageRules:
     """What the page says of the model."""
     from .viewer.page import CARD, PageRules
 
-    figures: dict[str, Any] = {}
-    if "://" not in str(args.model) and (args.model is None or Path(args.model).is_dir()):
-        figures = read_artefact(find_export(args.model and Path(args.model))).figures
+    export = _export_of(args)
+    figures: dict[str, Any] = {} if export is None else export.figures
     told: dict[str, str] = {}
     if CARD in str(model.weights.get("note")):
         path = resource_dir("export") / "checkpoints" / CARD
@@ -227,25 +238,24 @@ def _serve(model: Model, args: argparse.Namespace, keys: dict[str, str]) -> None
     """Answer viewers until the process is told to end."""
     from .viewer.application import ViewerServer
     from .viewer.audit import AuditLog
-    from .viewer.carrying import measured_reach
     from .viewer.leases import LeaseRules, Leases
     from .viewer.page import Page
     from .viewer.workspace import WorkRules, Workspace
     from .volumes.embeddings import SharedPredictor
 
     shared = SharedPredictor(model.predictor)
-    reach = args.reach or measured_reach(shared, args.budget)
-    rules = WorkRules(None if args.window is None else tuple(args.window), reach)
+    window = None if args.window is None else tuple(args.window)
+    rules = WorkRules(window, args.reach, args.answer_within)
     leases = Leases(
         LeaseRules(args.sessions, args.idle, args.liveness), lambda: Workspace(shared, rules)
     )
-    window = _CT_TEXT if rules.window is None else "window {:g} {:g}".format(*rules.window)
-    about = "; ".join(filter(None, [model.describe(), model.note, window]))
+    shown = _CT_TEXT if window is None else "window {:g} {:g}".format(*window)
+    about = "; ".join(filter(None, [model.describe(), model.note, shown]))
     audit = None if args.audit_log is None else AuditLog(_audit_rules(model, args))
     server = ViewerServer(leases, about, key=keys, max_voxels=args.max_voxels, audit=audit)
     Page(server, shared, rules, _page_rules(model, args, keys))
     try:
-        _listen(server.app, args, f"{about}\n{reach} slices to each side")
+        _listen(server.app, args, about)
     finally:
         if audit is not None:
             audit.close()

@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -15,6 +17,7 @@ from nnInteractive.inference.remote import nnInteractiveRemoteInferenceSession
 from support.tiny_artefact import make_tiny_artefact
 
 from dbsam_deploy import viewer_server
+from dbsam_deploy.artefact import write_artefact
 from dbsam_deploy.cli import run
 from dbsam_deploy.core.errors import InputError
 
@@ -24,7 +27,7 @@ from dbsam_deploy.core.errors import InputError
     [
         ["--port", "70000"],
         ["--reach", "0"],
-        ["--budget", "nan"],
+        ["--answer-within", "nan"],
         ["--window", "40", "0"],
         ["--prefix", "x"],
         ["--api-key", "a", "--key-file", "b"],
@@ -67,8 +70,18 @@ def test_one_key_or_several_with_names(tmp_path, text, keys):
         assert viewer_server.read_keys(args) == keys
 
 
+def test_what_is_served_is_known_to_be_an_export_or_not(tmp_path):
+    made = make_tiny_artefact(tmp_path / "model")
+    (tmp_path / "hugging_face").mkdir()
+    for named in (made.folder, made.folder / "manifest.json"):
+        found = viewer_server._export_of(SimpleNamespace(model=str(named)))
+        assert found.folder == made.folder
+    for named in (tmp_path / "hugging_face", "weights.pth", "triton://localhost:8001"):
+        assert viewer_server._export_of(SimpleNamespace(model=str(named))) is None
+
+
 def test_a_model_is_served_under_a_prefix_with_a_key_of_the_environment(tmp_path):
-    make_tiny_artefact(tmp_path / "model")
+    write_artefact(replace(make_tiny_artefact(tmp_path / "model"), key="ab12"))
     words = [str(tmp_path / "model"), "--port", "0", "--prefix", "/sam", "--reach", "2"]
     words += ["--audit-log", str(tmp_path / "audit.jsonl")]
     process = subprocess.Popen(
@@ -103,6 +116,7 @@ def test_a_model_is_served_under_a_prefix_with_a_key_of_the_environment(tmp_path
             *("start", "claim", "set_image", "box", "point", "point", "release", "stop"),
         ]
         assert acts[1]["model"].startswith("tiny_test")
+        assert acts[1]["export"] == "ab12"
     finally:
         process.kill()
         process.wait()

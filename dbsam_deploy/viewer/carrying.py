@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
-from ..volumes.embeddings import SharedPredictor, image_key
 from ..volumes.frames import Plane
 from ..volumes.objects import Change, slab
 from ..volumes.session import VolumePredictor
@@ -19,7 +15,6 @@ from ..volumes.stop_rules import ChainRule
 PLANES: tuple[Plane, ...] = ("stored", "coronal", "sagittal")
 """Those across each axis of (D, H, W) in a volume that nobody placed in a patient."""
 
-LEAST_REACH = 10
 _LOG = logging.getLogger(__name__)
 
 
@@ -48,10 +43,11 @@ def carry(
         axis: of (D, H, W).
         index: of the slice.
         walls: the other decided slices.
-        rule: with a reach.
+        rule: see `ChainRule`.
         deadline: of `time.monotonic`, by which a chain goes no further.
     """
-    depth, reach = session.volume.shape[axis], rule.reach or 1
+    depth = session.volume.shape[axis]
+    reach = rule.reach or depth
     for step, direction in ((1, "up"), (-1, "down")):
         last = min(index + reach, depth - 1) if step > 0 else max(index - reach, 0)
         beyond = [abs(wall - index) for wall in walls if (wall - index) * step > 0]
@@ -97,25 +93,6 @@ def _in_time(
     reached = index + done if last > index else index - done
     _LOG.warning("an answer ended after %d of %d slices, for time", done, abs(last - index))
     return session.propagate(label, until=reached, **how), reached
-
-
-def measured_reach(shared: SharedPredictor, budget_s: float) -> int:
-    """Slices to each side that a model finds within a budget, from some that are timed.
-
-    At least `LEAST_REACH`, since slices may be encoded already.
-
-    Args:
-        shared: the model.
-        budget_s: seconds for one side, none of its slices encoded before.
-    """
-    rng, spent = np.random.default_rng(0), math.inf
-    for _ in range(3):  # the first one also pays for what a runtime does once
-        image = rng.integers(0, 256, (512, 512, 3), np.uint8)
-        start = time.perf_counter()
-        boxes = np.array([[128.0, 128.0, 384.0, 384.0]])
-        shared.ask(image_key(image), lambda: image, lambda model: model.predict_boxes(boxes))  # noqa: B023
-        spent = min(spent, time.perf_counter() - start)
-    return max(LEAST_REACH, int(budget_s / spent))
 
 
 def _goes_on(session: VolumePredictor, label: int, axis: int, last: int, step: int) -> bool:

@@ -156,7 +156,7 @@ class Page:
                 "figures": dict(rules.figures),
                 "card": rules.card,
                 "licence": rules.licence,
-                "reach": self._work.reach,
+                "answer_within_s": self._work.deadline_s,
                 "window": self._work.window,
                 "max_voxels": self._server.max_voxels,
                 "colours": COLOURS,

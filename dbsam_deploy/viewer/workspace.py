@@ -38,14 +38,14 @@ class WorkRules:
 
     Attributes:
         window: level and width for every image; None to tell by its values.
-        reach: slices to each side of a prompted one.
+        reach: most slices to each side of a prompted one; None for the whole volume.
         deadline_s: after so long an answer goes no further.
         rule: how objects are carried.
     """
 
     window: Window | None = None
-    reach: int = 20
-    deadline_s: float = 28.0
+    reach: int | None = None
+    deadline_s: float = 9.0
     rule: ChainRule = field(default_factory=ChainRule)
 
 
@@ -317,7 +317,8 @@ class Workspace:
     def _refined(self, mask: MaskArray, filled: frozenset[int]) -> MaskArray:
         """Slices of a mask drawn anew by the model, as many as an answer may have."""
         slices, axis, out = self._work().slices, self._acquired(), mask.copy()
-        view, most = slices.along(axis), 2 * self._rules.reach + 1
+        view, reach = slices.along(axis), self._rules.reach
+        most = None if reach is None else 2 * reach + 1
         middle = sorted(filled)[len(filled) // 2]
         deadline = time.monotonic() + self._rules.deadline_s
         for index in sorted(filled, key=lambda z: abs(z - middle))[:most]:

@@ -376,7 +376,7 @@ class App {
   }
 
   fillAbout() {
-    const { model, note, weights, figures, reach, card } = this.about;
+    const { model, note, weights, figures, answer_within_s: within, card } = this.about;
     const percent = (value) => `${(100 * value).toFixed(1)} %`;
     const rows = [["Model", model], ["Weights", [note, weights.note || weights.source].filter(Boolean).join("; ")]];
     rows.push(["Licence", this.about.licence]);
@@ -389,7 +389,7 @@ class App {
     } else {
       rows.push(["Gate", "no figures: not an export of this library"]);
     }
-    rows.push(["Reach", `${reach} slices to each side at a time`]);
+    rows.push(["Answers", `within about ${within} s; the next prompt goes on`]);
     $("about-list").replaceChildren(...rows.flatMap(([name, text]) => {
       const term = document.createElement("dt");
       const value = document.createElement("dd");
