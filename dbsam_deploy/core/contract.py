@@ -231,6 +231,12 @@ def sam_encoder_spec(size: Geometry) -> GraphSpec:
     return GraphSpec("encoder", (image,), (_sam_embeddings(size),))
 
 
+def sam_picture_encoder_spec(size: Geometry) -> GraphSpec:
+    """`encoder_hwc` in SAM's signature: a picture whose longest side is `SAM_SIDE` → embedding."""
+    image = TensorSpec(SAM_IMAGE, "float32", (HEIGHT, WIDTH, 3), "RGB, 0–255")
+    return GraphSpec("encoder_hwc", (image,), (_sam_embeddings(size),))
+
+
 def sam_decoder_spec(size: Geometry) -> GraphSpec:
     """`decoder` in SAM's signature: prompts of one object → its mask in the image frame.
 

@@ -18,6 +18,7 @@ from ..core.contract import (
     TensorSpec,
     sam_decoder_spec,
     sam_encoder_spec,
+    sam_picture_encoder_spec,
 )
 from ..core.errors import InputError
 from ..core.imaging import PIXEL_MEAN, PIXEL_STD, Preprocessing
@@ -40,6 +41,56 @@ def sam_encoder(encoder: onnx.ModelProto, how: Preprocessing) -> onnx.ModelProto
     before = parser.parse_graph(_ENCODER.format(side=SAM_SIDE, body=_preprocessing(how)))
     _put_around(encoder.graph, sam_encoder_spec(how), list(before.node), [])
     return encoder
+
+
+def takes_pictures(how: Preprocessing) -> bool:
+    """Whether `sam_picture_encoder` can be made: of modes that keep the aspect of a picture."""
+    return how.mode in ("sam", "lite_medsam")
+
+
+def sam_picture_encoder(encoder: onnx.ModelProto, how: Preprocessing) -> onnx.ModelProto:
+    """`input_image` (H, W, 3), 0–255, longest side 1024 → `image_embeddings`, padding inside.
+
+    The form that samexporter calls `--use-preprocess`, in which prompts are in the picture's frame.
+
+    Args:
+        encoder: an export's encoder; it is changed.
+        how: the export's preprocessing.
+
+    Raises:
+        InputError: see `check_sam_signature`, and modes that change a picture's aspect.
+    """
+    step = check_sam_signature(how)
+    if not takes_pictures(how):
+        raise InputError(f"{how.mode} preprocessing: expected one that keeps a picture's aspect")
+    body = _picture_z_scored() if how.mode == "sam" else _picture_unit_range(step)
+    before = parser.parse_graph(_PICTURE.format(body=body, side=how.image_size))
+    _put_around(encoder.graph, sam_picture_encoder_spec(how), list(before.node), [])
+    return encoder
+
+
+def _picture_z_scored() -> str:
+    return f"""{_statistics()}
+            sam_centred = Sub (sam_batch, sam_mean)
+            sam_content = Div (sam_centred, sam_std)"""
+
+
+def _picture_unit_range(step: int) -> str:
+    """As `_unit_range`, of a picture whose sides are no multiples of `step`."""
+    return f"""
+            sam_step = Constant <value_ints = [{step}, {step}]> ()
+            sam_halves = Constant <value_ints = [{step // 2}, {step // 2}]> ()
+            sam_more_rows = Add (sam_sides, sam_halves)
+            sam_small_sides = Div (sam_more_rows, sam_step)
+            sam_negative = Neg (sam_sides)
+            sam_short = Mod (sam_negative, sam_step)
+            sam_edges = Concat <axis = 0> (sam_before, sam_short)
+            sam_bytes = Pad <mode = "edge"> (sam_batch, sam_edges)
+{_means(step)}
+            sam_corner = Constant <value_ints = [0, 0]> ()
+            sam_image_axes = Constant <value_ints = [2, 3]> ()
+            sam_cropped = Slice (sam_small, sam_corner, sam_small_sides, sam_image_axes)
+{_RANGE.format(source="sam_cropped", target="sam_content")}"""
 
 
 def sam_decoder(prompt_decoder: onnx.ModelProto, how: Preprocessing) -> onnx.ModelProto:
@@ -105,34 +156,59 @@ def _preprocessing(how: Preprocessing) -> str:
 
 def _z_scored(step: int) -> str:
     """Every `step`th pixel, by SAM's statistics."""
-    mean, std = (", ".join(map(str, values.tolist())) for values in (PIXEL_MEAN, PIXEL_STD))
     nearest = _NEAREST.format(side=SAM_SIDE, step=step) if step > 1 else ""
-    return f"""
-            sam_mean = Constant <value = float[1,3,1,1] {{{mean}}}> ()
-            sam_std = Constant <value = float[1,3,1,1] {{{std}}}> ()
+    return f"""{_statistics()}
 {nearest}
             sam_centred = Sub ({"sam_nearest" if nearest else "sam_bytes"}, sam_mean)
             {IMAGE} = Div (sam_centred, sam_std)"""
 
 
+def _statistics() -> str:
+    mean, std = (", ".join(map(str, values.tolist())) for values in (PIXEL_MEAN, PIXEL_STD))
+    return f"""
+            sam_mean = Constant <value = float[1,3,1,1] {{{mean}}}> ()
+            sam_std = Constant <value = float[1,3,1,1] {{{std}}}> ()"""
+
+
 def _unit_range(step: int) -> str:
     """Means of `step` by `step` pixels, min–max."""
-    # Pixels by area, as OpenCV rounds them: ties up where it halves, to even elsewhere.
-    small = f"""
+    return _means(step) + _RANGE.format(source="sam_small", target=IMAGE)
+
+
+def _means(step: int) -> str:
+    """Pixels by area, as OpenCV rounds them: ties up where it halves, to even elsewhere."""
+    return f"""
             sam_mean = AveragePool <kernel_shape = [{step}, {step}], strides = [{step}, {step}]>
                 (sam_bytes)
             sam_half = Constant <value_float = {0.5 if step == 2 else 0.0}> ()
             sam_more = Add (sam_mean, sam_half)
             sam_small = {"Floor" if step == 2 else "Round"} (sam_more)"""
-    return f"""{small}
-            sam_low = ReduceMin (sam_small)
-            sam_high = ReduceMax (sam_small)
+
+
+_RANGE = """
+            sam_low = ReduceMin ({source})
+            sam_high = ReduceMax ({source})
             sam_span = Sub (sam_high, sam_low)
             sam_least = Constant <value_float = 1e-8> ()
             sam_range = Max (sam_span, sam_least)
-            sam_above = Sub (sam_small, sam_low)
-            {IMAGE} = Div (sam_above, sam_range)"""
+            sam_above = Sub ({source}, sam_low)
+            {target} = Div (sam_above, sam_range)"""
 
+_PICTURE = """
+before (float[height,width,3] input_image) => (float image) {{
+            sam_planes = Transpose <perm = [2, 0, 1]> (input_image)
+            sam_axis = Constant <value_ints = [0]> ()
+            sam_batch = Unsqueeze (sam_planes, sam_axis)
+            sam_sides = Shape <start = 2, end = 4> (sam_batch)
+            sam_before = Constant <value_ints = [0, 0, 0, 0, 0, 0]> ()
+            {body}
+            sam_filled = Shape <start = 2, end = 4> (sam_content)
+            sam_whole = Constant <value_ints = [{side}, {side}]> ()
+            sam_missing = Sub (sam_whole, sam_filled)
+            sam_pads = Concat <axis = 0> (sam_before, sam_missing)
+            image = Pad (sam_content, sam_pads)
+}}
+"""
 
 _NEAREST = """
             sam_start = Constant <value_ints = [0, 0]> ()

@@ -1,10 +1,12 @@
-"""An export as the two files that SAM's viewers take: made, compared, published beside it."""
+"""An export as the files that SAM's viewers take: made, compared, published beside it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+
+import onnx
 
 from ..artefact import Artefact, GraphFile, graph_file, take_graphs
 from ..core.errors import InputError
@@ -13,18 +15,27 @@ from ..files.inputs import code_digest
 from ..files.manifests import ManifestKind
 from ..files.onnx_files import check_valid, read_content, save_onnx
 from ..files.publication import replacing, tidy
-from ..graphs.sam_graphs import check_sam_signature, sam_decoder, sam_encoder
+from ..graphs.sam_graphs import (
+    check_sam_signature,
+    sam_decoder,
+    sam_encoder,
+    sam_picture_encoder,
+    takes_pictures,
+)
 from ..prediction.predictor import Predictor
 from ..recipe import Recipe, load_recipe
 from ..sessions.onnxruntime_session import OnnxRuntimeSession
 from .cases import bundled_examples, load_cases
-from .sam_parity import SamFiles, compare_sam_files
+from .sam_parity import PICTURES_FILE, SamFiles, compare_sam_files
 
 RECORD = "sam.json"
 """Beside the two files: what they were made from, and their hashes and figures."""
 PICTURES = 2
-_MAKERS = {"encoder": ("encoder", sam_encoder), "prompt_decoder": ("decoder", sam_decoder)}
-"""Graph of an export → the file that is made of it, and how."""
+_MAKERS: dict[str, dict[str, Callable[[onnx.ModelProto, Preprocessing], onnx.ModelProto]]] = {
+    "encoder": {"encoder": sam_encoder, PICTURES_FILE: sam_picture_encoder},
+    "prompt_decoder": {"decoder": sam_decoder},
+}
+"""Graph of an export → the files that are made of it, and how."""
 _CODE = ("verification.sam_files", "verification.sam_parity", "graphs.sam_graphs")
 _RECORD = ManifestKind(
     "a record of files in SAM's signature", "export again", InputError, version=1
@@ -105,12 +116,14 @@ def publish_sam_files(artefact: Artefact, say: Callable[[str], None]) -> Path:
 
 
 def _make(artefact: Artefact, folder: Path) -> dict[str, GraphFile]:
+    how, files = artefact.preprocessing, {}
     for graph, content in take_graphs(artefact):
-        if graph in _MAKERS:
-            name, make = _MAKERS[graph]
-            made = make(read_content(content), artefact.preprocessing)
-            save_onnx(made, folder / f"{name}.onnx", check_valid)
-    return {name: graph_file(folder / f"{name}.onnx", folder) for name, _ in _MAKERS.values()}
+        for name, make in _MAKERS.get(graph, {}).items():
+            if name != PICTURES_FILE or takes_pictures(how):
+                path = folder / f"{name}.onnx"
+                save_onnx(make(read_content(content), how), path, check_valid)
+                files[name] = graph_file(path, folder)
+    return files
 
 
 def _is_made_from(output: Path, made_from: dict[str, str]) -> bool:

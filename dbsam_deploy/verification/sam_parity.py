@@ -51,6 +51,10 @@ class SamFigures:
     agreement: float
 
 
+PICTURES_FILE = "encoder_hwc"
+"""The encoder that takes a picture as it is, of models whose preprocessing keeps its aspect."""
+
+
 class SamFiles:
     """`encoder.onnx` and `decoder.onnx` of a folder on ONNX Runtime's CPU provider."""
 
@@ -60,11 +64,20 @@ class SamFiles:
             open_session(runtime, str(folder / f"{name}.onnx"), CPU)
             for name in ("encoder", "decoder")
         )
+        path = folder / f"{PICTURES_FILE}.onnx"
+        self._pictures = open_session(runtime, str(path), CPU) if path.is_file() else None
 
     def encode(self, canvas: ByteArray) -> FloatArray:
         """Embedding of a picture (1024, 1024, 3) uint8, as a browser hands it over."""
         pixels = canvas.astype(np.float32).transpose(2, 0, 1)[None] / np.float32(255)
         found: FloatArray = self._encoder.run(None, {SAM_IMAGE: pixels})[0]
+        return found
+
+    def encode_picture(self, picture: ByteArray) -> FloatArray | None:
+        """Embedding of a picture (H, W, 3) uint8, longest side 1024; None without such a file."""
+        if self._pictures is None:
+            return None
+        found: FloatArray = self._pictures.run(None, {SAM_IMAGE: picture.astype(np.float32)})[0]
         return found
 
     def decode(
@@ -113,6 +126,13 @@ def canvas_of(image: ByteArray) -> tuple[ByteArray, float, tuple[int, int]]:
     canvas = Image.new("RGB", (SAM_SIDE, SAM_SIDE), BACKGROUND)
     canvas.paste(Image.fromarray(image).resize(size, Image.Resampling.NEAREST), corner)
     return np.asarray(canvas), scale, corner
+
+
+def _resized(image: ByteArray) -> ByteArray:
+    """A picture with a longest side of 1024, as SAM's runners resize it."""
+    scale = SAM_SIDE / max(image.shape[:2])
+    width, height = (max(1, int(side * scale + 0.5)) for side in image.shape[1::-1])
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
 
 def compare_sam_files(files: SamFiles, predictor: Predictor, cases: list[Case]) -> SamFigures:
@@ -164,8 +184,11 @@ def _compare(files: SamFiles, predictor: Predictor, case: Case) -> tuple[float, 
         earlier=wanted.known_logits(),
     )
     pairs = ((plain, wanted), (clicks, corrected))
+    predictor.set_image(picture := _resized(case.image))
+    pixels = files.encode_picture(picture)
+    of_picture = 1.0 if pixels is None else cosine(pixels, predictor.image_embeddings)
     return (
-        cosine(own, embedding),
+        min(cosine(own, embedding), of_picture),
         min(cosine(ours[LOW_RES_MASKS], theirs.known_logits()) for ours, theirs in pairs),
         dice(whole[SAM_MASKS][0, 0] > 0, wanted.masks[0, 0]),
     )

@@ -11,7 +11,7 @@ from onnx import parser
 from dbsam_deploy.core.contract import SAM_SIDE
 from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.core.imaging import Preprocessing, preprocess, upscale_logits
-from dbsam_deploy.graphs.sam_graphs import sam_decoder, sam_encoder
+from dbsam_deploy.graphs.sam_graphs import sam_decoder, sam_encoder, sam_picture_encoder
 
 HOW = Preprocessing(256, "sam")
 SIDE = HOW.mask_side
@@ -111,23 +111,50 @@ def test_masks_have_the_images_size(pair, size):
     [
         Preprocessing(1024, "sam"),
         Preprocessing(1024, "medsam"),
+        Preprocessing(256, "sam_med2d"),
         *(Preprocessing(size, "lite_medsam", embedding_stride=4) for size in (1024, 512, 256)),
     ],
     ids=lambda how: f"{how.mode} {how.image_size}",
 )
 def test_the_encoder_prepares_a_picture_as_predict_does(how):
-    side = how.image_size
-    text = f"""<ir_version: 9, opset_import: ["": 18]>
-        encoder (float[batch,3,{side},{side}] image) => (float image_embeddings) {{
-        image_embeddings = Identity (image) }}"""
-    encoder = sam_encoder(parser.parse_model(text), how)
-    shape = [1, 3, side, side]  # this one encodes nothing
-    output = onnx.helper.make_tensor_value_info("image_embeddings", onnx.TensorProto.FLOAT, shape)
-    encoder.graph.output[0].CopyFrom(output)
+    encoder = around_nothing(sam_encoder, how)
     picture = np.random.default_rng(0).integers(3, 250, (SAM_SIDE, SAM_SIDE, 3), np.uint8)
     feed = {"input_image": picture.transpose(2, 0, 1)[None] / np.float32(255)}
     (found,) = opened(encoder).run(None, feed)
     np.testing.assert_allclose(found, preprocess(picture, how), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(1024, 1024), (658, 1024), (1024, 3), (660, 1024), (656, 1024)])
+@pytest.mark.parametrize(
+    "how", [Preprocessing(1024, "sam"), Preprocessing(256, "lite_medsam", embedding_stride=4)]
+)
+def test_the_other_encoder_pads_a_picture_itself(how, size):
+    """Where a side is no multiple of four, the last row of four is of fewer pixels of its own."""
+    encoder = around_nothing(sam_picture_encoder, how)
+    picture = np.random.default_rng(0).integers(3, 250, (*size, 3), np.uint8)
+    (found,) = opened(encoder).run(None, {"input_image": picture.astype(np.float32)})
+    expected = preprocess(picture, how)
+    assert ((found == 0) == (expected == 0)).mean() > 0.9999
+    if not (size[0] % 4 or size[1] % 4) or how.mode == "sam":
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_squeezed_picture_is_not_taken_as_it_is():
+    with pytest.raises(InputError, match="keeps a picture's aspect"):
+        sam_picture_encoder(onnx.ModelProto(), Preprocessing(256, "sam_med2d"))
+
+
+def around_nothing(make, how):
+    """An encoder that encodes nothing, in SAM's signature."""
+    side = how.image_size
+    text = f"""<ir_version: 9, opset_import: ["": 18]>
+        encoder (float[batch,3,{side},{side}] image) => (float image_embeddings) {{
+        image_embeddings = Identity (image) }}"""
+    encoder = make(parser.parse_model(text), how)
+    shape = [1, 3, side, side]
+    output = onnx.helper.make_tensor_value_info("image_embeddings", onnx.TensorProto.FLOAT, shape)
+    encoder.graph.output[0].CopyFrom(output)
+    return encoder
 
 
 @pytest.mark.parametrize("how", [Preprocessing(512, "sam"), Preprocessing(512, "medsam")])

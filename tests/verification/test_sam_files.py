@@ -45,6 +45,7 @@ def test_the_files_are_published_with_what_they_came_from(published):
     assert sorted(path.name for path in published.iterdir()) == [
         "decoder.onnx",
         "encoder.onnx",
+        "encoder_hwc.onnx",
         "sam.json",
     ]
     assert record["made_from"]["encoder"] == artefact.graphs["encoder"].sha256
