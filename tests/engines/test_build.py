@@ -9,11 +9,12 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
+from support.fp8_graphs import encoder_in_fp8
 
 from dbsam_deploy.artefact import Artefact, graph_file, write_artefact
 from dbsam_deploy.core.contract import graph_specs
 from dbsam_deploy.core.errors import EngineError, InputError
-from dbsam_deploy.core.imaging import Preprocessing, preprocess
+from dbsam_deploy.core.imaging import Preprocessing
 from dbsam_deploy.engines import build as engine_build
 from dbsam_deploy.engines.build import (
     EngineOptions,
@@ -30,24 +31,20 @@ from dbsam_deploy.engines.process import Builder
 from dbsam_deploy.engines.profiles import plan_ranges
 from dbsam_deploy.files.atomic import sha256_of, write_atomically
 from dbsam_deploy.files.private import cache_folder
-from dbsam_deploy.fusions import fuse_file
 from dbsam_deploy.model import variant_config
-from dbsam_deploy.quantization.qdq import calibrate, quantize_graph
-from dbsam_deploy.recipe import Parity, load_recipe
-from dbsam_deploy.verification.cases import bundled_examples, load_cases
 from dbsam_deploy.verification.engine_parity import unverified_here
 
 SIZE = 256
 GPU = Gpu("NVIDIA H100 PCIe", "sm_90", "13.0")
 
 
-def artefact_of(paths: dict[str, Path], size: int, precision: str) -> Artefact:
+def artefact_of(paths: dict[str, Path], how: Preprocessing, precision: str) -> Artefact:
     folder = next(iter(paths.values())).parent
     artefact = Artefact(
         folder=folder,
         variant="db_sam_tiny",
         precision=precision,
-        preprocessing=Preprocessing(size),
+        preprocessing=how,
         graphs={name: graph_file(path, folder) for name, path in paths.items()},
         weights={"source": "shipped", "sha256": None, "trained": True, "note": ""},
     )
@@ -62,9 +59,8 @@ def rtx():
 
 
 @pytest.fixture(scope="module")
-def tiny_encoder(float_graphs) -> Path:
-    """`db_sam_tiny`'s encoder in float32, standard operators only."""
-    return float_graphs / "encoder.onnx"
+def rtx_here() -> Builder:
+    return engine_build.describe_builder(TENSORRT_RTX)
 
 
 @pytest.fixture
@@ -72,22 +68,22 @@ def int8_encoder(published_int8, tmp_path) -> Artefact:
     """The encoder of an int8 export, with ranges from real images."""
     _, published = published_int8
     path = Path(shutil.copy(published.artefact.path("encoder"), tmp_path))
-    return artefact_of({"encoder": path}, SIZE, "int8")
+    return artefact_of({"encoder": path}, Preprocessing(SIZE), "int8")
 
 
 @pytest.fixture
-def fp8_encoder(tiny_encoder, tmp_path) -> Artefact:
-    """An encoder as an fp8 export quantises it, with ranges from real images."""
-    recipe, folder = load_recipe("fp8"), tmp_path
-    model = onnx.load(tiny_encoder)
-    model.opset_import[0].version = recipe.opset  # no operator here differs in opset 19
-    onnx.save(model, folder / "float.onnx")
-    cases = load_cases(bundled_examples(), Parity(2, 2, 20, 16))
-    feeds = [{"image": preprocess(case.image, Preprocessing(SIZE))} for case in cases]
-    ready = calibrate(folder / "float.onnx", recipe.quantization, lambda: feeds, folder)
-    found = quantize_graph(ready, recipe.quantization, folder / "encoder.onnx")
-    fuse_file(found.path, variant_config("db_sam_tiny", image_size=SIZE), found.modules)
-    return artefact_of({"encoder": found.path}, SIZE, "fp8")
+def fp8_encoder(float_graphs, tmp_path) -> Artefact:
+    config = variant_config("db_sam_tiny", image_size=SIZE)
+    path = encoder_in_fp8(float_graphs / "encoder.onnx", config, tmp_path)
+    return artefact_of({"encoder": path}, Preprocessing(SIZE), "fp8")
+
+
+@pytest.fixture
+def small_fp8_encoder(exported_graph, small_models, tmp_path) -> Artefact:
+    """LiteMedSAM's at 64 px: a fifth of the nodes, no fused operator."""
+    config = small_models("lite_medsam").config
+    path = encoder_in_fp8(exported_graph("lite_medsam", "encoder", "fp8"), config, tmp_path)
+    return artefact_of({"encoder": path}, config.frame, "fp8")
 
 
 def test_half_precision_engines_with_fused_operators_for_three_gpus(
@@ -135,7 +131,7 @@ def test_half_precision_engines_with_fused_operators_for_three_gpus(
 @pytest.mark.parametrize("graph", ["decoder", pytest.param("encoder", marks=pytest.mark.slow)])
 def test_a_float32_engine(float_graphs, rtx, tmp_path, graph):
     path = Path(shutil.copy(float_graphs / f"{graph}.onnx", tmp_path))
-    artefact = artefact_of({graph: path}, SIZE, "fp32")
+    artefact = artefact_of({graph: path}, Preprocessing(SIZE), "fp32")
     (record,) = build_engines(artefact, rtx("sm_89")).values()
     assert record.precision == "fp32"
     assert record.plan.size_bytes > artefact.graphs[graph].size_bytes // 2
@@ -143,19 +139,24 @@ def test_a_float32_engine(float_graphs, rtx, tmp_path, graph):
 
 
 @pytest.mark.parametrize(
-    ("precision", "kind", "targets"),
+    ("encoder", "kind", "targets", "pairs"),
     [
-        ("int8", onnx.TensorProto.INT8, ("sm_86", "sm_120")),
-        ("fp8", onnx.TensorProto.FLOAT8E4M3FN, ("sm_89", "sm_120")),
+        ("int8_encoder", onnx.TensorProto.INT8, ("sm_86", "sm_120"), 30),
+        ("small_fp8_encoder", onnx.TensorProto.FLOAT8E4M3FN, ("sm_89", "sm_120"), 10),
+        pytest.param(
+            *("fp8_encoder", onnx.TensorProto.FLOAT8E4M3FN, ("sm_89", "sm_120"), 30),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
-def test_engines_from_calibrated_graphs_are_built_not_run(request, rtx, precision, kind, targets):
-    artefact = request.getfixturevalue(f"{precision}_encoder")
+def test_calibrated_graphs_become_engines(request, rtx, encoder, kind, targets, pairs):
+    """They are built, not run."""
+    artefact = request.getfixturevalue(encoder)
     graph = onnx.load(artefact.path("encoder")).graph
-    assert sum(node.op_type == "QuantizeLinear" for node in graph.node) > 30
-    assert sum(tensor.data_type == kind for tensor in graph.initializer) > 50
+    assert sum(node.op_type == "QuantizeLinear" for node in graph.node) > pairs
+    assert sum(tensor.data_type == kind for tensor in graph.initializer) > 40
     (record,) = build_engines(artefact, rtx(*targets)).values()
-    assert record.precision == precision
+    assert record.precision == artefact.precision
     assert record.targets == targets
     assert record.plan.size_bytes > 100_000
     body = json.loads((engine_folder(artefact, TENSORRT_RTX) / "encoder.plan.json").read_text())
@@ -175,7 +176,7 @@ def wrong_graph(folder: Path, make) -> Artefact:
         ir_version=9,
     )
     onnx.save(model, folder / "decoder.onnx")
-    return artefact_of({"decoder": folder / "decoder.onnx"}, 64, "fp32")
+    return artefact_of({"decoder": folder / "decoder.onnx"}, Preprocessing(64), "fp32")
 
 
 def test_an_operator_that_nobody_has_is_named(rtx, tmp_path):
@@ -224,9 +225,8 @@ def test_a_graph_with_other_inputs_than_the_contract_is_refused(rtx, tmp_path):
     ],
 )
 @pytest.mark.rtx
-def test_options_of_tensorrt_rtx_that_cannot_be(options, error, message, monkeypatch):
-    found = engine_build.describe_builder(TENSORRT_RTX)
-    monkeypatch.setattr(engine_build, "describe_builder", lambda kind: replace(found, gpu=None))
+def test_options_of_tensorrt_rtx_that_cannot_be(rtx_here, options, error, message, monkeypatch):
+    monkeypatch.setattr(engine_build, "describe_builder", lambda kind: replace(rtx_here, gpu=None))
     with pytest.raises(error, match=message):
         check_options(EngineOptions(TENSORRT_RTX, **options))
 

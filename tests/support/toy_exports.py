@@ -44,7 +44,8 @@ class Toy:
 
     def stages(self, weights: str) -> Stages:
         made = self.graphs[weights]
-        model = torch.nn.Identity()
+        model = torch.nn.Module()
+        model.image_encoder = torch.nn.Identity()
         model.config = VARIANTS["lite_medsam"]  # no fused operator has to be in its graphs
         about = {**made.weights, "sha256": weights, POINTS: usual_record("x", trained=False)}
 
