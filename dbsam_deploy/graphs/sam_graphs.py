@@ -138,7 +138,7 @@ def check_sam_signature(how: Preprocessing) -> int:
         InputError: a model whose way to resize a picture of 1024×1024 no ONNX operator has.
     """
     step, rest = divmod(SAM_SIDE, how.image_size)
-    divisible = how.mode in ("lite_medsam", "sam_med2d")
+    divisible = how.mode == "lite_medsam"
     if rest or (step > 1 and not divisible):
         raise InputError(
             f"a model of image size {how.image_size} with {how.mode} preprocessing: expected "
@@ -151,15 +151,12 @@ def check_sam_signature(how: Preprocessing) -> int:
 def _preprocessing(how: Preprocessing) -> str:
     """`core.imaging.preprocess` of a square picture of 1024 pixels, from `sam_bytes` on."""
     step = check_sam_signature(how)
-    return _z_scored(step) if how.mode in ("sam", "sam_med2d") else _unit_range(step)
+    return _z_scored() if how.mode == "sam" else _unit_range(step)
 
 
-def _z_scored(step: int) -> str:
-    """Every `step`th pixel, by SAM's statistics."""
-    nearest = _NEAREST.format(side=SAM_SIDE, step=step) if step > 1 else ""
+def _z_scored() -> str:
     return f"""{_statistics()}
-{nearest}
-            sam_centred = Sub ({"sam_nearest" if nearest else "sam_bytes"}, sam_mean)
+            sam_centred = Sub (sam_bytes, sam_mean)
             {IMAGE} = Div (sam_centred, sam_std)"""
 
 
@@ -209,13 +206,6 @@ before (float[height,width,3] input_image) => (float image) {{
             image = Pad (sam_content, sam_pads)
 }}
 """
-
-_NEAREST = """
-            sam_start = Constant <value_ints = [0, 0]> ()
-            sam_end = Constant <value_ints = [{side}, {side}]> ()
-            sam_axes = Constant <value_ints = [2, 3]> ()
-            sam_steps = Constant <value_ints = [{step}, {step}]> ()
-            sam_nearest = Slice (sam_bytes, sam_start, sam_end, sam_axes, sam_steps)"""
 
 _ENCODER = """
 before (float[1,3,{side},{side}] input_image) => (float image) {{

@@ -31,6 +31,7 @@ from .sam_parity import PICTURES_FILE, SamFiles, compare_sam_files
 RECORD = "sam.json"
 """Beside the two files: what they were made from, and their hashes and figures."""
 PICTURES = 2
+SAM_MASK_SIDE = 256
 _MAKERS: dict[str, dict[str, Callable[[onnx.ModelProto, Preprocessing], onnx.ModelProto]]] = {
     "encoder": {"encoder": sam_encoder, PICTURES_FILE: sam_picture_encoder},
     "prompt_decoder": {"decoder": sam_decoder},
@@ -57,14 +58,19 @@ def check_sam_files(how: Preprocessing, recipe: Recipe, folder: Path) -> None:
         folder: where the export will be.
 
     Raises:
-        InputError: a quantised export, an image size or preprocessing that SAM's frame does not
-            have, or something else where the files belong.
+        InputError: a quantised export, an image size, preprocessing or mask grid that SAM's frame
+            does not have, or something else where the files belong.
     """
     if recipe.quantization is not None:
         raise InputError(
             f"--signature sam with --precision {recipe.precision}: expected fp32 or fp16"
         )
     check_sam_signature(how)
+    if how.mask_side != SAM_MASK_SIDE:
+        raise InputError(
+            f"a model with logits of {how.mask_side} pixels: expected {SAM_MASK_SIDE}, which "
+            "viewers feed to files in SAM's signature"
+        )
     output = sam_folder(folder)
     if output.exists() and not (output / RECORD).is_file():
         raise InputError(f"{output} is there, and holds no files in SAM's signature: move it away")

@@ -111,7 +111,6 @@ def test_masks_have_the_images_size(pair, size):
     [
         Preprocessing(1024, "sam"),
         Preprocessing(1024, "medsam"),
-        Preprocessing(256, "sam_med2d"),
         *(Preprocessing(size, "lite_medsam", embedding_stride=4) for size in (1024, 512, 256)),
     ],
     ids=lambda how: f"{how.mode} {how.image_size}",
@@ -141,7 +140,7 @@ def test_the_other_encoder_pads_a_picture_itself(how, size):
 
 def test_a_squeezed_picture_is_not_taken_as_it_is():
     with pytest.raises(InputError, match="keeps a picture's aspect"):
-        sam_picture_encoder(onnx.ModelProto(), Preprocessing(256, "sam_med2d"))
+        sam_picture_encoder(onnx.ModelProto(), Preprocessing(1024, "medsam"))
 
 
 def around_nothing(make, how):

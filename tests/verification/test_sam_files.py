@@ -75,7 +75,7 @@ def test_files_that_differ_are_not_published(tmp_path, monkeypatch):
 
 
 def test_damaged_files_are_made_again(tmp_path):
-    artefact = make_tiny_artefact(tmp_path / "a", image_size=256, mode="sam_med2d")
+    artefact = make_tiny_artefact(tmp_path / "a", image_size=256, mode="lite_medsam", stride=4)
     folder = publish_sam_files(artefact, lambda text: None)
     whole = (folder / "decoder.onnx").read_bytes()
     (folder / "decoder.onnx").write_bytes(whole[:-1])
@@ -84,12 +84,13 @@ def test_damaged_files_are_made_again(tmp_path):
 
 
 def test_weights_in_a_file_of_their_own_stay_so(tmp_path, monkeypatch):
-    artefact = make_tiny_artefact(tmp_path / "a", image_size=256, mode="sam_med2d")
+    artefact = make_tiny_artefact(tmp_path / "a", image_size=256, mode="lite_medsam", stride=4)
     large = in_two_files(artefact, tmp_path / "large", monkeypatch)
     monkeypatch.setattr(onnx_files, "ONE_FILE_BYTES", 100)
     folder = publish_sam_files(large, lambda text: None)
-    names = ["decoder.onnx", "decoder.onnx.data", "encoder.onnx", "encoder.onnx.data", "sam.json"]
-    assert sorted(path.name for path in folder.iterdir()) == names
+    stems = ("decoder", "encoder", "encoder_hwc")
+    names = {f"{stem}.onnx{end}" for stem in stems for end in ("", ".data")}
+    assert {path.name for path in folder.iterdir()} == {*names, "sam.json"}
     said = []
     publish_sam_files(large, said.append)
     assert said == [f"{folder} is up to date"]
@@ -99,6 +100,10 @@ def test_weights_in_a_file_of_their_own_stay_so(tmp_path, monkeypatch):
     ("how", "precision", "message"),
     [
         (Preprocessing(512), "fp32", "image size 512 with sam preprocessing: expected 1024"),
+        (
+            Preprocessing(512, "lite_medsam", embedding_stride=4),
+            *("fp32", "logits of 512 pixels: expected 256"),
+        ),
         (Preprocessing(1024, "medsam"), "int8", "--precision int8: expected fp32 or fp16"),
         (Preprocessing(1024), "fp32", "holds no files in SAM's signature"),
     ],
