@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ class BlsGraphs:
 
     def __init__(self, triton: Any, how: Preprocessing) -> None:
         self._triton = triton
+        self._last = threading.local()
         self._ending = os.environ.get(STAGES_VARIABLE, "")
         (embeddings,) = graph_specs(how)["encoder"].outputs
         sizes = [axis for axis in embeddings.axes if isinstance(axis, int)]
@@ -59,12 +61,23 @@ class BlsGraphs:
         """See `interactive.Graphs`."""
         pb = self._triton
         if isinstance(embedding, np.ndarray):
-            embedding = pb.Tensor(IMAGE_EMBEDDINGS, embedding)
+            embedding = self._shared(embedding)
         tensors = [pb.Tensor(name, np.ascontiguousarray(feed[name][None])) for name in feed]
         outputs = [LOW_RES_MASKS, IOU_PREDICTIONS]
         cpu = pb.PreferredMemory(pb.TRITONSERVER_MEMORY_CPU, 0)
         low, iou = self._run(graph, [embedding, *tensors], outputs, preferred_memory=cpu)
         return low.as_numpy()[0], iou.as_numpy()[0]
+
+    def _shared(self, embedding: FloatArray) -> Any:
+        """An embedding as Triton's tensor; its copy in shared memory is there for the next click.
+
+        Each thread keeps one: 4 MiB at 1024 pixels. Two threads must not share a tensor, as Triton
+        copies it when it is first sent.
+        """
+        kept = getattr(self._last, "kept", None)
+        if kept is None or kept[0] is not embedding:
+            kept = self._last.kept = (embedding, self._triton.Tensor(IMAGE_EMBEDDINGS, embedding))
+        return kept[1]
 
     def _run(self, graph: str, tensors: list[Any], outputs: list[str], **options: Any) -> list[Any]:
         """Raises EngineError, or RefusedError where the model is not there for the moment."""
