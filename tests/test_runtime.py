@@ -50,6 +50,16 @@ def door(
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
+def test_openvino_needs_its_own_extra_alone(published: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    own = {module for extra in EXTRAS if extra.name == "openvino" for module in extra.modules}
+    others = sorted({*BLOCKED, "onnx_ir", "onnxruntime"} - own)
+    words = (IMAGE, *BOX, "--artefact", published, "--output", tmp_path, *OPENVINO)
+    result = door("predict", *words, missing=others, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert own <= {"openvino", "onnx"}
+
+
 def test_importing_the_package_loads_nothing_heavy() -> None:
     code = f"import sys, dbsam_deploy; print(sorted(set({HEAVY}) & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

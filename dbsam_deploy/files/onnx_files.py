@@ -6,14 +6,16 @@ import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx
-import onnx_ir as ir
 
 from ..core.errors import ExportError
 from .atomic import sha256_of
 from .onnx_data import DATA_HASH, OnnxContent, data_path
+
+if TYPE_CHECKING:
+    import onnx_ir as ir  # of the extra export; reading does without
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 """Metadata of a node: the modules it was traced in, outermost first, then its own name."""
@@ -79,11 +81,15 @@ def weight_bytes(model: onnx.ModelProto | ir.Model) -> int:
 
 def _whole(model: ir.Model) -> onnx.ModelProto:
     """A graph with its weights inside, where they may come from another file."""
+    import onnx_ir as ir
+
     return ir.to_proto(ir.external_data.load_to_model(model))
 
 
 def _save_in_two(model: onnx.ModelProto | ir.Model, path: Path) -> None:
     """Write a graph and, one after the other, its weights."""
+    import onnx_ir as ir
+
     graph = ir.from_proto(model) if isinstance(model, onnx.ModelProto) else model
     data = data_path(path)
     ir.save(graph, path, external_data=data.name, size_threshold_bytes=_INSIDE_BYTES)
