@@ -1,8 +1,8 @@
 """Boxes to try for a click, for weights that were trained with boxes and ignore points.
 
 Such weights answer a point with an empty mask. A box that happens to fit gives the object, and the
-decoder's own estimate of its IoU says which of eight does. Wider and higher ones beside the squares
-took three times as long and were chosen where they were worse (docs/facts.md).
+decoder's own estimate of its IoU says which of six does. Wider and higher ones beside the squares
+took four times as long and were chosen where they were worse (docs/facts.md).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from .masks import Prediction
 
-SIZES = (0.04, 0.06, 0.09, 0.14, 0.2, 0.3, 0.44, 0.64)
+SIZES = (0.05, 0.08, 0.13, 0.21, 0.34, 0.55)
 """Sides of the squares around a click, as a part of the slice's longer side."""
 GROWTHS = (0.05, 0.1, 0.2, 0.35, 0.5)
 """How far a box goes beyond what it has to hold, as a part of the latter's size."""
@@ -23,7 +23,7 @@ MarkedPixels = npt.NDArray[np.bool_]
 
 
 def boxes_around(marked: npt.NDArray[np.float64], size: tuple[int, int]) -> Boxes:
-    """(8, 4) x0, y0, x1, y1 that hold what is marked in their middle, inside a slice.
+    """(6, 4) x0, y0, x1, y1 that hold what is marked in their middle, inside a slice.
 
     Args:
         marked: (4,) box around it: a pixel that was clicked, or a stroke.

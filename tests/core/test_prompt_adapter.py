@@ -52,7 +52,7 @@ def test_a_click_finds_the_object_that_the_decoder_alone_does_not():
     masks, iou, plan = answer(decoder, points=[(25.5, 20.5)])
     np.testing.assert_array_equal(masks[0], blocks(OBJECT))
     assert iou == 1
-    assert plan.work == 8
+    assert plan.work == 6
     masks, _, _ = answer(decoder, points=[(50, 50), (58.5, 58.5)])
     np.testing.assert_array_equal(masks[0], blocks(OTHER))
 
@@ -68,13 +68,13 @@ def test_boxes_are_tried_where_the_image_lies_in_the_models_frame():
 
 
 def test_a_bounded_number_of_boxes_is_decoded_at_once():
-    for at_once in (8, 3):
+    for at_once in (6, 3):
         decoder = BoxTrainedDecoder(blocks(OBJECT))
         masks, _, _ = answer(decoder, points=[(25, 20)], at_once=at_once)
         assert masks.any()
         assert {graph for graph, _ in decoder.asked} == {"decoder"}
         counts = [count for _, count in decoder.asked]
-        assert sum(counts) == 8
+        assert sum(counts) == 6
         assert max(counts) == at_once
 
 
@@ -219,8 +219,8 @@ def request(count: int) -> dict[str, np.ndarray]:
 
 def test_a_request_decodes_no_more_than_one_of_boxes():
     assert read_prompts(request(MAX_SEARCHES), SIZE, HOW, BOX_TRAINED).work <= MAX_PROMPTS
-    with pytest.raises(InputError, match=r"33 prompt sets .* 264 boxes .* at most 256"):
-        read_prompts(request(33), SIZE, HOW, BOX_TRAINED)
+    with pytest.raises(InputError, match=r"43 prompt sets .* 258 boxes .* at most 256"):
+        read_prompts(request(43), SIZE, HOW, BOX_TRAINED)
     assert read_prompts(request(MAX_PROMPTS), SIZE, HOW).work == MAX_PROMPTS
     raw = {**request(MAX_PROMPTS), "adapt_points": np.zeros(1, np.uint8)}
     assert read_prompts(raw, SIZE, HOW, BOX_TRAINED).work == MAX_PROMPTS

@@ -42,7 +42,7 @@ def clicked(predictor: Counting, before: np.ndarray, *clicks: tuple[int, int, bo
 
 
 @pytest.mark.parametrize(
-    ("points", "boxes", "sets"), [(NATIVE, 0, 1), (BOX_TRAINED, 8, 0), (None, 8, 0)]
+    ("points", "boxes", "sets"), [(NATIVE, 0, 1), (BOX_TRAINED, 6, 0), (None, 6, 0)]
 )
 def test_a_first_click_is_answered_as_the_weights_understand_it(points, boxes, sets):
     predictor = Counting(points)
