@@ -37,6 +37,6 @@ def check_points(server: TritonServer, artefact: Artefact, case: Case) -> None:
         given = {"point_coords": pixel, "point_labels": np.ones((1, 1), np.int32)}
         answer = client.segment_prompts(case.image, **given)
         np.testing.assert_array_equal(answer.masks, local.predict(case.image, points=click).masks)
-        many = {name: np.repeat(array, 33, 0) for name, array in given.items()}
-        with pytest.raises(InputError, match="33 prompt sets with points, for which 264 boxes"):
+        many = {name: np.repeat(array, 43, 0) for name, array in given.items()}
+        with pytest.raises(InputError, match="43 prompt sets with points, for which 258 boxes"):
             client.segment_prompts(case.image, **many)
