@@ -68,7 +68,9 @@ DOORS = {
         "options.sensitivity_options",
         "export",
     ),
-    "variants": Door("variants", "the models, their sizes and licences, and where weights are"),
+    "variants": Door(
+        "catalogue.variants", "the models, their sizes and licences, and where weights are"
+    ),
     "inspect": Door("inspect_file", "what a weights file or an export is"),
     "doctor": Door("doctor", "what can be used on this machine, and how to get the rest"),
     "repository": Door("serving.repository", "fill a Triton model repository from an export"),

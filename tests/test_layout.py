@@ -18,8 +18,8 @@ ORDER = (
     "core",
     "files",
     "extras",
-    "catalogue",
     "cli",
+    "catalogue",
     "resources",
     "machine",
     "artefact",
@@ -70,7 +70,6 @@ DOORS = {
     "sensitivity",
     "serve",
     "train",
-    "variants",
     "viewer_server",
 }
 """Modules that parse a command line, call rooms and print; no room imports one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -68,11 +69,11 @@ def run(
     anchors: list[Anchor],
     depth: int,
     rule: ChainRule | None = None,
-    **more: object,
+    **more: Any,
 ) -> tuple[dict[tuple[int, int], SliceMask], dict[tuple[int, bool], ChainEnd]]:
     """Masks by label and slice, and ends by label and whether upwards."""
     ends: list[ChainEnd] = []
-    found = list(propagate(decoder, anchors, depth, rule or ChainRule(), ended=ends.append, **more))  # type: ignore[arg-type]
+    found = list(propagate(decoder, anchors, depth, rule or ChainRule(), ended=ends.append, **more))
     keys = [(item.label, item.index) for item in found]
     assert len(keys) == len(set(keys))
     up = [number % 2 == 0 for number in range(len(ends))]

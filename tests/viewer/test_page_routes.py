@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.dicom_series import write_dicom_series
-from support.small_disk import leave, small_disk  # noqa: F401 - a fixture
+from support.small_disk import leave
 from support.viewer import RawViewer, running
 from support.wedge import SHAPE, wedge
 
@@ -203,7 +203,7 @@ def test_nothing_of_an_upload_stays_on_the_disk(viewer, monkeypatch, tmp_path):
     assert os.listdir(tmp_path) == ["ct"]
 
 
-def test_a_full_disk_of_temporary_files_is_told(viewer, monkeypatch, small_disk):  # noqa: F811
+def test_a_full_disk_of_temporary_files_is_told(viewer, monkeypatch, small_disk):
     monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
     leave(small_disk, 0)
     noise = np.random.default_rng(1).integers(0, 256, (100, 100, 3), np.uint8)

@@ -41,8 +41,10 @@ def test_a_much_surer_mask_of_a_wider_box_is_followed(iou: float, followed: bool
     half, box = truth[1] & square(0, 0, 28), np.array([10, 20, 26, 36], np.float32)
     decoder = Scripted(within(truth), ious=lambda z: 0.8)
     start = Anchor(1, 1, half, iou, prompt=box)
-    more = {"intensities": lambda z: pixels[z], "spacing_mm": (1.0, 1.0, 1.0)}
-    found, _ = run(decoder, [start], 4, ChainRule(min_iou_ratio=0, margin_px=0), **more)  # type: ignore[arg-type]
+    rule, spacing_mm = ChainRule(min_iou_ratio=0, margin_px=0), (1.0, 1.0, 1.0)
+    found, _ = run(
+        decoder, [start], 4, rule, intensities=lambda z: pixels[z], spacing_mm=spacing_mm
+    )
     index, asked = decoder.asked[0]
     assert index == 1
     assert asked.tolist() == [[9, 19, 27, 37], [9.5, 19.5, 26.5, 36.5]]

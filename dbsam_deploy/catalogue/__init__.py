@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .extras import LITE_MEDSAM_LINE
+from ..extras import LITE_MEDSAM_LINE
 
 
 @dataclass(frozen=True)

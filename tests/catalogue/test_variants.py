@@ -3,11 +3,10 @@
 import json
 from pathlib import Path
 
-from dbsam_deploy import variants
-from dbsam_deploy.catalogue import CATALOGUE
+from dbsam_deploy.catalogue import CATALOGUE, variants
 from dbsam_deploy.cli import run
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "how-to" / "variants.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "variants.md"
 
 
 def test_a_table_and_json(capsys):

@@ -1,4 +1,4 @@
-"""`python -m dbsam_deploy.variants`: the models that can be loaded."""
+"""`python -m dbsam_deploy.catalogue.variants`: the models that can be loaded."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import asdict
 
 from rich.table import Table
 
-from .catalogue import CATALOGUE, DEFAULT_VARIANT
-from .cli import Parser, run, table_console
+from ..cli import Parser, run, table_console
+from . import CATALOGUE, DEFAULT_VARIANT
 
 DESCRIPTION = """\
 List the model variants: parameters, image size, the licence of the weights and where they are to be
@@ -17,15 +17,15 @@ had. A checkpoint's variant is found from its keys; `--variant` names it where t
 
 examples:
   a table
-    python -m dbsam_deploy.variants
+    python -m dbsam_deploy.catalogue.variants
   for a program
-    python -m dbsam_deploy.variants --json
+    python -m dbsam_deploy.catalogue.variants --json
 """
 
 
 def build_parser() -> Parser:
     """The command line."""
-    parser = Parser(prog="python -m dbsam_deploy.variants", description=DESCRIPTION)
+    parser = Parser(prog="python -m dbsam_deploy.catalogue.variants", description=DESCRIPTION)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
 
