@@ -272,7 +272,7 @@ class TritonServer:
         while True:
             now = time.monotonic()
             if has_ended(process):
-                raise ServingError(self.why_ended())
+                raise ServingError(self.why_ended(loading=True))
             if _GIVES_UP in self.log_text():
                 raise ServingError(
                     f"tritonserver cannot load its models: {self._reason()} (whole log: {self.log})"
@@ -335,13 +335,17 @@ class TritonServer:
         """Whether its process is gone."""
         return self._process is None or has_ended(self._process)
 
-    def why_ended(self) -> str:
-        """One line about a server that ended without being asked to."""
+    def why_ended(self, *, loading: bool = False) -> str:
+        """One line about a server that ended without being asked to.
+
+        Args:
+            loading: its words are the reason; Triton 24.10 may crash while it gives a model up.
+        """
         if self._process is None or self._output is None:
             return f"tritonserver does not run (log: {self.log})"
         self._output.finish()
         how = how_ended(self._process)
-        why = "" if how.startswith("by ") else f": {self._reason()}"
+        why = f": {self._reason()}" if loading or not how.startswith("by ") else ""
         return f"tritonserver ended {how}{why} (whole log: {self.log})"
 
     def drain(self) -> bool:
