@@ -35,7 +35,7 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-class Connection(H11Protocol):
+class ViewerConnection(H11Protocol):
     """uvicorn's, which ends quietly where a body is malformed after its answer has begun.
 
     uvicorn answers a malformed body with 400. An answer that was given before the body was read
