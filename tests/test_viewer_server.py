@@ -99,7 +99,8 @@ def send_malformed_chunk_after_the_answer(url: str) -> None:
         connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
         answer = b""
         while not answer.endswith(b'{"ok":true}'):
-            assert (more := connection.recv(65536)), answer
+            more = connection.recv(65536)
+            assert more, answer
             answer += more
         connection.sendall(b"no length\r\n")
         with suppress(ConnectionResetError):
