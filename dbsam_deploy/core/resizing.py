@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from .upscaling import FloatArray
+
 ByteArray = npt.NDArray[np.uint8]
-FloatArray = npt.NDArray[np.float32]
 
 
 def bilinear_resize(image: ByteArray, size: int) -> FloatArray:

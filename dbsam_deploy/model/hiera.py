@@ -21,7 +21,7 @@ Features = tuple[Tensor, Tensor, Tensor]
 """Embedding (B, 256, G, G) and finer maps (B, 32, 4G, 4G), (B, 64, 2G, 2G)."""
 
 
-class PatchEmbed(nn.Module):
+class HieraPatchEmbed(nn.Module):
     """RGB → tokens of four pixels, by a 7×7 convolution."""
 
     def __init__(self, dim: int) -> None:
@@ -33,7 +33,7 @@ class PatchEmbed(nn.Module):
         return self.proj(image).permute(0, 2, 3, 1)
 
 
-class Mlp(nn.Module):
+class HieraMlp(nn.Module):
     """Linear → GELU → Linear, four times as wide inside."""
 
     def __init__(self, dim: int) -> None:
@@ -45,7 +45,7 @@ class Mlp(nn.Module):
         return self.layers[1](F.gelu(self.layers[0](x)))
 
 
-class WindowAttention(nn.Module):
+class SquareAttention(nn.Module):
     """Attention of the tokens of a square; where it pools, one query for each 2×2 of them.
 
     Args:
@@ -108,9 +108,9 @@ class HieraBlock(nn.Module):
         self.grid, self.pools = grid, pools
         self.window = window or grid
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = WindowAttention(dim, out_dim, num_heads, self.window, pools=pools)
+        self.attn = SquareAttention(dim, out_dim, num_heads, self.window, pools=pools)
         self.norm2 = nn.LayerNorm(out_dim, eps=1e-6)
-        self.mlp = Mlp(out_dim)
+        self.mlp = HieraMlp(out_dim)
         if pools:
             self.proj = nn.Linear(dim, out_dim)
 
@@ -147,7 +147,7 @@ class Hiera(nn.Module):
         self.grid = grid
         self.ends = config.stage_ends
         side = config.position_side
-        self.patch_embed = PatchEmbed(dim)
+        self.patch_embed = HieraPatchEmbed(dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, dim, side, side))
         window = config.window_sizes[0]
         self.pos_embed_window = nn.Parameter(torch.zeros(1, dim, window, window))

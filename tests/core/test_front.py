@@ -242,35 +242,6 @@ def test_an_embedding_on_a_gpu_stays_there(start):
     assert [(given is on_gpu, where) for given, where in seen] == [(True, "cpu")] * 2
 
 
-def test_all_features_of_an_encoder_are_kept_and_handed_on(start):
-    shapes = {
-        "image_embeddings": (1, 256, 8, 8),
-        "high_res_feats_0": (1, 32, 32, 32),
-        "high_res_feats_1": (1, 64, 16, 16),
-    }
-    features = {
-        name: np.full(shape, i, np.float32) for i, (name, shape) in enumerate(shapes.items())
-    }
-    fed = []
-
-    def call(model, feed):
-        if model == "dbsam_encoder":
-            return features
-        fed.append(feed)
-        return graphs(model, feed)
-
-    model = start(call, high_res=True)
-    assert ask(model, raw_image=IMAGE, boxes=BOXES).error is None
-    known = np.array([image_id(IMAGE).encode()], object)
-    assert ask(model, image_id=known, boxes=BOXES).error is None
-    assert len(fed) == 2
-    for feed in fed:
-        assert list(feed) == [*shapes, "boxes"]
-        assert all(feed[name] is array for name, array in features.items())
-    model.finalize()
-    assert model._cache.counts.nbytes == sum(array.nbytes for array in features.values())
-
-
 @pytest.mark.parametrize(
     ("found", "code", "text"),
     [

@@ -102,21 +102,6 @@ def test_graph_models_drop_the_batch_axis_and_the_rest_keep_every_axis(size, str
         assert "max_batch_size: 0" in configs[name]
 
 
-def test_a_model_with_finer_features_says_so_and_no_other_does():
-    platforms = dict.fromkeys(("encoder", "decoder", "prompt_decoder"), "onnxruntime")
-    plain = render_configs(Preprocessing(64), platforms)
-    assert not any("high_res" in text for text in plain.values())
-    configs = render_configs(Preprocessing(64, "sam2", high_res=True), platforms)
-    assert 'key: "high_res" value { string_value: "True" }' in configs["dbsam_interactive"]
-    finer = {"high_res_feats_0": ("FP32", [32, 16, 16]), "high_res_feats_1": ("FP32", [64, 8, 8])}
-    embedding = {"image_embeddings": ("FP32", [256, 4, 4])}
-    assert tensors(configs["dbsam_encoder"], "output") == {**embedding, **finer}
-    for name in ("dbsam_decoder", "dbsam_prompt_decoder"):
-        assert tensors(configs[name], "input") == {**tensors(plain[name], "input"), **finer}
-    for name in ("dbsam", "dbsam_prompts"):
-        assert configs[name] == plain[name]
-
-
 def test_configurations_avoid_what_the_server_handles_badly():
     for text in committed_configs().values():
         for trap in ("queue_policy", "preferred_batch_size", "KIND_GPU"):

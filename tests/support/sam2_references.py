@@ -73,19 +73,13 @@ def load_code(folder: Path) -> None:
     sys.modules.update(made)
 
 
-def build(config: ModelConfig) -> Any:
-    """SAM 2's model, with its memory, of a variant's sizes and with fixed weights."""
+def _encoder(config: ModelConfig) -> Any:
     from sam2.modeling.backbones.hieradet import Hiera
     from sam2.modeling.backbones.image_encoder import FpnNeck, ImageEncoder
-    from sam2.modeling.memory_attention import MemoryAttention, MemoryAttentionLayer
-    from sam2.modeling.memory_encoder import CXBlock, Fuser, MaskDownSampler, MemoryEncoder
     from sam2.modeling.position_encoding import PositionEmbeddingSine
-    from sam2.modeling.sam.transformer import RoPEAttention
-    from sam2.modeling.sam2_base import SAM2Base
 
     own = config.hiera
     assert own is not None
-    side = config.image_size // 16
     trunk = Hiera(
         embed_dim=own.embed_dim,
         num_heads=own.num_heads,
@@ -101,8 +95,17 @@ def build(config: ModelConfig) -> Any:
         fpn_top_down_levels=[2, 3],
         fpn_interp_model="nearest",
     )
-    rope = {"rope_theta": 10000.0, "feat_sizes": (side, side), "embedding_dim": 256}
-    rope |= {"num_heads": 1, "downsample_rate": 1, "dropout": 0.1}
+    return ImageEncoder(trunk, neck, scalp=1)
+
+
+def _memory(grid: int) -> dict[str, Any]:
+    """What image mode has no use for: its keys are in every file."""
+    from sam2.modeling.memory_attention import MemoryAttention, MemoryAttentionLayer
+    from sam2.modeling.memory_encoder import CXBlock, Fuser, MaskDownSampler, MemoryEncoder
+    from sam2.modeling.position_encoding import PositionEmbeddingSine
+    from sam2.modeling.sam.transformer import RoPEAttention
+
+    rope = {"feat_sizes": (grid, grid), "embedding_dim": 256, "num_heads": 1, "downsample_rate": 1}
     layer = MemoryAttentionLayer(
         activation="relu",
         dim_feedforward=2048,
@@ -114,15 +117,22 @@ def build(config: ModelConfig) -> Any:
         pos_enc_at_cross_attn_queries=False,
         cross_attention=RoPEAttention(**rope, rope_k_repeat=True, kv_in_dim=64),
     )
+    encoder = MemoryEncoder(
+        out_dim=64,
+        mask_downsampler=MaskDownSampler(kernel_size=3, stride=2, padding=1),
+        fuser=Fuser(CXBlock(256, kernel_size=7, padding=3, use_dwconv=True), num_layers=2),
+        position_encoding=PositionEmbeddingSine(64, normalize=True),
+    )
+    return {"memory_attention": MemoryAttention(256, True, layer, 4), "memory_encoder": encoder}
+
+
+def build(config: ModelConfig) -> Any:
+    """SAM 2's model, with its memory, of a variant's sizes and with fixed weights."""
+    from sam2.modeling.sam2_base import SAM2Base
+
     sam = SAM2Base(
-        image_encoder=ImageEncoder(trunk, neck, scalp=1),
-        memory_attention=MemoryAttention(256, True, layer, 4),
-        memory_encoder=MemoryEncoder(
-            out_dim=64,
-            mask_downsampler=MaskDownSampler(kernel_size=3, stride=2, padding=1),
-            fuser=Fuser(CXBlock(256, kernel_size=7, padding=3, use_dwconv=True), num_layers=2),
-            position_encoding=PositionEmbeddingSine(64, normalize=True),
-        ),
+        image_encoder=_encoder(config),
+        **_memory(config.image_size // 16),
         image_size=config.image_size,
         directly_add_no_mem_embed=True,
         no_obj_embed_spatial=True,
@@ -200,8 +210,10 @@ def family_answers(config: ModelConfig) -> tuple[dict[str, np.ndarray], dict[str
         "high_res_feats_1": finer[1],
     }
     for name, prompt in asked(side).items():
-        whole, iou, _ = predictor.predict(**prompt, return_logits=True)
-        found[name], found[f"{name}_iou"] = torch.from_numpy(whole), torch.from_numpy(iou)
+        for part, array in zip(
+            ("", "_iou", "_low"), predictor.predict(**prompt, return_logits=True), strict=True
+        ):
+            found[name + part] = torch.from_numpy(array)
     logits, scores = torch.from_numpy(crafted()), torch.from_numpy(fixed_numbers("iou", (6, 4)))
     chosen = sam.sam_mask_decoder._dynamic_multimask_via_stability(logits, scores)
     found["chosen"], found["chosen_iou"] = chosen
@@ -229,7 +241,7 @@ def our_answers(predictor: Any) -> dict[str, np.ndarray]:
         found[name] = np.stack(
             [[upscale_logits(one, ORIGINAL, how) for one in row] for row in answer.known_logits()]
         )
-        found[f"{name}_iou"] = answer.ious
+        found[f"{name}_iou"], found[f"{name}_low"] = answer.ious, answer.known_logits()
     return found
 
 
