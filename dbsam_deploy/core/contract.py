@@ -53,6 +53,7 @@ NUM_MASKS = "num_masks"
 HEIGHT, WIDTH = "height", "width"
 
 IMAGE, IMAGE_EMBEDDINGS = "image", "image_embeddings"
+HIGH_RES_FEATS = ("high_res_feats_0", "high_res_feats_1")
 BOXES = "boxes"
 POINT_COORDS, POINT_LABELS = "point_coords", "point_labels"
 MASK_INPUT, HAS_MASK_INPUT = "mask_input", "has_mask_input"
@@ -123,6 +124,7 @@ class Geometry:
         image_size: side S of the model frame in pixels.
         embedding_stride: pixels of the model frame a cell of the image embedding: 16 in SAM's ViT,
             4 in LiteMedSAM's TinyViT.
+        high_res: SAM 2's graphs: two finer maps beside the embedding, and sets that end with -1.
 
     Raises:
         InputError: a size or stride for which there is no graph.
@@ -130,6 +132,7 @@ class Geometry:
 
     image_size: int
     embedding_stride: int = field(default=PATCH_SIZE, kw_only=True)
+    high_res: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         check_image_size(self.image_size)
@@ -159,6 +162,15 @@ def _image_embeddings(size: Geometry) -> TensorSpec:
     return TensorSpec(IMAGE_EMBEDDINGS, "float32", axes, "encoder + fusion output")
 
 
+def _features(size: Geometry) -> tuple[TensorSpec, ...]:
+    """What decoders get from the encoder: (32, 4G, 4G) and (64, 2G, 2G) beside the embedding."""
+    return _image_embeddings(size), *(
+        TensorSpec(name, "float32", (BATCH, 128 // k, *(k * size.grid,) * 2), "finer features")
+        for name, k in zip(HIGH_RES_FEATS, (4, 2), strict=True)
+        if size.high_res
+    )
+
+
 def _masks(size: Geometry, prompts: str, count: int) -> tuple[TensorSpec, TensorSpec]:
     side = size.mask_side
     return (
@@ -179,14 +191,14 @@ def _masks(size: Geometry, prompts: str, count: int) -> tuple[TensorSpec, Tensor
 
 
 def encoder_spec(size: Geometry) -> GraphSpec:
-    """`encoder`: image → image_embeddings."""
-    return GraphSpec("encoder", (_image(size),), (_image_embeddings(size),))
+    """`encoder`: image → image_embeddings, and finer features where the model has them."""
+    return GraphSpec("encoder", (_image(size),), _features(size))
 
 
 def decoder_spec(size: Geometry) -> GraphSpec:
     """`decoder`: the production path, N independent boxes per image, one mask each."""
     boxes = TensorSpec(BOXES, "float32", (BATCH, NUM_BOXES, 4), "x0, y0, x1, y1", "model")
-    return GraphSpec("decoder", (_image_embeddings(size), boxes), _masks(size, NUM_BOXES, 1))
+    return GraphSpec("decoder", (*_features(size), boxes), _masks(size, NUM_BOXES, 1))
 
 
 def prompt_decoder_spec(size: Geometry) -> GraphSpec:
@@ -198,7 +210,7 @@ def prompt_decoder_spec(size: Geometry) -> GraphSpec:
     """
     side = size.mask_side
     inputs = (
-        _image_embeddings(size),
+        *_features(size),
         TensorSpec(POINT_COORDS, "float32", (BATCH, NUM_PROMPTS, NUM_POINTS, 2), "x, y", "model"),
         TensorSpec(POINT_LABELS, "int32", (BATCH, NUM_PROMPTS, NUM_POINTS), "-1, 0, 1, 2 or 3"),
         TensorSpec(

@@ -67,7 +67,8 @@ def preprocessing_from_config(model_config: str) -> Preprocessing:
         image_size = int(parameters["image_size"]["string_value"])
         stride = int(parameters["embedding_stride"]["string_value"])
         mode = parameters["mode"]["string_value"]
-        return Preprocessing(image_size, mode, embedding_stride=stride)
+        high_res = parameters.get("high_res", {}).get("string_value") == str(True)
+        return Preprocessing(image_size, mode, embedding_stride=stride, high_res=high_res)
     except KeyError as error:
         raise InputError(f"config.pbtxt has no parameter {error}: export again") from error
 

@@ -19,6 +19,7 @@ from .pickles import Items, OddTensor, StoredTensor
 PARTS = frozenset(
     {"image_encoder", "prompt_encoder", "mask_decoder"}
     | {"vision_encoder", "shared_image_embedding"}  # as transformers calls them
+    | {"sam_prompt_encoder", "sam_mask_decoder", "no_mem_embed"}  # as SAM 2 does
 )
 """First word of the model's own keys."""
 TRANSPARENT = frozenset(
@@ -27,8 +28,16 @@ TRANSPARENT = frozenset(
 """Words that data-parallel, compiled, sharded and checkpointed modules put anywhere in a key."""
 HARMLESS = re.compile(r"pixel_mean|pixel_std|n_averaged|.*(loss|criterion|metric).*")
 """Tensors beside the model's own that are no part of it."""
-_UNUSED = re.compile(r"image_encoder\.(norm_head|head)\.(weight|bias)")
-"""The classifier with which MobileSAM's encoder was trained beforehand; its `forward` has none."""
+_UNUSED = re.compile(
+    r"image_encoder\.(norm_head|head)\.(weight|bias)|sam_mask_decoder\.pred_obj_score_head\..*"
+)
+"""The classifier with which MobileSAM's encoder was trained beforehand; its `forward` has none. And
+what tells SAM 2 whether an object is still in a film."""
+_OF_FILMS = re.compile(
+    r"memory_attention|memory_encoder|maskmem_tpos_enc|mask_downsample"
+    r"|no_mem_pos_enc|no_obj_ptr|no_obj_embed_spatial|obj_ptr_proj|obj_ptr_tpos_proj"
+)
+"""Parts of SAM 2 that remember earlier frames, which an image alone does not have."""
 MAX_NESTING = 12
 """Deepest table that is looked into."""
 MAX_MODELS = 100
@@ -39,7 +48,7 @@ NAMED_AT_MOST = 8
 """How many names a note or an error lists."""
 
 _ENCODERS = re.compile(
-    r"image_encoder\.patch_embed\.(proj\.weight|seq\.0\.c\.weight)"
+    r"image_encoder\.(trunk\.)?patch_embed\.(proj\.weight|seq\.0\.c\.weight)"
     r"|vision_encoder\.patch_embed\.projection\.weight"
 )
 _AVERAGE = frozenset({"ema", "swa", "avg", "average", "averaged"})
@@ -174,7 +183,8 @@ def _with_siblings(model: Candidate, found: Mapping[str, FoundTensor]) -> Candid
         if name.startswith(start) and one.way[:-1] in tables and one.way not in own:
             key = name.removeprefix(start)
             words = key.split(".")
-            if PARTS.isdisjoint(words) and not HARMLESS.fullmatch(words[0]):
+            left_out = HARMLESS.fullmatch(words[0]) or _OF_FILMS.fullmatch(words[0])
+            if PARTS.isdisjoint(words) and not left_out:
                 more[key] = one
     return Candidate(model.prefix, {**model.tensors, **more})
 

@@ -10,6 +10,7 @@ T = TypeVar("T")
 
 HUGGING_FACE = "Hugging Face SamModel"
 SAM = "SAM"
+SAM2 = "SAM 2"
 HUGGING_FACE_EPS = 1e-6
 """eps of the LayerNorms in the mask decoder's blocks with which `SamModel` computes."""
 
@@ -50,15 +51,27 @@ _RENAMED = (
 """Names of transformers' `SamModel` → SAM's; the first that matches counts."""
 
 
+_OF_SAM2 = (
+    (r"^sam_mask_decoder\.(conv_s[01])\.", r"image_encoder.\1."),
+    (r"^no_mem_embed$", "image_encoder.no_mem_embed"),
+    (r"^sam_(mask_decoder\.transformer\.layers\.\d+\.mlp)\.layers\.0\.", r"\1.lin1."),
+    (r"^sam_(mask_decoder\.transformer\.layers\.\d+\.mlp)\.layers\.1\.", r"\1.lin2."),
+    (r"^sam_(mask_decoder|prompt_encoder)\.", r"\1."),
+)
+"""Names of SAM 2 → ours, which are SAM's where there is one, likewise."""
+
+
 def layout_of(names: Mapping[str, object]) -> str:
     """Which layout a model's keys have."""
+    if any(name.startswith("image_encoder.trunk.") for name in names):
+        return SAM2
     hugging_face = any(name.startswith("vision_encoder.") for name in names)
     return HUGGING_FACE if hugging_face else SAM
 
 
-def own_name(name: str) -> str:
-    """A key of `SamModel` under SAM's name, or as it is."""
-    for pattern, replacement in _RENAMED:
+def own_name(name: str, layout: str = HUGGING_FACE) -> str:
+    """A key of another layout under SAM's name, or as it is."""
+    for pattern, replacement in _OF_SAM2 if layout == SAM2 else _RENAMED:
         renamed, count = re.subn(pattern, replacement, name)
         if count:
             return renamed
@@ -72,6 +85,7 @@ def own_names(tensors: Mapping[str, T]) -> dict[str, T]:
         tensors: of one model, in one of the known layouts. `SamModel` has its position matrix
             twice, under two names for one tensor, or once; the prompt encoder's is taken.
     """
-    if layout_of(tensors) == SAM:
+    layout = layout_of(tensors)
+    if layout == SAM:
         return {_MED2D.sub(r"\1.mlp.adapter.", name): value for name, value in tensors.items()}
-    return {own_name(name): value for name, value in sorted(tensors.items(), reverse=True)}
+    return {own_name(name, layout): value for name, value in sorted(tensors.items(), reverse=True)}
