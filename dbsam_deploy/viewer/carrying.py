@@ -16,6 +16,7 @@ PLANES: tuple[Plane, ...] = ("stored", "coronal", "sagittal")
 """Those across each axis of (D, H, W) in a volume that nobody placed in a patient."""
 
 _LOG = logging.getLogger(__name__)
+_CUT = "an answer ended after %d of %d slices, for time"
 
 
 class _OutOfTimeError(Exception):
@@ -61,12 +62,9 @@ def carry(
         until = deadline if step < 0 else (time.monotonic() + deadline) / 2  # half for each way
         how: dict[str, Any] = {"plane": PLANES[axis], "from_slice": index, "direction": direction}
         meant = last
-        change, last = _in_time(session, label, (index, meant), until, {**how, "rule": rule})
+        change, last = _in_time(session, label, (index, last), until, {**how, "rule": rule})
         if last != meant:
-            _LOG.warning(
-                "an answer ended after %d of %d slices, for time",
-                *(abs(last - index), abs(meant - index)),
-            )
+            _LOG.warning(_CUT, abs(last - index), abs(meant - index))
             when_late()
         if change is None:
             continue
