@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 HUGGING_FACE = "Hugging Face SamModel"
+HUGGING_FACE_2 = "Hugging Face Sam2Model"
 SAM = "SAM"
 SAM2 = "SAM 2"
 HUGGING_FACE_EPS = 1e-6
@@ -59,19 +60,44 @@ _OF_SAM2 = (
     (r"^sam_(mask_decoder|prompt_encoder)\.", r"\1."),
 )
 """Names of SAM 2 → ours, which are SAM's where there is one, likewise."""
+_BLOCKS = r"^vision_encoder\.backbone\.blocks\.(\d+)"
+_MLP_2 = r"^(mask_decoder\.transformer\.layers\.\d+\.mlp)"
+_RENAMED_2 = (
+    (
+        r"^vision_encoder\.backbone\.patch_embed\.projection\.",
+        "image_encoder.trunk.patch_embed.proj.",
+    ),
+    (rf"{_BLOCKS}\.layer_norm(\d)\.", r"image_encoder.trunk.blocks.\1.norm\2."),
+    (rf"{_BLOCKS}\.mlp\.proj_in\.", r"image_encoder.trunk.blocks.\1.mlp.layers.0."),
+    (rf"{_BLOCKS}\.mlp\.proj_out\.", r"image_encoder.trunk.blocks.\1.mlp.layers.1."),
+    (r"^vision_encoder\.backbone\.", "image_encoder.trunk."),
+    (r"^vision_encoder\.neck\.convs\.(\d)\.", r"image_encoder.neck.convs.\1.conv."),
+    (r"^no_memory_embedding$", "image_encoder.no_mem_embed"),
+    (r"^mask_decoder\.(conv_s[01])\.", r"image_encoder.\1."),
+    (r"^(mask_decoder\.transformer\..+)\.o_proj\.", r"\1.out_proj."),
+    (rf"{_MLP_2}\.proj_in\.", r"\1.lin1."),
+    (rf"{_MLP_2}\.proj_out\.", r"\1.lin2."),
+    *_RENAMED,
+)
+"""Names of transformers' `Sam2Model` and `Sam2VideoModel` → ours, likewise."""
+_POINTS_2 = "prompt_encoder.point_embed.weight"
+"""There one tensor with a row for each label."""
+_TABLES = {SAM2: _OF_SAM2, HUGGING_FACE: _RENAMED, HUGGING_FACE_2: _RENAMED_2}
 
 
 def layout_of(names: Mapping[str, object]) -> str:
     """Which layout a model's keys have."""
     if any(name.startswith("image_encoder.trunk.") for name in names):
         return SAM2
+    if any(name.startswith("vision_encoder.backbone.") for name in names):
+        return HUGGING_FACE_2
     hugging_face = any(name.startswith("vision_encoder.") for name in names)
     return HUGGING_FACE if hugging_face else SAM
 
 
 def own_name(name: str, layout: str = HUGGING_FACE) -> str:
     """A key of another layout under SAM's name, or as it is."""
-    for pattern, replacement in _OF_SAM2 if layout == SAM2 else _RENAMED:
+    for pattern, replacement in _TABLES[layout]:
         renamed, count = re.subn(pattern, replacement, name)
         if count:
             return renamed
@@ -88,4 +114,12 @@ def own_names(tensors: Mapping[str, T]) -> dict[str, T]:
     layout = layout_of(tensors)
     if layout == SAM:
         return {_MED2D.sub(r"\1.mlp.adapter.", name): value for name, value in tensors.items()}
-    return {own_name(name, layout): value for name, value in sorted(tensors.items(), reverse=True)}
+    renamed = {
+        own_name(name, layout): value for name, value in sorted(tensors.items(), reverse=True)
+    }
+    if layout == HUGGING_FACE_2 and _POINTS_2 in tensors:
+        rows: Any = tensors[_POINTS_2]
+        del renamed[own_name(_POINTS_2, layout)]
+        for i in range(len(rows)):
+            renamed[f"prompt_encoder.point_embeddings.{i}.weight"] = rows[i : i + 1]
+    return renamed
