@@ -8,7 +8,8 @@ Coordinate frames:
 
 - image frame: pixels of the image as the user has it, (x, y), origin at the top-left pixel's
   top-left corner as in SAM; boxes are (x0, y0, x1, y1).
-- model frame: pixels of the S×S array the encoder sees, after resizing and padding.
+- model frame: pixels of the S×S array the encoder sees, after resizing and padding; where
+  `Geometry.frame_size` is set, the encoder sees it at `image_size`.
 - mask grid: the 4G×4G grid of low-resolution logits that covers the model frame; G is the side of
   the image embedding, see `Geometry`.
 """
@@ -120,7 +121,9 @@ class Geometry:
     """The sizes that all graphs of one model share.
 
     Attributes:
-        image_size: side S of the model frame in pixels.
+        image_size: side of the image that the encoder takes, in pixels.
+        frame_size: side S of the model frame where it is another: EfficientViT-SAM's encoder gets
+            the frame at half the size, and prompts and masks are in the whole.
         embedding_stride: pixels of the model frame a cell of the image embedding: 16 in SAM's ViT,
             4 in LiteMedSAM's TinyViT.
 
@@ -130,18 +133,25 @@ class Geometry:
 
     image_size: int
     embedding_stride: int = field(default=PATCH_SIZE, kw_only=True)
+    frame_size: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         check_image_size(self.image_size)
+        check_image_size(self.frame_side)
         if self.embedding_stride not in EMBEDDING_STRIDES:
             raise InputError(
                 f"embedding stride {self.embedding_stride!r}: expected one of {EMBEDDING_STRIDES}"
             )
 
     @property
+    def frame_side(self) -> int:
+        """Side S of the model frame."""
+        return self.image_size if self.frame_size is None else self.frame_size
+
+    @property
     def grid(self) -> int:
         """Side G of the image embedding."""
-        return self.image_size // self.embedding_stride
+        return self.frame_side // self.embedding_stride
 
     @property
     def mask_side(self) -> int:

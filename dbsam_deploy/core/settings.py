@@ -67,7 +67,9 @@ def preprocessing_from_config(model_config: str) -> Preprocessing:
         image_size = int(parameters["image_size"]["string_value"])
         stride = int(parameters["embedding_stride"]["string_value"])
         mode = parameters["mode"]["string_value"]
-        return Preprocessing(image_size, mode, embedding_stride=stride)
+        frame = parameters.get("frame_size")
+        frame_size = None if frame is None else int(frame["string_value"])
+        return Preprocessing(image_size, mode, embedding_stride=stride, frame_size=frame_size)
     except KeyError as error:
         raise InputError(f"config.pbtxt has no parameter {error}: export again") from error
 

@@ -11,8 +11,12 @@ from torch import Tensor, nn
 from .adapter import FourBranchAdapter, RunBlocks, TwoBranchAdapter
 from .block_adapter import add_adapters
 from .config import FourBranchConfig, Fusion, ModelConfig, TwoBranchConfig, variant_config
+from .efficient_vit import EfficientVit
 from .sam import build_mask_decoder, build_prompt_encoder, build_vit, set_decoder_eps
 from .tiny_vit import TinyVit
+
+WITHOUT_VIT = (TinyVit, EfficientVit)
+"""Image encoders in place of SAM's ViT, which run themselves."""
 
 
 class DbSam(nn.Module):
@@ -30,9 +34,11 @@ class DbSam(nn.Module):
         self.config = config
         # Any: SAM's modules carry no usable types.
         self.image_encoder: Any = (
-            build_vit(config)
-            if config.tiny_vit is None
-            else TinyVit(config.tiny_vit, config.image_size)
+            TinyVit(config.tiny_vit, config.image_size)
+            if config.tiny_vit
+            else EfficientVit(config.efficient_vit, config.frame.grid)
+            if config.efficient_vit
+            else build_vit(config)
         )
         if config.block_adapters:
             add_adapters(self.image_encoder, config.embed_dim)
@@ -108,12 +114,12 @@ def encode_with(encoder: Any, stage_depth: int, image: Tensor) -> Tensor:
     """Run an image encoder, with its adapter where it has one.
 
     Args:
-        encoder: `TinyVit`, SAM's `ImageEncoderViT`, or one with its blocks replaced, as the graphs
-            do.
+        encoder: one of `WITHOUT_VIT`, SAM's `ImageEncoderViT`, or one with its blocks replaced, as
+            the graphs do.
         stage_depth: blocks in a stage.
         image: (B, 3, S, S).
     """
-    if isinstance(encoder, TinyVit):
+    if isinstance(encoder, WITHOUT_VIT):
         return encoder(image)
     x = encoder.patch_embed(image) + encoder.pos_embed
     blocks = list(encoder.blocks)
@@ -149,7 +155,7 @@ def build_model(
 def _init_frozen_vit(model: DbSam) -> None:
     """Normal(0, 0.02) for what SAM's constructor leaves at zero, so that fresh weights differ."""
     encoder = model.image_encoder
-    if isinstance(encoder, TinyVit):
+    if isinstance(encoder, WITHOUT_VIT):
         return
     with torch.no_grad():
         for parameter in (

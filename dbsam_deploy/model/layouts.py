@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -21,6 +22,12 @@ POSITIONS = (
 _POSITION = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
 _MED2D = re.compile(r"^(image_encoder\.blocks\.\d+)\.Adapter\.")
 """The adapters of SAM-Med2D, see `block_adapter`."""
+_HUGGING_FACE = re.compile(
+    r"vision_encoder\.|shared_image_embedding\."
+    r"|prompt_encoder\.(point_embed|mask_embed|shared_embedding)\."
+    r"|mask_decoder\.(upscale_|.*\.(layer_norm\w*|proj_in|proj_out)\.)"
+)
+"""Names that only `SamModel` has: an adapter of the mask decoder has no `vision_encoder`."""
 _MLP = r"mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head)"
 _RENAMED = (
     (r"^(shared_image|prompt_encoder\.shared)_embedding\.positional_embedding$", _POSITION),
@@ -50,10 +57,9 @@ _RENAMED = (
 """Names of transformers' `SamModel` → SAM's; the first that matches counts."""
 
 
-def layout_of(names: Mapping[str, object]) -> str:
-    """Which layout a model's keys have."""
-    hugging_face = any(name.startswith("vision_encoder.") for name in names)
-    return HUGGING_FACE if hugging_face else SAM
+def layout_of(names: Iterable[str]) -> str:
+    """Which layout a model's keys have, or those of an adapter of a part of it."""
+    return HUGGING_FACE if any(map(_HUGGING_FACE.match, names)) else SAM
 
 
 def own_name(name: str) -> str:
@@ -72,6 +78,21 @@ def own_names(tensors: Mapping[str, T]) -> dict[str, T]:
         tensors: of one model, in one of the known layouts. `SamModel` has its position matrix
             twice, under two names for one tensor, or once; the prompt encoder's is taken.
     """
-    if layout_of(tensors) == SAM:
-        return {_MED2D.sub(r"\1.mlp.adapter.", name): value for name, value in tensors.items()}
-    return {own_name(name): value for name, value in sorted(tensors.items(), reverse=True)}
+    to_own = _to_own(layout_of(tensors))
+    return {to_own(name): value for name, value in sorted(tensors.items(), reverse=True)}
+
+
+def named_twice(names: Iterable[str]) -> tuple[str, ...]:
+    """Two keys of a model that are one under SAM's names, where there are; but for `POSITIONS`."""
+    found: dict[str, str] = {}
+    listed = list(names)
+    to_own = _to_own(layout_of(listed))
+    for name in listed:
+        before = found.setdefault(to_own(name), name)
+        if before != name and {before, name} != set(POSITIONS):
+            return before, name
+    return ()
+
+
+def _to_own(layout: str) -> Callable[[str], str]:
+    return own_name if layout == HUGGING_FACE else partial(_MED2D.sub, r"\1.mlp.adapter.")

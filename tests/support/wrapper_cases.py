@@ -38,6 +38,7 @@ LAYOUTS = {
     "LiteMedSAM": "lite_medsam",
     "MobileSAM": "mobile_sam",
     "SAM-Med2D": "sam_med2d",
+    "EfficientViT-SAM": "efficientvit_sam_l0",
     "SamModel": "",
 }
 
