@@ -117,7 +117,7 @@ def graph_file(path: Path, folder: Path) -> GraphFile:
 
 def write_artefact(artefact: Artefact) -> Path:
     """Write the manifest (atomically) and return its path."""
-    body = asdict(artefact)
+    body = {**asdict(artefact), "preprocessing": artefact.preprocessing.record()}
     del body["folder"]
     return _MANIFEST.write(artefact.folder / MANIFEST_NAME, body)
 

@@ -27,7 +27,7 @@ from .extras import require
 from .files.atomic import write_atomically, writing_to
 from .files.locks import one_writer
 from .machine.hardware import installed_versions
-from .model import DbSam
+from .model import DbSam, variant_config
 from .model.checkpoint import write_checkpoint
 from .model.weights import LoadedModel, fresh_model, load_model
 from .prediction.predictor import Predictor
@@ -219,6 +219,8 @@ def _accelerator(recipe: TrainingRecipe, options: TrainOptions) -> Accelerator:
 
 
 def _start_model(recipe: TrainingRecipe, options: TrainOptions) -> LoadedModel:
+    if variant_config(recipe.variant).hiera is not None:
+        raise InputError(f"variant {recipe.variant}: SAM 2 is not trained here, only deployed")
     if options.checkpoint is None:
         return fresh_model(recipe.variant, recipe.image_size, options.decoder_weights)
     return load_model(

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
 from math import isfinite
 from pathlib import Path
@@ -234,7 +235,9 @@ def _page_rules(model: Model, args: argparse.Namespace, keys: dict[str, str]) ->
     )
 
 
-def _serve(model: Model, args: argparse.Namespace, keys: dict[str, str]) -> None:
+def _serve(
+    model: Model, args: argparse.Namespace, keys: dict[str, str], bound: socket.socket
+) -> None:
     """Answer viewers until the process is told to end."""
     from .viewer.application import ViewerServer
     from .viewer.audit import AuditLog
@@ -255,17 +258,19 @@ def _serve(model: Model, args: argparse.Namespace, keys: dict[str, str]) -> None
     server = ViewerServer(leases, about, key=keys, max_voxels=args.max_voxels, audit=audit)
     Page(server, shared, rules, _page_rules(model, args, keys))
     try:
-        _listen(server.app, args, about)
+        _listen(server.app, args, about, bound)
     finally:
         if audit is not None:
             audit.close()
         shared.close()
 
 
-def _listen(app: Any, args: argparse.Namespace, about: str) -> None:
+def _listen(app: Any, args: argparse.Namespace, about: str, bound: socket.socket) -> None:
     """Print where the server is, and answer there."""
     import uvicorn
     from fastapi import FastAPI
+
+    from .viewer.connections import ViewerConnection
 
     if args.prefix:
         outer = FastAPI(openapi_url=None, redirect_slashes=False)
@@ -273,22 +278,20 @@ def _listen(app: Any, args: argparse.Namespace, about: str) -> None:
         app = outer
     config = uvicorn.Config(
         app,
-        host=args.host,
-        port=args.port,
+        http=ViewerConnection,
         log_level="warning",
         access_log=False,
         lifespan="off",
         proxy_headers=False,  # whose word counts is the audit log's business
         timeout_keep_alive=KEEP_ALIVE_S,
     )
-    sockets = [config.bind_socket()]
-    sockets[0].listen(256)  # who comes before the first answer waits
+    bound.listen(256)  # who comes before the first answer waits
     host = f"[{args.host}]" if ":" in args.host else args.host
-    address = f"http://{host}:{sockets[0].getsockname()[1]}{args.prefix}"
+    address = f"http://{host}:{bound.getsockname()[1]}{args.prefix}"
     print(f"{about}\npage: {address}/\nready: {address}", flush=True)
     # uvicorn raises the signal again once it has answered what it accepted: then all is closed.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    uvicorn.Server(config).run(sockets=sockets)
+    uvicorn.Server(config).run(sockets=[bound])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -296,10 +299,13 @@ def main(argv: list[str] | None = None) -> int:
     args = _checked(build_parser().parse_args(argv))
     keys = read_keys(args)
     check_installed("viewer", what_for="`python -m dbsam_deploy.viewer_server`")
+    from .viewer.connections import bind
+
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     logging.getLogger("dbsam_deploy.viewer").setLevel(logging.INFO)
-    with load(args.model, backend=args.backend, device=args.device, variant=args.variant) as model:
-        _serve(model, args, keys)
+    options = {"backend": args.backend, "device": args.device, "variant": args.variant}
+    with bind(args.host, args.port) as bound, load(args.model, **options) as model:
+        _serve(model, args, keys, bound)
     return 0
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -36,7 +38,7 @@ from dbsam_deploy.core.errors import InputError
         ["--key-file", __file__],
         ["--audit-lenient"],
         ["--trust-proxy", "10.0.0.1"],
-        ["no_such_model"],
+        ["--port", "0", "no_such_model"],
     ],
 )
 def test_mistakes_are_one_line(words, capsys):
@@ -44,6 +46,15 @@ def test_mistakes_are_one_line(words, capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+def test_a_taken_port_is_a_mistake_found_before_the_model_is_read(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        assert run(viewer_server.main, ["no_such_model", "--port", port]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: cannot listen at 127.0.0.1, port {port} (Address already in")
     assert err.count("\n") == 1
 
 
@@ -80,6 +91,22 @@ def test_what_is_served_is_known_to_be_an_export_or_not(tmp_path):
         assert viewer_server._export_of(SimpleNamespace(model=str(named))) is None
 
 
+def send_malformed_chunk_after_the_answer(url: str) -> None:
+    """The route answers without reading the body; what follows breaks HTTP's rules."""
+    place = httpx.URL(url)
+    with socket.create_connection((place.host, place.port), timeout=10) as connection:
+        head = f"GET {place.path} HTTP/1.1\r\nHost: {place.host}:{place.port}\r\n"
+        connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
+        answer = b""
+        while not answer.endswith(b'{"ok":true}'):
+            more = connection.recv(65536)
+            assert more, answer
+            answer += more
+        connection.sendall(b"no length\r\n")
+        with suppress(ConnectionResetError):
+            assert connection.recv(65536) == b"", "the connection is ended"
+
+
 def test_a_model_is_served_under_a_prefix_with_a_key_of_the_environment(tmp_path):
     write_artefact(replace(make_tiny_artefact(tmp_path / "model"), key="ab12"))
     words = [str(tmp_path / "model"), "--port", "0", "--prefix", "/sam", "--reach", "2"]
@@ -100,6 +127,7 @@ def test_a_model_is_served_under_a_prefix_with_a_key_of_the_environment(tmp_path
         assert url.endswith("/sam")
         assert "tiny_test" in lines[0]
         assert httpx.post(url + "/claim").status_code == 401
+        send_malformed_chunk_after_the_answer(url + "/healthz")
         with nnInteractiveRemoteInferenceSession(server_url=url, api_key="sesame") as client:
             rng = np.random.default_rng(0)
             client.set_image(rng.integers(0, 255, (1, 5, 40, 50), np.uint8))

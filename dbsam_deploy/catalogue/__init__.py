@@ -30,6 +30,7 @@ class Variant:
 
 _APACHE = "Apache-2.0"
 _SAM = "facebookresearch/segment-anything on GitHub"
+_SAM2 = "facebookresearch/sam2 on GitHub"
 _DB_SAM = "none are published: train it, or bring your own"
 _CATALOGUE = (
     Variant("db_sam", "DB-SAM", 153_033_776, 1024, "", _DB_SAM),
@@ -67,6 +68,26 @@ _CATALOGUE = (
             ("xl0", 116_957_904, 1024),
             ("xl1", 203_346_128, 1024),
         )
+    ),
+    Variant(
+        *("sam2_hiera_tiny", "SAM 2", 31_308_880, 1024, _APACHE),
+        f"{_SAM2}: sam2.1_hiera_tiny.pt",
+    ),
+    Variant(
+        *("sam2_hiera_small", "SAM 2", 38_406_736, 1024, _APACHE),
+        f"{_SAM2}: sam2.1_hiera_small.pt",
+    ),
+    Variant(
+        *("sam2_hiera_base_plus", "SAM 2", 73_196_560, 1024, _APACHE),
+        f"{_SAM2}: sam2.1_hiera_base_plus.pt",
+    ),
+    Variant(
+        *("sam2_hiera_large", "SAM 2", 216_793_024, 1024, _APACHE),
+        f"{_SAM2}: sam2.1_hiera_large.pt",
+    ),
+    Variant(
+        *("medsam2", "MedSAM2", 31_308_880, 512, "as its page says"),
+        "wanglab/MedSAM2 on Hugging Face: MedSAM2_latest.pt",
     ),
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import threading
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .contract import IMAGE, IMAGE_EMBEDDINGS, IOU_PREDICTIONS, LOW_RES_MASKS, graph_specs
+from .contract import IMAGE, IOU_PREDICTIONS, LOW_RES_MASKS, encoder_spec
 from .errors import EngineError
 from .imaging import Arrays, FloatArray, Preprocessing
 from .refusal import RefusedError
@@ -44,40 +45,50 @@ class BlsGraphs:
         self._triton = triton
         self._last = threading.local()
         self._ending = os.environ.get(STAGES_VARIABLE, "")
-        (embeddings,) = graph_specs(how)["encoder"].outputs
-        sizes = [axis for axis in embeddings.axes if isinstance(axis, int)]
-        self._embedding_bytes = int(np.prod(sizes)) * _ITEM_BYTES
+        self._encoder = encoder_spec(how)
+        sizes = [
+            math.prod(axis for axis in tensor.axes if isinstance(axis, int))
+            for tensor in self._encoder.outputs
+        ]
+        self._embedding_bytes = sum(sizes) * _ITEM_BYTES
 
     def encode(self, image: FloatArray) -> tuple[Any, int]:
         """See `interactive.Graphs`; a tensor on a GPU stays there, as Triton's tensor.
 
         On a CPU Triton's tensor is an array and the same again in shared memory: the array is kept.
         """
-        pb = self._triton
-        (embedding,) = self._run("encoder", [pb.Tensor(IMAGE, image)], [IMAGE_EMBEDDINGS])
-        return embedding.as_numpy() if embedding.is_cpu() else embedding, self._embedding_bytes
+        pb, spec = self._triton, self._encoder
+        found = self._run(spec.name, [pb.Tensor(IMAGE, image)], spec.output_names)
+        kept = [tensor.as_numpy() if tensor.is_cpu() else tensor for tensor in found]
+        return tuple(kept), self._embedding_bytes
 
     def decode(self, graph: str, embedding: Any, feed: Arrays) -> tuple[FloatArray, FloatArray]:
         """See `interactive.Graphs`."""
         pb = self._triton
-        if isinstance(embedding, np.ndarray):
+        if any(isinstance(one, np.ndarray) for one in embedding):
             embedding = self._shared(embedding)
         tensors = [pb.Tensor(name, np.ascontiguousarray(feed[name][None])) for name in feed]
         outputs = [LOW_RES_MASKS, IOU_PREDICTIONS]
         cpu = pb.PreferredMemory(pb.TRITONSERVER_MEMORY_CPU, 0)
-        low, iou = self._run(graph, [embedding, *tensors], outputs, preferred_memory=cpu)
+        low, iou = self._run(graph, [*embedding, *tensors], outputs, preferred_memory=cpu)
         return low.as_numpy()[0], iou.as_numpy()[0]
 
-    def _shared(self, embedding: FloatArray) -> Any:
-        """An embedding as Triton's tensor; its copy in shared memory is there for the next click.
+    def _shared(self, embedding: tuple[Any, ...]) -> list[Any]:
+        """An embedding as Triton's tensors; its copy in shared memory is there for the next click.
 
-        Each thread keeps one: 4 MiB at 1024 pixels. Two threads must not share a tensor, as Triton
-        copies it when it is first sent.
+        Each thread keeps one: 4 MiB at 1024 pixels, 16 of SAM 2. Two threads must not share a
+        tensor, as Triton copies it when it is first sent.
         """
         kept = getattr(self._last, "kept", None)
         if kept is None or kept[0] is not embedding:
-            kept = self._last.kept = (embedding, self._triton.Tensor(IMAGE_EMBEDDINGS, embedding))
-        return kept[1]
+            pb, names = self._triton, self._encoder.output_names
+            tensors = [
+                pb.Tensor(name, one) if isinstance(one, np.ndarray) else one
+                for name, one in zip(names, embedding, strict=True)
+            ]
+            kept = self._last.kept = (embedding, tensors)
+        found: list[Any] = kept[1]
+        return found
 
     def _run(self, graph: str, tensors: list[Any], outputs: list[str], **options: Any) -> list[Any]:
         """Raises EngineError, or RefusedError where the model is not there for the moment."""

@@ -8,8 +8,7 @@ Coordinate frames:
 
 - image frame: pixels of the image as the user has it, (x, y), origin at the top-left pixel's
   top-left corner as in SAM; boxes are (x0, y0, x1, y1).
-- model frame: pixels of the S×S array the encoder sees, after resizing and padding; where
-  `Geometry.frame_size` is set, the encoder sees it at `image_size`.
+- model frame: pixels of the S×S array the encoder sees, after resizing and padding.
 - mask grid: the 4G×4G grid of low-resolution logits that covers the model frame; G is the side of
   the image embedding, see `Geometry`.
 """
@@ -40,25 +39,18 @@ MAX_POINTS = 64
 DType = Literal["float32", "int32", "int64", "uint8", "bytes"]
 Frame = Literal["image", "model", "mask grid", "none"]
 
-TRITON_TYPES = {
-    "float32": "FP32",
-    "int32": "INT32",
-    "int64": "INT64",
-    "uint8": "UINT8",
-    "bytes": "BYTES",
-}
+TRITON_TYPES = {"float32": "FP32", **{n: n.upper() for n in ("int32", "int64", "uint8", "bytes")}}
 """Contract dtype → Triton's datatype on the wire."""
 
 BATCH, NUM_BOXES, NUM_PROMPTS, NUM_POINTS = "batch", "num_boxes", "num_prompts", "num_points"
-NUM_MASKS = "num_masks"
-HEIGHT, WIDTH = "height", "width"
+NUM_MASKS, HEIGHT, WIDTH = "num_masks", "height", "width"
 
-IMAGE, IMAGE_EMBEDDINGS = "image", "image_embeddings"
-BOXES = "boxes"
+IMAGE, IMAGE_EMBEDDINGS, BOXES = "image", "image_embeddings", "boxes"
+HIGH_RES_FEATS = ("high_res_feats_0", "high_res_feats_1")
 POINT_COORDS, POINT_LABELS = "point_coords", "point_labels"
 MASK_INPUT, HAS_MASK_INPUT = "mask_input", "has_mask_input"
-LOW_RES_MASKS, IOU_PREDICTIONS = "low_res_masks", "iou_predictions"
-LOW_RES_LOGITS = "low_res_logits"
+LOW_RES_MASKS, LOW_RES_LOGITS = "low_res_masks", "low_res_logits"
+IOU_PREDICTIONS = "iou_predictions"
 """Names of tensors that other modules pick out of a feed or an answer one by one."""
 
 
@@ -122,10 +114,10 @@ class Geometry:
 
     Attributes:
         image_size: side of the image that the encoder takes, in pixels.
-        frame_size: side S of the model frame where it is another: EfficientViT-SAM's encoder gets
-            the frame at half the size, and prompts and masks are in the whole.
+        frame_size: side S of the model frame where that is the same at another size.
         embedding_stride: pixels of the model frame a cell of the image embedding: 16 in SAM's ViT,
             4 in LiteMedSAM's TinyViT.
+        high_res: SAM 2's graphs: two finer maps beside the embedding, and sets that end with -1.
 
     Raises:
         InputError: a size or stride for which there is no graph.
@@ -134,6 +126,7 @@ class Geometry:
     image_size: int
     embedding_stride: int = field(default=PATCH_SIZE, kw_only=True)
     frame_size: int | None = field(default=None, kw_only=True)
+    high_res: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         check_image_size(self.image_size)
@@ -169,6 +162,15 @@ def _image_embeddings(size: Geometry) -> TensorSpec:
     return TensorSpec(IMAGE_EMBEDDINGS, "float32", axes, "encoder + fusion output")
 
 
+def _features(size: Geometry) -> tuple[TensorSpec, ...]:
+    """What decoders get from the encoder: (32, 4G, 4G) and (64, 2G, 2G) beside the embedding."""
+    return _image_embeddings(size), *(
+        TensorSpec(name, "float32", (BATCH, 128 // k, *(k * size.grid,) * 2), "finer features")
+        for name, k in zip(HIGH_RES_FEATS, (4, 2), strict=True)
+        if size.high_res
+    )
+
+
 def _masks(size: Geometry, prompts: str, count: int) -> tuple[TensorSpec, TensorSpec]:
     side = size.mask_side
     return (
@@ -189,14 +191,14 @@ def _masks(size: Geometry, prompts: str, count: int) -> tuple[TensorSpec, Tensor
 
 
 def encoder_spec(size: Geometry) -> GraphSpec:
-    """`encoder`: image → image_embeddings."""
-    return GraphSpec("encoder", (_image(size),), (_image_embeddings(size),))
+    """`encoder`: image → image_embeddings, and finer features where the model has them."""
+    return GraphSpec("encoder", (_image(size),), _features(size))
 
 
 def decoder_spec(size: Geometry) -> GraphSpec:
     """`decoder`: the production path, N independent boxes per image, one mask each."""
     boxes = TensorSpec(BOXES, "float32", (BATCH, NUM_BOXES, 4), "x0, y0, x1, y1", "model")
-    return GraphSpec("decoder", (_image_embeddings(size), boxes), _masks(size, NUM_BOXES, 1))
+    return GraphSpec("decoder", (*_features(size), boxes), _masks(size, NUM_BOXES, 1))
 
 
 def prompt_decoder_spec(size: Geometry) -> GraphSpec:
@@ -208,7 +210,7 @@ def prompt_decoder_spec(size: Geometry) -> GraphSpec:
     """
     side = size.mask_side
     inputs = (
-        _image_embeddings(size),
+        *_features(size),
         TensorSpec(POINT_COORDS, "float32", (BATCH, NUM_PROMPTS, NUM_POINTS, 2), "x, y", "model"),
         TensorSpec(POINT_LABELS, "int32", (BATCH, NUM_PROMPTS, NUM_POINTS), "-1, 0, 1, 2 or 3"),
         TensorSpec(

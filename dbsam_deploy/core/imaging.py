@@ -5,7 +5,7 @@ of it), so that a mask is the same bit for bit wherever it is computed. It there
 torch nor BLAS: post-processing is element-wise IEEE arithmetic in a fixed order.
 
 Modes, with S the side of the encoder's image for pixels and of the model frame for logits, see
-`core.contract.Geometry` (spec: DB-SAM inference; MedSAM 1.0; LiteMedSAM; SAM-Med2D):
+`Geometry` (spec: DB-SAM inference; MedSAM 1.0; LiteMedSAM; SAM-Med2D; SAM 2; MedSAM2):
     sam     longest side to S with Pillow's bilinear filter, (x - mean) / std with SAM's statistics
             on 0–255, zero padding right and bottom; logits → S×S → crop → original size.
     medsam  resize to exactly S×S with scikit-image order 3, min–max to 0–1; logits → original size.
@@ -15,13 +15,16 @@ Modes, with S the side of the encoder's image for pixels and of the model frame 
     sam_med2d
             resize to exactly S×S by the nearest pixel, as OpenCV's INTER_NEAREST, SAM's statistics;
             logits → S×S → original size.
+    sam2    resize to exactly S×S, bilinear with antialiasing in float32, as torchvision's Resize of
+            a tensor, SAM's statistics; logits → original size.
+    medsam2
+            as sam2, by Pillow's bicubic filter on whole grey values.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -29,11 +32,14 @@ from PIL import Image
 
 from .contract import MAX_IMAGE_PIXELS, MAX_POINTS, MAX_PROMPTS, Geometry
 from .errors import EngineError, InputError, MissingError
+from .resizing import ByteArray, area_resize, bilinear_resize, nearest_pixels
 from .upscaling import FloatArray, Upscale, resample, sign_mask, value_at
 
-Mode = Literal["sam", "medsam", "lite_medsam", "sam_med2d"]
-MODES: tuple[Mode, ...] = ("sam", "medsam", "lite_medsam", "sam_med2d")
-_SQUEEZED = ("medsam", "sam_med2d")
+Mode = Literal["sam", "medsam", "lite_medsam", "sam_med2d", "sam2", "medsam2"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+_STRAIGHT = ("medsam", "sam2", "medsam2")
+"""Modes whose logits go from the mask grid to the original size in one step."""
+_SQUEEZED = ("sam_med2d", *_STRAIGHT)
 """Modes that fill the model frame, whatever the image's aspect."""
 
 PIXEL_MEAN = np.array([123.675, 116.28, 103.53], np.float32)
@@ -42,7 +48,6 @@ PIXEL_STD = np.array([58.395, 57.12, 57.375], np.float32)
 SCIKIT_IMAGE_LINE = 'pip install "scikit-image>=0.24"'
 """Right both for a user of the library and inside Triton's environment."""
 
-ByteArray = npt.NDArray[np.uint8]
 Arrays = dict[str, npt.NDArray[Any]]
 """Arrays by the names of the contract's tensors."""
 
@@ -62,6 +67,10 @@ class Preprocessing(Geometry):
         super().__post_init__()
         if self.mode not in MODES:
             raise InputError(f"preprocessing mode {self.mode!r}: expected one of {MODES}")
+
+    def record(self) -> dict[str, Any]:
+        """For a manifest; without what only some families have, as before there were any."""
+        return {k: v for k, v in asdict(self).items() if k not in ("high_res", "frame_size") or v}
 
     def content_size(self, original_size: tuple[int, int]) -> tuple[int, int]:
         """Height and width that an image of `original_size` (H, W) fills in the model frame."""
@@ -211,8 +220,8 @@ def preprocess(image: npt.NDArray[Any], how: Preprocessing) -> FloatArray:
         how: mode and size.
 
     Returns:
-        (1, 3, S, S) float32, S = `how.image_size`: z-scored (sam, sam_med2d) or 0–1; zero where
-        there is no image.
+        (1, 3, S, S) float32, S = `how.image_size`: 0–1 (medsam, lite_medsam) or z-scored; zero
+        where there is no image.
 
     Raises:
         InputError: see `check_image`.
@@ -227,11 +236,14 @@ def preprocess(image: npt.NDArray[Any], how: Preprocessing) -> FloatArray:
         content = _unit_range(area_resize(image, (height, width)))
     elif how.mode == "sam_med2d":
         content = _z_scored(
-            image[_nearest(image.shape[0], size)][:, _nearest(image.shape[1], size)]
+            image[nearest_pixels(image.shape[0], size)][:, nearest_pixels(image.shape[1], size)]
         )
+    elif how.mode == "sam2":
+        content = _z_scored(bilinear_resize(image, size))
     else:
-        resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
-        content = _z_scored(np.asarray(resized))
+        bicubic = how.mode == "medsam2"
+        filter_ = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
+        content = _z_scored(np.asarray(Image.fromarray(image).resize((width, height), filter_)))
     out = np.zeros((1, 3, size, size), np.float32)
     out[0, :, :height, :width] = content.transpose(2, 0, 1)
     return out
@@ -250,51 +262,15 @@ def _medsam_pixels(image: ByteArray, size: int) -> FloatArray:
     return _unit_range(pixels)
 
 
-def _z_scored(pixels: ByteArray) -> FloatArray:
+def _z_scored(pixels: npt.NDArray[Any]) -> FloatArray:
     scored: FloatArray = (pixels.astype(np.float32) - PIXEL_MEAN) / PIXEL_STD
     return scored
-
-
-def _nearest(source: int, count: int) -> npt.NDArray[np.intp]:
-    """Which of `source` pixels each of `count` takes; OpenCV rounds the step twice."""
-    step = 1 / (count / source)
-    return np.minimum((np.arange(count) * step).astype(np.intp), source - 1)
 
 
 def _unit_range(pixels: ByteArray) -> FloatArray:
     """Min–max to 0–1 over the whole image; a constant image becomes zero."""
     low, high = float(pixels.min()), float(pixels.max())
     return ((pixels - low) / max(high - low, 1e-8)).astype(np.float32)
-
-
-def area_resize(image: ByteArray, size: tuple[int, int]) -> ByteArray:
-    """Upscale by area: each pixel of the result is the mean of the part of the image it covers.
-
-    OpenCV's INTER_AREA; where it enlarges, OpenCV's rounded weights may differ by one grey value.
-
-    Args:
-        image: (H, W, C) uint8.
-        size: height and width of the result.
-    """
-    rows = _area_rows(image, size[0])
-    resized = _area_rows(rows.transpose(1, 0, 2), size[1]).transpose(1, 0, 2)
-    # OpenCV rounds ties up where it halves an image, and to even elsewhere.
-    halved = image.shape[:2] == (2 * size[0], 2 * size[1])
-    return (np.floor(resized + 0.5) if halved else np.rint(resized)).astype(np.uint8)
-
-
-def _area_rows(x: npt.NDArray[Any], count: int) -> npt.NDArray[np.float64]:
-    """(N, ...) → (count, ...), row by row so that large images need no copy."""
-    step = len(x) / count
-    out = np.empty((count, *x.shape[1:]), np.float64)
-    for i in range(count):
-        start, stop = i * step, min((i + 1) * step, len(x))
-        first, last = int(start), math.ceil(stop) - 1
-        total = x[first : last + 1].sum(0, dtype=np.float64)
-        total -= x[first] * (start - first)
-        total -= x[last] * (last + 1 - stop)
-        out[i] = total / (stop - start)
-    return out
 
 
 def to_model_frame(
@@ -389,7 +365,7 @@ def logit_at(
 
 def _stages(original_size: tuple[int, int], how: Preprocessing) -> tuple[Upscale, ...]:
     to_image = Upscale(original_size, original_size)
-    if how.mode == "medsam":
+    if how.mode in _STRAIGHT:
         return (to_image,)
     whole = (how.frame_side, how.frame_side)
     return Upscale(whole, how.content_size(original_size)), to_image

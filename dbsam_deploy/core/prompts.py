@@ -183,6 +183,8 @@ def set_feed(
 ) -> Arrays:
     """Checked prompt sets as `prompt_decoder` takes them, without its batch axis.
 
+    SAM 2's take a closing "not a point" behind a box too.
+
     Args:
         coords: (N, T, 2) as `join_prompts` returns them, in the image frame.
         labels: (N, T) likewise.
@@ -190,8 +192,17 @@ def set_feed(
         has_mask: (N,) 1 to use them; None for 0.
         size: height and width of the image.
         how: mode and sizes of the model.
+
+    Raises:
+        InputError: with that point, a set is longer than `MAX_POINTS`.
     """
     count, side = len(coords), how.mask_side
+    if how.high_res and labels[0, -1] != NO_POINT:
+        coords = np.concatenate([coords, np.zeros((count, 1, 2), np.float32)], axis=1)
+        labels = np.concatenate([labels, np.full((count, 1), NO_POINT, np.int32)], axis=1)
+        if labels.shape[1] > MAX_POINTS:
+            most = MAX_POINTS - 3
+            raise InputError(f"{most + 1} points with a box: SAM 2 takes at most {most} with one")
     masks = np.zeros((count, side, side), np.float32) if masks is None else masks
     has_mask = np.zeros(count, np.float32) if has_mask is None else has_mask
     return {

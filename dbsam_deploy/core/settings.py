@@ -67,9 +67,12 @@ def preprocessing_from_config(model_config: str) -> Preprocessing:
         image_size = int(parameters["image_size"]["string_value"])
         stride = int(parameters["embedding_stride"]["string_value"])
         mode = parameters["mode"]["string_value"]
+        high_res = parameters.get("high_res", {}).get("string_value") == str(True)
         frame = parameters.get("frame_size")
         frame_size = None if frame is None else int(frame["string_value"])
-        return Preprocessing(image_size, mode, embedding_stride=stride, frame_size=frame_size)
+        return Preprocessing(
+            image_size, mode, embedding_stride=stride, frame_size=frame_size, high_res=high_res
+        )
     except KeyError as error:
         raise InputError(f"config.pbtxt has no parameter {error}: export again") from error
 

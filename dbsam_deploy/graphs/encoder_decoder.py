@@ -37,6 +37,7 @@ from ..model.efficient_vit import ConvNorm, EfficientVit
 from ..model.sam import LayerNorm2d, ViTBlock, get_rel_pos
 from ..model.tiny_vit import ConvBn
 from .prompt_decoder import DecoderGraph, PromptDecoderGraph
+from .sam2_graphs import Sam2DecoderGraph, Sam2EncoderGraph, Sam2PromptDecoderGraph
 
 
 class RelPosAttention(nn.Module):
@@ -261,6 +262,12 @@ def build_graph(model: DbSam, name: str) -> nn.Module:
         "decoder": DecoderGraph,
         "prompt_decoder": PromptDecoderGraph,
     }
+    if model.config.hiera:
+        builders = {
+            "encoder": Sam2EncoderGraph,
+            "decoder": Sam2DecoderGraph,
+            "prompt_decoder": Sam2PromptDecoderGraph,
+        }
     if name not in graph_specs(model.config.frame) or name not in builders:
         raise InputError(f"graph {name!r}: expected one of {', '.join(builders)}")
     graph = builders[name](model).eval()

@@ -85,33 +85,46 @@ class _MaskGraph(nn.Module):
         labels = torch.cat([embeddings[2].weight, embeddings[3].weight])
         return corners.to(labels.dtype) + labels
 
-    def predict(self, image_tokens: Tensor, sparse: Tensor) -> tuple[Tensor, Tensor]:
-        """SAM's `predict_masks`.
+    def predict(
+        self, image: Tensor, sparse: Tensor, finer: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """SAM's `predict_masks`, and SAM 2's with finer maps.
 
         Args:
-            image_tokens: (B, 1 or N, G·G, 256) image + dense prompt embeddings.
+            image: (B, 1 or N, G·G, 256) image + dense prompt embeddings.
             sparse: (B, N, T, 256) sparse prompt embeddings.
+            finer: (B, 32, 4G, 4G) and (B, 64, 2G, 2G) maps of SAM 2.
 
         Returns:
-            low_res_masks (B, N, M, 4G, 4G), iou_predictions (B, N, M).
+            low_res_masks (B, N, M, 4G, 4G), iou_predictions (B, N, M), in the weights' dtype.
         """
         decoder, count = self.decoder, self.mask_tokens
-        fixed = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+        learned = [decoder.iou_token.weight, decoder.mask_tokens.weight]
+        if finer is not None:
+            learned.append(decoder.obj_score_token.weight)  # image mode looks at no answer of it
+        fixed = torch.cat(learned)
         # (B, N, 1, 1) of zeros spreads the learned tokens over the dynamic axes by broadcasting.
         tokens = torch.cat((fixed + sparse[:, :, :1, :1] * 0, sparse), 2)
-        queries, keys = self._two_way(image_tokens, tokens)
+        queries, keys = self._two_way(image, tokens)
         iou = decoder.iou_prediction_head(queries[:, :, 0])[..., :count]
         weights = torch.stack(
             [decoder.output_hypernetworks_mlps[i](queries[:, :, 1 + i]) for i in range(count)], 2
         )
-        features = keys.unflatten(2, (self.grid, self.grid))
-        norm = self.up1_norm
-        features = F.layer_norm(
-            self.up1(features), norm.weight.shape, norm.weight, norm.bias, norm.eps
-        )
-        features = F.gelu(self.up2(F.gelu(features)))
+        features = self._upscaled(keys.unflatten(2, (self.grid, self.grid)), finer)
         masks = weights @ features.flatten(2, 3).transpose(-1, -2)
-        return masks.unflatten(-1, (4 * self.grid, 4 * self.grid)).float(), iou.float()
+        return masks.unflatten(-1, (4 * self.grid, 4 * self.grid)), iou
+
+    def _upscaled(self, features: Tensor, finer: tuple[Tensor, Tensor] | None) -> Tensor:
+        """(B, N, G, G, 256) → (B, N, 4G, 4G, 32)."""
+        norm = self.up1_norm
+        features = self.up1(features)
+        if finer is not None:
+            features = features + _channels_last(finer[1])
+        features = F.layer_norm(features, norm.weight.shape, norm.weight, norm.bias, norm.eps)
+        features = self.up2(F.gelu(features))
+        if finer is not None:
+            features = features + _channels_last(finer[0])
+        return F.gelu(features)
 
     def _two_way(self, keys: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """SAM's `TwoWayTransformer`, with LayerNorm after every residual."""
@@ -157,22 +170,30 @@ class _Upscale(nn.Module):
         return x.permute(0, 1, 2, 4, 3, 5, 6).flatten(4, 5).flatten(2, 3)
 
 
-def _image_tokens(image_embeddings: Tensor) -> Tensor:
+def image_tokens(image_embeddings: Tensor) -> Tensor:
     """(B, 256, G, G) → (B, 1, G·G, 256)."""
     return image_embeddings.flatten(2).transpose(1, 2)[:, None]
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """(B, C, H, W) → (B, 1, H, W, C)."""
+    return x.permute(0, 2, 3, 1)[:, None]
 
 
 class DecoderGraph(_MaskGraph):
     """`decoder`: image_embeddings (B, 256, G, G), boxes (B, N, 4) → one mask for each box."""
 
+    computed_tokens = 1
+
     def __init__(self, model: DbSam) -> None:
-        super().__init__(model, mask_tokens=1)
+        super().__init__(model, mask_tokens=self.computed_tokens)
 
     def forward(self, image_embeddings: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
         """low_res_masks (B, N, 1, 4G, 4G), iou_predictions (B, N, 1)."""
         empty = self.prompt.no_mask_embed.weight
-        tokens = _image_tokens(image_embeddings.to(empty.dtype)) + empty
-        return self.predict(tokens, self.corner_tokens(boxes))
+        tokens = image_tokens(image_embeddings.to(empty.dtype)) + empty
+        masks, iou = self.predict(tokens, self.corner_tokens(boxes))
+        return masks.float(), iou.float()
 
 
 class PromptDecoderGraph(_MaskGraph):
@@ -216,10 +237,18 @@ class PromptDecoderGraph(_MaskGraph):
     ) -> tuple[Tensor, Tensor]:
         """low_res_masks (B, N, 4, 4G, 4G), iou_predictions (B, N, 4)."""
         sparse = self.point_tokens(point_coords, point_labels)
-        flag = has_mask_input[..., None, None].to(sparse.dtype)
+        tokens = self.prompted_tokens(image_embeddings, mask_input, has_mask_input)
+        masks, iou = self.predict(tokens, sparse)
+        return masks.float(), iou.float()
+
+    def prompted_tokens(
+        self, image_embeddings: Tensor, mask_input: Tensor, has_mask_input: Tensor
+    ) -> Tensor:
+        """Image + dense prompt embeddings (B, N, G·G, 256), of the graph's inputs."""
         empty = self.prompt.no_mask_embed.weight
-        dense = self.dense_tokens(mask_input.to(sparse.dtype)) * flag + empty * (1 - flag)
-        return self.predict(_image_tokens(image_embeddings.to(sparse.dtype)) + dense, sparse)
+        flag = has_mask_input[..., None, None].to(empty.dtype)
+        dense = self.dense_tokens(mask_input.to(empty.dtype)) * flag + empty * (1 - flag)
+        return image_tokens(image_embeddings.to(empty.dtype)) + dense
 
 
 def _halve(x: Tensor) -> Tensor:

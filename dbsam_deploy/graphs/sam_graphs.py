@@ -135,8 +135,14 @@ def check_sam_signature(how: Preprocessing) -> int:
     """How many pixels of a picture of 1024 are one of the model's, along a side.
 
     Raises:
-        InputError: a model whose way to resize a picture of 1024×1024 no ONNX operator has.
+        InputError: a model whose way to resize a picture of 1024×1024 no ONNX operator has, or
+            SAM 2's.
     """
+    if how.high_res:
+        raise InputError(
+            "SAM 2's decoder takes three outputs of its encoder, and files in SAM's signature have "
+            "one: leave out --signature"
+        )
     step, rest = divmod(SAM_SIDE, how.image_size)
     divisible = how.mode == "lite_medsam"
     if rest or (step > 1 and not divisible):

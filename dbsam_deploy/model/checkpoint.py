@@ -32,7 +32,15 @@ from .contents import (
     shortened,
 )
 from .fitting import StateDict
-from .layouts import HUGGING_FACE, POSITIONS, SAM, layout_of, named_twice, own_names
+from .layouts import (
+    HUGGING_FACE,
+    HUGGING_FACE_2,
+    POSITIONS,
+    SAM,
+    layout_of,
+    named_twice,
+    own_names,
+)
 from .pickles import OddTensor, StoredTensor
 from .weight_files import WeightsFile, inspect_line, open_weights
 
@@ -133,7 +141,7 @@ def select(file: WeightsFile, weights: str | None = None, key: str | None = None
     notes = [note] if note else []
     if model.prefix and not note:
         notes.append(f"found under {model.prefix}")
-    if layout == HUGGING_FACE:
+    if layout in (HUGGING_FACE, HUGGING_FACE_2):
         notes.append(f"layout of {layout}")
     if left:
         notes.append(f"ignored: {shortened(left)}")

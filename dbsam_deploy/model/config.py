@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, Literal
 
 from ..core.choices import choose
@@ -123,6 +124,32 @@ class EfficientVitConfig:
 
 
 @dataclass(frozen=True)
+class HieraConfig:
+    """Image encoder of SAM 2, see `dbsam_deploy.model.hiera`.
+
+    Attributes:
+        embed_dim: channels of the first stage, doubled by each further one.
+        num_heads: its attention heads, likewise.
+        depths: blocks of each stage.
+        global_blocks: blocks that attend to the whole map, counted through all stages.
+        window_sizes: side of each stage's attention windows in tokens.
+        position_side: side of the coarse table of positions.
+    """
+
+    embed_dim: int = 96
+    num_heads: int = 1
+    depths: tuple[int, ...] = (1, 2, 7, 2)
+    global_blocks: tuple[int, ...] = (5, 7, 9)
+    window_sizes: tuple[int, ...] = (8, 4, 14, 7)
+    position_side: int = 7
+
+    @property
+    def stage_ends(self) -> tuple[int, ...]:
+        """The last block of each stage."""
+        return tuple(end - 1 for end in accumulate(self.depths))
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """One variant.
 
@@ -143,6 +170,8 @@ class ModelConfig:
             in transformers' `SamModel`.
         final_norm_eps: eps of the one after them.
         block_adapters: an adapter within each ViT block, as SAM-Med2D has it.
+        hiera: SAM 2's encoder instead of SAM's ViT, whose fields are then not used, and SAM 2's
+            decoder.
     """
 
     name: str
@@ -159,6 +188,7 @@ class ModelConfig:
     decoder_norm_eps: float = 1e-5
     final_norm_eps: float = 1e-5
     block_adapters: bool = False
+    hiera: HieraConfig | None = None
 
     @property
     def frame(self) -> Preprocessing:
@@ -170,6 +200,7 @@ class ModelConfig:
             self.preprocessing,
             embedding_stride=stride,
             frame_size=own if own != self.image_size else None,
+            high_res=self.hiera is not None,
         )
 
     @property
@@ -234,10 +265,42 @@ _CONFIGS = (
     _efficient_vit_sam("l2", depths=(1, 2, 2, 8, 8), neck_depth=12),
     _efficient_vit_sam("xl0", depths=(0, 1, 1, 2, 3, 3), neck_depth=6, **_LARGEST),
     _efficient_vit_sam("xl1", depths=(1, 2, 2, 4, 6, 6), neck_depth=12, **_LARGEST),
+    ModelConfig("sam2_hiera_tiny", preprocessing="sam2", hiera=HieraConfig()),
+    ModelConfig(
+        "sam2_hiera_small",
+        preprocessing="sam2",
+        hiera=HieraConfig(depths=(1, 2, 11, 2), global_blocks=(7, 10, 13)),
+    ),
+    ModelConfig(
+        "sam2_hiera_base_plus",
+        preprocessing="sam2",
+        hiera=HieraConfig(
+            embed_dim=112,
+            num_heads=2,
+            depths=(2, 3, 16, 3),
+            global_blocks=(12, 16, 20),
+            position_side=14,
+        ),
+    ),
+    ModelConfig(
+        "sam2_hiera_large",
+        preprocessing="sam2",
+        hiera=HieraConfig(
+            embed_dim=144,
+            num_heads=2,
+            depths=(2, 6, 36, 4),
+            global_blocks=(23, 33, 43),
+            window_sizes=(8, 4, 16, 8),
+        ),
+    ),
+    ModelConfig("medsam2", image_size=512, preprocessing="medsam2", hiera=HieraConfig()),
 )
 
 VARIANTS: dict[str, ModelConfig] = {config.name: config for config in _CONFIGS}
-"""Variant name → configuration. `medsam_vit_b` is `sam_vit_b` with MedSAM 1.0's preprocessing."""
+"""Variant name → configuration. `medsam_vit_b` is `sam_vit_b` with MedSAM 1.0's preprocessing, and
+`medsam2` is `sam2_hiera_tiny` at MedSAM2's image size and with its preprocessing."""
+HIERA_STEP = 32
+"""Pixels of a cell of Hiera's last stage, and the step of its image sizes."""
 
 
 def variant_config(
@@ -251,6 +314,8 @@ def variant_config(
     config = choose("variant", name, VARIANTS)
     if image_size is not None:
         config = replace(config, image_size=check_image_size(image_size))
+        if config.hiera is not None and image_size % HIERA_STEP:
+            raise InputError(f"image size {image_size}: {name} takes multiples of {HIERA_STEP}")
     if fusion is not None:
         if not isinstance(config.adapter, TwoBranchConfig):
             raise InputError(

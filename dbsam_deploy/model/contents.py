@@ -19,6 +19,8 @@ from .pickles import Items, OddTensor, StoredTensor
 PARTS = frozenset(
     {"image_encoder", "prompt_encoder", "mask_decoder"}
     | {"vision_encoder", "shared_image_embedding"}  # as transformers calls them
+    | {"sam_prompt_encoder", "sam_mask_decoder", "no_mem_embed"}  # as SAM 2 does
+    | {"no_memory_embedding"}  # and both
 )
 """First word of the model's own keys."""
 TRANSPARENT = frozenset(
@@ -27,8 +29,21 @@ TRANSPARENT = frozenset(
 """Words that data-parallel, compiled, sharded and checkpointed modules put anywhere in a key."""
 HARMLESS = re.compile(r"pixel_mean|pixel_std|n_averaged|.*(loss|criterion|metric).*")
 """Tensors beside the model's own that are no part of it."""
-_UNUSED = re.compile(r"image_encoder\.(norm_head|head)\.(weight|bias)")
-"""The classifier with which MobileSAM's encoder was trained beforehand; its `forward` has none."""
+_UNUSED = re.compile(
+    r"image_encoder\.(norm_head|head)\.(weight|bias)"
+    r"|(sam_)?mask_decoder\.pred_obj_score_head\..*"
+)
+"""The classifier with which MobileSAM's encoder was trained beforehand; its `forward` has none. And
+what tells SAM 2 whether an object is still in a film."""
+_OF_FILMS = re.compile(
+    r"memory_attention|memory_encoder|maskmem_tpos_enc|mask_downsample"
+    r"|no_mem_pos_enc|no_obj_ptr|no_obj_embed_spatial|obj_ptr_proj|obj_ptr_tpos_proj"
+    r"|memory_temporal_positional_encoding|no_memory_positional_encoding|no_object_pointer"
+    r"|object_pointer_proj|temporal_positional_encoding_projection_layer"
+    r"|occlusion_spatial_embedding_parameter"
+)
+"""Parts of SAM 2 that remember earlier frames, which an image alone does not have."""
+_SCORE = re.compile(r"(\bpred_obj_score_head)\..*")
 MAX_NESTING = 12
 """Deepest table that is looked into."""
 MAX_MODELS = 100
@@ -39,9 +54,9 @@ NAMED_AT_MOST = 8
 """How many names a note or an error lists."""
 
 _ENCODERS = re.compile(
-    r"image_encoder\.patch_embed\.(proj\.weight|seq\.0\.c\.weight)"
+    r"image_encoder\.(trunk\.)?patch_embed\.(proj\.weight|seq\.0\.c\.weight)"
     r"|image_encoder\.backbone\.stages\.0\.op_list\.0\.conv\.weight"
-    r"|vision_encoder\.patch_embed\.projection\.weight"
+    r"|vision_encoder\.(backbone\.)?patch_embed\.projection\.weight"
 )
 _AVERAGE = frozenset({"ema", "swa", "avg", "average", "averaged"})
 
@@ -175,7 +190,8 @@ def _with_siblings(model: Candidate, found: Mapping[str, FoundTensor]) -> Candid
         if name.startswith(start) and one.way[:-1] in tables and one.way not in own:
             key = name.removeprefix(start)
             words = key.split(".")
-            if PARTS.isdisjoint(words) and not HARMLESS.fullmatch(words[0]):
+            left_out = HARMLESS.fullmatch(words[0]) or _OF_FILMS.fullmatch(words[0])
+            if PARTS.isdisjoint(words) and not left_out:
                 more[key] = one
     return Candidate(model.prefix, {**model.tensors, **more})
 
@@ -301,7 +317,13 @@ def ignored(content: Any, found: Mapping[str, FoundTensor], model: Candidate) ->
         )
         label = ".".join(words[: same + 1 + (words[same] in PARTS)])
         left.append(label)
-    return list(dict.fromkeys(left))
+    return list(dict.fromkeys(_part_of_films(name) for name in left))
+
+
+def _part_of_films(name: str) -> str:
+    """The part that a key of a flat table belongs to, for SAM 2's; other names as they are."""
+    first = name.split(".")[0]
+    return first if _OF_FILMS.fullmatch(first) else _SCORE.sub(r"\1", name)
 
 
 def shortened(names: list[str]) -> str:

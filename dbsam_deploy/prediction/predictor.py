@@ -19,6 +19,7 @@ from ..core.contract import (
     NUM_MASK_TOKENS,
 )
 from ..core.errors import InputError, ServingError
+from ..core.features import pack, unpack
 from ..core.imaging import (
     Arrays,
     FloatArray,
@@ -68,7 +69,7 @@ class Encoding(Promptable, Protocol):
     """A `Promptable` whose encoder and decoder are asked apart, so that embeddings can be kept."""
 
     def encode(self, image: npt.NDArray[Any]) -> FloatArray:
-        """Embedding (1, 256, G, G) float32 of an image ((H, W, 3) uint8 RGB)."""
+        """Embedding of an image ((H, W, 3) uint8 RGB): float32, (1, ...), see `features.pack`."""
         ...
 
     def set_embeddings(self, image_embeddings: FloatArray, original_size: tuple[int, int]) -> None:
@@ -111,10 +112,11 @@ class Predictor:
         Raises:
             InputError: none was.
         """
-        return self._current()
+        found: FloatArray = unpack(self._current(), self.preprocessing)[IMAGE_EMBEDDINGS]
+        return found
 
     def set_embeddings(self, image_embeddings: FloatArray, original_size: tuple[int, int]) -> None:
-        """Use an embedding computed before, (1, 256, G, G), of an image of `original_size`."""
+        """Use what `encode` made before of an image of `original_size`."""
         self._image_embeddings, self._original_size = image_embeddings, original_size
 
     def set_image(self, image: npt.NDArray[Any]) -> None:
@@ -140,13 +142,13 @@ class Predictor:
         self._image_embeddings = None
 
     def encode(self, image: npt.NDArray[Any]) -> FloatArray:
-        """Embedding (1, 256, G, G) float32 of `image` ((H, W, 3) uint8 RGB), which is not kept.
+        """Embedding of `image` ((H, W, 3) uint8 RGB), which is not kept, see `features.pack`.
 
         Raises:
             InputError: see `check_image`.
         """
         feed = {IMAGE: preprocess(image, self.preprocessing)}
-        return self.session.run("encoder", feed)[IMAGE_EMBEDDINGS]
+        return pack(self.session.run("encoder", feed), self.preprocessing)
 
     def predict_boxes(self, boxes: npt.NDArray[Any]) -> Prediction:
         """One independent mask for each box.
@@ -198,7 +200,7 @@ class Predictor:
     def _decode(self, graph: str, feed: Arrays) -> tuple[FloatArray, FloatArray]:
         """See `prompt_adapter.Decode`."""
         batch = {name: array[None] for name, array in feed.items()}
-        out = self.session.run(graph, {IMAGE_EMBEDDINGS: self._current(), **batch})
+        out = self.session.run(graph, {**unpack(self._current(), self.preprocessing), **batch})
         return out[LOW_RES_MASKS][0], out[IOU_PREDICTIONS][0]
 
     def _current(self) -> FloatArray:

@@ -54,12 +54,17 @@ def calibration_images(
     return None if plan is None or path is None else choose_images(path, plan)
 
 
-def _check_size(loaded: LoadedModel, recipe: Recipe) -> None:
-    """Refuse an encoder whose float graph has its weights in a second file.
+def _check_model(loaded: LoadedModel, recipe: Recipe) -> None:
+    """Refuse an encoder whose float graph has its weights in a second file, and SAM 2's.
 
     Raises:
-        InputError: it has.
+        InputError: it has, or is.
     """
+    if loaded.preprocessing.high_res:
+        raise InputError(
+            f"{recipe.precision} quantises, which was not measured for {loaded.model.config.name} "
+            "and its three features: export it with --precision fp16"
+        )
     count = sum(parameter.numel() for parameter in loaded.model.image_encoder.parameters())
     if count * DTYPES[recipe.dtype].itemsize > onnx_files.ONE_FILE_BYTES:
         raise InputError(
@@ -106,7 +111,8 @@ class Quantizer:
 
         Raises:
             InputError: images for another graph than the encoder, whose inputs are the only images;
-                or a recipe that modelopt cannot follow, or a model too large for one file.
+                or a recipe that modelopt cannot follow, or a model too large for one file, or
+                SAM 2's.
             EngineError: modelopt is wanted and not installed.
         """
         plan = recipe.quantization
@@ -120,7 +126,7 @@ class Quantizer:
                 'the encoder alone, whose input is an image: graphs = ["encoder"]'
             )
         if plan is not None:
-            _check_size(loaded, recipe)
+            _check_model(loaded, recipe)
         return cls(plan, images, loaded.preprocessing, budget, loaded, recipe, bars)
 
     @property

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from ..artefact import Artefact
-from ..core.contract import IMAGE, IMAGE_EMBEDDINGS, IOU_SCORES, MASKS
+from ..core.contract import IMAGE, IOU_SCORES, MASKS, encoder_spec
 from ..core.embedding_cache import EmbeddingCache
 from ..core.errors import ServingError
-from ..core.imaging import Arrays, FloatArray
+from ..core.imaging import Arrays, FloatArray, Preprocessing
 from ..core.interactive import Interactive
 from ..machine.privacy import silence
 from .probe import BOXES_MODEL, PROBE_SIZE, PROMPTS_MODEL, probe_image, question
@@ -43,8 +43,8 @@ def known_answers(artefact: Artefact, say: Callable[[str], None]) -> dict[str, A
         return {}
     if any(path.suffix != ".onnx" for path in paths.values()):
         return {}
-    graphs = _OnnxGraphs({name: str(path) for name, path in paths.items()})
     how = artefact.preprocessing
+    graphs = _OnnxGraphs({name: str(path) for name, path in paths.items()}, how)
     models = [BOXES_MODEL, *([PROMPTS_MODEL] if "prompt_decoder" in paths else [])]
     answers = {}
     interactive = Interactive(how, graphs, EmbeddingCache(1 << 30), chunk=16)
@@ -95,20 +95,22 @@ class _OnnxGraphs:
     """`interactive.Graphs` on ONNX Runtime; each graph is opened for one call."""
 
     paths: dict[str, str]
+    how: Preprocessing
 
     def encode(self, image: FloatArray) -> tuple[Any, int]:
         """See `interactive.Graphs`."""
-        (embedding,) = self._run("encoder", {IMAGE: image})
-        return embedding, embedding.nbytes
+        names = encoder_spec(self.how).output_names
+        found = dict(zip(names, self._run("encoder", {IMAGE: image}, names), strict=True))
+        return found, sum(array.nbytes for array in found.values())
 
     def decode(self, graph: str, embedding: Any, feed: Arrays) -> tuple[FloatArray, FloatArray]:
         """See `interactive.Graphs`."""
         batched = {name: array[None] for name, array in feed.items()}
-        low, iou = self._run(graph, {IMAGE_EMBEDDINGS: embedding, **batched})
+        low, iou = self._run(graph, {**embedding, **batched})
         return low[0], iou[0]
 
-    def _run(self, graph: str, feed: Arrays) -> list[FloatArray]:
+    def _run(self, graph: str, feed: Arrays, names: list[str] | None = None) -> list[FloatArray]:
         runtime = silence(importlib.import_module("onnxruntime"))
         session = runtime.InferenceSession(self.paths[graph], providers=["CPUExecutionProvider"])
-        outputs: list[FloatArray] = session.run(None, feed)
+        outputs: list[FloatArray] = session.run(names, feed)
         return outputs

@@ -263,7 +263,7 @@ def file_hashes(root: Path) -> dict[str, str]:
 
 def write_repository(repository: Repository) -> Path:
     """Write the manifest (atomically) and return its path."""
-    body = asdict(repository)
+    body = {**asdict(repository), "preprocessing": repository.preprocessing.record()}
     del body["folder"]
     return MANIFEST.write(repository.folder / REPOSITORY_NAME, body)
 

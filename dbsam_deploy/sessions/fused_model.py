@@ -219,6 +219,8 @@ class FusedEncoder(nn.Module):
 
     def __init__(self, model: DbSam) -> None:
         super().__init__()
+        if model.config.hiera:
+            raise _none_of_them(model)
         self.graph = EncoderGraph(model)
         _replace(self.graph)
         for module in self.graph.modules():
@@ -227,10 +229,7 @@ class FusedEncoder(nn.Module):
                 module.weight.data = weight.contiguous(memory_format=torch.channels_last)
         self.eval().requires_grad_(False)
         if not any(self.calls.values()):
-            raise InputError(
-                f"variant {model.config.name} has none of the fused operators "
-                f"({', '.join(FUSED_OPERATORS)}); use backend pytorch or onnxruntime"
-            )
+            raise _none_of_them(model)
 
     @property
     def calls(self) -> dict[str, int]:
@@ -244,6 +243,13 @@ class FusedEncoder(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Float32 in and out, whatever dtype the weights have."""
         return self.graph(image.contiguous(memory_format=torch.channels_last))
+
+
+def _none_of_them(model: DbSam) -> InputError:
+    return InputError(
+        f"variant {model.config.name} has none of the fused operators "
+        f"({', '.join(FUSED_OPERATORS)}); use backend pytorch or onnxruntime"
+    )
 
 
 def _replace(parent: nn.Module) -> None:

@@ -73,7 +73,8 @@ def add_model_options(
         choices=MODES,
         help="override the model's own preprocessing: sam keeps the aspect and z-scores, medsam "
         "(MedSAM 1.0) squeezes to a square and scales to 0-1, lite_medsam keeps the aspect and "
-        "scales to 0-1, sam_med2d squeezes by the nearest pixel and z-scores",
+        "scales to 0-1, sam_med2d squeezes by the nearest pixel and z-scores, sam2 and medsam2 "
+        "squeeze with a bilinear and a bicubic filter and z-score",
     )
     return model
 

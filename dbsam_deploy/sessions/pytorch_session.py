@@ -61,7 +61,7 @@ class PytorchSession:
         inputs = {name: torch.from_numpy(array).to(self._device) for name, array in feed.items()}
         with torch.inference_mode():
             if graph == "encoder":
-                outputs = [self._model.encode(inputs[IMAGE])]
+                outputs = list(self._model.features(inputs[IMAGE]))
             else:
                 rows = [self._decode(graph, inputs, i) for i in range(len(feed[IMAGE_EMBEDDINGS]))]
                 outputs = [torch.stack(column) for column in zip(*rows, strict=True)]
@@ -72,9 +72,10 @@ class PytorchSession:
         """Masks (N, M, 4G, 4G) and IoU (N, M) of image `index`."""
         import torch
 
-        embeddings = inputs[IMAGE_EMBEDDINGS][index : index + 1]
+        names = self._specs["encoder"].output_names
+        features = [inputs[name][index : index + 1] for name in names]
         if graph == "decoder":
-            return self._model.decode(embeddings, boxes=inputs[BOXES][index])
+            return self._model.decode(*features, boxes=inputs[BOXES][index])
         prompts = zip(
             inputs[POINT_COORDS][index],
             inputs[POINT_LABELS][index],
@@ -82,16 +83,23 @@ class PytorchSession:
             inputs[HAS_MASK_INPUT][index],
             strict=True,
         )
-        rows = [self._decode_prompt(embeddings, *prompt) for prompt in prompts]
+        rows = [self._decode_prompt(features, *prompt) for prompt in prompts]
         masks, iou = (torch.cat(column) for column in zip(*rows, strict=True))
         return masks, iou
 
     def _decode_prompt(
-        self, embeddings: Tensor, coords: Tensor, labels: Tensor, mask: Tensor, has_mask: Tensor
+        self,
+        features: list[Tensor],
+        coords: Tensor,
+        labels: Tensor,
+        mask: Tensor,
+        has_mask: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """All four mask tokens of one prompt set, through SAM's own prompt encoder."""
         import torch
 
+        if labels[-3:].tolist() == [TOP_LEFT, BOTTOM_RIGHT, NO_POINT]:
+            coords, labels = coords[:-1], labels[:-1]  # SAM 2's model adds the closing point itself
         ending = labels[-2:].tolist()
         if ending == [TOP_LEFT, BOTTOM_RIGHT]:
             boxes, count = coords[-2:].reshape(1, 4), len(labels) - 2
@@ -105,7 +113,7 @@ class PytorchSession:
         masks = mask[None] if float(has_mask) else None
         parts = [
             self._model.decode(
-                embeddings, boxes=boxes, points=points, masks=masks, multimask=multimask
+                *features, boxes=boxes, points=points, masks=masks, multimask=multimask
             )
             for multimask in (False, True)
         ]

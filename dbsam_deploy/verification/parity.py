@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..core.contract import IMAGE, IMAGE_EMBEDDINGS
+from ..core.contract import IMAGE
 from ..core.errors import AccuracyError
+from ..core.features import pack
 from ..core.imaging import FloatArray, Preprocessing, preprocess
 from ..prediction.predictor import Predictor
 from ..recipe import Gate
@@ -27,7 +28,7 @@ class Figures:
         images: images compared.
         objects: boxes compared.
         empty_masks: boxes for which the reference's mask is empty; their agreement says little.
-        embedding_cosine: smallest cosine of an image's embedding with the reference.
+        embedding_cosine: smallest cosine of an output of the encoder with the reference.
         decoder_cosine: smallest cosine of a box's logits, both decoders on the reference embedding;
             unlike mask agreement it says something even where every mask is empty.
         mask_agreement_mean: mean Dice of deployed and reference masks, one per box.
@@ -169,7 +170,8 @@ def compare(
 def _compare_case(ours: _Timed, theirs: _Timed, how: Preprocessing, case: Case) -> _CaseFigures:
     feed: Feed = {IMAGE: preprocess(case.image, how)}
     size = (case.image.shape[0], case.image.shape[1])
-    embeddings = [s.run("encoder", feed)[IMAGE_EMBEDDINGS] for s in (ours, theirs)]
+    outputs = [s.run("encoder", feed) for s in (ours, theirs)]
+    embeddings = [pack(found, how) for found in outputs]
     predictors = [Predictor(session, how) for session in (ours, theirs)]
     for predictor, embedding in zip(predictors, embeddings, strict=True):
         predictor.set_embeddings(embedding, size)
@@ -181,7 +183,7 @@ def _compare_case(ours: _Timed, theirs: _Timed, how: Preprocessing, case: Case) 
     marks = np.ones((len(places), 1), np.int32)
     pointed = predictors[0].predict_prompts(point_coords=places[:, None], point_labels=marks)
     return _CaseFigures(
-        embedding_cosine=cosine(*embeddings),
+        embedding_cosine=min(cosine(outputs[0][name], outputs[1][name]) for name in outputs[1]),
         decoder_cosines=list(map(cosine, logits, want.known_logits())),
         agreement=list(map(dice, got.masks, want.masks)),
         prompted=_prompt_agreement(predictors, case, want.known_logits()[:, 0]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..volumes.frames import Plane
@@ -16,6 +16,7 @@ PLANES: tuple[Plane, ...] = ("stored", "coronal", "sagittal")
 """Those across each axis of (D, H, W) in a volume that nobody placed in a patient."""
 
 _LOG = logging.getLogger(__name__)
+_CUT = "an answer ended after %d of %d slices, for time"
 
 
 class _OutOfTimeError(Exception):
@@ -30,6 +31,7 @@ def carry(
     walls: frozenset[int],
     rule: ChainRule,
     deadline: float,
+    when_late: Callable[[], None],
 ) -> Iterator[Change]:
     """Carry an object from a slice both ways; each change can be taken back.
 
@@ -45,6 +47,7 @@ def carry(
         walls: the other decided slices.
         rule: see `ChainRule`.
         deadline: of `time.monotonic`, by which a chain goes no further.
+        when_late: called for each chain that it cuts off.
     """
     depth = session.volume.shape[axis]
     reach = rule.reach or depth
@@ -58,7 +61,11 @@ def carry(
             continue
         until = deadline if step < 0 else (time.monotonic() + deadline) / 2  # half for each way
         how: dict[str, Any] = {"plane": PLANES[axis], "from_slice": index, "direction": direction}
+        meant = last
         change, last = _in_time(session, label, (index, last), until, {**how, "rule": rule})
+        if last != meant:
+            _LOG.warning(_CUT, abs(last - index), abs(meant - index))
+            when_late()
         if change is None:
             continue
         has_ended = change.ends[0].last != last and not beyond
@@ -91,7 +98,6 @@ def _in_time(
             return None, index
     # All of these slices are encoded by now: this is quick.
     reached = index + done if last > index else index - done
-    _LOG.warning("an answer ended after %d of %d slices, for time", done, abs(last - index))
     return session.propagate(label, until=reached, **how), reached
 
 

@@ -284,6 +284,7 @@ def _timed(work: Callable[[], Redrawn | None]) -> Response:
     found = work()
     meta: dict[str, Any] = {"seconds": time.perf_counter() - start, "box": None}
     meta["has_run"] = found is not None and found.has_run
+    meta["is_late"] = found is not None and found.is_late
     content = b""
     if found is not None and found.extent is not None and found.mask is not None:
         meta["box"] = [[int(first), int(end)] for first, end in found.extent]

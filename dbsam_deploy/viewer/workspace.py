@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..volumes.stop_rules import ChainRule, MaskArray
 from .carrying import PLANES, carry
 from .images import as_viewer_volume
 from .marks import BoxMark, BrushMark, Mark, PointMark, SeedMark, VolumeShape
+from .memory import Memory
 from .slice_work import SliceFound, SliceWork, Wish
 
 LABEL = 1
@@ -49,32 +50,6 @@ class WorkRules:
     rule: ChainRule = field(default_factory=ChainRule)
 
 
-@dataclass(frozen=True)
-class Memory:
-    """What was marked so far; replaced, never written to.
-
-    Attributes:
-        queued: marks that wait for a prediction.
-        wishes: what was said of each slice, (axis, index).
-        decided: slices along each axis that no chain may change, by axis.
-        flat: the slice of the last mark that named one.
-        last: the slice that was decided last.
-        sure: the model's estimate on the slice that was prompted last.
-    """
-
-    queued: tuple[Mark, ...] = ()
-    wishes: Mapping[SliceName, Wish] = field(default_factory=dict)
-    decided: Mapping[int, frozenset[int]] = field(default_factory=dict)
-    flat: SliceName | None = None
-    last: SliceName | None = None
-    sure: float | None = None
-
-    def with_decided(self, axis: int, index: int) -> Memory:
-        """The same with one more slice that stays."""
-        own = self.decided.get(axis, frozenset()) | {index}
-        return replace(self, decided={**self.decided, axis: own}, last=(axis, index))
-
-
 @dataclass(frozen=True, eq=False)
 class Redrawn:
     """What a viewer draws anew.
@@ -83,11 +58,13 @@ class Redrawn:
         has_run: whether the model, or a step back, had something to do.
         extent: where; None where nothing differs.
         mask: the object there.
+        is_late: time ran out before the object was followed to its ends; the next mark goes on.
     """
 
     has_run: bool
     extent: Extent | None = None
     mask: npt.NDArray[np.bool_] | None = None
+    is_late: bool = False
 
 
 class Workspace:
@@ -104,7 +81,7 @@ class Workspace:
         self._session: VolumePredictor | None = None
         self._memory, self._steps = Memory(), list[Change]()
         self._undo: tuple[Memory, int] | None = None
-        self._send_all = False
+        self._send_all = self._is_late = False
 
     def close(self) -> None:
         """Drop the image, and encode nothing ahead for it."""
@@ -226,7 +203,7 @@ class Workspace:
     def _run(self, memory: Memory) -> list[Change]:
         """Answer queued marks; a failure leaves everything as it was."""
         deadline = time.monotonic() + self._rules.deadline_s
-        self._steps = []
+        self._steps, self._is_late = [], False
         with self._alone():
             try:
                 for mark in memory.queued:
@@ -267,6 +244,7 @@ class Workspace:
         view, before = session.slices.along(axis), self._slice_mask(axis, index)
         wish = memory.wishes.get((axis, index), Wish())
         if isinstance(mark, BrushMark) and time.monotonic() > deadline:
+            self._is_late = True
             area = _area(mark, view, index)
             found = SliceFound(before | area if mark.is_inside else before & ~area, None)
         else:
@@ -311,8 +289,11 @@ class Workspace:
         rule = self._rules.rule.relative_to(1.0 if memory.sure is None else memory.sure)
         rule = replace(rule, reach=self._rules.reach)
         walls = memory.decided[axis] - {index}
-        for change in carry(session, LABEL, axis, index, walls, rule, deadline):
+        for change in carry(session, LABEL, axis, index, walls, rule, deadline, self._cut):
             self._steps.append(change)
+
+    def _cut(self) -> None:
+        self._is_late = True
 
     def _refined(self, mask: MaskArray, filled: frozenset[int]) -> MaskArray:
         """Slices of a mask drawn anew by the model, as many as an answer may have."""
@@ -323,6 +304,7 @@ class Workspace:
         deadline = time.monotonic() + self._rules.deadline_s
         for index in sorted(filled, key=lambda z: abs(z - middle))[:most]:
             if time.monotonic() > deadline:
+                self._is_late = True
                 break
             before = np.take(mask, index, axis)
             found = SliceWork(slices, view, index, before).box(mask_box(before))
@@ -335,11 +317,12 @@ class Workspace:
         if self._send_all:
             whole = extent_of(self._read(slab(self.shape)))
             extents += [] if whole is None else [whole]
-        self._send_all = False
+        self._send_all, is_late = False, self._is_late
+        self._is_late = False
         if not extents:
-            return Redrawn(True)
+            return Redrawn(True, is_late=is_late)
         extent = around(extents)
-        return Redrawn(True, extent, self._read(extent))
+        return Redrawn(True, extent, self._read(extent), is_late)
 
     def _read(self, extent: Extent) -> MaskArray:
         session = self._work()

@@ -16,7 +16,8 @@ def test_a_table_and_json(capsys):
     assert run(variants.main, ["--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in rows] == list(CATALOGUE)
-    assert [row["parameters"] for row in rows] == [one.parameters for one in CATALOGUE.values()]
+    found = {row["name"]: row["parameters"] for row in rows}
+    assert found == {name: one.parameters for name, one in CATALOGUE.items()}
 
 
 def test_the_page_has_a_row_of_each_variant():

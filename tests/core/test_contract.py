@@ -40,6 +40,20 @@ def test_graphs_fit_together(image_size, stride):
     assert list(specs) == [spec.name for spec in specs.values()]
 
 
+def test_finer_features_go_from_the_encoder_to_both_decoders():
+    specs = graph_specs(Geometry(512, high_res=True))
+    _, *finer = specs["encoder"].outputs
+    assert [(one.name, one.axes) for one in finer] == [
+        ("high_res_feats_0", ("batch", 32, 128, 128)),
+        ("high_res_feats_1", ("batch", 64, 64, 64)),
+    ]
+    plain = graph_specs(Geometry(512))
+    for name in ("decoder", "prompt_decoder"):
+        assert specs[name].inputs[1:3] == tuple(finer)
+        without = (specs[name].inputs[0], *specs[name].inputs[3:])
+        assert (without, specs[name].outputs) == (plain[name].inputs, plain[name].outputs)
+
+
 def test_the_ensembles_are_the_front_with_fewer_tensors():
     front = interactive_spec(128)
     assert all(tensor.optional for tensor in front.inputs)

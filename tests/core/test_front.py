@@ -361,6 +361,8 @@ def test_settings_come_from_the_configuration():
     assert preprocessing_from_config(config(**asdict(framed))) == framed
     with pytest.raises(InputError, match="export again"):
         preprocessing_from_config("{}")
+    finer = Preprocessing(512, "sam2", high_res=True)
+    assert preprocessing_from_config(config(**asdict(finer))) == finer
     assert settings_from_config("{}") == FrontSettings()
     assert settings_from_config(config(chunk=3, cache_mib=0)) == FrontSettings(chunk=3, cache_mib=0)
     for wrong in ({"chunk": 0}, {"chunk": -1}, {"max_waiting": "many"}, {"cache_mib": 2**31}):

@@ -11,8 +11,9 @@ from PIL import Image
 from dbsam_deploy.core.contract import MAX_IMAGE_PIXELS, MAX_POINTS, MAX_PROMPTS
 from dbsam_deploy.core.errors import EngineError, InputError, MissingError
 from dbsam_deploy.core.imaging import (
+    PIXEL_MEAN,
+    PIXEL_STD,
     Preprocessing,
-    area_resize,
     check_boxes,
     check_contrast,
     check_image,
@@ -22,6 +23,7 @@ from dbsam_deploy.core.imaging import (
     to_model_frame,
     upscale_logits,
 )
+from dbsam_deploy.core.resizing import area_resize
 
 # Square, both orientations, sides that do not divide, larger and smaller than the frame, one pixel.
 SIZES = [(256, 256), (181, 258), (427, 640), (100, 37), (1, 300), (300, 1), (1, 1), (129, 128)]
@@ -155,41 +157,24 @@ def test_area_resize_is_the_mean_over_each_pixels_area(
     np.testing.assert_allclose(got, area_mean(image, *target), rtol=0, atol=0.5 + 1e-9)
 
 
-@pytest.mark.parametrize(
-    ("size", "target", "channel", "expected"),
-    [
-        (
-            (5, 7),
-            (3, 4),
-            0,
-            [[51, 168, 139, 110], [66, 183, 154, 124], [80, 109, 168, 139]],
-        ),
-        (  # halved: ties go up
-            (6, 8),
-            (3, 4),
-            2,
-            [[124, 114, 104, 94], [108, 162, 152, 142], [92, 146, 136, 126]],
-        ),
-    ],
-)
-def test_area_resize_equals_opencv(
-    size: tuple[int, int], target: tuple[int, int], channel: int, expected: list[list[int]]
+@pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}x{s[1]}")
+def test_sam2_preprocess_is_torchs_antialiased_bilinear(
+    rng: np.random.Generator, size: tuple[int, int]
 ) -> None:
-    """Recorded from `cv2.resize(..., interpolation=cv2.INTER_AREA)`, OpenCV 5.0.0."""
-    step = {(5, 7): 37, (6, 8): 41}[size]
-    image = (np.arange(size[0] * size[1] * 3).reshape(*size, 3) * step % 256).astype(np.uint8)
-    assert area_resize(image, target)[..., channel].tolist() == expected
+    """torchvision's Resize of a float tensor calls just this."""
+    image = random_image(rng, *size)
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+    resized = F.interpolate(pixels, (64, 64), mode="bilinear", antialias=True)[0]
+    expected = (resized.permute(1, 2, 0).numpy() - PIXEL_MEAN) / PIXEL_STD
+    got = preprocess(image, Preprocessing(64, "sam2"))[0].transpose(1, 2, 0)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=5e-6)
 
 
-def test_area_resize_rounds_ties_as_opencv() -> None:
-    halved = np.zeros((2, 4, 1), np.uint8)
-    halved[0, 0] = halved[0, 2] = 2  # means 0.5 and 0.5, then 2.5
-    halved[:, 2:] += 2
-    assert area_resize(halved, (1, 2))[..., 0].tolist() == [[1, 3]]
-    quartered = np.zeros((4, 8, 1), np.uint8)
-    quartered[0, 0] = quartered[0, 4] = 8
-    quartered[:, 4:] += 1  # means 0.5 and 1.5
-    assert area_resize(quartered, (1, 2))[..., 0].tolist() == [[0, 2]]
+def test_medsam2_preprocess_is_pillows_own_resize(rng: np.random.Generator) -> None:
+    image = random_image(rng, 45, 70)
+    expected = np.asarray(Image.fromarray(image).resize((64, 64)), np.float32)
+    got = preprocess(image, Preprocessing(64, "medsam2"))[0].transpose(1, 2, 0)
+    np.testing.assert_array_equal(got, (expected - PIXEL_MEAN) / PIXEL_STD)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}x{s[1]}")

@@ -1,5 +1,6 @@
-"""Other names for the same model: transformers' `SamModel`."""
+"""Other names for the same model: transformers' `SamModel` and `Sam2Model`."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,16 +12,50 @@ from torch.nn import LayerNorm
 from dbsam_deploy.core.errors import CheckpointError
 from dbsam_deploy.model import VARIANTS, build_model
 from dbsam_deploy.model.checkpoint import read_checkpoint
-from dbsam_deploy.model.layouts import POSITIONS, own_name, own_names
+from dbsam_deploy.model.layouts import HUGGING_FACE_2, POSITIONS, own_name, own_names
 from dbsam_deploy.model.weights import load_model
 
 TABLE = Path(__file__).parent / "keys" / "hugging_face.tsv"
 """Names and shapes of `SamModel(SamConfig()).state_dict()`, transformers 5.24.0."""
 
 
+TABLE_2 = TABLE.with_name("sam2_hugging_face.tsv")
+"""Those of `Sam2Model(Sam2Config())`."""
+POINTS_2 = "prompt_encoder.point_embed.weight"
+
+
 def hugging_face() -> dict[str, list[int]]:
     rows = (line.split("\t") for line in TABLE.read_text().splitlines())
     return {name: [int(side) for side in shape.strip("[]").split(",")] for name, shape in rows}
+
+
+def test_a_folder_of_sam2_model_or_of_its_film_model(tmp_path, monkeypatch):
+    rows = (line.split("\t") for line in TABLE_2.read_text().splitlines())
+    shapes = {name: json.loads(shape) for name, shape in rows}
+    # The large ones a number each: it is the names that count.
+    state = {
+        name: torch.full((4, 1) if name == POINTS_2 else (2,), float(i))
+        for i, name in enumerate(sorted(shapes))
+    }
+    state[POINTS_2] += torch.arange(4)[:, None] / 8
+    state[POSITIONS[1]] = state[POSITIONS[0]].clone()
+    memory = {"memory_attention.layer_norm.weight": torch.zeros(2)}
+    save_file({**state, **memory}, tmp_path / "model.safetensors")
+    found = read_checkpoint(tmp_path)
+    assert found.layout == HUGGING_FACE_2
+    assert "ignored: mask_decoder.pred_obj_score_head, memory_attention" in found.notes
+    with torch.device("meta"):
+        wanted = build_model("sam2_hiera_tiny").state_dict()
+    assert set(found.tensors) == set(wanted)
+    for name, tensor in state.items():
+        if name == POINTS_2:
+            for i in range(4):
+                row = found.tensors[f"prompt_encoder.point_embeddings.{i}.weight"]
+                assert torch.equal(row, tensor[i : i + 1])
+        elif "pred_obj_score_head" not in name:
+            own = own_name(name, HUGGING_FACE_2)
+            assert torch.equal(found.tensors[own], tensor)
+            assert list(wanted[own].shape) == shapes[name]
 
 
 def test_every_name_of_sam_model_is_one_of_sams():

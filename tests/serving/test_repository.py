@@ -141,12 +141,7 @@ def test_a_repository_holds_models_code_and_true_hashes(tiny_repository, tiny_ar
     assert found == tiny_repository.files
     body = json.loads((root / REPOSITORY_NAME).read_text())
     assert body["files"] == found
-    assert body["preprocessing"] == {
-        "image_size": 128,
-        "embedding_stride": 16,
-        "frame_size": None,
-        "mode": "sam",
-    }
+    assert body["preprocessing"] == {"image_size": 128, "embedding_stride": 16, "mode": "sam"}
     assert (
         'key: "image_size" value { string_value: "128" }'
         in (root / "dbsam_interactive/config.pbtxt").read_text()

@@ -57,6 +57,11 @@ def _encoder(spec: GraphSpec, path: Path, rng: np.random.Generator, size: Geomet
     weight = (rng.standard_normal((256, 3, *patch)) * 0.8 / patch[0]).astype(np.float32)
     patches = graph.add("Conv", "image", graph.constant(weight), kernel_shape=patch, strides=patch)
     graph.add("Tanh", patches, output="image_embeddings")
+    for finer in spec.outputs[1:]:
+        fewer = graph.constant(rng.standard_normal((finer.axes[1], 256, 1, 1)).astype(np.float32))
+        small = graph.add("Conv", "image_embeddings", fewer, kernel_shape=[1, 1])
+        scales = np.array([1, 1, *[finer.axes[2] // size.grid] * 2], np.float32)
+        graph.add("Resize", small, "", graph.constant(scales), output=finer.name, mode="linear")
     graph.save(path)
 
 
@@ -65,7 +70,15 @@ def _image_term(graph: _Graph, rng: np.random.Generator) -> str:
     weight = graph.constant((rng.standard_normal((1, 256, 1, 1)) * 0.3).astype(np.float32))
     small = graph.add("Conv", "image_embeddings", weight, kernel_shape=[1, 1])
     scales = graph.constant(np.array([1, 1, 4, 4], np.float32))
-    return graph.axes("Unsqueeze", graph.add("Resize", small, "", scales, mode="linear"), 1)
+    term = graph.add("Resize", small, "", scales, mode="linear")
+    side = graph.spec.outputs[0].axes[-1]
+    for finer in graph.spec.inputs[1:]:
+        if finer.name.startswith("high_res"):
+            mean = graph.axes("ReduceMean", finer.name, 1)
+            times = np.array([1, 1, *[side // finer.axes[2]] * 2], np.float32)
+            more = graph.add("Resize", mean, "", graph.constant(times), mode="linear")
+            term = graph.add("Add", term, more)
+    return graph.axes("Unsqueeze", term, 1)
 
 
 def _grid(graph: _Graph, size: Geometry) -> tuple[str, str]:
@@ -123,12 +136,18 @@ def _prompt_decoder(spec: GraphSpec, path: Path, rng: np.random.Generator, size:
 
 
 def make_tiny_artefact(
-    folder: Path, image_size: int = TINY_SIZE, mode: str = "sam", seed: int = 0, stride: int = 16
+    folder: Path,
+    image_size: int = TINY_SIZE,
+    mode: str = "sam",
+    seed: int = 0,
+    stride: int = 16,
+    *,
+    high_res: bool = False,
 ) -> Artefact:
     """Write an export of small graphs with random weights: masks follow both prompt and image."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
-    how = Preprocessing(image_size, mode, embedding_stride=stride)
+    how = Preprocessing(image_size, mode, embedding_stride=stride, high_res=high_res)
     specs = graph_specs(how)
     paths = {name: folder / f"{name}.onnx" for name in specs}
     _encoder(specs["encoder"], paths["encoder"], rng, how)

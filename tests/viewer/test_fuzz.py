@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from nnInteractive.inference.remote.serialization import pack_array
 from support.peak_memory import peak_bytes
+from support.serving import wait_until
 from support.viewer import BOX, IMAGE, RawViewer, RunningServer, running
 from support.viewer_fuzz import REFUSALS, address, exchange, request
 
@@ -108,15 +109,8 @@ def killed(server: RunningServer, content: bytes, lease: Lease) -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
         process.stdin.write(content)
         process.stdin.close()
-        wait_for(lambda: lease.in_flight == 1)
+        assert wait_until(lambda: lease.in_flight == 1)
         process.kill()
-
-
-def wait_for(condition, timeout_s: float = 10) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def test_clients_that_are_killed_cost_their_own_lease_alone():
@@ -140,10 +134,10 @@ def test_clients_that_are_killed_cost_their_own_lease_alone():
         killed(server, heads[0] + image[:-1], leases[0])
         killed(server, heads[1] + mark, leases[1])
         other.post("heartbeat").raise_for_status()
-        wait_for(lambda: leases[0].in_flight == 0)
+        assert wait_until(lambda: leases[0].in_flight == 0)
         assert leases[1].in_flight == 1
         may_answer.set()
-        wait_for(lambda: leases[1].in_flight == 0)
+        assert wait_until(lambda: leases[1].in_flight == 0)
         check(other)
         for lease in leases:
             lease.seen -= server.leases.rules.liveness_s + 1

@@ -116,6 +116,18 @@ def test_no_other_origin_is_let_in_and_a_key_opens_other_names(server):
         assert httpx.get(locked.url + "/").status_code == 200
 
 
+def test_an_object_that_was_not_followed_to_its_ends_is_said_to_be_so():
+    for deadline_s, is_late in ((-1, True), (60, False)):
+        with running(deadline_s=deadline_s) as server:
+            viewer = RawViewer(server.url, ready=False)
+            opened(viewer)
+            answer = viewer.post("study/mark", json=BOX)
+            assert json.loads(answer.headers["x-meta"])["is_late"] is is_late
+            # A step back leaves nothing open.
+            answer = viewer.post("study/undo", json={"label": 1})
+            assert json.loads(answer.headers["x-meta"])["is_late"] is False
+
+
 def test_objects_have_marks_and_a_step_back_of_their_own(viewer):
     opened(viewer)
     np.testing.assert_array_equal(drawn(viewer.post("study/mark", json=BOX)), wedge())

@@ -11,6 +11,7 @@ import httpx
 import numpy as np
 import pytest
 from nnInteractive.inference.remote.serialization import pack_array
+from support.serving import wait_until
 from support.viewer import BOX, IMAGE, RawViewer, running
 from support.wedge import SHAPE, wedge
 
@@ -166,7 +167,7 @@ def test_an_upload_that_stands_still_or_breaks_off_costs_nobody_else():
             killed.sendall(head.encode() + b"NNIA")
         point = {**SHARED, "coordinates": [5, 15, 25]}
         viewer.post("add_point_interaction", json=point).raise_for_status()
-        assert server.leases.find(token).in_flight == 0
+        assert wait_until(lambda: server.leases.find(token).in_flight == 0)
 
 
 def test_random_requests_are_never_an_error_of_the_server(server):

@@ -218,7 +218,8 @@ class App {
     const all = (performance.now() - start) / 1000;
     const [first, end] = meta.box?.[0] ?? [0, 0];
     const where = end - first > 1 ? `slices ${first + 1}–${end} changed; ` : "";
-    this.note(`${where}answer in ${seconds(meta.seconds)}, shown in ${seconds(all)}`);
+    const late = meta.is_late ? "stopped for time, the next prompt goes on; " : "";
+    this.note(`${where}${late}answer in ${seconds(meta.seconds)}, shown in ${seconds(all)}`);
     return meta.has_run;
   }
 
