@@ -175,7 +175,7 @@ class MatrixUpsample(nn.Module):
         return (self.weights @ rows).transpose(2, 3)
 
 
-def _rewrite_upsampling(encoder: EfficientVit, image_size: int) -> None:
+def _rewrite_upsampling(encoder: Any, image_size: int) -> None:
     """Give the neck of EfficientViT-SAM constant weights for its interpolation."""
     sides = [image_size]
     for _ in encoder.backbone.stages:

@@ -95,7 +95,8 @@ def build_mask_decoder(config: ModelConfig) -> nn.Module:
         iou_head_hidden_dim=256,
     )
     set_decoder_eps(decoder, config.decoder_norm_eps)
-    decoder.get_submodule("transformer.norm_final_attn").eps = config.final_norm_eps
+    final: Any = decoder.get_submodule("transformer.norm_final_attn")
+    final.eps = config.final_norm_eps
     return decoder
 
 
