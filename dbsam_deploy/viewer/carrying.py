@@ -16,6 +16,8 @@ PLANES: tuple[Plane, ...] = ("stored", "coronal", "sagittal")
 """Those across each axis of (D, H, W) in a volume that nobody placed in a patient."""
 
 _LOG = logging.getLogger(__name__)
+_AGAIN = 0.1
+"""Of what a new slice takes, its part once it is encoded: those found in time are asked again."""
 _CUT = "an answer ended after %d of %d slices, for time"
 
 
@@ -83,12 +85,13 @@ def _in_time(
     how: dict[str, Any],
 ) -> tuple[Change | None, int]:
     """Carry an object along a way, or as far as there is time, and say how far that was meant."""
-    (index, last), done = way, 0
+    (index, last), done, seen = way, 0, time.monotonic()
 
     def watch(slices: int, _: int) -> None:
-        nonlocal done
-        done = slices
-        if time.monotonic() > deadline:
+        nonlocal done, seen
+        now = time.monotonic()
+        done, taken, seen = slices, now - seen, now
+        if now + taken * (1 + _AGAIN * slices) > deadline:
             raise _OutOfTimeError
 
     try:

@@ -328,3 +328,25 @@ def test_what_is_found_in_time_is_kept(monkeypatch):
     assert 5 in found
     assert 1 < len(found) < 6
     np.testing.assert_array_equal(client.target_buffer[found], wedge()[found])
+
+
+@pytest.mark.parametrize("deadline_s", [3.5, 4.0, 4.5, 5.9])
+def test_an_answer_comes_by_its_deadline(monkeypatch, deadline_s):
+    """A slice takes a second when it is asked for the first time, and little once it is known."""
+    with running(deadline_s=deadline_s) as server, opened(server) as client:
+        now, known = [0.0], set()
+        clock = SimpleNamespace(monotonic=lambda: now[0])
+        monkeypatch.setattr(carrying, "time", clock)
+        monkeypatch.setattr(workspace, "time", clock)
+        ask = server.model.predict_boxes
+
+        def timed(boxes):
+            pixels = server.model._bright.tobytes()
+            now[0] += 0.05 if pixels in known else 1
+            known.add(pixels)
+            return ask(boxes)
+
+        server.model.predict_boxes = timed
+        client.add_bbox_interaction(BOX, True)
+        assert client.target_buffer[6].any()
+    assert deadline_s - 2 < now[0] <= deadline_s
