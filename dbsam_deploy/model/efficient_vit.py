@@ -186,7 +186,7 @@ class Residual(nn.Module):
         return self.main(x) + x if self.has_shortcut else self.main(x)
 
 
-class AttentionBlock(nn.Module):
+class LinearAttentionBlock(nn.Module):
     """Attention, then a bottleneck, each with a residual (`EfficientViTBlock`)."""
 
     def __init__(self, dim: int, expand: int, config: EfficientVitConfig) -> None:
@@ -251,12 +251,12 @@ class Backbone(nn.Module):
 
 def _block(kind: BlockKind, dim: int, expand: int, config: EfficientVitConfig) -> nn.Module:
     if kind == "attention":
-        return AttentionBlock(dim, expand, config)
+        return LinearAttentionBlock(dim, expand, config)
     block = FusedBottleneck if kind == "fused" else Bottleneck
     return Residual(block(dim, dim, expand))
 
 
-class Neck(nn.Module):
+class SummingNeck(nn.Module):
     """The last three stages, each at the embedding's size and width, summed (`SamNeck`)."""
 
     def __init__(self, config: EfficientVitConfig, grid: int) -> None:
@@ -292,7 +292,7 @@ class EfficientVit(nn.Module):
     def __init__(self, config: EfficientVitConfig, grid: int) -> None:
         super().__init__()
         self.backbone = Backbone(config)
-        self.neck = Neck(config, grid)
+        self.neck = SummingNeck(config, grid)
         self.norm = ChannelLayerNorm(EMBEDDING_CHANNELS, eps=NORM_EPS)
 
     def forward(self, image: Tensor) -> Tensor:
