@@ -42,6 +42,7 @@ LAYOUTS = {
     "LiteMedSAM": "lite_medsam",
     "MobileSAM": "mobile_sam",
     "SAM-Med2D": "sam_med2d",
+    "EfficientViT-SAM": "efficientvit_sam_l0",
     "SAM 2": "",
     "SamModel": "",
     "Sam2Model": "",
