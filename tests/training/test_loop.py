@@ -261,3 +261,13 @@ def test_a_batch_that_does_not_divide_is_refused(trained, tmp_path) -> None:
     options, _ = trained
     with pytest.raises(InputError, match="batch of 2 images"):
         train(replace(options, micro_batch=3, output=tmp_path))
+
+
+def test_sam2_is_not_trained_here(tmp_path) -> None:
+    path = write_recipe(tmp_path)
+    text = path.read_text()
+    assert 'variant = "db_sam_tiny"' in text
+    path.write_text(text.replace('variant = "db_sam_tiny"', 'variant = "sam2_hiera_tiny"'))
+    options = TrainOptions(str(path), data=bundled_examples(), output=tmp_path / "out", cpu=True)
+    with pytest.raises(InputError, match="SAM 2 is not trained here"):
+        train(options)
