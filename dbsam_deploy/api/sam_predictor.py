@@ -41,7 +41,7 @@ class SamTransform:
     """
 
     def __init__(self, how: Preprocessing) -> None:
-        self.target_length = how.image_size
+        self.target_length = how.frame_side
         self._how = how
 
     def apply_coords(self, coords: Any, original_size: tuple[int, ...]) -> FloatArray:

@@ -56,6 +56,19 @@ _CATALOGUE = (
         *("mobile_sam", "MobileSAM", 9_808_452, 1024, _APACHE),
         "ChaoningZhang/MobileSAM on GitHub: mobile_sam.pt",
     ),
+    *(
+        Variant(
+            *(f"efficientvit_sam_{size}", "EfficientViT-SAM", parameters, side, _APACHE),
+            f"mit-han-lab/efficientvit-sam on Hugging Face: efficientvit_sam_{size}.pt",
+        )
+        for size, parameters, side in (
+            ("l0", 34_792_784, 512),
+            ("l1", 47_650_128, 512),
+            ("l2", 61_328_592, 512),
+            ("xl0", 116_957_904, 1024),
+            ("xl1", 203_346_128, 1024),
+        )
+    ),
     Variant(
         *("sam2_hiera_tiny", "SAM 2", 31_308_880, 1024, _APACHE),
         f"{_SAM2}: sam2.1_hiera_tiny.pt",

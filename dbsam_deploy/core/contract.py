@@ -39,26 +39,18 @@ MAX_POINTS = 64
 DType = Literal["float32", "int32", "int64", "uint8", "bytes"]
 Frame = Literal["image", "model", "mask grid", "none"]
 
-TRITON_TYPES = {
-    "float32": "FP32",
-    "int32": "INT32",
-    "int64": "INT64",
-    "uint8": "UINT8",
-    "bytes": "BYTES",
-}
+TRITON_TYPES = {"float32": "FP32", **{n: n.upper() for n in ("int32", "int64", "uint8", "bytes")}}
 """Contract dtype → Triton's datatype on the wire."""
 
 BATCH, NUM_BOXES, NUM_PROMPTS, NUM_POINTS = "batch", "num_boxes", "num_prompts", "num_points"
-NUM_MASKS = "num_masks"
-HEIGHT, WIDTH = "height", "width"
+NUM_MASKS, HEIGHT, WIDTH = "num_masks", "height", "width"
 
-IMAGE, IMAGE_EMBEDDINGS = "image", "image_embeddings"
+IMAGE, IMAGE_EMBEDDINGS, BOXES = "image", "image_embeddings", "boxes"
 HIGH_RES_FEATS = ("high_res_feats_0", "high_res_feats_1")
-BOXES = "boxes"
 POINT_COORDS, POINT_LABELS = "point_coords", "point_labels"
 MASK_INPUT, HAS_MASK_INPUT = "mask_input", "has_mask_input"
-LOW_RES_MASKS, IOU_PREDICTIONS = "low_res_masks", "iou_predictions"
-LOW_RES_LOGITS = "low_res_logits"
+LOW_RES_MASKS, LOW_RES_LOGITS = "low_res_masks", "low_res_logits"
+IOU_PREDICTIONS = "iou_predictions"
 """Names of tensors that other modules pick out of a feed or an answer one by one."""
 
 
@@ -121,7 +113,8 @@ class Geometry:
     """The sizes that all graphs of one model share.
 
     Attributes:
-        image_size: side S of the model frame in pixels.
+        image_size: side of the image that the encoder takes, in pixels.
+        frame_size: side S of the model frame where that is the same at another size.
         embedding_stride: pixels of the model frame a cell of the image embedding: 16 in SAM's ViT,
             4 in LiteMedSAM's TinyViT.
         high_res: SAM 2's graphs: two finer maps beside the embedding, and sets that end with -1.
@@ -132,19 +125,26 @@ class Geometry:
 
     image_size: int
     embedding_stride: int = field(default=PATCH_SIZE, kw_only=True)
+    frame_size: int | None = field(default=None, kw_only=True)
     high_res: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         check_image_size(self.image_size)
+        check_image_size(self.frame_side)
         if self.embedding_stride not in EMBEDDING_STRIDES:
             raise InputError(
                 f"embedding stride {self.embedding_stride!r}: expected one of {EMBEDDING_STRIDES}"
             )
 
     @property
+    def frame_side(self) -> int:
+        """Side S of the model frame."""
+        return self.image_size if self.frame_size is None else self.frame_size
+
+    @property
     def grid(self) -> int:
         """Side G of the image embedding."""
-        return self.image_size // self.embedding_stride
+        return self.frame_side // self.embedding_stride
 
     @property
     def mask_side(self) -> int:

@@ -4,7 +4,8 @@ Local prediction, the Triton models and the client all run this file (the reposi
 of it), so that a mask is the same bit for bit wherever it is computed. It therefore needs neither
 torch nor BLAS: post-processing is element-wise IEEE arithmetic in a fixed order.
 
-Modes (spec: DB-SAM inference; MedSAM 1.0; LiteMedSAM; SAM-Med2D; SAM 2; MedSAM2):
+Modes, with S the side of the encoder's image for pixels and of the model frame for logits, see
+`Geometry` (spec: DB-SAM inference; MedSAM 1.0; LiteMedSAM; SAM-Med2D; SAM 2; MedSAM2):
     sam     longest side to S with Pillow's bilinear filter, (x - mean) / std with SAM's statistics
             on 0–255, zero padding right and bottom; logits → S×S → crop → original size.
     medsam  resize to exactly S×S with scikit-image order 3, min–max to 0–1; logits → original size.
@@ -68,15 +69,22 @@ class Preprocessing(Geometry):
             raise InputError(f"preprocessing mode {self.mode!r}: expected one of {MODES}")
 
     def record(self) -> dict[str, Any]:
-        """For a manifest; without `high_res` where there is none, as before SAM 2."""
-        return {k: v for k, v in asdict(self).items() if k != "high_res" or v}
+        """For a manifest; without what only some families have, as before there were any."""
+        return {k: v for k, v in asdict(self).items() if k not in ("high_res", "frame_size") or v}
 
     def content_size(self, original_size: tuple[int, int]) -> tuple[int, int]:
         """Height and width that an image of `original_size` (H, W) fills in the model frame."""
+        return self._fitted(original_size, self.frame_side)
+
+    def pixel_size(self, original_size: tuple[int, int]) -> tuple[int, int]:
+        """The same in the image that the encoder takes."""
+        return self._fitted(original_size, self.image_size)
+
+    def _fitted(self, original_size: tuple[int, int], side: int) -> tuple[int, int]:
         height, width = original_size
         if self.mode in _SQUEEZED:
-            return self.image_size, self.image_size
-        scale = self.image_size / max(height, width)
+            return side, side
+        scale = side / max(height, width)
         return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
@@ -205,14 +213,15 @@ def _check_count(count: int, what: str) -> None:
 
 
 def preprocess(image: npt.NDArray[Any], how: Preprocessing) -> FloatArray:
-    """Image frame → model frame.
+    """Image frame → the image that the encoder takes.
 
     Args:
         image: (H, W, 3) uint8 RGB.
         how: mode and size.
 
     Returns:
-        (1, 3, S, S) float32: 0–1 (medsam, lite_medsam) or z-scored; zero where there is no image.
+        (1, 3, S, S) float32, S = `how.image_size`: 0–1 (medsam, lite_medsam) or z-scored; zero
+        where there is no image.
 
     Raises:
         InputError: see `check_image`.
@@ -222,7 +231,7 @@ def preprocess(image: npt.NDArray[Any], how: Preprocessing) -> FloatArray:
     size = how.image_size
     if how.mode == "medsam":
         return _medsam_pixels(image, size).transpose(2, 0, 1)[None].copy()
-    height, width = how.content_size((image.shape[0], image.shape[1]))
+    height, width = how.pixel_size((image.shape[0], image.shape[1]))
     if how.mode == "lite_medsam":
         content = _unit_range(area_resize(image, (height, width)))
     elif how.mode == "sam_med2d":
@@ -358,5 +367,5 @@ def _stages(original_size: tuple[int, int], how: Preprocessing) -> tuple[Upscale
     to_image = Upscale(original_size, original_size)
     if how.mode in _STRAIGHT:
         return (to_image,)
-    whole = (how.image_size, how.image_size)
+    whole = (how.frame_side, how.frame_side)
     return Upscale(whole, how.content_size(original_size)), to_image

@@ -73,6 +73,7 @@ _WORDS = {
 _BY_VARIANT = {
     **dict.fromkeys(("sam_vit_b", "sam_vit_l", "sam_vit_h"), NATIVE),
     **dict.fromkeys(("sam_med2d", "mobile_sam"), NATIVE),
+    **{f"efficientvit_sam_{size}": NATIVE for size in ("l0", "l1", "l2", "xl0", "xl1")},
     **dict.fromkeys(
         (*(f"sam2_hiera_{size}" for size in ("tiny", "small", "base_plus", "large")), "medsam2"),
         NATIVE,

@@ -68,7 +68,11 @@ def preprocessing_from_config(model_config: str) -> Preprocessing:
         stride = int(parameters["embedding_stride"]["string_value"])
         mode = parameters["mode"]["string_value"]
         high_res = parameters.get("high_res", {}).get("string_value") == str(True)
-        return Preprocessing(image_size, mode, embedding_stride=stride, high_res=high_res)
+        frame = parameters.get("frame_size")
+        frame_size = None if frame is None else int(frame["string_value"])
+        return Preprocessing(
+            image_size, mode, embedding_stride=stride, frame_size=frame_size, high_res=high_res
+        )
     except KeyError as error:
         raise InputError(f"config.pbtxt has no parameter {error}: export again") from error
 

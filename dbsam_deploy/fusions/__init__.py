@@ -118,7 +118,7 @@ def expected_counts(config: ModelConfig, quantized: Collection[str] = ()) -> Fus
             {path.split(".")[3] for path in quantized if path.startswith(channel_attention.BLOCKS)}
         )
         gated = whole * channel_attention.supports(config.embed_dim)
-    if config.tiny_vit is None and config.hiera is None:
+    if not (config.tiny_vit or config.efficient_vit or config.hiera):
         head_dim = config.embed_dim // config.num_heads
         local = config.depth - 4
         attended = local * rel_pos_attention.supports(head_dim, config.window_size)

@@ -31,10 +31,11 @@ from ..core.errors import ExportError, InputError
 from ..model import DbSam
 from ..model.blocks import ChannelLayerNorm
 from ..model.conv_branch import ConvBlock
-from ..model.db_sam import encode_with
+from ..model.db_sam import WITHOUT_VIT, encode_with
 from ..model.deform_attn import DeformableSampling, MSDeformAttn, Shapes
+from ..model.efficient_vit import ConvNorm, EfficientVit
 from ..model.sam import LayerNorm2d, ViTBlock, get_rel_pos
-from ..model.tiny_vit import ConvBn, TinyVit
+from ..model.tiny_vit import ConvBn
 from .prompt_decoder import DecoderGraph, PromptDecoderGraph
 from .sam2_graphs import Sam2DecoderGraph, Sam2EncoderGraph, Sam2PromptDecoderGraph
 
@@ -149,6 +150,42 @@ class BatchedSampling(DeformableSampling):
         return summed.transpose(1, 2)
 
 
+class MatrixUpsample(nn.Module):
+    """Bicubic interpolation of a map of a fixed side, as a product with its weights on both sides.
+
+    ONNX's Resize asks for the map's shape at run time. The weights stand on the left, where no
+    recipe takes them for a layer's.
+
+    Args:
+        source: side of the map.
+        side: of the result.
+    """
+
+    weights: Tensor
+
+    def __init__(self, source: int, side: int) -> None:
+        super().__init__()
+        unit = torch.eye(source)[None, None]
+        weights = F.interpolate(unit, (side, source), mode="bicubic", align_corners=False)[0, 0]
+        self.register_buffer("weights", weights)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, source, source) → (B, C, side, side)."""
+        rows = (self.weights @ x).transpose(2, 3)
+        return (self.weights @ rows).transpose(2, 3)
+
+
+def _rewrite_upsampling(encoder: Any, image_size: int) -> None:
+    """Give the neck of EfficientViT-SAM constant weights for its interpolation."""
+    sides = [image_size]
+    for _ in encoder.backbone.stages:
+        sides.append(-(-sides[-1] // 2))
+    for place, source in zip(encoder.neck.input_ops, sides[:-4:-1], strict=True):
+        side = place.op_list[1].side
+        if source != side:
+            place.op_list[1] = MatrixUpsample(source, side)
+
+
 def rewrite_layer_norms(module: nn.Module) -> None:
     """Replace every SAM `LayerNorm2d` below `module` by `ChannelLayerNorm` on the same weights."""
     for parent in list(module.modules()):
@@ -177,6 +214,9 @@ def _fold_batch_norms(module: nn.Module) -> None:
         elif isinstance(block, ConvBn) and isinstance(block.bn, nn.BatchNorm2d):
             block.c = fuse_conv_bn_eval(block.c, block.bn)
             block.bn = nn.Identity()
+        elif isinstance(block, ConvNorm) and isinstance(block.norm, nn.BatchNorm2d):
+            block.conv = fuse_conv_bn_eval(block.conv, block.norm)
+            block.norm = nn.Identity()
 
 
 class EncoderGraph(nn.Module):
@@ -190,8 +230,10 @@ class EncoderGraph(nn.Module):
         super().__init__()
         self.stage_depth = model.config.stage_depth
         encoder = copy.deepcopy(model.image_encoder).eval()
-        if not isinstance(encoder, TinyVit):
+        if not isinstance(encoder, WITHOUT_VIT):
             _rewrite_blocks(encoder)
+        if isinstance(encoder, EfficientVit):
+            _rewrite_upsampling(encoder, model.config.image_size)
         rewrite_layer_norms(encoder)
         _fold_batch_norms(encoder)
         for module in encoder.modules():
@@ -243,7 +285,7 @@ def example_inputs(
         if spec.name == POINT_LABELS:
             out[spec.name] = torch.randint(-1, 4, shape, dtype=torch.int32)
         elif spec.frame == "model" and spec.name != IMAGE:
-            out[spec.name] = torch.rand(shape) * size.image_size
+            out[spec.name] = torch.rand(shape) * size.frame_side
         elif spec.name == HAS_MASK_INPUT:
             out[spec.name] = torch.randint(0, 2, shape).float()
         else:

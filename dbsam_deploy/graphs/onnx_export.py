@@ -135,13 +135,23 @@ def trace(
 
 
 def _gelu(x: Any, approximate: str = "none") -> Any:
-    """Exact GELU in the operand order that ONNX Runtime and TensorRT fuse into one kernel."""
-    if approximate != "none":
-        raise ExportError(f"GELU with approximate={approximate!r}: the model uses the exact form")
+    """GELU in the operand order that ONNX Runtime and TensorRT fuse into one kernel."""
+    if approximate == "tanh":
+        return _tanh_gelu(x)
     root, one, half = (
         op.CastLike(op.Constant(value_float=value), x) for value in (math.sqrt(2), 1.0, 0.5)
     )
     return op.Mul(op.Mul(x, op.Add(op.Erf(op.Div(x, root)), one)), half)
+
+
+def _tanh_gelu(x: Any) -> Any:
+    """GELU's tanh form, x/2 · (1 + tanh(√(2/π)(x + 0.044715 x³))); an infinite x³ ends in ±1."""
+    three, cubic, root, one, half = (
+        op.CastLike(op.Constant(value_float=value), x)
+        for value in (3.0, 0.044715, math.sqrt(2 / math.pi), 1.0, 0.5)
+    )
+    inner = op.Mul(op.Add(x, op.Mul(op.Pow(x, three), cubic)), root)
+    return op.Mul(op.Mul(x, half), op.Add(op.Tanh(inner), one))
 
 
 @contextmanager

@@ -105,7 +105,7 @@ def sam_decoder(prompt_decoder: onnx.ModelProto, how: Preprocessing) -> onnx.Mod
     """
     inner = compose.add_prefix(prompt_decoder, _INNER)
     before = parser.parse_graph(
-        _PROMPTS.format(mask=how.mask_side, scale=how.image_size / SAM_SIDE, inner=_INNER)
+        _PROMPTS.format(mask=how.mask_side, scale=how.frame_side / SAM_SIDE, inner=_INNER)
     )
     behind = parser.parse_graph(_MASKS.format(mask=how.mask_side, side=SAM_SIDE, inner=_INNER))
     _put_around(inner.graph, sam_decoder_spec(how), list(before.node), list(behind.node))

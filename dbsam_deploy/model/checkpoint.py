@@ -32,7 +32,15 @@ from .contents import (
     shortened,
 )
 from .fitting import StateDict
-from .layouts import HUGGING_FACE, HUGGING_FACE_2, POSITIONS, SAM, layout_of, own_names
+from .layouts import (
+    HUGGING_FACE,
+    HUGGING_FACE_2,
+    POSITIONS,
+    SAM,
+    layout_of,
+    named_twice,
+    own_names,
+)
 from .pickles import OddTensor, StoredTensor
 from .weight_files import WeightsFile, inspect_line, open_weights
 
@@ -121,6 +129,8 @@ def select(file: WeightsFile, weights: str | None = None, key: str | None = None
         swapped = is_swapped(content)
         model, note = choose_model(models, weights, key, swapped=swapped)
         _check_shared(model, file.size)
+        if twice := named_twice(model.tensors):
+            raise InputError(f"{' and '.join(twice)} are one tensor of the model; expected one")
     except ValueError as error:
         details = error.details if isinstance(error, InputError) else ()
         what = error.message if isinstance(error, InputError) else str(error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Literal
+from typing import Any, Literal
 
 from ..core.choices import choose
 from ..core.contract import PATCH_SIZE, check_image_size
@@ -15,6 +15,7 @@ from ..core.imaging import Mode, Preprocessing
 PyramidKind = Literal["lfip0", "lfip6"]
 Fusion = Literal["dane", "dane3", "figure"]
 ChannelAttentionPosition = Literal["before", "after", "none"]
+BlockKind = Literal["pair", "fused", "bottleneck", "attention"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +95,34 @@ class TinyVitConfig:
         return self.patch_stride**2 * math.prod(self.strides)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EfficientVitConfig:
+    """Image encoder of EfficientViT-SAM, see `dbsam_deploy.model.efficient_vit`.
+
+    Attributes, the first five with one entry a stage:
+        widths: channels.
+        depths: blocks after the one that halves the size.
+        kinds: of the blocks.
+        expand: width inside a block, in multiples of its own; four times that where it halves.
+        attention_kernel: side of the neighbourhood that the attention sums.
+        head_dim: channels of an attention head.
+        neck_depth: blocks of the neck.
+        neck_expand: width inside them.
+        frame_size: side of the model frame, whatever the image size of the encoder is: prompts and
+            masks are in SAM's.
+    """
+
+    widths: tuple[int, ...] = (32, 64, 128, 256, 512)
+    depths: tuple[int, ...] = (1, 1, 1, 4, 4)
+    kinds: tuple[BlockKind, ...] = ("pair", "fused", "fused", "bottleneck", "attention")
+    expand: tuple[int, ...] = (1, 4, 4, 4, 6)
+    attention_kernel: int = 5
+    head_dim: int = 32
+    neck_depth: int = 4
+    neck_expand: int = 1
+    frame_size: int = 1024
+
+
 @dataclass(frozen=True)
 class HieraConfig:
     """Image encoder of SAM 2, see `dbsam_deploy.model.hiera`.
@@ -126,7 +155,8 @@ class ModelConfig:
 
     Attributes:
         name: the variant's name.
-        image_size: side S of the model frame in pixels.
+        image_size: side in pixels of the image that the encoder takes: the model frame, but for
+            `efficient_vit`.
         embed_dim: ViT width.
         depth: ViT blocks; four stages of depth/4.
         num_heads: ViT heads.
@@ -135,8 +165,10 @@ class ModelConfig:
         preprocessing: how images enter the model, see `dbsam_deploy.core.imaging`.
         window_size: side of the windows of local attention, in tokens.
         tiny_vit: a TinyViT instead of SAM's ViT, whose fields are then not used.
+        efficient_vit: an EfficientViT, likewise.
         decoder_norm_eps: eps of the LayerNorms within the mask decoder's blocks: 1e-5 in SAM, 1e-6
             in transformers' `SamModel`.
+        final_norm_eps: eps of the one after them.
         block_adapters: an adapter within each ViT block, as SAM-Med2D has it.
         hiera: SAM 2's encoder instead of SAM's ViT, whose fields are then not used, and SAM 2's
             decoder.
@@ -152,7 +184,9 @@ class ModelConfig:
     preprocessing: Mode = "sam"
     window_size: int = 14
     tiny_vit: TinyVitConfig | None = None
+    efficient_vit: EfficientVitConfig | None = None
     decoder_norm_eps: float = 1e-5
+    final_norm_eps: float = 1e-5
     block_adapters: bool = False
     hiera: HieraConfig | None = None
 
@@ -160,9 +194,13 @@ class ModelConfig:
     def frame(self) -> Preprocessing:
         """The model frame: how images enter, and the sizes of the graphs."""
         stride = self.tiny_vit.embedding_stride if self.tiny_vit else PATCH_SIZE
-        high_res = self.hiera is not None
+        own = self.efficient_vit.frame_size if self.efficient_vit else self.image_size
         return Preprocessing(
-            self.image_size, self.preprocessing, embedding_stride=stride, high_res=high_res
+            self.image_size,
+            self.preprocessing,
+            embedding_stride=stride,
+            frame_size=own if own != self.image_size else None,
+            high_res=self.hiera is not None,
         )
 
     @property
@@ -171,6 +209,26 @@ class ModelConfig:
         return self.depth // 4
 
 
+def _efficient_vit_sam(size: str, *, image_size: int = 512, **encoder: Any) -> ModelConfig:
+    """One size of EfficientViT-SAM; the arguments are those of `EfficientVitConfig`."""
+    return ModelConfig(
+        f"efficientvit_sam_{size}",
+        image_size,
+        efficient_vit=EfficientVitConfig(**encoder),
+        decoder_norm_eps=1e-6,
+        final_norm_eps=1e-6,
+    )
+
+
+_LARGEST: dict[str, Any] = {
+    "image_size": 1024,
+    "widths": (32, 64, 128, 256, 512, 1024),
+    "kinds": ("pair", "fused", "fused", "fused", "attention", "attention"),
+    "expand": (1, 4, 4, 4, 4, 6),
+    "attention_kernel": 3,
+    "neck_expand": 4,
+}
+"""What its sizes `xl0` and `xl1` have."""
 _CONFIGS = (
     ModelConfig("db_sam", adapter=TwoBranchConfig()),
     ModelConfig(
@@ -202,6 +260,11 @@ _CONFIGS = (
         block_adapters=True,
     ),
     ModelConfig("mobile_sam", tiny_vit=TinyVitConfig(patch_stride=2)),
+    _efficient_vit_sam("l0"),
+    _efficient_vit_sam("l1", depths=(1, 1, 1, 6, 6), neck_depth=8),
+    _efficient_vit_sam("l2", depths=(1, 2, 2, 8, 8), neck_depth=12),
+    _efficient_vit_sam("xl0", depths=(0, 1, 1, 2, 3, 3), neck_depth=6, **_LARGEST),
+    _efficient_vit_sam("xl1", depths=(1, 2, 2, 4, 6, 6), neck_depth=12, **_LARGEST),
     ModelConfig("sam2_hiera_tiny", preprocessing="sam2", hiera=HieraConfig()),
     ModelConfig(
         "sam2_hiera_small",

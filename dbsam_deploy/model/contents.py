@@ -55,6 +55,7 @@ NAMED_AT_MOST = 8
 
 _ENCODERS = re.compile(
     r"image_encoder\.(trunk\.)?patch_embed\.(proj\.weight|seq\.0\.c\.weight)"
+    r"|image_encoder\.backbone\.stages\.0\.op_list\.0\.conv\.weight"
     r"|vision_encoder\.(backbone\.)?patch_embed\.projection\.weight"
 )
 _AVERAGE = frozenset({"ema", "swa", "avg", "average", "averaged"})

@@ -11,10 +11,14 @@ from torch import Tensor, nn
 from .adapter import FourBranchAdapter, RunBlocks, TwoBranchAdapter
 from .block_adapter import add_adapters
 from .config import FourBranchConfig, Fusion, ModelConfig, TwoBranchConfig, variant_config
+from .efficient_vit import EfficientVit
 from .hiera import Features, HieraEncoder
 from .sam import build_mask_decoder, build_prompt_encoder, build_vit, set_decoder_eps
 from .sam2_decoder import build_sam2_decoder, decode_masks, encode_prompts
 from .tiny_vit import TinyVit
+
+WITHOUT_VIT = (TinyVit, EfficientVit)
+"""Image encoders in place of SAM's ViT, which run themselves."""
 
 
 class DbSam(nn.Module):
@@ -127,6 +131,8 @@ def _build_encoder(config: ModelConfig) -> nn.Module:
         return HieraEncoder(config.hiera, config.image_size)
     if config.tiny_vit is not None:
         return TinyVit(config.tiny_vit, config.image_size)
+    if config.efficient_vit is not None:
+        return EfficientVit(config.efficient_vit, config.frame.grid)
     return build_vit(config)
 
 
@@ -134,12 +140,12 @@ def encode_with(encoder: Any, stage_depth: int, image: Tensor) -> Tensor:
     """Run an image encoder, with its adapter where it has one.
 
     Args:
-        encoder: `TinyVit`, SAM's `ImageEncoderViT`, or one with its blocks replaced, as the graphs
-            do.
+        encoder: one of `WITHOUT_VIT`, SAM's `ImageEncoderViT`, or one with its blocks replaced, as
+            the graphs do.
         stage_depth: blocks in a stage.
         image: (B, 3, S, S).
     """
-    if isinstance(encoder, TinyVit):
+    if isinstance(encoder, WITHOUT_VIT):
         return encoder(image)
     x = encoder.patch_embed(image) + encoder.pos_embed
     blocks = list(encoder.blocks)
@@ -175,7 +181,7 @@ def build_model(
 def _init_frozen_vit(model: DbSam) -> None:
     """Normal(0, 0.02) for what SAM's constructor leaves at zero, so that fresh weights differ."""
     encoder = model.image_encoder
-    if isinstance(encoder, TinyVit):
+    if isinstance(encoder, WITHOUT_VIT):
         return
     if isinstance(encoder, HieraEncoder):
         for name, parameter in encoder.named_parameters():

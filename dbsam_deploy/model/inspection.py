@@ -88,7 +88,8 @@ def _of_model(
     tensors = merge_in_place(f"checkpoint {file.path}", stored) if adapter is None else stored
     if adapter is not None:
         found = select(open_weights(adapter_file(adapter)))
-        tensors = merge_adapter(stored, own_names(_descriptions(found)), adapter)
+        added = own_names(_descriptions(found))
+        tensors = merge_adapter(stored, added, adapter, found.layout)
     facts: dict[str, Any] = {
         "model": selected.model.label,
         "layout": selected.layout,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -23,6 +24,17 @@ POSITIONS = (
 _POSITION = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
 _MED2D = re.compile(r"^(image_encoder\.blocks\.\d+)\.Adapter\.")
 """The adapters of SAM-Med2D, see `block_adapter`."""
+_HUGGING_FACE = re.compile(
+    r"vision_encoder\.|shared_image_embedding\."
+    r"|prompt_encoder\.(point_embed|mask_embed|shared_embedding)\."
+    r"|mask_decoder\.(upscale_|.*\.(layer_norm\w*|proj_in|proj_out)\.)"
+)
+"""Names that only `SamModel` has: an adapter of the mask decoder has no `vision_encoder`."""
+_HUGGING_FACE_2 = re.compile(
+    r"vision_encoder\.backbone\."
+    r"|mask_decoder\.transformer\.(.+\.o_proj|layers\.\d+\.mlp\.proj_(in|out))\."
+)
+"""The same of `Sam2Model`."""
 _MLP = r"mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head)"
 _RENAMED = (
     (r"^(shared_image|prompt_encoder\.shared)_embedding\.positional_embedding$", _POSITION),
@@ -85,14 +97,14 @@ _POINTS_2 = "prompt_encoder.point_embed.weight"
 _TABLES = {SAM2: _OF_SAM2, HUGGING_FACE: _RENAMED, HUGGING_FACE_2: _RENAMED_2}
 
 
-def layout_of(names: Mapping[str, object]) -> str:
-    """Which layout a model's keys have."""
-    if any(name.startswith("image_encoder.trunk.") for name in names):
+def layout_of(names: Iterable[str]) -> str:
+    """Which layout a model's keys have, or those of an adapter of a part of it."""
+    listed = list(names)
+    if any(name.startswith("image_encoder.trunk.") for name in listed):
         return SAM2
-    if any(name.startswith("vision_encoder.backbone.") for name in names):
+    if any(map(_HUGGING_FACE_2.match, listed)):
         return HUGGING_FACE_2
-    hugging_face = any(name.startswith("vision_encoder.") for name in names)
-    return HUGGING_FACE if hugging_face else SAM
+    return HUGGING_FACE if any(map(_HUGGING_FACE.match, listed)) else SAM
 
 
 def own_name(name: str, layout: str = HUGGING_FACE) -> str:
@@ -112,14 +124,30 @@ def own_names(tensors: Mapping[str, T]) -> dict[str, T]:
             twice, under two names for one tensor, or once; the prompt encoder's is taken.
     """
     layout = layout_of(tensors)
-    if layout == SAM:
-        return {_MED2D.sub(r"\1.mlp.adapter.", name): value for name, value in tensors.items()}
-    renamed = {
-        own_name(name, layout): value for name, value in sorted(tensors.items(), reverse=True)
-    }
-    if layout == HUGGING_FACE_2 and _POINTS_2 in tensors:
-        rows: Any = tensors[_POINTS_2]
-        del renamed[own_name(_POINTS_2, layout)]
+    to_own = _to_own(layout)
+    renamed = {to_own(name): value for name, value in sorted(tensors.items(), reverse=True)}
+    rows: Any = tensors.get(_POINTS_2)
+    if layout == HUGGING_FACE_2 and rows is not None and rows.shape:
+        del renamed[to_own(_POINTS_2)]
         for i in range(len(rows)):
             renamed[f"prompt_encoder.point_embeddings.{i}.weight"] = rows[i : i + 1]
     return renamed
+
+
+def named_twice(names: Iterable[str]) -> tuple[str, ...]:
+    """Two keys of a model that are one under SAM's names, where there are; but for `POSITIONS`."""
+    found: dict[str, str] = {}
+    listed = list(names)
+    to_own = _to_own(layout_of(listed))
+    for name in listed:
+        before = found.setdefault(to_own(name), name)
+        if before != name and {before, name} != set(POSITIONS):
+            return before, name
+    rows = [name for name in listed if name.startswith("prompt_encoder.point_embeddings.")]
+    return (_POINTS_2, rows[0]) if rows and _POINTS_2 in listed else ()
+
+
+def _to_own(layout: str) -> Callable[[str], str]:
+    if layout == SAM:
+        return partial(_MED2D.sub, r"\1.mlp.adapter.")
+    return partial(own_name, layout=layout)

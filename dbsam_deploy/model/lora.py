@@ -21,7 +21,7 @@ from ..core.errors import CheckpointError, InputError
 from ..files.damage import DAMAGED, reason_of
 from ..files.regular import small_text
 from .fitting import StateDict
-from .layouts import own_name
+from .layouts import SAM, own_name
 from .weight_files import inspect_line
 
 PEFT_CONFIG = "adapter_config.json"
@@ -31,6 +31,15 @@ PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _SAMED = re.compile(r"w_([ab])_(\d{3})")
 _IN_PLACE = re.compile(r"(.+\.attn\.qkv)\.linear_([ab])_([qv])\.weight")
 _PEFT = re.compile(r"(.+)\.lora_([AB])(?:\.\w+)?\.weight")
+_AS_IT_WAS = (True, False, None, "gaussian", "orthogonal", "eva")
+"""Ways to begin a LoRA that leave the base's weights alone; PiSSA, OLoRA and others change them."""
+_PLAIN = {"peft_type": "LORA", "use_dora": False, "fan_in_fan_out": False, "bias": "none"}
+_ABSENT = (
+    *("rank_pattern", "alpha_pattern", "lora_bias", "megatron_config", "layer_replication"),
+    *("target_parameters", "trainable_token_indices", "use_bdlora", "arrow_config"),
+    *("alora_invocation_tokens", "kasa_config", "monteclora_config"),
+)
+"""Facts of peft's configuration that a plain product of two matrices does not have."""
 _PEFT_PART = re.compile(r"\.lora_|\.base_layer\.|\.lora_magnitude_vector")
 
 
@@ -70,7 +79,10 @@ def merge_in_place(source: str, tensors: StateDict) -> StateDict:
         elif name.endswith(".attn.qkv.w_identity"):
             continue  # SAMed keeps it in some versions, and never uses it
         else:
-            merged[name.replace(".attn.qkv.qkv.", ".attn.qkv.")] = tensor
+            own = name.replace(".attn.qkv.qkv.", ".attn.qkv.")
+            if own in merged or (own != name and own in tensors):
+                raise CheckpointError(f"{source} has {name}, and {own} besides: expected one")
+            merged[own] = tensor
     for layer, parts in found.items():
         _add_queries_and_values(source, merged, f"{layer}.weight", parts)
     return merged
@@ -133,13 +145,14 @@ def adapter_file(path: Path) -> Path:
     return found[0]
 
 
-def merge_adapter(base: StateDict, adapter: StateDict, path: Path) -> StateDict:
+def merge_adapter(base: StateDict, adapter: StateDict, path: Path, layout: str = SAM) -> StateDict:
     """A model's tensors with an adapter's merged into them.
 
     Args:
         base: the model that the adapter was trained on, by SAM's names.
-        adapter: of the adapter's file, without the file's prefix.
+        adapter: of the adapter's file, likewise, without the file's prefix.
         path: the adapter, a file of SAMed or a folder of peft.
+        layout: in which the adapter's file has it, as far as its names tell.
 
     Raises:
         CheckpointError: neither form, or one that does not belong to the model.
@@ -151,7 +164,10 @@ def merge_adapter(base: StateDict, adapter: StateDict, path: Path) -> StateDict:
             f"{path} is no adapter of SAMed, and peft's is a folder with {PEFT_CONFIG}; "
             f"{inspect_line(path)}"
         )
-    return _merge_peft(base, adapter, path, _peft_config(path))
+    config = _peft_config(path)
+    if config["of_sam_model"] and layout == SAM:  # names that both have, of other layers
+        adapter = {own_name(name): tensor for name, tensor in adapter.items()}
+    return _merge_peft(base, adapter, path, config)
 
 
 def _merge_samed(base: StateDict, adapter: StateDict, path: Path) -> StateDict:
@@ -188,23 +204,26 @@ def _peft_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(small_text(path / PEFT_CONFIG))
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
+        rooted = config.get("use_rslora", False)
     except (*DAMAGED, InputError) as error:
         raise CheckpointError(
             f"{path / PEFT_CONFIG} is no configuration of LoRA: {reason_of(error)}"
         ) from error
     if not 1 <= rank <= MAX_RANK or not math.isfinite(alpha):
         raise CheckpointError(f"{path / PEFT_CONFIG}: rank {rank} and lora_alpha {alpha}")
-    expected = {"peft_type": "LORA", "use_dora": False, "fan_in_fan_out": False, "bias": "none"}
-    empty = ("rank_pattern", "alpha_pattern", "layers_pattern", "lora_bias", "megatron_config")
-    wrong = [name for name, value in expected.items() if config.get(name, value) != value]
-    wrong += [name for name in empty if config.get(name)]
+    wrong = [name for name, value in _PLAIN.items() if config.get(name, value) != value]
+    wrong += [name for name in _ABSENT if config.get(name)]
+    wrong += ["init_lora_weights"] * (config.get("init_lora_weights") not in _AS_IT_WAS)
+    wrong += ["use_rslora"] * (rooted not in (True, False))
     if wrong:
         raise CheckpointError(
             f"{path / PEFT_CONFIG}: {wrong[0]} is {config[wrong[0]]!r:.60}, which is not merged "
             "here: save model.merge_and_unload() instead"
         )
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return {"rank": rank, "scale": scale}
+    scale = alpha / (math.sqrt(rank) if rooted else rank)
+    mapping = config.get("auto_mapping")
+    of_sam_model = isinstance(mapping, dict) and mapping.get("base_model_class") == "SamModel"
+    return {"rank": rank, "scale": scale, "of_sam_model": of_sam_model}
 
 
 def _merge_peft(
@@ -214,10 +233,17 @@ def _merge_peft(
     layers: dict[str, dict[str, Tensor]] = {}
     for name, tensor in adapter.items():
         if match := _PEFT.fullmatch(name):
-            key = own_name(f"{match[1]}.weight")
-            layers.setdefault(key, {})[match[2]] = tensor
-        else:  # modules that were trained whole
-            merged[own_name(name.replace(".modules_to_save.default.", "."))] = tensor
+            key = f"{match[1]}.weight"
+            if match[2] in layers.setdefault(key, {}):
+                raise CheckpointError(f"{path} adapts {key} twice: save one adapter alone")
+            layers[key][match[2]] = tensor
+            continue
+        key = name.replace(".modules_to_save.default.", ".")
+        if key not in base:  # else of a module that was trained whole
+            raise CheckpointError(
+                f"{path} has {key}, which is no part of the model that --checkpoint names"
+            )
+        merged[key] = tensor
     if not layers:
         raise CheckpointError(f"{path} has no lora_A and lora_B; {inspect_line(path)}")
     for name, parts in layers.items():
@@ -227,7 +253,7 @@ def _merge_peft(
                 f"{path} adapts {name}, which is no whole linear layer of the model that "
                 "--checkpoint names"
             )
-        if parts["A"].shape[0] != config["rank"]:
+        if parts["A"].shape[:1] != (config["rank"],):
             raise CheckpointError(
                 f"{path}: the adapter of {name} is {tuple(parts['A'].shape)}, and the rank in "
                 f"{PEFT_CONFIG} is {config['rank']}"

@@ -78,7 +78,7 @@ def build_prompt_encoder(config: ModelConfig) -> nn.Module:
     return PromptEncoder(
         embed_dim=EMBEDDING_CHANNELS,
         image_embedding_size=(grid, grid),
-        input_image_size=(config.image_size, config.image_size),
+        input_image_size=(config.frame.frame_side, config.frame.frame_side),
         mask_in_chans=16,
     )
 
@@ -95,6 +95,8 @@ def build_mask_decoder(config: ModelConfig) -> nn.Module:
         iou_head_hidden_dim=256,
     )
     set_decoder_eps(decoder, config.decoder_norm_eps)
+    final: Any = decoder.get_submodule("transformer.norm_final_attn")
+    final.eps = config.final_norm_eps
     return decoder
 
 

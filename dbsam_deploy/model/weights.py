@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,10 +39,11 @@ ADAPTER = "image_encoder.adapter."
 BLOCK_ADAPTER = ".mlp.adapter."
 """In the keys of SAM-Med2D's adapters."""
 _TINY_VIT = "image_encoder.patch_embed.seq."
+_EFFICIENT_VIT = "image_encoder.backbone.stages."
 _TRUNK = "image_encoder.trunk."
 _DECODER_PREFIXES = ("prompt_encoder.", "mask_decoder.")
-_NECK_SCALE = "image_encoder.neck.3."
-"""SAM's last LayerNorm2d: the scale of the embeddings that a decoder was trained on."""
+_NECK_SCALES = ("image_encoder.neck.3.", "image_encoder.norm.")
+"""The last LayerNorm2d of SAM, and of EfficientViT-SAM: the scale of a decoder's embeddings."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +113,8 @@ def load_model(
 def _merged(found: Checkpoint, adapter: Path | None) -> Checkpoint:
     """A checkpoint with its own adapters of low rank, or another file's, in the weights."""
     if adapter is not None:
-        added = read_checkpoint(adapter_file(adapter)).tensors
-        tensors = merge_adapter(found.tensors, added, adapter)
+        added = read_checkpoint(adapter_file(adapter))
+        tensors = merge_adapter(found.tensors, added.tensors, adapter, added.layout)
         note = f"with the LoRA {adapter.name}"
     elif has_adapters(found.tensors):
         tensors = merge_in_place(f"checkpoint {found.path}", found.tensors)
@@ -176,6 +180,8 @@ def infer_variant(checkpoint: Checkpoint) -> str:
     if any(k.startswith(_TINY_VIT) for k in tensors):
         first = tensors.get(f"{_TINY_VIT}0.c.weight")
         return LITE_MEDSAM if first is None or first.shape[2:] == (1, 1) else "mobile_sam"
+    if any(k.startswith(_EFFICIENT_VIT) for k in tensors):
+        return _efficient_vit_sam(checkpoint)
     if any(k.startswith(_TRUNK) for k in tensors):
         return _hiera(checkpoint)
     patch = tensors.get("image_encoder.patch_embed.proj.weight")
@@ -204,6 +210,34 @@ def infer_variant(checkpoint: Checkpoint) -> str:
             f"{inspect_line(checkpoint.path)}"
         )
     return name
+
+
+def _efficient_vit_sam(checkpoint: Checkpoint) -> str:
+    """Size of an EfficientViT-SAM, by how many stages and blocks its encoder has.
+
+    Raises:
+        CheckpointError: no size has as many.
+    """
+    found = _counts(checkpoint.tensors, rf"{re.escape(_EFFICIENT_VIT)}(\d+)\.op_list\.(\d+)\.")
+    blocks = tuple(found[str(i)] for i in range(len(found)) if str(i) in found)
+    sizes = {
+        tuple(1 + depth for depth in config.efficient_vit.depths): name
+        for name, config in VARIANTS.items()
+        if config.efficient_vit is not None
+    }
+    if blocks not in sizes:
+        known = ", ".join(f"{counts} ({name})" for counts, name in sizes.items())
+        raise CheckpointError(
+            f"{checkpoint.path}: an EfficientViT with {blocks} blocks in its stages, expected "
+            f"{known}; {inspect_line(checkpoint.path)}"
+        )
+    return sizes[blocks]
+
+
+def _counts(names: Iterable[str], pattern: str) -> dict[str, int]:
+    """First group → how many different second groups names with it have."""
+    pairs = {match.groups() for name in names if (match := re.match(pattern, name))}
+    return Counter(first for first, _ in pairs)
 
 
 def _hiera(checkpoint: Checkpoint) -> str:
@@ -320,13 +354,19 @@ def fresh_model(variant: str, image_size: int | None, decoder_weights: Path | No
     decoder = "and so are its prompt encoder and mask decoder"
     if path is not None:
         found = read_checkpoint(path)
-        prefixes: tuple[str, ...] = _DECODER_PREFIXES
-        if any(k.startswith(_NECK_SCALE) for k in found.tensors):
-            prefixes = (*_DECODER_PREFIXES, _NECK_SCALE)
-        parts = {k: v for k, v in found.tensors.items() if k.startswith(prefixes)}
-        wanted = {k: v for k, v in model.state_dict().items() if k.startswith(prefixes)}
+        own = model.state_dict()
+        parts = {k: v for k, v in found.tensors.items() if k.startswith(_DECODER_PREFIXES)}
+        wanted = {k: v for k, v in own.items() if k.startswith(_DECODER_PREFIXES)}
+        scale, target = _neck_scale(found.tensors), _neck_scale(own)
+        if scale and target:
+            parts |= {
+                target + k.removeprefix(scale): found.tensors[k]
+                for k in found.tensors
+                if k.startswith(scale)
+            }
+            wanted |= {k: v for k, v in own.items() if k.startswith(target)}
         check_fit(f"prompt encoder and mask decoder of {path}", parts, wanted)
-        model.load_state_dict({**model.state_dict(), **parts}, strict=True)
+        model.load_state_dict({**own, **parts}, strict=True)
         source += f", prompt encoder and mask decoder of {path.name}"
         decoder = f"its prompt encoder and mask decoder are LiteMedSAM's ({path.name})"
     note = (
@@ -334,6 +374,11 @@ def fresh_model(variant: str, image_size: int | None, decoder_weights: Path | No
         "the pipeline, not anatomy"
     )
     return _loaded(model, source, trained=False, note=note)
+
+
+def _neck_scale(names: Iterable[str]) -> str | None:
+    """Which of `_NECK_SCALES` a model has."""
+    return next((scale for scale in _NECK_SCALES for k in names if k.startswith(scale)), None)
 
 
 def _loaded(model: DbSam, source: str, *, trained: bool, note: str) -> LoadedModel:

@@ -142,6 +142,8 @@ def _front_model(
         "instance_group [ { count: 1 kind: KIND_CPU } ]",
     ]
     values = {key: getattr(how, key) for key in ("image_size", "embedding_stride", "mode")}
+    if how.frame_size is not None:
+        values["frame_size"] = how.frame_size
     if how.high_res:
         values["high_res"] = True
     rules = {PARAMETER + kind: answered for kind, answered in asdict(points).items()}

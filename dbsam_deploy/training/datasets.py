@@ -135,9 +135,9 @@ def to_mask_grid(mask: npt.NDArray[np.bool_], how: Preprocessing) -> FloatArray:
     """
     height, width = how.content_size((mask.shape[0], mask.shape[1]))
     resized = Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST)
-    frame = np.zeros((how.image_size, how.image_size), np.float32)
+    frame = np.zeros((how.frame_side, how.frame_side), np.float32)
     frame[:height, :width] = np.asarray(resized)
-    side, step = how.mask_side, how.image_size // how.mask_side
+    side, step = how.mask_side, how.frame_side // how.mask_side
     covered = frame.reshape(side, step, side, step).mean((1, 3))
     return (covered >= 0.5).astype(np.float32)
 

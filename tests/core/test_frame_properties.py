@@ -14,9 +14,15 @@ from dbsam_deploy.core.imaging import (
 )
 
 SIDES = st.integers(1, 90)
-FRAMES = st.builds(Preprocessing, st.sampled_from([64, 128]), mode=st.sampled_from(MODES))
+PLACES = st.sampled_from([None, 64, 256])
+FRAMES = st.builds(
+    Preprocessing, st.sampled_from([64, 128]), mode=st.sampled_from(MODES), frame_size=PLACES
+)
 KEEPING_ASPECT = st.builds(
-    Preprocessing, st.sampled_from([64, 128]), mode=st.sampled_from(["sam", "lite_medsam"])
+    Preprocessing,
+    st.sampled_from([64, 128]),
+    mode=st.sampled_from(["sam", "lite_medsam"]),
+    frame_size=PLACES,
 )
 
 
@@ -32,10 +38,10 @@ def boxes(draw: st.DrawFn, size: tuple[int, int]) -> np.ndarray:
 @given(size=st.tuples(SIDES, SIDES), how=FRAMES)
 def test_the_image_fills_the_frame(size, how) -> None:
     height, width = how.content_size(size)
-    assert max(height, width) == how.image_size
+    assert max(height, width) == how.frame_side
     assert min(height, width) >= 1
     if how.mode in ("sam", "lite_medsam"):
-        exact = min(size) * how.image_size / max(size)
+        exact = min(size) * how.frame_side / max(size)
         assert abs(min(height, width) - max(exact, 1)) <= 0.5
     else:
         assert height == width
@@ -49,7 +55,7 @@ def test_a_box_stays_the_same_part_of_the_image(size, how, data) -> None:
     part = box / [size[1], size[0], size[1], size[0]]
     np.testing.assert_allclose(moved / [width, height, width, height], part, atol=1e-5)
     assert (moved >= 0).all()
-    assert (moved <= how.image_size).all()
+    assert (moved <= how.frame_side).all()
     corners = to_model_frame(box.reshape(2, 2), size, how)
     np.testing.assert_array_equal(corners.reshape(1, 4), moved)
 
@@ -59,7 +65,7 @@ def test_padding_is_zero_and_the_image_is_not_in_it(size, how, seed) -> None:
     image = np.random.default_rng(seed).integers(200, 256, (*size, 3), dtype=np.uint8)
     image[0, 0] = 0
     pixels = preprocess(image, how)
-    height, width = how.content_size(size)
+    height, width = how.pixel_size(size)
     assert pixels.shape == (1, 3, how.image_size, how.image_size)
     assert (pixels[..., height:, :] == 0).all()
     assert (pixels[..., width:] == 0).all()
@@ -71,7 +77,7 @@ def test_padding_is_zero_and_the_image_is_not_in_it(size, how, seed) -> None:
 def test_the_mask_lies_where_its_logits_do(size, how, data) -> None:
     """Logits that are positive left of a column, or above a row, of the image in the grid."""
     side = how.mask_side
-    height, width = (part * side / how.image_size for part in how.content_size(size))
+    height, width = (part * side / how.frame_side for part in how.content_size(size))
     share = data.draw(st.floats(0.1, 0.9))
     across = data.draw(st.booleans())
     rows, columns = np.indices((side, side)) + 0.5

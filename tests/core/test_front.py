@@ -148,7 +148,8 @@ class Request:
 def config(**values):
     rules = {f"points_{kind}": how for kind, how in asdict(NATIVE).items()}
     items = {**asdict(HOW), **rules, **values}
-    return json.dumps({"parameters": {k: {"string_value": str(v)} for k, v in items.items()}})
+    told = {k: {"string_value": str(v)} for k, v in items.items() if v is not None}
+    return json.dumps({"parameters": told})
 
 
 def graphs(model, feed):
@@ -356,6 +357,8 @@ def test_a_server_that_stops_takes_nothing_new(start, tmp_path, monkeypatch):
 def test_settings_come_from_the_configuration():
     how = Preprocessing(256, "lite_medsam", embedding_stride=4)
     assert preprocessing_from_config(config(**asdict(how))) == how
+    framed = Preprocessing(512, frame_size=1024)
+    assert preprocessing_from_config(config(**asdict(framed))) == framed
     with pytest.raises(InputError, match="export again"):
         preprocessing_from_config("{}")
     finer = Preprocessing(512, "sam2", high_res=True)

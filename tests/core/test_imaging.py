@@ -260,11 +260,26 @@ def test_model_frame_keeps_fractions_of_integer_points() -> None:
     np.testing.assert_allclose(got, [[[1024 / 300, 2048 / 300]]], rtol=1e-6)
 
 
+def test_prompts_and_masks_are_in_a_frame_of_another_size_than_the_encoders_image() -> None:
+    how, whole = Preprocessing(64, frame_size=128), Preprocessing(128)
+    size = (45, 70)  # 41.1 of 64 rows, 82.3 of 128
+    assert (how.pixel_size(size), how.content_size(size)) == ((41, 64), (82, 128))
+    assert (how.grid, how.mask_side) == (whole.grid, whole.mask_side)
+    image = random_image(np.random.default_rng(), *size)
+    assert np.array_equal(preprocess(image, how), preprocess(image, Preprocessing(64)))
+    box = np.array([[3, 4, 50, 41.5]])
+    assert np.array_equal(to_model_frame(box, size, how), to_model_frame(box, size, whole))
+    low = np.random.default_rng().normal(size=(32, 32)).astype(np.float32)
+    assert np.array_equal(postprocess(low, size, how), postprocess(low, size, whole))
+
+
 def test_preprocessing_refuses_unknown_modes_and_sizes() -> None:
     with pytest.raises(InputError, match="expected one of"):
         Preprocessing(256, "imagenet")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="multiple of 16"):
         Preprocessing(250)
+    with pytest.raises(InputError, match="image size 100: expected a multiple of 16"):
+        Preprocessing(64, frame_size=100)
 
 
 @pytest.mark.parametrize(

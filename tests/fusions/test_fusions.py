@@ -170,6 +170,7 @@ def changed(name, **adapter):
         (VARIANTS["sam_vit_b"], (0, 0, 12)),
         (VARIANTS["medsam_vit_b"], (0, 0, 12)),
         (VARIANTS["lite_medsam"], (0, 0, 0)),
+        (VARIANTS["efficientvit_sam_l0"], (0, 0, 0)),
         (changed("db_sam", channel_attention="none"), (8, 0, 12)),
         (changed("db_sam", channel_attention="after"), (8, 4, 12)),
         (changed("db_sam", num_points=16), (0, 4, 12)),

@@ -13,7 +13,8 @@ from dbsam_deploy.sessions.pytorch_session import PytorchSession
 
 @pytest.mark.parametrize("image_size", [64, 144, 240])  # grids 4, 9 (padded windows) and 15
 @pytest.mark.parametrize(
-    "variant", ["db_sam", "db_sam_4level", "db_sam_plus", "sam_vit_b", "lite_medsam"]
+    "variant",
+    ["db_sam", "db_sam_4level", "db_sam_plus", "sam_vit_b", "lite_medsam", "efficientvit_sam_l1"],
 )
 def test_encoder_graph_equals_the_model(variant, image_size):
     model = small_model(variant, image_size)
@@ -24,7 +25,7 @@ def test_encoder_graph_equals_the_model(variant, image_size):
     check_close(found.numpy(), expected.numpy(), "float32", "image_embeddings")
 
 
-@pytest.mark.parametrize("variant", ["db_sam", "lite_medsam"])
+@pytest.mark.parametrize("variant", ["db_sam", "lite_medsam", "efficientvit_sam_l1"])
 def test_building_a_graph_leaves_the_model_as_it_was(variant):
     model = small_model(variant, 64)
     image, before = torch.randn(1, 3, 64, 64), {k: v.clone() for k, v in model.state_dict().items()}
@@ -49,7 +50,7 @@ def test_decoder_graph_equals_sam_box_by_box(batch, boxes):
     check_close(iou.numpy(), expected["iou_predictions"], "float32", "iou_predictions")
 
 
-@pytest.mark.parametrize("variant", ["sam_vit_b", "lite_medsam"])
+@pytest.mark.parametrize("variant", ["sam_vit_b", "lite_medsam", "efficientvit_sam_l1"])
 @pytest.mark.parametrize(("box", "points"), [(True, 0), (False, 1), (False, 4), (True, 3)])
 def test_prompt_decoder_graph_equals_sam_prompt_by_prompt(variant, box, points):
     model = small_model(variant, 64)

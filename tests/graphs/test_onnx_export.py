@@ -78,6 +78,7 @@ def test_values_equal_the_graph_at_other_batches_than_traced(exported, model, na
         ("db_sam_plus", "fp16"),
         ("lite_medsam", "fp16"),
         ("lite_medsam", "fp8"),  # traced as float32, in a later opset
+        ("efficientvit_sam_l1", "fp16"),
     ],
 )
 def test_other_variants_export(variant, precision, small_models, exported_graph):
@@ -138,6 +139,26 @@ def test_island_that_computes_in_fp32_unnamed_is_refused(model, half_graphs):
     check_precision(graph, recipe, islands)
     with pytest.raises(ExportError, match=r"float32 outside the fp32_islands of fp16\.toml"):
         check_precision(graph, recipe, [])
+
+
+def test_linear_attention_is_summed_in_float32(small_models, exported_graph):
+    """Its sums over all pixels leave the range of float16."""
+    wide, path = (
+        small_models("efficientvit_sam_l1"),
+        exported_graph("efficientvit_sam_l1", "encoder", "fp16"),
+    )
+    graph = onnx.shape_inference.infer_shapes(onnx.load(path)).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
+    inside = [
+        node
+        for node in graph.node
+        if any("linear_attention" in prop.value for prop in node.metadata_props)
+        and node.op_type in ("MatMul", "Div", "Add")
+    ]
+    assert Counter(node.op_type for node in inside)["MatMul"] == 3 * sum(
+        wide.config.efficient_vit.depths[4:]
+    )
+    assert {types[name] for node in inside for name in node.output} == {onnx.TensorProto.FLOAT}
 
 
 def test_island_that_is_never_run_is_refused(model, half_graphs, tmp_path, monkeypatch):

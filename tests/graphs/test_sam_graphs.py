@@ -156,7 +156,10 @@ def around_nothing(make, how):
     return encoder
 
 
-@pytest.mark.parametrize("how", [Preprocessing(512, "sam"), Preprocessing(512, "medsam")])
+@pytest.mark.parametrize(
+    "how",
+    [Preprocessing(512, "sam"), Preprocessing(512, "medsam"), Preprocessing(512, frame_size=1024)],
+)
 def test_a_picture_that_no_operator_resizes_is_refused(how):
     with pytest.raises(InputError, match=r"image size 512 .*: expected 1024"):
         sam_encoder(onnx.ModelProto(), how)

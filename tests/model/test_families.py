@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support import efficient_vit_reference
 from support.family_references import ORIGINAL, answers, picture
 from support.fixed_numbers import fixed_weights
 
@@ -31,8 +32,9 @@ SMALL = {
         ),
     },
     "sam_med2d": {"image_size": 64, "embed_dim": 32, "depth": 8, "num_heads": 2},
+    **efficient_vit_reference.CONFIGS,
 }
-LEFT_OUT = {"mobile_sam": ["image_encoder.head", "image_encoder.norm_head"], "sam_med2d": []}
+LEFT_OUT = {"mobile_sam": ["image_encoder.head", "image_encoder.norm_head"]}
 CLOSE = 1e-5
 """Of the largest value: rounding of float32, in another order."""
 
@@ -59,10 +61,10 @@ def test_a_familys_file_gives_the_familys_answers(family):
     loaded = load_model(checkpoint=path)
     assert loaded.model.config.name == name
     ignored = "; ".join(loaded.notes)
-    assert all(part in ignored for part in LEFT_OUT[name])
-    size = loaded.preprocessing.image_size
+    assert all(part in ignored for part in LEFT_OUT.get(name, ()))
+    frame = loaded.preprocessing
     with torch.inference_mode():
-        found = answers(loaded.model, loaded.model.encode, size)
+        found = answers(loaded.model, loaded.model.encode, frame.image_size, frame.frame_side)
     for key, tensor in found.items():
         check(tensor, expected[key])
     low = expected["boxes_masks"]
@@ -76,7 +78,7 @@ def test_inspect_says_what_a_familys_file_is(family):
     assert (facts["variant"], facts["family"]) == (name, CATALOGUE[name].family)
     assert facts["adapters"] == (["SAM-Med2D's"] if name == "sam_med2d" else [])
     assert facts["refused"] == ""
-    assert all(part in " ".join(facts["ignored"]) for part in LEFT_OUT[name])
+    assert all(part in " ".join(facts["ignored"]) for part in LEFT_OUT.get(name, ()))
 
 
 def test_the_graphs_give_the_familys_answers(family):
@@ -86,8 +88,10 @@ def test_the_graphs_give_the_familys_answers(family):
     def encode(image):
         return build_graph(model, "encoder")(image)
 
+    frame = model.config.frame
     with torch.inference_mode():
-        check(answers(model, encode, model.config.image_size)["embedding"], expected["embedding"])
+        found = answers(model, encode, frame.image_size, frame.frame_side)
+    check(found["embedding"], expected["embedding"])
 
 
 def test_pixels_are_taken_as_opencv_takes_the_nearest():

@@ -79,6 +79,15 @@ def test_a_folder_of_save_pretrained(tmp_path, left_out):
         assert all(torch.equal(found.tensors[own_name(k)], v) for k, v in state.items())
 
 
+@pytest.mark.parametrize("name", ["image_encoder.pos_embed", "mask_decoder.upscale_conv1.bias"])
+def test_one_tensor_under_the_names_of_two_layouts(tmp_path, name):
+    """Which of them is the model's cannot be told."""
+    state = {k: torch.full((2,), float(i)) for i, k in enumerate(sorted(hugging_face()))}
+    save_file({**state, own_name(name): torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="are one tensor of the model; expected one"):
+        read_checkpoint(tmp_path)
+
+
 def test_two_matrices_of_positions(tmp_path):
     state = {k: torch.full((2,), float(i)) for i, k in enumerate(sorted(hugging_face()))}
     save_file(state, tmp_path / "model.safetensors")

@@ -2,19 +2,25 @@
 
 import json
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from support.wrapper_files import answers, thin_sam
 from torch import nn
 
 from dbsam_deploy.core.errors import CheckpointError
 from dbsam_deploy.model import VARIANTS, build_model
 from dbsam_deploy.model.checkpoint import read_checkpoint
-from dbsam_deploy.model.layouts import own_names
+from dbsam_deploy.model.layouts import own_name, own_names
 from dbsam_deploy.model.weights import load_model
 
+WRITTEN = Path(__file__).parent / "wrappers"
+HUGGING_FACE = Path(__file__).parent / "keys" / "hugging_face.tsv"
 WIDTH, RANK, DEPTH = 24, 3, 4
 IMAGE = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
@@ -140,9 +146,34 @@ def test_peft(tmp_path, base, layers, rslora, scale):
         torch.testing.assert_close(after[name], tensor + change)
 
 
+@pytest.mark.parametrize("name", ["peft", "peft_sam_model", "peft_decoder"])
+def test_a_folder_that_peft_wrote(tmp_path, name):
+    """What peft's unmerged model answered, around ours and around transformers' `SamModel`.
+
+    The last adapts one layer of the decoder, whose name in both layouts is another layer's.
+    """
+    state = thin_sam().state_dict()
+    base = tmp_path / "base.safetensors"
+    if name != "peft":
+        names = [line.split("\t")[0] for line in HUGGING_FACE.read_text().splitlines()]
+        state = {key: state[own_name(key)] for key in names if own_name(key) in state}
+    save_file({key: tensor.clone() for key, tensor in state.items()}, base)
+    loaded = load_model(checkpoint=base, adapter=WRITTEN / name)
+    plain = answers(load_model(checkpoint=base).model)
+    expected = np.load(WRITTEN / name / "answers.npz")
+    for key, found in answers(loaded.model).items():
+        largest = np.abs(expected[key]).max()
+        assert np.abs(found.numpy() - expected[key]).max() <= 1e-5 * largest, key
+    assert np.abs(plain["ious"].numpy() - expected["ious"]).max() > 1e-3
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which is not merged here"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora'"),
+        ({"use_rslora": "false"}, "use_rslora is 'false'"),
+        ({"layer_replication": [[0, 2]]}, r"layer_replication is \[\[0, 2\]\]"),
         ({"use_dora": True}, "use_dora is True, which is not merged here: save"),
         ({"rank_pattern": {"q": 2}}, "rank_pattern is {'q': 2}, which is not merged"),
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
@@ -169,6 +200,26 @@ def test_an_adapter_of_another_model(tmp_path, base):
     peft_folder(tmp_path / "b", {"image_encoder.blocks.0.attn.qkv": (9, 9)})
     with pytest.raises(CheckpointError, match=r"\(9, 3\) · \(3, 9\), expected \(72, 24\)"):
         load_model(checkpoint=base, adapter=tmp_path / "b")
+
+
+def test_an_adapter_that_names_a_layer_twice(tmp_path, base):
+    layer = "image_encoder.blocks.0.attn.qkv"
+    peft_folder(tmp_path / "a", {layer: (3 * WIDTH, WIDTH)})
+    state = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    more = {f"base_model.model.{layer}.lora_A.other.weight": torch.zeros(RANK, WIDTH)}
+    save_file({**state, **more}, tmp_path / "a" / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"adapts image_encoder.*qkv\.weight twice"):
+        load_model(checkpoint=base, adapter=tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", ["mask_decoder.iou_token.lora_embedding_A", "image_encoder.more"])
+def test_an_adapter_with_more_than_the_model(tmp_path, base, name):
+    peft_folder(tmp_path / "a", {"image_encoder.blocks.0.attn.qkv": (3 * WIDTH, WIDTH)})
+    state = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    state[f"base_model.model.{name}"] = torch.zeros(2)
+    save_file(state, tmp_path / "a" / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=f"has {re.escape(name)}, which is no part of the"):
+        load_model(checkpoint=base, adapter=tmp_path / "a")
 
 
 def test_an_adapter_alone(tmp_path, base):

@@ -5,6 +5,7 @@ folder that holds the family's package, in an environment with torch; sam_med2d 
 `--full` takes the real shapes, and compares with our model in place of writing OUT.npz. Not run by
 the tests, which read what it wrote. The packages on PyPI: `mobilesam-mirror` 1.0.0 (`mobile_sam`),
 `isat-sam` 1.5.2 (SAM-Med2D: `ISAT/segment_any/segment_anything_med2d`), `segment-anything` 1.0.
+EfficientViT-SAM has a script of its own, `efficient_vit_reference.py`.
 
 Weights and inputs follow from their names (`fixed_numbers`), so that none is stored.
 """
@@ -182,9 +183,18 @@ def image_of(size: int) -> Tensor:
     return torch.from_numpy(fixed_numbers("image", (1, 3, size, size)) * 2)
 
 
-def answers(sam: Any, encode: Callable[[Tensor], Tensor], size: int) -> dict[str, Tensor]:
-    """Embedding, masks of boxes and masks of points with earlier logits."""
-    asked = prompts(size)
+def answers(
+    sam: Any, encode: Callable[[Tensor], Tensor], size: int, frame: int | None = None
+) -> dict[str, Tensor]:
+    """Embedding, masks of boxes and masks of points with earlier logits.
+
+    Args:
+        sam: a model with a prompt encoder and a mask decoder.
+        encode: its encoder.
+        size: side of the image that the encoder takes.
+        frame: side of the model frame, by default the same.
+    """
+    asked = prompts(frame or size)
     embedding = encode(image_of(size))
     found = {"embedding": embedding}
     for name, chosen, multimask in (
@@ -261,7 +271,7 @@ def compare(name: str, state: dict[str, Tensor], found: dict[str, Tensor], size:
     model.load_state_dict({key: own[key] for key in wanted}, strict=True)
     print(f"{name}: not taken: {sorted(set(own) - set(wanted))}")
     with torch.inference_mode():
-        ours = answers(model, model.encode, size)
+        ours = answers(model, model.encode, size, model.config.frame.frame_side)
     low = ours["boxes_masks"][0, 0].numpy()
     first = torch.from_numpy(upscale_logits(low, ORIGINAL, model.config.frame))
     ours["whole"], found["whole"] = first, found["whole"][0, 0]

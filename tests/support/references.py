@@ -101,6 +101,16 @@ def small_model(variant: str, image_size: int, *, embed_dim: int = 32, depth: in
             config.tiny_vit, embed_dims=(8, 16, 16, 32), depths=(1, 1, 2, 1), num_heads=(0, 2, 2, 4)
         )
         config = replace(config, tiny_vit=thin)
+    if config.efficient_vit is not None:
+        thin = replace(
+            config.efficient_vit,
+            widths=(8, 8, 16, 16, 32),
+            depths=(1, 1, 1, 1, 2),
+            head_dim=2,
+            neck_depth=1,
+            frame_size=2 * image_size,
+        )
+        config = replace(config, efficient_vit=thin)
     model = DbSam(config).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:

@@ -21,13 +21,17 @@ from dbsam_deploy.model.layouts import own_names
 from dbsam_deploy.model.shapes import shapes_of
 
 State = dict[str, Tensor]
-HUGGING_FACE = Path(__file__).parents[1] / "model" / "keys" / "hugging_face.tsv"
+_KEYS = Path(__file__).parents[1] / "model" / "keys"
+_LISTS = {"SamModel": _KEYS / "hugging_face.tsv", "Sam2Model": _KEYS / "sam2_hugging_face.tsv"}
 
 
 def keys_of(layout: str) -> list[str]:
     """A layout's own names."""
-    if layout == "SamModel":
-        return [line.split("\t")[0] for line in HUGGING_FACE.read_text().splitlines()]
+    if layout in _LISTS:
+        names = [line.split("\t")[0] for line in _LISTS[layout].read_text().splitlines()]
+        return [name for name in names if "pred_obj_score_head" not in name]
+    if layout == "SAM 2":
+        return [_of_sam2(name) for name in shapes_of("sam2_hiera_tiny")]
     names = list(shapes_of(LAYOUTS[layout]))
     return [re.sub(r"\.mlp\.adapter\.", ".Adapter.", name) for name in names]
 
@@ -38,13 +42,28 @@ LAYOUTS = {
     "LiteMedSAM": "lite_medsam",
     "MobileSAM": "mobile_sam",
     "SAM-Med2D": "sam_med2d",
+    "EfficientViT-SAM": "efficientvit_sam_l0",
+    "SAM 2": "",
     "SamModel": "",
+    "Sam2Model": "",
 }
 
 
+def _of_sam2(name: str) -> str:
+    """Facebook's name of one of ours."""
+    name = re.sub(r"(transformer\.layers\.\d+\.mlp)\.lin1", r"\1.layers.0", name)
+    name = re.sub(r"(transformer\.layers\.\d+\.mlp)\.lin2", r"\1.layers.1", name)
+    name = re.sub(r"^image_encoder\.(conv_s\d)", r"sam_mask_decoder.\1", name)
+    name = re.sub(r"^(mask_decoder|prompt_encoder)", r"sam_\1", name)
+    return name.removeprefix("image_encoder.") if name.endswith("no_mem_embed") else name
+
+
 def numbers(names: list[str], start: float = 0) -> State:
-    """Small tensors with a number of their own; Hugging Face's two names of one matrix have one."""
-    state = {name: torch.full((2,), start + i) for i, name in enumerate(names)}
+    """Small tensors with a number of their own; Hugging Face's two names of one matrix have one.
+
+    Four rows, as of the one tensor of `Sam2Model` that is four here.
+    """
+    state = {name: torch.full((4,), start + i) for i, name in enumerate(names)}
     positions = [name for name in names if name.endswith("positional_embedding")]
     return {**state, **dict.fromkeys(positions, torch.full((2,), start - 1.0))}
 
@@ -53,11 +72,14 @@ def _under(prefix: str, state: State) -> State:
     return {prefix + name: tensor for name, tensor in state.items()}
 
 
-def _apart(state: State) -> dict[str, State]:
-    parts: dict[str, State] = {}
+def _apart(state: State) -> dict[str, Any]:
+    parts: dict[str, Any] = {}
     for name, tensor in state.items():
         part, _, rest = name.partition(".")
-        parts.setdefault(part, {})[rest] = tensor
+        if rest:
+            parts.setdefault(part, {})[rest] = tensor
+        else:
+            parts[name] = tensor
     return parts
 
 

@@ -1,8 +1,9 @@
 """Writes the files of tests/model/wrappers/ with the real libraries, a small model in each.
 
-`python tests/support/wrapper_files.py tests/model/wrappers [NAME ...]`, in an environment with
-torch, lightning, mmengine, timm, pytorch-ignite, accelerate, transformers and peft, of which each
-is only imported for its own files. Not run by the tests, which read what it wrote.
+`PYTHONPATH=.:tests python tests/support/wrapper_files.py tests/model/wrappers [NAME ...]`, in an
+environment with torch, lightning, mmengine, timm, monai, pytorch-ignite, accelerate, transformers
+and peft, of which each is only imported for its own files. Not run by the tests, which read what it
+wrote.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -164,22 +166,23 @@ def _timm(path: Path) -> None:
 
 
 def _monai(path: Path) -> None:
-    import numpy as np
-    from ignite.engine import Engine
-    from ignite.handlers import Checkpoint, DiskSaver
+    from monai.engines import SupervisedTrainer
+    from monai.handlers import CheckpointSaver
 
     model = Small()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    trainer = Engine(lambda *_: None)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+    trainer = SupervisedTrainer(
+        device=torch.device("cpu"),
+        max_epochs=1,
+        train_data_loader=[{"image": torch.ones(1, 1), "label": torch.ones(1, 1)}],
+        network=model,
+        optimizer=optimizer,
+        loss_function=lambda found, _: found * 0,
+    )
     with tempfile.TemporaryDirectory() as folder:
-        saver = Checkpoint(  # what MONAI's CheckpointSaver makes of `save_dict`
-            {"model": model, "optimizer": optimizer, "trainer": trainer},
-            DiskSaver(folder),
-            filename_pattern="x.pt",
-            score_function=lambda _: np.float64(0.5),
-        )
-        trainer.run([0], max_epochs=1)
-        saver(trainer)
+        parts = {"net": model, "opt": optimizer, "trainer": trainer}
+        CheckpointSaver(folder, parts, save_final=True, final_filename="x.pt").attach(trainer)
+        trainer.run()
         (Path(folder) / "x.pt").rename(path)
 
 
@@ -201,6 +204,88 @@ def _accelerate(path: Path) -> None:
     accelerator.save_model(model, path)
 
 
+PEFT_IMAGE = "an image for adapters"
+"""Name of its numbers, see `fixed_numbers`."""
+_PEFT_BOX = ((5.0, 6.0, 40.0, 50.0),)
+
+
+def thin_sam() -> Any:
+    """A small SAM with fixed weights, the base of the adapters."""
+    from support.fixed_numbers import fixed_weights
+
+    from dbsam_deploy.model import VARIANTS, DbSam
+
+    model = DbSam(replace(VARIANTS["sam_vit_b"], **THIN)).eval()
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    made = {name: torch.from_numpy(array) for name, array in fixed_weights(shapes).items()}
+    model.load_state_dict(made)
+    return model
+
+
+THIN = {"embed_dim": 24, "num_heads": 2, "depth": 4, "image_size": 64}
+
+
+def answers(model: Any) -> dict[str, torch.Tensor]:
+    """Embedding, masks and IoU of one of ours, with or without peft's layers in it."""
+    from support.fixed_numbers import fixed_numbers
+
+    image = torch.from_numpy(fixed_numbers(PEFT_IMAGE, (1, 3, 64, 64)))
+    with torch.no_grad():
+        embedding = model.encode(image)
+        masks, ious = model.decode(embedding, boxes=torch.tensor(_PEFT_BOX))
+    return {"embedding": embedding, "masks": masks, "ious": ious}
+
+
+def _hugging_face_answers(model: Any) -> dict[str, torch.Tensor]:
+    from support.fixed_numbers import fixed_numbers
+
+    image = torch.from_numpy(fixed_numbers(PEFT_IMAGE, (1, 3, 64, 64)))
+    box = torch.tensor([_PEFT_BOX])
+    with torch.no_grad():
+        embedding = model.get_image_embeddings(image)
+        found = model(image_embeddings=embedding, input_boxes=box, multimask_output=False)
+    return {"embedding": embedding, "masks": found.pred_masks[0], "ious": found.iou_scores[0]}
+
+
+def _sam_model() -> Any:
+    """The same base in transformers' `SamModel`."""
+    from transformers import SamConfig, SamModel
+
+    from dbsam_deploy.model.layouts import own_name
+
+    width, depth = THIN["embed_dim"], THIN["depth"]
+    vision = {
+        "hidden_size": width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": THIN["num_heads"],
+        "image_size": THIN["image_size"],
+        "global_attn_indexes": list(range(depth)),
+        "mlp_dim": 4 * width,
+    }
+    prompt = {"image_size": THIN["image_size"], "image_embedding_size": THIN["image_size"] // 16}
+    model = SamModel(SamConfig(vision_config=vision, prompt_encoder_config=prompt)).eval()
+    state = thin_sam().state_dict()
+    model.load_state_dict({name: state[own_name(name)] for name in model.state_dict()})
+    return model
+
+
+def _peft(
+    path: Path, model: Any, ask: Callable[[Any], dict[str, torch.Tensor]], layers: str, **more: Any
+) -> None:
+    """A folder of peft with `answers.npz` of the model before anything is merged."""
+    import numpy as np
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    options = {"r": 2, "lora_alpha": 6, "init_lora_weights": False, **more}
+    adapted = get_peft_model(model, LoraConfig(target_modules=layers, **options)).eval()
+    adapted.save_pretrained(path)
+    (path / "README.md").unlink()
+    found = {name: tensor.numpy() for name, tensor in ask(adapted.base_model.model).items()}
+    np.savez_compressed(path / "answers.npz", **found)
+
+
+_LAYERS = r".*(attn\.qkv|mlp\.lin1|iou_prediction_head\.(proj_in|layers\.\d))"
 WRITERS: dict[str, Callable[[Path], None]] = {
     "lightning.ckpt": _lightning,
     "lightning_compiled.ckpt": lambda path: _lightning(path, compiled=True),
@@ -212,6 +297,11 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "averaged_model.pth": _averaged_model,
     "data_parallel.pth": _data_parallel,
     "accelerate": _accelerate,
+    "peft": lambda path: _peft(path, thin_sam(), answers, _LAYERS, use_rslora=True),
+    "peft_sam_model": lambda path: _peft(path, _sam_model(), _hugging_face_answers, _LAYERS),
+    "peft_decoder": lambda path: _peft(
+        path, _sam_model(), _hugging_face_answers, r".*iou_prediction_head\.layers\.0"
+    ),
 }
 
 
