@@ -242,7 +242,7 @@ def test_a_wrong_result_is_neither_timed_nor_recorded(
     monkeypatch.setenv("ANSWER", "41")
     result = _run(project, "--benchmark", "--rebaseline")
     result.assert_outcomes(failed=1, deselected=1)
-    result.stdout.fnmatch_lines(["benchmark gate: not every benchmark passed*"])
+    result.stdout.fnmatch_lines(["benchmark gate: a benchmark failed or none was timed*"])
     assert _baselines(project) == []
 
 
@@ -270,7 +270,7 @@ def test_a_bound_needs_no_time(project: pytest.Pytester) -> None:
     recorded = path.read_bytes()
     nothing = _run(project, "--benchmark", "--rebaseline", "-m", "bound")
     assert nothing.ret == pytest.ExitCode.TESTS_FAILED
-    nothing.stdout.fnmatch_lines(["benchmark gate: nothing was timed: *"])
+    nothing.stdout.fnmatch_lines(["benchmark gate: a benchmark failed or none was timed*"])
     assert path.read_bytes() == recorded
     (project.path / "benchmarks" / "bench_bytes.py").write_text(
         "import pytest\n@pytest.mark.bound\ndef test_bytes(): assert False\n"
