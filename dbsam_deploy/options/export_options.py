@@ -85,7 +85,8 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--variant",
         choices=VARIANT_NAMES,
-        help=f"model variant; by default the checkpoint's, or {DEFAULT_VARIANT}",
+        metavar="NAME",
+        help=f"model variant (`dbsam variants`); by default the checkpoint's, or {DEFAULT_VARIANT}",
     )
     add_weights_choice(
         parser,
