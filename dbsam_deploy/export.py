@@ -42,8 +42,8 @@ from .graphs.onnx_export import check_onnx, export_graph
 from .machine.hardware import installed_versions
 from .model import DbSam
 from .model.weights import LoadedModel, load_model
-from .quantization.quantizer import Quantizer, calibration_images
-from .recipe import Recipe, load_recipe
+from .quantization.quantizer import Quantizer, calibration_images, check_quantisable
+from .recipe import Recipe, calibration_plan, load_recipe
 from .serving.repository import (
     Repository,
     build_repository,
@@ -166,9 +166,11 @@ def export(
     recipe = stages.load_recipe(options.precision)
     folder = options.output / options.precision
     choice = stages.choose_engines(options.engine, options.targets, folder)
-    images = calibration_images(recipe, options.calibration, options.budget)
+    calibration_plan(recipe, options.calibration, options.budget)
     cases = _cases(options, recipe)
     loaded = stages.load_model(**vars(ModelChoice.of(options)))
+    check_quantisable(loaded, recipe)  # before anybody is asked for more images
+    images = calibration_images(recipe, options.calibration, options.budget)
 
     def say(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True, markup=False)

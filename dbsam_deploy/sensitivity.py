@@ -30,9 +30,9 @@ from .graphs.onnx_export import export_graph
 from .model import DbSam
 from .model.weights import load_model
 from .quantization.calibration_images import CalibrationSet
-from .quantization.quantizer import Quantizer, calibration_images
+from .quantization.quantizer import Quantizer, calibration_images, check_quantisable
 from .quantization.sweep import Sweep
-from .recipe import Recipe, load_recipe
+from .recipe import Recipe, calibration_plan, load_recipe
 from .sessions.weights_choice import ModelChoice
 
 _COLUMNS = (
@@ -71,13 +71,15 @@ def find_exclusions(
     """
     stages = stages or SweepStages()
     recipe = stages.load_recipe(options.precision)
-    images = calibration_images(recipe, options.calibration, options.budget)
-    if images is None or recipe.quantization is None:
+    plan = calibration_plan(recipe, options.calibration, options.budget)
+    if plan is None or recipe.quantization is None:
         raise InputError(
             f"{options.precision} quantises no activations, so there is nothing to choose; use "
             "--precision int8 or fp8"
         )
     loaded = load_model(**vars(ModelChoice.of(options)))
+    check_quantisable(loaded, recipe)  # before anybody is asked for more images
+    images = calibration_images(recipe, options.calibration, options.budget)
     bars = progress_bars(console)
     quantizer = Quantizer.of(loaded, recipe, images, options.budget, bars)
     place, scratch = options.output, options.output / Quantizer.SCRATCH

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -16,9 +17,12 @@ from dbsam_deploy import export as door
 from dbsam_deploy.artefact import load_artefact
 from dbsam_deploy.core.contract import Geometry, graph_specs
 from dbsam_deploy.core.errors import AccuracyError, InputError
+from dbsam_deploy.core.imaging import Preprocessing
 from dbsam_deploy.export import Stages, export, main
 from dbsam_deploy.extras import pip_line
 from dbsam_deploy.files.atomic import sha256_of
+from dbsam_deploy.model.weights import LoadedModel
+from dbsam_deploy.options.export_options import ExportOptions
 from dbsam_deploy.recipe import load_recipe
 from dbsam_deploy.serving.repository import load_repository
 from dbsam_deploy.verification.report import closing_table
@@ -187,6 +191,14 @@ def test_a_users_mistake_is_one_line_and_status_2(
     monkeypatch.chdir(tmp_path)
     assert message in refused(main, arguments.split(), capsys)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_not_quantised_says_so_before_it_asks_for_images(tmp_path):
+    model = SimpleNamespace(config=SimpleNamespace(name="medsam2"))
+    loaded = LoadedModel(model, Preprocessing(64, high_res=True), {})
+    options = ExportOptions(precision="int8", calibration=tmp_path, output=tmp_path / "build")
+    with pytest.raises(InputError, match="int8 quantises, which was not measured for medsam2"):
+        export(options, stages=Stages(load_model=lambda **choice: loaded))
 
 
 def test_sams_two_files_are_published_beside_an_export(toy, monkeypatch):

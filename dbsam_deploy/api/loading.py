@@ -75,7 +75,7 @@ def load(
         backend: see `backends.BACKENDS`; by default `onnxruntime` for an export, else `pytorch`.
         device: `cpu` or `cuda`; by default the backend's own.
         variant: of a weights file whose keys do not tell it.
-        image_size: side of the model frame, for weights.
+        image_size: side of the image that the encoder takes, for weights.
         decoder_weights: prompt encoder and mask decoder of their own, for weights.
         weights: `model` or `ema`, of a weights file with the weights and their moving average.
         weights_key: name of the model, of a weights file with several.

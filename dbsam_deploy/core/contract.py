@@ -93,16 +93,16 @@ class GraphSpec:
         return [spec.name for spec in self.outputs]
 
 
-def check_image_size(image_size: int) -> int:
+def check_image_size(image_size: int, step: int = PATCH_SIZE) -> int:
     """Return `image_size` if a graph can be built for it.
 
     Raises:
-        InputError: not a multiple of 16 between 64 and 2048.
+        InputError: not a multiple of `step` between 64 and 2048.
     """
     whole = hasattr(image_size, "__index__") and not isinstance(image_size, bool)
-    if not whole or image_size % PATCH_SIZE or not 64 <= image_size <= 2048:
+    if not whole or image_size % step or not 64 <= image_size <= 2048:
         raise InputError(
-            f"image size {image_size!r}: expected a multiple of {PATCH_SIZE} from 64 to 2048 "
+            f"image size {image_size!r}: expected a multiple of {step} from 64 to 2048 "
             "(SAM uses 1024)"
         )
     return image_size

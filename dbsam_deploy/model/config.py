@@ -313,9 +313,8 @@ def variant_config(
     """
     config = choose("variant", name, VARIANTS)
     if image_size is not None:
-        config = replace(config, image_size=check_image_size(image_size))
-        if config.hiera is not None and image_size % HIERA_STEP:
-            raise InputError(f"image size {image_size}: {name} takes multiples of {HIERA_STEP}")
+        step = HIERA_STEP if config.hiera else PATCH_SIZE
+        config = replace(config, image_size=check_image_size(image_size, step))
     if fusion is not None:
         if not isinstance(config.adapter, TwoBranchConfig):
             raise InputError(

@@ -84,7 +84,7 @@ def build_parser() -> Parser:
         metavar="NAME",
         help="model variant (`dbsam variants`); by default the checkpoint's",
     )
-    parser.add_argument("--image-size", type=int, help="side of the model frame")
+    parser.add_argument("--image-size", type=int, help="side of the encoder's image")
     parser.add_argument(
         "--output", type=Path, default=SensitivityOptions.output, help="where to write"
     )

@@ -54,12 +54,14 @@ def calibration_images(
     return None if plan is None or path is None else choose_images(path, plan)
 
 
-def _check_model(loaded: LoadedModel, recipe: Recipe) -> None:
+def check_quantisable(loaded: LoadedModel, recipe: Recipe) -> None:
     """Refuse an encoder whose float graph has its weights in a second file, and SAM 2's.
 
     Raises:
-        InputError: it has, or is.
+        InputError: it has, or is, and the recipe quantises.
     """
+    if recipe.quantization is None:
+        return
     if loaded.preprocessing.high_res:
         raise InputError(
             f"{recipe.precision} quantises, which was not measured for {loaded.model.config.name} "
@@ -125,8 +127,7 @@ class Quantizer:
                 f"recipe {recipe.precision}: graphs = {list(plan.graphs)}; ranges can be found for "
                 'the encoder alone, whose input is an image: graphs = ["encoder"]'
             )
-        if plan is not None:
-            _check_model(loaded, recipe)
+        check_quantisable(loaded, recipe)
         return cls(plan, images, loaded.preprocessing, budget, loaded, recipe, bars)
 
     @property

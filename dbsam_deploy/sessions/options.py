@@ -88,7 +88,7 @@ def _add_weights_options(model: argparse._ArgumentGroup) -> None:
         metavar="NAME",
         help=f"model variant, see `dbsam variants` ({weights})",
     )
-    model.add_argument("--image-size", type=int, help=f"side of the model frame ({weights})")
+    model.add_argument("--image-size", type=int, help=f"side of the encoder's image ({weights})")
     add_weights_choice(
         model,
         checkpoint=f"weights file ({weights})",

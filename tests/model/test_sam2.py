@@ -138,8 +138,9 @@ def test_another_image_size_needs_no_other_weights(weights):
         (2, 32, 24, 24),
         (2, 64, 12, 12),
     ]
-    with pytest.raises(InputError, match="takes multiples of 32"):
-        load_model(checkpoint=weights, image_size=80)
+    for size in (80, 100):
+        with pytest.raises(InputError, match=f"image size {size}: expected a multiple of 32"):
+            load_model(checkpoint=weights, image_size=size)
 
 
 def test_earlier_logits_count_up_to_what_sam2_hands_out(weights):
