@@ -280,4 +280,6 @@ def test_sam2_teaches_no_other_model() -> None:
     recipe = SimpleNamespace(teacher="sam2_hiera_tiny")
     teacher = SimpleNamespace(preprocessing=Preprocessing(1024, "sam2", high_res=True))
     with pytest.raises(InputError, match="SAM 2's embedding is one of three parts"):
-        prepare_banks(recipe, None, None, teacher, Path("bank"), None, None)
+        prepare_banks(
+            recipe, None, None, teacher=teacher, folder=Path("bank"), accelerator=None, counter=None
+        )
