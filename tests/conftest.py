@@ -253,19 +253,25 @@ def tensorrt_headers() -> Headers:
 
 @pytest.fixture(scope="session")
 def plugin_library(tensorrt_headers: Headers, once: Once) -> PluginLibrary:
-    """The plugins, compiled for one architecture to keep it short; not to be changed."""
+    """The plugins, compiled for one architecture to keep it short; not to be changed.
+
+    What ptxas counts of their kernels is in the build's log.
+    """
     for tool in ("cmake", "nvcc"):
         if shutil.which(tool) is None:
             pytest.skip(f"no {tool} on the PATH")
-    return once(
-        "plugins",
-        lambda folder: build_plugins(
-            folder,
-            tensorrt_include=tensorrt_headers.folder,
-            architectures=("sm_90",),
-            report=lambda line: None,
-        ),
-    )
+
+    def make(folder: Path) -> PluginLibrary:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("NVCC_APPEND_FLAGS", "-Xptxas=-v")
+            return build_plugins(
+                folder,
+                tensorrt_include=tensorrt_headers.folder,
+                architectures=("sm_90",),
+                report=lambda line: None,
+            )
+
+    return once("plugins", make)
 
 
 @pytest.fixture(scope="session")

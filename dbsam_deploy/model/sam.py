@@ -13,7 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..core.contract import EMBEDDING_CHANNELS, PATCH_SIZE
 from ..core.errors import EngineError, MissingError
@@ -51,8 +52,38 @@ MaskDecoder: Any = _modeling.MaskDecoder
 TwoWayTransformer: Any = _modeling.TwoWayTransformer
 LayerNorm2d: Any = sys.modules[f"{_PRIVATE_NAME}.common"].LayerNorm2d
 MLPBlock: Any = sys.modules[f"{_PRIVATE_NAME}.common"].MLPBlock
-ViTBlock: Any = sys.modules[f"{_PRIVATE_NAME}.image_encoder"].Block
-get_rel_pos: Any = sys.modules[f"{_PRIVATE_NAME}.image_encoder"].get_rel_pos
+_image_encoder: Any = sys.modules[f"{_PRIVATE_NAME}.image_encoder"]
+ViTBlock: Any = _image_encoder.Block
+get_rel_pos: Any = _image_encoder.get_rel_pos
+SCORES_BYTES = 128 << 20
+"""How much of its attention a block of SAM's ViT has at once, in each of three arrays."""
+
+
+class ViTAttention(_image_encoder.Attention):
+    """SAM's, a few heads at a time, so that its scores never lie in memory as a whole.
+
+    At 1024 pixels SAM's own has 12 heads of 4096 × 4096, three times over.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) → (B, H, W, C)."""
+        batch, height, width, channels = x.shape
+        tokens, sides = height * width, (height, width)
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        heads = max(1, SCORES_BYTES // (tokens * tokens * x.element_size()))
+        parts = []
+        for q, k, v in zip(*(part.flatten(0, 1).split(heads) for part in qkv), strict=True):
+            scores = (q * self.scale) @ k.transpose(1, 2)
+            scores = _image_encoder.add_decomposed_rel_pos(
+                scores, q, self.rel_pos_h, self.rel_pos_w, sides, sides
+            )
+            parts.append(scores.softmax(-1) @ v)
+        out = torch.cat(parts).view(batch, self.num_heads, height, width, -1)
+        found: Tensor = self.proj(out.permute(0, 2, 3, 1, 4).reshape(batch, *sides, channels))
+        return found
+
+
+_image_encoder.Attention = ViTAttention  # of which its blocks are made
 
 
 def build_vit(config: ModelConfig) -> nn.Module:

@@ -85,7 +85,8 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--variant",
         choices=VARIANT_NAMES,
-        help=f"model variant; by default the checkpoint's, or {DEFAULT_VARIANT}",
+        metavar="NAME",
+        help=f"model variant (`dbsam variants`); by default the checkpoint's, or {DEFAULT_VARIANT}",
     )
     add_weights_choice(
         parser,
@@ -96,7 +97,7 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--image-size",
         type=int,
-        help="side of the image that the encoder takes; by default the variant's, see dbsam variants",
+        help="side of the image that the encoder takes; its variant's by default (dbsam variants)",
     )
     parser.add_argument(
         "--data",

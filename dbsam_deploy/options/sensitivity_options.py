@@ -78,7 +78,12 @@ def build_parser() -> Parser:
         help="largest loss of Dice with the truth on held-back images; the gate holds as well",
     )
     add_weights_choice(parser, "weights: .pth, .ckpt or .safetensors")
-    parser.add_argument("--variant", choices=VARIANT_NAMES, help="by default the checkpoint's")
+    parser.add_argument(
+        "--variant",
+        choices=VARIANT_NAMES,
+        metavar="NAME",
+        help="model variant (`dbsam variants`); by default the checkpoint's",
+    )
     parser.add_argument("--image-size", type=int, help="side of the model frame")
     parser.add_argument(
         "--output", type=Path, default=SensitivityOptions.output, help="where to write"

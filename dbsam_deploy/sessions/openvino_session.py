@@ -111,8 +111,11 @@ class OpenvinoSession:
         values: Mapping[str, Any] = feed
         try:
             for part in self._compiled[key]:
-                outputs = part.create_infer_request().infer(values, share_inputs=True)
-                values = {port.any_name: outputs[port] for port in part.outputs}
+                known = {name for port in part.inputs for name in port.names}
+                given = {name: values[name] for name in values if name in known}
+                outputs = part.create_infer_request().infer(given, share_inputs=True)
+                # A value that is cast at the end has the names of both.
+                values = {name: outputs[port] for port in part.outputs for name in port.names}
         except RuntimeError as error:
             raise EngineError(f"{graph}: OpenVINO fails to run it: {error}") from error
         return {name: values[name] for name in spec.output_names}

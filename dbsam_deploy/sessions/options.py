@@ -86,7 +86,7 @@ def _add_weights_options(model: argparse._ArgumentGroup) -> None:
         "--variant",
         choices=VARIANT_NAMES,
         metavar="NAME",
-        help=f"{', '.join(VARIANT_NAMES)} ({weights})",
+        help=f"model variant, see `dbsam variants` ({weights})",
     )
     model.add_argument("--image-size", type=int, help=f"side of the model frame ({weights})")
     add_weights_choice(

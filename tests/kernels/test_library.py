@@ -3,6 +3,7 @@
 import ctypes
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from dbsam_deploy.core.errors import EngineError, InputError
 from dbsam_deploy.kernels import build as kernel_build
 from dbsam_deploy.kernels import library as kernels
+from dbsam_deploy.kernels.plugin_build import PluginLibrary
 from dbsam_deploy.resources import resource_dir
 
 SOURCE = '#include "answer.h"\nextern "C" int answer() { return ANSWER; }\n'
@@ -186,17 +188,30 @@ def test_every_status_of_the_sources_has_a_meaning() -> None:
     assert codes == set(kernels.STATUS)
 
 
-@pytest.mark.nvcc
-@pytest.mark.parametrize("architecture", kernels.ARCHITECTURES)
-@pytest.mark.parametrize("name", kernels.OPERATORS)
-def test_nvcc_compiles_it(name: str, architecture: str) -> None:
-    usages = kernels.resource_usage(name, architecture)
+def assert_they_fit(usages: Sequence[kernel_build.ResourceUsage]) -> None:
     assert usages
     for usage in usages:
         assert 0 < usage.registers <= 255
         # a few values around a loop may be spilled; an array in local memory is a mistake
         assert usage.spill_bytes <= 400, usage
         assert usage.stack_bytes <= 128, usage
+
+
+@pytest.mark.nvcc
+@pytest.mark.parametrize("architecture", sorted({*kernels.ARCHITECTURES} - {"sm_90"}))
+@pytest.mark.parametrize("name", kernels.OPERATORS)
+def test_nvcc_compiles_it(name: str, architecture: str) -> None:
+    assert_they_fit(kernels.resource_usage(name, architecture))
+
+
+def test_nvcc_compiles_all_for_the_plugins_architecture(plugin_library: PluginLibrary) -> None:
+    """sm_90, from the log of a build that other tests need as well."""
+    assert plugin_library.architectures == ("sm_90", "compute_90")
+    (log,) = plugin_library.path.parent.glob("cmake-*/build.log")
+    usages = kernel_build._parse_usage(log.read_text())
+    assert_they_fit(usages)
+    for name in ("ms_deform_attn", "channel_attention", "attend_window"):
+        assert any(name in usage.kernel for usage in usages), name
 
 
 @pytest.mark.nvcc

@@ -24,7 +24,7 @@ def feed():
 
 @pytest.fixture(scope="module")
 def calibrated(float_encoder, feed, tmp_path_factory):
-    """(precision, outputs) → the float graph with ranges, and its plan."""
+    """(precision, outputs) → the float graph with ranges, its plan, and all of it quantised."""
 
     @functools.cache
     def run(precision, outputs):
@@ -32,7 +32,8 @@ def calibrated(float_encoder, feed, tmp_path_factory):
         if outputs:  # rounding by error, which takes long, is in the cases without
             plan = replace(plan, rounding="nearest")
         folder = tmp_path_factory.mktemp("calibrated")
-        return calibrate(float_encoder(precision), plan, lambda: [feed], folder), plan
+        ready = calibrate(float_encoder(precision), plan, lambda: [feed], folder)
+        return ready, plan, quantize_graph(ready, plan, folder / "w.onnx").path
 
     return run
 
@@ -50,9 +51,9 @@ def calibrated(float_encoder, feed, tmp_path_factory):
 def test_same_values_and_pairs_as_quantising_the_choice(
     calibrated, feed, tmp_path, precision, outputs, exclude
 ):
-    ready, plan = calibrated(precision, outputs)
+    ready, plan, quantised = calibrated(precision, outputs)
     direct = onnx.load(quantize_graph(ready, plan, tmp_path / "q.onnx", exclude=exclude).path)
-    whole = onnx.load(quantize_graph(ready, plan, tmp_path / "w.onnx").path)
+    whole = onnx.load(quantised)
     before = whole.SerializeToString(deterministic=True)
     chosen = chosen_layers(ready, plan, exclude)
     assert 0 < len(chosen) < len(chosen_layers(ready, plan))

@@ -74,6 +74,28 @@ def test_the_encoder_with_functions_equals_pytorch(fused, tmp_path: Path) -> Non
         check_close(found["image_embeddings"], expected["image_embeddings"], "float32")
 
 
+def test_an_output_that_is_cast_at_the_end_has_its_own_name(tmp_path: Path) -> None:
+    """OpenVINO drops such a cast, and the value then has two names, one of which is the first."""
+    model = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["": 18]>
+        encoder (float[batch,3,64,64] image) => (float[batch,256,4,4] image_embeddings) {
+            shape = Constant <value_ints = [256, 3, 16, 16]> ()
+            half = Cast <to = 10> (image)
+            wide = ConstantOfShape <value = float[1] {0.01}> (shape)
+            weight = Cast <to = 10> (wide)
+            a_sum = Conv <strides = [16, 16]> (half, weight)
+            image_embeddings = Cast <to = 1> (a_sum)
+        }"""
+    )
+    onnx.save(model, tmp_path / "encoder.onnx")
+    graphs = {"encoder": graph_file(tmp_path / "encoder.onnx", tmp_path)}
+    artefact = Artefact(tmp_path, "cast", "fp16", Preprocessing(64), graphs)
+    feed = image(1, 64)
+    found = OpenvinoSession(artefact, cache=tmp_path / "cache").run("encoder", feed)
+    (expected,) = run_onnx(model, feed)
+    check_close(found["image_embeddings"], expected, "float16")
+
+
 def test_bfloat16_is_near_and_not_float32(fused, tmp_path: Path) -> None:
     artefact, reference = fused
     feed = image(1, artefact.preprocessing.image_size)

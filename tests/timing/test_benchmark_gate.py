@@ -242,7 +242,7 @@ def test_a_wrong_result_is_neither_timed_nor_recorded(
     monkeypatch.setenv("ANSWER", "41")
     result = _run(project, "--benchmark", "--rebaseline")
     result.assert_outcomes(failed=1, deselected=1)
-    result.stdout.fnmatch_lines(["benchmark gate: not every benchmark passed*"])
+    result.stdout.fnmatch_lines(["benchmark gate: a benchmark failed or none was timed*"])
     assert _baselines(project) == []
 
 
@@ -261,6 +261,22 @@ def test_a_bound_needs_no_time(project: pytest.Pytester) -> None:
     result = _run(project, "--benchmark", "--rebaseline")
     assert result.ret == pytest.ExitCode.OK
     result.assert_outcomes(passed=2, deselected=1)
+    (path,) = _baselines(project)
+
+    alone = _run(project, "--benchmark", "-m", "bound")
+    alone.assert_outcomes(passed=1, deselected=2)
+    assert alone.ret == pytest.ExitCode.OK
+    alone.stdout.fnmatch_lines(["note: bounds were held, no speed was judged*"])
+    recorded = path.read_bytes()
+    nothing = _run(project, "--benchmark", "--rebaseline", "-m", "bound")
+    assert nothing.ret == pytest.ExitCode.TESTS_FAILED
+    nothing.stdout.fnmatch_lines(["benchmark gate: a benchmark failed or none was timed*"])
+    assert path.read_bytes() == recorded
+    (project.path / "benchmarks" / "bench_bytes.py").write_text(
+        "import pytest\n@pytest.mark.bound\ndef test_bytes(): assert False\n"
+    )
+    exceeded = _run(project, "--benchmark", "-m", "bound")
+    assert exceeded.ret == pytest.ExitCode.TESTS_FAILED
 
 
 GPU_BENCHMARK = "import pytest\n@pytest.mark.gpu\ndef test_gpu(benchmark_ratio): raise ValueError\n"
