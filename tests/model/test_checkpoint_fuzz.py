@@ -12,16 +12,15 @@ import pytest
 import torch
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
+from support.adapter_fuzz import adapter_case, with_adapter
 from support.checkpoint_fuzz import (
     CHANGES,
     VARIANT_OF,
     Case,
     Described,
-    adapter_case,
     good_case,
     narrow_shapes,
     thin_variants,
-    with_adapter,
     write,
 )
 
