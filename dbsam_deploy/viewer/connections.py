@@ -34,7 +34,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def quiet_protocol() -> type[Any]:
-    """A protocol for uvicorn, which ends quietly where a body is malformed after its answer has begun.
+    """Protocol for uvicorn that ends quietly where a body is malformed after its answer has begun.
 
     uvicorn answers a malformed body with 400. An answer that was given before the body was read
     cannot be followed by a second one: h11 raises, and asyncio logs forty lines for each request.
