@@ -270,7 +270,7 @@ def _listen(app: Any, args: argparse.Namespace, about: str, bound: socket.socket
     import uvicorn
     from fastapi import FastAPI
 
-    from .viewer.connections import ViewerConnection
+    from .viewer.connections import quiet_protocol
 
     if args.prefix:
         outer = FastAPI(openapi_url=None, redirect_slashes=False)
@@ -278,7 +278,7 @@ def _listen(app: Any, args: argparse.Namespace, about: str, bound: socket.socket
         app = outer
     config = uvicorn.Config(
         app,
-        http=ViewerConnection,
+        http=quiet_protocol(),
         log_level="warning",
         access_log=False,
         lifespan="off",

@@ -129,6 +129,7 @@ def select(file: WeightsFile, weights: str | None = None, key: str | None = None
         swapped = is_swapped(content)
         model, note = choose_model(models, weights, key, swapped=swapped)
         _check_shared(model, file.size)
+        _check_width(model)
         if twice := named_twice(model.tensors):
             raise InputError(f"{' and '.join(twice)} are one tensor of the model; expected one")
     except ValueError as error:
@@ -167,6 +168,19 @@ def _check_plain(found: Mapping[str, FoundTensor]) -> None:
             raise ValueError(f"{name} is {one.tensor.what}; expected a tensor of plain numbers")
         if one.tensor.dtype.is_complex:
             raise ValueError(f"{name} is complex; expected a tensor of real numbers")
+
+
+def _check_width(model: Candidate) -> None:
+    """Refuse numbers of one byte, which go with a scale that is elsewhere.
+
+    Raises:
+        ValueError: with the name of a tensor.
+    """
+    for name, one in model.tensors.items():
+        dtype = one.tensor.dtype if isinstance(one.tensor, StoredTensor) else torch.float32
+        if dtype.is_floating_point and dtype.itemsize < 2:
+            word = str(dtype).removeprefix("torch.")
+            raise ValueError(f"{name} is {word}: quantised weights cannot be taken")
 
 
 def _check_shared(model: Candidate, size: int) -> None:

@@ -130,7 +130,7 @@ def interpolate_position(
             of relative positions are resized in any case, as SAM does it in every forward.
     """
     name = "image_encoder.pos_embed"
-    if name not in tensors or tensors[name].dim() != 4:
+    if name not in tensors or name not in wanted or tensors[name].dim() != 4:
         return tensors
     resized = dict(tensors)
     table, grid = tensors[name], wanted[name].shape[1:3]

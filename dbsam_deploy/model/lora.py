@@ -105,6 +105,7 @@ def _add_queries_and_values(
             f"{source}: {name} is {tuple(weight.shape)}, expected three times as many rows as "
             "columns"
         )
+    _check_kind(source, name, weight)
     changed = weight.to(torch.float32, copy=True)
     for rows, kind in ((slice(None, width), "q"), (slice(-width, None), "v")):
         changed[rows] += _product(
@@ -125,7 +126,22 @@ def _product(source: str, name: str, down: Tensor, up: Tensor, shape: tuple[int,
             f"{source}: the adapter of {name} is {tuple(up.shape)} · {tuple(down.shape)}, expected "
             f"{shape}"
         )
+    _check_kind(source, f"the adapter of {name}", down, up)
     return up.float() @ down.float()
+
+
+def _check_kind(source: str, name: str, *tensors: Tensor) -> None:
+    """Refuse whole numbers, which a sum would turn into floating-point ones that nobody meant.
+
+    Raises:
+        CheckpointError: one is of another kind.
+    """
+    for tensor in tensors:
+        if not tensor.is_floating_point():
+            word = str(tensor.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{source}: {name} is {word}, expected float32: quantised weights cannot be taken"
+            )
 
 
 def adapter_file(path: Path) -> Path:
@@ -258,6 +274,7 @@ def _merge_peft(
                 f"{path}: the adapter of {name} is {tuple(parts['A'].shape)}, and the rank in "
                 f"{PEFT_CONFIG} is {config['rank']}"
             )
+        _check_kind(str(path), name, weight)
         product = _product(str(path), name, parts["A"], parts["B"], tuple(weight.shape))
         merged[name] = weight.float() + config["scale"] * product
     return merged

@@ -97,8 +97,7 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--image-size",
         type=int,
-        help="side of the image that the encoder takes; by default the variant's (`dbsam "
-        "variants`)",
+        help="side of the image that the encoder takes; its variant's by default (dbsam variants)",
     )
     parser.add_argument(
         "--data",

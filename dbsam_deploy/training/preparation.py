@@ -80,6 +80,8 @@ def prepare_banks(
 
 
 def _check_grids(recipe: TrainingRecipe, teacher: LoadedModel) -> None:
+    if teacher.preprocessing.high_res:
+        raise InputError(f"teacher {recipe.teacher}: SAM 2's embedding is one of three parts")
     student = variant_config(recipe.variant, image_size=recipe.image_size).frame
     if teacher.preprocessing.grid != student.grid:
         raise InputError(

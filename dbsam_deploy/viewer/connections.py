@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-
-import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from typing import Any
 
 from ..core.errors import InputError
 
@@ -35,16 +33,20 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-class ViewerConnection(H11Protocol):
-    """uvicorn's, which ends quietly where a body is malformed after its answer has begun.
+def quiet_protocol() -> type[Any]:
+    """Protocol for uvicorn that ends quietly where a body is malformed after its answer has begun.
 
     uvicorn answers a malformed body with 400. An answer that was given before the body was read
     cannot be followed by a second one: h11 raises, and asyncio logs forty lines for each request.
     """
+    import h11
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 
-    def send_400_response(self, msg: str) -> None:
-        """Answer 400 where nothing was answered yet, and end the connection."""
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            super().send_400_response(msg)
-        else:
-            self.transport.close()
+    class Quiet(H11Protocol):
+        def send_400_response(self, msg: str) -> None:
+            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                super().send_400_response(msg)
+            else:
+                self.transport.close()
+
+    return Quiet

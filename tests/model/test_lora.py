@@ -202,6 +202,21 @@ def test_an_adapter_of_another_model(tmp_path, base):
         load_model(checkpoint=base, adapter=tmp_path / "b")
 
 
+@pytest.mark.parametrize("part", ["base", "adapter"])
+def test_whole_numbers_are_not_merged(tmp_path, base, part):
+    """Their sum would be of the model's own type, and nothing would tell it any more."""
+    layer = "image_encoder.blocks.0.attn.qkv"
+    peft_folder(tmp_path / "a", {layer: (3 * WIDTH, WIDTH)})
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    if part == "adapter":
+        save_file({name: tensor.to(torch.int8) for name, tensor in load_file(path).items()}, path)
+    else:
+        state = read_checkpoint(base).tensors
+        torch.save({**state, f"{layer}.weight": state[f"{layer}.weight"].to(torch.int8)}, base)
+    with pytest.raises(CheckpointError, match="is int8, expected float32: quantised weights"):
+        load_model(checkpoint=base, adapter=tmp_path / "a")
+
+
 def test_an_adapter_that_names_a_layer_twice(tmp_path, base):
     layer = "image_encoder.blocks.0.attn.qkv"
     peft_folder(tmp_path / "a", {layer: (3 * WIDTH, WIDTH)})

@@ -180,12 +180,14 @@ def test_the_tensorrt_stand_in_serves_the_graph_and_says_what_that_proves(
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize(("mode", "stride"), [("medsam", 16), ("lite_medsam", 4)])
+@pytest.mark.parametrize(
+    ("mode", "stride", "frame"), [("medsam", 16, None), ("lite_medsam", 4, None), ("sam", 16, 128)]
+)
 def test_other_modes_are_served_as_they_are_computed_locally(
-    make_artefact, server_environment, tmp_path, mode, stride
+    make_artefact, server_environment, tmp_path, mode, stride, frame
 ):
     environment = find_environment(server_environment.folder, medsam=mode == "medsam")
-    artefact = make_artefact(tmp_path / "a", 64, mode, stride=stride)
+    artefact = make_artefact(tmp_path / "a", 64, mode, stride=stride, frame_size=frame)
     root = tmp_path / "r"
     build_repository(artefact, root)
     with TritonServer(root, environment, log=tmp_path / "log", ports=FREE) as server:

@@ -53,7 +53,7 @@ class _Graph(GraphBuilder):
 
 def _encoder(spec: GraphSpec, path: Path, rng: np.random.Generator, size: Geometry) -> None:
     graph = _Graph(spec)
-    patch = [size.embedding_stride] * 2
+    patch = [size.image_size // size.grid] * 2
     weight = (rng.standard_normal((256, 3, *patch)) * 0.8 / patch[0]).astype(np.float32)
     patches = graph.add("Conv", "image", graph.constant(weight), kernel_shape=patch, strides=patch)
     graph.add("Tanh", patches, output="image_embeddings")
@@ -83,7 +83,7 @@ def _image_term(graph: _Graph, rng: np.random.Generator) -> str:
 
 def _grid(graph: _Graph, size: Geometry) -> tuple[str, str]:
     """x and y of the mask grid's cells in the model frame, (1, 1, 1, 1, 4G) and (…, 4G, 1)."""
-    cell = np.float32(size.image_size / size.mask_side)
+    cell = np.float32(size.frame_side / size.mask_side)
     centres = (np.arange(size.mask_side, dtype=np.float32) + np.float32(0.5)) * cell
     return (
         graph.constant(centres.reshape(1, 1, 1, 1, -1)),
@@ -143,11 +143,14 @@ def make_tiny_artefact(
     stride: int = 16,
     *,
     high_res: bool = False,
+    frame_size: int | None = None,
 ) -> Artefact:
     """Write an export of small graphs with random weights: masks follow both prompt and image."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
-    how = Preprocessing(image_size, mode, embedding_stride=stride, high_res=high_res)
+    how = Preprocessing(
+        image_size, mode, embedding_stride=stride, high_res=high_res, frame_size=frame_size
+    )
     specs = graph_specs(how)
     paths = {name: folder / f"{name}.onnx" for name in specs}
     _encoder(specs["encoder"], paths["encoder"], rng, how)

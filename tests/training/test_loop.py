@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,11 +18,13 @@ from support.ports import free_port
 
 from dbsam_deploy.cli import run
 from dbsam_deploy.core.errors import CheckpointError, InputError
+from dbsam_deploy.core.imaging import Preprocessing
 from dbsam_deploy.model.checkpoint import read_checkpoint
 from dbsam_deploy.model.weights import load_model
 from dbsam_deploy.resources import resource_dir
 from dbsam_deploy.train import STATE_NAME, TrainOptions, main, train
 from dbsam_deploy.training.loop import learning_rate
+from dbsam_deploy.training.preparation import prepare_banks
 from dbsam_deploy.training.recipe import load_training_recipe
 from dbsam_deploy.verification.cases import bundled_examples
 
@@ -271,3 +274,12 @@ def test_sam2_is_not_trained_here(tmp_path) -> None:
     options = TrainOptions(str(path), data=bundled_examples(), output=tmp_path / "out", cpu=True)
     with pytest.raises(InputError, match="SAM 2 is not trained here"):
         train(options)
+
+
+def test_sam2_teaches_no_other_model() -> None:
+    recipe = SimpleNamespace(teacher="sam2_hiera_tiny")
+    teacher = SimpleNamespace(preprocessing=Preprocessing(1024, "sam2", high_res=True))
+    with pytest.raises(InputError, match="SAM 2's embedding is one of three parts"):
+        prepare_banks(
+            recipe, None, None, teacher=teacher, folder=Path("bank"), accelerator=None, counter=None
+        )
