@@ -64,6 +64,8 @@ _RENAMED = (
 """Names of transformers' `SamModel` → SAM's; the first that matches counts."""
 
 
+_SAM2 = ("image_encoder.trunk.", "sam_mask_decoder.", "sam_prompt_encoder.")
+"""Starts of names that only SAM 2 has: an adapter of its mask decoder has no trunk."""
 _OF_SAM2 = (
     (r"^sam_mask_decoder\.(conv_s[01])\.", r"image_encoder.\1."),
     (r"^no_mem_embed$", "image_encoder.no_mem_embed"),
@@ -100,7 +102,7 @@ _TABLES = {SAM2: _OF_SAM2, HUGGING_FACE: _RENAMED, HUGGING_FACE_2: _RENAMED_2}
 def layout_of(names: Iterable[str]) -> str:
     """Which layout a model's keys have, or those of an adapter of a part of it."""
     listed = list(names)
-    if any(name.startswith("image_encoder.trunk.") for name in listed):
+    if any(name.startswith(_SAM2) for name in listed):
         return SAM2
     if any(map(_HUGGING_FACE_2.match, listed)):
         return HUGGING_FACE_2

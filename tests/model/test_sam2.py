@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from support.fixed_numbers import fixed_numbers
 from support.sam2_references import SMALL, crafted, made_weights, our_answers
 
@@ -176,6 +177,22 @@ def test_what_cannot_carry_its_features_says_so(weights):
         Quantizer.of(loaded, load_recipe("int8"), None, None, None)
     with pytest.raises(InputError, match="none of the fused operators"):
         FusedEncoder(loaded.model)
+
+
+def test_an_adapter_of_the_mask_decoder_alone_has_sam2s_names_too(weights, tmp_path):
+    layer = "sam_mask_decoder.transformer.layers.0.mlp.layers.0"
+    down, up = torch.randn(2, 256), torch.randn(2048, 2)
+    start = f"base_model.model.{layer}.lora_"
+    save_file(
+        {f"{start}A.weight": down, f"{start}B.weight": up}, tmp_path / "adapter_model.safetensors"
+    )
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["layers.0"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    plain, adapted = (
+        load_model(checkpoint=weights, adapter=path).model.mask_decoder.transformer.layers[0].mlp
+        for path in (None, tmp_path)
+    )
+    torch.testing.assert_close(adapted.lin1.weight - plain.lin1.weight, 2 * up @ down)
 
 
 def test_fresh_weights_need_no_other_familys_decoder(weights):
