@@ -29,8 +29,8 @@ from .files.locks import one_writer
 from .graphs.onnx_export import export_graph
 from .model import DbSam
 from .model.weights import load_model
-from .quantization.calibration_images import CalibrationSet
-from .quantization.quantizer import Quantizer, calibration_images, check_quantisable
+from .quantization.calibration_images import CalibrationSet, choose_images
+from .quantization.quantizer import Quantizer, check_quantisable
 from .quantization.sweep import Sweep
 from .recipe import Recipe, calibration_plan, load_recipe
 from .sessions.weights_choice import ModelChoice
@@ -79,7 +79,7 @@ def find_exclusions(
         )
     loaded = load_model(**vars(ModelChoice.of(options)))
     check_quantisable(loaded, recipe)  # before anybody is asked for more images
-    images = calibration_images(recipe, options.calibration, options.budget)
+    images = choose_images(options.calibration, plan)
     bars = progress_bars(console)
     quantizer = Quantizer.of(loaded, recipe, images, options.budget, bars)
     place, scratch = options.output, options.output / Quantizer.SCRATCH

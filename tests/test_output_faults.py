@@ -160,7 +160,7 @@ def sweep(tmp_path, monkeypatch) -> Command:
         return SimpleNamespace(weights={"sha256": chosen[-1]}, model=SimpleNamespace(config=0))
 
     monkeypatch.setattr(sensitivity, "Quantizer", Quantizer)
-    for name in ("calibration_plan", "calibration_images", "check_quantisable"):
+    for name in ("calibration_plan", "choose_images", "check_quantisable"):
         monkeypatch.setattr(sensitivity, name, lambda *arguments: object())
     monkeypatch.setattr(sensitivity, "load_model", load_model)
     monkeypatch.setattr(sensitivity, "plot", lambda found: f"<svg>{found.weights}</svg>")
