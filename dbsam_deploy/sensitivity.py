@@ -72,7 +72,7 @@ def find_exclusions(
     stages = stages or SweepStages()
     recipe = stages.load_recipe(options.precision)
     plan = calibration_plan(recipe, options.calibration, options.budget)
-    if plan is None or recipe.quantization is None:
+    if plan is None or recipe.quantization is None or options.calibration is None:
         raise InputError(
             f"{options.precision} quantises no activations, so there is nothing to choose; use "
             "--precision int8 or fp8"
