@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import select
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -286,7 +288,13 @@ def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) 
         Other exceptions are bugs and keep their traceback.
     """
     try:
-        return main(argv)
+        status = main(argv)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        return 128 + 13  # as if ended by SIGPIPE, like other programs before `| head`
     except DbsamError as error:
         lines = (f"error: {' '.join(error.message.split())}", *error.details)
         print(as_called("\n  ".join(lines)), file=sys.stderr)
@@ -294,3 +302,21 @@ def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) 
     except KeyboardInterrupt as interrupt:
         print(": ".join(("interrupted", *map(str, interrupt.args))), file=sys.stderr)
         return 130
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads the output any more; what is left of it goes nowhere then."""
+    if not hasattr(select, "poll"):  # Windows has no such error either
+        return False
+    try:
+        out = sys.stdout.fileno()
+    except (OSError, ValueError):  # no file: a program has put something else in its place
+        return False
+    look = select.poll()
+    look.register(out, 0)
+    if not any(event & select.POLLERR for _, event in look.poll(0)):
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, out)
+    os.close(nowhere)
+    return True

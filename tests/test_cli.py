@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 from rich.table import Table
 
-from dbsam_deploy.cli import table_console
+from dbsam_deploy.cli import run, table_console
 
 LONG = "a_case_with_a_long_name_of_fifty_characters_01.nii.gz"
 
@@ -50,3 +54,22 @@ def test_a_column_that_never_wraps_keeps_its_width(monkeypatch, capsys):
     words = "never wrapped though it has several words"
     table = table_of(("b.png", "remark " * 20, words), no_wrap=True)
     assert any(words in line for line in print_at(60, table, monkeypatch, capsys))
+
+
+def test_output_that_nobody_reads_any_more_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        words = [sys.executable, "-m", "dbsam_deploy", "variants", "--json"]
+        done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    finally:
+        os.close(write)
+    assert (done.stderr, done.returncode) == ("", 141)
+
+
+def test_another_broken_pipe_keeps_its_traceback():
+    def main(argv):
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        run(main, [])
