@@ -157,7 +157,7 @@ def check_sam_signature(how: Preprocessing) -> int:
 def _preprocessing(how: Preprocessing) -> str:
     """`core.imaging.preprocess` of a square picture of 1024 pixels, from `sam_bytes` on."""
     step = check_sam_signature(how)
-    return _z_scored() if how.mode == "sam" else _unit_range(step)
+    return _unit_range(step) if how.mode in ("medsam", "lite_medsam") else _z_scored()
 
 
 def _z_scored() -> str:

@@ -111,6 +111,7 @@ def test_masks_have_the_images_size(pair, size):
     [
         Preprocessing(1024, "sam"),
         Preprocessing(1024, "medsam"),
+        Preprocessing(1024, "sam_med2d"),
         *(Preprocessing(size, "lite_medsam", embedding_stride=4) for size in (1024, 512, 256)),
     ],
     ids=lambda how: f"{how.mode} {how.image_size}",
