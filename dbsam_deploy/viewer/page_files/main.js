@@ -214,12 +214,11 @@ class App {
     const meta = JSON.parse(answer.headers.get("X-Meta"));
     const voxels = new Uint8Array(await answer.arrayBuffer());
     if (meta.box) this.scene.write(meta.box, voxels, fields.label);
-    this.last = meta;
-    const all = (performance.now() - start) / 1000;
     const [first, end] = meta.box?.[0] ?? [0, 0];
     const where = end - first > 1 ? `slices ${first + 1}–${end} changed; ` : "";
     const late = meta.is_late ? "stopped for time, the next prompt goes on; " : "";
-    this.note(`${where}${late}answer in ${seconds(meta.seconds)}, shown in ${seconds(all)}`);
+    const shown = seconds((performance.now() - start) / 1000);
+    this.note(`${where}${late}answer in ${seconds(meta.seconds)}, shown in ${shown}`);
     return meta.has_run;
   }
 
