@@ -473,10 +473,10 @@ class App {
     for (const kind of ["dragover", "drop"]) addEventListener(kind, (event) => event.preventDefault());
     addEventListener("dragover", () => stage.classList.add("over"));
     addEventListener("dragleave", (event) => { if (!event.relatedTarget) stage.classList.remove("over"); });
-    addEventListener("drop", async (event) => {
+    addEventListener("drop", (event) => {
       stage.classList.remove("over");
-      const files = await dropped(event.dataTransfer);
-      if (files.length) this.open(files);
+      const reading = dropped(event.dataTransfer);
+      this.queue("Reading", async () => { const files = await reading; if (files.length) this.open(files); });
     });
     listenToPointer(this, stage, $("overlay"));
     listenToKeys(this);
