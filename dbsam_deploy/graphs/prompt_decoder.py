@@ -56,7 +56,7 @@ def _attend(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attention.out_proj((weights @ v).transpose(2, 3).flatten(-2))
 
 
-class _MaskGraph(nn.Module):
+class MaskGraph(nn.Module):
     """What both decoder graphs share: two-way transformer, upscaling, hypernetworks.
 
     Args:
@@ -180,13 +180,11 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1)[:, None]
 
 
-class DecoderGraph(_MaskGraph):
+class DecoderGraph(MaskGraph):
     """`decoder`: image_embeddings (B, 256, G, G), boxes (B, N, 4) → one mask for each box."""
 
-    computed_tokens = 1
-
     def __init__(self, model: DbSam) -> None:
-        super().__init__(model, mask_tokens=self.computed_tokens)
+        super().__init__(model, mask_tokens=1)
 
     def forward(self, image_embeddings: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
         """low_res_masks (B, N, 1, 4G, 4G), iou_predictions (B, N, 1)."""
@@ -196,8 +194,8 @@ class DecoderGraph(_MaskGraph):
         return masks.float(), iou.float()
 
 
-class PromptDecoderGraph(_MaskGraph):
-    """`prompt_decoder`: points, box corners and earlier masks → all four mask tokens."""
+class PromptMaskGraph(MaskGraph):
+    """Prompts of every kind as tokens, for a graph that gives all four masks of each set."""
 
     def __init__(self, model: DbSam) -> None:
         super().__init__(model, mask_tokens=NUM_MASK_TOKENS)
@@ -227,6 +225,19 @@ class PromptDecoderGraph(_MaskGraph):
             x = F.gelu(F.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, norm.eps))
         return (x @ scale[6].weight[:, :, 0, 0].T + scale[6].bias).flatten(2, 3)
 
+    def prompted_tokens(
+        self, image_embeddings: Tensor, mask_input: Tensor, has_mask_input: Tensor
+    ) -> Tensor:
+        """Image + dense prompt embeddings (B, N, G·G, 256), of the graph's inputs."""
+        empty = self.prompt.no_mask_embed.weight
+        flag = has_mask_input[..., None, None].to(empty.dtype)
+        dense = self.dense_tokens(mask_input.to(empty.dtype)) * flag + empty * (1 - flag)
+        return image_tokens(image_embeddings.to(empty.dtype)) + dense
+
+
+class PromptDecoderGraph(PromptMaskGraph):
+    """`prompt_decoder`: points, box corners and earlier masks → all four mask tokens."""
+
     def forward(
         self,
         image_embeddings: Tensor,
@@ -240,15 +251,6 @@ class PromptDecoderGraph(_MaskGraph):
         tokens = self.prompted_tokens(image_embeddings, mask_input, has_mask_input)
         masks, iou = self.predict(tokens, sparse)
         return masks.float(), iou.float()
-
-    def prompted_tokens(
-        self, image_embeddings: Tensor, mask_input: Tensor, has_mask_input: Tensor
-    ) -> Tensor:
-        """Image + dense prompt embeddings (B, N, G·G, 256), of the graph's inputs."""
-        empty = self.prompt.no_mask_embed.weight
-        flag = has_mask_input[..., None, None].to(empty.dtype)
-        dense = self.dense_tokens(mask_input.to(empty.dtype)) * flag + empty * (1 - flag)
-        return image_tokens(image_embeddings.to(empty.dtype)) + dense
 
 
 def _halve(x: Tensor) -> Tensor:

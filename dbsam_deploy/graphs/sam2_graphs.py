@@ -16,7 +16,7 @@ from ..core.contract import NUM_MASK_TOKENS
 from ..model import DbSam
 from ..model.hiera import Features, Hiera
 from ..model.sam2_decoder import MASK_LIMIT, STABLE_DELTA, STABLE_PART
-from .prompt_decoder import DecoderGraph, PromptDecoderGraph, image_tokens
+from .prompt_decoder import MaskGraph, PromptMaskGraph, image_tokens
 
 
 class Sam2EncoderGraph(nn.Module):
@@ -69,12 +69,13 @@ def _doubled(x: Tensor) -> Tensor:
     return torch.stack((x, x), -2).flatten(2, 3)
 
 
-class Sam2DecoderGraph(DecoderGraph):
+class Sam2DecoderGraph(MaskGraph):
     """`decoder` of SAM 2: boxes → one mask each."""
 
-    computed_tokens = NUM_MASK_TOKENS
+    def __init__(self, model: DbSam) -> None:
+        super().__init__(model, mask_tokens=NUM_MASK_TOKENS)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         image_embeddings: Tensor,
         high_res_feats_0: Tensor,
@@ -92,10 +93,10 @@ class Sam2DecoderGraph(DecoderGraph):
         return masks.float(), iou.float()
 
 
-class Sam2PromptDecoderGraph(PromptDecoderGraph):
+class Sam2PromptDecoderGraph(PromptMaskGraph):
     """`prompt_decoder` of SAM 2: sets that end with a point labelled -1 → all four masks."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         image_embeddings: Tensor,
         high_res_feats_0: Tensor,
