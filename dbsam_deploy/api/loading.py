@@ -280,11 +280,10 @@ def open_named(
     options = model_options(args)
     if args.backend != TRITON:
         return open_model(options, kept_embeddings=kept_embeddings)
-    transport, access = args.transport or "grpc", named_access(args)
-    scheme = next(name for name, (known, _) in SCHEMES.items() if known == transport)
-    scheme = scheme if access is None else TLS_SCHEMES[transport]
+    access = named_access(args)
+    scheme, address = _named_server(args.url or "localhost", args.transport, tls=access is not None)
     return open_server(
-        args.url or "localhost",
+        address,
         scheme,
         shared_memory=bool(args.shared_memory),
         timeout_s=args.timeout,
@@ -292,3 +291,22 @@ def open_named(
         access=access,
         logits=logits,
     )
+
+
+def _named_server(url: str, transport: Transport | None, *, tls: bool) -> tuple[str, str]:
+    """Scheme and address of a command line's server, which may be written as `load` takes it.
+
+    Raises:
+        InputError: a scheme that is none of a server's, or that speaks another protocol.
+    """
+    scheme, separator, address = url.partition("://")
+    if not separator:
+        protocol = transport or "grpc"
+        plain = next(name for name, (known, _) in SCHEMES.items() if known == protocol)
+        return TLS_SCHEMES[protocol] if tls else plain, url
+    if scheme not in SCHEMES:
+        raise InputError(f"--url {url}: expected host:port, or {', '.join(SCHEMES)} before ://")
+    protocol = SCHEMES[scheme][0]
+    if transport not in (None, protocol):
+        raise InputError(f"--url {url} speaks {protocol}: drop --transport {transport}")
+    return TLS_SCHEMES[protocol] if tls else scheme, address

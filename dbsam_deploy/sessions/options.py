@@ -99,7 +99,9 @@ def _add_weights_options(model: argparse._ArgumentGroup) -> None:
 def add_server_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Add the options of `--backend triton`, and return their group."""
     server = parser.add_argument_group("server (triton)")
-    server.add_argument("--url", help="host:port (default: localhost:8001, over HTTP 8000)")
+    server.add_argument(
+        "--url", help="host:port, or triton://host:port (default: localhost:8001, over HTTP 8000)"
+    )
     server.add_argument("--transport", choices=("grpc", "http"), help="default: grpc")
     server.add_argument(
         "--shared-memory",

@@ -311,9 +311,15 @@ def test_an_answer_of_another_shape_is_refused(triton, monkeypatch):
 
 @pytest.mark.triton
 @pytest.mark.parametrize(
-    "more", [["--url"], ["--shared-memory", "--url"], ["--transport", "http", "--url"]]
+    ("more", "scheme"),
+    [
+        (["--url"], ""),
+        (["--shared-memory", "--url"], "triton://"),
+        (["--transport", "http", "--url"], ""),
+        (["--url"], "triton+http://"),
+    ],
 )
-def test_the_command_writes_mask_and_overlay(triton, predictor, tmp_path, capsys, more):
+def test_the_command_writes_mask_and_overlay(triton, predictor, tmp_path, capsys, more, scheme):
     image, _ = random_case(48, 56)
     Image.fromarray(image).save(tmp_path / "a.png")
     boxes = np.array([[3, 4, 20, 30], [25, 5, 55, 40]], np.float32)
@@ -321,7 +327,7 @@ def test_the_command_writes_mask_and_overlay(triton, predictor, tmp_path, capsys
     expected = np.zeros((48, 56), np.uint8)
     for label, mask in enumerate(predictor.predict_boxes(boxes).masks[:, 0], start=1):
         expected[mask == 1] = label
-    url = url_of(triton, "http" if "http" in more else "grpc")
+    url = scheme + url_of(triton, "http" if "http" in [*more, scheme[7:-3]] else "grpc")
     (tmp_path / "server.key").write_text(f"{triton.key}\n")
     options = [str(tmp_path / "a.png"), *more, url, "--output", str(tmp_path / "out")]
     options += ["--key-file", str(tmp_path / "server.key")]
@@ -332,6 +338,20 @@ def test_the_command_writes_mask_and_overlay(triton, predictor, tmp_path, capsys
     found = np.asarray(Image.open(tmp_path / "out" / "a_mask.png"))
     np.testing.assert_array_equal(found, expected)
     assert (tmp_path / "out" / "a_overlay.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--url", "https://localhost:8000"], "expected host:port, or triton, triton+http"),
+        (["--url", "triton+http://localhost", "--transport", "grpc"], "drop --transport grpc"),
+        (["--url", "triton://localhost", "--transport", "http"], "drop --transport http"),
+    ],
+)
+def test_an_address_that_is_none_of_a_server(tmp_path, capsys, words, message):
+    Image.fromarray(random_case(8, 8)[0]).save(tmp_path / "a.png")
+    assert run(client_door.main, [str(tmp_path / "a.png"), "--box", *"1234", *words]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.triton

@@ -15,6 +15,7 @@ import json
 import sys
 import types
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from support.family_references import ORIGINAL, answers, compare, picture
+from support.family_references import ORIGINAL, answers, compare, double_resize, picture
 from support.fixed_numbers import fixed_weights
 from torch import Tensor, nn
 
@@ -181,7 +182,7 @@ def main() -> None:
     stand_in_for_torchvision()
     sys.path.insert(0, str(args.folder))
     sam = build(args.variant, full=args.full)
-    with torch.inference_mode():
+    with torch.inference_mode(), double_resize() if args.full else nullcontext():
         found = own_answers(sam)
     if args.full:
         compare_predicted(args.variant, sam, found)

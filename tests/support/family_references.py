@@ -2,10 +2,11 @@
 
 `PYTHONPATH=.:tests python tests/support/family_references.py mobile_sam FOLDER OUT.npz` with the
 folder that holds the family's package, in an environment with torch; sam_med2d needs OpenCV too.
-`--full` takes the real shapes, and compares with our model in place of writing OUT.npz. Not run by
-the tests, which read what it wrote. The packages on PyPI: `mobilesam-mirror` 1.0.0 (`mobile_sam`),
-`isat-sam` 1.5.2 (SAM-Med2D: `ISAT/segment_any/segment_anything_med2d`), `segment-anything` 1.0.
-EfficientViT-SAM has a script of its own, `efficient_vit_reference.py`.
+`--full` takes the real shapes, and compares with our model in place of writing OUT.npz; there the
+family's code resizes masks in float64 (`double_resize`). Not run by the tests, which read what it
+wrote. The packages on PyPI: `mobilesam-mirror` 1.0.0 (`mobile_sam`), `isat-sam` 1.5.2 (SAM-Med2D:
+`ISAT/segment_any/segment_anything_med2d`), `segment-anything` 1.0. EfficientViT-SAM has a script
+of its own, `efficient_vit_reference.py`.
 
 Weights and inputs follow from their names (`fixed_numbers`), so that none is stored.
 """
@@ -17,7 +18,8 @@ import importlib.util
 import json
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -221,6 +223,25 @@ def answers(
     return found
 
 
+@contextmanager
+def double_resize() -> Iterator[None]:
+    """Bilinear resizing in float64, rounded once.
+
+    In float32 PyTorch's own is up to 1.6e-5 from that, more than all that comes before it.
+    """
+    resize = nn.functional.interpolate
+
+    def in_double(x: Tensor, *args: Any, **options: Any) -> Tensor:
+        bilinear = options.get("mode") == "bilinear"
+        return resize(x.double() if bilinear else x, *args, **options).to(x.dtype)
+
+    nn.functional.interpolate = in_double
+    try:
+        yield
+    finally:
+        nn.functional.interpolate = resize
+
+
 def whole_mask(family: Family, low: Tensor, size: int) -> Tensor:
     """Logits in the user's image, by the family's own two steps."""
     interpolate = partial(nn.functional.interpolate, mode="bilinear", align_corners=False)
@@ -244,7 +265,7 @@ def main() -> None:
     family = FAMILIES[args.family]
     size = family.image_size[args.full]
     sam = build(family, load_code(args.folder / family.package), full=args.full)
-    with torch.inference_mode():
+    with torch.inference_mode(), double_resize() if args.full else nullcontext():
         found = answers(sam, lambda x: family.encode(sam.image_encoder, x, args.full), size)
         found["whole"] = whole_mask(family, found["boxes_masks"], size)
     if args.full:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from support.family_references import ORIGINAL, picture
+from support.family_references import ORIGINAL, double_resize, picture
 from support.fixed_numbers import fixed_numbers, fixed_weights
 from torch import Tensor, nn
 
@@ -268,7 +268,7 @@ def compare(config: ModelConfig) -> None:
     from dbsam_deploy.prediction.predictor import Predictor
     from dbsam_deploy.sessions.pytorch_session import PytorchSession
 
-    with torch.inference_mode():
+    with torch.inference_mode(), double_resize():
         expected, state = family_answers(config)
     model = DbSam(config).eval()
     own = own_names(state)
