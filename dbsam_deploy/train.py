@@ -33,20 +33,29 @@ from .model.weights import LoadedModel, fresh_model, load_model
 from .prediction.predictor import Predictor
 from .sessions.pytorch_session import PytorchSession
 from .sessions.weights_choice import WeightsChoice
+from .training.datasets import Example
 from .training.journal import Journal
 from .training.loop import Outlet, PhaseRun, Validate, run_phase
 from .training.material import Material, gather
 from .training.objectives import EmbeddingObjective, MaskObjective, set_trained
-from .training.preparation import calibrate, prepare_banks, prepare_examples
+from .training.preparation import (
+    calibrate,
+    prepare_banks,
+    prepare_examples,
+    prepare_features,
+)
 from .training.recipe import (
     Phase,
+    Refine,
     TrainingRecipe,
     load_training_recipe,
 )
+from .training.refining import RefineObjective
 from .training.state import Position, TrainingState, load_state, recipe_key
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch.utils.data import Dataset
 
 STATE_NAME, MODEL_NAME, SUMMARY_NAME = "state.pt", "model.safetensors", "summary.json"
 VALIDATION_SLICES = 3
@@ -81,7 +90,8 @@ def train(options: TrainOptions, console: Console | None = None) -> Trained:
         InputError, CheckpointError: a user's mistake.
         EngineError: a package that training needs is not installed.
     """
-    recipe = _with_options(load_training_recipe(options.recipe), options.teacher, options.freeze)
+    recipe = load_training_recipe(options.recipe)
+    recipe = _with_options(recipe, options.teacher, options.freeze).only(options.phases)
     accelerator = _accelerator(recipe, options)
     console = console or Console(stderr=True, quiet=not accelerator.is_main_process)
     material = gather(
@@ -144,39 +154,21 @@ def _train_phase(
     outlet: Outlet,
     journal: Journal,
 ) -> TrainingState:
-    recipe, model, accelerator = run.recipe, run.loaded.model, run.accelerator
-    banks = None
-    if name == "distill":
-        teacher = load_model(variant=recipe.teacher, checkpoint=run.options.teacher_weights)
-        teacher.model.to(accelerator.device)
-        banks = prepare_banks(
-            recipe,
-            phase,
-            run.material,
-            teacher=teacher,
-            folder=run.options.output,
-            accelerator=accelerator,
-            counter=journal.counter,
-        )
-    examples = prepare_examples(recipe, phase, run.material, banks, run.loaded.preprocessing)
+    model, accelerator = run.loaded.model, run.accelerator
+    examples, objective = _lessons(run, name, phase, journal)
     if state is None and not run.loaded.weights["trained"]:
         calibrate(model, examples, accelerator.device)
     if state is None or state.position.phase != name:
         losses = state.position.losses if state else ()
         state = TrainingState(Position(name, losses=losses), {}, {}, {})
     set_trained(model, phase.freeze)
-    objective: torch.nn.Module = (
-        MaskObjective(model, phase.iou_weight)
-        if banks is None
-        else EmbeddingObjective(model, phase.crop_size, banks.variance())
-    )
     phase_run = PhaseRun(
         name=name,
         phase=phase,
         model=model.eval(),
         objective=objective,
         examples=examples,
-        optimizer=recipe.optimizer,
+        optimizer=run.recipe.optimizer,
         accelerator=accelerator,
         outlet=outlet,
         validate=run.validate if name == "tune" else None,
@@ -184,11 +176,32 @@ def _train_phase(
     return run_phase(phase_run, state)
 
 
+def _lessons(
+    run: _Run, name: str, phase: Phase, journal: Journal
+) -> tuple[Dataset[Example], torch.nn.Module]:
+    """Examples of a phase and what is minimised on them."""
+    recipe, model, folder = run.recipe, run.loaded.model, run.options.output
+    settings: dict[str, Any] = {"accelerator": run.accelerator, "counter": journal.counter}
+    if isinstance(phase, Refine):
+        features = prepare_features(
+            recipe, phase, run.material, model=run.loaded, folder=folder, **settings
+        )
+        return features, RefineObjective(model, phase)
+    if name == "tune":
+        images = prepare_examples(recipe, phase, run.material, None, run.loaded.preprocessing)
+        return images, MaskObjective(model, phase.iou_weight)
+    teacher = load_model(variant=recipe.teacher, checkpoint=run.options.teacher_weights)
+    teacher.model.to(run.accelerator.device)
+    banks = prepare_banks(recipe, phase, run.material, teacher=teacher, folder=folder, **settings)
+    windows = prepare_examples(recipe, phase, run.material, banks, run.loaded.preprocessing)
+    return windows, EmbeddingObjective(model, phase.crop_size, banks.variance())
+
+
 def _with_options(
     recipe: TrainingRecipe, teacher: str | None, freeze: str | None
 ) -> TrainingRecipe:
     """The recipe with what the command line changes in it."""
-    if freeze is not None:
+    if freeze is not None and recipe.tune is not None:
         recipe = replace(recipe, tune=replace(recipe.tune, freeze=freeze))
     if teacher is None or teacher == recipe.teacher:
         return recipe
@@ -219,6 +232,11 @@ def _accelerator(recipe: TrainingRecipe, options: TrainOptions) -> Accelerator:
 
 
 def _start_model(recipe: TrainingRecipe, options: TrainOptions) -> LoadedModel:
+    if options.checkpoint is None and recipe.phases()[0][0] == "refine":
+        raise InputError(
+            f"recipe {recipe.name}: refine goes on from weights; name them with --checkpoint, or "
+            "run the phases before it"
+        )
     if variant_config(recipe.variant).hiera is not None:
         raise InputError(f"variant {recipe.variant}: SAM 2 is not trained here, only deployed")
     if options.checkpoint is None:

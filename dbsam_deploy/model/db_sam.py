@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.errors import InputError
 from .adapter import FourBranchAdapter, RunBlocks, TwoBranchAdapter
 from .block_adapter import add_adapters
 from .config import FourBranchConfig, Fusion, ModelConfig, TwoBranchConfig, variant_config
@@ -70,6 +71,25 @@ class DbSam(nn.Module):
             return found
         return (encode_with(self.image_encoder, self.config.stage_depth, image),)
 
+    def trunk(self, image: Tensor) -> Tensor:
+        """All of the encoder but its neck, for training what comes after it.
+
+        Args:
+            image: (B, 3, S, S) float32, model frame.
+
+        Returns:
+            (B, C, G, G); `image_encoder.neck` makes `encode`'s embeddings of it.
+
+        Raises:
+            InputError: an encoder that is no ViT of SAM's.
+        """
+        if self.config.hiera or isinstance(self.image_encoder, WITHOUT_VIT):
+            raise InputError(
+                f"{type(self.image_encoder).__name__}: expected a ViT encoder with SAM's neck, "
+                "which alone can be trained without what is before it"
+            )
+        return trunk_with(self.image_encoder, self.config.stage_depth, image)
+
     def decode(
         self,
         image_embeddings: Tensor,
@@ -109,6 +129,29 @@ class DbSam(nn.Module):
             multimask_output=multimask,
         )
 
+    def decode_all(
+        self,
+        image_embeddings: Tensor,
+        *,
+        boxes: Tensor | None = None,
+        points: tuple[Tensor, Tensor] | None = None,
+        masks: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """All four masks of SAM's decoder at once, as a training needs them; see `decode`.
+
+        Returns:
+            low_res_masks (N, 4, 4G, 4G) and iou_predictions (N, 4): the single mask, then the
+            three of `multimask`.
+        """
+        sparse, dense = self.prompt_encoder(points, boxes, masks)
+        found: tuple[Tensor, Tensor] = self.mask_decoder.predict_masks(
+            image_embeddings=image_embeddings,
+            image_pe=self.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+        )
+        return found
+
     def forward(self, image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
         """Images with the same number of boxes each, as in training.
 
@@ -147,6 +190,15 @@ def encode_with(encoder: Any, stage_depth: int, image: Tensor) -> Tensor:
     """
     if isinstance(encoder, WITHOUT_VIT):
         return encoder(image)
+    return encoder.neck(trunk_with(encoder, stage_depth, image))
+
+
+def trunk_with(encoder: Any, stage_depth: int, image: Tensor) -> Tensor:
+    """All of a ViT encoder but its neck; see `encode_with`.
+
+    Returns:
+        (B, C, G, G), which the neck takes.
+    """
     x = encoder.patch_embed(image) + encoder.pos_embed
     blocks = list(encoder.blocks)
     stages: list[RunBlocks] = [
@@ -154,10 +206,10 @@ def encode_with(encoder: Any, stage_depth: int, image: Tensor) -> Tensor:
     ]
     adapter = getattr(encoder, "adapter", None)
     if adapter is not None:
-        return encoder.neck(adapter(x, image, stages))
+        return adapter(x, image, stages)
     for stage in stages:
         x = stage(x)
-    return encoder.neck(x.permute(0, 3, 1, 2))
+    return x.permute(0, 3, 1, 2)
 
 
 def build_model(

@@ -12,7 +12,7 @@ from ..core.errors import InputError
 from ..datasets.cases import Reading
 from ..datasets.finding import add_reading_options, reading_of
 from ..sessions.weights_choice import WeightsChoice, add_weights_choice
-from ..training.choices import Freeze, available_training_recipes, find_training_recipe
+from ..training.choices import PHASES, Freeze, available_training_recipes, find_training_recipe
 
 DESCRIPTION = """\
 Train a model by a recipe (export/training/*.toml): first the embeddings of a teacher on images
@@ -46,6 +46,7 @@ class TrainOptions(WeightsChoice):
         teacher_weights: the teacher's file.
         teacher: None: the recipe's; `none`: leave the distillation out.
         freeze: what the last phase keeps fixed, None: the recipe's; see `Phase`.
+        phases: which of the recipe's are run; all for none.
         output: folder for everything that is written.
         micro_batch: images in one forward pass of one process.
         workers: loader processes.
@@ -60,6 +61,7 @@ class TrainOptions(WeightsChoice):
     teacher_weights: Path | None = None
     teacher: str | None = None
     freeze: str | None = None
+    phases: tuple[str, ...] = ()
     output: Path = Path("runs/train")
     micro_batch: int = 1
     workers: int = 0
@@ -98,7 +100,16 @@ def build_parser() -> Parser:
         "--freeze",
         choices=get_args(Freeze),
         help="what stays fixed while masks are learned: the paper's ViT blocks and prompt encoder, "
-        "the official code's ViT blocks alone, or nothing; by default the recipe's",
+        "the official code's ViT blocks alone, nothing, or the encoder but its neck; by default "
+        "the recipe's",
+    )
+    add(
+        "--phases",
+        nargs="+",
+        default=(),
+        choices=PHASES,
+        metavar="PHASE",
+        help="run these phases of the recipe alone: " + ", ".join(PHASES),
     )
     add("--output", type=Path, default=Path("runs/train"), help="where to write, and to resume")
     add("--micro-batch", type=int, default=1, help="images in one forward pass of one process")

@@ -8,8 +8,10 @@ from typing import Literal
 from ..core.errors import InputError
 from ..resources import resource_dir
 
-Freeze = Literal["paper", "as_coded", "none"]
+Freeze = Literal["paper", "as_coded", "none", "trunk"]
 """What a phase keeps fixed, see `recipe.Phase`."""
+PHASES = ("distill", "tune", "refine")
+"""Phases in the order they run; a recipe has `tune`, and may have the others around it."""
 
 
 def available_training_recipes() -> list[str]:

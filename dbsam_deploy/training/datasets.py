@@ -23,7 +23,10 @@ from ..core.contract import PATCH_SIZE
 from ..core.imaging import ByteArray, FloatArray, Preprocessing, preprocess, to_model_frame
 from .augmentation import Augmentation, augment
 from .bank import Banks
+from .clicks import draw_clicks, draw_kind
+from .feature_bank import FeatureBank
 from .prompts import Growth, draw_prompts
+from .recipe import Refine
 from .samples import Mixture
 
 Example = dict[str, Tensor]
@@ -120,6 +123,46 @@ class MaskExamples(_Drawn):
             "pixels": torch.from_numpy(preprocess(sample.image, self.preprocessing)[0]),
             "boxes": torch.from_numpy(boxes),
             "masks": torch.from_numpy(np.stack([masks[i] for i in chosen])),
+        }
+
+
+@dataclass(frozen=True)
+class RefineExamples(_Drawn):
+    """Objects of a bank's samples with prompts of all kinds and the features that were kept.
+
+    Attributes:
+        bank: samples with features.
+        preprocessing: the model's.
+        phase: which prompts.
+        seed: of the draws.
+    """
+
+    stream: ClassVar[int] = 5
+    bank: FeatureBank
+    preprocessing: Preprocessing
+    phase: Refine
+    seed: int
+
+    def draw(self, rng: np.random.Generator) -> Example:
+        """One image's example, without its batch axis; see `RefineObjective.forward`."""
+        sample, features = self.bank.read(int(rng.integers(self.bank.count)))
+        phase, how = self.phase, self.preprocessing
+        growth = Growth(phase.growth_px, tight=phase.tight_boxes, even=phase.even_boxes)
+        prompts = draw_prompts(
+            sample, phase.objects, growth, rng, split=phase.pieces, together=phase.together
+        )
+        kind = draw_kind(phase.prompts, rng)
+        boxes, clicks, labels = draw_clicks(kind, prompts.masks, prompts.boxes, rng)
+        chosen = list(islice(cycle(range(len(boxes))), phase.objects))
+        size = (sample.image.shape[0], sample.image.shape[1])
+        masks = np.stack([to_mask_grid(mask, how) for mask in prompts.masks])
+        return {
+            "features": torch.from_numpy(features),
+            "kind": torch.tensor(kind),
+            "boxes": torch.from_numpy(to_model_frame(boxes[chosen], size, how)),
+            "clicks": torch.from_numpy(to_model_frame(clicks[chosen], size, how)),
+            "labels": torch.from_numpy(labels[chosen]),
+            "masks": torch.from_numpy(masks[chosen]),
         }
 
 

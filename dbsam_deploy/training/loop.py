@@ -16,7 +16,7 @@ from ..core.errors import InputError
 from ..model import DbSam
 from ..model.fitting import StateDict
 from .datasets import Example, Steps, loader
-from .recipe import Optimizer, Phase
+from .recipe import Optimizer, Phase, Refine
 from .state import TrainingState, save_state
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def run_phase(run: PhaseRun, start: TrainingState) -> TrainingState:
         start: this phase's resume point; its weights are in the model already.
 
     Returns:
-        The state at the end; with `patience` its model is the best one.
+        The state at the end; with `patience` its model is the best one, of `refine` the mean one.
 
     Raises:
         InputError: batch, processes and micro-batch do not divide, patience without validation, or
@@ -135,13 +135,31 @@ def run_phase(run: PhaseRun, start: TrainingState) -> TrainingState:
             objective, optimizer, batches, accumulate, run.optimizer.clip_norm, accelerator
         )
         metrics |= {"learning_rate": rate, "seconds": time.perf_counter() - began}
+        state = replace(state, mean_model=_averaged(run, state.mean_model, step))
         state, stop = _after_step(run, state, metrics, adamw)
         if stop:
             break
     if phase.patience and state.best_model:
         run.model.load_state_dict(state.best_model)
+    run.model.load_state_dict(state.mean_model, strict=False)
     accelerator.free_memory(objective, optimizer)
-    return replace(state, model=_copy(run.model))
+    return replace(state, model=_copy(run.model), mean_model={})
+
+
+def _averaged(run: PhaseRun, mean: StateDict, step: int) -> StateDict:
+    """The running mean of the trained weights after a step, changed in place; {} without one.
+
+    It begins as a plain mean, so that the first steps do not stay in it.
+    """
+    if not isinstance(run.phase, Refine):
+        return {}
+    decay = min(run.phase.ema, (step + 1) / (step + 10))
+    for name, parameter in run.model.named_parameters():
+        if parameter.requires_grad:
+            now = parameter.detach().float()
+            mean[name] = now.cpu().clone() if name not in mean else mean[name]
+            mean[name].lerp_(now.cpu(), 1 - decay)
+    return mean
 
 
 def _batches(run: PhaseRun, start: int) -> Iterator[Example]:

@@ -122,12 +122,30 @@ def mask_loss() -> DiceCELoss:
     return DiceCELoss(include_background=True, sigmoid=True, squared_pred=True)
 
 
+def object_losses(logits: Tensor, truth: Tensor) -> Tensor:
+    """`mask_loss` of each object alone, which MONAI's does not offer.
+
+    Args:
+        logits: (N, 1, H, W) float32.
+        truth: (N, 1, H, W) of 0 and 1.
+
+    Returns:
+        (N,); their mean is `mask_loss`.
+    """
+    from monai.losses import DiceLoss
+
+    dice = DiceLoss(include_background=True, sigmoid=True, squared_pred=True, reduction="none")
+    entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+    found: Tensor = dice(logits, truth).flatten(1).mean(1) + entropy.flatten(1).mean(1)
+    return found
+
+
 def set_trained(model: DbSam, how: str) -> list[str]:
     """Set which parameters are trained.
 
     Args:
         model: changed in place.
-        how: `paper`, `as_coded` or `none`, see `dbsam_deploy.training.recipe.Phase`.
+        how: `paper`, `as_coded`, `none` or `trunk`, see `dbsam_deploy.training.recipe.Phase`.
 
     Returns:
         Names of the trained parameters.
@@ -137,6 +155,9 @@ def set_trained(model: DbSam, how: str) -> list[str]:
         fixed = ("image_encoder.pos_embed", "image_encoder.patch_embed.", "image_encoder.blocks.")
     if how == "paper":
         fixed = (*fixed, "prompt_encoder.")
+    if how == "trunk":
+        names = [name for name, _ in model.image_encoder.named_children() if name != "neck"]
+        fixed = ("image_encoder.pos_embed", *(f"image_encoder.{name}." for name in names))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith(fixed) if fixed else True)
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]

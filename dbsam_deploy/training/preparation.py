@@ -15,11 +15,12 @@ from ..core.imaging import Preprocessing
 from ..model import DbSam, variant_config
 from ..model.weights import LoadedModel
 from .bank import Banks, fill_bank, open_bank
-from .datasets import EmbeddingExamples, Example, MaskExamples
+from .datasets import EmbeddingExamples, Example, MaskExamples, RefineExamples
+from .feature_bank import fill_feature_bank, open_feature_bank
 from .material import Material, shares
 from .objectives import calibrate_batch_norm
 from .prompts import Growth
-from .recipe import Phase, TrainingRecipe
+from .recipe import Phase, Refine, TrainingRecipe
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -109,6 +110,49 @@ def prepare_examples(
         Growth(phase.growth_px),
         recipe.seed,
     )
+
+
+def prepare_features(
+    recipe: TrainingRecipe,
+    phase: Refine,
+    material: Material,
+    *,
+    model: LoadedModel,
+    folder: Path,
+    accelerator: Accelerator,
+    counter: Counter,
+) -> RefineExamples:
+    """Examples of the phase `refine`, after the encoder has run where its features are missing.
+
+    Args:
+        recipe: seed and augmentation.
+        phase: which kinds of images in which shares, how many, and the prompts.
+        material: the images.
+        model: on the device it shall run on.
+        folder: where features are kept.
+        accelerator: the processes share the work.
+        counter: for progress.
+
+    Raises:
+        InputError: an encoder without a neck of its own.
+    """
+    images = material.mixture(shares(phase))
+    augmentation, seed = recipe.augmentation, recipe.seed
+    bank = open_feature_bank(folder, model, images, augmentation, seed=seed, count=phase.views)
+    mine = range(accelerator.process_index, bank.count, accelerator.num_processes)
+    with counter("features of images", len(mine)) as advance:
+        fill_feature_bank(
+            bank,
+            model,
+            images,
+            augmentation,
+            seed=seed,
+            indices=mine,
+            autocast=accelerator.autocast,
+            advance=advance,
+        )
+    accelerator.wait_for_everyone()
+    return RefineExamples(bank, model.preprocessing, phase, seed)
 
 
 def calibrate(model: DbSam, examples: Dataset[Example], device: torch.device) -> None:

@@ -14,6 +14,8 @@ from ..synthetic.fields import require_scipy
 from .samples import LabelMap, Sample, objects_in
 
 PAPER_FRAME, CODED_FRAME = 1024, 256
+_ALIKE = 0.1
+"""Largest difference of two objects that are one, as a share of the image's range."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,16 @@ class Growth:
         frame: length of the image's longer side in which `px` counts.
         whole: draw whole pixels 0 … px - 1, as the official code's `randint(0, px)`, instead of
             real numbers 0 … px.
+        tight: how often a box does not grow at all.
+        even: how often all four sides move by one amount, else each by its own up to one that is
+            drawn for the box. Where both are 0 every side is drawn on its own.
     """
 
     px: float = 20.0
     frame: int = PAPER_FRAME
     whole: bool = False
+    tight: float = 0.0
+    even: float = 0.0
 
     def __post_init__(self) -> None:
         if not (0 <= self.px <= self.frame) or self.frame < 1 or (self.whole and self.px < 1):
@@ -56,7 +63,13 @@ class TrainingPrompts:
 
 
 def draw_prompts(
-    sample: Sample, count: int, growth: Growth, rng: np.random.Generator, *, split: float = 0.0
+    sample: Sample,
+    count: int,
+    growth: Growth,
+    rng: np.random.Generator,
+    *,
+    split: float = 0.0,
+    together: float = 0.0,
 ) -> TrainingPrompts:
     """Choose up to `count` objects of a sample, of various sizes, with a box each.
 
@@ -68,6 +81,7 @@ def draw_prompts(
         split: how often a label of several separate pieces stands for one of them. A piece is
             taken only where its box holds no other piece of the label, so that the box says
             which is meant.
+        together: how often an object and the one most like it in brightness are one.
 
     Raises:
         InputError: a sample without labels or without an object of `MIN_OBJECT_PX` pixels.
@@ -77,7 +91,11 @@ def draw_prompts(
     ids = objects_in(sample.labels)
     if count < 1 or len(ids) == 0:
         raise InputError(f"{sample.name}: {len(ids)} objects to choose {count} from")
-    masks = [sample.labels == label for label in _varied(sample.labels, ids, count, rng)]
+    masks = [
+        _with_its_like(sample, label, ids) if together and rng.random() < together
+        else sample.labels == label
+        for label in _varied(sample.labels, ids, count, rng)
+    ]  # fmt: skip
     masks = [_one_piece(mask, rng) if rng.random() < split else mask for mask in masks]
     boxes = np.stack([_grown(mask, growth, rng) for mask in masks])
     return TrainingPrompts(boxes, np.stack(masks))
@@ -94,6 +112,17 @@ def _varied(
     return [int(rng.choice(group)) for group in np.array_split(order, count)]
 
 
+def _with_its_like(sample: Sample, label: int, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """An object and the other one whose mean is nearest, within a tenth of the image's range."""
+    if sample.labels is None or len(ids) < 2:
+        return np.asarray(sample.labels == label)
+    grey = sample.image.mean(-1)
+    means = {int(i): float(grey[sample.labels == i].mean()) for i in ids}
+    other = min((i for i in means if i != label), key=lambda i: abs(means[i] - means[label]))
+    near = abs(means[other] - means[label]) <= _ALIKE * (float(grey.max()) - float(grey.min()))
+    return np.asarray(np.isin(sample.labels, [label, other] if near else [label]))
+
+
 def _one_piece(mask: npt.NDArray[np.bool_], rng: np.random.Generator) -> npt.NDArray[np.bool_]:
     ndimage = require_scipy().ndimage
     pieces, number = ndimage.label(mask, np.ones((3, 3)))
@@ -108,9 +137,21 @@ def _one_piece(mask: npt.NDArray[np.bool_], rng: np.random.Generator) -> npt.NDA
     return np.asarray(pieces == rng.choice(alone))
 
 
+def _moves(growth: Growth, rng: np.random.Generator) -> npt.NDArray[np.float64]:
+    """How far each side moves outwards in the growth's frame, (4,)."""
+    if growth.whole:
+        return rng.integers(0, int(growth.px), 4).astype(np.float64)
+    if not growth.tight and not growth.even:
+        return rng.uniform(0, growth.px, 4)
+    kind, most = rng.random(), rng.uniform(0, growth.px)
+    if kind < growth.tight:
+        return np.zeros(4)
+    return np.full(4, most) if kind < growth.tight + growth.even else rng.uniform(0, most, 4)
+
+
 def _grown(mask: npt.NDArray[np.bool_], growth: Growth, rng: np.random.Generator) -> FloatArray:
     box = mask_box(mask)
-    moves = rng.integers(0, int(growth.px), 4) if growth.whole else rng.uniform(0, growth.px, 4)
+    moves = _moves(growth, rng)
     height, width = mask.shape
     box += moves * (max(height, width) / growth.frame) * (-1, -1, 1, 1)
     return np.clip(box, 0, (width, height, width, height)).astype(np.float32)

@@ -7,7 +7,8 @@ is on the command line. Unknown keys are refused.
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,12 +16,9 @@ from ..core.errors import InputError
 from ..files.regular import small_text
 from ..recipe import build_table
 from .augmentation import Augmentation
-from .choices import Freeze, find_training_recipe
+from .choices import PHASES, Freeze, find_training_recipe
 
 Precision = Literal["no", "bf16", "fp16"]
-
-PHASES = ("distill", "tune")
-"""Phases in the order they run; a recipe has `tune`, and may have `distill` before it."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,8 @@ class Phase:
         warmup_steps: linear warm-up; then (1 - progress)^poly_power.
         poly_power: exponent of the polynomial decay.
         freeze: `paper`: ViT blocks and prompt encoder stay as they are; `as_coded`: the official
-            code's, the ViT blocks alone; `none`: everything is trained.
+            code's, the ViT blocks alone; `none`: everything is trained; `trunk`: the encoder up to
+            its neck.
         crop_size: side in model-frame pixels of the window an image is trained on; 0: whole frame.
         growth_px: a box grows by uniform 0 to this on each side, at 1024 px scale.
         objects: box prompts of an image.
@@ -82,6 +81,48 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class PromptShares:
+    """How often each kind of prompt is trained; an image's prompts are all of one kind.
+
+    Attributes:
+        box: a box alone.
+        click: a point inside the object, no box.
+        box_click: a box with one wrong side and the point that says so, or a point inside.
+        correction: a box, then the first answer's logits with a point where it is wrong.
+    """
+
+    box: float
+    click: float
+    box_click: float
+    correction: float
+
+
+@dataclass(frozen=True)
+class Refine(Phase):
+    """Neck, prompt encoder and decoder on features that are computed once.
+
+    Attributes:
+        views: augmented images whose features are kept on disk.
+        tight_boxes: how often a box is the object's own.
+        even_boxes: how often all sides of a box move by the same amount.
+        pieces: how often a label of several pieces stands for one of them.
+        together: how often an object and the one most like it are one, in one box.
+        multimask_weight: weight of the best of the three masks of `multimask`.
+        ema: decay of the running mean of the weights, which is what the phase ends with.
+        prompts: see `PromptShares`.
+    """
+
+    views: int
+    tight_boxes: float
+    even_boxes: float
+    pieces: float
+    together: float
+    multimask_weight: float
+    ema: float
+    prompts: PromptShares
+
+
+@dataclass(frozen=True)
 class TrainingRecipe:
     """A whole training.
 
@@ -99,6 +140,7 @@ class TrainingRecipe:
         augmentation: see `Augmentation`.
         distill: embeddings of the teacher, on images without labels; None: no such phase.
         tune: masks.
+        refine: masks again, with more kinds of prompts and the encoder fixed; None: no such phase.
     """
 
     name: str
@@ -113,11 +155,32 @@ class TrainingRecipe:
     optimizer: Optimizer
     augmentation: Augmentation
     distill: Phase | None
-    tune: Phase
+    tune: Phase | None
+    refine: Refine | None
 
     def phases(self) -> list[tuple[str, Phase]]:
         """(name, phase) in the order they run."""
         return [(name, phase) for name in PHASES if (phase := getattr(self, name)) is not None]
+
+    def only(self, names: Sequence[str]) -> TrainingRecipe:
+        """The recipe with these phases alone, all for none.
+
+        Raises:
+            InputError: a phase that the recipe does not have.
+        """
+        known = [name for name, _ in self.phases()]
+        for name in names:
+            if name not in known:
+                raise InputError(f"phase {name!r}: recipe {self.name} has {', '.join(known)}")
+        if not names:
+            return self
+        return replace(
+            self,
+            teacher=self.teacher if "distill" in names else "",
+            distill=self.distill if "distill" in names else None,
+            tune=self.tune if "tune" in names else None,
+            refine=self.refine if "refine" in names else None,
+        )
 
 
 def load_training_recipe(name: str) -> TrainingRecipe:
@@ -143,14 +206,23 @@ def read_training_recipe(path: Path) -> TrainingRecipe:
     for table, kind in (("optimizer", Optimizer), ("augmentation", Augmentation)):
         body[table] = build_table(kind, body.get(table, {}), f"{path} [{table}]")
     for name in PHASES:
-        body[name] = _phase(body[name], f"{path} [{name}]") if name in body else None
+        of = Refine if name == "refine" else Phase
+        body[name] = _phase(body[name], f"{path} [{name}]", of) if name in body else None
     recipe = build_table(TrainingRecipe, body, str(path))
     _check(recipe, path)
     return recipe
 
 
-def _phase(table: dict[str, Any], where: str) -> Phase:
-    phase = build_table(Phase, table, where)
+def _phase(table: dict[str, Any], where: str, kind: type[Phase]) -> Phase:
+    if kind is Refine:
+        prompts = build_table(PromptShares, table.get("prompts", {}), f"{where} prompts")
+        kinds = asdict(prompts).values()
+        if min(kinds) < 0 or not any(kinds):
+            raise InputError(f"recipe {where}: {prompts}; expected shares that are not all 0")
+        table = table | {"prompts": prompts}
+    phase = build_table(kind, table, where)
+    if isinstance(phase, Refine):
+        _check_refine(phase, where)
     if phase.freeze not in get_args(Freeze):
         raise InputError(
             f"recipe {where}: freeze {phase.freeze!r}, expected one of {get_args(Freeze)}"
@@ -171,6 +243,20 @@ def _phase(table: dict[str, Any], where: str) -> Phase:
     return phase
 
 
+def _check_refine(phase: Refine, where: str) -> None:
+    parts = ("tight_boxes", "even_boxes", "pieces", "together")
+    for name in (*parts, "ema"):
+        if not 0 <= getattr(phase, name) <= 1 - (name == "ema") * 1e-6:
+            raise InputError(f"recipe {where}: {name} = {getattr(phase, name)}, expected 0–1")
+    if phase.views < 1 or phase.multimask_weight < 0:
+        raise InputError(f"recipe {where}: expected views above 0 and multimask_weight from 0")
+    if phase.freeze != "trunk" or phase.validate_every or phase.patience:
+        raise InputError(
+            f'recipe {where}: freeze must be "trunk", validate_every and patience 0: features are '
+            "computed once, and what the phase ends with is a mean of weights"
+        )
+
+
 def _check(recipe: TrainingRecipe, path: Path) -> None:
     if recipe.tune is None:
         raise InputError(f"recipe {path}: no [tune] table; a training ends with it")
@@ -183,10 +269,11 @@ def _check(recipe: TrainingRecipe, path: Path) -> None:
             f"recipe {path}: teacher = {recipe.teacher!r} and "
             f"{'a' if recipe.distill else 'no'} [distill] table; give both or neither"
         )
-    if recipe.tune.unlabelled or recipe.tune.crop_size:
+    masks = [phase for name, phase in recipe.phases() if name != "distill"]
+    if any(phase.unlabelled or phase.crop_size for phase in masks):
         raise InputError(
-            f"recipe {path} [tune]: unlabelled and crop_size must be 0: masks are learned on whole "
-            "labelled images"
+            f"recipe {path} [tune], [refine]: unlabelled and crop_size must be 0: masks are "
+            "learned on whole labelled images"
         )
     if recipe.checkpoint_every <= 0:
         raise InputError(f"recipe {path}: checkpoint_every must be above 0")

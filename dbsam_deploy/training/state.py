@@ -16,8 +16,8 @@ from ..model.checkpoint import read_training_state
 from ..model.fitting import StateDict
 from .recipe import TrainingRecipe
 
-FORMAT = 1
-_MODEL, _BEST, _OPTIMIZER = "model", "best_model", "optimizer"
+FORMAT = 2
+_MODEL, _BEST, _OPTIMIZER, _MEAN = "model", "best_model", "optimizer", "mean_model"
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,14 @@ class TrainingState:
         model: state dict.
         best_model: state dict at `position.best_dice`; empty before the first validation.
         optimizer: the optimiser's state dict; empty at the start of a phase.
+        mean_model: running mean of what is trained, float32; empty where the phase keeps none.
     """
 
     position: Position
     model: StateDict
     best_model: StateDict
     optimizer: dict[str, Any]
+    mean_model: StateDict = field(default_factory=dict)
 
 
 def recipe_key(recipe: TrainingRecipe, data: str) -> str:
@@ -74,6 +76,7 @@ def save_state(path: Path, key: str, state: TrainingState) -> None:
         _MODEL: state.model,
         _BEST: state.best_model,
         _OPTIMIZER: state.optimizer,
+        _MEAN: state.mean_model,
     }
     with write_atomically(path) as stream:
         try:
@@ -101,10 +104,10 @@ def load_state(path: Path, key: str) -> TrainingState:
             )
         position = dict(body["position"])
         position["losses"] = tuple(position["losses"].tolist())
-        model, best = dict(body[_MODEL]), dict(body[_BEST])
-        if not all(isinstance(t, Tensor) for table in (model, best) for t in table.values()):
+        model, best, mean = (dict(body[name]) for name in (_MODEL, _BEST, _MEAN))
+        if not all(isinstance(t, Tensor) for table in (model, best, mean) for t in table.values()):
             raise TypeError("a weight that is no tensor")
-        return TrainingState(Position(**position), model, best, dict(body[_OPTIMIZER]))
+        return TrainingState(Position(**position), model, best, dict(body[_OPTIMIZER]), mean)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{path} is no complete resume point ({error}); delete it to start again"

@@ -42,6 +42,7 @@ def write_recipe(folder: Path, *, steps: int = STEPS, **tune: object) -> Path:
     text = (resource_dir("export") / "training" / "db_sam_tiny.toml").read_text()
     head, tune_text = text.split("[tune]")
     head = head[: head.index("[distill]")]
+    tune_text = tune_text[: tune_text.index("[refine]")]
     values = {
         "steps": steps,
         "batch": 2,

@@ -1,0 +1,139 @@
+"""What a fixed encoder makes of augmented labelled images up to its neck, kept on disk.
+
+The encoder is what a training step costs; once its features are kept, every visit of an image draws
+new objects, boxes and clicks on it and runs only what comes after.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..core.errors import InputError
+from ..core.imaging import FloatArray, preprocess
+from ..files.atomic import write_atomically
+from ..images.npz_files import read_array
+from ..model.weights import LoadedModel
+from .augmentation import Augmentation, augment
+from .bank import MAX_PART_BYTES
+from .samples import LabelMap, Mixture, Sample
+
+_STREAM = 4
+"""Separates these draws from the other phases', which have the same seed."""
+
+
+@dataclass(frozen=True)
+class FeatureBank:
+    """Samples 0 … count - 1 with the encoder's features, one npz each.
+
+    Attributes:
+        folder: where the files lie; named by the hash of what they were made of.
+        count: how many.
+    """
+
+    folder: Path
+    count: int
+
+    def path(self, index: int) -> Path:
+        """File of one sample."""
+        return self.folder / f"{index:06d}.npz"
+
+    def read(self, index: int) -> tuple[Sample, FloatArray]:
+        """A sample with labels, and its features (C, G, G) float32, see `DbSam.trunk`.
+
+        Raises:
+            InputError: the file is missing or damaged.
+        """
+        path = self.path(index)
+        try:
+            image = read_array(path, "image", MAX_PART_BYTES)
+            labels = read_array(path, "labels", MAX_PART_BYTES)
+            features = read_array(path, "features", MAX_PART_BYTES)
+        except InputError as error:
+            raise InputError(f"{error}: delete it and start again") from error
+        if image.ndim != 3 or labels.shape != image.shape[:2] or features.ndim != 3:
+            raise InputError(
+                f"{path}: image {image.shape}, labels {labels.shape}, features {features.shape}; "
+                "expected (H, W, 3), (H, W) and (C, G, G); delete it and start again"
+            )
+        name = f"{path.parent.name}/{path.stem}"
+        return Sample(name, image, labels.astype(np.int32)), features.astype(np.float32)
+
+
+def open_feature_bank(
+    root: Path,
+    encoder: LoadedModel,
+    images: Mixture,
+    augmentation: Augmentation,
+    *,
+    seed: int,
+    count: int,
+) -> FeatureBank:
+    """The bank for these inputs, a folder in `root` that is named by their hash.
+
+    The encoder is told by what its trunk computes with, so that a resumed run, whose neck has
+    learned, finds the bank that it began.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in encoder.model.image_encoder.state_dict().items():
+        if not name.startswith("neck."):
+            digest.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
+    sources = [(source.name, len(source)) for source in images.sources]
+    digest.update(json.dumps([sources, images.shares, repr(augmentation), seed]).encode())
+    folder = root / f"features-{digest.hexdigest()[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return FeatureBank(folder, count)
+
+
+def fill_feature_bank(
+    bank: FeatureBank,
+    encoder: LoadedModel,
+    images: Mixture,
+    augmentation: Augmentation,
+    *,
+    seed: int,
+    indices: Iterable[int],
+    autocast: Callable[[], AbstractContextManager[None]],
+    advance: Callable[[], None],
+) -> None:
+    """Compute what is missing of `indices`; files already there are kept.
+
+    Args:
+        bank: see `open_feature_bank`.
+        encoder: runs where its parameters are.
+        images: labelled.
+        augmentation: applied before the encoder sees an image.
+        seed: of the draws.
+        indices: which samples, for one process among several.
+        autocast: precision of the encoder's pass.
+        advance: called after each sample.
+
+    Raises:
+        InputError: an encoder without a neck, see `DbSam.trunk`.
+    """
+    device = next(encoder.model.parameters()).device
+    for index in indices:
+        path = bank.path(index)
+        if not path.is_file():
+            rng = np.random.default_rng([seed, _STREAM, index])
+            sample = augment(images.draw(rng), augmentation, int(rng.integers(2**31)))
+            pixels = torch.from_numpy(preprocess(sample.image, encoder.preprocessing))
+            with torch.no_grad(), autocast():
+                features = encoder.model.trunk(pixels.to(device))[0]
+            half = features.cpu().to(torch.float16).numpy()
+            with write_atomically(path) as stream:
+                np.savez(stream, image=sample.image, labels=_labels(sample), features=half)
+        advance()
+
+
+def _labels(sample: Sample) -> LabelMap:
+    if sample.labels is None:
+        raise InputError(f"{sample.name} has no labels; expected a labelled source")
+    return sample.labels
