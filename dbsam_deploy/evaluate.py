@@ -34,6 +34,7 @@ from .evaluation.metrics import load_library
 from .evaluation.page import write_page
 from .evaluation.plots import check_libraries
 from .evaluation.published import compare
+from .evaluation.rows import rows_with
 from .evaluation.segmenters import KEPT_EMBEDDINGS
 from .evaluation.tables import print_result
 from .files.locks import one_writer
@@ -69,7 +70,7 @@ examples:
         --split split.json --subset validation
   the paper's protocol, boxes as the paper says instead of as coded
     python -m dbsam_deploy.evaluate --data DIR --backend pytorch --variant db_sam \\
-        --checkpoint db_sam.pth --protocol medsam --box-growth-px 0 20
+        --checkpoint db_sam.pth --protocol medsam --box-growth-px 0 20 --paper
   a running Triton server; without --url one is started on --repository
     python -m dbsam_deploy.evaluate --data DIR --backend triton --url localhost:8001
   a quick look
@@ -113,6 +114,17 @@ def build_parser() -> Parser:
     measure.add_argument("--seed", type=int, default=0, help="other boxes; 0 for the reference's")
     measure.add_argument(
         "--nsd-mm", action="store_true", help="medsam: NSD within 1 mm where a file has a spacing"
+    )
+    measure.add_argument(
+        "--paper",
+        action="store_true",
+        help="print the paper's figures beside ours, for the rows that the data answer",
+    )
+    measure.add_argument(
+        "--rows",
+        type=Path,
+        metavar="FILE",
+        help="TOML with rows of your own, beside the paper's (export/evaluation/rows.toml)",
     )
     add_model_options(parser)
     _add_started_options(add_server_options(parser))
@@ -240,7 +252,7 @@ def _protocol(args: argparse.Namespace) -> EvaluationProtocol:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; see the module's `--help`."""
     args = build_parser().parse_args(argv)
-    protocol = _protocol(args)
+    protocol, rows = _protocol(args), rows_with(args.rows)
     if args.max_slices is not None and args.max_slices < 1:
         raise InputError(f"--max-slices {args.max_slices}: expected at least 1")
     files = find_cases(args.data, split=args.split, subset=args.subset, reading=reading_of(args))
@@ -270,8 +282,8 @@ def main(argv: list[str] | None = None) -> int:
                 worst=0 if args.output is None else WORST,
                 progress=progress,
             )
-    comparisons = compare(result)
-    print_result(console, result, comparisons)
+    comparisons = compare(result, rows)
+    print_result(console, result, comparisons if args.paper else None)
     if args.output is not None:
         with one_writer(args.output, say=say):
             paths = write_files(args.output, result, comparisons, about)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -17,6 +16,7 @@ from ..cli import numbers
 from ..core.errors import InputError
 from ..files.damage import reason_of
 from ..files.regular import small_text
+from ..files.walking import files_below, walk
 from .cases import CaseFile, Reading, own_task
 from .dicom_pairs import pair_segmentations
 from .layouts import Labelled, LeftOut, read_layout, stem_of
@@ -52,6 +52,8 @@ def reading_of(words: argparse.Namespace) -> Reading:
 def find_labelled(folder: Path, reading: Reading | None = None) -> Labelled:
     """Everything with labels in a folder and its sub-folders, by name, and what has none.
 
+    Links to folders are followed.
+
     Where there are npz files, they alone are the data set.
 
     Raises:
@@ -62,12 +64,12 @@ def find_labelled(folder: Path, reading: Reading | None = None) -> Labelled:
     reading = reading or Reading()
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; {EXPECTED}")
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.npz"))
+    found = [path for path in files_below(folder) if path.suffix == ".npz"]
+    names = sorted(path.relative_to(folder).as_posix() for path in found)
     if names:
         return Labelled(tuple(_npz_case(folder, name, reading) for name in names))
     parts, others = [], list[Path]()
-    for root, folders, files in os.walk(folder):
-        here = Path(root)
+    for here, folders, files in walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         paths = [here / name for name in sorted(files) if not name.startswith(".")]
         relative = here.relative_to(folder).as_posix()

@@ -11,21 +11,21 @@ from ..files.atomic import write_file
 from ..files.pages import render
 from .metrics import load_library
 from .plots import overlay_png, task_plot
-from .published import AVERAGES, Comparison
+from .published import Comparison
 from .results import EvaluationResult, Mean, Overlay
 from .tables import (
     BELOW,
     LEGEND,
-    average_name,
+    average_rows,
     beside_cells,
     interval_text,
-    our_average,
     percent,
     published_cells,
     published_notes,
     row_name,
     skipped_lines,
     summary_rows,
+    tolerance_text,
 )
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -59,7 +59,7 @@ def write_page(
         beside=beside_cells(result, None),
         tasks=[_task_cells(result, index) for index in range(len(result.tasks))],
         below=BELOW,
-        legend=LEGEND,
+        legend=f"{LEGEND}; {tolerance_text(result)}",
         summary=[
             (name, *_mean_cells(mean), *beside_cells(result, mean.score))
             for name, mean in summary_rows(result)
@@ -67,7 +67,7 @@ def write_page(
         above=(result.summary.tasks_above_box, len(result.tasks)),
         skipped=skipped_lines(result),
         published=[_published(item) for item in comparisons],
-        averages=_averages(comparisons),
+        averages=average_rows(comparisons),
         notes=published_notes(result),
         worst=[_worst(overlay) for overlay in result.worst],
     )
@@ -95,23 +95,8 @@ def _task_cells(result: EvaluationResult, index: int) -> dict[str, Any]:
 
 
 def _published(item: Comparison) -> tuple[str, ...]:
-    printed, *ours = published_cells(item)
-    nsd = "" if item.ours is None else percent(item.ours.nsd)
-    about = "" if item.ours is None else f"{item.count} in {item.task}"
-    return (item.row.dimensions, row_name(item), printed, "", *ours, nsd, about)
-
-
-def _averages(comparisons: tuple[Comparison, ...]) -> list[tuple[str, ...]]:
-    return [
-        (
-            average.dimensions,
-            average_name(average),
-            f"{average.dsc:.2f}",
-            f"{average.nsd:.2f}",
-            our_average(average.dimensions, comparisons),
-        )
-        for average in AVERAGES
-    ]
+    *figures, count = published_cells(item)
+    return (item.row.dimensions, row_name(item), *figures, f"{count} in {item.task}")
 
 
 def _worst(overlay: Overlay) -> dict[str, str]:

@@ -1,18 +1,16 @@
 """Figures printed in the DB-SAM paper, shown beside ours and never mixed with them.
 
-Source: DB-SAM (MICCAI 2024, arXiv 2410.04172), its two result tables: 21 tasks in 3D, 9 in 2D. Only
-figures that are known for certain stand here: the averages of SAM, MedSAM and DB-SAM, and DB-SAM's
-Dice of eleven 3D tasks. The names of the other rows are those of MedSAM's first preprint, on whose
-data the paper reports; they are marked in `PaperRow.confirmed`.
+Source: DB-SAM (MICCAI 2024, arXiv 2410.04172), its two result tables: 21 tasks in 3D, 9 in 2D. The
+tasks stand in `export/evaluation/rows.toml`, with what is known of each; the averages of SAM,
+MedSAM and DB-SAM stand here.
 
-The paper's test images are not ours. A row is filled from our data only where `OUR_LABELS` names
-the task folder and label, or a task folder carries the row's name (spaces or underscores); nothing
-is guessed from similar names.
+The paper's test images are not ours. A row is filled from our data only where its words are those
+of the data, see `rows`; rows without data are left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,25 +24,9 @@ from .results import (
     Score,
     mean_score,
 )
+from .rows import Row
 
 SOURCE = "DB-SAM, MICCAI 2024, arXiv 2410.04172"
-
-
-@dataclass(frozen=True)
-class PaperRow:
-    """One task of the paper.
-
-    Attributes:
-        name: as printed there.
-        dimensions: which of its two tables.
-        db_sam_dsc: its Dice in per cent, where known.
-        confirmed: whether the name is known from the paper itself.
-    """
-
-    name: str
-    dimensions: Literal["2D", "3D"]
-    db_sam_dsc: float | None = None
-    confirmed: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,91 +49,43 @@ AVERAGES = (
     PaperAverage("SAM", "2D", 9, 59.62, 64.27),
 )
 
-_KNOWN = {
-    "Brain Ventricles MR-T1": 78.95,
-    "Brain Ventricles MR-T2": 77.02,
-    "Brain Tumor MR-FLAIR": 92.49,
-    "Cerebellum MR-T1": 94.47,
-    "Cerebellum MR-T2": 92.69,
-    "Gallbladder MR": 87.43,
-    "Left Ventricle MR": 91.15,
-    "Right Ventricle MR": 90.51,
-    "Liver MR": 96.17,
-    "Pancreas MR": 85.16,
-    "Abdomen Tumor CT": 78.31,
-}
-_OTHER_3D = (
-    "Prostate MR-ADC",
-    "Prostate MR-T2",
-    "Gallbladder CT",
-    "Head-Neck Tumor CT",
-    "Liver CT",
-    "Lung Infections CT",
-    "Pancreas CT",
-    "Pleural Effusion CT",
-    "Stomach CT",
-    "Head-Neck Tumor PET",
-)
-_2D = (
-    "Breast Tumor Ultrasound",
-    "Liver Ultrasound",
-    "Vessel Ultrasound",
-    "Heart X-Ray",
-    "Lungs X-Ray",
-    "Polyp Endoscope",
-    "Instrument Endoscope",
-    "Retinal Vessel Retinal Image",
-    "Gland Pathology",
-)
-
-PAPER_ROWS = (
-    *(PaperRow(name, "3D", dsc, confirmed=True) for name, dsc in _KNOWN.items()),
-    *(PaperRow(name, "3D") for name in _OTHER_3D),
-    *(PaperRow(name, "2D") for name in _2D),
-)
-
-OUR_LABELS: dict[tuple[str, str], str] = {
-    ("MR_cardiac_LV", "left ventricle (endocardial)"): "Left Ventricle MR",
-    ("MR_brain_T2_structures_3D", "lateral ventricles"): "Brain Ventricles MR-T2",
-    ("MR_brain_T2_structures_3D", "cerebellum"): "Cerebellum MR-T2",
-    ("CT_abdomen_3D", "gallbladder"): "Gallbladder CT",
-    ("CT_abdomen_3D", "liver"): "Liver CT",
-    ("CT_abdomen_3D", "pancreas"): "Pancreas CT",
-    ("CT_abdomen_3D", "stomach"): "Stomach CT",
-    ("Endoscopy_polyp", "polyp"): "Polyp Endoscope",
-    ("XRay_chest", "left lung"): "Lungs X-Ray",
-    ("XRay_chest", "right lung"): "Lungs X-Ray",
-}
-"""Task folder and label name → the paper's row for the same structure and modality."""
-
 
 @dataclass(frozen=True)
 class Comparison:
-    """A row of the paper with our figure beside it.
+    """A row of a published table with our figure beside it.
 
     Attributes:
-        row: the paper's.
-        ours: our mean over the same structure; None without data.
+        row: the paper's, or a user's.
+        ours: our mean over the same structure.
         count: cases (objects, where a case is about several labels) in it.
         interval: of our Dice, by drawing those; None for fewer than two.
-        task: our task folder.
+        task: our task folders.
     """
 
-    row: PaperRow
-    ours: Score | None
-    count: int = 0
-    interval: Interval | None = None
-    task: str = ""
+    row: Row
+    ours: Score
+    count: int
+    interval: Interval | None
+    task: str
 
 
-def compare(result: EvaluationResult) -> tuple[Comparison, ...]:
-    """Every row of the paper, with ours where there is data for it."""
+def compare(result: EvaluationResult, rows: Sequence[Row]) -> tuple[Comparison, ...]:
+    """The rows for which there is data, in their order."""
+    kinds = {case.file: case.dimensions for case in result.cases}
     found: dict[str, list[ObjectResult | CaseResult]] = {}
     for item in _items(result):
-        name = _row_name(item)
-        if name is not None:
-            found.setdefault(name, []).append(item)
-    return tuple(_comparison(row, found.get(row.name, []), result) for row in PAPER_ROWS)
+        path, kind = _path(item), kinds.get(item.file, "")
+        for row in rows:
+            if row.answers(path, item.label_name, kind):
+                found.setdefault(row.name, []).append(item)
+    return tuple(_comparison(row, found[row.name], result) for row in rows if row.name in found)
+
+
+def our_average(dimensions: str, comparisons: Sequence[Comparison]) -> float | None:
+    """Our mean Dice over one of the paper's tables, only if there is data for every row of it."""
+    own = [c.ours.dsc for c in comparisons if c.row.is_papers and c.row.dimensions == dimensions]
+    tasks = next(average.tasks for average in AVERAGES if average.dimensions == dimensions)
+    return sum(own) / tasks if len(own) == tasks else None
 
 
 def _items(result: EvaluationResult) -> Iterable[ObjectResult | CaseResult]:
@@ -159,19 +93,14 @@ def _items(result: EvaluationResult) -> Iterable[ObjectResult | CaseResult]:
     return result.cases if result.settings["protocol"] == "medsam" else result.objects
 
 
-def _row_name(item: ObjectResult | CaseResult) -> str | None:
-    folder = item.task.rpartition("/")[2]
-    own = folder.replace("_", " ")
-    if any(row.name == own for row in PAPER_ROWS):
-        return own
-    return OUR_LABELS.get((folder, item.label_name))
+def _path(item: ObjectResult | CaseResult) -> str:
+    """Task and file; a file's name begins with its task's, unless the task is the data folder."""
+    return item.file if item.file.startswith(f"{item.task}/") else f"{item.task}/{item.file}"
 
 
 def _comparison(
-    row: PaperRow, items: list[ObjectResult | CaseResult], result: EvaluationResult
+    row: Row, items: list[ObjectResult | CaseResult], result: EvaluationResult
 ) -> Comparison:
-    if not items:
-        return Comparison(row, None)
     scores = [item.score for item in items]
     ends = bootstrap_mean([score.dsc for score in scores], result.settings["seed"])
     unit: IntervalUnit = "cases" if isinstance(items[0], CaseResult) else "objects"

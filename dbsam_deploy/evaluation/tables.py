@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .published import AVERAGES, SOURCE, Comparison, PaperAverage
+from .published import AVERAGES, SOURCE, Comparison, PaperAverage, our_average
 from .results import EvaluationResult, Interval, Mean, Score
 
 BELOW = "▼"
@@ -65,7 +65,8 @@ def skipped_lines(result: EvaluationResult) -> list[str]:
 
 def row_name(item: Comparison) -> str:
     """The paper's name of a task, starred where it could not be checked."""
-    return item.row.name if item.row.confirmed else f"{item.row.name} *"
+    is_checked = item.row.dsc is not None or not item.row.is_papers
+    return item.row.name if is_checked else f"{item.row.name} *"
 
 
 def average_name(average: PaperAverage) -> str:
@@ -73,33 +74,44 @@ def average_name(average: PaperAverage) -> str:
     return f"{average.model}, all {average.tasks} {average.dimensions} tasks"
 
 
-def our_average(dimensions: str, comparisons: Sequence[Comparison]) -> str:
-    """Our mean Dice over the paper's tasks, only if there is data for every one of them."""
-    own = [item.ours for item in comparisons if item.row.dimensions == dimensions]
-    filled = [score for score in own if score is not None]
-    if len(filled) < len(own):
-        return "no data"
-    return percent(sum(score.dsc for score in filled) / len(filled))
-
-
-def published_cells(item: Comparison) -> tuple[str, str, str, str]:
-    """The paper's Dice of a task, ours, its interval, and the box's."""
-    printed = "–" if item.row.db_sam_dsc is None else f"{item.row.db_sam_dsc:.2f}"
-    if item.ours is None:
-        return printed, "no data", "", ""
+def published_cells(item: Comparison) -> tuple[str, ...]:
+    """The paper's Dice of a task; of ours Dice, its interval, NSD, the box's Dice, and how many."""
     return (
-        printed,
+        "–" if item.row.dsc is None else f"{item.row.dsc:.2f}",
         percent(item.ours.dsc),
         interval_text(item.interval),
+        percent(item.ours.nsd),
         percent(item.ours.box_dsc),
+        str(item.count),
     )
+
+
+def average_rows(comparisons: Sequence[Comparison]) -> list[tuple[str, str, str, str]]:
+    """What was published of whom, its Dice and NSD, and our average; only of tables with data."""
+    shown = {item.row.dimensions for item in comparisons if item.row.is_papers}
+    return [
+        (
+            average_name(average),
+            f"{average.dsc:.2f}",
+            f"{average.nsd:.2f}",
+            percent(our_average(average.dimensions, comparisons)),
+        )
+        for average in AVERAGES
+        if average.dimensions in shown
+    ]
+
+
+def tolerance_text(result: EvaluationResult) -> str:
+    """Within what the NSD counts surfaces as found."""
+    return "NSD within " + " or ".join(sorted({case.tolerance for case in result.cases}))
 
 
 def published_notes(result: EvaluationResult) -> list[str]:
     """What must be read with the published figures."""
     notes = [
         NOT_OURS,
-        f"Published: {SOURCE}; – no figure known; * name not checked against the paper.",
+        f"Published: {SOURCE}; – no figure known, or not all of a table's tasks in our data; "
+        "* name not checked against the paper.",
     ]
     if result.settings["protocol"] != "medsam":
         notes.append("The paper's own protocol is medsam.")
@@ -121,9 +133,9 @@ def beside_cells(result: EvaluationResult, score: Score | None) -> tuple[str, ..
 
 
 def print_result(
-    console: Console, result: EvaluationResult, comparisons: Sequence[Comparison]
+    console: Console, result: EvaluationResult, comparisons: Sequence[Comparison] | None
 ) -> None:
-    """Print tasks, means, what was skipped, and the published figures."""
+    """Print tasks, means and what was skipped; with `comparisons` the published figures, too."""
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -131,6 +143,11 @@ def print_result(
     console.print(_task_table(result))
     for line in skipped_lines(result) or ["nothing"]:
         say(f"skipped: {line}")
+    if comparisons is None:
+        return
+    if not comparisons:
+        say("published: none of the rows has data here; see the head of rows.toml, and --rows")
+        return
     console.print(_published_table(result, comparisons))
     for note in published_notes(result):
         say(note)
@@ -148,7 +165,7 @@ def _task_table(result: EvaluationResult) -> Table:
     """One row a task, then the means."""
     title = f"ours, protocol {result.settings['protocol']}"
     columns = ("n", "DSC", "95 %", "NSD", "box", *beside_cells(result, None), "")
-    table = _table(title, "task", columns, LEGEND)
+    table = _table(title, "task", columns, f"{LEGEND}; {tolerance_text(result)}")
     for task in result.tasks:
         cells = (*_mean_cells(task.mean), *beside_cells(result, task.mean.score))
         table.add_row(escape(task.task), *cells, BELOW if task.below_box else "")
@@ -168,16 +185,15 @@ def _mean_cells(mean: Mean) -> tuple[str, ...]:
 
 
 def _published_table(result: EvaluationResult, comparisons: Sequence[Comparison]) -> Table:
-    """The paper's 21 3D and 9 2D tasks with ours beside them, then its averages."""
+    """The rows that have data, with ours beside the paper's, then its averages."""
     title = f"published DSC, and ours by the protocol {result.settings['protocol']}"
-    table = _table(title, "task of the paper", ("DB-SAM", "NSD", "ours", "95 %", "box"))
+    columns = ("DB-SAM", "ours", "95 %", "NSD", "box", "n")
+    table = _table(title, "task of the paper", columns)
     for dimensions in ("3D", "2D"):
         for item in comparisons:
             if item.row.dimensions == dimensions:
-                printed, *ours = published_cells(item)
-                table.add_row(row_name(item), printed, "", *ours)
+                table.add_row(escape(row_name(item)), *published_cells(item))
         table.add_section()
-    for average in AVERAGES:
-        figures = (f"{average.dsc:.2f}", f"{average.nsd:.2f}")
-        table.add_row(average_name(average), *figures, our_average(average.dimensions, comparisons))
+    for name, dsc, nsd, ours in average_rows(comparisons):
+        table.add_row(f"{name} (NSD {nsd})", dsc, ours)
     return table

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from ..core.errors import InputError
 from ..core.imaging import ByteArray
+from ..files.walking import files_below
 from ..images.volumes import PICTURE_SUFFIXES, Volume, read_image
 from ..recipe import CALIBRATION_ADVICE, CalibrationPlan
 
@@ -104,7 +105,7 @@ def choose_images(path: Path, plan: CalibrationPlan) -> CalibrationSet:
 def _find_files(path: Path) -> tuple[Path, list[Path]]:
     """The folder that names are relative to, and the image files at `path`."""
     if path.is_dir():
-        files = sorted(item for item in path.rglob("*") if _is_image(item))
+        files = [item for item in files_below(path) if _is_image(item)]
         if not files:
             raise InputError(f"{path}: no images: {CALIBRATION_ADVICE}")
         return path, files

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..core.errors import InputError
 from ..datasets.cases import CaseFile, Reading
 from ..datasets.finding import find_cases
+from ..files.walking import files_below
 from .recipe import Phase
 from .samples import Images, LabelledSlices, Mixture, Source
 from .synthetic_images import Synthetic
@@ -110,7 +111,7 @@ def labelled_sources(
     Raises:
         InputError: see `find_cases` and `LabelledSlices`.
     """
-    arrays = list(data.rglob("*.np[yz]"))
+    arrays = [path for path in files_below(data) if path.suffix in (".npy", ".npz")]
     if (
         split is None
         and arrays

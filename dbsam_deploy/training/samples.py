@@ -18,6 +18,7 @@ import numpy.typing as npt
 from ..core.errors import InputError
 from ..core.imaging import ByteArray
 from ..datasets.cases import CaseFile, LabelledCase, read_case
+from ..files.walking import files_below
 from ..images.npz_files import (
     check_label_map,
     open_npy,
@@ -231,7 +232,7 @@ class Images:
 
     def __init__(self, folder: Path, name: str | None = None) -> None:
         suffixes = (*PICTURE_SUFFIXES, ".npz")
-        files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in suffixes]
+        files = [path for path in files_below(folder) if path.suffix.lower() in suffixes]
         if not files:
             raise InputError(
                 f"{folder}: no {', '.join(suffixes)} file; expected images to learn on"
@@ -273,7 +274,7 @@ def _find_stacks(path: Path | CaseFile) -> Sequence[Path | CaseFile]:
         return [path]
     if not path.is_dir():
         raise InputError(f"{path}: no such file or folder")
-    files = [file for file in sorted(path.rglob("*")) if file.suffix in _IMAGE_SUFFIXES]
+    files = [file for file in files_below(path) if file.suffix in _IMAGE_SUFFIXES]
     label_folders = set(PAIRED_FOLDERS.values())
     return [
         file

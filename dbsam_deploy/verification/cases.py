@@ -14,6 +14,7 @@ import numpy.typing as npt
 from ..core.errors import InputError
 from ..core.imaging import ByteArray, FloatArray
 from ..core.masks import mask_box
+from ..files.walking import files_below
 from ..images.npz_files import has_labels, read_image_header, read_images, read_labels
 from ..recipe import Parity
 from ..resources import resource_dir
@@ -54,7 +55,7 @@ def load_cases(folder: Path, parity: Parity) -> list[Case]:
     Raises:
         InputError: no such folder, no npz in it, a damaged one, or no object large enough.
     """
-    files = sorted(folder.rglob("*.npz"))
+    files = [path for path in files_below(folder) if path.suffix == ".npz"]
     if not files:
         raise InputError(
             f"{folder}: no .npz files with imgs and gts; see export/examples/README.md"

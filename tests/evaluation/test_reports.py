@@ -21,8 +21,9 @@ from dbsam_deploy.evaluation.boxes import fill_box
 from dbsam_deploy.evaluation.files import write_files
 from dbsam_deploy.evaluation.page import write_page
 from dbsam_deploy.evaluation.plots import overlay_png, task_plot
-from dbsam_deploy.evaluation.published import AVERAGES, OUR_LABELS, PAPER_ROWS, compare
-from dbsam_deploy.evaluation.tables import our_average, print_result
+from dbsam_deploy.evaluation.published import compare
+from dbsam_deploy.evaluation.rows import paper_rows
+from dbsam_deploy.evaluation.tables import print_result
 from dbsam_deploy.images.overlays import COLOURS
 from dbsam_deploy.images.volumes import Volume
 
@@ -59,64 +60,9 @@ def result() -> EvaluationResult:
     return evaluate(upper_half, cases, build_protocol("objects"), worst=12, max_slices=2)
 
 
-def test_the_papers_tasks() -> None:
-    kinds = [row.dimensions for row in PAPER_ROWS]
-    assert (kinds.count("3D"), kinds.count("2D")) == (21, 9)
-    names = [row.name for row in PAPER_ROWS]
-    assert len(set(names)) == 30
-    assert set(OUR_LABELS.values()) <= set(names)
-    known = {row.name: row.db_sam_dsc for row in PAPER_ROWS if row.db_sam_dsc is not None}
-    assert len(known) == 11
-    assert known["Left Ventricle MR"] == 91.15
-    assert known["Brain Ventricles MR-T1"] == 78.95
-    figures = {(a.model, a.dimensions): (a.tasks, a.dsc, a.nsd) for a in AVERAGES}
-    assert figures["DB-SAM", "3D"] == (21, 87.05, 85.31)
-    assert figures["MedSAM", "2D"] == (9, 77.22, 83.17)
-    # the gain that the paper's abstract names is the NSD's
-    gain = figures["DB-SAM", "3D"][2] - figures["MedSAM", "3D"][2]
-    assert gain == pytest.approx(8.77)
-
-
-def test_a_row_is_filled_by_explicit_names_only(result: EvaluationResult) -> None:
-    rows = {item.row.name: item for item in compare(result)}
-    assert len(rows) == 30
-    heart = rows["Left Ventricle MR"]
-    assert (heart.count, heart.task) == (2, "MR_cardiac_LV")
-    own = [o.score.dsc for o in result.objects if o.task == "MR_cardiac_LV"]
-    assert heart.ours is not None
-    assert heart.ours.dsc == pytest.approx(np.mean(own))
-    assert rows["Lungs X-Ray"].count == 2
-    assert {name for name, item in rows.items() if item.ours is not None} == {
-        "Left Ventricle MR",
-        "Lungs X-Ray",
-    }
-    assert our_average("3D", compare(result)) == "no data"
-
-
-def test_a_folder_may_carry_the_papers_name() -> None:
-    cases = [
-        case("Liver_MR/a.npz", {1: "anything"}),
-        case("deep/Gallbladder MR/b.npz", {1: "anything"}),
-        case("Liver_MR_2/c.npz", {1: "liver"}),
-        case("elsewhere/d.npz", {1: "liver"}),
-    ]
-    found = evaluate(upper_half, cases, build_protocol("objects"), with_nsd=False)
-    filled = {item.row.name: item.count for item in compare(found) if item.ours is not None}
-    assert filled == {"Liver MR": 1, "Gallbladder MR": 1}
-
-
-def test_our_average_needs_every_task() -> None:
-    cases = [
-        case(f"{row.name}/x.npz", {1: "anything"}) for row in PAPER_ROWS if row.dimensions == "2D"
-    ]
-    found = evaluate(upper_half, cases, build_protocol("objects"), with_nsd=False)
-    assert our_average("2D", compare(found)) == f"{100 * found.task_mean:.2f}"
-    assert our_average("3D", compare(found)) == "no data"
-
-
 def test_the_console(result: EvaluationResult) -> None:
     console = Console(width=80, record=True, file=io.StringIO())
-    print_result(console, result, compare(result))
+    print_result(console, result, compare(result, paper_rows()))
     text = console.export_text()
     lines = text.splitlines()
     (heart,) = [line for line in lines if line.strip().startswith("MR_cardiac_LV")]
@@ -126,15 +72,29 @@ def test_the_console(result: EvaluationResult) -> None:
     assert "▼" in heart
     (row,) = [line for line in lines if "Left Ventricle MR" in line]
     assert "91.15" in row
-    assert sum("no data" in line for line in lines) == 28 + 6
+    assert "Liver" not in text  # a row without data is not there
+    assert "NSD within 2 px" in " ".join(text.split())
     assert "not comparable" in text
     assert "limit of 2: 1 in MR_cardiac_LV/heart.npz" in text
     assert "The paper's own protocol is medsam." in text
     assert "0 of 3" in text
 
 
+def test_the_papers_figures_are_printed_where_they_are_asked_for() -> None:
+    cases = [case("other/x.npz", {1: "thing"})]
+    found = evaluate(upper_half, cases, build_protocol("objects"), with_nsd=False)
+    texts = []
+    for comparisons in (None, compare(found, paper_rows())):
+        console = Console(width=80, record=True, file=io.StringIO())
+        print_result(console, found, comparisons)
+        texts.append(console.export_text())
+    assert "published" not in texts[0]
+    assert "published: none of the rows has data here" in texts[1]
+    assert "DB-SAM" not in texts[1]
+
+
 def test_csv_and_json(result: EvaluationResult, tmp_path: Path) -> None:
-    paths = write_files(tmp_path / "out", result, compare(result), MODEL)
+    paths = write_files(tmp_path / "out", result, compare(result, paper_rows()), MODEL)
     assert sorted(path.name for path in paths) == [
         "cases.csv",
         "evaluation.json",
@@ -168,7 +128,8 @@ def test_csv_and_json(result: EvaluationResult, tmp_path: Path) -> None:
     assert len(body["objects"]) == len(result.objects)
     assert body["skipped"][0]["count"] == 1
     assert body["published"]["averages_percent"][0]["dsc"] == 87.05
-    assert sum(row["ours"] is not None for row in body["published"]["tasks"]) == 2
+    names = [row["row"]["name"] for row in body["published"]["tasks"]]
+    assert names == ["Left Ventricle MR", "Lungs X-Ray"]
 
 
 class _Page(HTMLParser):
@@ -190,7 +151,7 @@ class _Page(HTMLParser):
 
 
 def test_the_page_stands_alone(result: EvaluationResult, tmp_path: Path) -> None:
-    path = write_page(tmp_path / "evaluation.html", result, compare(result), MODEL)
+    path = write_page(tmp_path / "evaluation.html", result, compare(result, paper_rows()), MODEL)
     page = _Page()
     page.feed(path.read_text())
     assert len(page.loaded) == len(result.worst) > 0
@@ -198,7 +159,13 @@ def test_the_page_stands_alone(result: EvaluationResult, tmp_path: Path) -> None
     assert not {"script", "link", "iframe"} & set(page.tags)
     assert page.tags.count("svg") == 1
     assert "b" not in page.tags  # the file called <b> stays text
-    for words in ("a <model> & more", "other/<b>.npz", "Left Ventricle MR", "91.15", "no data"):
+    for words in (
+        "a <model> & more",
+        "other/<b>.npz",
+        "Left Ventricle MR",
+        "91.15",
+        "NSD within 2 px",
+    ):
         assert words in page.text
     assert "limit of 2" in page.text
     with Image.open(io.BytesIO(base64.b64decode(page.loaded[0].partition(",")[2]))) as picture:
