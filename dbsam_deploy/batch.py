@@ -21,7 +21,7 @@ from .cli import Parser, progress_bars, run, say_on_stderr
 from .clients.access import Access
 from .cohort.crews import Crew, LocalCrew, RayCrew
 from .cohort.manifest import Study, find_studies, read_manifest
-from .cohort.page import StudyEnd, write_report
+from .cohort.page import StudyEnd, review_text, write_report
 from .cohort.records import hash_of
 from .cohort.run import run_batch
 from .cohort.work import Orders, Outcome
@@ -30,6 +30,7 @@ from .extras import check_installed
 from .files.locks import one_writer
 from .machine.hardware import describe_hardware, memory_gib
 from .outputs.files import ENDINGS
+from .outputs.review import add_review_option
 from .pacs.address import PacsAddress, named_pacs_access, service_url
 from .sessions.backends import find_backend
 from .sessions.options import TRITON, add_model_options, add_server_options, model_options
@@ -86,6 +87,7 @@ def build_parser() -> Parser:
         default=[],
         help="repeat it for more (default: that of the input)",
     )
+    add_review_option(parser)
     _add_work_options(parser.add_argument_group("work"))
     _add_pacs_options(parser.add_argument_group("studies in a PACS"))
     add_model_options(parser)
@@ -284,8 +286,13 @@ def _report(args: argparse.Namespace, ended: list[StudyEnd], total: int, seconds
         **({"PACS": f"{stored} files are in it now"} if args.store else {}),
         "where": f"Ray cluster {args.ray}" if args.ray else f"{machine.cpu}, {machine.cores} cores",
     }
-    page = write_report(args.output, str(args.studies), about, ended)
-    print(f"studies: {about['studies']}\ntime: {about['time']}\nwrote {page}")
+    if args.min_confidence is not None:
+        about["for review"] = review_text(ended, args.min_confidence)
+    page = write_report(args.output, str(args.studies), about, ended, args.min_confidence)
+    for name in ("studies", "time", "for review"):
+        if name in about:
+            print(f"{name}: {about[name]}")
+    print(f"wrote {page}")
     return total - done
 
 

@@ -115,6 +115,16 @@ def build_parser() -> Parser:
     measure.add_argument(
         "--nsd-mm", action="store_true", help="medsam: NSD within 1 mm where a file has a spacing"
     )
+    _add_paper_options(measure)
+    add_model_options(parser)
+    _add_started_options(add_server_options(parser))
+    parser.add_argument(
+        "--output", type=Path, help="folder for evaluation.html, evaluation.json and CSV tables"
+    )
+    return parser
+
+
+def _add_paper_options(measure: argparse._ArgumentGroup) -> None:
     measure.add_argument(
         "--paper",
         action="store_true",
@@ -126,12 +136,6 @@ def build_parser() -> Parser:
         metavar="FILE",
         help="TOML with rows of your own, beside the paper's (export/evaluation/rows.toml)",
     )
-    add_model_options(parser)
-    _add_started_options(add_server_options(parser))
-    parser.add_argument(
-        "--output", type=Path, help="folder for evaluation.html, evaluation.json and CSV tables"
-    )
-    return parser
 
 
 def _add_started_options(server: argparse._ArgumentGroup) -> None:

@@ -75,8 +75,14 @@ def test_good_and_bad_studies_and_the_same_again(studies, tiny_artefact, capsys)
     assert not re.search(r"(src|href)=\"(?!data:)|url\(|<script", page)
 
     study(studies.parent, "gone", number=9)  # it has come
-    assert run(batch.main, words(studies, tiny_artefact)) == 1
-    assert "1 new, 4 there already, 1 failed" in capsys.readouterr().out
+    assert "for review" not in out
+    assert run(batch.main, words(studies, tiny_artefact, "--min-confidence", 1)) == 1
+    out = capsys.readouterr().out
+    assert "1 new, 4 there already, 1 failed" in out  # another threshold makes nothing anew
+    assert "for review: 5 of 5 objects have a predicted IoU below 1, in 5 studies" in out
+    ended = json.loads((output / "batch.json").read_text())["studies"]
+    assert [one.get("for_review") for one in ended if one["result"]] == [[1]] * 5
+    assert "in red: below 1.0, flagged for review" in (output / "batch.html").read_text()
     second = state(output)
     assert {name: second[name] for name in first} == first
     assert list(second) == ["batch", "gone", "s0", "s1", "s2"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ..files.atomic import write_file
 from ..images.volumes import OWN_WINDOW, Volume, png_bytes, read_image
 from ..outputs.files import ENDINGS, FRACTIONS, OVERLAY, planned, write
 from ..outputs.merging import merged
+from ..outputs.review import add_review_option, review_line
 from ..outputs.segmentation import Segmentation
 from ..prediction.prompts import Prompts, check_prompts
 from ..prediction.results import Result
@@ -140,6 +142,7 @@ def add_image_options(parser: argparse._ActionsContainer) -> None:
         action="store_true",
         help="go on with a run on a volume that was interrupted, with the same options",
     )
+    add_review_option(parser)
     parser.add_argument(
         "--overlay", action="store_true", help="also draw contours, prompts and a legend as PNG"
     )
@@ -194,7 +197,9 @@ def prompts_from(args: argparse.Namespace, volume: Volume) -> Prompts:
     return check_prompts(prompts if len(prompts) else own_boxes(prompts, volume), volume)
 
 
-def _report(console: Console, result: Result, paths: dict[str, Path], latency_ms: float) -> None:
+def _report(
+    console: Console, result: Result, paths: dict[str, Path], latency_ms: float, review: str
+) -> None:
     each = result.ious.shape[1]
     table = Table("label", "prompt", "mask pixels", "predicted IoU", *["kept"] * (each > 1))
     for index, row in enumerate(result.rows()):
@@ -209,6 +214,8 @@ def _report(console: Console, result: Result, paths: dict[str, Path], latency_ms
     if result.blank_slices:
         blank = ", ".join(str(z) for z in result.blank_slices)
         say(f"NOTE: nothing to segment in slice {blank}, of one value only: its mask is empty")
+    if review:
+        say(review)
     for path in paths.values():
         say(f"wrote {path}")
 
@@ -326,8 +333,10 @@ def _predict_files(args: argparse.Namespace, open_model: Callable[[], Model]) ->
             latency_ms = (time.perf_counter() - start) * 1e3
         name = model.describe()
     found = Segmentation.from_result(result, name)
-    write(found if old is None else merged(old, found, overwrite=args.overwrite), paths)
+    review = review_line(found, args.min_confidence)
+    found = found if old is None else merged(old, found, overwrite=args.overwrite)
+    write(replace(found, min_confidence=args.min_confidence), paths)
     if OVERLAY in paths:
         write_file(paths[OVERLAY], png_bytes(np.asarray(result.plot())))
-    _report(console, result, paths, latency_ms)
+    _report(console, result, paths, latency_ms, review)
     return tuple(paths.values())

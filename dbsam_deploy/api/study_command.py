@@ -6,6 +6,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ..images.volumes import Volume, png_bytes
 from ..outputs.files import ENDINGS, FRACTIONS, OVERLAY, write
 from ..outputs.merging import Earlier, merged, read_earlier
 from ..outputs.object_statistics import mean_confidence, voxel_counts, voxel_ml
+from ..outputs.review import review_line
 from ..outputs.segmentation import Segmentation
 from ..prediction.segment import Progress
 from ..volumes.kept_answers import remove_answers
@@ -105,21 +107,25 @@ def predict_study(
                 say=notes.append,
                 checkpoint=unfinished,
             )
-            found = found if old is None else merged(old, found, overwrite=args.overwrite)
+            review = review_line(found, args.min_confidence)
             notes.insert(0, f"{time.perf_counter() - start:.1f} s")
-            written = list(write(found, paths))
+            found = found if old is None else merged(old, found, overwrite=args.overwrite)
+            written = list(write(replace(found, min_confidence=args.min_confidence), paths))
     remove_answers(unfinished)
     if OVERLAY in paths:
         written.append(write_file(paths[OVERLAY], png_bytes(np.asarray(picture(found)))))
-    _report(found, notes, written)
+    _report(found, notes, written, review)
     return written
 
 
-def _report(found: Segmentation, notes: Sequence[str], written: Sequence[Path]) -> None:
+def _report(
+    found: Segmentation, notes: Sequence[str], written: Sequence[Path], review: str
+) -> None:
     console = table_console()
     console.print(_table(found))
     seconds, *lines = notes
-    for line in (seconds, *(f"NOTE: {n}" for n in lines), *(f"wrote {path}" for path in written)):
+    wrote = (f"wrote {path}" for path in written)
+    for line in (seconds, *(f"NOTE: {n}" for n in lines), *filter(None, [review]), *wrote):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import atomic
+from .calibration import calibrate
 from .published import AVERAGES, SOURCE, Comparison
 from .results import CaseResult, EvaluationResult, Mean, ObjectResult, Score, TaskResult
 
@@ -18,7 +19,13 @@ FORMAT = 1
 _SCORE = ("dsc", "nsd", "box_dsc", "box_nsd", "oracle_dsc", "cvpr24_dsc")
 _ENDS = ("dsc_low", "dsc_high", "nsd_low", "nsd_high", "interval_of")
 
-OBJECT_COLUMNS = ("task", "file", "slice", "label", "label_name", "pixels", "box", *_SCORE)
+_CONFIDENCE = ("predicted_iou", "true_iou")
+
+OBJECT_COLUMNS = (
+    *("task", "file", "slice", "label", "label_name", "pixels", "box"),
+    *_SCORE,
+    *_CONFIDENCE,
+)
 CASE_COLUMNS = (
     "task",
     "case",
@@ -75,10 +82,12 @@ def json_text(
     result: EvaluationResult, comparisons: Sequence[Comparison], model: dict[str, Any]
 ) -> str:
     """Settings, model, every score, and the published figures apart from ours."""
+    calibration = calibrate(result.objects)
     body = {
         "format": FORMAT,
         "model": model,
         **result.as_dict(),
+        "calibration": None if calibration is None else asdict(calibration),
         "published": {
             "source": SOURCE,
             "averages_percent": [asdict(average) for average in AVERAGES],
@@ -96,7 +105,9 @@ def _scores(score: Score) -> tuple[str, ...]:
 def _object_row(item: ObjectResult) -> tuple[Any, ...]:
     box = " ".join(f"{value:g}" for value in item.box)
     where = (item.slice_index, item.label, item.label_name, item.pixels, box)
-    return (item.task, item.file, *where, *_scores(item.score))
+    ious = (item.predicted_iou, item.true_iou)
+    confidence = ("" if value is None else f"{value:.6f}" for value in ious)
+    return (item.task, item.file, *where, *_scores(item.score), *confidence)
 
 
 def _case_row(case: CaseResult) -> tuple[Any, ...]:

@@ -97,9 +97,10 @@ def _segment_slice(
 ) -> list[ObjectResult]:
     image = resize_image(case.volume.slice_rgb(index))
     boxes = np.stack([target.boxes[index] for target in targets])
-    masks = cut_logits(segment_boxes(run.segmenter, image, boxes))
+    answer = segment_boxes(run.segmenter, image, boxes)
+    found = zip(boxes, cut_logits(answer), answer.ious[:, 0].tolist(), strict=True)
     results = []
-    for target, box, mask in zip(targets, boxes, masks, strict=True):
+    for target, (box, mask, iou) in zip(targets, found, strict=True):
         truth = target.truth[index]
         filled = fill_box(box, _SIZE, inclusive=True)
         target.predictions[index], target.filled[index] = mask, filled
@@ -112,6 +113,7 @@ def _segment_slice(
             pixels=int(truth.sum()),
             box=tuple(box.tolist()),
             score=run.score(mask, truth, filled),
+            predicted_iou=iou,
         )
         results.append(result)
         x0, y0, x1, y1 = box.tolist()

@@ -84,9 +84,10 @@ def _plan(case: LabelledCase, protocol: EvaluationProtocol) -> tuple[list[_Slice
 
 def _evaluate_slice(case: LabelledCase, item: _SliceObjects, run: Run) -> list[ObjectResult]:
     image = case.volume.slice_rgb(item.index)
-    masks = as_bool(segment_boxes(run.segmenter, image, item.boxes).masks[:, 0])
+    answer = segment_boxes(run.segmenter, image, item.boxes)
+    found = zip(item.boxes, as_bool(answer.masks[:, 0]), answer.ious[:, 0].tolist(), strict=True)
     results = []
-    for label, box, mask in zip(item.labels, item.boxes, masks, strict=True):
+    for label, (box, mask, iou) in zip(item.labels, found, strict=True):
         truth: BoolArray = case.labels[item.index] == label
         filled = fill_box(box, truth.shape, inclusive=False)
         result = ObjectResult(
@@ -98,6 +99,7 @@ def _evaluate_slice(case: LabelledCase, item: _SliceObjects, run: Run) -> list[O
             pixels=int(truth.sum()),
             box=tuple(box.tolist()),
             score=run.score(mask, truth, filled),
+            predicted_iou=iou,
         )
         results.append(result)
         overlay = Overlay(result, item.index, image, truth, mask, tuple(box.tolist()))

@@ -9,15 +9,18 @@ from typing import Any
 
 from ..files.atomic import write_file
 from ..files.pages import render
+from .calibration import POOR_DSC, calibrate, first_to_look_at
 from .metrics import load_library
-from .plots import overlay_png, task_plot
+from .plots import overlay_png, reliability_plot, task_plot
 from .published import Comparison
-from .results import EvaluationResult, Mean, Overlay
+from .results import EvaluationResult, Mean, ObjectResult, Overlay
 from .tables import (
     BELOW,
     LEGEND,
     average_rows,
     beside_cells,
+    calibration_line,
+    flagging_rows,
     interval_text,
     percent,
     published_cells,
@@ -50,6 +53,7 @@ def write_page(
         InputError: the file cannot be written.
     """
     jinja2 = load_library("jinja2")
+    calibration = calibrate(result.objects)
     page = render(
         jinja2,
         TEMPLATE,
@@ -69,6 +73,11 @@ def write_page(
         published=[_published(item) for item in comparisons],
         averages=average_rows(comparisons),
         notes=published_notes(result),
+        calibration=calibration_line(calibration),
+        reliability="" if calibration is None else reliability_plot(calibration),
+        flaggings=[] if calibration is None else flagging_rows(calibration),
+        poor=percent(POOR_DSC),
+        first=[_doubtful(item) for item in first_to_look_at(result)],
         worst=[_worst(overlay) for overlay in result.worst],
     )
     return write_file(path, page.encode())
@@ -97,6 +106,13 @@ def _task_cells(result: EvaluationResult, index: int) -> dict[str, Any]:
 def _published(item: Comparison) -> tuple[str, ...]:
     *figures, count = published_cells(item)
     return (item.row.dimensions, row_name(item), *figures, f"{count} in {item.task}")
+
+
+def _doubtful(item: ObjectResult) -> tuple[str, ...]:
+    name = item.label_name or f"label {item.label}"
+    place = "" if item.slice_index is None else str(item.slice_index)
+    ious = (percent(item.predicted_iou), percent(item.true_iou), percent(item.score.dsc))
+    return (item.file, name, place, *ious)
 
 
 def _worst(overlay: Overlay) -> dict[str, str]:

@@ -11,6 +11,7 @@ import numpy as np
 from ..core.imaging import ByteArray
 from ..images.overlays import Panel, draw_overlay
 from ..images.volumes import png_bytes
+from .calibration import Calibration
 from .metrics import load_library
 from .results import EvaluationResult, Interval, Overlay, TaskResult
 
@@ -46,10 +47,7 @@ def task_plot(result: EvaluationResult) -> str:
         axes[0].set_yticks(range(len(tasks)), [task.task for task in tasks])
         above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2}
         axes[0].legend(frameon=False, **above)
-        stream = io.StringIO()
-        figure.savefig(stream, format="svg", metadata={"Date": None})
-    text = stream.getvalue()
-    return text[text.index("<svg") :]
+        return _svg_of(figure)
 
 
 def _draw_tasks(axis: Any, tasks: Sequence[TaskResult], name: str) -> None:
@@ -67,6 +65,37 @@ def _draw_tasks(axis: Any, tasks: Sequence[TaskResult], name: str) -> None:
     axis.grid(axis="x", color="0.9")
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def reliability_plot(calibration: Calibration) -> str:
+    """Mean true IoU over mean predicted IoU of each bin, a dot as large as its objects, as SVG.
+
+    Raises:
+        EngineError: Matplotlib is not installed.
+    """
+    figure_type = load_library("matplotlib.figure").Figure
+    with load_library("matplotlib").rc_context({"svg.hashsalt": "dbsam", "font.size": 9}):
+        figure = figure_type(figsize=(3.6, 3.4), layout="constrained")
+        axis = figure.subplots()
+        predicted = [one.predicted for one in calibration.bins]
+        true = [one.true for one in calibration.bins]
+        sizes = [200 * one.count / calibration.count + 8 for one in calibration.bins]
+        axis.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle="--", label="as predicted")
+        axis.plot(predicted, true, color=_OURS, linewidth=1)
+        axis.scatter(predicted, true, s=sizes, color=_OURS, label="model, by tenths")
+        axis.set(xlim=(0, 1), ylim=(0, 1), xlabel="predicted IoU", ylabel="true IoU", aspect=1)
+        axis.grid(color="0.9")
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, loc="upper left")
+        return _svg_of(figure)
+
+
+def _svg_of(figure: Any) -> str:
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", metadata={"Date": None})
+    text = stream.getvalue()
+    return text[text.index("<svg") :]
 
 
 def overlay_png(overlay: Overlay) -> bytes:

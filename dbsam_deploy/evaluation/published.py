@@ -24,7 +24,7 @@ from .results import (
     Score,
     mean_score,
 )
-from .rows import Row
+from .rows import PublishedRow
 
 SOURCE = "DB-SAM, MICCAI 2024, arXiv 2410.04172"
 
@@ -62,14 +62,14 @@ class Comparison:
         task: our task folders.
     """
 
-    row: Row
+    row: PublishedRow
     ours: Score
     count: int
     interval: Interval | None
     task: str
 
 
-def compare(result: EvaluationResult, rows: Sequence[Row]) -> tuple[Comparison, ...]:
+def compare(result: EvaluationResult, rows: Sequence[PublishedRow]) -> tuple[Comparison, ...]:
     """The rows for which there is data, in their order."""
     kinds = {case.file: case.dimensions for case in result.cases}
     found: dict[str, list[ObjectResult | CaseResult]] = {}
@@ -99,7 +99,7 @@ def _path(item: ObjectResult | CaseResult) -> str:
 
 
 def _comparison(
-    row: Row, items: list[ObjectResult | CaseResult], result: EvaluationResult
+    row: PublishedRow, items: list[ObjectResult | CaseResult], result: EvaluationResult
 ) -> Comparison:
     scores = [item.score for item in items]
     ends = bootstrap_mean([score.dsc for score in scores], result.settings["seed"])

@@ -49,6 +49,8 @@ class ObjectResult:
         pixels: size of the truth in the protocol's frame.
         box: x0, y0, x1, y1 in the protocol's frame; for a volume x0, y0, z0, x1, y1, z1.
         score: of the object.
+        predicted_iou: the model's own estimate of the mask's IoU; None for a volume's object, whose
+            mask is made of many.
     """
 
     task: str
@@ -59,6 +61,12 @@ class ObjectResult:
     pixels: int
     box: tuple[float, ...]
     score: Score
+    predicted_iou: float | None = None
+
+    @property
+    def true_iou(self) -> float:
+        """IoU with the truth, which follows from the Dice."""
+        return self.score.dsc / (2 - self.score.dsc)
 
 
 @dataclass(frozen=True)

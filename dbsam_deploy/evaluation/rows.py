@@ -23,7 +23,7 @@ _WORD = re.compile(r"[a-z0-9]+")
 
 
 @dataclass(frozen=True)
-class Row:
+class PublishedRow:
     """One task of a published table; see the head of `export/evaluation/rows.toml`.
 
     Attributes:
@@ -69,7 +69,7 @@ class Row:
         return _holds_one(words, self.structures)
 
 
-def paper_rows() -> tuple[Row, ...]:
+def paper_rows() -> tuple[PublishedRow, ...]:
     """The paper's 21 and 9 tasks.
 
     Raises:
@@ -78,7 +78,7 @@ def paper_rows() -> tuple[Row, ...]:
     return read_rows(resource_dir("export") / "evaluation" / "rows.toml", is_papers=True)
 
 
-def rows_with(own: Path | None) -> tuple[Row, ...]:
+def rows_with(own: Path | None) -> tuple[PublishedRow, ...]:
     """The paper's rows, with a user's own in place of those of the same name, or after them.
 
     Raises:
@@ -88,7 +88,7 @@ def rows_with(own: Path | None) -> tuple[Row, ...]:
     return tuple(rows.values())
 
 
-def read_rows(path: Path, *, is_papers: bool = False) -> tuple[Row, ...]:
+def read_rows(path: Path, *, is_papers: bool = False) -> tuple[PublishedRow, ...]:
     """Read a file of rows.
 
     Raises:
@@ -110,8 +110,8 @@ def read_rows(path: Path, *, is_papers: bool = False) -> tuple[Row, ...]:
     return tuple(rows)
 
 
-def _row(table: dict[str, Any], where: str, is_papers: bool) -> Row:
-    known = {field.name for field in fields(Row)} - {"is_papers"}
+def _row(table: dict[str, Any], where: str, is_papers: bool) -> PublishedRow:
+    known = {field.name for field in fields(PublishedRow)} - {"is_papers"}
     unknown = sorted(set(table) - known)
     if unknown:
         raise InputError(
@@ -134,7 +134,7 @@ def _row(table: dict[str, Any], where: str, is_papers: bool) -> Row:
         raise InputError(
             f"{where}, {name}: expected structures, and modality or files, with something in them"
         )
-    return Row(
+    return PublishedRow(
         name, dimensions, dsc=None if dsc is None else float(dsc), is_papers=is_papers, **lists
     )
 

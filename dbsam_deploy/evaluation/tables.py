@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .calibration import BINS, Calibration, calibrate
 from .published import AVERAGES, SOURCE, Comparison, PaperAverage, our_average
 from .results import EvaluationResult, Interval, Mean, Score
 
@@ -34,6 +35,26 @@ def interval_text(interval: Interval | None) -> str:
     if interval is None:
         return "–"
     return f"{100 * interval.low:.1f}–{100 * interval.high:.1f}{interval.unit[0]}"
+
+
+def calibration_line(calibration: Calibration | None) -> str:
+    """How far the predicted IoU can be believed, in one line; empty where there is none."""
+    if calibration is None:
+        return ""
+    way = "too high" if calibration.bias > 0 else "too low"
+    return (
+        f"calibration: over {calibration.count} objects the predicted IoU is "
+        f"{percent(calibration.error)} points off (expected calibration error, {BINS} bins), on "
+        f"average {percent(abs(calibration.bias))} {way}"
+    )
+
+
+def flagging_rows(calibration: Calibration) -> list[tuple[str, ...]]:
+    """Least confidence; share flagged; share of the poor ones among them; Dice of the rest."""
+    return [
+        (f"{one.least:g}", percent(one.flagged), percent(one.caught), percent(one.dsc_of_rest))
+        for one in calibration.flaggings
+    ]
 
 
 def summary_rows(result: EvaluationResult) -> list[tuple[str, Mean]]:
@@ -143,6 +164,9 @@ def print_result(
     console.print(_task_table(result))
     for line in skipped_lines(result) or ["nothing"]:
         say(f"skipped: {line}")
+    calibration = calibrate(result.objects)
+    if calibration is not None:
+        say(calibration_line(calibration))
     if comparisons is None:
         return
     if not comparisons:

@@ -34,6 +34,8 @@ class ObjectStatistics:
         extent_voxels: sides of that box along x, y, z.
         extent_mm: the same in mm; None where the spacing is unknown or uneven.
         confidence: mean predicted IoU over the slices on which it was decoded; 0 for none.
+        review: whether it is below the least confidence; None where none was asked for, or it
+            was not decoded, as objects of an earlier result.
     """
 
     label: int
@@ -47,6 +49,7 @@ class ObjectStatistics:
     extent_voxels: tuple[int, int, int] | None
     extent_mm: tuple[float, float, float] | None
     confidence: float
+    review: bool | None = None
 
 
 def measure(segmentation: Segmentation) -> tuple[ObjectStatistics, ...]:
@@ -60,8 +63,10 @@ def measure(segmentation: Segmentation) -> tuple[ObjectStatistics, ...]:
     unit, measured, means, deviations = _values(segmentation, len(low))
     spacing, each_ml = segmentation.image.spacing_mm, voxel_ml(segmentation.image)
     voxels, confidence = voxel_counts(segmentation).tolist(), mean_confidence(segmentation)
+    decoded = segmentation.decoded.tolist()
     found = []
     for index, one in enumerate(segmentation.objects):
+        least = segmentation.min_confidence if decoded[index] else None
         count, start = voxels[index], low[one.label]
         sides = high[one.label] - start if count else None
         found.append(
@@ -77,6 +82,7 @@ def measure(segmentation: Segmentation) -> tuple[ObjectStatistics, ...]:
                 extent_voxels=None if sides is None else _triple(sides),
                 extent_mm=_in_mm(sides, spacing),
                 confidence=round(float(confidence[index]), 4),
+                review=bool(confidence[index] < least) if least is not None else None,
             )
         )
     return tuple(found)

@@ -63,6 +63,8 @@ class Segmentation:
         note: what the user must know, for example untrained weights; else empty.
         alternatives: (3, H, W) label maps of a slice's three alternatives, where they were asked
             for.
+        min_confidence: objects with a lower predicted IoU are flagged for review in tables; None:
+            none are.
     """
 
     image: Volume
@@ -73,6 +75,12 @@ class Segmentation:
     fractions: Fractions | None = None
     note: str = ""
     alternatives: npt.NDArray[np.unsignedinteger] | None = None
+    min_confidence: float | None = None
+
+    @property
+    def decoded(self) -> npt.NDArray[np.bool_]:
+        """(N,) whether an object was decoded on any slice."""
+        return np.asarray(np.isfinite(self.confidence).any(axis=1))
 
     @classmethod
     def from_result(cls, result: Result, model: str) -> Segmentation:

@@ -1,5 +1,6 @@
 """`predict` on volumes: objects carried through them, results that stay, runs that go on."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,26 @@ def test_a_file_of_prompts(command: Command) -> None:
     for words in ("│ 1     │ liver  │ 3–8    │ 1200   │ 24.0 │", "kidney │ 2–5    │ 600 "):
         assert words in out
     assert sorted(p.name for p in command.output.iterdir()) == ["ct_mask.npz", "ct_overlay.png"]
+
+
+def test_what_the_model_is_not_sure_of_is_flagged_and_kept(command: Command) -> None:
+    prompts = ("--prompts", command.folder / "prompts.json")
+    out = command(*prompts, "--min-confidence", 1.0, "--format", "csv", "--format", "npz")
+    assert "for review: 2 of 2 have a predicted IoU below 1: " in out
+    np.testing.assert_array_equal(command.labels(), command.expected)
+    rows = list(csv.DictReader((command.output / "ct_statistics.csv").read_text().splitlines()))
+    assert [row["review"] for row in rows] == ["True", "True"]
+    out = command(*prompts, "--min-confidence", 0.01, "--overwrite")
+    assert "for review: none of 2 has a predicted IoU below 0.01" in out
+    assert "for review" not in command(*prompts, "--overwrite")
+    status, _, err = command.run(*prompts, "--min-confidence", 70)
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert "'70': expected a number from 0 to 1" in err
+
+
+def test_a_slices_objects_are_flagged_too(command: Command) -> None:
+    out = command("--slice", 4, "--box", 3, 8, 28, 22, "--min-confidence", 1)
+    assert "for review: 1 of 1 have a predicted IoU below 1: box 3 8 28 22 (0." in out
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,7 @@ def test_the_console(result: EvaluationResult) -> None:
     assert "Liver" not in text  # a row without data is not there
     assert "NSD within 2 px" in " ".join(text.split())
     assert "not comparable" in text
+    assert f"calibration: over {len(result.objects)} objects the predicted IoU is" in text
     assert "limit of 2: 1 in MR_cardiac_LV/heart.npz" in text
     assert "The paper's own protocol is medsam." in text
     assert "0 of 3" in text
@@ -112,6 +113,8 @@ def test_csv_and_json(result: EvaluationResult, tmp_path: Path) -> None:
         assert row["label_name"] == item.label_name
         assert float(row["dsc"]) == pytest.approx(item.score.dsc, abs=1e-6)
         assert float(row["nsd"]) == pytest.approx(item.score.nsd, abs=1e-6)
+        assert float(row["predicted_iou"]) == 1
+        assert float(row["true_iou"]) == pytest.approx(item.true_iou, abs=1e-6)
         assert float(row["box_dsc"]) == pytest.approx(item.score.box_dsc, abs=1e-6)
         assert [float(v) for v in row["box"].split()] == pytest.approx(item.box, rel=1e-4)
     assert [row["below_box"] for row in tasks] == ["True"] * 3
@@ -126,6 +129,7 @@ def test_csv_and_json(result: EvaluationResult, tmp_path: Path) -> None:
     assert body["settings"]["box_growth_px_at_1024"] == [0, 20]
     assert body["summary"]["objects"]["score"]["dsc"] == result.object_mean
     assert len(body["objects"]) == len(result.objects)
+    assert body["calibration"]["count"] == len(result.objects)
     assert body["skipped"][0]["count"] == 1
     assert body["published"]["averages_percent"][0]["dsc"] == 87.05
     names = [row["row"]["name"] for row in body["published"]["tasks"]]
@@ -157,7 +161,7 @@ def test_the_page_stands_alone(result: EvaluationResult, tmp_path: Path) -> None
     assert len(page.loaded) == len(result.worst) > 0
     assert all(address.startswith("data:image/png;base64,") for address in page.loaded)
     assert not {"script", "link", "iframe"} & set(page.tags)
-    assert page.tags.count("svg") == 1
+    assert page.tags.count("svg") == 2  # tasks, and how far the predicted IoU can be believed
     assert "b" not in page.tags  # the file called <b> stays text
     for words in (
         "a <model> & more",

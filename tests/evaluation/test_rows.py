@@ -10,7 +10,7 @@ from dbsam_deploy.core.masks import Prediction
 from dbsam_deploy.datasets.cases import LabelledCase
 from dbsam_deploy.evaluation import build_protocol, evaluate
 from dbsam_deploy.evaluation.published import AVERAGES, compare, our_average
-from dbsam_deploy.evaluation.rows import Row, paper_rows, read_rows, rows_with
+from dbsam_deploy.evaluation.rows import PublishedRow, paper_rows, read_rows, rows_with
 from dbsam_deploy.images.volumes import Volume
 
 ROWS = paper_rows()
@@ -121,7 +121,8 @@ def test_rows_of_ones_own_come_after_the_papers_or_in_their_place(tmp_path) -> N
     path.write_text(OWN)
     rows = rows_with(path)
     assert len(rows) == 31
-    assert rows[-1] == Row("Spleen CT", "3D", ("spleen",), ("CT",), dsc=90.0, is_papers=False)
+    own = PublishedRow("Spleen CT", "3D", ("spleen",), ("CT",), dsc=90.0, is_papers=False)
+    assert rows[-1] == own
     assert names("CT_x/a.npz", "spleen", rows=rows) == ["Spleen CT"]
     assert names("hospital/a.npz", "hepar", rows=rows) == ["Liver MR"]
     assert names("MR_x/a.npz", "liver", rows=rows) == []
