@@ -16,7 +16,10 @@ from .published import AVERAGES, SOURCE, Comparison
 from .results import CaseResult, EvaluationResult, Mean, ObjectResult, Score, TaskResult
 
 FORMAT = 1
-_SCORE = ("dsc", "nsd", "box_dsc", "box_nsd", "oracle_dsc", "cvpr24_dsc")
+_SCORE = (
+    *("dsc", "nsd", "box_dsc", "box_nsd", "oracle_dsc", "cvpr24_dsc"),
+    *("hd95", "volume_error"),
+)
 _ENDS = ("dsc_low", "dsc_high", "nsd_low", "nsd_high", "interval_of")
 
 _CONFIDENCE = ("predicted_iou", "true_iou")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -13,9 +13,9 @@ from ..core.masks import Prediction
 from ..datasets.cases import LabelledCase
 from ..extras import require
 from .boxes import file_generator, fill_box, grow_box, tight_box
-from .metrics import BoolArray
+from .metrics import BoolArray, hausdorff_95, volume_error
 from .protocols import MEDSAM_MIN_PX, MEDSAM_SIDE
-from .results import CaseResult, ObjectResult, Overlay, Score, Skipped, mean_score
+from .results import CaseResult, ObjectResult, Overlay, Skipped, mean_score
 from .run import CaseOutcome, Run
 from .segmenters import segment_boxes
 
@@ -141,11 +141,17 @@ def _case_result(
     )
     spacing = _spacing(case) if run.protocol.millimetres else None
     score = run.score(prediction, truth, filled, spacing)
+    if run.with_nsd:
+        score = replace(
+            score,
+            hd95=hausdorff_95(prediction, truth, spacing),
+            volume_error=volume_error(prediction, truth),
+        )
     own = [item for item in objects if item.label == target.label]
     dimensions: Literal["2D", "3D"] = "3D" if is_volume(case) else "2D"
     if dimensions == "2D":
         images = mean_score(item.score for item in own)
-        score = Score(images.dsc, score.nsd, images.box_dsc, score.box_nsd)
+        score = replace(score, dsc=images.dsc, box_dsc=images.box_dsc)
     name = case.label_names.get(target.label, "")
     return CaseResult(
         task=case.task,

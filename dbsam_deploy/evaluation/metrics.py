@@ -1,4 +1,4 @@
-"""Dice, surface Dice and bootstrap intervals: MONAI's and SciPy's, behind plain NumPy arrays.
+"""Dice, surface Dice, distances and intervals: MONAI's and SciPy's, behind plain NumPy arrays.
 
 Surface Dice is MONAI's `compute_surface_dice` with sub-voxel surface elements, which is DeepMind's
 definition (the one of the Medical Segmentation Decathlon, MedSAM and the CVPR 2024 challenge). The
@@ -9,7 +9,8 @@ definition (the one of the Medical Segmentation Decathlon, MedSAM and the CVPR 2
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -76,8 +77,7 @@ def surface_dice(
     if not all(present):
         return 0.0 if any(present) else 1.0
     metrics = load_library("monai.metrics")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # MONAI 1.5 and 1.6 warn of their own call
+    with _quiet():
         value = metrics.compute_surface_dice(
             _batch(prediction),
             _batch(truth),
@@ -87,6 +87,54 @@ def surface_dice(
             use_subvoxels=True,
         )
     return float(value)
+
+
+def hausdorff_95(
+    prediction: npt.NDArray[Any],
+    truth: npt.NDArray[Any],
+    spacing: Sequence[float] | None = None,
+) -> float:
+    """95th percentile of the distances between both surfaces, the larger of the two directions.
+
+    One mask without the other counts as the diagonal of the array, as far as anything can be; two
+    empty ones as 0.
+
+    Args:
+        prediction: (H, W) or (D, H, W), nonzero inside.
+        truth: the same shape.
+        spacing: distance between voxels along each axis, in whose unit the result is; 1 by default.
+
+    Raises:
+        InputError: different shapes.
+        EngineError: MONAI is not installed.
+    """
+    _check_shapes(prediction, truth)
+    steps = [1.0] * truth.ndim if spacing is None else [float(step) for step in spacing]
+    present = bool(np.any(prediction)), bool(np.any(truth))
+    if not all(present):
+        return float(np.linalg.norm(np.multiply(truth.shape, steps))) if any(present) else 0.0
+    metrics = load_library("monai.metrics")
+    masks = _batch(prediction), _batch(truth)
+    with _quiet():
+        value = metrics.compute_hausdorff_distance(
+            *masks, include_background=True, percentile=95, spacing=steps
+        )
+    return float(value)
+
+
+def volume_error(prediction: npt.NDArray[Any], truth: npt.NDArray[Any]) -> float:
+    """How far the volume is off, as a share of the truth's, which is not empty."""
+    _check_shapes(prediction, truth)
+    known = np.count_nonzero(truth)
+    return abs(np.count_nonzero(prediction) - known) / known
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """MONAI 1.5 and 1.6 warn of their own calls."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def _check_shapes(prediction: npt.NDArray[Any], truth: npt.NDArray[Any]) -> None:

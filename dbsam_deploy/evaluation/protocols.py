@@ -15,8 +15,10 @@
   a volume and has one Dice, unless the task's name holds `2D`, as in the official code, or there is
   only one slice: then its images' Dice values are averaged. The case's NSD takes the stack as one
   volume with 1 voxel of tolerance, images too, as coded; with `mm`, 1 mm where the file has a
-  spacing. A task's score is the mean over its cases. Files with several labels, instances and other
-  sizes do not occur in the paper's data; the above says what becomes of them.
+  spacing. Beside them stand, which the paper does not have, the 95th percentile of the surfaces'
+  distance in the same unit, and by how much the volume is off. A task's score is the mean over its
+  cases. Files with several labels, instances and other sizes do not occur in the paper's data; the
+  above says what becomes of them.
 - `cvpr24`: MedSAM on Laptop: boxes are the file's own, label i from box i (counted from 1), or else
   made from the truth, as in `medsam` but in the image frame and grown by 0–20 px at 1024 scale, the
   challenge's training jitter. A file with a spacing is a volume: one 3D box a label; from its

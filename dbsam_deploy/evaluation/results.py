@@ -26,6 +26,9 @@ class Score:
         box_nsd: surface Dice of the filled box.
         oracle_dsc: one-prompt alone: Dice of the model with a box on each of the object's slices.
         cvpr24_dsc: one-prompt alone: Dice of the propagation of `cvpr24`.
+        hd95: of a case in medsam alone: 95th percentile of the surfaces' distance, in the unit of
+            the case's tolerance.
+        volume_error: of a case in medsam alone: difference of the volumes over the truth's.
     """
 
     dsc: float
@@ -34,6 +37,8 @@ class Score:
     box_nsd: float | None
     oracle_dsc: float | None = None
     cvpr24_dsc: float | None = None
+    hd95: float | None = None
+    volume_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -257,6 +262,8 @@ def mean_score(scores: Iterable[Score]) -> Score:
         _mean_or_none([score.box_nsd for score in found]),
         _mean_or_none([score.oracle_dsc for score in found]),
         _mean_or_none([score.cvpr24_dsc for score in found]),
+        _mean_or_none([score.hd95 for score in found]),
+        _mean_or_none([score.volume_error for score in found]),
     )
 
 

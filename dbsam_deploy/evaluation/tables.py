@@ -124,7 +124,10 @@ def average_rows(comparisons: Sequence[Comparison]) -> list[tuple[str, str, str,
 
 def tolerance_text(result: EvaluationResult) -> str:
     """Within what the NSD counts surfaces as found."""
-    return "NSD within " + " or ".join(sorted({case.tolerance for case in result.cases}))
+    tolerances = sorted({case.tolerance for case in result.cases})
+    units = sorted({tolerance.split()[-1] for tolerance in tolerances})
+    hd95 = f"; HD95 in {' or '.join(units)}" if beside_cells(result, None)[:1] == ("HD95",) else ""
+    return f"NSD within {' or '.join(tolerances)}{hd95}"
 
 
 def published_notes(result: EvaluationResult) -> list[str]:
@@ -140,10 +143,14 @@ def published_notes(result: EvaluationResult) -> list[str]:
 
 
 def beside_cells(result: EvaluationResult, score: Score | None) -> tuple[str, ...]:
-    """What the protocol `one-prompt` puts beside the box: the columns' names for None.
+    """What the protocols `one-prompt` and `medsam` put beside the box: the columns' names for None.
 
     Empty for the other protocols.
     """
+    if result.summary.tasks.score.hd95 is not None:
+        if score is None:
+            return ("HD95", "volume off")
+        return ("–" if score.hd95 is None else f"{score.hd95:.1f}", percent(score.volume_error))
     if result.summary.tasks.score.oracle_dsc is None:
         return ()
     if score is None:

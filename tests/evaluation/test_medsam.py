@@ -16,6 +16,7 @@ from dbsam_deploy.core.masks import Prediction
 from dbsam_deploy.evaluation import build_protocol, evaluate
 from dbsam_deploy.evaluation.medsam import resize_image, resize_labels
 from dbsam_deploy.evaluation.metrics import surface_dice
+from dbsam_deploy.evaluation.tables import beside_cells, tolerance_text
 
 PROTOCOL = build_protocol("medsam")
 
@@ -58,6 +59,12 @@ def test_a_stack_has_one_dice_and_images_their_mean() -> None:
     assert scores["MR_3D"].dsc == pytest.approx(2 * 6200 / (6200 + 10400))
     # as coded, the surface is the stack's in both
     assert scores["MR_3D"].nsd == scores["some_2D_task"].nsd
+    assert scores["MR_3D"].hd95 == scores["some_2D_task"].hd95 > 30
+    assert scores["MR_3D"].volume_error == pytest.approx(1 - 6200 / 10400)
+    text = " ".join(tolerance_text(result).split())
+    assert text == "NSD within 1 voxel; HD95 in voxel"
+    cells = beside_cells(result, scores["some_2D_task"])
+    assert cells == (f"{scores['MR_3D'].hd95:.1f}", "40.38")
     found = labels.copy()
     found[:, :60] = 0
     assert scores["MR_3D"].nsd == surface_dice(found, labels, 1.0)

@@ -17,8 +17,10 @@ from dbsam_deploy.evaluation.metrics import (
     bootstrap_grouped,
     bootstrap_mean,
     dice,
+    hausdorff_95,
     load_library,
     surface_dice,
+    volume_error,
 )
 from dbsam_deploy.extras import pip_line
 from dbsam_deploy.verification.parity import dice as counted_dice
@@ -89,6 +91,33 @@ def test_figures_of_the_original_implementation(
     found = cube(shape, tuple(c + s for c, s in zip(corner, shift, strict=True)))
     assert surface_dice(found, truth, tolerance, spacing) == pytest.approx(figure, abs=1e-6)
     assert surface_dice(truth, found, tolerance, spacing) == pytest.approx(figure, abs=1e-6)
+
+
+def test_the_distance_of_surfaces_goes_with_the_axes() -> None:
+    truth = cube((12, 30, 30), (2, 8, 8))
+    for axis, step in enumerate((4.0, 1.0, 0.5)):
+        moved = np.roll(truth, 2, axis)
+        found = hausdorff_95(moved, truth, (4.0, 1.0, 0.5))
+        assert found == pytest.approx(2 * step)
+        assert hausdorff_95(truth, moved, (4.0, 1.0, 0.5)) == found
+    assert hausdorff_95(truth, truth) == 0
+    speck = truth.copy()
+    speck[11, 29, 29] = True  # one voxel far off is no twentieth of the surface
+    assert hausdorff_95(speck, truth) == 0
+
+
+def test_a_mask_without_the_other_is_as_far_off_as_can_be() -> None:
+    truth, empty = cube((12, 30, 40), (2, 8, 8)), np.zeros((12, 30, 40), bool)
+    assert hausdorff_95(empty, truth, (2.0, 1.0, 1.0)) == pytest.approx(np.sqrt(24**2 + 2500))
+    assert hausdorff_95(empty, empty) == 0
+    assert volume_error(empty, truth) == 1
+
+
+def test_the_volumes_difference_is_a_share_of_the_truths() -> None:
+    truth = cube((20, 20), (4, 4), side=10)
+    assert volume_error(cube((20, 20), (4, 4), side=5), truth) == 0.75
+    assert volume_error(np.ones((20, 20), bool), truth) == 3
+    assert volume_error(np.roll(truth, 3, 0), truth) == 0
 
 
 def test_masks_that_do_not_fit_are_refused() -> None:
