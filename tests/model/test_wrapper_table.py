@@ -10,9 +10,9 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "checkpoint.md"
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_what_becomes_of_a_file(tmp_path, wrapper, layout):
+def test_what_becomes_of_a_file(wrapper, layout):
     refused = "2 models in it: name one with --key" if wrapper == "student and teacher" else "0"
-    assert outcome(wrapper, layout, tmp_path) == refused
+    assert outcome(wrapper, layout) == refused
 
 
 def test_the_page_has_the_table():

@@ -15,13 +15,12 @@ import torch
 from safetensors.torch import save_file
 
 from dbsam_deploy.core.errors import CheckpointError
-from dbsam_deploy.model import build_model
 from dbsam_deploy.model.checkpoint import read_checkpoint
+from dbsam_deploy.model.shapes import shapes_of
 
 FILES = Path(__file__).parent / "wrappers"
 
-with torch.device("meta"):
-    KEYS = list(build_model("sam_vit_b").state_dict())
+KEYS = list(shapes_of("sam_vit_b"))
 STATE = {name: torch.full((2,), float(i)) for i, name in enumerate(KEYS)}
 OTHER = {name: tensor + 1000 for name, tensor in STATE.items()}
 OPTIMIZER = {

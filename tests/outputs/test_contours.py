@@ -84,9 +84,9 @@ def test_straight_lines_have_two_ends_only() -> None:
 def test_thousands_of_holes_take_no_longer_than_a_moment(rng: np.random.Generator) -> None:
     """Noise of a bad model: joined by comparing all corners with all others they took minutes."""
     mask = rng.random((512, 512)) < 0.85
-    start = time.perf_counter()
+    start = time.process_time()
     rings = contours_of(mask)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     corners = [ring - np.roll(ring, 1, axis=0) for ring in rings]
     areas = [
         abs(np.cross(np.c_[ring, ring[:, 0] * 0], np.c_[step, step[:, 0] * 0])[:, 2].sum()) / 2

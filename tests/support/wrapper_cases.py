@@ -6,6 +6,7 @@ docs/how-to/checkpoint.md, where tests/model/test_wrapper_table.py compares it.
 
 from __future__ import annotations
 
+import functools
 import re
 import tempfile
 from collections.abc import Callable
@@ -25,6 +26,7 @@ _KEYS = Path(__file__).parents[1] / "model" / "keys"
 _LISTS = {"SamModel": _KEYS / "hugging_face.tsv", "Sam2Model": _KEYS / "sam2_hugging_face.tsv"}
 
 
+@functools.cache
 def keys_of(layout: str) -> list[str]:
     """A layout's own names."""
     if layout in _LISTS:
@@ -110,15 +112,17 @@ WRAPPERS: dict[str, Callable[[State], Any]] = {
 }
 
 
-def outcome(wrapper: str, layout: str, folder: Path) -> str:
+@functools.cache
+def outcome(wrapper: str, layout: str) -> str:
     """The largest difference after loading, or the words of the refusal."""
     state = numbers(keys_of(layout))
-    path = folder / "weights.pth"
-    torch.save(WRAPPERS[wrapper](state), path)
-    try:
-        found = read_checkpoint(path).tensors
-    except CheckpointError as error:
-        return error.message.removeprefix(f"checkpoint {path}: ").partition(";")[0]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "weights.pth"
+        torch.save(WRAPPERS[wrapper](state), path)
+        try:
+            found = read_checkpoint(path).tensors
+        except CheckpointError as error:
+            return error.message.removeprefix(f"checkpoint {path}: ").partition(";")[0]
     expected = own_names(state)
     if found.keys() != expected.keys():
         return f"{len(found.keys() ^ expected.keys())} other names"
@@ -128,10 +132,7 @@ def outcome(wrapper: str, layout: str, folder: Path) -> str:
 def table() -> str:
     """All of them in Markdown."""
     rows = [["", *LAYOUTS], ["---"] * (len(LAYOUTS) + 1)]
-    with tempfile.TemporaryDirectory() as folder:
-        for wrapper in WRAPPERS:
-            found = [outcome(wrapper, layout, Path(folder)) for layout in LAYOUTS]
-            rows.append([wrapper, *found])
+    rows += [[wrapper, *(outcome(wrapper, layout) for layout in LAYOUTS)] for wrapper in WRAPPERS]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
