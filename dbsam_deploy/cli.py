@@ -244,6 +244,21 @@ def progress_bars(
     )
 
 
+class StepBar:
+    """A bar over a command's steps; inside, a function that tells the step which begins."""
+
+    def __init__(self, bars: Progress, total: int) -> None:
+        self._progress = bars
+        self._task = bars.add_task("loading", total=total)
+
+    def __enter__(self) -> Callable[[str], None]:
+        self._progress.start()
+        return lambda text: self._progress.update(self._task, description=text, advance=1)
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+
 def check_paths(words: argparse.Namespace, *names: str) -> None:
     """Refuse paths that the command line names and that are not there.
 

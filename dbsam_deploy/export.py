@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from .cli import check_before, progress_bars, run, table_console
+from .cli import StepBar, check_before, progress_bars, run, table_console
 from .options.export_options import ExportOptions, parse_words
 
 if __name__ == "__main__":  # --help and a mistyped option need no PyTorch
@@ -55,8 +55,9 @@ from .sessions.pytorch_session import PytorchSession
 from .sessions.weights_choice import ModelChoice
 from .verification.cases import Case, bundled_examples, load_cases
 from .verification.engine_parity import unverified_here, verify_engines
-from .verification.parity import Figures, check_gate, compare
+from .verification.parity import Figures, check_gate, compare_apart
 from .verification.points import measured_points
+from .verification.references import References, references_key
 from .verification.report import closing_table
 from .verification.sam_files import check_sam_files, publish_sam_files
 
@@ -95,7 +96,7 @@ class Stages:
     choose_engines: Callable[[str, tuple[str, ...], Path], Choice] = choose_engines
     load_model: Callable[..., LoadedModel] = load_model
     export_graph: Callable[[DbSam, str, Recipe, Path], object] = export_graph
-    compare: Callable[..., Figures] = compare
+    compare: Callable[..., Figures] = compare_apart
     build_engines: Callable[..., dict[str, EngineRecord]] = build_engines
     verify_engines: Callable[..., dict[str, EngineRecord]] = verify_engines
 
@@ -113,6 +114,7 @@ class _Job:
         folder: the artefact's public place.
         inputs: what the ONNX files are made from.
         compared: what else the artefact is made from.
+        keep_references: see `ExportOptions`.
     """
 
     stages: Stages
@@ -123,25 +125,11 @@ class _Job:
     folder: Path
     inputs: Inputs
     compared: Inputs
+    keep_references: bool
 
     @property
     def all_inputs(self) -> dict[str, str]:
         return {**self.inputs, **self.compared}
-
-
-class _Steps:
-    """A progress bar over the export's steps."""
-
-    def __init__(self, bars: Progress, total: int) -> None:
-        self._progress = bars
-        self._task = bars.add_task("loading", total=total)
-
-    def __enter__(self) -> Callable[[str], None]:
-        self._progress.start()
-        return lambda text: self._progress.update(self._task, description=text, advance=1)
-
-    def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
 
 
 def export(
@@ -181,7 +169,7 @@ def export(
     bars = progress_bars(console)
     quantizer = Quantizer.of(loaded, recipe, images, options.budget, bars)
     inputs = _graph_inputs(loaded, recipe, quantizer.key), _compared(loaded, cases)
-    job = _Job(stages, loaded, recipe, quantizer, cases, folder, *inputs)
+    job = _Job(stages, loaded, recipe, quantizer, cases, folder, *inputs, options.keep_references)
     with one_writer(options.output, wait=options.wait, say=say), writing_to(options.output):
         artefact = _artefact(job, bars, say)
         engines = {}
@@ -225,18 +213,20 @@ def _make_artefact(job: _Job, bars: Progress, say: Callable[[str], None]) -> Art
     graphs = list(graph_specs(loaded.preprocessing))
     keep = (Quantizer.SCRATCH,)
     work = work_folder(folder.parent, folder.name, key_of(job.inputs), keep)
-    with _Steps(bars, len(graphs) + len(job.cases) + 1) as step:
+    references = _references(job, work.scratch, say)
+    with StepBar(bars, len(graphs) + 2 * len(job.cases) + 1) as step:
         _export_stage(job, work, step, say)
         draft = _draft(job, work.files, graphs)
         draft = replace(draft, quantization=job.quantizer.describe(work.scratch))
         step("comparing with PyTorch")
         figures = job.stages.compare(
-            PytorchSession(loaded.model),
-            OnnxRuntimeSession(draft),
+            references,
+            lambda: OnnxRuntimeSession(draft),
             loaded.preprocessing,
             job.cases,
-            progress=lambda name: step(f"compared {name}"),
+            progress=step,
         )
+    references.trim()
     check_gate(figures, job.recipe.gate, f"{job.recipe.precision} {draft.variant}")
     weights = {**draft.weights, POINTS: measured_points(figures, draft.weights)}
     draft = replace(draft, figures=figures.as_dict(), weights=weights)
@@ -247,16 +237,27 @@ def _make_artefact(job: _Job, bars: Progress, say: Callable[[str], None]) -> Art
     return replace(draft, folder=folder)
 
 
+def _references(job: _Job, scratch: Path, say: Callable[[str], None]) -> References:
+    """PyTorch's answers, in the user's cache or, if it is not to keep any, in a work folder."""
+    loaded, folder = job.loaded, None
+    if not job.keep_references:
+        folder = scratch / "references"
+        folder.mkdir()
+    key = references_key(loaded.model, str(loaded.weights["sha256"]))
+    how = loaded.preprocessing
+    return References(lambda: PytorchSession(loaded.model), how, key, folder=folder, say=say)
+
+
 def _engine_stage(
     job: _Job, artefact: Artefact, request: Request, console: Console
 ) -> dict[str, EngineRecord]:
     """Build the engines; verify them where this machine's GPU can run them."""
     kind = request.options.kind
-    with _Steps(progress_bars(console), len(artefact.graphs)) as step:
+    with StepBar(progress_bars(console), len(artefact.graphs)) as step:
         records = job.stages.build_engines(artefact, request, step)
     if unverified_here(records, request.builder.gpu):
         reference = PytorchSession(job.loaded.model)
-        with _Steps(progress_bars(console), len(job.cases)) as step:
+        with StepBar(progress_bars(console), len(job.cases)) as step:
             records = job.stages.verify_engines(
                 artefact, kind, reference, job.cases, job.recipe.gate, progress=step
             )

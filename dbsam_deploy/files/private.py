@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from ..core.errors import EngineError
@@ -60,13 +61,20 @@ def keep(folder: Path, stem: str, suffix: str, content: bytes) -> Path:
     return path
 
 
-def find_kept(folder: Path, stem: str, suffix: str) -> tuple[Path, bytes] | None:
-    """A file that `keep` wrote, with its content; damaged ones are deleted."""
+def find_kept(
+    folder: Path,
+    stem: str,
+    suffix: str,
+    *,
+    damaged: Callable[[Path], None] = lambda path: None,
+) -> tuple[Path, bytes] | None:
+    """A file that `keep` wrote, with its content; damaged ones are deleted, and `damaged` told."""
     for path in sorted(folder.glob(f"{stem}-*{suffix}")):
         digest = path.name.removeprefix(f"{stem}-").removesuffix(suffix)
         if path.is_file() and not path.is_symlink():
             content = path.read_bytes()
             if hashlib.sha256(content).hexdigest() == digest:
                 return path, content
+        damaged(path)
         path.unlink()
     return None

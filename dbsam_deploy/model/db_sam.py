@@ -97,7 +97,7 @@ class DbSam(nn.Module):
         boxes: Tensor | None = None,
         points: tuple[Tensor, Tensor] | None = None,
         masks: Tensor | None = None,
-        multimask: bool = False,
+        multimask: bool | None = False,
     ) -> tuple[Tensor, Tensor]:
         """SAM's prompt encoder and mask decoder for one image.
 
@@ -107,10 +107,10 @@ class DbSam(nn.Module):
             boxes: (N, 4) x0, y0, x1, y1 in the model frame.
             points: coordinates (N, P, 2) in the model frame and labels (N, P).
             masks: (N, 1, 4G, 4G) logits.
-            multimask: three masks instead of the single one.
+            multimask: three masks instead of the single one; None for all four, that one first.
 
         Returns:
-            low_res_masks (N, M, 4G, 4G) and iou_predictions (N, M), M = 3 or 1.
+            low_res_masks (N, M, 4G, 4G) and iou_predictions (N, M), M = 3, 1 or 4.
         """
         if self.config.hiera:
             return decode_masks(
@@ -121,13 +121,15 @@ class DbSam(nn.Module):
                 multimask=multimask,
             )
         sparse, dense = self.prompt_encoder(points, boxes, masks)
-        return self.mask_decoder(
-            image_embeddings=image_embeddings,
-            image_pe=self.prompt_encoder.get_dense_pe(),
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense,
-            multimask_output=multimask,
-        )
+        asked = {
+            "image_embeddings": image_embeddings,
+            "image_pe": self.prompt_encoder.get_dense_pe(),
+            "sparse_prompt_embeddings": sparse,
+            "dense_prompt_embeddings": dense,
+        }
+        if multimask is None:
+            return self.mask_decoder.predict_masks(**asked)
+        return self.mask_decoder(**asked, multimask_output=multimask)
 
     def decode_all(
         self,

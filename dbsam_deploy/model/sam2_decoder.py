@@ -57,7 +57,7 @@ def decode_masks(
     image_pe: Tensor,
     prompts: tuple[Tensor, Tensor],
     *,
-    multimask: bool,
+    multimask: bool | None,
 ) -> tuple[Tensor, Tensor]:
     """Masks of N prompt sets on one image.
 
@@ -66,10 +66,10 @@ def decode_masks(
         image: its `hiera.Features`, each (1, ...).
         image_pe: (1, 256, G, G).
         prompts: sparse (N, T, 256) and dense (N, 256, G, G).
-        multimask: the three alternatives in place of the single mask.
+        multimask: the three alternatives in place of the single mask; None for all four.
 
     Returns:
-        low_res_masks (N, M, 4G, 4G) and iou_predictions (N, M), M = 3 or 1.
+        low_res_masks (N, M, 4G, 4G) and iou_predictions (N, M), M = 3, 1 or 4.
     """
     (embedding, finest, finer), (sparse, dense) = image, prompts
     own = [decoder.obj_score_token, decoder.iou_token, decoder.mask_tokens]
@@ -88,7 +88,10 @@ def decode_masks(
     iou = decoder.iou_prediction_head(queries[:, 1])
     if multimask:
         return masks[:, 1:], iou[:, 1:]
-    return _single(masks, iou)
+    single = _single(masks, iou)
+    if multimask is not None:
+        return single
+    return torch.cat([single[0], masks[:, 1:]], 1), torch.cat([single[1], iou[:, 1:]], 1)
 
 
 def _single(masks: Tensor, iou: Tensor) -> tuple[Tensor, Tensor]:

@@ -53,6 +53,8 @@ class ExportOptions(ModelChoice):
         budget: largest loss of Dice for which a sweep leaves layers out, None for no sweep.
         signature: `sam` for files in the signature of SAM's own as well, see
             `verification.sam_files`.
+        keep_references: PyTorch's answers to the gate's questions, in the user's cache for the next
+            export of the same weights; else they are computed anew and not kept.
         wait: for another command that writes `output` to end; else the export is refused.
     """
 
@@ -65,6 +67,7 @@ class ExportOptions(ModelChoice):
     calibration: Path | None = None
     budget: float | None = None
     signature: str | None = None
+    keep_references: bool = True
     wait: bool = True
 
 
@@ -137,6 +140,12 @@ def _add_output(parser: Parser) -> None:
         choices=("sam",),
         help="also write encoder.onnx and decoder.onnx in the signature of SAM's own files, for "
         "OHIF, CVAT and others (build/fp16_sam)",
+    )
+    parser.add_argument(
+        "--no-kept-references",
+        dest="keep_references",
+        action="store_false",
+        help="compute PyTorch's answers for the comparison anew, and keep none for the next export",
     )
     add_no_wait(parser)
 

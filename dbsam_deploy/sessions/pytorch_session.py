@@ -96,8 +96,6 @@ class PytorchSession:
         has_mask: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """All four mask tokens of one prompt set, through SAM's own prompt encoder."""
-        import torch
-
         if labels[-3:].tolist() == [TOP_LEFT, BOTTOM_RIGHT, NO_POINT]:
             coords, labels = coords[:-1], labels[:-1]  # SAM 2's model adds the closing point itself
         ending = labels[-2:].tolist()
@@ -111,10 +109,6 @@ class PytorchSession:
             )
         points = (coords[None, :count], labels[None, :count]) if count else None
         masks = mask[None] if float(has_mask) else None
-        parts = [
-            self._model.decode(
-                *features, boxes=boxes, points=points, masks=masks, multimask=multimask
-            )
-            for multimask in (False, True)
-        ]
-        return torch.cat([m for m, _ in parts], 1), torch.cat([iou for _, iou in parts], 1)
+        return self._model.decode(
+            *features, boxes=boxes, points=points, masks=masks, multimask=None
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,10 +13,12 @@ from ..core.contract import IMAGE
 from ..core.errors import AccuracyError
 from ..core.features import pack
 from ..core.imaging import FloatArray, Preprocessing, preprocess
+from ..core.masks import Prediction
 from ..prediction.predictor import Predictor
 from ..recipe import Gate
-from ..sessions.session import Feed, Session
+from ..sessions.session import Session
 from .cases import Case, deepest_point
+from .references import AskedOnce, References
 
 
 @dataclass(frozen=True)
@@ -76,23 +77,6 @@ class Figures:
         return {**asdict(self), "dice_drop": self.dice_drop}
 
 
-class _Timed:
-    """A session that remembers how long each graph took."""
-
-    def __init__(self, session: Session) -> None:
-        self.session, self.backend = session, session.backend
-        self.seconds: dict[str, list[float]] = {}
-
-    def run(self, graph: str, feed: Feed) -> dict[str, FloatArray]:
-        start = time.perf_counter()
-        out = self.session.run(graph, feed)
-        self.seconds.setdefault(graph, []).append(time.perf_counter() - start)
-        return out
-
-    def median_ms(self, graph: str) -> float:
-        return float(np.median(self.seconds[graph]) * 1000)
-
-
 def dice(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float:
     """Dice of two binary masks of one shape; 1 if both are empty."""
     total = int(np.count_nonzero(a)) + int(np.count_nonzero(b))
@@ -132,16 +116,19 @@ def compare(
     """Run both sessions on every case and measure how far they are apart.
 
     Args:
-        reference: PyTorch.
+        reference: PyTorch, or its kept answers.
         deployed: the artefact's runtime.
         how: preprocessing of both.
         cases: real images with boxes and truth.
         progress: called with each case's name once it is done.
     """
-    ours, theirs = _Timed(deployed), _Timed(reference)
+    ours = AskedOnce(deployed)
+    theirs = reference if isinstance(reference, References) else AskedOnce(reference)
     parts = []
     for case in cases:
         parts.append(_compare_case(ours, theirs, how, case))
+        ours.forget()
+        theirs.forget()
         progress(case.name)
     agreement = [x for part in parts for x in part.agreement]
     prompted = [x for part in parts for x in part.prompted]
@@ -159,67 +146,128 @@ def compare(
         dice_reference=float(np.mean([x for part in parts for x in part.dice_reference])),
         point_dice=float(np.mean([x for part in parts for x in part.point_dice])),
         points_obeyed=float(np.mean([x for part in parts for x in part.points_obeyed])),
-        encoder_ms=ours.median_ms("encoder"),
-        decoder_ms=ours.median_ms("decoder"),
-        reference_encoder_ms=theirs.median_ms("encoder"),
-        reference_decoder_ms=theirs.median_ms("decoder"),
+        encoder_ms=_median_ms(ours, "encoder"),
+        decoder_ms=_median_ms(ours, "decoder"),
+        reference_encoder_ms=_median_ms(theirs, "encoder"),
+        reference_decoder_ms=_median_ms(theirs, "decoder"),
         backend=deployed.backend,
     )
 
 
-def _compare_case(ours: _Timed, theirs: _Timed, how: Preprocessing, case: Case) -> _CaseFigures:
-    feed: Feed = {IMAGE: preprocess(case.image, how)}
-    size = (case.image.shape[0], case.image.shape[1])
-    outputs = [s.run("encoder", feed) for s in (ours, theirs)]
-    embeddings = [pack(found, how) for found in outputs]
-    predictors = [Predictor(session, how) for session in (ours, theirs)]
-    for predictor, embedding in zip(predictors, embeddings, strict=True):
-        predictor.set_embeddings(embedding, size)
-    got, want = (predictor.predict_boxes(case.boxes) for predictor in predictors)
+def compare_apart(
+    references: References,
+    open_deployed: Callable[[], Session],
+    how: Preprocessing,
+    cases: list[Case],
+    *,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Figures:
+    """`compare` with one of the two in memory at a time, where PyTorch's answers can be kept.
+
+    Args:
+        references: asked first, and released before the other is opened.
+        open_deployed: opens the artefact's runtime.
+        how: see `compare`, as the following.
+        cases: as `how`.
+        progress: called twice for each case.
+    """
+    for case in cases:
+        if references.keeps:
+            _ask(references, how, case)
+        progress(f"asked PyTorch about {case.name}")
+    if references.keeps:
+        references.release()
+    deployed = open_deployed()
+    return compare(
+        references, deployed, how, cases, progress=lambda name: progress(f"compared {name}")
+    )
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What a session makes of an image and its prompts.
+
+    Attributes:
+        outputs: of the encoder.
+        boxes: a prediction for each box.
+        prompted: masks (N, M, H, W) uint8 of points, then of points, box and earlier mask; of each
+            the single mask, then the three alternatives.
+        predictor: has the image's embedding.
+    """
+
+    outputs: dict[str, FloatArray]
+    boxes: Prediction
+    prompted: list[npt.NDArray[np.uint8]]
+    predictor: Predictor
+
+
+def _ask(
+    session: Session, how: Preprocessing, case: Case, reference: _Answers | None = None
+) -> _Answers:
+    """A session's answers; its earlier masks are those of the reference, by default its own."""
+    outputs = session.run("encoder", {IMAGE: preprocess(case.image, how)})
+    predictor = Predictor(session, how)
+    predictor.set_embeddings(pack(outputs, how), _size(case))
+    boxes = predictor.predict_boxes(case.boxes)
+    earlier = (boxes if reference is None else reference.boxes).known_logits()[:, 0]
+    centre = (case.boxes[:, :2] + case.boxes[:, 2:]) / 2
+    coords = np.stack([centre, case.boxes[:, :2]], axis=1)
+    labels = np.tile(np.array([1, 0], np.int32), (len(coords), 1))
+    prompted = [
+        predictor.predict_prompts(
+            boxes=boxes_of,
+            point_coords=coords,
+            point_labels=labels,
+            mask_input=mask,
+            multimask=multimask,
+        ).masks
+        for boxes_of, mask in ((None, None), (case.boxes, earlier))
+        for multimask in (False, True)
+    ]
+    return _Answers(outputs, boxes, prompted, predictor)
+
+
+def _compare_case(
+    ours: AskedOnce, theirs: AskedOnce | References, how: Preprocessing, case: Case
+) -> _CaseFigures:
+    want = _ask(theirs, how, case)
+    got = _ask(ours, how, case, want)
     alone = Predictor(ours.session, how)
-    alone.set_embeddings(embeddings[1], size)
+    alone.set_embeddings(pack(want.outputs, how), _size(case))
     logits = alone.predict_boxes(case.boxes).known_logits()
     places = np.array([deepest_point(mask) for mask in case.truth])
     marks = np.ones((len(places), 1), np.int32)
-    pointed = predictors[0].predict_prompts(point_coords=places[:, None], point_labels=marks)
+    pointed = got.predictor.predict_prompts(point_coords=places[:, None], point_labels=marks)
     return _CaseFigures(
-        embedding_cosine=min(cosine(outputs[0][name], outputs[1][name]) for name in outputs[1]),
-        decoder_cosines=list(map(cosine, logits, want.known_logits())),
-        agreement=list(map(dice, got.masks, want.masks)),
-        prompted=_prompt_agreement(predictors, case, want.known_logits()[:, 0]),
-        dice=list(map(dice, got.masks[:, 0], case.truth)),
-        dice_reference=list(map(dice, want.masks[:, 0], case.truth)),
+        embedding_cosine=min(
+            cosine(got.outputs[name], want.outputs[name]) for name in want.outputs
+        ),
+        decoder_cosines=list(map(cosine, logits, want.boxes.known_logits())),
+        agreement=list(map(dice, got.boxes.masks, want.boxes.masks)),
+        prompted=_prompt_agreement(got, want),
+        dice=list(map(dice, got.boxes.masks[:, 0], case.truth)),
+        dice_reference=list(map(dice, want.boxes.masks[:, 0], case.truth)),
         point_dice=list(map(dice, pointed.masks[:, 0], case.truth)),
         points_obeyed=[
             float(mask[int(y), int(x)])
             for mask, (x, y) in zip(pointed.masks[:, 0], places, strict=True)
         ],
-        empty_masks=sum(not mask.any() for mask in want.masks),
+        empty_masks=sum(not mask.any() for mask in want.boxes.masks),
     )
 
 
-def _prompt_agreement(
-    predictors: list[Predictor], case: Case, low_res_masks: FloatArray
-) -> list[float]:
-    """Dice of all mask tokens, prompted by two points, then by points, box and earlier mask."""
-    centre = (case.boxes[:, :2] + case.boxes[:, 2:]) / 2
-    coords = np.stack([centre, case.boxes[:, :2]], axis=1)
-    labels = np.tile(np.array([1, 0], np.int32), (len(coords), 1))
-    out: list[float] = []
-    for boxes, earlier in ((None, None), (case.boxes, low_res_masks)):
-        for multimask in (False, True):
-            a, b = (
-                predictor.predict_prompts(
-                    boxes=boxes,
-                    point_coords=coords,
-                    point_labels=labels,
-                    mask_input=earlier,
-                    multimask=multimask,
-                ).masks
-                for predictor in predictors
-            )
-            out += [dice(a[i], b[i]) for i in np.ndindex(*a.shape[:2])]
-    return out
+def _prompt_agreement(got: _Answers, want: _Answers) -> list[float]:
+    """Dice of all masks that were prompted."""
+    pairs = zip(got.prompted, want.prompted, strict=True)
+    return [dice(a[i], b[i]) for a, b in pairs for i in np.ndindex(*a.shape[:2])]
+
+
+def _size(case: Case) -> tuple[int, int]:
+    return case.image.shape[0], case.image.shape[1]
+
+
+def _median_ms(session: AskedOnce | References, graph: str) -> float:
+    return float(np.median(session.seconds[graph]) * 1000)
 
 
 def misses(figures: Figures, gate: Gate) -> list[str]:
