@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import chain
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class PointEncoding(nn.Module):
 
 
 def _attend(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """SAM's decoder `Attention` on (B, N, T, C), broadcasting over N."""
+    """SAM's decoder `Attention` among the tokens of a prompt, (B, N, T, C)."""
     heads, depth = attention.num_heads, attention.internal_dim // attention.num_heads
     q, k, v = (
         projection(x).unflatten(-1, (heads, depth)).transpose(2, 3)
@@ -56,17 +57,95 @@ def _attend(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attention.out_proj((weights @ v).transpose(2, 3).flatten(-2))
 
 
+class CrossAttention(nn.Module):
+    """SAM's decoder `Attention` between the few tokens of each prompt and all pixels of an image.
+
+    A head's scores are `token · W · pixel`. Here W is multiplied with the tokens, one row for each
+    head and token (H·T = 56 for a box), so that no pixel is projected to 128 channels for each
+    prompt. A row that belongs to one head is a token's projection with the other heads' channels
+    set to 0.
+
+    Args:
+        attention: SAM's module.
+        shared: the pixels are those of the image, the same for all prompts: projected once.
+    """
+
+    heads_only: Tensor
+    ones: Tensor
+
+    def __init__(self, attention: Any, *, shared: bool) -> None:
+        super().__init__()
+        self.attention, self.shared = attention, shared
+        self.heads, channels = attention.num_heads, attention.internal_dim
+        self.scale = 1 / math.sqrt(channels // self.heads)
+        own = torch.eye(self.heads).repeat_interleave(channels // self.heads, 1)
+        self.register_buffer("heads_only", own[:, None])
+        self.register_buffer("ones", torch.ones(1, self.heads))
+
+    def by_head(self, tokens: Tensor) -> Tensor:
+        """(B, N, T, C) → (B, N, H·T, C)."""
+        return (tokens[:, :, None] * self.heads_only).flatten(2, 3)
+
+
+class TokensSeePixels(CrossAttention):
+    """From (B, 1 or N, P, C) pixels to (B, N, T, C) tokens."""
+
+    def forward(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Queries (B, N, T, C); keys and values (B, 1 or N, P, C) → (B, N, T, C)."""
+        own = self.attention
+        rows = self.by_head(own.q_proj(queries) * self.scale)
+        if self.shared:
+            keys, values = own.k_proj(keys), own.v_proj(values)
+        else:  # the bias of the keys adds the same to all scores of a token
+            rows = rows @ own.k_proj.weight
+        seen = (rows @ keys.transpose(-1, -2)).softmax(-1) @ values
+        if not self.shared:
+            seen = own.v_proj(seen)
+        seen = (seen.unflatten(2, (self.heads, -1)) * self.heads_only).transpose(2, 3)
+        return own.out_proj((self.ones @ seen).squeeze(3))
+
+
+class PixelsSeeTokens(CrossAttention):
+    """From (B, N, T, C) tokens to (B, 1 or N, P, C) pixels."""
+
+    def forward(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Queries (B, 1 or N, P, C); keys and values (B, N, T, C) → (B, N, P, C)."""
+        own = self.attention
+        rows = self.by_head(own.k_proj(keys) * self.scale)
+        if self.shared:
+            scores = rows @ own.q_proj(queries).transpose(-1, -2)
+        else:
+            more = rows @ own.q_proj.bias[:, None]
+            scores = (rows @ own.q_proj.weight) @ queries.transpose(-1, -2) + more
+        scores = scores.unflatten(2, (self.heads, -1))
+        weights = _softmax_over_tokens(scores, keys).flatten(2, 3).transpose(-1, -2)
+        seen = self.by_head(own.v_proj(values)) @ own.out_proj.weight.T
+        return weights @ (seen + own.out_proj.bias / self.heads)
+
+
+def _softmax_over_tokens(scores: Tensor, tokens: Tensor) -> Tensor:
+    """(B, N, H, T, P) → the same over T, step by step along the many pixels.
+
+    ONNX Runtime transposes for a softmax that is not over the last axis. Sums are products with
+    ones, which keep the dtype, and have the size of `tokens` (B, N, T, C).
+    """
+    ones = (tokens[..., :1] * 0 + 1).transpose(2, 3)[:, :, None]
+    powers = (scores - scores.max(3, keepdim=True).values).exp()
+    return powers / (ones @ powers)
+
+
 class MaskGraph(nn.Module):
     """What both decoder graphs share: two-way transformer, upscaling, hypernetworks.
 
     Args:
         model: reference model; it is copied, not changed.
         mask_tokens: how many mask tokens are computed, counted from the single-mask token.
+        shared: the prompts' pixels are the same until a prompt's tokens change them.
     """
 
     image_pe: Tensor
 
-    def __init__(self, model: DbSam, mask_tokens: int) -> None:
+    def __init__(self, model: DbSam, mask_tokens: int, *, shared: bool) -> None:
         super().__init__()
         self.mask_tokens = mask_tokens
         self.prompt: Any = copy.deepcopy(model.prompt_encoder).eval()
@@ -75,6 +154,13 @@ class MaskGraph(nn.Module):
         self.points = PointEncoding(self.prompt)
         pe = self.prompt.get_dense_pe().detach()
         self.register_buffer("image_pe", pe.flatten(2).transpose(1, 2)[None])
+        transformer, first, later = self.decoder.transformer, [], []
+        for layer in transformer.layers:
+            same = shared and not first
+            first.append(TokensSeePixels(layer.cross_attn_token_to_image, shared=same))
+            later.append(PixelsSeeTokens(layer.cross_attn_image_to_token, shared=same))
+        first.append(TokensSeePixels(transformer.final_attn_token_to_image, shared=False))
+        self.to_tokens, self.to_pixels = nn.ModuleList(first), nn.ModuleList(later)
         upscale = self.decoder.output_upscaling
         self.up1, self.up1_norm, self.up2 = _Upscale(upscale[0]), upscale[1], _Upscale(upscale[3])
 
@@ -106,30 +192,49 @@ class MaskGraph(nn.Module):
         # (B, N, 1, 1) of zeros spreads the learned tokens over the dynamic axes by broadcasting.
         tokens = torch.cat((fixed + sparse[:, :, :1, :1] * 0, sparse), 2)
         queries, keys = self._two_way(image, tokens)
-        iou = decoder.iou_prediction_head(queries[:, :, 0])[..., :count]
+        iou = decoder.iou_prediction_head(queries[:, :, 0])
         weights = torch.stack(
             [decoder.output_hypernetworks_mlps[i](queries[:, :, 1 + i]) for i in range(count)], 2
         )
-        features = self._upscaled(keys.unflatten(2, (self.grid, self.grid)), finer)
-        masks = weights @ features.flatten(2, 3).transpose(-1, -2)
-        return masks.unflatten(-1, (4 * self.grid, 4 * self.grid)), iou
+        masks = weights @ self._upscaled(keys, finer).transpose(-1, -2)
+        return self._in_rows(masks), iou[..., :count]
 
     def _upscaled(self, features: Tensor, finer: tuple[Tensor, Tensor] | None) -> Tensor:
-        """(B, N, G, G, 256) → (B, N, 4G, 4G, 32)."""
+        """(B, N, G·G, 256) → (B, N, G·G·16, 32), see `_in_rows` for the order of the pixels."""
         norm = self.up1_norm
         features = self.up1(features)
         if finer is not None:
-            features = features + _channels_last(finer[1])
+            features = features + self._within_cells(finer[1], 1)
         features = F.layer_norm(features, norm.weight.shape, norm.weight, norm.bias, norm.eps)
         features = self.up2(F.gelu(features))
         if finer is not None:
-            features = features + _channels_last(finer[0])
+            features = features + self._within_cells(finer[0], 2)
         return F.gelu(features)
 
+    def _within_cells(self, x: Tensor, halvings: int) -> Tensor:
+        """(B, C, H, W) → (B, 1, H·W, C) in the order of `_in_rows`."""
+        parts = (self.grid, *(2,) * halvings)
+        x = x.unflatten(3, parts).unflatten(2, parts)
+        rows, columns = range(2, 3 + halvings), range(3 + halvings, x.dim())
+        axes = chain.from_iterable(zip(rows, columns, strict=True))
+        return x.permute(0, *axes, 1).flatten(1, -2)[:, None]
+
+    def _in_rows(self, masks: Tensor) -> Tensor:
+        """(B, N, M, G·G·16) cell by cell, each with its 2×2 and their 2×2 → (B, N, M, 4G, 4G)."""
+        count, grid = masks.shape[2], self.grid
+        cells = masks.flatten(1, 2).unflatten(2, (grid, grid, 2, 2, 2, 2))
+        rows = cells.permute(0, 1, 2, 4, 6, 3, 5, 7).flatten(5, 7).flatten(2, 4)
+        return rows.unflatten(1, (-1, count))
+
     def _two_way(self, keys: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """SAM's `TwoWayTransformer`, with LayerNorm after every residual."""
+        """SAM's `TwoWayTransformer`, with LayerNorm after every residual.
+
+        Returns:
+            What the tokens of IoU and masks have become (B, N, 1 + M, 256), and the pixels.
+        """
         transformer, pe, queries = self.decoder.transformer, self.image_pe, tokens
-        for layer in transformer.layers:
+        crossings = zip(transformer.layers, self.to_tokens, self.to_pixels, strict=False)
+        for layer, to_tokens, to_pixels in crossings:
             if layer.skip_first_layer_pe:
                 queries = _attend(layer.self_attn, queries, queries, queries)
             else:
@@ -137,20 +242,20 @@ class MaskGraph(nn.Module):
                 queries = queries + _attend(layer.self_attn, q, q, queries)
             queries = layer.norm1(queries)
             k = keys + pe
-            attended = _attend(layer.cross_attn_token_to_image, queries + tokens, k, keys)
+            attended = to_tokens(queries + tokens, k, keys)
             queries = layer.norm2(queries + attended)
             queries = layer.norm3(queries + layer.mlp(queries))
-            attended = _attend(layer.cross_attn_image_to_token, k, queries + tokens, queries)
-            keys = layer.norm4(keys + attended)
-        final = transformer.final_attn_token_to_image
-        queries = queries + _attend(final, queries + tokens, keys + pe, keys)
+            keys = layer.norm4(keys + to_pixels(k, queries + tokens, queries))
+        read = slice(0, 1 + self.mask_tokens)
+        queries, tokens = queries[:, :, read], tokens[:, :, read]
+        queries = queries + self.to_tokens[-1](queries + tokens, keys + pe, keys)
         return transformer.norm_final_attn(queries), keys
 
 
 class _Upscale(nn.Module):
     """ConvTranspose2d with kernel = stride = 2, channels last, any number of leading axes.
 
-    Such a convolution is one matrix product per pixel followed by a 2×2 rearrangement.
+    Such a convolution is one matrix product per pixel, whose 2×2 here stay together.
     """
 
     def __init__(self, convolution: Any) -> None:
@@ -165,9 +270,8 @@ class _Upscale(nn.Module):
             self.linear.bias.copy_(convolution.bias.repeat(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, H, W, C) → (B, N, 2H, 2W, C')."""
-        x = self.linear(x).unflatten(-1, (2, 2, self.outputs))  # B N H W dy dx C'
-        return x.permute(0, 1, 2, 4, 3, 5, 6).flatten(4, 5).flatten(2, 3)
+        """(B, N, P, C) → (B, N, P·4, C'): for each pixel its four, rows first."""
+        return self.linear(x).unflatten(-1, (4, self.outputs)).flatten(2, 3)
 
 
 def image_tokens(image_embeddings: Tensor) -> Tensor:
@@ -175,16 +279,11 @@ def image_tokens(image_embeddings: Tensor) -> Tensor:
     return image_embeddings.flatten(2).transpose(1, 2)[:, None]
 
 
-def _channels_last(x: Tensor) -> Tensor:
-    """(B, C, H, W) → (B, 1, H, W, C)."""
-    return x.permute(0, 2, 3, 1)[:, None]
-
-
 class DecoderGraph(MaskGraph):
     """`decoder`: image_embeddings (B, 256, G, G), boxes (B, N, 4) → one mask for each box."""
 
     def __init__(self, model: DbSam) -> None:
-        super().__init__(model, mask_tokens=1)
+        super().__init__(model, mask_tokens=1, shared=True)
 
     def forward(self, image_embeddings: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
         """low_res_masks (B, N, 1, 4G, 4G), iou_predictions (B, N, 1)."""
@@ -198,7 +297,7 @@ class PromptMaskGraph(MaskGraph):
     """Prompts of every kind as tokens, for a graph that gives all four masks of each set."""
 
     def __init__(self, model: DbSam) -> None:
-        super().__init__(model, mask_tokens=NUM_MASK_TOKENS)
+        super().__init__(model, mask_tokens=NUM_MASK_TOKENS, shared=False)
 
     def point_tokens(self, coords: Tensor, labels: Tensor) -> Tensor:
         """SAM's `_embed_points` and `_embed_boxes`, by label.

@@ -73,7 +73,7 @@ class Sam2DecoderGraph(MaskGraph):
     """`decoder` of SAM 2: boxes → one mask each."""
 
     def __init__(self, model: DbSam) -> None:
-        super().__init__(model, mask_tokens=NUM_MASK_TOKENS)
+        super().__init__(model, mask_tokens=NUM_MASK_TOKENS, shared=True)
 
     def forward(
         self,
