@@ -16,7 +16,11 @@ import numpy.typing as npt
 FloatArray = npt.NDArray[np.float32]
 Span = tuple[int, int]
 """First element of an axis, and last + 1."""
-_BLOCK_ROWS = 64
+_BLOCK_ROWS = 128
+_SURE = np.float32(1e-30)
+"""Means of elements above it are above 0, whatever they are rounded to."""
+_MOST_RUNS = 4
+"""More pieces of a block of rows than these are computed as one."""
 
 
 @dataclass(frozen=True)
@@ -77,22 +81,56 @@ def value_at(x: FloatArray, stages: tuple[Upscale, ...], row: int, column: int) 
 def sign_mask(x: FloatArray, stages: tuple[Upscale, ...], out: npt.NDArray[np.uint8]) -> None:
     """Write `resample(x, stages) > 0` into `out`.
 
-    Only what depends on a positive element is computed: where all are 0 or less, so is their mean.
+    Only what depends on elements of both signs is computed: where all are 0 or less, so is their
+    mean, and where all are above 0, it is too.
     """
     positive = x > 0
     out[...] = 0
     if not positive.any():
         return
     shape = (x.shape[0], x.shape[1])
-    lines = [_lines(shape, stages, axis) for axis in (0, 1)]
+    lines = _lines(shape, stages, 0), _lines(shape, stages, 1)
     rows, columns = (
         _reached(lines[axis], np.flatnonzero(positive.any(axis=1 - axis))) for axis in (0, 1)
     )
     if columns[0] >= columns[1]:  # all positive elements are outside the crop, or between samples
         return
+    sure = x > _SURE
+    low, high = (source[slice(*columns)] for source in _sources(lines[1]))
     for block in _blocks(rows):
-        part = _part(x, lines[0], lines[1], block, columns)
-        np.greater(part, 0, out=out[slice(*block), slice(*columns)].view(bool))
+        needed = slice(*_windows(lines[0], block)[0])
+        all_sure = _counted(sure[needed].all(0), low, high) == high + 1 - low
+        mixed = (_counted(positive[needed].any(0), low, high) > 0) & ~all_sure
+        target = out[slice(*block), slice(*columns)]
+        target[:] = all_sure
+        for start, stop in _runs(mixed):
+            piece = columns[0] + start, columns[0] + stop
+            part = _part(x, lines[0], lines[1], block, piece)
+            np.greater(part, 0, out=target[:, start:stop].view(bool))
+
+
+def _sources(lines: list[_Line]) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """First and last element of the input that each element of the last stage depends on."""
+    low, high = lines[-1].low, lines[-1].high
+    for line in reversed(lines[:-1]):
+        low, high = line.low[low], line.high[high]
+    return low, high
+
+
+def _counted(
+    flags: npt.NDArray[np.bool_], first: npt.NDArray[np.intp], last: npt.NDArray[np.intp]
+) -> npt.NDArray[np.intp]:
+    """How many flags are set from each first to its last."""
+    before = np.concatenate(([0], np.cumsum(flags)))
+    counts: npt.NDArray[np.intp] = before[last + 1] - before[first]
+    return counts
+
+
+def _runs(flags: npt.NDArray[np.bool_]) -> list[Span]:
+    """Where flags are set, or from the first to the last one if there are too many pieces."""
+    edges = np.flatnonzero(np.diff(flags, prepend=False, append=False)).tolist()
+    runs = list(zip(edges[::2], edges[1::2], strict=True))
+    return runs if len(runs) <= _MOST_RUNS else [(runs[0][0], runs[-1][1])]
 
 
 def _blocks(rows: Span) -> Iterator[Span]:
@@ -103,9 +141,7 @@ def _blocks(rows: Span) -> Iterator[Span]:
 
 def _reached(lines: list[_Line], positive: npt.NDArray[np.intp]) -> Span:
     """First and last + 1 element of the last stage that depends on an element in `positive`."""
-    low, high = lines[-1].low, lines[-1].high
-    for line in reversed(lines[:-1]):
-        low, high = line.low[low], line.high[high]
+    low, high = _sources(lines)
     start = int(np.searchsorted(high, positive[0], "left"))
     return start, int(np.searchsorted(low, positive[-1], "right"))
 
@@ -122,17 +158,22 @@ def _windows(lines: list[_Line], last: Span) -> list[Span]:
 def _part(
     x: FloatArray, rows: list[_Line], columns: list[_Line], height: Span, width: Span
 ) -> FloatArray:
+    """Rows and columns of the last stage, computed column by column: those lie in one piece."""
     windows = _windows(rows, height), _windows(columns, width)
-    x = x[slice(*windows[0][0]), slice(*windows[1][0])]
+    x = np.ascontiguousarray(x[slice(*windows[0][0]), slice(*windows[1][0])].T)
     for index, lines in enumerate(zip(rows, columns, strict=True)):
         for axis in (0, 1):
             if not lines[axis].is_identity:
                 first = windows[axis][index][0]
-                x = _between(x, lines[axis], axis, first, slice(*windows[axis][index + 1]))
-    return x
+                x = _between(x, lines[axis], 1 - axis, first, slice(*windows[axis][index + 1]))
+    return x.T
 
 
 def _between(x: FloatArray, line: _Line, axis: int, first: int, wanted: slice) -> FloatArray:
     low, high, weight = line.low[wanted] - first, line.high[wanted] - first, line.weight[wanted]
     weight = weight[:, None] if axis == 0 else weight[None, :]
-    return np.take(x, low, axis) * (1 - weight) + np.take(x, high, axis) * weight
+    below, above = np.take(x, low, axis), np.take(x, high, axis)
+    below *= 1 - weight
+    above *= weight
+    below += above
+    return below

@@ -46,11 +46,14 @@ def maps(rng):
     yield np.full((32, 32), -1, np.float32)
     yield np.zeros((32, 32), np.float32)
     yield np.full((32, 32), 3, np.float32)
+    yield (14 - np.hypot(y - 15, x - 16)).astype(np.float32)  # an inside where all is above 0
+    yield np.where((x + y) % 9 < 4, 2, -1).astype(np.float32)  # many pieces in each row
     for place in ((0, 0), (0, 31), (31, 0), (31, 31), (16, 11)):
         single = np.full((32, 32), -1e-3, np.float32)
         single[place] = 50
         yield single
     yield rng.standard_normal((32, 32)).astype(np.float32) * np.float32(1e-40)  # denormal
+    yield np.full((32, 32), 1e-45, np.float32)  # the least value, of which a half is 0
 
 
 @pytest.mark.parametrize("stages", STAGES)
@@ -63,8 +66,9 @@ def test_parts_are_the_whole_bit_for_bit(rng, stages):
         np.testing.assert_array_equal(masks, expected > 0)
 
 
-def test_where_nothing_is_positive_nothing_is_computed(monkeypatch):
+@pytest.mark.parametrize("value", [-1, 0, 1])
+def test_where_all_have_one_sign_nothing_is_computed(monkeypatch, value):
     monkeypatch.setattr("dbsam_deploy.core.upscaling._part", lambda *_: pytest.fail("computed"))
-    masks = np.ones((90, 90), np.uint8)
-    sign_mask(np.full((32, 32), -1, np.float32), two_stages(128, (128, 128), (90, 90)), masks)
-    assert not masks.any()
+    masks = np.full((90, 90), 7, np.uint8)
+    sign_mask(np.full((32, 32), value, np.float32), two_stages(128, (128, 128), (90, 90)), masks)
+    assert (masks == (value > 0)).all()
