@@ -99,8 +99,8 @@ def sign_mask(x: FloatArray, stages: tuple[Upscale, ...], out: npt.NDArray[np.ui
     low, high = (source[slice(*columns)] for source in _sources(lines[1]))
     for block in _blocks(rows):
         needed = slice(*_windows(lines[0], block)[0])
-        all_sure = _counted(sure[needed].all(0), low, high) == high + 1 - low
-        mixed = (_counted(positive[needed].any(0), low, high) > 0) & ~all_sure
+        all_sure = _counted(sure[needed].all(axis=0), low, high) == high + 1 - low
+        mixed = (_counted(positive[needed].any(axis=0), low, high) > 0) & ~all_sure
         target = out[slice(*block), slice(*columns)]
         target[:] = all_sure
         for start, stop in _runs(mixed):
@@ -118,7 +118,7 @@ def _sources(lines: list[_Line]) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.i
 
 
 def _counted(
-    flags: npt.NDArray[np.bool_], first: npt.NDArray[np.intp], last: npt.NDArray[np.intp]
+    flags: npt.NDArray[np.bool_] | np.bool_, first: npt.NDArray[np.intp], last: npt.NDArray[np.intp]
 ) -> npt.NDArray[np.intp]:
     """How many flags are set from each first to its last."""
     before = np.concatenate(([0], np.cumsum(flags)))

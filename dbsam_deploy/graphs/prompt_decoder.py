@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from ..core.contract import NUM_MASK_TOKENS
 from ..model import DbSam
 
+LONGEST_SUM = 128
+"""Terms that ONNX Runtime's matrix product always sums in one piece."""
+
 
 class PointEncoding(nn.Module):
     """SAM's `PositionEmbeddingRandom` for points; an FP32 island (coordinates reach 1024).
@@ -67,24 +70,32 @@ class CrossAttention(nn.Module):
 
     Args:
         attention: SAM's module.
+        grid: G, for G·G pixels.
         shared: the pixels are those of the image, the same for all prompts: projected once.
     """
 
     heads_only: Tensor
     ones: Tensor
 
-    def __init__(self, attention: Any, *, shared: bool) -> None:
+    def __init__(self, attention: Any, grid: int, *, shared: bool) -> None:
         super().__init__()
         self.attention, self.shared = attention, shared
+        self.block = _rows_at_once(grid) * grid
         self.heads, channels = attention.num_heads, attention.internal_dim
         self.scale = 1 / math.sqrt(channels // self.heads)
         own = torch.eye(self.heads).repeat_interleave(channels // self.heads, 1)
         self.register_buffer("heads_only", own[:, None])
-        self.register_buffer("ones", torch.ones(1, self.heads))
+        self.register_buffer("ones", torch.ones(1, max(self.heads, grid * grid // self.block)))
 
     def by_head(self, tokens: Tensor) -> Tensor:
         """(B, N, T, C) → (B, N, H·T, C)."""
         return (tokens[:, :, None] * self.heads_only).flatten(2, 3)
+
+
+def _rows_at_once(grid: int) -> int:
+    """Most rows of G pixels that divide the grid and whose sums are not cut."""
+    fitting = (rows for rows in range(1, grid + 1) if grid % rows == 0)
+    return max((rows for rows in fitting if rows * grid <= LONGEST_SUM), default=1)
 
 
 class TokensSeePixels(CrossAttention):
@@ -98,11 +109,24 @@ class TokensSeePixels(CrossAttention):
             keys, values = own.k_proj(keys), own.v_proj(values)
         else:  # the bias of the keys adds the same to all scores of a token
             rows = rows @ own.k_proj.weight
-        seen = (rows @ keys.transpose(-1, -2)).softmax(-1) @ values
+        seen = self._weighted((rows @ keys.transpose(-1, -2)).softmax(-1), values)
         if not self.shared:
             seen = own.v_proj(seen)
         seen = (seen.unflatten(2, (self.heads, -1)) * self.heads_only).transpose(2, 3)
-        return own.out_proj((self.ones @ seen).squeeze(3))
+        return own.out_proj((self.ones[:, : self.heads] @ seen).squeeze(3))
+
+    def _weighted(self, weights: Tensor, values: Tensor) -> Tensor:
+        """`weights @ values` as a sum over blocks of pixels.
+
+        Libraries cut a long sum into pieces that depend on how many threads and prompts there are,
+        and so would the last bits of the masks.
+        """
+        channels, block = values.shape[-1], self.block
+        parts = weights.unflatten(-1, (-1, block)).transpose(2, 3)
+        sums = parts @ values.unflatten(2, (-1, block))
+        return (self.ones[:, : sums.shape[2]] @ sums.flatten(3)).unflatten(-1, (-1, channels))[
+            :, :, 0
+        ]
 
 
 class PixelsSeeTokens(CrossAttention):
@@ -154,13 +178,16 @@ class MaskGraph(nn.Module):
         self.points = PointEncoding(self.prompt)
         pe = self.prompt.get_dense_pe().detach()
         self.register_buffer("image_pe", pe.flatten(2).transpose(1, 2)[None])
-        transformer, first, later = self.decoder.transformer, [], []
-        for layer in transformer.layers:
-            same = shared and not first
-            first.append(TokensSeePixels(layer.cross_attn_token_to_image, shared=same))
-            later.append(PixelsSeeTokens(layer.cross_attn_image_to_token, shared=same))
-        first.append(TokensSeePixels(transformer.final_attn_token_to_image, shared=False))
-        self.to_tokens, self.to_pixels = nn.ModuleList(first), nn.ModuleList(later)
+        grid, transformer = self.grid, self.decoder.transformer
+        self.to_tokens, self.to_pixels = nn.ModuleList(), nn.ModuleList()
+        for number, layer in enumerate(transformer.layers):
+            same, seeing = shared and number == 0, layer.cross_attn_image_to_token
+            self.to_tokens.append(
+                TokensSeePixels(layer.cross_attn_token_to_image, grid, shared=same)
+            )
+            self.to_pixels.append(PixelsSeeTokens(seeing, grid, shared=same))
+        final = transformer.final_attn_token_to_image
+        self.to_tokens.append(TokensSeePixels(final, grid, shared=False))
         upscale = self.decoder.output_upscaling
         self.up1, self.up1_norm, self.up2 = _Upscale(upscale[0]), upscale[1], _Upscale(upscale[3])
 

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 from ..artefact import Artefact, take_graphs
-from ..core.contract import BOXES, POINT_COORDS, GraphSpec, graph_specs
+from ..core.contract import GraphSpec, graph_specs
 from ..core.errors import InputError
 from ..core.imaging import FloatArray
 from ..extras import require
@@ -19,10 +19,7 @@ from .onnxruntime_providers import (
     open_session,
     require_provider,
 )
-from .session import OPENED_LATER, Feed, Found, check_contract, check_feed
-
-_MANY = 12
-"""Prompts, of 40 MiB each at SAM's size, up to which a run's memory is kept for the next one."""
+from .session import OPENED_LATER, Feed, Found, check_contract, check_feed, run_in_parts
 
 
 class OnnxRuntimeSession:
@@ -57,6 +54,8 @@ class OnnxRuntimeSession:
         self._sessions: dict[str, Any] = {}
         self._content: dict[str, OnnxContent] = {}
         self._lock = threading.Lock()
+        self._tidying = self._runtime.RunOptions()
+        self._tidying.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         for graph, content in take_graphs(artefact):
             self._content[graph] = content
             del content
@@ -70,18 +69,15 @@ class OnnxRuntimeSession:
         with self._lock:
             if graph not in self._sessions:
                 self._open(graph)
-        outputs = self._sessions[graph].run(spec.output_names, feed, self._tidying(feed))
-        return dict(zip(spec.output_names, outputs, strict=True))
+        if self._provider is CPU:
+            return run_in_parts(spec, feed, lambda part, last: self._run(spec, part, last))
+        return self._run(spec, feed)
 
-    def _tidying(self, feed: Feed) -> Any:
-        """Options of a run that gives its memory back at its end; None for one that keeps it."""
-        prompts = (feed[name].shape[1] for name in (BOXES, POINT_COORDS) if name in feed)
-        many = max(prompts, default=0)
-        if self._provider is not CPU or many <= _MANY:
-            return None
-        options = self._runtime.RunOptions()
-        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        return options
+    def _run(self, spec: GraphSpec, feed: Feed, tidy: bool = False) -> dict[str, FloatArray]:
+        """Run an open graph, which keeps its memory for the next run unless it shall `tidy` up."""
+        options = self._tidying if tidy else None
+        outputs = self._sessions[spec.name].run(spec.output_names, feed, options)
+        return dict(zip(spec.output_names, outputs, strict=True))
 
     def _open(self, graph: str) -> None:
         """Open a graph, after which its content is dropped."""

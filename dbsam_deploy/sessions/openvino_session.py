@@ -33,7 +33,7 @@ from ..files.onnx_files import read_content
 from ..files.private import cache_folder, find_kept, keep, private_folder
 from ..machine.hardware import cpuinfo, processor
 from .float_head import Split, split_head
-from .session import Feed, Found, check_contract, check_feed
+from .session import Feed, Found, check_contract, check_feed, run_in_parts
 
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 """What is computed in outside quantised layers → OpenVINO's name for it."""
@@ -108,6 +108,9 @@ class OpenvinoSession:
         with self._lock:
             if key not in self._compiled:
                 self._compiled[key] = self._compile(spec, key[1])
+        return run_in_parts(spec, feed, lambda part, _: self._run(spec, key, part))
+
+    def _run(self, spec: GraphSpec, key: tuple[str, int], feed: Feed) -> dict[str, FloatArray]:
         values: Mapping[str, Any] = feed
         try:
             for part in self._compiled[key]:
@@ -117,7 +120,7 @@ class OpenvinoSession:
                 # A value that is cast at the end has the names of both.
                 values = {name: outputs[port] for port in part.outputs for name in port.names}
         except RuntimeError as error:
-            raise EngineError(f"{graph}: OpenVINO fails to run it: {error}") from error
+            raise EngineError(f"{spec.name}: OpenVINO fails to run it: {error}") from error
         return {name: values[name] for name in spec.output_names}
 
     def _compile(self, spec: GraphSpec, batch: int) -> list[Any]:

@@ -1,6 +1,7 @@
 """The graphs against SAM's own modules."""
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from support.references import check_close, prompt_feed, small_model
@@ -8,6 +9,8 @@ from support.references import check_close, prompt_feed, small_model
 from dbsam_deploy.core.contract import Geometry, graph_specs
 from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.graphs.encoder_decoder import build_graph, example_inputs
+from dbsam_deploy.graphs.onnx_export import trace
+from dbsam_deploy.graphs.prompt_decoder import TokensSeePixels
 from dbsam_deploy.sessions.pytorch_session import PytorchSession
 
 
@@ -74,6 +77,26 @@ def test_boxes_are_independent_of_each_other():
         together, _ = graph(**inputs)
         alone, _ = graph(inputs["image_embeddings"], inputs["boxes"][:, 2:3])
     check_close(alone[0, 0].numpy(), together[0, 2].numpy(), "float32")
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_what_tokens_see_is_the_same_bit_for_bit_however_many_prompts_there_are(tmp_path, shared):
+    grid, count = 64, 8  # sums of 4096 pixels, which ONNX Runtime cuts by the work and the threads
+    attention = small_model("sam_vit_b", 64).mask_decoder.transformer.final_attn_token_to_image
+    module = TokensSeePixels(attention, grid, shared=shared).eval().requires_grad_(False)
+    pixels = torch.randn(1, 1 if shared else count, grid * grid, 256)
+    inputs = {"queries": torch.randn(1, count, 7, 256), "keys": pixels, "values": pixels}
+    axes = {name: () if shared and name != "queries" else (1,) for name in inputs}
+    trace(module, inputs, axes, ["seen"], opset=18).save(tmp_path / "attention.onnx")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 4
+    session = onnxruntime.InferenceSession(tmp_path / "attention.onnx", options)
+    names = [tensor.name for tensor in session.get_inputs()]
+    feed = {name: inputs[name].numpy() for name in names}
+    (together,) = session.run(None, feed)
+    for some in (1, 2, 3):
+        part = {name: value[:, :some] for name, value in feed.items()}
+        np.testing.assert_array_equal(session.run(None, part)[0], together[:, :some])
 
 
 def test_reference_session_refuses_tokens_that_sam_cannot_express():

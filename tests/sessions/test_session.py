@@ -16,7 +16,7 @@ from dbsam_deploy.extras import ONNXRUNTIME_GPU_LINE, pip_line
 from dbsam_deploy.sessions import onnxruntime_session
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
 from dbsam_deploy.sessions.pytorch_session import PytorchSession
-from dbsam_deploy.sessions.session import check_feed
+from dbsam_deploy.sessions.session import PROMPTS_AT_ONCE, check_feed
 
 SIZE = 128
 
@@ -158,3 +158,18 @@ def test_reference_masks_do_not_depend_on_the_batch():
     assert together["low_res_masks"].shape == (2, 2, 1, 32, 32)
     for name, value in alone.items():
         check_close(together[name][1:], value, "float32", name)
+
+
+def test_many_prompts_are_those_asked_one_by_one_bit_for_bit(tiny_artefact, monkeypatch):
+    session, most = OnnxRuntimeSession(tiny_artefact), []
+    run = session._run
+    monkeypatch.setattr(
+        session, "_run", lambda spec, part, *last: most.append(part) or run(spec, part, *last)
+    )
+    values, count = feed(batch=2, boxes=2 * PROMPTS_AT_ONCE + 3), 2 * PROMPTS_AT_ONCE + 3
+    together = session.run("decoder", values)
+    assert [part["boxes"].shape[1] for part in most] == [PROMPTS_AT_ONCE, PROMPTS_AT_ONCE, 3]
+    for index in (0, PROMPTS_AT_ONCE, count - 1):
+        alone = session.run("decoder", {**values, "boxes": values["boxes"][:, index : index + 1]})
+        for name, value in alone.items():
+            np.testing.assert_array_equal(together[name][:, index : index + 1], value)
