@@ -10,6 +10,7 @@ from ..artefact import Artefact, take_graphs
 from ..core.contract import GraphSpec, graph_specs
 from ..core.errors import InputError
 from ..core.imaging import FloatArray
+from ..core.widening import widened
 from ..extras import require
 from ..files.onnx_data import OnnxContent
 from .onnxruntime_providers import (
@@ -32,6 +33,8 @@ class OnnxRuntimeSession:
         artefact: a published export.
         device: `cpu` or `cuda`.
         threads: intra-op threads, 0 for one per core.
+        as_typed: round to half precision wherever a CPU can, as the file says; by default a CPU
+            computes in float32, see `core.widening`.
 
     Raises:
         InputError: a graph's file is missing or has changed.
@@ -43,13 +46,20 @@ class OnnxRuntimeSession:
     later: Collection[str] = OPENED_LATER
     """Graphs whose content waits for their first use."""
 
-    def __init__(self, artefact: Artefact, *, device: str = "cpu", threads: int = 0) -> None:
+    def __init__(
+        self,
+        artefact: Artefact,
+        *,
+        device: str = "cpu",
+        threads: int = 0,
+        as_typed: bool = False,
+    ) -> None:
         if device not in self.devices:
             raise InputError(f"device {device!r}: expected {' or '.join(self.devices)}")
         self._runtime, self._provider = import_onnxruntime(), PROVIDERS[device]
         require_provider(self._runtime, self._provider)
         self.backend = f"onnxruntime-{device}"
-        self._artefact, self._threads = artefact, threads
+        self._artefact, self._threads, self._as_typed = artefact, threads, as_typed
         self._specs = graph_specs(artefact.preprocessing)
         self._sessions: dict[str, Any] = {}
         self._content: dict[str, OnnxContent] = {}
@@ -102,6 +112,8 @@ class OnnxRuntimeSession:
             from .cpu_graph import read_cpu_graph
 
             return read_cpu_graph(content)
+        if self._provider is CPU and not self._as_typed and content.data is None:
+            return OnnxContent(widened(content.model))
         return content
 
     def _options(self, spec: GraphSpec) -> dict[str, str]:

@@ -16,6 +16,7 @@ import onnxruntime
 import triton_python_backend_utils as pb_utils
 from allocation import reuse_blocks
 from array_guard import guard_arrays
+from widening import MOST_BYTES, widened
 
 _TYPES = {
     "tensor(float)": "TYPE_FP32",
@@ -55,9 +56,7 @@ class TritonPythonModel:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         self._tidy = onnxruntime.RunOptions()
         self._tidy.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        self._session = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
+        self._session = _open(path, options)
         self._batched = batched = config["max_batch_size"] > 0
         _check(config["input"], self._session.get_inputs(), batched)
         _check(config["output"], self._session.get_outputs(), batched)
@@ -110,6 +109,13 @@ class TritonPythonModel:
             )
             for part in parts
         ]
+
+
+def _open(path: Path, options: Any) -> Any:
+    """A session on the graph as a local one has it, see `widening`; a large one's stays a file."""
+    small = path.stat().st_size <= MOST_BYTES
+    source = widened(path.read_bytes()) if small else str(path)
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
 def _limits(shape: list[Any], parameters: dict[str, Any]) -> list[tuple[int, int]]:
