@@ -64,8 +64,6 @@ class OnnxRuntimeSession:
         self._sessions: dict[str, Any] = {}
         self._content: dict[str, OnnxContent] = {}
         self._lock = threading.Lock()
-        self._tidying = self._runtime.RunOptions()
-        self._tidying.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         for graph, content in take_graphs(artefact):
             self._content[graph] = content
             del content
@@ -85,7 +83,10 @@ class OnnxRuntimeSession:
 
     def _run(self, spec: GraphSpec, feed: Feed, tidy: bool = False) -> dict[str, FloatArray]:
         """Run an open graph, which keeps its memory for the next run unless it shall `tidy` up."""
-        options = self._tidying if tidy else None
+        options = None
+        if tidy:
+            options = self._runtime.RunOptions()
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         outputs = self._sessions[spec.name].run(spec.output_names, feed, options)
         return dict(zip(spec.output_names, outputs, strict=True))
 
