@@ -7,7 +7,6 @@ differs from a pattern in any size or constant is left as it is.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,15 +58,19 @@ def fuse(model: ir.Model) -> FusionCounts:
         RewriteRuleSet(layout.RULES).apply_to_model(model)
         common_passes.IdentityEliminationPass()(model)
         common_passes.RemoveUnusedNodesPass()(model)
-    found = Counter(node.op_type for node in model.graph if node.domain == DOMAIN)
+    found: dict[str, list[ir.Node]] = {op.NAME: [] for op in _OPS}
+    for node in model.graph:
+        if node.domain == DOMAIN:
+            found[node.op_type].append(node)
+    groups = rel_pos_attention.groups_of(found[rel_pos_attention.NAME])
     for op in _OPS:
         if found[op.NAME]:
-            body = op.body()
+            body = rel_pos_attention.body(groups) if op is rel_pos_attention else op.body()
             # Of the graph's own opset: a checker wants them to agree.
             body.opset_imports[""] = model.opset_imports.get("", body.opset_imports[""])
             model.functions[body.identifier()] = body
             model.graph.opset_imports[DOMAIN] = VERSION
-    return FusionCounts(*(found[op.NAME] for op in _OPS))
+    return FusionCounts(*(len(found[op.NAME]) for op in _OPS))
 
 
 def fuse_file(path: Path, config: ModelConfig, quantized: Collection[str] = ()) -> FusionCounts:

@@ -6,6 +6,7 @@ positions stay compact. The pattern is `dbsam_deploy.graphs.encoder_decoder.RelP
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,10 @@ from .nodes import view_dims as dims
 NAME = "RelPosAttention"
 HEAD_DIM, MAX_SIDE = 64, 64
 
-BODY = """
+GROUP_BYTES = 128 << 20
+"""Most that the scores of one image have at once in float32, which a CPU takes for float16 too."""
+
+_BODY = """
 <opset_import: ["" : 18], domain: "dbsam">
 RelPosAttention <num_heads, side, scale, plugin_namespace, plugin_version>
 (qkv, rel_pos_h, rel_pos_w) => (out) {
@@ -57,44 +61,54 @@ RelPosAttention <num_heads, side, scale, plugin_namespace, plugin_version>
   table_h = Transpose <perm = [0, 2, 1]> (gathered_h)
   table_w = Transpose <perm = [0, 2, 1]> (gathered_w)
 
-  # (N, T, 3, H, D) -> q, k, v (N, H, T, D)
-  qkv_shape = Concat <axis = 0> (zero, zero, three, heads, rest)
-  qkv_split = Reshape (qkv, qkv_shape)
-  parts = Transpose <perm = [2, 0, 3, 1, 4]> (qkv_split)
-  q_part, k_part, v_part = Split <axis = 0, num_outputs = 3> (parts)
-  q = Squeeze (q_part, zero)
-  k = Squeeze (k_part, zero)
-  v = Squeeze (v_part, zero)
+  # (N, T, 3, H, D) -> q, k, v (N, H, T, D), H being the heads of a group
+%(split)s
 
   # The bias uses the unscaled query, as in SAM.
   grid_shape = Concat <axis = 0> (zero, zero, side_once, side_once, rest)
-  grid = Reshape (q, grid_shape)
-  bias_h = MatMul (grid, table_h)
-  grid_turned = Transpose <perm = [0, 1, 3, 2, 4]> (grid)
-  bias_w_turned = MatMul (grid_turned, table_w)
-  bias_w = Transpose <perm = [0, 1, 3, 2, 4]> (bias_w_turned)
   bias_h_shape = Concat <axis = 0> (zero, zero, tokens, side_once, one)
   bias_w_shape = Concat <axis = 0> (zero, zero, tokens, one, side_once)
-  bias_rows = Reshape (bias_h, bias_h_shape)
-  bias_columns = Reshape (bias_w, bias_w_shape)
-
   scale_float = Constant <value_float: float = @scale> ()
   scale = CastLike (scale_float, qkv)
-  scaled = Mul (q, scale)
-  keys = Transpose <perm = [0, 1, 3, 2]> (k)
-  products = MatMul (scaled, keys)
   map_shape = Concat <axis = 0> (zero, zero, zero, side_once, side_once)
-  product_maps = Reshape (products, map_shape)
-  with_rows = Add (product_maps, bias_rows)
-  with_columns = Add (with_rows, bias_columns)
   flat_shape = Constant <value_ints = [0, 0, 0, -1]> ()
-  scores = Reshape (with_columns, flat_shape)
-  shares = Softmax <axis = -1> (scores)
-  summed = MatMul (shares, v)
-  by_token = Transpose <perm = [0, 2, 1, 3]> (summed)
   joined_shape = Constant <value_ints = [0, 0, -1]> ()
-  out = Reshape (by_token, joined_shape)
+%(groups)s
 }
+"""
+
+_SPLIT = """
+  split_parts = Constant <value_ints = [%(parts)d]> ()
+  groups = Constant <value_ints = [%(groups)d]> ()
+  split_heads = Div (heads, groups)
+  qkv_shape = Concat <axis = 0> (zero, zero, split_parts, split_heads, rest)
+  qkv_split = Reshape (qkv, qkv_shape)
+  parts = Transpose <perm = [2, 0, 3, 1, 4]> (qkv_split)
+  %(names)s = Split <axis = 0, num_outputs = %(parts)d> (parts)
+"""
+
+_GROUP = """
+  q@ = Squeeze (q_part@, zero)
+  k@ = Squeeze (k_part@, zero)
+  v@ = Squeeze (v_part@, zero)
+  grid@ = Reshape (q@, grid_shape)
+  bias_h@ = MatMul (grid@, table_h)
+  grid_turned@ = Transpose <perm = [0, 1, 3, 2, 4]> (grid@)
+  bias_w_turned@ = MatMul (grid_turned@, table_w)
+  bias_w@ = Transpose <perm = [0, 1, 3, 2, 4]> (bias_w_turned@)
+  bias_rows@ = Reshape (bias_h@, bias_h_shape)
+  bias_columns@ = Reshape (bias_w@, bias_w_shape)
+  scaled@ = Mul (q@, scale)
+  keys@ = Transpose <perm = [0, 1, 3, 2]> (k@)
+  products@ = MatMul (scaled@, keys@)
+  product_maps@ = Reshape (products@, map_shape)
+  with_rows@ = Add (product_maps@, bias_rows@)
+  with_columns@ = Add (with_rows@, bias_columns@)
+  scores@ = Reshape (with_columns@, flat_shape)
+  shares@ = Softmax <axis = -1> (scores@)
+  summed@ = MatMul (shares@, v@)
+  by_token@ = Transpose <perm = [0, 2, 1, 3]> (summed@)
+  joined@ = Reshape (by_token@, joined_shape)
 """
 
 
@@ -234,6 +248,37 @@ def rules() -> list[pattern.RewriteRule]:
     return [RelPosAttentionFusion.rule()]
 
 
-def body() -> ir.Function:
-    """The op in standard ops."""
-    return parse_body(BODY)
+def body(groups: int = 1) -> ir.Function:
+    """The op in standard ops.
+
+    Args:
+        groups: parts in which the heads are taken, one after the other; see `head_groups`.
+    """
+    names = [f"_{i}" for i in range(groups)]
+    parts = [f"{part}_part{name}" for part in "qkv" for name in names]
+    heads = "".join(_GROUP.replace("@", name) for name in names)
+    if groups == 1:
+        heads = heads.replace("joined_0 =", "out =")
+    else:
+        heads += f"  out = Concat <axis = 2> ({', '.join(f'joined{name}' for name in names)})"
+    split = _SPLIT % {"parts": len(parts), "groups": groups, "names": ", ".join(parts)}
+    return parse_body(_BODY % {"split": split, "groups": heads})
+
+
+def groups_of(nodes: Iterable[ir.Node]) -> int:
+    """`head_groups` of fused nodes, which share a body: of the one with the most scores."""
+    sizes = ((node.attributes[name].as_int() for name in ("num_heads", "side")) for node in nodes)
+    return max((head_groups(*pair) for pair in sizes), default=1)
+
+
+def head_groups(heads: int, side: int) -> int:
+    """Into how many equal parts heads are divided: the fewest that fit into `GROUP_BYTES`.
+
+    Every head for itself, where even one does not fit. What is computed is the same bit for bit.
+
+    Args:
+        heads: of an attention.
+        side: height and width of its window.
+    """
+    counts = (n for n in range(1, heads + 1) if heads % n == 0)
+    return next((n for n in counts if heads // n * side**4 * 4 <= GROUP_BYTES), heads)

@@ -28,6 +28,7 @@ from ..core.contract import (
     graph_specs,
 )
 from ..core.errors import ExportError, InputError
+from ..fusions.rel_pos_attention import head_groups, supports
 from ..model import DbSam
 from ..model.blocks import ChannelLayerNorm
 from ..model.conv_branch import ConvBlock
@@ -43,6 +44,8 @@ from .sam2_graphs import Sam2DecoderGraph, Sam2EncoderGraph, Sam2PromptDecoderGr
 class RelPosAttention(nn.Module):
     """SAM's ViT `Attention` with its relative position tables gathered for one window size.
 
+    Heads are taken in groups, see `head_groups`, where no fused operator does it.
+
     Args:
         attention: SAM's module.
         side: height and width of the token window.
@@ -55,6 +58,8 @@ class RelPosAttention(nn.Module):
         super().__init__()
         self.num_heads, self.scale, self.side = attention.num_heads, attention.scale, side
         self.qkv, self.proj = attention.qkv, attention.proj
+        fused = supports(attention.rel_pos_h.shape[-1], side)
+        self.groups = 1 if fused else head_groups(self.num_heads, side)
         # (side, side, D): row i holds the embedding of every key position relative to query i
         for name in ("rel_h", "rel_w"):
             table = getattr(attention, name.replace("rel_", "rel_pos_"))
@@ -62,10 +67,21 @@ class RelPosAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(W, side·side, C) → (W, side·side, C) for W windows."""
-        side, tokens, dim = self.side, self.side * self.side, x.shape[-1]
+        tokens, dim = self.side * self.side, x.shape[-1]
         depth = dim // self.num_heads
         qkv = self.qkv(x).reshape(-1, tokens, 3, self.num_heads, depth).permute(2, 0, 3, 1, 4)
-        q, k, v = (part.reshape(-1, tokens, depth) for part in qkv.unbind(0))
+        parts = qkv.unbind(0)
+        if self.groups == 1:
+            out = self._attend(*parts)
+        else:
+            groups = zip(*(part.chunk(self.groups, 1) for part in parts), strict=True)
+            out = torch.cat([self._attend(*group) for group in groups], 1)
+        return self.proj(out.transpose(1, 2).reshape(-1, tokens, dim))
+
+    def _attend(self, *parts: Tensor) -> Tensor:
+        """Queries, keys and values, (W, H, side·side, D) each, → the same, for H of the heads."""
+        side, tokens, (heads, depth) = self.side, self.side * self.side, parts[0].shape[1::2]
+        q, k, v = (part.reshape(-1, tokens, depth) for part in parts)
         # The bias uses the unscaled query, as in SAM.
         grid = q.reshape(-1, side, side, depth)
         bias_h = grid @ self.rel_h.transpose(1, 2)
@@ -75,8 +91,7 @@ class RelPosAttention(nn.Module):
         scores = scores + bias_h.reshape(-1, tokens, side, 1)
         scores = scores + bias_w.reshape(-1, tokens, 1, side)
         out = scores.reshape(-1, tokens, tokens).softmax(-1) @ v
-        out = out.reshape(-1, self.num_heads, tokens, depth).transpose(1, 2)
-        return self.proj(out.reshape(-1, tokens, dim))
+        return out.reshape(-1, heads, tokens, depth)
 
 
 class WindowedBlock(nn.Module):

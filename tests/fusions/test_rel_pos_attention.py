@@ -6,13 +6,13 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from support.fusions import check_fusion, run_body, unfused_when_changed
+from support.fusions import check_fusion, run_body, run_onnx, unfused_when_changed
 from support.references import check_close
 from torch import nn
 
-from dbsam_deploy.fusions import fuse
+from dbsam_deploy.fusions import fuse, rel_pos_attention
 from dbsam_deploy.fusions.nodes import DOMAIN, PLUGIN
-from dbsam_deploy.fusions.rel_pos_attention import NAME, body, supports
+from dbsam_deploy.fusions.rel_pos_attention import NAME, body, head_groups, supports
 from dbsam_deploy.graphs.encoder_decoder import RelPosAttention
 from dbsam_deploy.kernels.torch_ops import rel_pos_attention_reference
 
@@ -114,3 +114,65 @@ def test_the_body_is_the_reference(windows, heads, side, depth, dtype):
     expected = rel_pos_attention_reference(qkv, *tables, **sizes)
     assert found.dtype == expected.numpy().dtype
     check_close(found, expected.float().numpy(), DTYPES[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPES.values())
+def test_heads_in_groups_are_the_same_bit_for_bit(dtype):
+    heads, side = 6, 5
+    inputs = [torch.randn(2, side * side, 3 * heads * 64), *torch.randn(2, 2 * side - 1, 64)]
+    feed = [x.to(dtype).numpy() for x in inputs]
+    sizes = {"num_heads": heads, "side": side, "scale": 0.125}
+    (whole,) = run_body(body(), feed, sizes)
+    for groups in (2, 3, 6):
+        (found,) = run_body(body(groups), feed, sizes)
+        np.testing.assert_array_equal(found, whole)
+
+
+def test_a_group_has_as_many_heads_as_there_is_room_for():
+    assert head_groups(2, 64) == 1  # db_sam_tiny
+    assert head_groups(12, 64) == 6  # SAM's ViT-B
+    assert head_groups(16, 64) == 8
+    assert head_groups(12, 14) == head_groups(12, 16) == 1
+    assert head_groups(3, 64) == 3  # no two of three are a part of the heads
+    assert head_groups(5, 200) == 5  # not even one fits
+
+
+def test_heads_that_are_not_fused_are_taken_in_groups_by_the_graph_itself(traced, monkeypatch):
+    heads, side, depth = 4, 5, 32
+    qkv = torch.randn(2, side * side, 3 * heads * depth)
+    softmax, found = [], []
+    for groups in (1, 2):
+        monkeypatch.setattr(rel_pos_attention, "GROUP_BYTES", heads // groups * side**4 * 4)
+        torch.manual_seed(0)
+        module, _ = attention(heads, side, depth)
+        model = traced(module, {"qkv": qkv})
+        softmax.append(sum(node.op_type == "Softmax" for node in model.graph.node))
+        found += [module(qkv).numpy(), run_onnx(model, {"qkv": qkv.numpy()})[0]]
+    assert softmax == [1, 2]
+    for other in found[1:]:
+        check_close(other, found[0], "float32")
+
+
+def test_the_largest_attention_of_a_graph_decides_for_its_body(traced, monkeypatch):
+    """Two nodes share the body, of which only the one with the larger window has to be divided."""
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.small, self.large = attention(4, 3)[0], attention(4, 6)[0]
+
+        def forward(self, qkv):
+            return self.small(qkv[:, :9]).sum(1, keepdim=True) + self.large(qkv)
+
+    feed = {"qkv": torch.randn(2, 36, 3 * 4 * 64)}
+    model = traced(Both(), feed)
+    wanted = run_onnx(model, {"qkv": feed["qkv"].numpy()})[0]
+    for room, groups in ((4, 1), (2, 2), (1, 4), (0.5, 4)):
+        monkeypatch.setattr(rel_pos_attention, "GROUP_BYTES", room * 6**4 * 4)
+        fused = ir.from_proto(model)
+        assert fuse(fused).rel_pos_attention == 2
+        (function,) = fused.functions.values()
+        assert sum(node.op_type == "Softmax" for node in function) == groups
+        check_close(
+            run_onnx(ir.to_proto(fused), {"qkv": feed["qkv"].numpy()})[0], wanted, "float32"
+        )
