@@ -13,6 +13,7 @@ import onnx
 from ..core.errors import ExportError
 from .atomic import sha256_of
 from .onnx_data import DATA_HASH, OnnxContent, data_path
+from .onnx_stream import write_whole
 
 if TYPE_CHECKING:
     import onnx_ir as ir  # of the extra export; reading does without
@@ -21,6 +22,8 @@ SCOPES = "pkg.torch.onnx.name_scopes"
 """Metadata of a node: the modules it was traced in, outermost first, then its own name."""
 ONE_FILE_BYTES = 2**31 - 2**26
 """Most bytes of weights in an ONNX file itself; the rest is for its nodes."""
+STREAMED_BYTES = 64 * 2**20
+"""From how many on weights are written one after the other."""
 _INSIDE_BYTES = 1024
 """Smaller constants stay in the first file: shapes and axes, which a checker looks into."""
 
@@ -40,10 +43,11 @@ def save_onnx(
         partial = Path(scratch) / path.name
         if large := weight_bytes(model) > ONE_FILE_BYTES:
             _save_in_two(model, partial)
+        elif isinstance(model, onnx.ModelProto):
+            strip_notes(model)
+            onnx.save(model, partial)
         else:
-            proto = model if isinstance(model, onnx.ModelProto) else _whole(model)
-            strip_notes(proto)
-            onnx.save(proto, partial)
+            _save_in_one(model, partial)
         if check is not None:
             check(partial)
         if large:
@@ -79,11 +83,22 @@ def weight_bytes(model: onnx.ModelProto | ir.Model) -> int:
     return sum(value.nbytes for value in values if value is not None)
 
 
-def _whole(model: ir.Model) -> onnx.ModelProto:
-    """A graph with its weights inside, where they may come from another file."""
+def _save_in_one(model: ir.Model, path: Path) -> None:
+    """Write a graph with its weights inside, a weight at a time where there are many."""
     import onnx_ir as ir
 
-    return ir.to_proto(ir.external_data.load_to_model(model))
+    if weight_bytes(model) <= STREAMED_BYTES:
+        proto = ir.to_proto(ir.external_data.load_to_model(model))
+        strip_notes(proto)
+        onnx.save(proto, path)
+        return
+    data = data_path(path)
+    ir.save(model, path, external_data=data.name, size_threshold_bytes=_INSIDE_BYTES)
+    proto = onnx.load(path, load_external_data=False)
+    strip_notes(proto)
+    with path.open("wb") as stream:
+        write_whole(proto, data, stream)
+    data.unlink()
 
 
 def _save_in_two(model: onnx.ModelProto | ir.Model, path: Path) -> None:

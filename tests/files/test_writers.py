@@ -18,6 +18,7 @@ ELSEWHERE = {
     "engines.timings.write_bytes": "in the builder's scratch",
     "engines.worker.write_text": "in a folder that its one reader made and removes",
     "files.atomic.open": "the writer itself",
+    "files.onnx_files.open": "in the same scratch folder",
     "files.onnx_files.save": "in a scratch folder; what was checked is renamed",
     "images.quiet.open": "os.devnull",
     "kernels.plugin_build.open": "a log",
