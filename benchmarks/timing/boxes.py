@@ -54,6 +54,7 @@ def measure(folder: Path, count: int) -> Row:
     predictor.set_image(drawn_subject(SIDE, SIDE).image)
     boxes = drawn_boxes(count)
     found = predictor.predict_boxes(boxes)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     logits, masks = found.known_logits(), found.masks
     for index in sorted({0, count // 2, count - 1}):
         alone = predictor.predict_boxes(boxes[index : index + 1])
@@ -66,7 +67,6 @@ def measure(folder: Path, count: int) -> Row:
     whole = seconds_of(lambda: predictor.predict_boxes(boxes))
     size, how = (SIDE, SIDE), artefact.preprocessing
     masking = seconds_of(lambda: postprocess(logits, size, how))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     row = {"boxes": count, "ms": 1e3 * whole, "cpu_ms": 1e3 * cpu, "masks_ms": 1e3 * masking}
     return {**row, "peak_mib": peak / 1024, "inside": float(masks.mean())}
 

@@ -115,12 +115,18 @@ def run_in_parts(spec: GraphSpec, feed: Feed, run: RunPart) -> dict[str, FloatAr
     count = max((feed[name].shape[axes[name]] for name in feed if name in axes), default=0)
     if count <= PROMPTS_AT_ONCE:
         return run(feed, False)
-    parts = []
+    whole: dict[str, FloatArray] = {}
     for start in range(0, count, PROMPTS_AT_ONCE):
-        stop = min(start + PROMPTS_AT_ONCE, count)
-        part = {
-            name: array.take(range(start, stop), axes[name]) if name in axes else array
+        span = range(start, min(start + PROMPTS_AT_ONCE, count))
+        given = {
+            name: array.take(span, axes[name]) if name in axes else array
             for name, array in feed.items()
         }
-        parts.append(run(part, stop == count))
-    return {name: np.concatenate([part[name] for part in parts], axes[name]) for name in parts[0]}
+        for name, values in run(given, span.stop == count).items():
+            if name not in whole:
+                shape = list(values.shape)
+                shape[axes[name]] = count
+                whole[name] = np.empty(shape, values.dtype)
+            into = np.moveaxis(whole[name], axes[name], 0)
+            into[span.start : span.stop] = np.moveaxis(values, axes[name], 0)
+    return whole
