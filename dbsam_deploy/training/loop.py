@@ -125,7 +125,7 @@ def run_phase(run: PhaseRun, start: TrainingState) -> TrainingState:
     accelerator.gradient_accumulation_steps = accumulate
     objective, optimizer = accelerator.prepare(run.objective, adamw)
     batches = _batches(run, start.position.step)
-    state = start
+    state = replace(start, start_model=start.start_model or _trained(run))
     for step in range(start.position.step, phase.steps):
         rate = learning_rate(phase, step)
         for group in adamw.param_groups:
@@ -141,9 +141,10 @@ def run_phase(run: PhaseRun, start: TrainingState) -> TrainingState:
             break
     if phase.patience and state.best_model:
         run.model.load_state_dict(state.best_model)
-    run.model.load_state_dict(state.mean_model, strict=False)
+    if isinstance(phase, Refine):
+        run.model.load_state_dict(_blended(state, phase.blend), strict=False)
     accelerator.free_memory(objective, optimizer)
-    return replace(state, model=_copy(run.model), mean_model={})
+    return replace(state, model=_copy(run.model), mean_model={}, start_model={})
 
 
 def _averaged(run: PhaseRun, mean: StateDict, step: int) -> StateDict:
@@ -154,12 +155,22 @@ def _averaged(run: PhaseRun, mean: StateDict, step: int) -> StateDict:
     if not isinstance(run.phase, Refine):
         return {}
     decay = min(run.phase.ema, (step + 1) / (step + 10))
-    for name, parameter in run.model.named_parameters():
-        if parameter.requires_grad:
-            now = parameter.detach().float()
-            mean[name] = now.cpu().clone() if name not in mean else mean[name]
-            mean[name].lerp_(now.cpu(), 1 - decay)
+    for name, now in _trained(run).items():
+        mean.setdefault(name, now.clone()).lerp_(now, 1 - decay)
     return mean
+
+
+def _trained(run: PhaseRun) -> StateDict:
+    """What `refine` trains, as it is now, float32; {} for other phases."""
+    if not isinstance(run.phase, Refine):
+        return {}
+    parameters = run.model.named_parameters()
+    return {n: p.detach().float().cpu().clone() for n, p in parameters if p.requires_grad}
+
+
+def _blended(state: TrainingState, blend: float) -> StateDict:
+    """Between what a phase began with (0) and the mean of what it went through (1)."""
+    return {n: first.lerp(state.mean_model[n], blend) for n, first in state.start_model.items()}
 
 
 def _batches(run: PhaseRun, start: int) -> Iterator[Example]:

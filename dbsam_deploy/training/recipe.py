@@ -108,7 +108,8 @@ class Refine(Phase):
         pieces: how often a label of several pieces stands for one of them.
         together: how often an object and the one most like it are one, in one box.
         multimask_weight: weight of the best of the three masks of `multimask`.
-        ema: decay of the running mean of the weights, which is what the phase ends with.
+        ema: decay of the running mean of the weights.
+        blend: the phase ends this far between the weights it began with (0) and that mean (1).
         prompts: see `PromptShares`.
     """
 
@@ -119,6 +120,7 @@ class Refine(Phase):
     together: float
     multimask_weight: float
     ema: float
+    blend: float
     prompts: PromptShares
 
 
@@ -244,7 +246,7 @@ def _phase(table: dict[str, Any], where: str, kind: type[Phase]) -> Phase:
 
 
 def _check_refine(phase: Refine, where: str) -> None:
-    parts = ("tight_boxes", "even_boxes", "pieces", "together")
+    parts = ("tight_boxes", "even_boxes", "pieces", "together", "blend")
     for name in (*parts, "ema"):
         if not 0 <= getattr(phase, name) <= 1 - (name == "ema") * 1e-6:
             raise InputError(f"recipe {where}: {name} = {getattr(phase, name)}, expected 0–1")

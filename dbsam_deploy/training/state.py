@@ -16,8 +16,9 @@ from ..model.checkpoint import read_training_state
 from ..model.fitting import StateDict
 from .recipe import TrainingRecipe
 
-FORMAT = 2
-_MODEL, _BEST, _OPTIMIZER, _MEAN = "model", "best_model", "optimizer", "mean_model"
+FORMAT = 3
+_MODEL, _BEST, _OPTIMIZER = "model", "best_model", "optimizer"
+_MEAN, _START = "mean_model", "start_model"
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class TrainingState:
         best_model: state dict at `position.best_dice`; empty before the first validation.
         optimizer: the optimiser's state dict; empty at the start of a phase.
         mean_model: running mean of what is trained, float32; empty where the phase keeps none.
+        start_model: what is trained as it was before the phase; empty where the phase keeps none.
     """
 
     position: Position
@@ -56,6 +58,7 @@ class TrainingState:
     best_model: StateDict
     optimizer: dict[str, Any]
     mean_model: StateDict = field(default_factory=dict)
+    start_model: StateDict = field(default_factory=dict)
 
 
 def recipe_key(recipe: TrainingRecipe, data: str) -> str:
@@ -77,6 +80,7 @@ def save_state(path: Path, key: str, state: TrainingState) -> None:
         _BEST: state.best_model,
         _OPTIMIZER: state.optimizer,
         _MEAN: state.mean_model,
+        _START: state.start_model,
     }
     with write_atomically(path) as stream:
         try:
@@ -104,10 +108,11 @@ def load_state(path: Path, key: str) -> TrainingState:
             )
         position = dict(body["position"])
         position["losses"] = tuple(position["losses"].tolist())
-        model, best, mean = (dict(body[name]) for name in (_MODEL, _BEST, _MEAN))
-        if not all(isinstance(t, Tensor) for table in (model, best, mean) for t in table.values()):
+        tables = [dict(body[name]) for name in (_MODEL, _BEST, _MEAN, _START)]
+        if not all(isinstance(t, Tensor) for table in tables for t in table.values()):
             raise TypeError("a weight that is no tensor")
-        return TrainingState(Position(**position), model, best, dict(body[_OPTIMIZER]), mean)
+        model, best, mean, first = tables
+        return TrainingState(Position(**position), model, best, dict(body[_OPTIMIZER]), mean, first)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{path} is no complete resume point ({error}); delete it to start again"

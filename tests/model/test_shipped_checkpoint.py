@@ -59,6 +59,17 @@ def test_no_file_is_in_both_parts_of_the_split() -> None:
     assert {name.split("/")[0] for name in split["validation"]} - trained == UNSEEN_TASKS
 
 
+def test_more_files_leave_validation_as_it_was() -> None:
+    first = json.loads(SPLIT.read_text())
+    more = json.loads(SPLIT.with_name("testset_split.json").read_text())
+    assert not set(more["train"]) & set(more["validation"])
+    for part, names in first.items():
+        assert more[part][: len(names)] == [f"dev/{name}" for name in names]
+    added = set(more["train"]) - {f"dev/{name}" for name in first["train"]}
+    kept = {name.rpartition("/")[0] for name in more["validation"]}
+    assert {name.rpartition("/")[0] for name in added} <= kept  # a patient of the kind stays
+
+
 @pytest.mark.parametrize(
     "kinds",
     [

@@ -237,6 +237,23 @@ def test_a_run_changes_neck_and_decoder_alone_and_goes_on_where_it_stopped(
     assert {n.split(".")[1] for n in moved if n.startswith("image_encoder.")} == {"neck"}
 
 
+@needs_monai
+def test_it_ends_between_where_it_began_and_its_mean(tmp_path) -> None:
+    start = tmp_path / "start.safetensors"
+    write_checkpoint(start, fresh_model("db_sam_tiny", 128, None).model.state_dict(), {})
+    ends = []
+    for blend in (0.5, 1.0):
+        recipe = str(write_recipe(tmp_path, blend=blend, steps=2))
+        options = TrainOptions(recipe, checkpoint=start, cpu=True, phases=("refine",))
+        result = train(replace(options, output=tmp_path / f"{blend}"))
+        ends.append(read_checkpoint(result.checkpoint).tensors)
+    before, name = read_checkpoint(start).tensors, "mask_decoder.iou_token.weight"
+    half, whole = (end[name].float() - before[name].float() for end in ends)
+    assert whole.abs().max() > 1e-4
+    rounding = 2e-3 * before[name].abs().max().item()  # of float16
+    torch.testing.assert_close(half, whole / 2, rtol=0, atol=rounding)
+
+
 def test_refining_without_weights_is_refused(tmp_path) -> None:
     options = TrainOptions(str(write_recipe(tmp_path)), output=tmp_path / "out", phases=("refine",))
     with pytest.raises(InputError, match="refine goes on from weights"):
@@ -249,6 +266,7 @@ def test_refining_without_weights_is_refused(tmp_path) -> None:
         ({"freeze": '"none"'}, 'freeze must be "trunk"'),
         ({"ema": 1.0}, "ema = 1.0, expected 0–1"),
         ({"views": 0}, "views above 0"),
+        ({"blend": 1.5}, "blend = 1.5"),
         ({"click": -0.5}, "shares that are not all 0"),
         ({"tight_boxes": 1.5}, "tight_boxes = 1.5"),
     ],
