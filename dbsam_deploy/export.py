@@ -243,7 +243,7 @@ def _references(job: _Job, scratch: Path, say: Callable[[str], None]) -> Referen
     loaded, folder = job.loaded, None
     if not job.keep_references:
         folder = scratch / "references"
-        folder.mkdir()
+        folder.mkdir(parents=True, exist_ok=True)  # an export that was killed left it
     key = references_key(loaded.model, str(loaded.weights["sha256"]))
     how = loaded.preprocessing
     return References(lambda: PytorchSession(loaded.model), how, key, folder=folder, say=say)

@@ -131,29 +131,6 @@ class DbSam(nn.Module):
             return self.mask_decoder.predict_masks(**asked)
         return self.mask_decoder(**asked, multimask_output=multimask)
 
-    def decode_all(
-        self,
-        image_embeddings: Tensor,
-        *,
-        boxes: Tensor | None = None,
-        points: tuple[Tensor, Tensor] | None = None,
-        masks: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """All four masks of SAM's decoder at once, as a training needs them; see `decode`.
-
-        Returns:
-            low_res_masks (N, 4, 4G, 4G) and iou_predictions (N, 4): the single mask, then the
-            three of `multimask`.
-        """
-        sparse, dense = self.prompt_encoder(points, boxes, masks)
-        found: tuple[Tensor, Tensor] = self.mask_decoder.predict_masks(
-            image_embeddings=image_embeddings,
-            image_pe=self.prompt_encoder.get_dense_pe(),
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense,
-        )
-        return found
-
     def forward(self, image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
         """Images with the same number of boxes each, as in training.
 

@@ -62,8 +62,12 @@ class RefineObjective(nn.Module):
     def _of_image(self, embeddings: Tensor, batch: Batch, index: int) -> Losses:
         truth = batch["masks"][index].float()[:, None]
         prompt = self._prompt(embeddings, batch, index)
-        logits, iou = self.model.decode_all(
-            embeddings, boxes=prompt.boxes, points=prompt.points, masks=prompt.masks
+        logits, iou = self.model.decode(
+            embeddings,
+            boxes=prompt.boxes,
+            points=prompt.points,
+            masks=prompt.masks,
+            multimask=None,
         )
         logits, iou = logits.float(), iou.float()
         wide = truth.expand_as(logits)

@@ -15,6 +15,7 @@ import json
 import sys
 import types
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -193,8 +194,10 @@ def crafted() -> np.ndarray:
     return logits * np.array([0.05, 0.2, 1, 4, 40, -1], np.float32)[:, None, None, None]
 
 
-def family_answers(config: ModelConfig) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Answers of the family's own code, and its state dict."""
+def family_answers(
+    config: ModelConfig, resizing: AbstractContextManager[None]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Answers of the family's own code, whose masks are resized within `resizing`; its state."""
     from sam2.sam2_image_predictor import SAM2ImagePredictor
 
     sam = build(config)
@@ -209,11 +212,12 @@ def family_answers(config: ModelConfig) -> tuple[dict[str, np.ndarray], dict[str
         "high_res_feats_0": finer[0],
         "high_res_feats_1": finer[1],
     }
-    for name, prompt in asked(side).items():
-        for part, array in zip(
-            ("", "_iou", "_low"), predictor.predict(**prompt, return_logits=True), strict=True
-        ):
-            found[name + part] = torch.from_numpy(array)
+    with resizing:
+        for name, prompt in asked(side).items():
+            for part, array in zip(
+                ("", "_iou", "_low"), predictor.predict(**prompt, return_logits=True), strict=True
+            ):
+                found[name + part] = torch.from_numpy(array)
     logits, scores = torch.from_numpy(crafted()), torch.from_numpy(fixed_numbers("iou", (6, 4)))
     chosen = sam.sam_mask_decoder._dynamic_multimask_via_stability(logits, scores)
     found["chosen"], found["chosen_iou"] = chosen
@@ -256,7 +260,7 @@ def main() -> None:
     if args.full:
         compare(VARIANTS[args.full])
         return
-    found, state = family_answers(SMALL)
+    found, state = family_answers(SMALL, nullcontext())
     shapes = {name: list(tensor.shape) for name, tensor in state.items()}
     np.savez_compressed(args.out, keys=np.array(json.dumps(shapes)), **found)
 
@@ -268,8 +272,8 @@ def compare(config: ModelConfig) -> None:
     from dbsam_deploy.prediction.predictor import Predictor
     from dbsam_deploy.sessions.pytorch_session import PytorchSession
 
-    with torch.inference_mode(), double_resize():
-        expected, state = family_answers(config)
+    with torch.inference_mode():
+        expected, state = family_answers(config, double_resize())
     model = DbSam(config).eval()
     own = own_names(state)
     wanted = model.state_dict()
