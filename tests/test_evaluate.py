@@ -65,7 +65,7 @@ def test_an_artefact_with_every_file(
 ) -> None:
     out = shell(
         "--data", data, "--artefact", tiny_artefact.folder, "--max-slices", 2,
-        "--output", tmp_path / "out",
+        "--output", tmp_path / "out", "--paper",
     )  # fmt: skip
     names = ("objects.csv", "cases.csv", "tasks.csv", "evaluation.json", "evaluation.html")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(names)
