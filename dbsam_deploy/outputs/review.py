@@ -36,7 +36,7 @@ def add_review_option(parser: argparse._ActionsContainer) -> None:
         type=_share,
         metavar="X",
         help="flag objects with a predicted IoU below X (0 to 1) for review; they are kept. What X "
-        "does on your data, `dbsam evaluate` says",
+        "does on your data, `dbsam evaluate --data DIR` says",
     )
 
 
