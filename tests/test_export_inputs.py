@@ -78,11 +78,16 @@ def test_a_publication_says_what_it_was_made_of(toy: Toy, capsys) -> None:
 
 def test_the_comparison_gets_both_models_and_as_many_images_as_are_asked_for(toy: Toy) -> None:
     shutil.copy(toy.data / "2DBox_case.npz", toy.data / "another.npz")
-    asked = []
+    asked: list[tuple[Any, ...]] = []
 
-    def compare(*arguments: Any, progress: Callable[[str], None]) -> Figures:
+    def compare(
+        references: Any,
+        open_deployed: Callable[[], Any],
+        *more: Any,
+        progress: Callable[[str], None],
+    ) -> Figures:
         progress("case")
-        asked.append(arguments)
+        asked.append((references.backend, open_deployed().backend, *more))
         return FIGURES
 
     for images in (1, 2, None):
@@ -91,7 +96,7 @@ def test_the_comparison_gets_both_models_and_as_many_images_as_are_asked_for(toy
         export(options, Console(quiet=True), stages=replace(toy.stages("a"), compare=compare))
     assert [len(cases) for *_, cases in asked] == [1, 2, 2]
     reference, deployed, how, (case, _) = asked[-1]
-    assert (reference.backend, deployed.backend) == ("pytorch-cpu", "onnxruntime-cpu")
+    assert (reference, deployed) == ("pytorch-cpu", "onnxruntime-cpu")
     assert (how, case.name) == (toy.graphs["a"].preprocessing, "2DBox_case[0]")
     with pytest.raises(InputError, match="--data-images 0: expected at least 1"):
         export(replace(toy.options, data_images=0), stages=toy.stages("a"))

@@ -182,6 +182,7 @@ def trained(tmp_path, monkeypatch) -> Command:
         variant="db_sam_tiny", name="toy", seed=0, phases=lambda: [("tune", Position("tune"))]
     )
     recipe.phases = lambda: [("tune", SimpleNamespace(steps=1))]
+    recipe.only = lambda phases: recipe
     accelerator = SimpleNamespace(
         is_main_process=True, num_processes=1, device="cpu", wait_for_everyone=lambda: None
     )

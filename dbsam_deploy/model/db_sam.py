@@ -121,12 +121,12 @@ class DbSam(nn.Module):
                 multimask=multimask,
             )
         sparse, dense = self.prompt_encoder(points, boxes, masks)
-        asked = {
-            "image_embeddings": image_embeddings,
-            "image_pe": self.prompt_encoder.get_dense_pe(),
-            "sparse_prompt_embeddings": sparse,
-            "dense_prompt_embeddings": dense,
-        }
+        asked = dict(
+            image_embeddings=image_embeddings,
+            image_pe=self.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+        )
         if multimask is None:
             return self.mask_decoder.predict_masks(**asked)
         return self.mask_decoder(**asked, multimask_output=multimask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 
 import numpy as np
@@ -17,6 +18,7 @@ from dbsam_deploy.evaluation.files import write_files
 from dbsam_deploy.evaluation.metrics import dice
 from dbsam_deploy.evaluation.page import write_page
 from dbsam_deploy.evaluation.published import compare
+from dbsam_deploy.evaluation.rows import paper_rows
 from dbsam_deploy.evaluation.tables import print_result
 
 PROTOCOL = build_protocol("one-prompt")
@@ -127,7 +129,7 @@ def test_stacks_without_spacing_and_images_are_skipped_and_said() -> None:
 def test_the_tables_show_what_stands_beside(tmp_path: object) -> None:
     result = run(bright_in_box, ball_and_tube())
     console = Console(width=100, record=True, file=io.StringIO())
-    print_result(console, result, compare(result))
+    print_result(console, result, compare(result, paper_rows()))
     text = console.export_text()
     header = next(line for line in text.splitlines() if "DSC" in line and "task" in line)
     assert header.split()[-4:] == ["oracle", "of", "it", "cvpr24"]
@@ -135,12 +137,14 @@ def test_the_tables_show_what_stands_beside(tmp_path: object) -> None:
     assert row.split()[-3:-1] == ["100.00", "1.00"]
     other = evaluate(bright_in_box, [labelled_case(ball_and_tube())], build_protocol("objects"))
     console = Console(width=100, record=True, file=io.StringIO())
-    print_result(console, other, compare(other))
+    print_result(console, other, compare(other, paper_rows()))
     assert "oracle" not in console.export_text()
     assert other.objects[0].score.oracle_dsc is None
     folder = tmp_path / "out"  # type: ignore[operator]
-    write_files(folder, result, compare(result), {"name": "m"})
-    line = (folder / "objects.csv").read_text().splitlines()[1]
-    assert line.split(",")[-2] == "1.000000"
-    page = write_page(folder / "page.html", result, compare(result), {"name": "m"}).read_text()
+    write_files(folder, result, compare(result, paper_rows()), {"name": "m"})
+    with (folder / "objects.csv").open(newline="") as stream:
+        assert next(csv.DictReader(stream))["oracle_dsc"] == "1.000000"
+    page = write_page(
+        folder / "page.html", result, compare(result, paper_rows()), {"name": "m"}
+    ).read_text()
     assert "<th>oracle</th><th>of it</th><th>cvpr24</th>" in page
