@@ -29,8 +29,8 @@ from .points import PointRules
 from .prompts import TOP_LEFT, join_prompts, set_feed
 
 AT_ONCE = 8
-"""Boxes that a decoder gets at once, unless a server is told otherwise: the memory it takes is
-bounded, and no bit of an answer depends on where it was computed."""
+"""Prompts that a decoder gets at once on a CPU, unless a server is told otherwise: the memory it
+takes is bounded, and no bit of an answer depends on where it was computed."""
 MAX_SEARCHES = MAX_PROMPTS // MOST_BOXES
 """Prompt sets of which a server searches each in one request: no more is decoded than for boxes."""
 ALTERNATIVES = NUM_MASK_TOKENS - 1

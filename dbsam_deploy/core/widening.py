@@ -131,13 +131,14 @@ def _varint(content: memoryview, place: int) -> tuple[int, int]:
 
 
 def _put(out: bytearray, number: int, wire: int, value: bytes | bytearray | memoryview) -> None:
-    _put_varint(out, number << 3 | wire)
+    put_varint(out, number << 3 | wire)
     if wire == _BYTES:
-        _put_varint(out, len(value))
+        put_varint(out, len(value))
     out += value
 
 
-def _put_varint(out: bytearray, value: int) -> None:
+def put_varint(out: bytearray, value: int) -> None:
+    """Append a number as protobuf writes it, seven bits a byte."""
     while value > 127:
         out.append(value & 127 | 128)
         value >>= 7

@@ -12,6 +12,8 @@ from typing import Any, BinaryIO
 
 import onnx
 
+from ..core.widening import put_varint
+
 _GRAPH = onnx.ModelProto.GRAPH_FIELD_NUMBER
 _INITIALIZER = onnx.GraphProto.INITIALIZER_FIELD_NUMBER
 _RAW_DATA = onnx.TensorProto.RAW_DATA_FIELD_NUMBER
@@ -89,13 +91,7 @@ def _fields(message: Any, wanted: Callable[[int], bool]) -> bytes:
 
 def _tag(number: int, size: int) -> bytes:
     """What stands before a field of `size` bytes."""
-    return _varint(number << 3 | 2) + _varint(size)
-
-
-def _varint(value: int) -> bytes:
     out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
+    put_varint(out, number << 3 | 2)
+    put_varint(out, size)
     return bytes(out)

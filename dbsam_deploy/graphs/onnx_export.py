@@ -66,13 +66,6 @@ def export_graph(model: DbSam, name: str, recipe: Recipe, folder: Path) -> Expor
     Raises:
         ExportError: torch cannot export the graph, or the result breaks the contract or the recipe.
     """
-    try:
-        return _export(model, name, recipe, folder)
-    finally:
-        gc.collect()  # a trace is full of cycles, which hold the graph's weights
-
-
-def _export(model: DbSam, name: str, recipe: Recipe, folder: Path) -> ExportedGraph:
     spec = graph_specs(model.config.frame)[name]
     graph = build_graph(model, name)
     islands = apply_precision(graph, recipe)

@@ -10,6 +10,7 @@ import numpy as np
 from ..core.contract import NUM_BOXES, NUM_PROMPTS, GraphSpec, TensorSpec
 from ..core.errors import EngineError, InputError
 from ..core.imaging import Arrays, FloatArray
+from ..core.prompt_adapter import AT_ONCE
 
 Feed = Arrays
 """A graph's inputs."""
@@ -17,10 +18,6 @@ Feed = Arrays
 OPENED_LATER = frozenset({"prompt_decoder"})
 """Graphs that a session reads and checks when it opens, and opens when they are first used."""
 
-
-PROMPTS_AT_ONCE = 8
-"""Prompts that a decoder gets at once on a CPU; its memory (25 MiB each at SAM's size) grows with
-them and its time per prompt does not fall any more. What the server's front takes at once, too."""
 
 RunPart = Callable[[Feed, bool], dict[str, FloatArray]]
 """Runs a graph on a part of its prompts; the flag is set for the last one of several."""
@@ -96,7 +93,9 @@ def _check_tensor(
 
 
 def run_in_parts(spec: GraphSpec, feed: Feed, run: RunPart) -> dict[str, FloatArray]:
-    """Run a graph on a CPU, `PROMPTS_AT_ONCE` of its prompts after the other.
+    """Run a graph on a CPU, `AT_ONCE` of its prompts after the other.
+
+    Its memory grows with them, by 25 MiB each at SAM's size, and more at once are no quicker.
 
     Args:
         spec: its inputs and outputs.
@@ -113,11 +112,11 @@ def run_in_parts(spec: GraphSpec, feed: Feed, run: RunPart) -> dict[str, FloatAr
         if name in (NUM_BOXES, NUM_PROMPTS)
     }
     count = max((feed[name].shape[axes[name]] for name in feed if name in axes), default=0)
-    if count <= PROMPTS_AT_ONCE:
+    if count <= AT_ONCE:
         return run(feed, False)
     whole: dict[str, FloatArray] = {}
-    for start in range(0, count, PROMPTS_AT_ONCE):
-        span = range(start, min(start + PROMPTS_AT_ONCE, count))
+    for start in range(0, count, AT_ONCE):
+        span = range(start, min(start + AT_ONCE, count))
         given = {
             name: array.take(span, axes[name]) if name in axes else array
             for name, array in feed.items()

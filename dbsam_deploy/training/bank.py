@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..core.contract import EMBEDDING_CHANNELS
@@ -33,11 +34,11 @@ _STREAM = 1
 
 
 @dataclass(frozen=True)
-class Bank:
-    """Images 0 … count - 1 with the teacher's embeddings, one npz each.
+class NumberedFiles:
+    """Items 0 … count - 1 that are computed once and kept, one npz each.
 
     Attributes:
-        folder: where the files lie.
+        folder: where the files lie; named by the hash of what they were made of.
         count: how many.
     """
 
@@ -45,8 +46,34 @@ class Bank:
     count: int
 
     def path(self, index: int) -> Path:
-        """File of one image."""
+        """File of one item."""
         return self.folder / f"{index:06d}.npz"
+
+    def arrays(self, index: int, *names: str) -> list[npt.NDArray[Any]]:
+        """Parts of an item.
+
+        Raises:
+            InputError: the file is missing or damaged.
+        """
+        path = self.path(index)
+        try:
+            return [read_array(path, name, MAX_PART_BYTES) for name in names]
+        except InputError as error:
+            raise InputError(f"{error}: delete it and start again") from error
+
+    def missing(
+        self, indices: Iterable[int], advance: Callable[[], None]
+    ) -> Iterator[tuple[int, Path]]:
+        """Those of `indices` that have no file yet; `advance` is called after each, made or not."""
+        for index in indices:
+            path = self.path(index)
+            if not path.is_file():
+                yield index, path
+            advance()
+
+
+class Bank(NumberedFiles):
+    """Images with the teacher's embeddings."""
 
     def read(self, index: int) -> tuple[ByteArray, FloatArray]:
         """Image (H, W, 3) uint8 and embeddings (256, G, G) float32.
@@ -54,16 +81,11 @@ class Bank:
         Raises:
             InputError: the file is missing or damaged.
         """
-        path = self.path(index)
-        try:
-            image = read_array(path, "image", MAX_PART_BYTES)
-            embeddings = read_array(path, "embeddings", MAX_PART_BYTES)
-        except InputError as error:
-            raise InputError(f"{error}: delete it and start again") from error
+        image, embeddings = self.arrays(index, "image", "embeddings")
         if image.ndim != 3 or embeddings.ndim != 3 or len(embeddings) != EMBEDDING_CHANNELS:
             raise InputError(
-                f"{path}: image {image.shape} and embeddings {embeddings.shape}; expected "
-                f"(H, W, 3) and ({EMBEDDING_CHANNELS}, G, G); delete it and start again"
+                f"{self.path(index)}: image {image.shape} and embeddings {embeddings.shape}; "
+                f"expected (H, W, 3) and ({EMBEDDING_CHANNELS}, G, G); delete it and start again"
             )
         return image, embeddings.astype(np.float32)
 
@@ -141,15 +163,12 @@ def fill_bank(
     encoder: Any = teacher.model
     encoder.to(memory_format=torch.channels_last)  # a third faster on a CPU
     device = next(encoder.parameters()).device
-    for index in indices:
-        path = bank.path(index)
-        if not path.is_file():
-            rng = np.random.default_rng([seed, _STREAM, index])
-            sample = augment(images.draw(rng), augmentation, int(rng.integers(2**31)))
-            pixels = torch.from_numpy(preprocess(sample.image, teacher.preprocessing))
-            with torch.no_grad(), autocast():
-                embeddings = encoder.encode(pixels.to(device, memory_format=torch.channels_last))[0]
-            half = embeddings.cpu().to(torch.float16).numpy()
-            with write_atomically(path) as stream:
-                np.savez(stream, image=sample.image, embeddings=half)
-        advance()
+    for index, path in bank.missing(indices, advance):
+        rng = np.random.default_rng([seed, _STREAM, index])
+        sample = augment(images.draw(rng), augmentation, int(rng.integers(2**31)))
+        pixels = torch.from_numpy(preprocess(sample.image, teacher.preprocessing))
+        with torch.no_grad(), autocast():
+            embeddings = encoder.encode(pixels.to(device, memory_format=torch.channels_last))[0]
+        half = embeddings.cpu().to(torch.float16).numpy()
+        with write_atomically(path) as stream:
+            np.savez(stream, image=sample.image, embeddings=half)

@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,31 +18,17 @@ import torch
 from ..core.errors import InputError
 from ..core.imaging import FloatArray, preprocess
 from ..files.atomic import write_atomically
-from ..images.npz_files import read_array
 from ..model.weights import LoadedModel
 from .augmentation import Augmentation, augment
-from .bank import MAX_PART_BYTES
+from .bank import NumberedFiles
 from .samples import LabelMap, Mixture, Sample
 
 _STREAM = 4
 """Separates these draws from the other phases', which have the same seed."""
 
 
-@dataclass(frozen=True)
-class FeatureBank:
-    """Samples 0 … count - 1 with the encoder's features, one npz each.
-
-    Attributes:
-        folder: where the files lie; named by the hash of what they were made of.
-        count: how many.
-    """
-
-    folder: Path
-    count: int
-
-    def path(self, index: int) -> Path:
-        """File of one sample."""
-        return self.folder / f"{index:06d}.npz"
+class FeatureBank(NumberedFiles):
+    """Samples with the encoder's features."""
 
     def read(self, index: int) -> tuple[Sample, FloatArray]:
         """A sample with labels, and its features (C, G, G) float32, see `DbSam.trunk`.
@@ -52,12 +37,7 @@ class FeatureBank:
             InputError: the file is missing or damaged.
         """
         path = self.path(index)
-        try:
-            image = read_array(path, "image", MAX_PART_BYTES)
-            labels = read_array(path, "labels", MAX_PART_BYTES)
-            features = read_array(path, "features", MAX_PART_BYTES)
-        except InputError as error:
-            raise InputError(f"{error}: delete it and start again") from error
+        image, labels, features = self.arrays(index, "image", "labels", "features")
         if image.ndim != 3 or labels.shape != image.shape[:2] or features.ndim != 3:
             raise InputError(
                 f"{path}: image {image.shape}, labels {labels.shape}, features {features.shape}; "
@@ -119,18 +99,15 @@ def fill_feature_bank(
         InputError: an encoder without a neck, see `DbSam.trunk`.
     """
     device = next(encoder.model.parameters()).device
-    for index in indices:
-        path = bank.path(index)
-        if not path.is_file():
-            rng = np.random.default_rng([seed, _STREAM, index])
-            sample = augment(images.draw(rng), augmentation, int(rng.integers(2**31)))
-            pixels = torch.from_numpy(preprocess(sample.image, encoder.preprocessing))
-            with torch.no_grad(), autocast():
-                features = encoder.model.trunk(pixels.to(device))[0]
-            half = features.cpu().to(torch.float16).numpy()
-            with write_atomically(path) as stream:
-                np.savez(stream, image=sample.image, labels=_labels(sample), features=half)
-        advance()
+    for index, path in bank.missing(indices, advance):
+        rng = np.random.default_rng([seed, _STREAM, index])
+        sample = augment(images.draw(rng), augmentation, int(rng.integers(2**31)))
+        pixels = torch.from_numpy(preprocess(sample.image, encoder.preprocessing))
+        with torch.no_grad(), autocast():
+            features = encoder.model.trunk(pixels.to(device))[0]
+        half = features.cpu().to(torch.float16).numpy()
+        with write_atomically(path) as stream:
+            np.savez(stream, image=sample.image, labels=_labels(sample), features=half)
 
 
 def _labels(sample: Sample) -> LabelMap:

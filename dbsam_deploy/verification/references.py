@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -187,7 +187,8 @@ class References:
         if self._folder is None:
             return
         stream = io.BytesIO()
-        np.savez(stream, **answer, **{_SECONDS: np.float64(seconds)})  # type: ignore[arg-type]
+        arrays: dict[str, Any] = {**answer, _SECONDS: np.float64(seconds)}
+        np.savez(stream, **arrays)
         try:
             keep(self._folder, key, _SUFFIX, stream.getvalue())
         except OSError as error:

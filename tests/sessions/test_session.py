@@ -12,11 +12,12 @@ from dbsam_deploy.artefact import load_artefact, take_graphs, write_artefact
 from dbsam_deploy.core.contract import Geometry, decoder_spec
 from dbsam_deploy.core.errors import EngineError, InputError
 from dbsam_deploy.core.imaging import Preprocessing
+from dbsam_deploy.core.prompt_adapter import AT_ONCE
 from dbsam_deploy.extras import ONNXRUNTIME_GPU_LINE, pip_line
 from dbsam_deploy.sessions import onnxruntime_session
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
 from dbsam_deploy.sessions.pytorch_session import PytorchSession
-from dbsam_deploy.sessions.session import PROMPTS_AT_ONCE, check_feed
+from dbsam_deploy.sessions.session import check_feed
 
 SIZE = 128
 
@@ -166,10 +167,10 @@ def test_many_prompts_are_those_asked_one_by_one_bit_for_bit(tiny_artefact, monk
     monkeypatch.setattr(
         session, "_run", lambda spec, part, *last: most.append(part) or run(spec, part, *last)
     )
-    values, count = feed(batch=2, boxes=2 * PROMPTS_AT_ONCE + 3), 2 * PROMPTS_AT_ONCE + 3
+    values, count = feed(batch=2, boxes=2 * AT_ONCE + 3), 2 * AT_ONCE + 3
     together = session.run("decoder", values)
-    assert [part["boxes"].shape[1] for part in most] == [PROMPTS_AT_ONCE, PROMPTS_AT_ONCE, 3]
-    for index in (0, PROMPTS_AT_ONCE, count - 1):
+    assert [part["boxes"].shape[1] for part in most] == [AT_ONCE, AT_ONCE, 3]
+    for index in (0, AT_ONCE, count - 1):
         alone = session.run("decoder", {**values, "boxes": values["boxes"][:, index : index + 1]})
         for name, value in alone.items():
             np.testing.assert_array_equal(together[name][:, index : index + 1], value)

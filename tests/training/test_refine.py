@@ -90,7 +90,10 @@ def test_objects_that_look_alike_stand_in_one_box() -> None:
     image = np.repeat((np.array([0, 100, 104, 250])[labels])[..., None], 3, 2).astype(np.uint8)
     sample = Sample("s", image, labels)
     found = draw_prompts(sample, 3, Growth(0), rng(), together=1.0)
-    shown = {tuple(box): sorted({*labels[mask]}) for box, mask in zip(found.boxes, found.masks)}  # noqa: B905
+    shown = {
+        tuple(box): sorted({*labels[mask]})
+        for box, mask in zip(found.boxes, found.masks, strict=True)
+    }
     assert shown == {(10, 10, 50, 50): [1, 2], (40, 10, 50, 20): [3]}
 
 
