@@ -3,8 +3,8 @@
 Each way has a process of its own, one after the other, again and again: from the start of Python to
 the first mask, an image, one box and 32 boxes on a known image, 20 slices with a box each, memory,
 files. First its masks of the same 32 boxes are held against those of the model's own code in
-PyTorch, by the gate of its precision; a way that misses it is listed, not timed. Threads are what
-each library takes by itself.
+PyTorch, by a gate for how it rounds (`Way.gate`); a way that misses it is listed, not timed.
+Threads are what each library takes by itself.
 
     pip install --no-deps samexporter==0.5.0 nncf==3.4.0  # else their ways are listed, not timed
     python benchmarks/compare_peers.py --model lite_medsam --checkpoint lite_medsam.pth --work W
@@ -226,7 +226,7 @@ def _judge(
     both = (masks & expected).sum((1, 2))
     dice = 2 * both / (masks.sum((1, 2)) + expected.sum((1, 2)))
     row.agreement_mean, row.agreement_p5 = float(dice.mean()), float(np.percentile(dice, 5))
-    gate = load_recipe(way.precision).gate
+    gate = load_recipe(way.gate).gate
     found = (row.agreement_mean, row.agreement_p5)
     wanted = (gate.mask_agreement_mean, gate.mask_agreement_p5)
     if all(a >= b for a, b in zip(found, wanted, strict=True)):
