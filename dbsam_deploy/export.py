@@ -213,9 +213,9 @@ def _make_artefact(job: _Job, bars: Progress, say: Callable[[str], None]) -> Art
     graphs = list(graph_specs(loaded.preprocessing))
     keep = (Quantizer.SCRATCH,)
     work = work_folder(folder.parent, folder.name, key_of(job.inputs), keep)
-    references = _references(job, work.scratch, say)
     with StepBar(bars, len(graphs) + 2 * len(job.cases) + 1) as step:
         _export_stage(job, work, step, say)
+        references = _references(job, work.scratch, say)
         draft = _draft(job, work.files, graphs)
         draft = replace(draft, quantization=job.quantizer.describe(work.scratch))
         step("comparing with PyTorch")
@@ -243,7 +243,7 @@ def _references(job: _Job, scratch: Path, say: Callable[[str], None]) -> Referen
     loaded, folder = job.loaded, None
     if not job.keep_references:
         folder = scratch / "references"
-        folder.mkdir(parents=True, exist_ok=True)  # an export that was killed left it
+        folder.mkdir()
     key = references_key(loaded.model, str(loaded.weights["sha256"]))
     how = loaded.preprocessing
     return References(lambda: PytorchSession(loaded.model), how, key, folder=folder, say=say)

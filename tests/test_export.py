@@ -97,6 +97,28 @@ def test_a_damaged_file_is_exported_again(copied):
     assert seen == ["encoder"]
 
 
+def test_answers_that_no_later_export_is_to_have_are_kept_for_this_one(copied):
+    """So that it need not hold PyTorch's model and its own in memory at once."""
+    options, published = copied
+    known, kept = published.artefact, []
+
+    def copy(model, name, recipe, folder):
+        shutil.copy(known.path(name), folder / f"{name}.onnx")
+
+    def compare(references, *rest, **named):
+        references.run("encoder", {"image": np.zeros((1, 3, 256, 256), np.float32)})
+        kept.append(references.keeps)
+        return published.figures
+
+    recipe = replace(load_recipe("fp16"), description="another")
+    stages = Stages(lambda precision: recipe, export_graph=copy, compare=compare)
+    console = Console(record=True, width=200)
+    export(replace(options, keep_references=False), console, stages=stages)
+    assert kept == [True]
+    assert "not kept" not in console.export_text()
+    assert {p.name for p in options.output.iterdir()} == {"fp16", "model_repository_fp16"}
+
+
 def test_an_interrupted_export_resumes_with_the_finished_graphs(copied):
     """A kill between two graphs keeps the first; the manifest of before stays as it was."""
     options, published = copied
