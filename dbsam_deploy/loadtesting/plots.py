@@ -81,10 +81,11 @@ def _draw_latency(axis: Any, points: Sequence[LoadPoint]) -> None:
             _line(axis, found, latencies, style, color=colour)
     for percentile, style in styles.items():  # colours are named in the plot below
         axis.plot([], [], style, color="0.3", markersize=3, label=f"p{percentile}")
-    axis.set_yscale("log")
-    ticker = require("matplotlib.ticker", extra="loadtest", what_for="a plot")
-    axis.yaxis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
-    axis.yaxis.set_minor_formatter("{x:g}")
+    if any(point.tally.right for point in points):  # nothing has no place on a log scale
+        axis.set_yscale("log")
+        ticker = require("matplotlib.ticker", extra="loadtest", what_for="a plot")
+        axis.yaxis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
+        axis.yaxis.set_minor_formatter("{x:g}")
     _finish(axis, "latency, ms")
 
 
@@ -118,7 +119,8 @@ def _finish(axis: Any, label: str) -> None:
     axis.grid(color="0.9")
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(frameon=False, fontsize=8)
 
 
 @contextmanager
