@@ -7,7 +7,7 @@ import gc
 import logging
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +109,7 @@ def trace(
         ExportError: torch cannot export the module.
     """
     name = type(module).__name__
-    with _quiet(), _no_collection():
+    with _quiet(), _no_collection(), _as_traced():
         try:
             program = torch.onnx.export(
                 module,
@@ -122,7 +122,7 @@ def trace(
                 input_names=list(inputs),
                 output_names=outputs,
                 opset_version=opset,
-                custom_translation_table={torch.ops.aten.gelu.default: _gelu},
+                custom_translation_table=_TRANSLATIONS,
                 dynamo=True,
                 optimize=False,
                 verbose=False,
@@ -152,6 +152,51 @@ def _tanh_gelu(x: Any) -> Any:
     )
     inner = op.Mul(op.Add(x, op.Mul(op.Pow(x, three), cubic)), root)
     return op.Mul(op.Mul(x, half), op.Add(op.Tanh(inner), one))
+
+
+def _cast(x: Any, dtype: int, non_blocking: bool = False, copy: bool = False) -> Any:
+    return op.Cast(x, to=dtype)
+
+
+def _same(x: Any) -> Any:
+    return op.Identity(x)
+
+
+def _reversed_axes(x: Any) -> Any:
+    return op.Transpose(x)
+
+
+def _subtract_from(x: Any, other: float, alpha: float = 1.0) -> Any:
+    """`other` - x of floating numbers, as in `1 - gate`."""
+    if alpha != 1 or not x.dtype.is_floating_point():
+        raise ValueError(f"{other} - {alpha} times {x.dtype}: expected 1 and a floating type")
+    return op.Sub(op.CastLike(op.Constant(value_float=float(other)), x), x)
+
+
+_TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.aten.gelu.default: _gelu,
+    torch.ops.aten.to.dtype: _cast,
+    torch.ops.aten.detach_.default: _same,
+    torch.ops.aten.numpy_T.default: _reversed_axes,
+    torch.ops.aten.rsub.Scalar: _subtract_from,
+}
+"""What the graphs hold that torch translates in another form, or only after a decomposition."""
+
+
+@contextmanager
+def _as_traced() -> Iterator[None]:
+    """Translate what was traced, without tracing it again to decompose operators.
+
+    These graphs have no operator that needs it, given `_TRANSLATIONS`; one that does is an error of
+    the translation. The second trace is half of an export's time, and its result is the same.
+    """
+    program = torch.export.ExportedProgram
+    decompose = program.run_decompositions
+    program.run_decompositions = lambda self, *table, **options: self  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        program.run_decompositions = decompose  # type: ignore[method-assign]
 
 
 @contextmanager

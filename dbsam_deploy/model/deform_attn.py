@@ -30,7 +30,7 @@ def reference_points(shapes: Shapes, device: torch.device | None = None) -> Tens
     for height, width in shapes:
         y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
         x = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width
-        rows, columns = torch.meshgrid(y, x, indexing="ij")
+        columns, rows = x.expand(height, width), y[:, None].expand(height, width)
         levels.append(torch.stack((columns, rows), -1).reshape(-1, 2))
     return torch.cat(levels)[None, :, None]
 

@@ -11,7 +11,9 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+import torch.nn.functional as F
 from support.references import check_close, prompt_feed
+from torch import nn
 
 from dbsam_deploy.core.contract import Geometry, graph_specs
 from dbsam_deploy.core.errors import EngineError, ExportError
@@ -225,3 +227,40 @@ def test_reshape_targets_become_constants(before, after, target):
 def test_reshape_that_needs_two_unknowns_is_refused():
     with pytest.raises(ExportError, match="cannot be a constant"):
         fold_reshapes(reshape_model(["b", "n", 4], ["c", "d", 4]))
+
+
+class Translated(nn.Module):
+    """The operators that are translated here, not by torch."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        centre = x.new_tensor([3.0, -2.0])
+        half = F.gelu(x.half()) + F.gelu(x.half(), approximate="tanh")
+        return ((1 - half.float()) * centre) @ torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]).T
+
+
+def test_what_is_translated_here_has_pytorchs_values(traced):
+    x = torch.randn(4, 2)
+    model = traced(Translated(), {"x": x})
+    assert not {n.domain for n in model.graph.node} - {""}
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    for batch in (x, torch.randn(7, 2)):
+        (found,) = session.run(None, {"x": batch.numpy()})
+        check_close(found, Translated()(batch).numpy(), "float16")
+
+
+class WholeNumbers(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 1.5 - x.int()
+
+
+class InPlace(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (2 * x).add_(1)
+
+
+@pytest.mark.parametrize("module", [WholeNumbers(), InPlace()], ids=lambda m: type(m).__name__)
+def test_what_would_need_a_decomposition_is_refused(traced, module):
+    name = type(module).__name__
+    with pytest.raises(ExportError, match=rf"{name}: torch cannot export the graph: "):
+        traced(module, {"x": torch.randn(2, 3)})
+    assert torch.export.ExportedProgram.run_decompositions.__name__ == "run_decompositions"
