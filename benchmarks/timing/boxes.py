@@ -79,39 +79,19 @@ def in_a_process(folder: Path, count: int) -> Row:
     return row
 
 
-def draw(series: dict[str, list[Row]], path: Path) -> None:
-    """Time and memory against boxes, a line for each export."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, places = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    what = (("ms", "ms, two cores"), ("peak_mib", "peak of the process, MiB"))
-    for axes, (key, label) in zip(places, what, strict=True):
-        for name, rows in series.items():
-            axes.plot([row["boxes"] for row in rows], [row[key] for row in rows], "o-", label=name)
-        axes.set(xlabel="boxes", ylabel=label, ylim=(0, None))
-        axes.grid(alpha=0.3)
-    places[0].legend()
-    figure.savefig(path, dpi=150, metadata={})
-
-
 def main() -> None:
     """Print a row for each export and count."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("artefact", type=Path, nargs="+", help="folder of an export")
     parser.add_argument("--boxes", default=",".join(map(str, COUNTS)), help="default: %(default)s")
-    parser.add_argument("--plot", type=Path, help="file for the picture (.png or .svg)")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure(args.artefact[0], args.one)))
         return
-    series: dict[str, list[Row]] = {}
     for folder in args.artefact:
         name = f"{load_artefact(folder).variant} {load_artefact(folder).precision}"
-        rows = series[name] = []
+        rows: list[Row] = []
         for count in map(int, args.boxes.split(",")):
             rows.append(in_a_process(folder, count))
             row, first = rows[-1], rows[0]
@@ -123,8 +103,6 @@ def main() -> None:
                 f"({row['inside']:.0%} inside), peak {row['peak_mib']:.0f} MiB",
                 flush=True,
             )
-    if args.plot:
-        draw(series, args.plot)
 
 
 if __name__ == "__main__":
