@@ -27,6 +27,7 @@ from .artefact import (
     load_artefact,
     write_artefact,
 )
+from .core.allocation import give_back
 from .core.contract import graph_specs
 from .core.errors import InputError
 from .core.points import POINTS
@@ -175,6 +176,7 @@ def export(
         engines = {}
         if choice.request is not None:
             engines = _engine_stage(job, artefact, choice.request, console)
+        give_back()  # the repository's known answers take an open session again
         repository = build_repository(artefact, repository_beside(folder))
         if options.signature:
             publish_sam_files(artefact, say)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..core.allocation import give_back
 from ..core.contract import IMAGE
 from ..core.errors import AccuracyError
 from ..core.features import pack
@@ -177,6 +178,7 @@ def compare_apart(
         progress(f"asked PyTorch about {case.name}")
     if references.keeps:
         references.release()
+    give_back()  # what the graphs' traces and PyTorch have left
     deployed = open_deployed()
     return compare(
         references, deployed, how, cases, progress=lambda name: progress(f"compared {name}")

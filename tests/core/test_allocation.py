@@ -28,6 +28,19 @@ for number in range(21):
     np.ones(1 << 20, np.float32)
 print((faults() - before) // 20)
 """
+_LEFT = """
+import sys
+from dbsam_deploy.core.allocation import give_back
+from support.peak_memory import resident_bytes
+
+blocks = [bytes(8000) for _ in range(20_000)]
+last = blocks.pop()  # holds the end of the heap
+full = resident_bytes()
+del blocks
+if sys.argv[1] == "give back":
+    give_back()
+print((full - resident_bytes()) >> 20)
+"""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's thresholds")
@@ -45,3 +58,19 @@ def test_a_freed_block_is_not_mapped_anew():
         pages[how] = int(ended.stdout)
     assert pages["leave"] > 100, "as the server's processes start"
     assert pages["reuse"] < 10
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap")
+def test_what_lies_between_blocks_in_use_is_given_back():
+    freed = {}
+    for how in ("leave", "give back"):
+        ended = subprocess.run(
+            [sys.executable, "-c", _LEFT, how],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))},
+        )
+        freed[how] = int(ended.stdout)
+    assert freed["leave"] < 20, "as glibc does by itself"
+    assert freed["give back"] > 140, "of 152 MiB"
