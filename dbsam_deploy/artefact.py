@@ -22,6 +22,9 @@ BUILD_FOLDER = Path("build")
 """Where an export writes, and where the others look, unless they are told."""
 ENGINES = "engines"
 """Folder in an export's that holds its engines, each with a sealed manifest of its own."""
+TRIALS = "trials"
+"""Folder in an export's that holds sealed records of runtimes that were tried on it."""
+ANSWERS_NAME = "gate.npz"
 
 _MANIFEST = ManifestKind(
     "a manifest of this library",
@@ -74,6 +77,8 @@ class Artefact:
             images (names and hashes); empty without quantisation.
         key: hash of everything that went in; an export with the same key need not run again.
         inputs: what `key` is of, part by part, so that an export that runs again can say why.
+        answers: PyTorch's masks of the gate's bundled images, see `verification.answers`; None
+            where the gate had other images.
     """
 
     folder: Path
@@ -87,6 +92,7 @@ class Artefact:
     quantization: dict[str, Any] = field(default_factory=dict)
     key: str = ""
     inputs: dict[str, str] = field(default_factory=dict)
+    answers: GraphFile | None = None
 
     @property
     def points(self) -> dict[str, Any]:
@@ -94,6 +100,11 @@ class Artefact:
         folder = shlex.quote(str(self.folder))
         measure = f"measure it: python -m dbsam_deploy.prompts_check {folder} --data DIR"
         return record_of(self.weights, self.variant, measure)
+
+    @property
+    def file_names(self) -> list[str]:
+        """Every file that the manifest names."""
+        return [item.file for item in _files(self)]
 
     def path(self, graph: str) -> Path:
         """File of `graph`.
@@ -187,8 +198,7 @@ def read_artefact(folder: str | Path) -> Artefact:
             f"{', '.join(map(str, inside))}"
         )
     artefact = _MANIFEST.read(path, lambda body: _artefact(folder, body))
-    found = [item for graph in artefact.graphs.values() for item in graph.files]
-    files = {item.file: item.size_bytes for item in found}
+    files = {item.file: item.size_bytes for item in _files(artefact)}
     for name, expected in files.items():
         size = _MANIFEST.find(path, name).stat().st_size
         if size != expected:
@@ -196,8 +206,13 @@ def read_artefact(folder: str | Path) -> Artefact:
                 f"{folder / name} was changed after {path.name} was written ({size} bytes, not "
                 f"{expected}); export again"
             )
-    _MANIFEST.check_nothing_else(path, files, apart=(ENGINES,))
+    _MANIFEST.check_nothing_else(path, files, apart=(ENGINES, TRIALS))
     return artefact
+
+
+def _files(artefact: Artefact) -> list[GraphFile]:
+    graphs = [item for graph in artefact.graphs.values() for item in graph.files]
+    return graphs if artefact.answers is None else [*graphs, artefact.answers]
 
 
 def take_graphs(artefact: Artefact) -> Iterator[tuple[str, OnnxContent]]:
@@ -223,6 +238,18 @@ def take_graphs(artefact: Artefact) -> Iterator[tuple[str, OnnxContent]]:
         yield graph, OnnxContent(content, data, location)
 
 
+def take_answers(artefact: Artefact) -> bytes | None:
+    """The content of the export's kept answers, None where it has none.
+
+    Raises:
+        InputError: it is missing or has changed.
+    """
+    item = artefact.answers
+    if item is None:
+        return None
+    return _MANIFEST.take(artefact.folder / MANIFEST_NAME, item.file, item.sha256)
+
+
 def described_file(item: Body) -> GraphFile:
     """A file as a manifest describes it.
 
@@ -243,6 +270,8 @@ def _artefact(folder: Path, body: Body) -> Artefact:
     body["preprocessing"] = Preprocessing(**body["preprocessing"])
     known = graph_specs(body["preprocessing"])
     body["graphs"] = {name: described_file(item) for name, item in body["graphs"].items()}
+    answers = body.get("answers")
+    body["answers"] = None if answers is None else described_file(answers)
     if not body["graphs"] or set(body["graphs"]) - set(known):
         raise ValueError(f"graphs {sorted(body['graphs'])}, expected some of {', '.join(known)}")
     for name, kind in _KINDS.items():

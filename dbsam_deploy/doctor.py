@@ -12,6 +12,7 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -25,7 +26,13 @@ from .diagnosis.probes import BACKEND_PROBES, Ask, Finding, Probe
 from .extras import EXTRAS, GXX_LINE, HEADERS_LINE, NVCC_LINE, Extra, pip_line
 from .kernels.library import ARCHITECTURES
 from .kernels.plugin_build import DEFAULT_OUTPUT, LIBRARY_NAME, find_headers, read_library
-from .machine.hardware import Hardware, describe_hardware, memory_gib
+from .machine.hardware import (
+    Hardware,
+    cpuinfo,
+    describe_hardware,
+    instruction_sets,
+    memory_gib,
+)
 from .serving.environment import DEFAULT_FOLDER, WHEEL, find_environment, install_hint
 from .sessions.backends import LOCAL_BACKENDS
 
@@ -40,13 +47,15 @@ Show which backends, build tools and optional parts can be used on this machine,
 and the commands that install it. Every check tries: it imports, compiles or runs something small.
 
 With --backend only that one is checked: exit status 0 if it can be used, 1 if not, with the reason
-in one line.
+in one line. With --artefact the runtimes of the CPU are tried on an export instead: how fast they
+are, which keep its gate, and which `--backend auto` takes.
 
 examples:
   python -m dbsam_deploy.doctor
   python -m dbsam_deploy.doctor --json > machine.json
   python -m dbsam_deploy.doctor --backend tensorrt && echo engines run here
   python -m dbsam_deploy.doctor --backend onnxruntime --device cuda
+  python -m dbsam_deploy.doctor --artefact build/fp16
 """
 
 
@@ -212,6 +221,7 @@ def machine_facts() -> dict[str, Any]:
     return {
         "cpu": hardware.cpu,
         "cores": hardware.cores,
+        "instructions": [name for name, here in instruction_sets(cpuinfo()).items() if here],
         "memory_gib": round(memory_gib(), 1),
         "gpu": hardware.gpu,
         "driver": hardware.driver,
@@ -227,8 +237,9 @@ def as_dict(check: Check, finding: Finding) -> dict[str, Any]:
 
 def _machine_line(facts: dict[str, Any]) -> str:
     gpu = f"{facts['gpu']} (driver {facts['driver']})" if facts["gpu"] else "no NVIDIA GPU"
+    more = f" with {', '.join(facts['instructions'])}" if facts["instructions"] else ""
     return (
-        f"machine: {facts['cpu']}, {facts['cores']} cores, {facts['memory_gib']} GiB, {gpu}, "
+        f"machine: {facts['cpu']}{more}, {facts['cores']} cores, {facts['memory_gib']} GiB, {gpu}, "
         f"Python {facts['python']}, {facts['system']}"
     )
 
@@ -276,6 +287,20 @@ def _report_one(check: Check, finding: Finding, device: str | None, *, as_json: 
     return 0 if usable else 1
 
 
+def _report_trials(folder: Path, *, again: bool, as_json: bool) -> int:
+    """Try the CPU's runtimes on an export, and print what was found."""
+    from .diagnosis.tried import trials_facts, trials_table, tried_runtimes
+
+    record, facts = tried_runtimes(folder, again=again), machine_facts()
+    if as_json:
+        print(json.dumps({"machine": facts, **trials_facts(record)}, indent=2))
+        return 0
+    print(_machine_line(facts))
+    table_console().print(trials_table(record))
+    print(f"`--backend auto` takes {record.chosen.name} for {folder}")
+    return 0
+
+
 def build_parser() -> Parser:
     """The command line."""
     parser = Parser(
@@ -287,6 +312,12 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="with --backend: it must be usable on this device"
     )
+    parser.add_argument(
+        "--artefact", type=Path, metavar="DIR", help="try the CPU's runtimes on this export"
+    )
+    parser.add_argument(
+        "--retry", action="store_true", help="with --artefact: also where they were tried before"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
     return parser
 
@@ -296,6 +327,10 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if args.device is not None and args.backend is None:
         raise InputError("--device goes with --backend NAME")
+    if args.retry and args.artefact is None:
+        raise InputError("--retry goes with --artefact DIR")
+    if args.artefact is not None:
+        return _report_trials(args.artefact, again=args.retry, as_json=args.json)
     if args.backend is not None:
         (check,) = (c for c in CHECKS if (c.kind, c.name) == ("backend", args.backend))
         (finding,) = examine((check,))

@@ -54,6 +54,7 @@ from .serving.repository import (
 from .sessions.onnxruntime_session import OnnxRuntimeSession
 from .sessions.pytorch_session import PytorchSession
 from .sessions.weights_choice import ModelChoice
+from .verification.answers import AnswersFile
 from .verification.cases import Case, bundled_examples, load_cases
 from .verification.engine_parity import unverified_here, verify_engines
 from .verification.parity import Figures, check_gate, compare_apart
@@ -116,6 +117,7 @@ class _Job:
         inputs: what the ONNX files are made from.
         compared: what else the artefact is made from.
         keep_references: see `ExportOptions`.
+        bundled: the images are those that everybody has.
     """
 
     stages: Stages
@@ -127,6 +129,7 @@ class _Job:
     inputs: Inputs
     compared: Inputs
     keep_references: bool
+    bundled: bool
 
     @property
     def all_inputs(self) -> dict[str, str]:
@@ -170,7 +173,8 @@ def export(
     bars = progress_bars(console)
     quantizer = Quantizer.of(loaded, recipe, images, options.budget, bars)
     inputs = _graph_inputs(loaded, recipe, quantizer.key), _compared(loaded, cases)
-    job = _Job(stages, loaded, recipe, quantizer, cases, folder, *inputs, options.keep_references)
+    how = options.keep_references, options.data is None
+    job = _Job(stages, loaded, recipe, quantizer, cases, folder, *inputs, *how)
     with one_writer(options.output, wait=options.wait, say=say), writing_to(options.output):
         artefact = _artefact(job, bars, say)
         engines = {}
@@ -217,7 +221,7 @@ def _make_artefact(job: _Job, bars: Progress, say: Callable[[str], None]) -> Art
     work = work_folder(folder.parent, folder.name, key_of(job.inputs), keep)
     with StepBar(bars, len(graphs) + 2 * len(job.cases) + 1) as step:
         _export_stage(job, work, step, say)
-        references = _references(job, work.scratch, say)
+        references, answers = _references(job, work.scratch, say), AnswersFile(wanted=job.bundled)
         draft = _draft(job, work.files, graphs)
         draft = replace(draft, quantization=job.quantizer.describe(work.scratch))
         step("comparing with PyTorch")
@@ -228,12 +232,14 @@ def _make_artefact(job: _Job, bars: Progress, say: Callable[[str], None]) -> Art
             loaded.preprocessing,
             job.cases,
             progress=step,
+            keep=answers.add,
         )
     references.trim()
     check_gate(figures, job.recipe.gate, f"{job.recipe.precision} {draft.variant}")
     weights = {**draft.weights, POINTS: measured_points(figures, draft.weights)}
-    draft = replace(draft, figures=figures.as_dict(), weights=weights)
-    work.close([file.file for item in draft.graphs.values() for file in item.files])
+    answered = answers.write(work.files)
+    draft = replace(draft, figures=figures.as_dict(), weights=weights, answers=answered)
+    work.close(draft.file_names)
     write_artefact(draft)
     replace_folder(work.files, folder)
     clear_work(folder.parent, folder.name)
@@ -331,6 +337,7 @@ GRAPH_MODULES = ("model.weights", "graphs.onnx_export", "quantization.quantizer"
 GATE_MODULES = (
     "sessions.pytorch_session",
     "sessions.onnxruntime_session",
+    "verification.answers",
     "verification.cases",
     "verification.parity",
     "verification.points",

@@ -27,14 +27,16 @@ from dbsam_deploy.diagnosis.probes import BACKEND_PROBES, Finding
 from dbsam_deploy.doctor import CHECKS, INSTALL_LINES, Check, examine
 from dbsam_deploy.engines.device import find_gpu
 from dbsam_deploy.extras import EXTRAS
-from dbsam_deploy.machine.hardware import memory_gib
+from dbsam_deploy.machine.hardware import has_bfloat16, instruction_sets, memory_gib
 from dbsam_deploy.sessions.backends import LOCAL_BACKENDS
+from dbsam_deploy.sessions.trial_records import Record, Trial
+from dbsam_deploy.verification import runtimes
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("backend", "build", "serving", "extra")
 MACHINE = {
-    "cpu": str, "cores": int, "memory_gib": float, "gpu": str, "driver": str, "python": str,
-    "system": str,
+    "cpu": str, "cores": int, "instructions": list, "memory_gib": float, "gpu": str, "driver": str,
+    "python": str, "system": str,
 }  # fmt: skip
 ROW = {
     "name": str, "kind": str, "purpose": str, "usable": bool, "version": str, "devices": list,
@@ -264,6 +266,47 @@ def test_exit_statuses(answers: dict[str, Answer], shell: Run) -> None:
         status, out, err = shell(*words)
         assert (status, out) == (2, "")
         assert err.startswith("error: ")
+
+
+def test_runtimes_that_were_tried_on_an_export(
+    shell: Run, make_artefact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    missed = Trial("openvino", "bfloat16", False, "misses its gate: boxes 0.9", (), 3.0, 1.0, 8.0)
+    default = Trial("onnxruntime", None, True, "the export's own gate", (), 7.0, 2.0, 9.0)
+
+    def play(artefact: object, place: object, *, every: bool) -> Record:
+        asked.append(every)
+        return Record((default, missed), every, 9.5)
+
+    monkeypatch.setattr(runtimes, "try_runtimes", play)
+    folder = make_artefact(tmp_path / "export").folder
+    status, out, err = shell("--artefact", str(folder))
+    assert (status, asked) == (0, [True])
+    assert "`--backend auto` takes onnxruntime" in out
+    assert "tried in 9.5 s" in out
+    assert re.search(r" 3\.0 │ +1\.0 │ +1\.0 │ no ", out)
+    assert "misses its" in out
+    assert "see " in err
+    body = json.loads(shell("--artefact", str(folder), "--json")[1])
+    assert len(asked) == 1
+    assert body["chosen"] == {"backend": "onnxruntime", "runtime_precision": None}
+    assert [trial["passes"] for trial in body["trials"]] == [True, False]
+    shell("--artefact", str(folder), "--retry")
+    assert len(asked) == 2
+    assert shell("--retry")[2] == "error: --retry goes with --artefact DIR\n"
+
+
+def test_instruction_sets() -> None:
+    assert set(instruction_sets("flags : sse2 avx512_vnni amx_bf16").values()) == {True, False}
+    assert instruction_sets("flags : avx_vnni")["VNNI"]
+    assert [
+        has_bfloat16(f"flags : x {name}") for name in ("avx512_bf16", "amx_bf16", "amx_int8")
+    ] == [
+        True,
+        True,
+        False,
+    ]
 
 
 def test_one_backend_asks_only_what_it_needs(monkeypatch: pytest.MonkeyPatch, shell: Run) -> None:

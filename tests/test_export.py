@@ -48,6 +48,7 @@ def test_everything_published_is_what_the_manifest_says(published_export):
     assert set(artefact.graphs) == set(graph_specs(Geometry(256)))
     assert {p.name for p in folder.iterdir()} == {
         "manifest.json",
+        "gate.npz",
         *(f"{g}.onnx" for g in artefact.graphs),
     }
     assert {p.name for p in options.output.iterdir()} == {"fp16", "model_repository_fp16"}

@@ -59,6 +59,7 @@ def test_the_manifest_says_what_was_quantised_on_which_images(published_int8, fl
     assert artefact == published.artefact
     assert {p.name for p in folder.iterdir()} == {
         "manifest.json",
+        "gate.npz",
         *(f"{g}.onnx" for g in artefact.graphs),
     }
     body = json.loads((folder / "manifest.json").read_text())["quantization"]

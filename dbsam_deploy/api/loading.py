@@ -7,7 +7,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from ..artefact import MANIFEST_NAME
+from ..artefact import MANIFEST_NAME, find_export, read_artefact
+from ..cli import say_on_stderr
 from ..clients.access import Access
 from ..clients.client import DbsamClient
 from ..clients.retries import Retries, Transport
@@ -17,7 +18,13 @@ from ..core.points import POINTS, rules_of
 from ..files.user_paths import user_path
 from ..prediction.predictor import Predictor, ServedPredictor
 from ..resources import WEIGHTS_IN_FOLDERS
-from ..sessions.backends import ModelOptions, open_backend
+from ..sessions.backends import (
+    AUTO,
+    ModelOptions,
+    find_backend,
+    open_backend,
+    refuse_other_options,
+)
 from ..sessions.options import TRITON, model_options, named_access, named_key
 from .model import Model
 
@@ -81,7 +88,7 @@ def load(
         weights_key: name of the model, of a weights file with several.
         adapter: a LoRA to merge into the weights file: a file of SAMed, or a folder of peft.
         preprocess: another mode than the model's own: see `core.imaging`.
-        runtime_precision: `float32` or `bfloat16`, for OpenVINO.
+        runtime_precision: `float32`, `bfloat16` or `bfloat16-decoders`, for OpenVINO.
         engine_cache: folder that keeps engines and compiled models.
         **server: of a server, see `ServerOptions` and `open_server`.
 
@@ -195,6 +202,8 @@ def _with_source(
 
 def open_model(options: ModelOptions, *, kept_embeddings: int = KEPT_EMBEDDINGS) -> Model:
     """Open a model in this process; errors are those of `backends.open_backend`."""
+    if options.backend == AUTO:
+        _try_runtimes(options)
     opened = open_backend(options)
     how = opened.preprocessing
     return Model(
@@ -211,6 +220,15 @@ def open_model(options: ModelOptions, *, kept_embeddings: int = KEPT_EMBEDDINGS)
         note=opened.warning,
         reopen=lambda device: open_model(dataclasses.replace(options, device=device)),
     )
+
+
+def _try_runtimes(options: ModelOptions) -> None:
+    """See that there is a record of the runtimes of this machine, see `verification.runtimes`."""
+    from ..verification.runtimes import Place, runtime_record
+
+    refuse_other_options(find_backend(AUTO), options)
+    artefact = read_artefact(find_export(options.artefact))
+    runtime_record(artefact, Place(options.threads, options.engine_cache), say_on_stderr)
 
 
 def open_server(

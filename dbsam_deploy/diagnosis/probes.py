@@ -126,6 +126,15 @@ def probe_openvino(ask: Ask) -> Finding:
     return Finding(True, _version(answer), ("cpu",))
 
 
+def probe_auto(ask: Ask) -> Finding:
+    """The choice between ONNX Runtime and OpenVINO, which needs the former at least."""
+    found, other = probe_onnxruntime(ask), probe_openvino(ask)
+    if not found.usable:
+        return found
+    choice = "onnxruntime or openvino" if other.usable else "onnxruntime alone"
+    return Finding(True, choice, ("cpu",), other.missing, other.install)
+
+
 def probe_tensorrt(ask: Ask) -> Finding:
     """TensorRT engines."""
     return _probe_engines(ask, TENSORRT)
@@ -168,6 +177,7 @@ BACKEND_PROBES: dict[str, Probe] = {
     "onnxruntime": probe_onnxruntime,
     "onnxruntime-tensorrt": probe_onnxruntime_tensorrt,
     "openvino": probe_openvino,
+    "auto": probe_auto,
     "pytorch": probe_pytorch,
     "pytorch-fused": probe_pytorch_fused,
     "tensorrt": probe_tensorrt,

@@ -21,6 +21,7 @@ from importlib import metadata
 from pathlib import Path
 
 from .. import cli
+from .cores import usable_cores
 
 CPUINFO = Path("/proc/cpuinfo")
 VERSIONED_PACKAGES = (
@@ -45,7 +46,7 @@ class Hardware:
         key: file-name-safe name, built from the other fields.
         cpu: model name as the system gives it, with family and model number where known (virtual
             machines often hide the rest).
-        cores: logical cores this process may use.
+        cores: logical cores this process may use, within a container's share.
         gpu: name of the first NVIDIA GPU, or "" without one.
         driver: its driver version, or "".
     """
@@ -94,6 +95,35 @@ def has_vnni(cpuinfo: str) -> bool:
     return bool({"avx512_vnni", "avx_vnni"} & set(cpuinfo.split()))
 
 
+INSTRUCTIONS = {
+    "VNNI": ("avx512_vnni", "avx_vnni"),
+    "AVX512-bf16": ("avx512_bf16",),
+    "AMX-bf16": ("amx_bf16",),
+    "AMX-int8": ("amx_int8",),
+}
+"""What speeds int8 and bfloat16 up on x86 → the flags that stand for it."""
+
+
+def instruction_sets(cpuinfo: str) -> dict[str, bool]:
+    """Which of `INSTRUCTIONS` a processor has.
+
+    Args:
+        cpuinfo: text of `/proc/cpuinfo`.
+    """
+    flags = set(cpuinfo.split())
+    return {name: not flags.isdisjoint(names) for name, names in INSTRUCTIONS.items()}
+
+
+def has_bfloat16(cpuinfo: str) -> bool:
+    """Whether a processor multiplies bfloat16 numbers itself.
+
+    Args:
+        cpuinfo: text of `/proc/cpuinfo`.
+    """
+    found = instruction_sets(cpuinfo)
+    return found["AVX512-bf16"] or found["AMX-bf16"]
+
+
 def cpu_name(cpuinfo: str) -> str:
     """CPU model out of the text of `/proc/cpuinfo`, or "" if it names none (some ARM kernels)."""
     fields: dict[str, str] = {}
@@ -111,8 +141,7 @@ def describe_hardware() -> Hardware:
     """Look at this machine. A CPU that names itself nowhere is called by its architecture."""
     cpu = cpu_name(CPUINFO.read_text()) if CPUINFO.is_file() else platform.processor()
     cpu = cpu or platform.machine() or "unknown-cpu"
-    allowed = getattr(os, "sched_getaffinity", None)
-    cores = len(allowed(0)) if allowed else os.cpu_count() or 1
+    cores = usable_cores()
     gpu, driver = _first_gpu()
     return Hardware(hardware_key(cpu, cores, gpu), cpu, cores, gpu, driver)
 

@@ -10,19 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 from ..artefact import Artefact, export_note, find_export, read_artefact, untrained_note
 from ..cli import say_on_stderr
-from ..core.errors import InputError
+from ..core.errors import EngineError, InputError
 from ..core.imaging import Mode, Preprocessing
 from ..core.points import POINTS
 from ..extras import require
 from .onnxruntime_session import OnnxRuntimeSession
 from .pytorch_session import PytorchSession
 from .session import Session
+from .trial_records import find_record, lowered_graphs
 from .weights_choice import ModelChoice
 
 if TYPE_CHECKING:
     from ..model import DbSam
 
-RUNTIME_PRECISIONS = ("float32", "bfloat16")
+DECODERS_LOWERED = "bfloat16-decoders"
+RUNTIME_PRECISIONS = ("float32", "bfloat16", DECODERS_LOWERED)
+AUTO = "auto"
 PYTORCH_OPTIONS = ModelChoice.names()
 
 
@@ -131,12 +134,29 @@ def _openvino(options: ModelOptions, device: str) -> Opened:
     require("onnx", extra="openvino", what_for="an export on OpenVINO")
     from .openvino_session import OpenvinoSession
 
-    precision, cache = options.runtime_precision or RUNTIME_PRECISIONS[0], options.engine_cache
-    threads = options.threads or 0
-    return _published(
-        options,
-        lambda found: OpenvinoSession(found, precision=precision, cache=cache, threads=threads),
+    precision = options.runtime_precision or RUNTIME_PRECISIONS[0]
+    how: dict[str, Any] = {"cache": options.engine_cache, "threads": options.threads or 0}
+
+    def open_session(found: Artefact) -> Session:
+        if precision != DECODERS_LOWERED:
+            return OpenvinoSession(found, precision=precision, **how)
+        return OpenvinoSession(found, lowered=lowered_graphs(found, options.threads), **how)
+
+    return _published(options, open_session)
+
+
+def _auto(options: ModelOptions, device: str) -> Opened:
+    found = read_artefact(find_export(options.artefact))
+    record = find_record(found, options.threads)
+    if record is None:
+        raise EngineError(
+            f"no runtime was tried on {found.folder} on this machine: run "
+            f"`python -m dbsam_deploy.doctor --artefact {found.folder}` first"
+        )
+    chosen = dataclasses.replace(
+        options, backend=record.chosen.backend, runtime_precision=record.chosen.runtime_precision
     )
+    return find_backend(chosen.backend).open(chosen, device)
 
 
 def _tensorrt(options: ModelOptions, device: str) -> Opened:
@@ -193,6 +213,13 @@ BACKENDS = (
         ("cpu",),
         ("artefact", "engine_cache", "runtime_precision", "threads"),
         _openvino,
+    ),
+    Backend(
+        AUTO,
+        "an export on the quickest of the two on this CPU, tried once",
+        ("cpu",),
+        ("artefact", "engine_cache", "threads"),
+        _auto,
     ),
     Backend(
         "pytorch",
@@ -255,7 +282,7 @@ def open_backend(options: ModelOptions) -> Opened:
         EngineError: a runtime or device that is missing.
     """
     backend = find_backend(options.backend)
-    _refuse_other_options(backend, options)
+    refuse_other_options(backend, options)
     opened = backend.open(options, options.device or backend.devices[0])
     if options.preprocess is not None:
         how = dataclasses.replace(opened.preprocessing, mode=options.preprocess)
@@ -263,7 +290,7 @@ def open_backend(options: ModelOptions) -> Opened:
     return opened
 
 
-def _refuse_other_options(backend: Backend, options: ModelOptions) -> None:
+def refuse_other_options(backend: Backend, options: ModelOptions) -> None:
     """Refuse options that this backend does not obey.
 
     Raises:

@@ -24,6 +24,7 @@ from typing import Any
 from ..core.errors import EngineError, MissingError
 from ..extras import ONNXRUNTIME_GPU_LINE, ONNXRUNTIME_TENSORRT_LINE, TENSORRT_10, pip_line, require
 from ..files.onnx_data import OnnxContent
+from ..machine.cores import fewer_cores
 from ..machine.hardware import cpuinfo, has_vnni
 from ..machine.privacy import silence
 
@@ -174,14 +175,14 @@ def open_session(
         runtime: the module `onnxruntime`, after `require_provider`.
         model: path, or content of its file or files.
         provider: where it must run.
-        threads: intra-op threads, 0 for one per core.
+        threads: intra-op threads, 0 for one per core that this process may use.
         options: provider options of this session.
 
     Raises:
         EngineError: the provider refuses the model, was dropped, or did not take its heavy nodes.
     """
     settings = runtime.SessionOptions()
-    settings.intra_op_num_threads = threads
+    settings.intra_op_num_threads = threads or fewer_cores()
     # A pattern keeps a second block as large as all tensors of the largest run so far, and is no
     # quicker here.
     settings.enable_mem_pattern = False

@@ -1,8 +1,8 @@
 """Backend `openvino`: the exported graphs on OpenVINO, on the CPU.
 
 Computes in float32, in bfloat16 (about twice as fast where the processor has instructions for it),
-and in int8 wherever the artefact itself is quantised; both may be used together. Then what lies
-before the first quantised layer stays float32 (`float_head`).
+and in int8 wherever the artefact itself is quantised; both may be used together. Coordinates, and
+what lies before the first quantised layer, then stay float32 (`float_head`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import io
 import json
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -31,13 +31,15 @@ from ..files.atomic import write_files
 from ..files.onnx_data import OnnxContent
 from ..files.onnx_files import read_content
 from ..files.private import cache_folder, find_kept, keep, private_folder
+from ..machine.cores import fewer_cores
 from ..machine.hardware import cpuinfo, processor
-from .float_head import Split, split_head
+from .float_head import split_head
 from .session import Feed, Found, check_contract, check_feed, run_in_parts
 
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 """What is computed in outside quantised layers → OpenVINO's name for it."""
 HINT = "INFERENCE_PRECISION_HINT"
+BFLOAT16 = "bfloat16"
 
 
 def import_openvino() -> ModuleType:
@@ -58,11 +60,12 @@ class OpenvinoSession:
 
     Args:
         artefact: a published export.
-        precision: a key of `PRECISIONS`. With bfloat16, embeddings differ from float32's as far as
-            `support.references.TOLERANCES` says.
+        precision: a key of `PRECISIONS`, of all graphs. With bfloat16, embeddings differ from
+            float32's as far as `support.references.TOLERANCES` says.
+        lowered: graphs that compute in bfloat16 though `precision` is float32.
         cache: folder for compiled models, this user's alone; without it `openvino` in this user's
             cache.
-        threads: 0 for one per core.
+        threads: 0 for one per core that this process may use.
 
     Raises:
         InputError: another precision, or a graph's file that is missing or has changed.
@@ -75,6 +78,7 @@ class OpenvinoSession:
         artefact: Artefact,
         *,
         precision: str = "float32",
+        lowered: Collection[str] = (),
         cache: Path | None = None,
         threads: int = 0,
     ) -> None:
@@ -82,14 +86,16 @@ class OpenvinoSession:
             raise InputError(f"precision {precision!r}: expected {' or '.join(PRECISIONS)}")
         self._runtime = import_openvino()
         self.backend = f"openvino-cpu-{precision}"
+        for graph in lowered:
+            self.backend += f"-{graph}-{BFLOAT16}"
         self._artefact = artefact
         self._specs = graph_specs(artefact.preprocessing)
+        self._lowered = set(self._specs) if precision == BFLOAT16 else set(lowered)
         self._settings = {
-            HINT: PRECISIONS[precision],
             "PERFORMANCE_HINT": "LATENCY",
             # By default activations of layers with int8 weights may be quantised on the fly.
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
-            "INFERENCE_NUM_THREADS": threads,
+            "INFERENCE_NUM_THREADS": threads or fewer_cores(),
         }
         hint = "; name another folder with --engine-cache"
         self._cache = private_folder(cache or cache_folder("openvino"), "compiled models", hint)
@@ -118,7 +124,8 @@ class OpenvinoSession:
                 given = {name: values[name] for name in values if name in known}
                 outputs = part.create_infer_request().infer(given, share_inputs=True)
                 # A value that is cast at the end has the names of both.
-                values = {name: outputs[port] for port in part.outputs for name in port.names}
+                named = {name: outputs[port] for port in part.outputs for name in port.names}
+                values = {**values, **named}
         except RuntimeError as error:
             raise EngineError(f"{spec.name}: OpenVINO fails to run it: {error}") from error
         return {name: values[name] for name in spec.output_names}
@@ -136,23 +143,23 @@ class OpenvinoSession:
             for tensor in spec.inputs
         }
         exact = {**self._settings, HINT: PRECISIONS["float32"]}
+        lowered = {**self._settings, HINT: PRECISIONS[BFLOAT16]}
         try:
-            split = self._split(source, spec)
+            if spec.name not in self._lowered:
+                return [self._compile_part(core, source, shapes, exact)]
+            split = split_head(read_content(source), spec)
             if split is None:
-                return [self._compile_part(core, source, shapes, self._settings)]
-            head = self._compile_part(core, _content(split.head), shapes, exact)
-            between = {split.tensor: list(head.output(0).shape)}
-            rest = self._compile_part(core, _content(split.rest), between, self._settings)
+                return [self._compile_part(core, source, shapes, lowered)]
+            first = {tensor.name for tensor in split.head.graph.input}
+            head_shapes = {name: shapes.pop(name) for name in first}
+            head = self._compile_part(core, _content(split.head), head_shapes, exact)
+            between = {name: _sizes(head.output(name)) for name in split.tensors}
+            rest = self._compile_part(core, _content(split.rest), {**shapes, **between}, lowered)
         except RuntimeError as error:
             raise EngineError(
                 f"openvino {self._runtime.__version__} does not compile {name}: {error}"
             ) from error
         return [head, rest]
-
-    def _split(self, source: OnnxContent, spec: GraphSpec) -> Split | None:
-        if self._settings[HINT] == PRECISIONS["float32"]:
-            return None
-        return split_head(read_content(source), spec)
 
     def _compile_part(
         self,
@@ -191,6 +198,11 @@ class OpenvinoSession:
                 f"compiled models cannot be kept in {self._cache}: {error.strerror}; name another "
                 "folder with --engine-cache"
             ) from error
+
+
+def _sizes(port: Any) -> list[int]:
+    """A tensor's sizes, -1 where one is not fixed."""
+    return [size.get_length() if size.is_static else -1 for size in port.get_partial_shape()]
 
 
 def _content(model: onnx.ModelProto) -> OnnxContent:

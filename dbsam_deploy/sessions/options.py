@@ -62,12 +62,7 @@ def add_model_options(
         help="folder that keeps engines and compiled models "
         f"({names_with('engine_cache')}; default: this user's cache)",
     )
-    model.add_argument(
-        "--runtime-precision",
-        choices=RUNTIME_PRECISIONS,
-        help="what the runtime computes in where the artefact is not quantised "
-        f"({names_with('runtime_precision')}; default: {RUNTIME_PRECISIONS[0]})",
-    )
+    _add_runtime_precision(model)
     model.add_argument(
         "--preprocess",
         choices=MODES,
@@ -77,6 +72,17 @@ def add_model_options(
         "squeeze with a bilinear and a bicubic filter and z-score",
     )
     return model
+
+
+def _add_runtime_precision(model: argparse._ArgumentGroup) -> None:
+    model.add_argument(
+        "--runtime-precision",
+        choices=RUNTIME_PRECISIONS,
+        help="what the runtime computes in where the artefact is not quantised; bfloat16-decoders: "
+        "only decoders whose masks keep the export's gate on this machine, which `python -m "
+        "dbsam_deploy.doctor --artefact` measures "
+        f"({names_with('runtime_precision')}; default: {RUNTIME_PRECISIONS[0]})",
+    )
 
 
 def _add_weights_options(model: argparse._ArgumentGroup) -> None:

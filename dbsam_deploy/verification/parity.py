@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +20,40 @@ from ..recipe import Gate
 from ..sessions.session import Session
 from .cases import Case, deepest_point
 from .references import AskedOnce, References
+
+SAMPLED = 16
+
+
+@dataclass(frozen=True)
+class GateMasks:
+    """What is made of an image's prompts.
+
+    Attributes:
+        boxes: a prediction for each box.
+        prompted: masks (N, M, H, W) uint8 of points, then of points, box and earlier mask; of each
+            the single mask, then the three alternatives.
+        sample: some of the encoder's numbers, see `sample_of`.
+    """
+
+    boxes: Prediction
+    prompted: list[npt.NDArray[np.uint8]]
+    sample: FloatArray
+
+
+@dataclass(frozen=True)
+class GateAnswers(GateMasks):
+    """What a session makes of an image and its prompts.
+
+    Attributes:
+        outputs: of the encoder.
+        predictor: has the image's embedding.
+    """
+
+    outputs: dict[str, FloatArray]
+    predictor: Predictor
+
+
+Keep = Callable[[Case, GateMasks], None]
 
 
 @dataclass(frozen=True)
@@ -113,6 +147,7 @@ def compare(
     cases: list[Case],
     *,
     progress: Callable[[str], None] = lambda name: None,
+    keep: Keep = lambda case, masks: None,
 ) -> Figures:
     """Run both sessions on every case and measure how far they are apart.
 
@@ -122,12 +157,13 @@ def compare(
         how: preprocessing of both.
         cases: real images with boxes and truth.
         progress: called with each case's name once it is done.
+        keep: gets each case with the reference's masks.
     """
     ours = AskedOnce(deployed)
     theirs = reference if isinstance(reference, References) else AskedOnce(reference)
     parts = []
     for case in cases:
-        parts.append(_compare_case(ours, theirs, how, case))
+        parts.append(_compare_case(ours, theirs, how, case, keep))
         ours.forget()
         theirs.forget()
         progress(case.name)
@@ -162,6 +198,7 @@ def compare_apart(
     cases: list[Case],
     *,
     progress: Callable[[str], None] = lambda text: None,
+    keep: Keep = lambda case, masks: None,
 ) -> Figures:
     """`compare` with one of the two in memory at a time, where PyTorch's answers can be kept.
 
@@ -171,41 +208,29 @@ def compare_apart(
         how: see `compare`, as the following.
         cases: as `how`.
         progress: called twice for each case.
+        keep: see `compare`.
     """
     for case in cases:
         if references.keeps:
-            _ask(references, how, case)
+            ask(references, how, case)
         progress(f"asked PyTorch about {case.name}")
     if references.keeps:
         references.release()
     give_back()  # what the graphs' traces and PyTorch have left
     deployed = open_deployed()
     return compare(
-        references, deployed, how, cases, progress=lambda name: progress(f"compared {name}")
+        references,
+        deployed,
+        how,
+        cases,
+        progress=lambda name: progress(f"compared {name}"),
+        keep=keep,
     )
 
 
-@dataclass(frozen=True)
-class _Answers:
-    """What a session makes of an image and its prompts.
-
-    Attributes:
-        outputs: of the encoder.
-        boxes: a prediction for each box.
-        prompted: masks (N, M, H, W) uint8 of points, then of points, box and earlier mask; of each
-            the single mask, then the three alternatives.
-        predictor: has the image's embedding.
-    """
-
-    outputs: dict[str, FloatArray]
-    boxes: Prediction
-    prompted: list[npt.NDArray[np.uint8]]
-    predictor: Predictor
-
-
-def _ask(
-    session: Session, how: Preprocessing, case: Case, reference: _Answers | None = None
-) -> _Answers:
+def ask(
+    session: Session, how: Preprocessing, case: Case, reference: GateMasks | None = None
+) -> GateAnswers:
     """A session's answers; its earlier masks are those of the reference, by default its own."""
     outputs = session.run("encoder", {IMAGE: preprocess(case.image, how)})
     predictor = Predictor(session, how)
@@ -226,14 +251,24 @@ def _ask(
         for boxes_of, mask in ((None, None), (case.boxes, earlier))
         for multimask in (False, True)
     ]
-    return _Answers(outputs, boxes, prompted, predictor)
+    return GateAnswers(boxes, prompted, sample_of(outputs), outputs, predictor)
+
+
+def sample_of(outputs: Mapping[str, FloatArray]) -> FloatArray:
+    """Every `SAMPLED`th number of an encoder's outputs in half precision, which tells a cosine."""
+    return np.concatenate([v.ravel()[::SAMPLED] for v in outputs.values()]).astype(np.float16)
 
 
 def _compare_case(
-    ours: AskedOnce, theirs: AskedOnce | References, how: Preprocessing, case: Case
+    ours: AskedOnce,
+    theirs: AskedOnce | References,
+    how: Preprocessing,
+    case: Case,
+    keep: Keep,
 ) -> _CaseFigures:
-    want = _ask(theirs, how, case)
-    got = _ask(ours, how, case, want)
+    want = ask(theirs, how, case)
+    keep(case, want)
+    got = ask(ours, how, case, want)
     alone = Predictor(ours.session, how)
     alone.set_embeddings(pack(want.outputs, how), _size(case))
     logits = alone.predict_boxes(case.boxes).known_logits()
@@ -246,7 +281,7 @@ def _compare_case(
         ),
         decoder_cosines=list(map(cosine, logits, want.boxes.known_logits())),
         agreement=list(map(dice, got.boxes.masks, want.boxes.masks)),
-        prompted=_prompt_agreement(got, want),
+        prompted=prompt_agreement(got, want),
         dice=list(map(dice, got.boxes.masks[:, 0], case.truth)),
         dice_reference=list(map(dice, want.boxes.masks[:, 0], case.truth)),
         point_dice=list(map(dice, pointed.masks[:, 0], case.truth)),
@@ -258,7 +293,7 @@ def _compare_case(
     )
 
 
-def _prompt_agreement(got: _Answers, want: _Answers) -> list[float]:
+def prompt_agreement(got: GateMasks, want: GateMasks) -> list[float]:
     """Dice of all masks that were prompted."""
     pairs = zip(got.prompted, want.prompted, strict=True)
     return [dice(a[i], b[i]) for a, b in pairs for i in np.ndindex(*a.shape[:2])]

@@ -1,9 +1,11 @@
-"""Arguments of `load` of the wrong kind; sources, runtimes and servers: test_model."""
+"""Arguments of `load` of the wrong kind, and `auto`; sources, runtimes, servers: test_model."""
 
 import pytest
 
 import dbsam_deploy as db
 from dbsam_deploy.core.errors import InputError
+from dbsam_deploy.sessions.trial_records import Record, Trial
+from dbsam_deploy.verification import runtimes
 
 
 @pytest.mark.parametrize(
@@ -24,3 +26,32 @@ from dbsam_deploy.core.errors import InputError
 def test_what_is_no_path_text_or_number(words, message):
     with pytest.raises(InputError, match=message):
         db.load(**words)
+
+
+def test_auto_tries_the_runtimes_once(make_artefact, tmp_path, monkeypatch, capsys):
+    folder = make_artefact(tmp_path / "export").folder
+    tried = []
+
+    def play(artefact, place, *, every):
+        tried.append((artefact.folder, every))
+        return Record((Trial("onnxruntime", None, True, "its own", (), 1.0, 1.0, 1.0),), every, 0.1)
+
+    monkeypatch.setattr(runtimes, "try_runtimes", play)
+    assert db.load(folder, backend="auto").backend == "onnxruntime-cpu"
+    assert "trying the runtimes of this machine" in capsys.readouterr().err
+    assert db.load(folder, backend="auto").backend == "onnxruntime-cpu"
+    assert capsys.readouterr().err == ""
+    assert tried == [(folder, False)]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"device": "cuda"}, "--device cuda: backend auto runs on cpu"),
+        ({"runtime_precision": "bfloat16"}, "goes with --backend openvino, not auto"),
+        ({"variant": "db_sam"}, "not auto; an artefact has its own weights"),
+    ],
+)
+def test_auto_tries_nothing_for_what_it_refuses(tmp_path, words, message):
+    with pytest.raises(InputError, match=message):
+        db.load(tmp_path, backend="auto", **words)

@@ -221,7 +221,7 @@ def test_devices_are_chosen_or_refused(
         (
             "--engine-cache x",
             InputError,
-            "--backend onnxruntime-tensorrt, openvino, not onnxruntime",
+            "--backend onnxruntime-tensorrt, openvino, auto, not onnxruntime",
         ),
         ("--runtime-precision bfloat16", InputError, "--backend openvino, not onnxruntime"),
         ("--artefact missing-folder", InputError, "no manifest.json"),

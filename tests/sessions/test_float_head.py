@@ -60,7 +60,7 @@ def test_the_two_parts_in_a_row_are_the_whole(quantized):
     assert count == {"head": 2, "rest": 2}  # the residual ends before the first quantised layer
     assert not [n for n in split.head.graph.node if "Quantize" in n.op_type]
     (between,) = run_onnx(split.head, feed)
-    (found,) = run_onnx(split.rest, {split.tensor: between})
+    (found,) = run_onnx(split.rest, {split.tensors[0]: between})
     np.testing.assert_array_equal(found, run_onnx(model, feed)[0])
 
 

@@ -128,9 +128,37 @@ def test_what_lies_before_int8_stays_float32_in_bfloat16(
     (between,) = run_onnx(split.head, feed)
     head, rest = parts["bfloat16"]
     check_close(head(feed)[0], between, "float32")
-    np.testing.assert_array_equal(rest({split.tensor: head(feed)[0]})[0], embeddings["bfloat16"])
+    np.testing.assert_array_equal(
+        rest({split.tensors[0]: head(feed)[0]})[0], embeddings["bfloat16"]
+    )
     assert not np.array_equal(embeddings["float32"], embeddings["bfloat16"])
     assert cosine(embeddings["float32"], embeddings["bfloat16"]) > 0.9
+
+
+def test_coordinates_at_the_far_corner_stay_float32_in_bfloat16(fused, tmp_path: Path) -> None:
+    """Half a pixel there is less than what bfloat16 tells apart."""
+    artefact, _ = fused
+    side = artefact.preprocessing.image_size
+    corner = np.array([[[side - 9.5, side - 7, side - 1, side - 0.5]]], np.float32)
+    feed = boxes(1, 1, artefact.preprocessing.grid)
+    session = OpenvinoSession(artefact, lowered=("decoder",), cache=tmp_path)
+    assert session.backend == "openvino-cpu-float32-decoder-bfloat16"
+    masks = []
+    for shift in (0, 0.125):
+        found = session.run("decoder", {**feed, "boxes": corner - np.float32(shift)})
+        masks.append(found["low_res_masks"])
+    assert not np.array_equal(*masks)
+    head, _ = session._compiled["decoder", 1]
+    spec = graph_specs(artefact.preprocessing)["decoder"]
+    split = split_head(onnx.load(artefact.path("decoder")), spec)
+    assert split is not None
+    for found, expected in zip(
+        head({"boxes": corner}).values(), run_onnx(split.head, {"boxes": corner}), strict=True
+    ):
+        check_close(found, expected, "float32")
+    exact = OpenvinoSession(artefact, cache=tmp_path).run("decoder", {**feed, "boxes": corner})
+    assert not np.array_equal(masks[0], exact["low_res_masks"])
+    assert cosine(masks[0], exact["low_res_masks"]) > 0.999
 
 
 def test_both_decoders_equal_onnx_runtime(fused, tmp_path: Path) -> None:

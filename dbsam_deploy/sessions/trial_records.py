@@ -1,0 +1,187 @@
+"""Runtimes that were tried on an export, on this machine: their gate, their times, the choice.
+
+`verification.runtimes` measures; whoever opens an export reads the record. It lies beside the
+export, or in this user's cache where nobody may write there, under a name with all that it depends
+on. Another processor, runtime or export has another record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..artefact import TRIALS, Artefact
+from ..core.errors import EngineError, InputError
+from ..files.inputs import key_of
+from ..files.manifests import Body, ManifestKind
+from ..files.private import cache_folder, private_folder
+from ..machine.hardware import cpuinfo, describe_hardware, installed_versions, processor
+
+_DECIDING = ("dbsam-deploy", "numpy", "onnxruntime", "openvino")
+_KIND = ManifestKind(
+    "a record of tried runtimes",
+    "delete it, and try again with `python -m dbsam_deploy.doctor --artefact`",
+    InputError,
+    version=1,
+)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One runtime on one export.
+
+    Attributes:
+        backend: its name.
+        runtime_precision: see `ModelOptions`; None for a runtime without a choice.
+        passes: whether it may be chosen.
+        verdict: why, in words.
+        lowered: graphs in bfloat16 that may be used.
+        encoder_ms: one image; 0 where nothing was timed, as the following.
+        box_ms: one box on a known image, without its mask in the image's size.
+        eight_ms: eight boxes.
+    """
+
+    backend: str
+    runtime_precision: str | None
+    passes: bool
+    verdict: str
+    lowered: tuple[str, ...] = ()
+    encoder_ms: float = 0.0
+    box_ms: float = 0.0
+    eight_ms: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """As a user would say it."""
+        precision = self.runtime_precision
+        return self.backend if precision is None else f"{self.backend}, {precision}"
+
+    @property
+    def total_ms(self) -> float:
+        """An image and eight boxes, which is what the choice is made by."""
+        return self.encoder_ms + self.eight_ms
+
+    @property
+    def further_ms(self) -> float:
+        """Each box after the first."""
+        return (self.eight_ms - self.box_ms) / 7
+
+
+@dataclass(frozen=True)
+class Record:
+    """All runtimes that were tried.
+
+    Attributes:
+        trials: the candidates, the default first.
+        every: whether each that could be opened was compared with PyTorch, not only those that
+            were quicker than the choice.
+        seconds: how long it took.
+    """
+
+    trials: tuple[Trial, ...]
+    every: bool
+    seconds: float
+
+    @property
+    def chosen(self) -> Trial:
+        """The quickest that may be."""
+        return min((trial for trial in self.trials if trial.passes), key=lambda t: t.total_ms)
+
+    def of(self, backend: str, runtime_precision: str | None) -> Trial | None:
+        """One candidate."""
+        wanted = (backend, runtime_precision)
+        return next((t for t in self.trials if (t.backend, t.runtime_precision) == wanted), None)
+
+
+def record_key(artefact: Artefact, threads: int | None = None) -> str:
+    """Hash of all that a record depends on.
+
+    Args:
+        artefact: what is run.
+        threads: that were asked for.
+    """
+    files = {f"graph {name}": item.sha256 for name, item in artefact.graphs.items()}
+    return key_of(
+        {
+            **files,
+            **installed_versions(_DECIDING),
+            "answers": "none" if artefact.answers is None else artefact.answers.sha256,
+            "precision": artefact.precision,
+            "processor": processor(cpuinfo()),
+            "cores": str(describe_hardware().cores),
+            "threads": str(threads),
+        }
+    )
+
+
+def find_record(artefact: Artefact, threads: int | None = None) -> Record | None:
+    """What was measured of this export on this machine; None if nothing was.
+
+    Raises:
+        InputError: the record is damaged or was edited.
+    """
+    key = record_key(artefact, threads)
+    for path in _places(artefact, key):
+        if path.is_file():
+            return _KIND.read(path, lambda body: _record(key, body))
+    return None
+
+
+def keep_record(artefact: Artefact, record: Record, threads: int | None = None) -> Path:
+    """Write a record beside the export, or else into this user's cache, and return its place.
+
+    Raises:
+        EngineError: neither can be written.
+    """
+    key = record_key(artefact, threads)
+    body = {"key": key, **asdict(record)}
+    beside, cached = _places(artefact, key)
+    with suppress(OSError):
+        beside.parent.mkdir(exist_ok=True)
+        return _KIND.write(beside, body)
+    private_folder(cached.parent, "records of tried runtimes")
+    try:
+        return _KIND.write(cached, body)
+    except OSError as error:
+        raise EngineError(f"{cached} cannot be written: {error.strerror}") from error
+
+
+def lowered_graphs(artefact: Artefact, threads: int | None = None) -> tuple[str, ...]:
+    """Decoders that may compute in bfloat16 here.
+
+    Raises:
+        EngineError: nobody measured, or each of them misses its gate.
+        InputError: see `find_record`.
+    """
+    record = find_record(artefact, threads)
+    trial = None if record is None else record.of("openvino", "bfloat16-decoders")
+    if trial is None or not (trial.passes or (record and record.every)):
+        measure = f"python -m dbsam_deploy.doctor --artefact {artefact.folder}"
+        raise EngineError(
+            f"whether {artefact.folder} keeps its gate with bfloat16 decoders on this machine was "
+            f"not measured: run `{measure}` first, or drop --runtime-precision"
+        )
+    if not trial.passes:
+        raise EngineError(
+            f"{artefact.folder} with bfloat16 decoders on this machine: {trial.verdict}; drop "
+            "--runtime-precision"
+        )
+    return trial.lowered
+
+
+def _places(artefact: Artefact, key: str) -> Iterator[Path]:
+    for folder in (artefact.folder / TRIALS, cache_folder(TRIALS)):
+        yield folder / f"{key[:16]}.json"
+
+
+def _record(key: str, body: Body) -> Record:
+    if body.pop("key") != key:
+        raise ValueError("of another export or machine")
+    trials = tuple(
+        Trial(**{**trial, "lowered": tuple(trial["lowered"])}) for trial in body["trials"]
+    )
+    if not any(trial.passes for trial in trials):
+        raise ValueError("no runtime that may be used")
+    return Record(trials, bool(body["every"]), float(body["seconds"]))
