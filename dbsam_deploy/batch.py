@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress, ProgressColumn, Task, TimeRemainingColumn
 from rich.text import Text
 
-from .api.loading import open_named
+from .api.loading import chosen_runtime, open_named
 from .api.pacs_command import add_store_group
 from .artefact import find_export, read_artefact
 from .cli import Parser, progress_bars, run, say_on_stderr
@@ -210,7 +210,11 @@ def _orders(args: argparse.Namespace, studies: Sequence[Study]) -> Orders:
     opened = argparse.Namespace(**{**vars(args), "threads": None})
     if "threads" in obeyed and args.device != "cuda":
         opened.threads = args.threads
-    model_options(opened)
+    chosen = chosen_runtime(model_options(opened))  # one for all studies
+    if chosen.backend != args.backend:
+        opened.backend, opened.runtime_precision = chosen.backend, chosen.runtime_precision
+        opened.engine_cache = chosen.engine_cache
+        source += [chosen.backend, str(chosen.runtime_precision)]
     if "artefact" in obeyed:
         opened.artefact = find_export(args.artefact).resolve()  # the same for all, to the end
         artefact = read_artefact(opened.artefact)

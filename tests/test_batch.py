@@ -18,6 +18,7 @@ from support.faulty_studies import study
 from dbsam_deploy import batch
 from dbsam_deploy.cli import run
 from dbsam_deploy.files.locks import one_writer
+from dbsam_deploy.sessions.backends import ModelOptions
 
 HTML = "<img src=x onerror=alert(1)>"
 
@@ -172,6 +173,16 @@ def test_mistakes(more, expected, studies, tiny_artefact, capsys):
     assert (out, err.count("\n")) == ("", 1)
     assert expected in err
     assert not (studies.parent / "out").exists()
+
+
+def test_auto_is_one_runtime_for_all_studies(studies, tiny_artefact, monkeypatch):
+    """Else each worker would try them, while the others compute."""
+    chosen = ModelOptions("openvino", runtime_precision="bfloat16-decoders", threads=1)
+    monkeypatch.setattr(batch, "chosen_runtime", lambda options: chosen)
+    args = batch.build_parser().parse_args(words(studies, tiny_artefact, "--backend", "auto"))
+    opened = batch._orders(args, ()).open_model.args[0]
+    assert (opened.backend, opened.runtime_precision) == ("openvino", "bfloat16-decoders")
+    assert opened.engine_cache is None
 
 
 def test_results_among_the_studies_are_refused(studies, tiny_artefact, capsys):

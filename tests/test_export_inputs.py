@@ -85,6 +85,7 @@ def test_the_comparison_gets_both_models_and_as_many_images_as_are_asked_for(toy
         open_deployed: Callable[[], Any],
         *more: Any,
         progress: Callable[[str], None],
+        keep: object,
     ) -> Figures:
         progress("case")
         asked.append((references.backend, open_deployed().backend, *more))

@@ -202,8 +202,7 @@ def _with_source(
 
 def open_model(options: ModelOptions, *, kept_embeddings: int = KEPT_EMBEDDINGS) -> Model:
     """Open a model in this process; errors are those of `backends.open_backend`."""
-    if options.backend == AUTO:
-        _try_runtimes(options)
+    options = chosen_runtime(options)
     opened = open_backend(options)
     how = opened.preprocessing
     return Model(
@@ -222,13 +221,28 @@ def open_model(options: ModelOptions, *, kept_embeddings: int = KEPT_EMBEDDINGS)
     )
 
 
-def _try_runtimes(options: ModelOptions) -> None:
-    """See that there is a record of the runtimes of this machine, see `verification.runtimes`."""
+def chosen_runtime(options: ModelOptions) -> ModelOptions:
+    """The options with the runtime that `auto` takes, tried now if need be; others as they are.
+
+    Raises:
+        InputError: options that `auto` does not obey, or an export that is missing or changed.
+        EngineError: see `verification.runtimes.runtime_record`.
+    """
+    if options.backend != AUTO:
+        return options
     from ..verification.runtimes import Place, runtime_record
 
     refuse_other_options(find_backend(AUTO), options)
     artefact = read_artefact(find_export(options.artefact))
-    runtime_record(artefact, Place(options.threads, options.engine_cache), say_on_stderr)
+    place = Place(options.threads, options.engine_cache)
+    chosen = runtime_record(artefact, place, say_on_stderr).chosen
+    cache = options.engine_cache if "engine_cache" in find_backend(chosen.backend).options else None
+    return dataclasses.replace(
+        options,
+        backend=chosen.backend,
+        runtime_precision=chosen.runtime_precision,
+        engine_cache=cache,
+    )
 
 
 def open_server(

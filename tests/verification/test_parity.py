@@ -192,7 +192,7 @@ def test_percentiles_are_the_fifth_and_means_are_means(reference, cases, monkeyp
     """Of 20 prompted masks and more, one in ten is lost: the mean hardly moves, p5 falls to 0."""
     values = iter([0.0] + [1.0] * 9)
     endless = itertools.cycle(values)
-    monkeypatch.setattr(parity, "_prompt_agreement", lambda *_: [next(endless) for _ in range(20)])
+    monkeypatch.setattr(parity, "prompt_agreement", lambda *_: [next(endless) for _ in range(20)])
     figures = run(reference, cases, reference)
     assert figures.prompt_agreement_mean == pytest.approx(0.9)
     assert figures.prompt_agreement_p5 == 0
