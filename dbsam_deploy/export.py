@@ -338,8 +338,6 @@ GATE_MODULES = (
     "sessions.pytorch_session",
     "sessions.onnxruntime_session",
     "verification.answers",
-    "verification.cases",
-    "verification.parity",
     "verification.points",
 )
 """What the figures come from, likewise."""
