@@ -220,6 +220,12 @@ def _efficient_vit_sam(size: str, *, image_size: int = 512, **encoder: Any) -> M
     )
 
 
+def _sam2(size: str, embed_dim: int = 96, num_heads: int = 1, **trunk: Any) -> ModelConfig:
+    """One size of SAM 2; the arguments are those of `HieraConfig`."""
+    hiera = HieraConfig(embed_dim=embed_dim, num_heads=num_heads, **trunk)
+    return ModelConfig(f"sam2_hiera_{size}", preprocessing="sam2", hiera=hiera)
+
+
 _LARGEST: dict[str, Any] = {
     "image_size": 1024,
     "widths": (32, 64, 128, 256, 512, 1024),
@@ -265,33 +271,16 @@ _CONFIGS = (
     _efficient_vit_sam("l2", depths=(1, 2, 2, 8, 8), neck_depth=12),
     _efficient_vit_sam("xl0", depths=(0, 1, 1, 2, 3, 3), neck_depth=6, **_LARGEST),
     _efficient_vit_sam("xl1", depths=(1, 2, 2, 4, 6, 6), neck_depth=12, **_LARGEST),
-    ModelConfig("sam2_hiera_tiny", preprocessing="sam2", hiera=HieraConfig()),
-    ModelConfig(
-        "sam2_hiera_small",
-        preprocessing="sam2",
-        hiera=HieraConfig(depths=(1, 2, 11, 2), global_blocks=(7, 10, 13)),
-    ),
-    ModelConfig(
-        "sam2_hiera_base_plus",
-        preprocessing="sam2",
-        hiera=HieraConfig(
-            embed_dim=112,
-            num_heads=2,
-            depths=(2, 3, 16, 3),
-            global_blocks=(12, 16, 20),
-            position_side=14,
-        ),
-    ),
-    ModelConfig(
-        "sam2_hiera_large",
-        preprocessing="sam2",
-        hiera=HieraConfig(
-            embed_dim=144,
-            num_heads=2,
-            depths=(2, 6, 36, 4),
-            global_blocks=(23, 33, 43),
-            window_sizes=(8, 4, 16, 8),
-        ),
+    _sam2("tiny"),
+    _sam2("small", depths=(1, 2, 11, 2), global_blocks=(7, 10, 13)),
+    _sam2("base_plus", 112, 2, depths=(2, 3, 16, 3), global_blocks=(12, 16, 20), position_side=14),
+    _sam2(
+        "large",
+        144,
+        2,
+        depths=(2, 6, 36, 4),
+        global_blocks=(23, 33, 43),
+        window_sizes=(8, 4, 16, 8),
     ),
     ModelConfig("medsam2", image_size=512, preprocessing="medsam2", hiera=HieraConfig()),
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +25,43 @@ from ..files.atomic import write_atomically
 from ..images.npz_files import read_array
 from ..model.weights import LoadedModel
 from .augmentation import Augmentation, augment
-from .samples import Mixture
+from .samples import Mixture, Sample
+
+Arrays = dict[str, npt.NDArray[Any]]
+Make = Callable[[int], Arrays]
+"""Number of an item → its arrays by name."""
+Autocast = Callable[[], AbstractContextManager[None]]
 
 MAX_PART_BYTES = 256 * 1024 * 1024
 """Largest image, or embeddings of one, that is read."""
 _STREAM = 1
 """Separates these draws from training's own, which have the same seed."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Augmented images by number: the same for the same number.
+
+    Attributes:
+        images: drawn from.
+        augmentation: of each, before a model sees it.
+        seed: of the draws.
+    """
+
+    images: Mixture
+    augmentation: Augmentation
+    seed: int
+
+    def sample(self, stream: int, index: int) -> Sample:
+        """One of them; a `stream` is for one use, others have other images."""
+        rng = np.random.default_rng([self.seed, stream, index])
+        return augment(self.images.draw(rng), self.augmentation, int(rng.integers(2**31)))
+
+    @property
+    def described(self) -> list[Any]:
+        """All that they depend on, for a hash."""
+        sources = [(source.name, len(source)) for source in self.images.sources]
+        return [sources, self.images.shares, repr(self.augmentation), self.seed]
 
 
 @dataclass(frozen=True)
@@ -61,14 +92,20 @@ class NumberedFiles:
         except InputError as error:
             raise InputError(f"{error}: delete it and start again") from error
 
-    def missing(
-        self, indices: Iterable[int], advance: Callable[[], None]
-    ) -> Iterator[tuple[int, Path]]:
-        """Those of `indices` that have no file yet; `advance` is called after each, made or not."""
+    def fill(self, indices: Iterable[int], make: Make, advance: Callable[[], None]) -> None:
+        """Make what is missing of `indices`; files already there are kept.
+
+        Args:
+            indices: which items, for one process among several.
+            make: their arrays.
+            advance: called after each item, made or not.
+        """
         for index in indices:
             path = self.path(index)
             if not path.is_file():
-                yield index, path
+                arrays = make(index)
+                with write_atomically(path) as stream:
+                    np.savez(stream, allow_pickle=False, **arrays)
             advance()
 
 
@@ -119,56 +156,35 @@ class Banks:
         return float(np.mean([bank.variance() for bank in self.parts]))
 
 
-def open_bank(
-    root: Path,
-    teacher: LoadedModel,
-    images: Mixture,
-    augmentation: Augmentation,
-    *,
-    seed: int,
-    count: int,
-) -> Bank:
-    """The bank for these inputs, a folder in `root` that is named by their hash."""
-    sources = [(source.name, len(source)) for source in images.sources]
-    parts = (teacher.weights["sha256"], sources, images.shares, repr(augmentation), seed)
+def open_bank(root: Path, teacher: LoadedModel, draws: Draws, count: int) -> Bank:
+    """The bank of the first images, a folder in `root` that is named by what it is made of."""
+    parts = (teacher.weights["sha256"], *draws.described)
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     folder = root / f"bank-{digest[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     return Bank(folder, count)
 
 
-def fill_bank(
-    bank: Bank,
-    teacher: LoadedModel,
-    images: Mixture,
-    augmentation: Augmentation,
-    *,
-    seed: int,
-    indices: Iterable[int],
-    autocast: Callable[[], AbstractContextManager[None]],
-    advance: Callable[[], None],
-) -> None:
-    """Compute what is missing of `indices`; files already there are kept.
+def embeddings_by(teacher: LoadedModel, draws: Draws, autocast: Autocast) -> Make:
+    """What fills a bank.
 
     Args:
-        bank: see `open_bank`.
         teacher: its encoder runs where its parameters are.
-        images: drawn from; labels are not used.
-        augmentation: applied before the teacher sees an image.
-        seed: of the draws.
-        indices: which images, for one process among several.
+        draws: labels are not used.
         autocast: precision of the teacher's pass.
-        advance: called after each image.
+
+    Returns:
+        Number → `image` (H, W, 3) uint8 and the teacher's `embeddings` (256, G, G) float16.
     """
     encoder: Any = teacher.model
     encoder.to(memory_format=torch.channels_last)  # a third faster on a CPU
     device = next(encoder.parameters()).device
-    for index, path in bank.missing(indices, advance):
-        rng = np.random.default_rng([seed, _STREAM, index])
-        sample = augment(images.draw(rng), augmentation, int(rng.integers(2**31)))
+
+    def make(index: int) -> Arrays:
+        sample = draws.sample(_STREAM, index)
         pixels = torch.from_numpy(preprocess(sample.image, teacher.preprocessing))
         with torch.no_grad(), autocast():
             embeddings = encoder.encode(pixels.to(device, memory_format=torch.channels_last))[0]
-        half = embeddings.cpu().to(torch.float16).numpy()
-        with write_atomically(path) as stream:
-            np.savez(stream, image=sample.image, embeddings=half)
+        return {"image": sample.image, "embeddings": embeddings.cpu().to(torch.float16).numpy()}
+
+    return make

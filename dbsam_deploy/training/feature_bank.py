@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +15,9 @@ import torch
 
 from ..core.errors import InputError
 from ..core.imaging import FloatArray, preprocess
-from ..files.atomic import write_atomically
 from ..model.weights import LoadedModel
-from .augmentation import Augmentation, augment
-from .bank import NumberedFiles
-from .samples import LabelMap, Mixture, Sample
+from .bank import Arrays, Autocast, Draws, Make, NumberedFiles
+from .samples import LabelMap, Sample
 
 _STREAM = 4
 """Separates these draws from the other phases', which have the same seed."""
@@ -47,16 +43,8 @@ class FeatureBank(NumberedFiles):
         return Sample(name, image, labels.astype(np.int32)), features.astype(np.float32)
 
 
-def open_feature_bank(
-    root: Path,
-    encoder: LoadedModel,
-    images: Mixture,
-    augmentation: Augmentation,
-    *,
-    seed: int,
-    count: int,
-) -> FeatureBank:
-    """The bank for these inputs, a folder in `root` that is named by their hash.
+def open_feature_bank(root: Path, encoder: LoadedModel, draws: Draws, count: int) -> FeatureBank:
+    """The bank of the first samples, a folder in `root` that is named by what it is made of.
 
     The encoder is told by what its trunk computes with, so that a resumed run, whose neck has
     learned, finds the bank that it began.
@@ -65,49 +53,35 @@ def open_feature_bank(
     for name, tensor in encoder.model.image_encoder.state_dict().items():
         if not name.startswith("neck."):
             digest.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
-    sources = [(source.name, len(source)) for source in images.sources]
-    digest.update(json.dumps([sources, images.shares, repr(augmentation), seed]).encode())
+    digest.update(json.dumps(draws.described).encode())
     folder = root / f"features-{digest.hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     return FeatureBank(folder, count)
 
 
-def fill_feature_bank(
-    bank: FeatureBank,
-    encoder: LoadedModel,
-    images: Mixture,
-    augmentation: Augmentation,
-    *,
-    seed: int,
-    indices: Iterable[int],
-    autocast: Callable[[], AbstractContextManager[None]],
-    advance: Callable[[], None],
-) -> None:
-    """Compute what is missing of `indices`; files already there are kept.
+def features_by(encoder: LoadedModel, draws: Draws, autocast: Autocast) -> Make:
+    """What fills a bank.
 
     Args:
-        bank: see `open_feature_bank`.
         encoder: runs where its parameters are.
-        images: labelled.
-        augmentation: applied before the encoder sees an image.
-        seed: of the draws.
-        indices: which samples, for one process among several.
+        draws: of labelled images.
         autocast: precision of the encoder's pass.
-        advance: called after each sample.
 
-    Raises:
-        InputError: an encoder without a neck, see `DbSam.trunk`.
+    Returns:
+        Number → a sample's `image` and `labels`, and its `features` (C, G, G) float16, which raises
+        an InputError for an encoder without a neck, see `DbSam.trunk`.
     """
     device = next(encoder.model.parameters()).device
-    for index, path in bank.missing(indices, advance):
-        rng = np.random.default_rng([seed, _STREAM, index])
-        sample = augment(images.draw(rng), augmentation, int(rng.integers(2**31)))
+
+    def make(index: int) -> Arrays:
+        sample = draws.sample(_STREAM, index)
         pixels = torch.from_numpy(preprocess(sample.image, encoder.preprocessing))
         with torch.no_grad(), autocast():
             features = encoder.model.trunk(pixels.to(device))[0]
         half = features.cpu().to(torch.float16).numpy()
-        with write_atomically(path) as stream:
-            np.savez(stream, image=sample.image, labels=_labels(sample), features=half)
+        return {"image": sample.image, "labels": _labels(sample), "features": half}
+
+    return make
 
 
 def _labels(sample: Sample) -> LabelMap:

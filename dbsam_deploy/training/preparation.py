@@ -14,9 +14,9 @@ from ..core.errors import InputError
 from ..core.imaging import Preprocessing
 from ..model import DbSam, variant_config
 from ..model.weights import LoadedModel
-from .bank import Banks, fill_bank, open_bank
+from .bank import Banks, Draws, Make, NumberedFiles, embeddings_by, open_bank
 from .datasets import EmbeddingExamples, Example, MaskExamples, RefineExamples
-from .feature_bank import fill_feature_bank, open_feature_bank
+from .feature_bank import features_by, open_feature_bank
 from .material import Material, shares
 from .objectives import calibrate_batch_norm
 from .prompts import Growth
@@ -58,26 +58,23 @@ def prepare_banks(
     _check_grids(recipe, teacher)
     parts = []
     for kind, share in shares(phase).items():
-        images = material.mixture({kind: 1.0})
+        draws = Draws(material.mixture({kind: 1.0}), recipe.augmentation, recipe.seed)
         count = max(1, round(recipe.bank_images * share))
-        bank = open_bank(
-            folder, teacher, images, recipe.augmentation, seed=recipe.seed, count=count
-        )
-        mine = range(accelerator.process_index, bank.count, accelerator.num_processes)
-        with counter(f"teacher on {kind} images", len(mine)) as advance:
-            fill_bank(
-                bank,
-                teacher,
-                images,
-                recipe.augmentation,
-                seed=recipe.seed,
-                indices=mine,
-                autocast=accelerator.autocast,
-                advance=advance,
-            )
+        bank = open_bank(folder, teacher, draws, count)
+        make = embeddings_by(teacher, draws, accelerator.autocast)
+        _fill(bank, make, f"teacher on {kind} images", accelerator, counter)
         parts.append(bank)
     accelerator.wait_for_everyone()
     return Banks(tuple(parts))
+
+
+def _fill(
+    files: NumberedFiles, make: Make, what: str, accelerator: Accelerator, counter: Counter
+) -> None:
+    """Fill this process's share of the files."""
+    mine = range(accelerator.process_index, files.count, accelerator.num_processes)
+    with counter(what, len(mine)) as advance:
+        files.fill(mine, make, advance)
 
 
 def _check_grids(recipe: TrainingRecipe, teacher: LoadedModel) -> None:
@@ -136,23 +133,12 @@ def prepare_features(
     Raises:
         InputError: an encoder without a neck of its own.
     """
-    images = material.mixture(shares(phase))
-    augmentation, seed = recipe.augmentation, recipe.seed
-    bank = open_feature_bank(folder, model, images, augmentation, seed=seed, count=phase.views)
-    mine = range(accelerator.process_index, bank.count, accelerator.num_processes)
-    with counter("features of images", len(mine)) as advance:
-        fill_feature_bank(
-            bank,
-            model,
-            images,
-            augmentation,
-            seed=seed,
-            indices=mine,
-            autocast=accelerator.autocast,
-            advance=advance,
-        )
+    draws = Draws(material.mixture(shares(phase)), recipe.augmentation, recipe.seed)
+    bank = open_feature_bank(folder, model, draws, phase.views)
+    make = features_by(model, draws, accelerator.autocast)
+    _fill(bank, make, "features of images", accelerator, counter)
     accelerator.wait_for_everyone()
-    return RefineExamples(bank, model.preprocessing, phase, seed)
+    return RefineExamples(bank, model.preprocessing, phase, recipe.seed)
 
 
 def calibrate(model: DbSam, examples: Dataset[Example], device: torch.device) -> None:

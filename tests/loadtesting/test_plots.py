@@ -8,7 +8,6 @@ from dbsam_deploy.loadtesting.generator import Tally
 from dbsam_deploy.loadtesting.page import write_report
 from dbsam_deploy.loadtesting.run import Load, LoadPoint
 
-
 ABOUT = {"server": "one that sleeps", "date": "2026-11-30"}
 
 

@@ -1,6 +1,7 @@
 """Windows, losses, frozen parts, examples and the teacher's bank, each against plain PyTorch."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.core.imaging import Preprocessing, preprocess
 from dbsam_deploy.model.weights import LoadedModel
 from dbsam_deploy.training.augmentation import Augmentation
-from dbsam_deploy.training.bank import Banks, fill_bank, open_bank
+from dbsam_deploy.training.bank import Banks, Draws, embeddings_by, open_bank
 from dbsam_deploy.training.crops import CropEncoder
 from dbsam_deploy.training.datasets import EmbeddingExamples, MaskExamples, Steps, to_mask_grid
 from dbsam_deploy.training.objectives import (
@@ -204,30 +205,21 @@ def test_mask_examples_are_a_function_of_seed_and_index() -> None:
 @pytest.fixture
 def bank(model, tmp_path):
     teacher = LoadedModel(model, Preprocessing(128), {"sha256": "0"})
-    images = Mixture([(LabelledSlices(bundled_examples()), 1.0)])
-    made = open_bank(tmp_path, teacher, images, STILL, seed=0, count=3)
-    assert fill_three(made, teacher, images) == 3
-    return made, teacher, images
+    draws = Draws(Mixture([(LabelledSlices(bundled_examples()), 1.0)]), STILL, seed=0)
+    made = open_bank(tmp_path, teacher, draws, 3)
+    assert fill_three(made, teacher, draws) == 3
+    return made, teacher, draws
 
 
-def fill_three(made, teacher, images) -> int:
+def fill_three(made, teacher, draws) -> int:
     """Fill a bank's three places; returns how many it says it has filled."""
     calls = []
-    fill_bank(
-        made,
-        teacher,
-        images,
-        STILL,
-        seed=0,
-        indices=range(3),
-        autocast=nullcontext,
-        advance=lambda: calls.append(1),
-    )
+    made.fill(range(3), embeddings_by(teacher, draws, nullcontext), lambda: calls.append(1))
     return len(calls)
 
 
 def test_the_bank_holds_the_teachers_embeddings_and_is_not_made_twice(bank) -> None:
-    made, teacher, images = bank
+    made, teacher, draws = bank
     for index in range(3):
         image, embeddings = made.read(index)
         with torch.no_grad():
@@ -236,9 +228,9 @@ def test_the_bank_holds_the_teachers_embeddings_and_is_not_made_twice(bank) -> N
             )
         check_close(embeddings, expected[0].numpy(), "float16")
     stamp = made.path(1).stat().st_mtime_ns
-    fill_three(made, teacher, images)
+    fill_three(made, teacher, draws)
     assert made.path(1).stat().st_mtime_ns == stamp
-    other = open_bank(made.folder.parent, teacher, images, STILL, seed=1, count=3)
+    other = open_bank(made.folder.parent, teacher, replace(draws, seed=1), 3)
     assert other.folder != made.folder
 
 

@@ -22,8 +22,9 @@ from dbsam_deploy.model.weights import LoadedModel, fresh_model
 from dbsam_deploy.resources import resource_dir
 from dbsam_deploy.train import TrainOptions, train
 from dbsam_deploy.training.augmentation import Augmentation
+from dbsam_deploy.training.bank import Draws
 from dbsam_deploy.training.clicks import KINDS, draw_clicks, draw_kind
-from dbsam_deploy.training.feature_bank import fill_feature_bank, open_feature_bank
+from dbsam_deploy.training.feature_bank import features_by, open_feature_bank
 from dbsam_deploy.training.objectives import MaskObjective, set_trained
 from dbsam_deploy.training.prompts import Growth, draw_prompts
 from dbsam_deploy.training.recipe import PromptShares, load_training_recipe
@@ -115,13 +116,10 @@ def test_kept_features_are_the_encoders(tmp_path) -> None:
     model = small_model("db_sam_tiny", 128).eval()
     how = Preprocessing(128, "medsam")
     loaded = LoadedModel(model, how, {"sha256": "0", "trained": True})
-    images = Mixture([(Synthetic(1), 1.0)])
-    still = Augmentation()
-    bank = open_feature_bank(tmp_path, loaded, images, still, seed=0, count=2)
+    draws = Draws(Mixture([(Synthetic(1), 1.0)]), Augmentation(), seed=0)
+    bank = open_feature_bank(tmp_path, loaded, draws, 2)
     counted = []
-    settings = {"seed": 0, "indices": range(2), "autocast": nullcontext}
-    fill = (bank, loaded, images, still)
-    fill_feature_bank(*fill, advance=lambda: counted.append(1), **settings)
+    bank.fill(range(2), features_by(loaded, draws, nullcontext), lambda: counted.append(1))
     assert len(counted) == 2
     sample, features = bank.read(1)
     with torch.no_grad():
@@ -131,10 +129,10 @@ def test_kept_features_are_the_encoders(tmp_path) -> None:
     assert sample.labels.max() > 0
     with torch.no_grad():
         model.image_encoder.neck[0].weight += 1  # what learns is not what was kept
-    assert open_feature_bank(tmp_path, loaded, images, still, seed=0, count=2) == bank
+    assert open_feature_bank(tmp_path, loaded, draws, 2) == bank
     with torch.no_grad():
         model.image_encoder.pos_embed += 1
-    assert open_feature_bank(tmp_path, loaded, images, still, seed=0, count=2) != bank
+    assert open_feature_bank(tmp_path, loaded, draws, 2) != bank
     bank.path(0).write_bytes(b"damaged")
     with pytest.raises(InputError, match="delete it and start again"):
         bank.read(0)
