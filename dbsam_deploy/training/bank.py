@@ -27,8 +27,8 @@ from ..model.weights import LoadedModel
 from .augmentation import Augmentation, augment
 from .samples import Mixture, Sample
 
-Arrays = dict[str, npt.NDArray[Any]]
-Make = Callable[[int], Arrays]
+Item = dict[str, npt.NDArray[Any]]
+Make = Callable[[int], Item]
 """Number of an item → its arrays by name."""
 Autocast = Callable[[], AbstractContextManager[None]]
 
@@ -180,7 +180,7 @@ def embeddings_by(teacher: LoadedModel, draws: Draws, autocast: Autocast) -> Mak
     encoder.to(memory_format=torch.channels_last)  # a third faster on a CPU
     device = next(encoder.parameters()).device
 
-    def make(index: int) -> Arrays:
+    def make(index: int) -> Item:
         sample = draws.sample(_STREAM, index)
         pixels = torch.from_numpy(preprocess(sample.image, teacher.preprocessing))
         with torch.no_grad(), autocast():

@@ -16,7 +16,7 @@ import torch
 from ..core.errors import InputError
 from ..core.imaging import FloatArray, preprocess
 from ..model.weights import LoadedModel
-from .bank import Arrays, Autocast, Draws, Make, NumberedFiles
+from .bank import Item, Autocast, Draws, Make, NumberedFiles
 from .samples import LabelMap, Sample
 
 _STREAM = 4
@@ -73,7 +73,7 @@ def features_by(encoder: LoadedModel, draws: Draws, autocast: Autocast) -> Make:
     """
     device = next(encoder.model.parameters()).device
 
-    def make(index: int) -> Arrays:
+    def make(index: int) -> Item:
         sample = draws.sample(_STREAM, index)
         pixels = torch.from_numpy(preprocess(sample.image, encoder.preprocessing))
         with torch.no_grad(), autocast():
