@@ -16,7 +16,7 @@ import torch
 from ..core.errors import InputError
 from ..core.imaging import FloatArray, preprocess
 from ..model.weights import LoadedModel
-from .bank import Item, Autocast, Draws, Make, NumberedFiles
+from .bank import Autocast, Draws, Item, Make, NumberedFiles
 from .samples import LabelMap, Sample
 
 _STREAM = 4

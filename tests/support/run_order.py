@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+gc.disable()  # until all is loaded, when a search for cyclic garbage finds none
+
 TESTS = Path(__file__).resolve().parents[1]
 
 LONG = (
@@ -47,6 +49,8 @@ make what many others use, each in a worker of its own."""
 
 def pytest_configure(config: pytest.Config) -> None:
     """Let pytest-xdist hand out the files in our order, not by the number of their tests."""
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        gc.enable()  # the process that hands them out loads none
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
 
@@ -61,5 +65,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish() -> None:
-    """Take what is loaded by now out of every later search for cyclic garbage."""
+    """Take what is loaded by now out of every search for cyclic garbage, which now begin."""
     gc.freeze()
+    gc.enable()
