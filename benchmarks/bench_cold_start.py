@@ -23,6 +23,9 @@ from dbsam_deploy.recipe import load_recipe
 ROUNDS = 3
 MOST_TIME, MOST_MEMORY = 1.3, 1.15
 """Of the bare program's."""
+SAME_PIXELS = 1e-4
+"""Share of pixels that may differ: the bare program interpolates in another order, and a few pixels
+lie at the threshold."""
 BARE = Path(__file__).parent / "timing" / "bare_predict.py"
 
 
@@ -77,7 +80,7 @@ def test_cold_start(tmp_path: Path, case) -> None:
     mask = np.asarray(Image.open(tmp_path / "out" / "picture_mask.png"))
     expected = np.asarray(Image.open(tmp_path / "bare.png"))
     assert expected.any()
-    np.testing.assert_array_equal(mask > 0, expected > 0)
+    assert np.mean((mask > 0) != (expected > 0)) <= SAME_PIXELS
     ratio = {
         name: min(getattr(one, name) for one in ours) / min(getattr(one, name) for one in theirs)
         for name in ("wall", "cpu", "peak")
