@@ -183,6 +183,10 @@ _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
 """What the graphs hold that torch translates in another form, or only after a decomposition."""
 
 
+_DECOMPOSE = torch.export.ExportedProgram.run_decompositions
+"""Torch's own: two traces at a time may not leave each other's stand-in behind."""
+
+
 @contextmanager
 def _as_traced() -> Iterator[None]:
     """Translate what was traced, without tracing it again to decompose operators.
@@ -191,12 +195,11 @@ def _as_traced() -> Iterator[None]:
     the translation. The second trace is half of an export's time, and its result is the same.
     """
     program = torch.export.ExportedProgram
-    decompose = program.run_decompositions
     program.run_decompositions = lambda self, *table, **options: self  # type: ignore[method-assign]
     try:
         yield
     finally:
-        program.run_decompositions = decompose  # type: ignore[method-assign]
+        program.run_decompositions = _DECOMPOSE  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -264,3 +264,13 @@ def test_what_would_need_a_decomposition_is_refused(traced, module):
     with pytest.raises(ExportError, match=rf"{name}: torch cannot export the graph: "):
         traced(module, {"x": torch.randn(2, 3)})
     assert torch.export.ExportedProgram.run_decompositions.__name__ == "run_decompositions"
+
+
+def test_traces_that_overlap_leave_torch_as_it_was():
+    own = torch.export.ExportedProgram.run_decompositions
+    first, second = onnx_export._as_traced(), onnx_export._as_traced()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert torch.export.ExportedProgram.run_decompositions is own
