@@ -65,10 +65,20 @@ def test_each_graph_is_held_against_its_own_masks(answered: Artefact) -> None:
     for graph in ("decoder", "prompt_decoder"):
         found = agreement(Bent(answered, graph), answered, answers, gate)
         assert [name for name, missed in found.missed.items() if missed] == [graph]
-        wanted = f"(wanted {gate.mask_agreement_mean} / {gate.mask_agreement_p5})"
-        assert wanted in found.missed[graph]
+        assert "(wanted 0.9991 / 0.991)" in found.missed[graph]  # of 0.999 and 0.99, with a margin
     found = agreement(Bent(answered, "encoder"), answered, answers, gate)
-    assert found.missed["encoder"] == f"cosine -1.00000 (wanted {gate.embedding_cosine})"
+    assert found.missed["encoder"] == "cosine -1.00000 (wanted 0.999991)"
+
+
+@pytest.mark.parametrize(("floor", "misses"), [(-0.05, True), (-0.2, False)])
+def test_of_what_a_gate_lets_be_lost_a_tenth_is_left(answered: Artefact, floor, misses) -> None:
+    """Turned masks agree by 0: more than -0.05, whose loss with a margin ends at 0.055."""
+    gate = dataclasses.replace(
+        load_recipe("fp32").gate, mask_agreement_mean=floor, mask_agreement_p5=-1.0, dice_drop=2.0
+    )
+    found = agreement(Bent(answered, "decoder"), answered, read_answers(answered), gate)
+    assert "boxes 0.0" in found.text
+    assert bool(found.missed["decoder"]) == misses
 
 
 def test_the_quickest_that_keeps_the_gate_is_taken(answered: Artefact, play) -> None:
