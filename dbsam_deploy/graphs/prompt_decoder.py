@@ -165,15 +165,22 @@ class MaskGraph(nn.Module):
         model: reference model; it is copied, not changed.
         mask_tokens: how many mask tokens are computed, counted from the single-mask token.
         shared: the prompts' pixels are the same until a prompt's tokens change them.
+        copied: False computes with the model's own modules, for training them.
     """
 
     image_pe: Tensor
 
-    def __init__(self, model: DbSam, mask_tokens: int, *, shared: bool) -> None:
+    def __init__(
+        self, model: DbSam, mask_tokens: int, *, shared: bool, copied: bool = True
+    ) -> None:
         super().__init__()
         self.mask_tokens = mask_tokens
-        self.prompt: Any = copy.deepcopy(model.prompt_encoder).eval()
-        self.decoder: Any = copy.deepcopy(model.mask_decoder).eval()
+        parts = model.prompt_encoder, model.mask_decoder
+        self.prompt: Any
+        self.decoder: Any
+        self.prompt, self.decoder = copy.deepcopy(parts) if copied else parts
+        self.prompt.eval()
+        self.decoder.eval()
         self.grid = model.prompt_encoder.image_embedding_size[0]
         self.points = PointEncoding(self.prompt)
         pe = self.prompt.get_dense_pe().detach()
@@ -323,8 +330,8 @@ class DecoderGraph(MaskGraph):
 class PromptMaskGraph(MaskGraph):
     """Prompts of every kind as tokens, for a graph that gives all four masks of each set."""
 
-    def __init__(self, model: DbSam) -> None:
-        super().__init__(model, mask_tokens=NUM_MASK_TOKENS, shared=False)
+    def __init__(self, model: DbSam, *, shared: bool = False, copied: bool = True) -> None:
+        super().__init__(model, NUM_MASK_TOKENS, shared=shared, copied=copied)
 
     def point_tokens(self, coords: Tensor, labels: Tensor) -> Tensor:
         """SAM's `_embed_points` and `_embed_boxes`, by label.
