@@ -29,7 +29,6 @@ from .files.locks import one_writer
 from .machine.hardware import installed_versions
 from .model import DbSam, variant_config
 from .model.checkpoint import write_checkpoint
-from .model.fitting import StateDict
 from .model.weights import LoadedModel, fresh_model, load_model
 from .prediction.predictor import Predictor
 from .sessions.pytorch_session import PytorchSession
@@ -156,12 +155,10 @@ def _train_phase(
     journal: Journal,
 ) -> TrainingState:
     model, accelerator = run.loaded.model, run.accelerator
-    is_here = state is not None and state.position.phase == name
-    start = state.start_model if state is not None and is_here else {}
-    examples, objective = _lessons(run, name, phase, journal, start)
+    examples, objective = _lessons(run, name, phase, journal)
     if state is None and not run.loaded.weights["trained"]:
         calibrate(model, examples, accelerator.device)
-    if state is None or not is_here:
+    if state is None or state.position.phase != name:
         losses = state.position.losses if state else ()
         state = TrainingState(Position(name, losses=losses), {}, {}, {})
     set_trained(model, phase.freeze)
@@ -180,7 +177,7 @@ def _train_phase(
 
 
 def _lessons(
-    run: _Run, name: str, phase: Phase, journal: Journal, start: StateDict
+    run: _Run, name: str, phase: Phase, journal: Journal
 ) -> tuple[Dataset[Example], torch.nn.Module]:
     """Examples of a phase and what is minimised on them."""
     recipe, model, folder = run.recipe, run.loaded.model, run.options.output
@@ -189,7 +186,7 @@ def _lessons(
         features = prepare_features(
             recipe, phase, run.material, model=run.loaded, folder=folder, **settings
         )
-        return features, RefineObjective(model, phase, start)
+        return features, RefineObjective(model, phase)
     if name == "tune":
         images = prepare_examples(recipe, phase, run.material, None, run.loaded.preprocessing)
         return images, MaskObjective(model, phase.iou_weight)

@@ -100,8 +100,8 @@ def build_parser() -> Parser:
         "--freeze",
         choices=get_args(Freeze),
         help="what stays fixed while masks are learned: the paper's ViT blocks and prompt encoder, "
-        "the official code's ViT blocks alone, nothing, the encoder but its neck, or all of it; by "
-        "default the recipe's",
+        "the official code's ViT blocks alone, nothing, or the encoder but its neck; by default "
+        "the recipe's",
     )
     add(
         "--phases",

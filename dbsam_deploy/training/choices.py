@@ -8,7 +8,7 @@ from typing import Literal
 from ..core.errors import InputError
 from ..resources import resource_dir
 
-Freeze = Literal["paper", "as_coded", "none", "trunk", "encoder"]
+Freeze = Literal["paper", "as_coded", "none", "trunk"]
 """What a phase keeps fixed, see `recipe.Phase`."""
 PHASES = ("distill", "tune", "refine")
 """Phases in the order they run; a recipe has `tune`, and may have the others around it."""

@@ -22,10 +22,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 LOSSES_NAME, TENSORBOARD_NAME = "losses.csv", "tensorboard"
-_COLUMNS = (
-    *("phase", "step", "loss", "cosine", "dice", "mask_loss", "iou_loss", "keep_loss"),
-    "learning_rate",
-)
+_COLUMNS = ("phase", "step", "loss", "cosine", "dice", "mask_loss", "iou_loss", "learning_rate")
 _LINES = 20
 """A line of text every so many steps where there is no terminal for a bar."""
 

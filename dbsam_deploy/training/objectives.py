@@ -145,8 +145,7 @@ def set_trained(model: DbSam, how: str) -> list[str]:
 
     Args:
         model: changed in place.
-        how: `paper`, `as_coded`, `none`, `trunk` or `encoder`, see
-            `dbsam_deploy.training.recipe.Phase`.
+        how: `paper`, `as_coded`, `none` or `trunk`, see `dbsam_deploy.training.recipe.Phase`.
 
     Returns:
         Names of the trained parameters.
@@ -159,8 +158,6 @@ def set_trained(model: DbSam, how: str) -> list[str]:
     if how == "trunk":
         names = [name for name, _ in model.image_encoder.named_children() if name != "neck"]
         fixed = ("image_encoder.pos_embed", *(f"image_encoder.{name}." for name in names))
-    if how == "encoder":
-        fixed = ("image_encoder.",)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith(fixed) if fixed else True)
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]

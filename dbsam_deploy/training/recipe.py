@@ -50,7 +50,7 @@ class Phase:
         poly_power: exponent of the polynomial decay.
         freeze: `paper`: ViT blocks and prompt encoder stay as they are; `as_coded`: the official
             code's, the ViT blocks alone; `none`: everything is trained; `trunk`: the encoder up to
-            its neck; `encoder`: all of it.
+            its neck.
         crop_size: side in model-frame pixels of the window an image is trained on; 0: whole frame.
         growth_px: a box grows by uniform 0 to this on each side, at 1024 px scale.
         objects: box prompts of an image.
@@ -99,7 +99,7 @@ class PromptShares:
 
 @dataclass(frozen=True)
 class Refine(Phase):
-    """Prompt encoder, decoder and perhaps the neck, on features that are computed once.
+    """Neck, prompt encoder and decoder on features that are computed once.
 
     Attributes:
         views: augmented images whose features are kept on disk.
@@ -108,8 +108,6 @@ class Refine(Phase):
         pieces: how often a label of several pieces stands for one of them.
         together: how often an object and the one most like it are one, in one box.
         multimask_weight: weight of the best of the three masks of `multimask`.
-        keep_weight: weight of what is lost of the answers to boxes that the weights at the start
-            gave, where they were right; see `refining.keep_losses`.
         ema: decay of the running mean of the weights.
         blend: the phase ends this far between the weights it began with (0) and that mean (1).
         prompts: see `PromptShares`.
@@ -121,7 +119,6 @@ class Refine(Phase):
     pieces: float
     together: float
     multimask_weight: float
-    keep_weight: float
     ema: float
     blend: float
     prompts: PromptShares
@@ -253,14 +250,12 @@ def _check_refine(phase: Refine, where: str) -> None:
     for name in (*parts, "ema"):
         if not 0 <= getattr(phase, name) <= 1 - (name == "ema") * 1e-6:
             raise InputError(f"recipe {where}: {name} = {getattr(phase, name)}, expected 0–1")
-    if phase.views < 1 or min(phase.multimask_weight, phase.keep_weight) < 0:
+    if phase.views < 1 or phase.multimask_weight < 0:
+        raise InputError(f"recipe {where}: expected views above 0 and multimask_weight from 0")
+    if phase.freeze != "trunk" or phase.validate_every or phase.patience:
         raise InputError(
-            f"recipe {where}: expected views above 0, multimask_weight and keep_weight from 0"
-        )
-    if phase.freeze not in ("trunk", "encoder") or phase.validate_every or phase.patience:
-        raise InputError(
-            f'recipe {where}: freeze must be "trunk" or "encoder", validate_every and patience 0: '
-            "features are computed once, and what the phase ends with is a mean of weights"
+            f'recipe {where}: freeze must be "trunk", validate_every and patience 0: features are '
+            "computed once, and what the phase ends with is a mean of weights"
         )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -13,7 +11,6 @@ from torch import Tensor, nn
 from ..core.imaging import FloatArray
 from ..extras import require
 from ..model import DbSam
-from ..model.fitting import StateDict
 from ..verification.cases import deepest_point
 from .clicks import KINDS
 from .live_decoder import LiveDecoder, Prompts
@@ -24,29 +21,20 @@ from .recipe import Refine
 class RefineObjective(nn.Module):
     """Dice + cross-entropy of the single mask, and of the best of the three of `multimask`.
 
-    With `keep_weight` a box's mask is drawn to what the weights at the phase's start say of it,
-    where they are right.
-
     Args:
         model: neck, prompt encoder and decoder are trained.
         phase: weights of the parts.
-        start: what was trained, as it was at the phase's start, where that is not now.
 
     Raises:
         EngineError: MONAI is not installed.
     """
 
-    def __init__(self, model: DbSam, phase: Refine, start: StateDict | None = None) -> None:
+    def __init__(self, model: DbSam, phase: Refine) -> None:
         super().__init__()
-        require("monai.losses", extra="train", what_for="training")
         self.model = model
         self._decode = LiveDecoder(model)
-        self._weights = phase.multimask_weight, phase.iou_weight, phase.keep_weight
-        self._before: DbSam | None = None
-        if phase.keep_weight:
-            self._before = copy.deepcopy(model).requires_grad_(False)
-            self._before.load_state_dict(start or {}, strict=False)
-            self._decode_before = LiveDecoder(self._before)
+        self._weights = phase.multimask_weight, phase.iou_weight
+        require("monai.losses", extra="train", what_for="training")
 
     def forward(self, batch: Batch) -> Losses:
         """Loss of one batch.
@@ -56,8 +44,7 @@ class RefineObjective(nn.Module):
                 in the model frame, `labels` (B, N) of the clicks, `masks` (B, N, 4G, 4G) of 0, 1.
 
         Returns:
-            `loss`, and of it `mask_loss`, `iou_loss` and, with `keep_weight`, `keep_loss`; `dice`,
-            the mean over objects.
+            `loss`, and of it `mask_loss` and `iou_loss`; `dice`, the mean over objects.
         """
         embeddings = self.model.image_encoder.neck(batch["features"])
         parts = [self._of_image(embeddings[i : i + 1], batch, i) for i in range(len(embeddings))]
@@ -72,28 +59,15 @@ class RefineObjective(nn.Module):
         losses = losses.view(len(logits), -1)
         with torch.no_grad():
             dice, true_iou = _overlaps(logits, truth)
-        of_three, of_iou, of_keep = self._weights
+        of_three, of_iou = self._weights
         iou_loss = F.mse_loss(iou, true_iou)
         mask_loss = (losses[:, 0] + of_three * losses[:, 1:].amin(1)).mean()
-        found = {
+        return {
             "loss": mask_loss + of_iou * iou_loss,
             "mask_loss": mask_loss.detach(),
             "iou_loss": iou_loss.detach(),
             "dice": dice[:, 0].mean(),
         }
-        if self._before is not None:
-            kept = self._kept(logits[:, 0], batch, index, prompt)
-            found |= {"loss": found["loss"] + of_keep * kept, "keep_loss": kept.detach()}
-        return found
-
-    def _kept(self, logits: Tensor, batch: Batch, index: int, prompt: Prompts) -> Tensor:
-        """How far the masks (N, H, W) of boxes are from those before; 0 for other prompts."""
-        if self._before is None or prompt.points is not None or prompt.boxes is None:
-            return logits.new_zeros(())
-        with torch.no_grad():
-            embeddings = self._before.image_encoder.neck(batch["features"][index : index + 1])
-            before = self._decode_before(embeddings, prompt)[0][:, 0]
-        return keep_losses(logits, before, batch["masks"][index].float()).mean()
 
     def _prompt(self, embeddings: Tensor, batch: Batch, index: int) -> Prompts:
         kind = KINDS[int(batch["kind"][index])]
@@ -113,24 +87,6 @@ class RefineObjective(nn.Module):
         points = torch.from_numpy(places * step).to(boxes.device)[:, None]
         told = points, torch.from_numpy(labels).to(boxes.device)[:, None]
         return Prompts(boxes, told, first)
-
-
-def keep_losses(logits: Tensor, before: Tensor, truth: Tensor) -> Tensor:
-    """What is lost of earlier answers where they were right.
-
-    Args:
-        logits: (N, H, W) float32.
-        before: (N, H, W) float32, the earlier logits.
-        truth: (N, H, W) of 0 and 1.
-
-    Returns:
-        (N,): the Kullback-Leibler divergence of `logits` from `before` at pixels that `before` has
-        on the right side, summed, over the object's pixels.
-    """
-    target, right = before.sigmoid(), (before > 0) == (truth > 0)
-    lost = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    least = F.binary_cross_entropy_with_logits(before, target, reduction="none")
-    return ((lost - least) * right).sum((1, 2)) / truth.sum((1, 2)).clamp(min=1)
 
 
 def correct(
