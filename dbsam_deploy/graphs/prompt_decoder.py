@@ -169,6 +169,8 @@ class MaskGraph(nn.Module):
     """
 
     image_pe: Tensor
+    up1: nn.Module
+    up2: nn.Module
 
     def __init__(
         self, model: DbSam, mask_tokens: int, *, shared: bool, copied: bool = True
