@@ -13,7 +13,7 @@ from ..extras import require
 from ..model import DbSam
 from ..verification.cases import deepest_point
 from .clicks import KINDS
-from .live_decoder import LiveDecoder, Prompts
+from .live_decoder import LiveDecoder, ObjectPrompts
 from .objectives import Batch, Losses, object_losses
 from .recipe import Refine
 
@@ -69,24 +69,24 @@ class RefineObjective(nn.Module):
             "dice": dice[:, 0].mean(),
         }
 
-    def _prompt(self, embeddings: Tensor, batch: Batch, index: int) -> Prompts:
+    def _prompt(self, embeddings: Tensor, batch: Batch, index: int) -> ObjectPrompts:
         kind = KINDS[int(batch["kind"][index])]
         boxes = batch["boxes"][index]
         clicks = batch["clicks"][index][:, None], batch["labels"][index][:, None]
         if kind == "box":
-            return Prompts(boxes)
+            return ObjectPrompts(boxes)
         if kind == "click":
-            return Prompts(points=clicks)
+            return ObjectPrompts(points=clicks)
         if kind == "box_click":
-            return Prompts(boxes, clicks)
+            return ObjectPrompts(boxes, clicks)
         with torch.no_grad():
-            first = self._decode(embeddings, Prompts(boxes))[0][:, :1]
+            first = self._decode(embeddings, ObjectPrompts(boxes))[0][:, :1]
         found = (first[:, 0] > 0).cpu().numpy()
         step = self.model.config.frame.frame_side // found.shape[-1]
         places, labels = correct(found, batch["masks"][index].cpu().numpy() > 0)
         points = torch.from_numpy(places * step).to(boxes.device)[:, None]
         told = points, torch.from_numpy(labels).to(boxes.device)[:, None]
-        return Prompts(boxes, told, first)
+        return ObjectPrompts(boxes, told, first)
 
 
 def correct(
