@@ -18,7 +18,7 @@ from ..model import DbSam
 
 
 @dataclass(frozen=True)
-class ObjectPrompts:
+class GivenPrompts:
     """What the prompt encoder takes of N objects of one image; see `DbSam.decode`."""
 
     boxes: Tensor | None = None
@@ -53,7 +53,7 @@ class LiveDecoder(nn.Module):
         self._of_image = _Live(model, shared=True)
         self._of_prompt = _Live(model, shared=False)
 
-    def forward(self, embeddings: Tensor, prompts: ObjectPrompts) -> tuple[Tensor, Tensor]:
+    def forward(self, embeddings: Tensor, prompts: GivenPrompts) -> tuple[Tensor, Tensor]:
         """As `DbSam.decode` with `multimask=None`.
 
         Args:
@@ -76,7 +76,7 @@ class _Live(PromptMaskGraph):
         upscale = self.decoder.output_upscaling
         self.up1, self.up2 = _LiveUpscale(upscale[0]), _LiveUpscale(upscale[3])
 
-    def forward(self, embeddings: Tensor, prompts: ObjectPrompts) -> tuple[Tensor, Tensor]:
+    def forward(self, embeddings: Tensor, prompts: GivenPrompts) -> tuple[Tensor, Tensor]:
         """See `LiveDecoder.forward`; with a leading axis of 1."""
         with torch.autocast(embeddings.device.type, enabled=False):
             sparse = self.point_tokens(*prompts.corners_and_points())

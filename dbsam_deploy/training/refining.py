@@ -13,7 +13,7 @@ from ..extras import require
 from ..model import DbSam
 from ..verification.cases import deepest_point
 from .clicks import KINDS
-from .live_decoder import LiveDecoder, ObjectPrompts
+from .live_decoder import GivenPrompts, LiveDecoder
 from .objectives import Batch, Losses, object_losses
 from .recipe import Refine
 
@@ -69,24 +69,24 @@ class RefineObjective(nn.Module):
             "dice": dice[:, 0].mean(),
         }
 
-    def _prompt(self, embeddings: Tensor, batch: Batch, index: int) -> ObjectPrompts:
+    def _prompt(self, embeddings: Tensor, batch: Batch, index: int) -> GivenPrompts:
         kind = KINDS[int(batch["kind"][index])]
         boxes = batch["boxes"][index]
         clicks = batch["clicks"][index][:, None], batch["labels"][index][:, None]
         if kind == "box":
-            return ObjectPrompts(boxes)
+            return GivenPrompts(boxes)
         if kind == "click":
-            return ObjectPrompts(points=clicks)
+            return GivenPrompts(points=clicks)
         if kind == "box_click":
-            return ObjectPrompts(boxes, clicks)
+            return GivenPrompts(boxes, clicks)
         with torch.no_grad():
-            first = self._decode(embeddings, ObjectPrompts(boxes))[0][:, :1]
+            first = self._decode(embeddings, GivenPrompts(boxes))[0][:, :1]
         found = (first[:, 0] > 0).cpu().numpy()
         step = self.model.config.frame.frame_side // found.shape[-1]
         places, labels = correct(found, batch["masks"][index].cpu().numpy() > 0)
         points = torch.from_numpy(places * step).to(boxes.device)[:, None]
         told = points, torch.from_numpy(labels).to(boxes.device)[:, None]
-        return ObjectPrompts(boxes, told, first)
+        return GivenPrompts(boxes, told, first)
 
 
 def correct(

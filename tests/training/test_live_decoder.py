@@ -4,21 +4,21 @@ import pytest
 import torch
 from support.references import check_close, small_model
 
-from dbsam_deploy.training.live_decoder import LiveDecoder, ObjectPrompts
+from dbsam_deploy.training.live_decoder import GivenPrompts, LiveDecoder
 
 BOXES = torch.tensor([[8.0, 8, 90, 80], [20, 30, 60, 70]])
 CLICKS = torch.tensor([[[40.0, 40]], [[30, 50]]]), torch.tensor([[1], [0]])
 
 
-def prompts_of(kind: str, model) -> ObjectPrompts:
+def prompts_of(kind: str, model) -> GivenPrompts:
     side = model.config.frame.mask_side
     torch.manual_seed(1)
     earlier = torch.randn(2, 1, side, side)
     return {
-        "box": ObjectPrompts(BOXES),
-        "click": ObjectPrompts(points=CLICKS),
-        "box_click": ObjectPrompts(BOXES, CLICKS),
-        "correction": ObjectPrompts(BOXES, CLICKS, earlier),
+        "box": GivenPrompts(BOXES),
+        "click": GivenPrompts(points=CLICKS),
+        "box_click": GivenPrompts(BOXES, CLICKS),
+        "correction": GivenPrompts(BOXES, CLICKS, earlier),
     }[kind]
 
 
@@ -67,5 +67,5 @@ def test_coordinates_stay_exact_under_autocast(model) -> None:
     live._of_image.predict = lambda image, sparse: (tokens.append(sparse), keep(image, sparse))[1]
     for enabled in (False, True):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            live(embeddings, ObjectPrompts(BOXES))
+            live(embeddings, GivenPrompts(BOXES))
     assert torch.equal(*tokens)
