@@ -38,6 +38,7 @@ VALUES = {
     "place": f" --server-env {FOLDER}",
     "shlex.quote(str(artefact.folder))": EXPORT,
     "shlex.quote(str(folder))": FOLDER,
+    "shlex.quote(str(found.folder))": EXPORT,
     "shlex.quote(str(output))": FOLDER,
     "shlex.quote(str(path))": FOLDER,
     "shlex.quote(str(repository))": FOLDER,

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import mmap
 from contextlib import suppress
+from pathlib import Path
 
 _TRIM, _MMAP = -1, -3
 """`M_TRIM_THRESHOLD` and `M_MMAP_THRESHOLD` of <malloc.h>."""
 _KEPT_BLOCKS = 4
+LARGE = 2 << 30
 
 
 def reuse_blocks(nbytes: int) -> None:
@@ -24,13 +27,21 @@ def reuse_blocks(nbytes: int) -> None:
         mallopt(_TRIM, _KEPT_BLOCKS * nbytes)
 
 
-def give_back() -> None:
-    """Return memory to the system that nothing uses: cyclic garbage, and what was freed.
+def give_back(*, above: int = LARGE) -> None:
+    """Return memory to Linux that nothing uses: cyclic garbage, and what was freed.
 
     glibc itself returns what is freed at the top of its heap alone. After the traces of `db_sam`'s
     graphs 0.7 GB were left, and as much as its weights take in objects that hold each other.
+
+    Args:
+        above: bytes that the process must have for it; to look for garbage takes half a second.
     """
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return
+    if pages * mmap.PAGESIZE <= above:
+        return
     gc.collect()
-    # Others than glibc have no such call, and Windows no library of this name
-    with suppress(AttributeError, OSError, TypeError):
+    with suppress(AttributeError):  # a C library without it
         ctypes.CDLL(None).malloc_trim(0)

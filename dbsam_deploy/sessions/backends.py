@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +152,7 @@ def _auto(options: ModelOptions, device: str) -> Opened:
     if record is None:
         raise EngineError(
             f"no runtime was tried on {found.folder} on this machine: run "
-            f"`python -m dbsam_deploy.doctor --artefact {found.folder}` first"
+            f"`python -m dbsam_deploy.doctor --artefact {shlex.quote(str(found.folder))}` first"
         )
     chosen = dataclasses.replace(
         options, backend=record.chosen.backend, runtime_precision=record.chosen.runtime_precision

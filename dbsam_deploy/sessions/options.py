@@ -80,7 +80,7 @@ def _add_runtime_precision(model: argparse._ArgumentGroup) -> None:
         choices=RUNTIME_PRECISIONS,
         help="what the runtime computes in where the artefact is not quantised; bfloat16-decoders: "
         "only decoders whose masks keep the export's gate on this machine, which `python -m "
-        "dbsam_deploy.doctor --artefact` measures "
+        "dbsam_deploy.doctor --artefact DIR` measures "
         f"({names_with('runtime_precision')}; default: {RUNTIME_PRECISIONS[0]})",
     )
 

@@ -7,6 +7,7 @@ on. Another processor, runtime or export has another record.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -22,7 +23,7 @@ from ..machine.hardware import cpuinfo, describe_hardware, installed_versions, p
 _DECIDING = ("dbsam-deploy", "numpy", "onnxruntime", "openvino")
 _KIND = ManifestKind(
     "a record of tried runtimes",
-    "delete it, and try again with `python -m dbsam_deploy.doctor --artefact`",
+    "delete it, and try again with `python -m dbsam_deploy.doctor --artefact DIR`",
     InputError,
     version=1,
 )
@@ -158,7 +159,7 @@ def lowered_graphs(artefact: Artefact, threads: int | None = None) -> tuple[str,
     record = find_record(artefact, threads)
     trial = None if record is None else record.of("openvino", "bfloat16-decoders")
     if trial is None or not (trial.passes or (record and record.every)):
-        measure = f"python -m dbsam_deploy.doctor --artefact {artefact.folder}"
+        measure = f"python -m dbsam_deploy.doctor --artefact {shlex.quote(str(artefact.folder))}"
         raise EngineError(
             f"whether {artefact.folder} keeps its gate with bfloat16 decoders on this machine was "
             f"not measured: run `{measure}` first, or drop --runtime-precision"

@@ -37,8 +37,8 @@ blocks = [bytes(8000) for _ in range(20_000)]
 last = blocks.pop()  # holds the end of the heap
 full = resident_bytes()
 del blocks
-if sys.argv[1] == "give back":
-    give_back()
+if sys.argv[1] != "leave":
+    give_back(above=int(sys.argv[1]) << 20)
 print((full - resident_bytes()) >> 20)
 """
 
@@ -63,7 +63,7 @@ def test_a_freed_block_is_not_mapped_anew():
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap")
 def test_what_lies_between_blocks_in_use_is_given_back():
     freed = {}
-    for how in ("leave", "give back"):
+    for how in ("leave", "1000", "100"):
         ended = subprocess.run(
             [sys.executable, "-c", _LEFT, how],
             capture_output=True,
@@ -73,4 +73,5 @@ def test_what_lies_between_blocks_in_use_is_given_back():
         )
         freed[how] = int(ended.stdout)
     assert freed["leave"] < 20, "as glibc does by itself"
-    assert freed["give back"] > 140, "of 152 MiB"
+    assert freed["1000"] < 20, "a smaller process is left alone"
+    assert freed["100"] > 140, "of 152 MiB"

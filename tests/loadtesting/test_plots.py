@@ -19,7 +19,7 @@ def tally(latencies_ms: list[float], late: int = 0) -> Tally:
 
 
 @pytest.mark.parametrize("clicks", [[], [40.0, 50.0]], ids=["none", "of one kind"])
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_what_was_not_answered_has_no_line_and_stops_no_page(tmp_path, clicks):
     points = [
         LoadPoint("click", "grpc", Load(concurrency=1), tally(clicks), None),
