@@ -19,7 +19,11 @@ from ..files.inputs import key_of
 from ..files.manifests import Body, ManifestKind
 from ..files.private import cache_folder, private_folder
 from ..machine.hardware import cpuinfo, describe_hardware, installed_versions, processor
+from ..recipe import load_recipe
 
+MARGIN = 0.1
+"""Of what a gate lets be lost, a runtime leaves this share: the images are few, and what is at the
+floor on these is below it on others."""
 _DECIDING = ("dbsam-deploy", "numpy", "onnxruntime", "openvino")
 _KIND = ManifestKind(
     "a record of tried runtimes",
@@ -109,7 +113,7 @@ def record_key(artefact: Artefact, threads: int | None = None) -> str:
             **files,
             **installed_versions(_DECIDING),
             "answers": "none" if artefact.answers is None else artefact.answers.sha256,
-            "precision": artefact.precision,
+            "gate": f"{load_recipe(artefact.precision).gate}, margin {MARGIN}",
             "processor": processor(cpuinfo()),
             "cores": str(describe_hardware().cores),
             "threads": str(threads),

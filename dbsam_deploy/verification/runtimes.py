@@ -22,7 +22,7 @@ from ..machine.hardware import cpuinfo, has_bfloat16
 from ..recipe import Gate, load_recipe
 from ..sessions.onnxruntime_session import OnnxRuntimeSession
 from ..sessions.session import Session
-from ..sessions.trial_records import Record, Trial, find_record, keep_record
+from ..sessions.trial_records import MARGIN, Record, Trial, find_record, keep_record
 from .answers import read_answers
 from .cases import Case
 from .parity import GateMasks, ask, cosine, dice, prompt_agreement
@@ -39,9 +39,6 @@ _CANDIDATES: tuple[tuple[str, str | None], ...] = (
     ("openvino", "bfloat16-decoders"),
     ("openvino", "bfloat16"),
 )
-MARGIN = 0.1
-"""Of what a gate lets be lost, a runtime leaves this share: the images are few, and what is at the
-floor on these is below it on others."""
 _ROUNDS, _SECONDS = 5, 0.4
 """A question is timed at most so often, and repeated at most for so long."""
 

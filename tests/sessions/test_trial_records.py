@@ -50,7 +50,7 @@ def test_an_export_that_cannot_be_written_has_its_record_in_the_cache(
     assert find_record(export) == RECORD
 
 
-@pytest.mark.parametrize("what", ["threads", "processor", "version", "graph", "precision"])
+@pytest.mark.parametrize("what", ["threads", "processor", "version", "graph", "gate", "margin"])
 def test_another_machine_or_export_has_another(
     export: Artefact, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
@@ -62,8 +62,10 @@ def test_another_machine_or_export_has_another(
         monkeypatch.setattr(trial_records, "cpuinfo", lambda: "flags : sse2")
     elif what == "version":
         monkeypatch.setattr(trial_records, "installed_versions", lambda names: {"openvino": "1"})
-    elif what == "precision":
-        export = dataclasses.replace(export, precision="fp16")
+    elif what == "gate":
+        export = dataclasses.replace(export, precision="int8")
+    elif what == "margin":
+        monkeypatch.setattr(trial_records, "MARGIN", 0.2)
     else:
         other = dataclasses.replace(export.graphs["decoder"], sha256="0" * 64)
         export = dataclasses.replace(export, graphs={**export.graphs, "decoder": other})

@@ -1,6 +1,6 @@
 """What more of it costs: time and memory against boxes, images, slices, and an image's pixels.
 
-    python benchmarks/timing/growth.py EXPORT... --plot growth.png
+    python benchmarks/compare_counts.py EXPORT... --plot growth.png
 
 Each figure is of a process of its own, in which another image was asked before; its masks are
 checked first: boxes and images against the same asked alone, bit for bit, slices and large images
@@ -30,7 +30,7 @@ import dbsam_deploy as db
 from dbsam_deploy.loadtesting.work import drawn_subject
 from dbsam_deploy.verification.parity import dice
 
-TESTS = Path(__file__).resolve().parents[2] / "tests"
+TESTS = Path(__file__).resolve().parents[1] / "tests"
 LEAST_DICE = 0.9
 """With what was drawn; the shipped model has 0.97 or more."""
 SLICE_SIDE = 256
