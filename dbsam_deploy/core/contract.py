@@ -102,8 +102,7 @@ def check_image_size(image_size: int, step: int = PATCH_SIZE) -> int:
     whole = hasattr(image_size, "__index__") and not isinstance(image_size, bool)
     if not whole or image_size % step or not 64 <= image_size <= 2048:
         raise InputError(
-            f"image size {image_size!r}: expected a multiple of {step} from 64 to 2048 "
-            "(SAM uses 1024)"
+            f"image size {image_size!r}: expected a multiple of {step} from 64 to 2048"
         )
     return image_size
 

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
 
 from ..artefact import find_export, read_artefact
@@ -28,20 +29,21 @@ def tried_runtimes(folder: Path, *, again: bool) -> Record:
     return runtime_record(artefact, Place(), say_on_stderr, every=True, again=again)
 
 
-def trials_table(record: Record) -> Table:
-    """A row for each runtime."""
-    table = Table(
-        caption="against PyTorch: Dice of masks, mean / 5th percentile; "
-        f"tried in {record.seconds} s",
-    )
-    table.add_column("runtime")
+def trials_table(record: Record) -> Group:
+    """A row for each runtime; below, what was found of its masks, for which no column has room."""
+    table = Table()
+    table.add_column("runtime", no_wrap=True)
     for column in ("image", "1 box", "a further one"):
         table.add_column(f"{column}, ms", justify="right")
-    table.add_column("usable", no_wrap=True)
-    table.add_column("why")
+    table.add_column("usable")
     for trial in record.trials:
-        table.add_row(trial.name, *_times(trial), "yes" if trial.passes else "no", trial.verdict)
-    return table
+        table.add_row(trial.name, *_times(trial), "yes" if trial.passes else "no")
+    return Group(
+        table,
+        "against PyTorch (Dice of masks, mean / 5th percentile):",
+        *(f"  {trial.name}: {trial.verdict}" for trial in record.trials),
+        f"tried in {record.seconds} s",
+    )
 
 
 def _times(trial: Trial) -> list[str]:
