@@ -39,6 +39,7 @@ from .training.loop import Outlet, PhaseRun, Validate, run_phase
 from .training.material import Material, gather
 from .training.objectives import EmbeddingObjective, MaskObjective, set_trained
 from .training.preparation import (
+    BankKeeper,
     calibrate,
     prepare_banks,
     prepare_examples,
@@ -180,19 +181,17 @@ def _lessons(
     run: _Run, name: str, phase: Phase, journal: Journal
 ) -> tuple[Dataset[Example], torch.nn.Module]:
     """Examples of a phase and what is minimised on them."""
-    recipe, model, folder = run.recipe, run.loaded.model, run.options.output
-    settings: dict[str, Any] = {"accelerator": run.accelerator, "counter": journal.counter}
+    recipe, model = run.recipe, run.loaded.model
+    keeper = BankKeeper(run.options.output, run.accelerator, journal.counter)
     if isinstance(phase, Refine):
-        features = prepare_features(
-            recipe, phase, run.material, model=run.loaded, folder=folder, **settings
-        )
+        features = prepare_features(recipe, phase, run.material, run.loaded, keeper)
         return features, RefineObjective(model, phase)
     if name == "tune":
         images = prepare_examples(recipe, phase, run.material, None, run.loaded.preprocessing)
         return images, MaskObjective(model, phase.iou_weight)
     teacher = load_model(variant=recipe.teacher, checkpoint=run.options.teacher_weights)
     teacher.model.to(run.accelerator.device)
-    banks = prepare_banks(recipe, phase, run.material, teacher=teacher, folder=folder, **settings)
+    banks = prepare_banks(recipe, phase, run.material, teacher, keeper)
     windows = prepare_examples(recipe, phase, run.material, banks, run.loaded.preprocessing)
     return windows, EmbeddingObjective(model, phase.crop_size, banks.variance())
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from ..core.masks import Prediction
 from ..core.prompts import PromptArrays
 from .calls import CHANNEL, BoxOptions, load_library
-from .exchange import Exchange, Exchanges, Returned
+from .exchange import Exchanges, carry_out
 from .known_images import KnownImage, KnownPrompts
 from .retries import ServerRequest
 
@@ -54,21 +54,21 @@ class AsyncDbsamClient(Exchanges):
         self, image: npt.NDArray[Any], boxes: npt.NDArray[Any], **options: Unpack[BoxOptions]
     ) -> Prediction:
         """See `DbsamClient.segment`."""
-        return await _finish(self._boxes(image, boxes, **options))
+        return await carry_out(self._boxes(image, boxes, **options), _awaited)
 
     async def segment_prompts(
         self, image: npt.NDArray[Any], *, multimask: bool = False, **prompts: Unpack[PromptArrays]
     ) -> Prediction:
         """See `DbsamClient.segment_prompts`."""
-        return await _finish(self._prompts(image, multimask=multimask, **prompts))
+        return await carry_out(self._prompts(image, multimask=multimask, **prompts), _awaited)
 
     async def open(self, image: npt.NDArray[Any]) -> AsyncOpenImage:
         """See `DbsamClient.open`."""
-        return AsyncOpenImage(self, await _finish(self._open(image)))
+        return AsyncOpenImage(self, await carry_out(self._open(image), _awaited))
 
     async def close(self) -> None:
         """See `DbsamClient.close`."""
-        await _finish(self._closing())
+        await carry_out(self._closing(), _awaited)
 
     async def __aenter__(self) -> Self:
         return self
@@ -85,20 +85,8 @@ class AsyncOpenImage:
 
     async def predict(self, **asked: Unpack[KnownPrompts]) -> Prediction:
         """See `client.OpenImage.predict`."""
-        return await _finish(self._client._known_prompts(self.known, **asked))
+        return await carry_out(self._client._known_prompts(self.known, **asked), _awaited)
 
 
-async def _finish(exchange: Exchange[Returned]) -> Returned:
-    """Run an exchange to its end by awaiting what it yields."""
-    try:
-        call = next(exchange)
-        while True:
-            try:
-                answer = await call()
-            except BaseException as error:
-                call = exchange.throw(error)
-            else:
-                call = exchange.send(answer)
-    except StopIteration as end:
-        result: Returned = end.value
-        return result
+async def _awaited(call: Callable[[], Any]) -> Any:
+    return await call()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, Self, Unpack
 
 import numpy.typing as npt
@@ -11,7 +12,7 @@ from ..core.masks import Prediction
 from ..core.points import PointRules
 from ..core.prompts import PromptArrays
 from .calls import CHANNEL, BoxOptions
-from .exchange import Exchange, Exchanges, Returned
+from .exchange import Exchange, Exchanges, Returned, carry_out
 from .http_connection import HttpConnection
 from .known_images import KnownImage, KnownPrompts
 
@@ -178,16 +179,14 @@ class OpenImage:
 
 
 def _finish(exchange: Exchange[Returned]) -> Returned:
-    """Run an exchange to its end by calling what it yields."""
+    """Run an exchange to its end by calling what it yields, in a coroutine that never waits."""
     try:
-        call = next(exchange)
-        while True:
-            try:
-                answer = call()
-            except BaseException as error:
-                call = exchange.throw(error)
-            else:
-                call = exchange.send(answer)
+        carry_out(exchange, _called).send(None)
     except StopIteration as end:
         result: Returned = end.value
         return result
+    raise AssertionError("unreachable: nothing in it awaits")
+
+
+async def _called(call: Callable[[], Any]) -> Any:
+    return call()

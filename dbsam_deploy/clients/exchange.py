@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Awaitable, Callable, Generator, Mapping
 from functools import partial
 from typing import Any, TypeVar, Unpack
 
@@ -91,6 +91,24 @@ def _claim_grpc() -> None:
             "survive that: start processes by `spawn`, make the first client after the fork, or "
             "use transport http"
         )
+
+
+async def carry_out(
+    exchange: Exchange[Returned], answer: Callable[[Callable[[], Any]], Awaitable[Any]]
+) -> Returned:
+    """Run an exchange to its end; `answer` gives or raises what a call of the transport does."""
+    try:
+        call = next(exchange)
+        while True:
+            try:
+                answered = await answer(call)
+            except BaseException as error:
+                call = exchange.throw(error)
+            else:
+                call = exchange.send(answered)
+    except StopIteration as end:
+        result: Returned = end.value
+        return result
 
 
 class Exchanges(ABC):

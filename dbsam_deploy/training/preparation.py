@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,15 +32,34 @@ Counter = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
 """(what, how many) → a context that yields what advances a progress bar by one."""
 
 
+@dataclass(frozen=True)
+class BankKeeper:
+    """Where banks are kept, and who fills them.
+
+    Attributes:
+        folder: where banks are kept.
+        accelerator: its processes share the work.
+        counter: for progress.
+    """
+
+    folder: Path
+    accelerator: Accelerator
+    counter: Counter
+
+    def fill(self, files: NumberedFiles, make: Make, what: str) -> None:
+        """Fill this process's share of the files."""
+        ours = self.accelerator
+        mine = range(ours.process_index, files.count, ours.num_processes)
+        with self.counter(what, len(mine)) as advance:
+            files.fill(mine, make, advance)
+
+
 def prepare_banks(
     recipe: TrainingRecipe,
     phase: Phase,
     material: Material,
-    *,
     teacher: LoadedModel,
-    folder: Path,
-    accelerator: Accelerator,
-    counter: Counter,
+    keeper: BankKeeper,
 ) -> Banks:
     """The teacher's embeddings of `recipe.bank_images` images, computed where they are missing.
 
@@ -48,9 +68,7 @@ def prepare_banks(
         phase: which kinds of images in which shares.
         material: the images.
         teacher: on the device it shall run on.
-        folder: where banks are kept.
-        accelerator: the processes share the work.
-        counter: for progress.
+        keeper: of the banks.
 
     Raises:
         InputError: the teacher's embeddings have another size than the student's.
@@ -60,21 +78,12 @@ def prepare_banks(
     for kind, share in shares(phase).items():
         draws = Draws(material.mixture({kind: 1.0}), recipe.augmentation, recipe.seed)
         count = max(1, round(recipe.bank_images * share))
-        bank = open_bank(folder, teacher, draws, count)
-        make = embeddings_by(teacher, draws, accelerator.autocast)
-        _fill(bank, make, f"teacher on {kind} images", accelerator, counter)
+        bank = open_bank(keeper.folder, teacher, draws, count)
+        make = embeddings_by(teacher, draws, keeper.accelerator.autocast)
+        keeper.fill(bank, make, f"teacher on {kind} images")
         parts.append(bank)
-    accelerator.wait_for_everyone()
+    keeper.accelerator.wait_for_everyone()
     return Banks(tuple(parts))
-
-
-def _fill(
-    files: NumberedFiles, make: Make, what: str, accelerator: Accelerator, counter: Counter
-) -> None:
-    """Fill this process's share of the files."""
-    mine = range(accelerator.process_index, files.count, accelerator.num_processes)
-    with counter(what, len(mine)) as advance:
-        files.fill(mine, make, advance)
 
 
 def _check_grids(recipe: TrainingRecipe, teacher: LoadedModel) -> None:
@@ -113,11 +122,8 @@ def prepare_features(
     recipe: TrainingRecipe,
     phase: Refine,
     material: Material,
-    *,
     model: LoadedModel,
-    folder: Path,
-    accelerator: Accelerator,
-    counter: Counter,
+    keeper: BankKeeper,
 ) -> RefineExamples:
     """Examples of the phase `refine`, after the encoder has run where its features are missing.
 
@@ -126,18 +132,16 @@ def prepare_features(
         phase: which kinds of images in which shares, how many, and the prompts.
         material: the images.
         model: on the device it shall run on.
-        folder: where features are kept.
-        accelerator: the processes share the work.
-        counter: for progress.
+        keeper: of the features.
 
     Raises:
         InputError: an encoder without a neck of its own.
     """
     draws = Draws(material.mixture(shares(phase)), recipe.augmentation, recipe.seed)
-    bank = open_feature_bank(folder, model, draws, phase.views)
-    make = features_by(model, draws, accelerator.autocast)
-    _fill(bank, make, "features of images", accelerator, counter)
-    accelerator.wait_for_everyone()
+    bank = open_feature_bank(keeper.folder, model, draws, phase.views)
+    make = features_by(model, draws, keeper.accelerator.autocast)
+    keeper.fill(bank, make, "features of images")
+    keeper.accelerator.wait_for_everyone()
     return RefineExamples(bank, model.preprocessing, phase, recipe.seed)
 
 

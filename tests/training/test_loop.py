@@ -24,7 +24,7 @@ from dbsam_deploy.model.weights import load_model
 from dbsam_deploy.resources import resource_dir
 from dbsam_deploy.train import STATE_NAME, TrainOptions, main, train
 from dbsam_deploy.training.loop import learning_rate
-from dbsam_deploy.training.preparation import prepare_banks
+from dbsam_deploy.training.preparation import BankKeeper, prepare_banks
 from dbsam_deploy.training.recipe import load_training_recipe
 from dbsam_deploy.verification.cases import bundled_examples
 
@@ -281,6 +281,4 @@ def test_sam2_teaches_no_other_model() -> None:
     recipe = SimpleNamespace(teacher="sam2_hiera_tiny")
     teacher = SimpleNamespace(preprocessing=Preprocessing(1024, "sam2", high_res=True))
     with pytest.raises(InputError, match="SAM 2's embedding is one of three parts"):
-        prepare_banks(
-            recipe, None, None, teacher=teacher, folder=Path("bank"), accelerator=None, counter=None
-        )
+        prepare_banks(recipe, None, None, teacher, BankKeeper(Path("bank"), None, None))
