@@ -204,11 +204,14 @@ class TritonFront:
             self._counts[what] += by
 
     def _tell(self) -> None:
+        with suppress(Exception):  # it takes shared memory too
+            self._metrics.tell(self._values)
+
+    def _values(self) -> dict[str, int]:
         with self._lock:
             values = dict(self._counts)
         in_flight = values.pop(IN_FLIGHT, 0)
         cache = asdict(self._cache.counts)
         values.update({CACHE_METRICS[name]: cache[name] for name in cache})
-        with suppress(Exception):  # it takes shared memory too
-            # The last one last: once nothing is in flight, the others are told.
-            self._metrics.tell({**values, IN_FLIGHT: in_flight})
+        # The last one last: once nothing is in flight, the others are told.
+        return {**values, IN_FLIGHT: in_flight}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 REQUESTS = "dbsam_requests_total"
@@ -62,10 +62,14 @@ class FrontMetrics:
         for name in _GAUGES:
             self._metrics[name].set(0)
 
-    def tell(self, values: Mapping[str, int]) -> None:
-        """Bring Triton's values up to these, which never fall for counters."""
+    def tell(self, values: Callable[[], Mapping[str, int]]) -> None:
+        """Bring Triton's values up to these, which never fall for counters.
+
+        Args:
+            values: the values now; asked for when no other thread is telling older ones.
+        """
         with self._lock:
-            for name, value in values.items():
+            for name, value in values().items():
                 change = value - self._told[name]
                 if name in _GAUGES and change:
                     self._metrics[name].set(value)

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..files.atomic import locked
+from ..files.atomic import is_file_at, locked
 
 STUB = "triton_python_backend_stub"
 STOPPED, DEAD = frozenset("Tt"), frozenset("ZX")
@@ -25,6 +25,7 @@ SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Linux keeps POSIX shared 
 _PREFIX, _LOCK = "dbsam_", "lock"
 _PROC = Path("/proc")
 _KILLED_S = 5.0
+_CLAIM_S = 0.01
 # Becomes the server's process. The kernel ends it when this process's thread ends in any way, also
 # by SIGKILL. Its stubs see that too late, or never while they are stopped: so a shell of the same
 # group ends them all when the pipe from this process breaks. Between fork and exec, in a process
@@ -211,9 +212,12 @@ def claim_shared_memory(prefix: str) -> int:
     left can be told from what a living one uses, in other containers too.
     """
     path = SHARED_MEMORY / f"{prefix}{_LOCK}"
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    locked(handle)
-    return handle
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        if locked(handle) and is_file_at(handle, path):
+            return handle
+        os.close(handle)  # another server began meanwhile and takes it for one that was left
+        time.sleep(_CLAIM_S)
 
 
 def free_shared_memory(prefix: str) -> None:
@@ -238,7 +242,7 @@ def free_left_shared_memory() -> list[str]:
         except OSError:
             continue  # another user's
         try:
-            if locked(handle):
+            if locked(handle) and is_file_at(handle, path):
                 free_shared_memory(prefix)
                 found.append(prefix)
         finally:

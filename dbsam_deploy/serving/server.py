@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import time
 import uuid
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,6 +14,7 @@ from ..core.bls import STAGES_VARIABLE
 from ..core.errors import InputError, ServingError
 from ..core.front import DRAINING
 from .control import Control, new_key, requests_in_flight, restriction
+from .drain import unsent_bytes, wait_until_answered
 from .environment import ServerEnvironment
 from .known_answer import compare
 from .ports import LOOPBACK, Ports, network_warning, reserve
@@ -46,8 +46,6 @@ from .stages import new_ending, rename_stages, renamed_path
 
 LITTLE_MIB = 512
 """Less shared memory than this is said in the log."""
-_IDLE_LOOKS = 3
-"""A request on its way to the models is counted a moment later."""
 _DEAD_WHILE_LOADING_S = 5.0
 _GIVES_UP = "Waiting for in-flight requests to complete."
 """What Triton says before it is ready only if a model did not load; ending takes it seconds."""
@@ -349,7 +347,7 @@ class TritonServer:
         return f"tritonserver ended {how}{why} (whole log: {self.log})"
 
     def drain(self) -> bool:
-        """Let the models refuse what is new and wait for what was accepted, at most `grace_s`.
+        """Let the models refuse what is new, wait until clients have what was accepted: `grace_s`.
 
         Returns:
             Whether all accepted requests were answered.
@@ -357,14 +355,14 @@ class TritonServer:
         if self._runtime is None:
             return True
         (self._runtime / CONTROL / DRAINING).touch()
-        deadline, idle = time.monotonic() + self.grace_s, 0
-        while idle < _IDLE_LOOKS and not self.has_ended:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.05)
-            with suppress(ServingError):
-                idle = 0 if requests_in_flight(self.metrics_url) else idle + 1
-        return True
+        return wait_until_answered(self._is_answering, lambda: self.has_ended, self.grace_s)
+
+    def _is_answering(self) -> bool:
+        try:
+            at_work = requests_in_flight(self.metrics_url)
+        except ServingError:  # too busy to say so
+            return True
+        return at_work > 0 or unsent_bytes({self.ports.http, self.ports.grpc}) > 0
 
     def stop(self) -> None:
         """Stop the server at once, remove its folder and shared memory; harmless when stopped.

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tritonclient.grpc as grpc
@@ -51,13 +52,19 @@ def ask_grpc(
     client: grpc.InferenceServerClient, image: np.ndarray, timeout_s: float, *, times: int = 1
 ) -> np.ndarray:
     """Masks of the probe's box, asked for so many times at once; nothing is sent again."""
+    inputs = inputs_of(grpc, image, times)
+    return client.infer("dbsam", inputs, client_timeout=timeout_s).as_numpy("masks")
+
+
+def inputs_of(way: Any, image: np.ndarray, times: int) -> list[Any]:
+    """The probe's box on an image, so many times, as inputs of `tritonclient.grpc` or `.http`."""
     asked, inputs = question("dbsam", image, 0), []
     asked[BOXES] = np.repeat(asked[BOXES], times, axis=0)
     for name, array in asked.items():
-        tensor = grpc.InferInput(name, list(array.shape), TRITON_TYPES[str(array.dtype)])
+        tensor = way.InferInput(name, list(array.shape), TRITON_TYPES[str(array.dtype)])
         tensor.set_data_from_numpy(array)
         inputs.append(tensor)
-    return client.infer("dbsam", inputs, client_timeout=timeout_s).as_numpy("masks")
+    return inputs
 
 
 @dataclass
