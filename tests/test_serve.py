@@ -100,6 +100,7 @@ class SlowReader(threading.Thread):
     """An HTTP client that reads its answer once others have theirs, a moment later."""
 
     def __init__(self, url: str, image: np.ndarray, times: int) -> None:
+        """Return once its answer waits for it."""
         super().__init__()
         self.others: list[threading.Thread] = []
         self.read = 0
@@ -109,6 +110,7 @@ class SlowReader(threading.Thread):
         headers = {"Inference-Header-Content-Length": str(start)}
         self.connection = HTTPConnection(url)
         self.connection.request("POST", "/v2/models/dbsam/infer", body, headers)
+        assert wait_until(lambda: unsent_bytes({self.connection.port}) > 0, 60)
 
     def run(self) -> None:
         for other in self.others:
@@ -124,15 +126,14 @@ def test_sigterm_lets_accepted_requests_finish_and_refuses_new_ones(
 ):
     image = np.random.default_rng().integers(0, 256, (400, 400, 3), dtype=np.uint8)
     masks = (256, 400, 400)  # quickly sent, and some time in the decoder
-    answers, refusals = [], []
+    answers, refusals, late = [], [], []
 
     def ask() -> None:
-        client = grpc.InferenceServerClient(told["gRPC"])
-        try:
-            answers.append(ask_grpc(client, image, 60, times=masks[0]).shape)
-        except grpc.InferenceServerException as error:
-            answers.append(error.message())
-        client.close()
+        with closing(grpc.InferenceServerClient(told["gRPC"])) as client:
+            try:
+                answers.append(ask_grpc(client, image, 60, times=masks[0]).shape)
+            except grpc.InferenceServerException as error:
+                answers.append(error.message())
 
     def ask_late(client: grpc.InferenceServerClient) -> None:
         try:
@@ -144,37 +145,30 @@ def test_sigterm_lets_accepted_requests_finish_and_refuses_new_ones(
         assert Path(told["key"]).stat().st_mode & 0o777 == 0o600
         check = ["--check", told["HTTP"], "--repository", str(served_copy.folder)]
         assert run(serve.main, check) == 0
+        metrics = urlsplit(told["metrics"]).netloc
         client = grpc.InferenceServerClient(told["gRPC"])
         ask_grpc(client, probe_image(), 60)  # connected before the server begins to stop
         reader = SlowReader(told["HTTP"], image, masks[0])
-        assert wait_until(lambda: unsent_bytes({int(told["HTTP"].rpartition(":")[2])}), 60)
-        metrics = urlsplit(told["metrics"]).netloc
         assert wait_until(lambda: requests_in_flight(metrics) == 0)
-        threads = [threading.Thread(target=ask) for _ in range(8)]
-        for thread in threads:
+        reader.others = [threading.Thread(target=ask) for _ in range(8)]
+        for thread in (*reader.others, reader):
             thread.start()
         assert wait_until(lambda: requests_in_flight(metrics) >= 4)
-        reader.others = threads
-        reader.start()
         process.send_signal(signal.SIGTERM)
-        late = []  # one may still be accepted, and then waits for those before it
-        while process.poll() is None:
+        while process.poll() is None:  # one may still be accepted and wait for those before it
             late.append(threading.Thread(target=ask_late, args=(client,)))
             late[-1].start()
             time.sleep(0.05)
-        for thread in late:
+        for thread in (*late, *reader.others, reader):
             thread.join()
         client.close()
         assert process.wait(60) == 0
-        for thread in (*threads, reader):
-            thread.join()
-    given = answers.count(masks)
-    assert given >= 4
+    assert (given := answers.count(masks)) >= 4
     refused = [one for one in answers if one != masks and "stopping: this server takes" in one]
     assert given + len(refused) == len(answers) == 8, f"all of {answers} are whole, none hangs"
     assert reader.read > np.prod(masks)
     assert {status for status, _ in refusals} == {"StatusCode.UNAVAILABLE"}
-    assert [text for _, text in refusals if "stopping: this server takes no more" in text], refusals
+    assert any("stopping: this server takes no more" in text for _, text in refusals), refusals
     assert not Path(told["key"]).exists()
 
 

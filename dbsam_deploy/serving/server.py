@@ -40,15 +40,17 @@ from .runtime import (
     remove_left_runtimes,
     server_variables,
 )
-from .server_log import ServerLog
+from .server_log import ServerLog, reason_in
 from .snapshot import take_snapshot
 from .stages import new_ending, rename_stages, renamed_path
 
 LITTLE_MIB = 512
 """Less shared memory than this is said in the log."""
-_DEAD_WHILE_LOADING_S = 5.0
+_DEAD_WHILE_LOADING_S, _STARTS = 5.0, 3
 _GIVES_UP = "Waiting for in-flight requests to complete."
 """What Triton says before it is ready only if a model did not load; ending takes it seconds."""
+_STARVED = ("interprocess::lock_exception", "is not healthy")
+"""Triton 24.10 where a model's process, on a busy machine, kept it waiting at a lock for 10 s."""
 
 
 class TritonServer:
@@ -181,11 +183,21 @@ class TritonServer:
             self.known_answers = copied.known_answers
             lay_out(self.environment, self._runtime)
             self._say_what_is_little()
-            self._launch()
+            self._launch_patiently()
         except BaseException:
             self.stop()
             raise
         return self
+
+    def _launch_patiently(self) -> None:
+        for left in reversed(range(_STARTS)):
+            try:
+                return self._launch()
+            except ServingError as error:
+                if not left or not any(word in error.message for word in _STARVED):
+                    raise
+                self.event(f"{error.message}; this machine is busy: starting again")
+            self._end()
 
     def _remove_leftovers(self) -> None:
         memory = [f"{SHARED_MEMORY / prefix}*" for prefix in free_left_shared_memory()]
@@ -272,9 +284,7 @@ class TritonServer:
             if has_ended(process):
                 raise ServingError(self.why_ended(loading=True))
             if _GIVES_UP in self.log_text():
-                raise ServingError(
-                    f"tritonserver cannot load its models: {self._reason()} (whole log: {self.log})"
-                )
+                raise ServingError(f"tritonserver cannot load its models: {self._reason()}")
             if is_up(self.http_url):
                 self.check()
                 return
@@ -284,24 +294,15 @@ class TritonServer:
                 dead_since = now
             elif now - dead_since > _DEAD_WHILE_LOADING_S:
                 raise ServingError(
-                    f"the process of a model ended while it was loaded: {self._reason()} "
-                    f"(whole log: {self.log})"
+                    f"the process of a model ended while it was loaded: {self._reason()}"
                 )
             if now - start > self._start_timeout_s:
-                raise ServingError(
-                    f"tritonserver was not ready after {self._start_timeout_s:g} s: "
-                    f"{self._reason()} (whole log: {self.log})"
-                )
+                late = f"tritonserver was not ready after {self._start_timeout_s:g} s"
+                raise ServingError(f"{late}: {self._reason()}")
             time.sleep(0.05)
 
     def _reason(self) -> str:
-        """The log's error lines, shortened to what a person reads."""
-        lines = self.log_text().splitlines()
-        errors = [line.split("] ", 1)[-1] for line in lines if line.startswith("E")]
-        errors = [line for line in errors if "cuda" not in line.lower()]  # usual without a GPU
-        errors = errors or [line for line in lines if line.startswith("error")]
-        errors = errors or [line.split("] ", 1)[-1] for line in lines[-2:]]
-        return "; ".join(dict.fromkeys(line.strip().strip('"') for line in errors[:2])) or "no log"
+        return f"{reason_in(self.log_text())} (whole log: {self.log})"
 
     def log_text(self) -> str:
         """What the server has written since it was started; of a long log the end."""
@@ -343,8 +344,9 @@ class TritonServer:
             return f"tritonserver does not run (log: {self.log})"
         self._output.finish()
         how = how_ended(self._process)
-        why = f": {self._reason()}" if loading or not how.startswith("by ") else ""
-        return f"tritonserver ended {how}{why} (whole log: {self.log})"
+        if loading or not how.startswith("by "):
+            return f"tritonserver ended {how}: {self._reason()}"
+        return f"tritonserver ended {how} (whole log: {self.log})"
 
     def drain(self) -> bool:
         """Let the models refuse what is new, wait until clients have what was accepted: `grace_s`.

@@ -109,6 +109,16 @@ class ServerLog:
         self._handle = fresh
 
 
+def reason_in(text: str) -> str:
+    """The error lines of what a server said, shortened to what a person reads."""
+    lines = text.splitlines()
+    errors = [line.split("] ", 1)[-1] for line in lines if line.startswith("E")]
+    errors = [line for line in errors if "cuda" not in line.lower()]  # usual without a GPU
+    errors = errors or [line for line in lines if line.startswith("error")]
+    errors = errors or [line.split("] ", 1)[-1] for line in lines[-2:]]
+    return "; ".join(dict.fromkeys(line.strip().strip('"') for line in errors[:2])) or "no log"
+
+
 def free_log(folder: Path, stem: str) -> Path:
     """The first of `stem.log`, `stem-2.log`, … in `folder` that no server writes now."""
     number, path = 1, folder / f"{stem}.log"

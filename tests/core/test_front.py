@@ -13,7 +13,6 @@ import pytest
 
 from dbsam_deploy.core import front
 from dbsam_deploy.core.errors import EngineError, InputError
-from dbsam_deploy.core.front_metrics import IN_FLIGHT, FrontMetrics
 from dbsam_deploy.core.image_id import image_id
 from dbsam_deploy.core.imaging import Preprocessing
 from dbsam_deploy.core.points import NATIVE
@@ -381,27 +380,3 @@ def test_a_missing_library_or_a_wrong_setting_shows_when_the_model_loads(start, 
     monkeypatch.setattr(front, "preprocess", missing)
     with pytest.raises(TritonModelException, match="m: needs scikit-image"):
         start()
-
-
-def test_an_older_value_is_never_told_after_a_newer_one():
-    """Or requests that were answered long ago seem to be in flight, and a server waits for them."""
-    metrics = FrontMetrics(triton(None), "m")
-    asked, go, now = threading.Event(), threading.Event(), [3]
-
-    def slowly():
-        value = now[0]
-        asked.set()
-        go.wait(5)
-        return {IN_FLIGHT: value}
-
-    first = threading.Thread(target=metrics.tell, args=(slowly,))
-    first.start()
-    asked.wait(5)
-    now[0] = 0
-    second = threading.Thread(target=metrics.tell, args=(lambda: {IN_FLIGHT: now[0]},))
-    second.start()
-    second.join(0.1)
-    go.set()
-    first.join()
-    second.join()
-    assert Family.values[IN_FLIGHT] == 0

@@ -218,22 +218,29 @@ def test_a_model_that_cannot_load_ends_the_start_with_its_reason(
 
 
 @pytest.mark.triton
-def test_a_server_that_crashes_while_it_gives_up_still_names_its_reason(
-    tiny_repository, server_environment, tmp_path
+@pytest.mark.parametrize(
+    ("words", "how", "starts"),
+    [
+        ("E1129 22:59:02.000 1 model.cc:64] failed to load model x: too small", "SEGV", 1),
+        ("  what():  boost::interprocess::lock_exception", "ABRT", 3),
+    ],
+    ids=["while it gives up", "because its models are slow"],
+)
+def test_a_server_that_crashes_while_it_loads_names_its_reason(
+    tiny_repository, server_environment, tmp_path, words, how, starts
 ):
+    """It is started again only where a machine that is busy now may be the reason."""
     crashing = tmp_path / "bin" / "tritonserver"
     crashing.parent.mkdir()
-    crashing.write_text(
-        "#!/bin/sh\n"
-        "echo 'E1129 22:59:02.000 1 model.cc:64] \"failed to load model x: too small\"'\n"
-        "kill -SEGV $$\n"
-    )
+    crashing.write_text(f"#!/bin/sh\necho '{words}'\nkill -{how} $$\n")
     crashing.chmod(0o755)
     environment = dataclasses.replace(server_environment, root=tmp_path)
     (tmp_path / "backends").symlink_to(server_environment.root / "backends")
     server = TritonServer(tiny_repository.folder, environment, log=tmp_path / "log", ports=FREE)
-    with pytest.raises(ServingError, match=r"ended by SIGSEGV: .*failed to load model x"):
+    with pytest.raises(ServingError, match=rf"ended by SIG{how}: .*{words[-12:]}"):
         server.start()
+    assert (tmp_path / "log").read_text().count(words + "\n") == starts
+    assert not list(SHARED_MEMORY.glob(f"{server.shared_memory_prefix}*"))
 
 
 def test_a_taken_port_is_named_before_anything_starts(tmp_path):
