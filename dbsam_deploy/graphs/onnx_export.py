@@ -8,7 +8,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,8 @@ def trace(
         ExportError: torch cannot export the module.
     """
     name = type(module).__name__
-    with _quiet(), _no_collection(), _as_traced():
+    open_axes = {axis for axes in dynamic_axes.values() for axis in axes}
+    with _quiet(), _no_collection(), _as_traced(), _memory_of_shapes(len(open_axes) < 2):
         try:
             program = torch.onnx.export(
                 module,
@@ -200,6 +201,13 @@ def _as_traced() -> Iterator[None]:
         yield
     finally:
         program.run_decompositions = _DECOMPOSE  # type: ignore[method-assign]
+
+
+def _memory_of_shapes(enabled: bool) -> AbstractContextManager[Any]:
+    """Whether torch remembers the shapes that operators give; with two open axes it costs time."""
+    from torch._dynamo import config  # takes long to load
+
+    return config.patch(fake_tensor_cache_enabled=enabled)  # in this thread
 
 
 @contextmanager

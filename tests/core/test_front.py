@@ -161,8 +161,9 @@ def graphs(model, feed):
 
 
 @pytest.fixture
-def start():
+def start(monkeypatch):
     """`start(call=graphs, **parameters)`: a front model that was initialised."""
+    monkeypatch.setattr(front, "reuse_blocks", lambda nbytes: None)  # of the tests' whole process
     Family.values.clear()
     models = []
 
