@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
@@ -22,6 +24,15 @@ from dbsam_deploy import viewer_server
 from dbsam_deploy.artefact import write_artefact
 from dbsam_deploy.cli import run
 from dbsam_deploy.core.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def log_as_it_was() -> Iterator[None]:
+    """The command sets a level for its whole process, which here is that of other tests, too."""
+    log = logging.getLogger("dbsam_deploy.viewer")
+    level = log.level
+    yield
+    log.setLevel(level)
 
 
 @pytest.mark.parametrize(
