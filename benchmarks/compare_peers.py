@@ -189,10 +189,13 @@ def _child(words: list[object]) -> subprocess.CompletedProcess[str]:
 
 
 def _mib(folder: Path) -> float:
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return sum(path.stat().st_size for path in files if path.suffix in WEIGHTS) / 2**20
+    """Without the copy for a server, which the others do not make."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix in WEIGHTS]
+    own = [path for path in files if not path.relative_to(folder).parts[0].startswith(SERVED)]
+    return sum(path.stat().st_size for path in own) / 2**20
 
 
+SERVED = "model_repository_"
 WEIGHTS = {".onnx", ".data", ".pth", ".xml", ".bin"}
 
 

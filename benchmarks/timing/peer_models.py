@@ -319,19 +319,24 @@ def ours(backend: str) -> Callable[[Path], Peer]:
 
 
 def export(precision: str, variant: str) -> Callable[[Source, Path], None]:
-    """Our export of the checkpoint."""
+    """Our export of the checkpoint, with the runtimes of this machine tried on it (`auto`)."""
 
     def run(source: Source, folder: Path) -> None:
         words = ["--precision", precision, "--variant", variant, "--engine", "none"]
         words += ["--checkpoint", str(source.checkpoint), "--output", str(folder)]
         words += ["--calibration", str(source.images())] if precision == "int8" else []
-        done = subprocess.run(
-            [sys.executable, "-m", "dbsam_deploy.export", *words],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise EngineError(done.stderr.strip().splitlines()[-1])
+        _dbsam("export", words)
+        _dbsam("doctor", ["--artefact", str(folder / precision)])
 
     return run
+
+
+def _dbsam(command: str, words: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", f"dbsam_deploy.{command}", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise EngineError(done.stderr.strip().splitlines()[-1])

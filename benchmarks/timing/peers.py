@@ -68,15 +68,15 @@ WAYS = {
     "lite-ours-openvino": Way(
         "ours, OpenVINO", LITE, ours("openvino"), export("fp32", LITE), "fp16", files="lite-ours"
     ),
-    "lite-ours-int8": Way(
-        "ours, int8, OpenVINO", LITE, ours("openvino"), export("int8", LITE), "int8"
-    ),
+    "lite-ours-fp16": Way("ours, fp16, auto", LITE, ours("auto"), export("fp16", LITE), "fp16"),
+    "lite-ours-int8": Way("ours, int8, auto", LITE, ours("auto"), export("int8", LITE), "int8"),
     "sam-pytorch": Way("segment-anything's SamPredictor", SAM, SegmentAnything, link),
     "sam-samexporter": Way("samexporter", SAM, SamExporter, to_samexporter),
     "sam-ours": Way("ours, ONNX Runtime", SAM, ours("onnxruntime"), export("fp32", SAM)),
     "sam-ours-openvino": Way(
         "ours, OpenVINO", SAM, ours("openvino"), export("fp32", SAM), files="sam-ours"
     ),
+    "sam-ours-fp16": Way("ours, fp16, auto", SAM, ours("auto"), export("fp16", SAM), "fp16"),
 }
 
 

@@ -36,7 +36,7 @@ from ..model.db_sam import WITHOUT_VIT, encode_with
 from ..model.deform_attn import DeformableSampling, MSDeformAttn, Shapes
 from ..model.efficient_vit import ConvNorm, EfficientVit
 from ..model.sam import LayerNorm2d, ViTBlock, get_rel_pos
-from ..model.tiny_vit import ConvBn
+from ..model.tiny_vit import AttentionBlock, ConvBn, WindowAttention
 from .prompt_decoder import DecoderGraph, PromptDecoderGraph
 from .sam2_graphs import Sam2DecoderGraph, Sam2EncoderGraph, Sam2PromptDecoderGraph
 
@@ -220,6 +220,53 @@ def _rewrite_blocks(encoder: Any) -> None:
         setattr(encoder.blocks, name, WindowedBlock(block, grid))
 
 
+class SplitWindowAttention(nn.Module):
+    """`WindowAttention` with a layer each for queries, keys and values.
+
+    A runtime that computes attention in one go reads them where their layers left them, whereas
+    the three thirds of each head of one layer have to be copied apart.
+
+    Args:
+        attention: what it computes; its weights are taken apart, its queries' scale goes into them.
+    """
+
+    bias: Tensor
+
+    def __init__(self, attention: WindowAttention) -> None:
+        super().__init__()
+        self.num_heads = heads = attention.num_heads
+        self.norm, self.proj = attention.norm, attention.proj
+        dim = attention.proj.in_features
+        weights = attention.qkv.weight.reshape(heads, 3, dim // heads, dim).unbind(1)
+        biases = attention.qkv.bias.reshape(heads, 3, dim // heads).unbind(1)
+        scales = ((dim // heads) ** -0.5, 1, 1)
+        self.q, self.k, self.v = (nn.Linear(dim, dim) for _ in scales)
+        for layer, weight, bias, scale in zip(
+            (self.q, self.k, self.v), weights, biases, scales, strict=True
+        ):
+            layer.weight = nn.Parameter(weight.reshape(dim, dim) * scale)
+            layer.bias = nn.Parameter(bias.reshape(dim) * scale)
+        table = attention.attention_biases[:, attention.attention_bias_idxs]
+        self.register_buffer("bias", table.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(windows, w*w, C) → (windows, w*w, C)."""
+        x = self.norm(x)
+        q, k, v = (
+            layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for layer in (self.q, self.k, self.v)
+        )
+        out = (q @ k.transpose(-2, -1) + self.bias).softmax(-1) @ v
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+def _split_attention(module: nn.Module) -> None:
+    """Replace every `WindowAttention` below `module` by `SplitWindowAttention`."""
+    for block in module.modules():
+        if isinstance(block, AttentionBlock):
+            block.add_module("attn", SplitWindowAttention(block.attn))
+
+
 def _fold_batch_norms(module: nn.Module) -> None:
     """Fold every BatchNorm below `module` into the convolution before it."""
     for block in module.modules():
@@ -251,6 +298,7 @@ class EncoderGraph(nn.Module):
             _rewrite_upsampling(encoder, model.config.image_size)
         rewrite_layer_norms(encoder)
         _fold_batch_norms(encoder)
+        _split_attention(encoder)
         for module in encoder.modules():
             if isinstance(module, MSDeformAttn):
                 module.sampling = BatchedSampling()

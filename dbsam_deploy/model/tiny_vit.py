@@ -150,9 +150,13 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, G, G) → (B, C, G, G)."""
-        x = x + self._attend(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        x = self.local_conv(x)
-        return x + self.mlp(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        # Channels lie last, and the MLP's tokens on one axis, so that runtimes add, and multiply
+        # by int8 weights, without moving anything; two blocks' transpositions cancel out.
+        x = x.permute(0, 2, 3, 1)
+        x = self.local_conv((x + self._attend(x)).permute(0, 3, 1, 2))
+        x = x.permute(0, 2, 3, 1).flatten(1, 2)
+        x = x + self.mlp(x)
+        return x.unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)
 
     def _attend(self, x: Tensor) -> Tensor:
         """Attention in windows of (B, G, G, C).

@@ -2,7 +2,7 @@
 
 Computes in float32, in bfloat16 (about twice as fast where the processor has instructions for it),
 and in int8 wherever the artefact itself is quantised; both may be used together. Coordinates, and
-what lies before the first quantised layer, then stay float32 (`float_head`).
+what a recipe left in float between quantised layers, then stay float32 (`float_head`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import io
 import json
 import tempfile
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +33,7 @@ from ..files.onnx_files import read_content
 from ..files.private import cache_folder, find_kept, keep, private_folder
 from ..machine.cores import fewer_cores
 from ..machine.hardware import cpuinfo, processor
-from .float_head import split_head
+from .float_head import Part, split_graph
 from .session import Feed, Found, check_contract, check_feed, run_in_parts
 
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
@@ -118,11 +118,14 @@ class OpenvinoSession:
 
     def _run(self, spec: GraphSpec, key: tuple[str, int], feed: Feed) -> dict[str, FloatArray]:
         values: Mapping[str, Any] = feed
+        requests = []  # what one wrote, the next one reads in its place
         try:
             for part in self._compiled[key]:
                 known = {name for port in part.inputs for name in port.names}
                 given = {name: values[name] for name in values if name in known}
-                outputs = part.create_infer_request().infer(given, share_inputs=True)
+                requests.append(part.create_infer_request())
+                last = len(requests) == len(self._compiled[key])
+                outputs = requests[-1].infer(given, share_inputs=True, share_outputs=not last)
                 # A value that is cast at the end has the names of both.
                 named = {name: outputs[port] for port in part.outputs for name in port.names}
                 values = {**values, **named}
@@ -131,7 +134,7 @@ class OpenvinoSession:
         return {name: values[name] for name in spec.output_names}
 
     def _compile(self, spec: GraphSpec, batch: int) -> list[Any]:
-        """One compiled model, or two that follow each other."""
+        """Compiled models that follow each other: one, but for what is partly in bfloat16."""
         core = self._runtime.Core()
         name = self._artefact.path(spec.name).name
         source = self._graphs[spec.name]
@@ -142,24 +145,36 @@ class OpenvinoSession:
             ]
             for tensor in spec.inputs
         }
-        exact = {**self._settings, HINT: PRECISIONS["float32"]}
-        lowered = {**self._settings, HINT: PRECISIONS[BFLOAT16]}
+        kinds = {
+            lowered: {**self._settings, HINT: PRECISIONS[BFLOAT16 if lowered else "float32"]}
+            for lowered in (True, False)
+        }
         try:
             if spec.name not in self._lowered:
-                return [self._compile_part(core, source, shapes, exact)]
-            split = split_head(read_content(source), spec)
-            if split is None:
-                return [self._compile_part(core, source, shapes, lowered)]
-            first = {tensor.name for tensor in split.head.graph.input}
-            head_shapes = {name: shapes.pop(name) for name in first}
-            head = self._compile_part(core, _content(split.head), head_shapes, exact)
-            between = {name: _sizes(head.output(name)) for name in split.tensors}
-            rest = self._compile_part(core, _content(split.rest), {**shapes, **between}, lowered)
+                return [self._compile_part(core, source, shapes, kinds[False])]
+            parts = split_graph(read_content(source), spec)
+            if len(parts) == 1:
+                return [self._compile_part(core, source, shapes, kinds[True])]
+            return list(self._compile_parts(core, parts, shapes, kinds))
         except RuntimeError as error:
             raise EngineError(
                 f"openvino {self._runtime.__version__} does not compile {name}: {error}"
             ) from error
-        return [head, rest]
+
+    def _compile_parts(
+        self,
+        core: Any,
+        parts: Iterable[Part],
+        shapes: dict[str, list[int]],
+        kinds: Mapping[bool, dict[str, Any]],
+    ) -> Iterator[Any]:
+        """Each part, with the sizes that those before it give."""
+        for part in parts:
+            own = {value.name: shapes[value.name] for value in part.graph.graph.input}
+            content = OnnxContent(part.graph.SerializeToString())
+            compiled = self._compile_part(core, content, own, kinds[part.lowered])
+            shapes |= {name: _sizes(port) for port in compiled.outputs for name in port.names}
+            yield compiled
 
     def _compile_part(
         self,
@@ -203,10 +218,6 @@ class OpenvinoSession:
 def _sizes(port: Any) -> list[int]:
     """A tensor's sizes, -1 where one is not fixed."""
     return [size.get_length() if size.is_static else -1 for size in port.get_partial_shape()]
-
-
-def _content(model: onnx.ModelProto) -> OnnxContent:
-    return OnnxContent(model.SerializeToString())
 
 
 def _standard(content: OnnxContent, spec: GraphSpec) -> OnnxContent:

@@ -28,6 +28,17 @@ def test_encoder_graph_equals_the_model(variant, image_size):
     check_close(found.numpy(), expected.numpy(), "float32", "image_embeddings")
 
 
+def test_queries_keys_and_values_of_tinyvit_have_a_layer_each():
+    """Nothing is split: what attention reads is what three products have written."""
+    graph = build_graph(small_model("lite_medsam", 64), "encoder")
+    attention = graph.image_encoder.layers[1].blocks[0].attn
+    x = torch.randn(5, attention.bias.shape[-1], attention.q.in_features)
+    traced = torch.export.export(attention, (x,)).graph
+    called = [str(node.target) for node in traced.nodes if node.op == "call_function"]
+    assert sum("linear" in name for name in called) == 4, "and one behind them"
+    assert not [name for name in called if "split" in name or "slice" in name]
+
+
 @pytest.mark.parametrize("variant", ["db_sam", "lite_medsam", "efficientvit_sam_l1"])
 def test_building_a_graph_leaves_the_model_as_it_was(variant):
     model = small_model(variant, 64)

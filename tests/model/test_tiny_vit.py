@@ -133,6 +133,15 @@ def test_attention_block_equals_its_formula(grid, window):
     check_close(found.numpy(), expected.numpy(), "float32")
 
 
+def test_the_mlp_sees_its_tokens_on_one_axis():
+    """OpenVINO adds a bias behind an int8 product of three axes in it, of four in a pass more."""
+    block, seen = AttentionBlock(8, 2, 4, 6).eval(), []
+    block.mlp.fc1.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0].shape))
+    with torch.inference_mode():
+        block(torch.randn(2, 8, 6, 6))
+    assert seen == [(2, 36, 8)]
+
+
 def test_the_filling_of_border_windows_takes_part_in_the_attention():
     block = AttentionBlock(8, 2, 4, 6).eval()
     randomise(block)

@@ -1,4 +1,4 @@
-"""What lies before the first quantised layer, as a graph of its own."""
+"""What a recipe left in float, as graphs of their own."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from support.fusions import run_onnx
 from dbsam_deploy.core.contract import GraphSpec, TensorSpec
 from dbsam_deploy.quantization.qdq import calibrate, quantize_graph
 from dbsam_deploy.recipe import load_recipe
-from dbsam_deploy.sessions.float_head import split_head
+from dbsam_deploy.sessions.float_head import split_graph
 
 PLAN = load_recipe("int8").quantization
 SPEC = GraphSpec(
@@ -25,12 +25,13 @@ class Net(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.stem, self.branch = torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(8, 8, 3, padding=1)
-        self.body, self.out = torch.nn.Conv2d(8, 8, 1), torch.nn.Conv2d(8, 8, 1)
+        self.body, self.after = torch.nn.Conv2d(8, 8, 1), torch.nn.Conv2d(8, 8, 1)
+        self.out = torch.nn.Conv2d(8, 8, 1)
 
     def forward(self, x):
         x = torch.relu(self.stem(x))
         x = x + torch.tanh(self.branch(x))
-        return self.out(torch.relu(self.body(x)) + x)
+        return self.out(self.after(torch.relu(self.body(x))) + x)
 
 
 @pytest.fixture
@@ -47,30 +48,53 @@ def quantized(traced, tmp_path):
     return build, onnx.load(path), feed
 
 
-def test_the_two_parts_in_a_row_are_the_whole(quantized):
+def _convolutions(parts):
+    return [sum(n.op_type == "Conv" for n in part.graph.graph.node) for part in parts]
+
+
+def _run(parts, feed):
+    values = dict(feed)
+    for part in parts:
+        given = {value.name: values[value.name] for value in part.graph.graph.input}
+        names = [value.name for value in part.graph.graph.output]
+        values |= dict(zip(names, run_onnx(part.graph, given), strict=True))
+    return values[names[0]]
+
+
+def test_the_parts_in_a_row_are_the_whole(quantized):
     build, _, feed = quantized
     model = build("*stem*", "*branch*")
     before = model.SerializeToString(deterministic=True)
-    split = split_head(model, SPEC)
+    parts = split_graph(model, SPEC)
     assert model.SerializeToString(deterministic=True) == before
-    count = {
-        name: sum(n.op_type == "Conv" for n in part.graph.node)
-        for name, part in (("head", split.head), ("rest", split.rest))
-    }
-    assert count == {"head": 2, "rest": 2}  # the residual ends before the first quantised layer
-    assert not [n for n in split.head.graph.node if "Quantize" in n.op_type]
-    (between,) = run_onnx(split.head, feed)
-    (found,) = run_onnx(split.rest, {split.tensors[0]: between})
-    np.testing.assert_array_equal(found, run_onnx(model, feed)[0])
+    assert [part.lowered for part in parts] == [False, True]
+    assert _convolutions(parts) == [2, 3]  # the residual ends before the first quantised layer
+    assert not [n for n in parts[0].graph.graph.node if "Quantize" in n.op_type]
+    np.testing.assert_array_equal(_run(parts, feed), run_onnx(model, feed)[0])
 
 
 def test_a_residual_is_not_cut(quantized):
     build, _, _ = quantized
-    split = split_head(build("*stem*"), SPEC)
-    assert sum(n.op_type == "Conv" for n in split.head.graph.node) == 1
+    assert _convolutions(split_graph(build("*stem*"), SPEC)) == [1, 4]
+
+
+def test_what_is_left_in_float_behind_quantised_layers_stays_so(quantized):
+    build, _, feed = quantized
+    model = build("*out*")
+    parts = split_graph(model, SPEC)
+    assert [part.lowered for part in parts] == [True, False]
+    assert _convolutions(parts) == [4, 1]
+    np.testing.assert_array_equal(_run(parts, feed), run_onnx(model, feed)[0])
+
+
+def test_a_float_layer_beside_a_quantised_one_is_rounded_with_it(quantized):
+    build, _, _ = quantized
+    assert _convolutions(split_graph(build("*stem*", "*after*"), SPEC)) == [1, 4]
 
 
 def test_nothing_to_split(quantized):
     build, original, _ = quantized
-    assert split_head(original, SPEC) is None
-    assert split_head(build(), SPEC) is None
+    for model in (original, build()):
+        (part,) = split_graph(model, SPEC)
+        assert part.lowered
+        assert len(part.graph.graph.node) == len(model.graph.node)

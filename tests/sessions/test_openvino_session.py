@@ -23,7 +23,7 @@ from dbsam_deploy.fusions import fuse_file
 from dbsam_deploy.model import DbSam
 from dbsam_deploy.quantization.qdq import calibrate, quantize_graph
 from dbsam_deploy.recipe import load_recipe
-from dbsam_deploy.sessions.float_head import split_head
+from dbsam_deploy.sessions.float_head import split_graph
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
 from dbsam_deploy.sessions.openvino_session import OpenvinoSession
 from dbsam_deploy.sessions.pytorch_session import PytorchSession
@@ -105,7 +105,7 @@ def test_bfloat16_is_near_and_not_float32(fused, tmp_path: Path) -> None:
     assert found["image_embeddings"].dtype == np.float32
 
 
-def test_what_lies_before_int8_stays_float32_in_bfloat16(
+def test_what_int8_leaves_in_float_stays_float32_in_bfloat16(
     exported_graph: Callable[[str, str, str], Path], tmp_path: Path
 ) -> None:
     plan = load_recipe("int8").quantization
@@ -122,15 +122,17 @@ def test_what_lies_before_int8_stays_float32_in_bfloat16(
         session = OpenvinoSession(artefact, precision=precision, cache=tmp_path / "cache")
         embeddings[precision] = session.run("encoder", feed)["image_embeddings"]
         parts[precision] = session._compiled["encoder", 1]
-    assert [len(found) for found in parts.values()] == [1, 2]
-    split = split_head(onnx.load(path), graph_specs(how)["encoder"])
-    assert split is not None
-    (between,) = run_onnx(split.head, feed)
-    head, rest = parts["bfloat16"]
-    check_close(head(feed)[0], between, "float32")
-    np.testing.assert_array_equal(
-        rest({split.tensors[0]: head(feed)[0]})[0], embeddings["bfloat16"]
-    )
+    split = split_graph(onnx.load(path), graph_specs(how)["encoder"])
+    assert [part.lowered for part in split] == [False, True] * 4, "stem, downsampling, neck"
+    assert [len(found) for found in parts.values()] == [1, len(split)]
+    values = feed["image"]
+    for compiled, part in zip(parts["bfloat16"], split, strict=True):
+        found = compiled(values)[0]
+        if not part.lowered:
+            (expected,) = run_onnx(part.graph, {part.graph.graph.input[0].name: values})
+            check_close(found, expected, "float32")
+        values = found
+    np.testing.assert_array_equal(values, embeddings["bfloat16"])
     assert not np.array_equal(embeddings["float32"], embeddings["bfloat16"])
     assert cosine(embeddings["float32"], embeddings["bfloat16"]) > 0.9
 
@@ -150,10 +152,9 @@ def test_coordinates_at_the_far_corner_stay_float32_in_bfloat16(fused, tmp_path:
     assert not np.array_equal(*masks)
     head, _ = session._compiled["decoder", 1]
     spec = graph_specs(artefact.preprocessing)["decoder"]
-    split = split_head(onnx.load(artefact.path("decoder")), spec)
-    assert split is not None
+    split, _ = split_graph(onnx.load(artefact.path("decoder")), spec)
     for found, expected in zip(
-        head({"boxes": corner}).values(), run_onnx(split.head, {"boxes": corner}), strict=True
+        head({"boxes": corner}).values(), run_onnx(split.graph, {"boxes": corner}), strict=True
     ):
         check_close(found, expected, "float32")
     exact = OpenvinoSession(artefact, cache=tmp_path).run("decoder", {**feed, "boxes": corner})

@@ -30,7 +30,10 @@ class Filled:
 
 
 def _made(source, folder):
-    (folder / "weights.bin").write_bytes(bytes(1 << 20))
+    served = folder / "model_repository_fp32"
+    served.mkdir()
+    for place in (folder, served):
+        (place / "weights.bin").write_bytes(bytes(1 << 20))
 
 
 def _fails(source, folder):
