@@ -275,9 +275,9 @@ def test_runtimes_that_were_tried_on_an_export(
     missed = Trial("openvino", "bfloat16", False, "misses its gate: boxes 0.9", (), 3.0, 1.0, 8.0)
     default = Trial("onnxruntime", None, True, "the export's own gate", (), 7.0, 2.0, 9.0)
 
-    def play(artefact: object, place: object, *, every: bool) -> Record:
+    def play(artefact: object, place: object, *, every: bool) -> runtimes.Tried:
         asked.append(every)
-        return Record((default, missed), every, 9.5)
+        return runtimes.Tried(Record((default, missed), every, 9.5))
 
     monkeypatch.setattr(runtimes, "try_runtimes", play)
     folder = make_artefact(tmp_path / "export").folder

@@ -26,6 +26,7 @@ from ..sessions.backends import (
     refuse_other_options,
 )
 from ..sessions.options import TRITON, model_options, named_access, named_key
+from ..sessions.session import Session
 from .model import Model
 
 KEPT_EMBEDDINGS = 8
@@ -202,8 +203,8 @@ def _with_source(
 
 def open_model(options: ModelOptions, *, kept_embeddings: int = KEPT_EMBEDDINGS) -> Model:
     """Open a model in this process; errors are those of `backends.open_backend`."""
-    options = chosen_runtime(options)
-    opened = open_backend(options)
+    options, session = _with_runtime(options)
+    opened = open_backend(options, session)
     how = opened.preprocessing
     return Model(
         Predictor(
@@ -226,23 +227,30 @@ def chosen_runtime(options: ModelOptions) -> ModelOptions:
 
     Raises:
         InputError: options that `auto` does not obey, or an export that is missing or changed.
-        EngineError: see `verification.runtimes.runtime_record`.
+        EngineError: see `verification.runtimes.tried_runtime`.
     """
+    return _with_runtime(options)[0]
+
+
+def _with_runtime(options: ModelOptions) -> tuple[ModelOptions, Session | None]:
+    """See `chosen_runtime`; with the session, where a trial has just opened it."""
     if options.backend != AUTO:
-        return options
-    from ..verification.runtimes import Place, runtime_record
+        return options, None
+    from ..verification.runtimes import Place, tried_runtime
 
     refuse_other_options(find_backend(AUTO), options)
     artefact = read_artefact(find_export(options.artefact))
     place = Place(options.threads, options.engine_cache)
-    chosen = runtime_record(artefact, place, say_on_stderr).chosen
+    tried = tried_runtime(artefact, place, say_on_stderr)
+    chosen = tried.record.chosen
     cache = options.engine_cache if "engine_cache" in find_backend(chosen.backend).options else None
-    return dataclasses.replace(
+    with_it = dataclasses.replace(
         options,
         backend=chosen.backend,
         runtime_precision=chosen.runtime_precision,
         engine_cache=cache,
     )
+    return with_it, tried.session
 
 
 def open_server(

@@ -273,8 +273,12 @@ def names_with(option: str) -> str:
     return ", ".join(backend.name for backend in BACKENDS if option in backend.options)
 
 
-def open_backend(options: ModelOptions) -> Opened:
+def open_backend(options: ModelOptions, session: Session | None = None) -> Opened:
     """Open the model that the options name.
+
+    Args:
+        options: the model, and how it is opened.
+        session: of the export that they name, if it is open already.
 
     Raises:
         InputError: an unknown backend, options of another backend, or an artefact that is missing
@@ -284,7 +288,10 @@ def open_backend(options: ModelOptions) -> Opened:
     """
     backend = find_backend(options.backend)
     refuse_other_options(backend, options)
-    opened = backend.open(options, options.device or backend.devices[0])
+    if session is None:
+        opened = backend.open(options, options.device or backend.devices[0])
+    else:
+        opened = _published(options, lambda found: session)
     if options.preprocess is not None:
         how = dataclasses.replace(opened.preprocessing, mode=options.preprocess)
         opened = dataclasses.replace(opened, preprocessing=how)

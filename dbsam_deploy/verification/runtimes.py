@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,29 +17,26 @@ import numpy as np
 from ..artefact import Artefact
 from ..core.contract import BOXES, IMAGE
 from ..core.errors import DbsamError, InputError
-from ..core.imaging import FloatArray, preprocess
+from ..core.imaging import ByteArray, FloatArray, Preprocessing, preprocess
 from ..machine.hardware import cpuinfo, has_bfloat16
-from ..recipe import Gate, load_recipe
+from ..recipe import load_recipe
 from ..sessions.onnxruntime_session import OnnxRuntimeSession
-from ..sessions.session import Session
-from ..sessions.trial_records import MARGIN, Record, Trial, find_record, keep_record
+from ..sessions.session import Feed, Session
+from ..sessions.trial_records import Record, Trial, find_record, keep_record
+from .agreement import DECODERS, Agreement, Answers, agreement
 from .answers import read_answers
-from .cases import Case
-from .parity import GateMasks, ask, cosine, dice, prompt_agreement
-from .references import AskedOnce
+from .references import question
 
 Say = Callable[[str], None]
 DEFAULT = "onnxruntime"
-PARTS = {"encoder": "cosine", "decoder": "boxes", "prompt_decoder": "prompts"}
-"""Graph → what its figures are of."""
-DECODERS = ("decoder", "prompt_decoder")
-_CANDIDATES: tuple[tuple[str, str | None], ...] = (
+FLOAT32, LOWERED, BFLOAT16 = "float32", "bfloat16-decoders", "bfloat16"
+_ORDER = (BFLOAT16, LOWERED, FLOAT32)
+"""OpenVINO's precisions, the one that is the quickest where a processor has bfloat16 first."""
+_SHOWN: tuple[tuple[str, str | None], ...] = (
     (DEFAULT, None),
-    ("openvino", "float32"),
-    ("openvino", "bfloat16-decoders"),
-    ("openvino", "bfloat16"),
+    *(("openvino", precision) for precision in reversed(_ORDER)),
 )
-_ROUNDS, _SECONDS = 5, 0.4
+_ROUNDS, _SECONDS = 5, 0.1
 """A question is timed at most so often, and repeated at most for so long."""
 
 
@@ -57,21 +54,28 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """How near a runtime's masks are to PyTorch's on the gate's images.
+class Tried:
+    """What came of a trial.
 
     Attributes:
-        missed: graph of `PARTS` → what of it misses the gate; "" if nothing does.
-        text: the figures.
+        record: of all candidates.
+        session: the chosen one as it was asked, where it is still open.
     """
 
-    missed: dict[str, str]
-    text: str
+    record: Record
+    session: Session | None = None
 
 
 def runtime_record(
     artefact: Artefact, place: Place, say: Say, *, every: bool = False, again: bool = False
 ) -> Record:
+    """The record of an export on this machine, see `tried_runtime`."""
+    return tried_runtime(artefact, place, say, every=every, again=again).record
+
+
+def tried_runtime(
+    artefact: Artefact, place: Place, say: Say, *, every: bool = False, again: bool = False
+) -> Tried:
     """The record of an export on this machine, measured now if there is none.
 
     Args:
@@ -91,40 +95,196 @@ def runtime_record(
         say(f"{error.message}; it is measured again")
         found = None
     if found is not None and (found.every or not every):
-        return found
+        return Tried(found)
     say(f"trying the runtimes of this machine on {artefact.folder}, once")
-    record = try_runtimes(artefact, place, every=every)
-    path = keep_record(artefact, record, place.threads)
-    say(f"{record.chosen.name} is the quickest that keeps its gate, see {path}")
-    return record
+    tried = try_runtimes(artefact, place, every=every)
+    path = keep_record(artefact, tried.record, place.threads)
+    say(f"{tried.record.chosen.name} is the quickest that keeps its gate, see {path}")
+    return tried
 
 
-def try_runtimes(artefact: Artefact, place: Place, *, every: bool = False) -> Record:
-    """Time every candidate, and hold them against PyTorch, the quickest first.
+def try_runtimes(artefact: Artefact, place: Place, *, every: bool = False) -> Tried:
+    """Time the candidates, and hold those against PyTorch that would be quicker than the choice.
 
-    Args and errors: see `runtime_record`.
+    Args and errors: see `tried_runtime`.
     """
     start = time.perf_counter()
-    answers: list[tuple[Case, GateMasks]] | None = None
+    answers: Answers = ()
     reason = ""
     try:
-        answers = read_answers(artefact)
+        answers = sorted(read_answers(artefact), key=lambda pair: -len(pair[0].boxes))
     except InputError as error:
         reason = error.message
-    trials = {key: _timed(artefact, place, answers, *key) for key in _CANDIDATES}
-    waiting = [trial for trial in trials.values() if trial.backend != DEFAULT and trial.encoder_ms]
-    best = trials[DEFAULT, None].total_ms
-    for trial in sorted(waiting, key=lambda one: one.total_ms):
-        if answers is None:
-            judged = replace(trial, verdict=reason)
-        elif trial.total_ms >= best and not every:
-            judged = replace(trial, verdict="not compared, since it is slower than the choice")
-        else:
-            judged = _judged(artefact, place, answers, trial)
-        if judged.passes:
-            best = min(best, judged.total_ms)
-        trials[trial.backend, trial.runtime_precision] = judged
-    return Record(tuple(trials.values()), every, round(time.perf_counter() - start, 1))
+    bench = _Bench(artefact, place, answers, reason, every)
+    if answers or every:
+        bench.time_default()
+    for precision in _ORDER:
+        bench.add(precision)
+    trials = tuple(bench.trials[key] for key in _SHOWN)
+    seconds = round(time.perf_counter() - start, 1)
+    return Tried(Record(trials, every, seconds), bench.session)
+
+
+@dataclass
+class _Encoder:
+    """What encoders that compute alike have answered, and how fast.
+
+    Attributes:
+        answers: question → answer.
+        ms: of each run but a session's first, which opens the graph.
+    """
+
+    answers: dict[str, dict[str, FloatArray]] = field(default_factory=dict)
+    ms: list[float] = field(default_factory=list)
+
+
+class _Known:
+    """A session whose encoder is not asked what one like it has answered.
+
+    Args:
+        session: what is asked.
+        encoder: what is known of its encoder, and adds to it.
+    """
+
+    def __init__(self, session: Session, encoder: _Encoder) -> None:
+        self.backend, self.session, self._encoder = session.backend, session, encoder
+        self._is_warm = False
+
+    def run(self, graph: str, feed: Feed) -> dict[str, FloatArray]:
+        """See `Session.run`."""
+        if graph != "encoder":
+            return self.session.run(graph, feed)
+        key = question(graph, feed)
+        if key not in self._encoder.answers:
+            self._encoder.answers[key] = self._encode(feed)
+        return dict(self._encoder.answers[key])
+
+    def encoder_ms(self, feed: Feed) -> float:
+        """The least, which other programs on the machine lengthen least; `feed` where none is."""
+        while not self._encoder.ms:
+            self._encode(feed)
+        return min(self._encoder.ms)
+
+    def _encode(self, feed: Feed) -> dict[str, FloatArray]:
+        start = time.perf_counter()
+        found = self.session.run("encoder", feed)
+        if self._is_warm:
+            self._encoder.ms.append(1000 * (time.perf_counter() - start))
+        self._is_warm = True
+        # What a runtime gives may hold on to all the memory that its graph ran in.
+        return {name: array.copy() for name, array in found.items()}
+
+
+class _Bench:
+    """One trial: what was found of each candidate, and the session of the choice.
+
+    Args:
+        artefact: what is run.
+        place: how.
+        answers: of PyTorch, or nothing.
+        reason: why there are none.
+        every: see `tried_runtime`.
+    """
+
+    def __init__(
+        self, artefact: Artefact, place: Place, answers: Answers, reason: str, every: bool
+    ) -> None:
+        self._artefact, self._place, self._every = artefact, place, every
+        self._answers, self._reason = answers, reason
+        self._encoders = {kind: _Encoder() for kind in (DEFAULT, FLOAT32, BFLOAT16)}
+        pixels, self._boxes = _questions(artefact.preprocessing, answers)
+        self._image = {IMAGE: pixels}
+        default = Trial(DEFAULT, None, passes=True, verdict="the export's own gate")
+        self.trials: dict[tuple[str, str | None], Trial] = {(DEFAULT, None): default}
+        self.session: Session | None = None
+
+    def time_default(self) -> None:
+        """Time what the others have to beat."""
+        session = _open(self._artefact, self._place, DEFAULT, None)
+        known = _Known(session, self._encoders[DEFAULT])
+        trial = self._with_decoder(self.trials[DEFAULT, None], known)
+        self.trials[DEFAULT, None] = self._with_encoder(trial, known)
+
+    def add(self, precision: str) -> None:
+        """Try OpenVINO in a precision, as far as it may be chosen."""
+        trial = Trial("openvino", precision, passes=False, verdict=self._needless(precision))
+        if not trial.verdict:
+            try:
+                trial = self._tried(trial)
+            except DbsamError as error:
+                trial = replace(trial, verdict=error.message)
+        self.trials[trial.backend, precision] = trial
+
+    def _needless(self, precision: str) -> str:
+        """Why a candidate is not even opened; "" if it is."""
+        if precision != FLOAT32 and not has_bfloat16(cpuinfo()):
+            return "this processor has no instructions for bfloat16"
+        if self._every:
+            return ""
+        if not self._answers:
+            return self._reason
+        lowered = self.trials.get(("openvino", LOWERED))
+        if precision == FLOAT32 and lowered is not None and lowered.passes:
+            return "not tried, since the same encoder with bfloat16 decoders keeps the gate"
+        return ""
+
+    def _best_ms(self) -> float:
+        return min(trial.total_ms for trial in self.trials.values() if trial.passes)
+
+    def _tried(self, trial: Trial) -> Trial:
+        """A candidate with its times and its verdict."""
+        precision = trial.runtime_precision
+        session = _open(self._artefact, self._place, trial.backend, precision)
+        encoder = self._encoders[BFLOAT16 if precision == BFLOAT16 else FLOAT32]
+        known = _Known(session, encoder)
+        trial = self._with_decoder(trial, known)
+        if not self._answers:
+            return replace(self._with_encoder(trial, known), verdict=self._reason)
+
+        def enough(found: Agreement) -> bool:
+            slow = encoder.ms and min(encoder.ms) + trial.eight_ms >= self._best_ms()
+            return not self._every and bool(slow or not _kept(precision, found))
+
+        gate = load_recipe(self._artefact.precision).gate
+        found = agreement(known, self._artefact, self._answers, gate, enough=enough)
+        trial, kept = self._with_encoder(trial, known), _kept(precision, found)
+        missed = "; ".join(filter(None, found.missed.values()))
+        if not kept:
+            return replace(trial, verdict=f"misses its gate: {missed}")
+        if not found.whole:
+            return replace(trial, verdict="not compared, since it is slower than the choice")
+        if trial.total_ms < self._best_ms():
+            self.session = session if kept == DECODERS else None
+        exact = f"; float32 for {missed}" if missed else ""
+        lowered = kept if precision == LOWERED else ()
+        return replace(trial, passes=True, lowered=lowered, verdict=f"{found.text}{exact}")
+
+    def _with_encoder(self, trial: Trial, known: _Known) -> Trial:
+        return replace(trial, encoder_ms=round(known.encoder_ms(self._image), 2))
+
+    def _with_decoder(self, trial: Trial, known: _Known) -> Trial:
+        """A trial with the times of one box and eight."""
+        features = known.run("encoder", self._image)
+        feeds = [{**features, BOXES: self._boxes[:, :count]} for count in (1, 8)]
+        one, eight = (_ms(partial(known.run, "decoder", feed)) for feed in feeds)
+        return replace(trial, box_ms=round(one, 2), eight_ms=round(eight, 2))
+
+
+def _kept(precision: str | None, found: Agreement) -> tuple[str, ...]:
+    """Decoders that may be used as they were asked, if the encoder may; else nothing."""
+    kept = tuple(graph for graph in DECODERS if not found.missed[graph])
+    if found.missed["encoder"] or (precision != LOWERED and kept != DECODERS):
+        return ()
+    return kept
+
+
+def _questions(how: Preprocessing, answers: Answers) -> tuple[FloatArray, FloatArray]:
+    """An image as the encoder takes it, a real one if there is any, and eight boxes in it."""
+    rng = np.random.default_rng(0)
+    drawn: ByteArray = rng.integers(0, 256, (64, 64, 3), np.uint8)
+    pixels = preprocess(answers[0][0].image if answers else drawn, how)
+    corners = np.sort(rng.uniform(0, how.image_size, (1, 8, 2, 2)), axis=2)
+    return pixels, corners.reshape(1, 8, 4).astype(np.float32)
 
 
 def _open(artefact: Artefact, place: Place, backend: str, precision: str | None) -> Session:
@@ -133,112 +293,19 @@ def _open(artefact: Artefact, place: Place, backend: str, precision: str | None)
         return OnnxRuntimeSession(artefact, threads=threads)
     from ..sessions.openvino_session import OpenvinoSession
 
-    lowered = DECODERS if precision == "bfloat16-decoders" else ()
-    whole = "bfloat16" if precision == "bfloat16" else "float32"
+    lowered = DECODERS if precision == LOWERED else ()
+    whole = BFLOAT16 if precision == BFLOAT16 else FLOAT32
     return OpenvinoSession(
         artefact, precision=whole, lowered=lowered, cache=place.engine_cache, threads=threads
     )
 
 
-def _timed(
-    artefact: Artefact,
-    place: Place,
-    answers: list[tuple[Case, GateMasks]] | None,
-    backend: str,
-    precision: str | None,
-) -> Trial:
-    """How fast one candidate is, on a real image where the export keeps any."""
-    trial = Trial(backend, precision, passes=backend == DEFAULT, verdict="the export's own gate")
-    if precision not in (None, "float32") and not has_bfloat16(cpuinfo()):
-        return replace(trial, verdict="this processor has no instructions for bfloat16")
-    how = artefact.preprocessing
-    rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (64, 64, 3), np.uint8) if answers is None else answers[0][0].image
-    pixels = preprocess(image, how)
-    corners = np.sort(rng.uniform(0, how.image_size, (1, 8, 2, 2)), axis=2)
-    boxes: FloatArray = corners.reshape(1, 8, 4).astype(np.float32)
-    try:
-        session = _open(artefact, place, backend, precision)
-        features = session.run("encoder", {IMAGE: pixels})
-        taken = [_ms(partial(session.run, "encoder", {IMAGE: pixels}))]
-        for count in (1, 8):
-            feed = {**features, BOXES: boxes[:, :count]}
-            session.run("decoder", feed)
-            taken.append(_ms(partial(session.run, "decoder", feed)))
-    except DbsamError as error:
-        if backend == DEFAULT:
-            raise
-        return replace(trial, verdict=error.message)
-    encoder, one, eight = (round(ms, 2) for ms in taken)
-    return replace(trial, encoder_ms=encoder, box_ms=one, eight_ms=eight)
-
-
 def _ms(work: Callable[[], object]) -> float:
-    """The least, which other programs on the machine lengthen least."""
+    """The least after a first time."""
+    work()
     taken: list[float] = []
     while len(taken) < _ROUNDS and (not taken or sum(taken) < _SECONDS):
         start = time.perf_counter()
         work()
         taken.append(time.perf_counter() - start)
     return 1000 * min(taken)
-
-
-def _judged(
-    artefact: Artefact, place: Place, answers: list[tuple[Case, GateMasks]], trial: Trial
-) -> Trial:
-    """A candidate with its verdict."""
-    session = _open(artefact, place, trial.backend, trial.runtime_precision)
-    found = agreement(session, artefact, answers, load_recipe(artefact.precision).gate)
-    kept = tuple(graph for graph in DECODERS if not found.missed[graph])
-    missed = "; ".join(filter(None, found.missed.values()))
-    if trial.runtime_precision == "bfloat16-decoders" and kept and not found.missed["encoder"]:
-        exact = f"; float32 for {missed}" if missed else ""
-        return replace(trial, passes=True, lowered=kept, verdict=f"{found.text}{exact}")
-    if missed:
-        return replace(trial, verdict=f"misses its gate: {missed}")
-    return replace(trial, passes=True, verdict=found.text)
-
-
-def agreement(
-    session: Session, artefact: Artefact, answers: list[tuple[Case, GateMasks]], gate: Gate
-) -> Agreement:
-    """Ask a session all that PyTorch was asked, and compare its masks by the recipe's gate.
-
-    Its floors are raised by `MARGIN`.
-
-    Args:
-        session: the runtime.
-        artefact: what it has opened.
-        answers: see `read_answers`.
-        gate: the recipe's floors.
-    """
-    asked = AskedOnce(session)
-    values: dict[str, list[float]] = {graph: [] for graph in DECODERS}
-    drops, cosines = [], []
-    for case, want in answers:
-        got = ask(asked, artefact.preprocessing, case, want)
-        asked.forget()
-        cosines.append(cosine(got.sample, want.sample))
-        values["decoder"] += map(dice, got.boxes.masks, want.boxes.masks)
-        values["prompt_decoder"] += prompt_agreement(got, want)
-        drops += [
-            dice(theirs[0], truth) - dice(ours[0], truth)
-            for ours, theirs, truth in zip(
-                got.boxes.masks, want.boxes.masks, case.truth, strict=True
-            )
-        ]
-    parts = [f"{PARTS['encoder']} {min(cosines):.5f}"]
-    near, mean_floor, p5_floor = (
-        round(1 - (1 - MARGIN) * (1 - floor), 6)
-        for floor in (gate.embedding_cosine, gate.mask_agreement_mean, gate.mask_agreement_p5)
-    )
-    missed = {"encoder": "" if min(cosines) >= near else f"{parts[0]} (wanted {near})"}
-    for graph in DECODERS:
-        mean, p5 = float(np.mean(values[graph])), float(np.percentile(values[graph], 5))
-        parts.append(f"{PARTS[graph]} {mean:.4f} / {p5:.4f}")
-        held = mean >= mean_floor and p5 >= p5_floor
-        missed[graph] = "" if held else f"{parts[-1]} (wanted {mean_floor} / {p5_floor})"
-    drop = float(np.mean(drops))
-    if not drop <= gate.dice_drop:
-        missed["decoder"] += f", Dice drop {drop:.4f} (wanted {gate.dice_drop})"
-    return Agreement(missed, ", ".join(parts))

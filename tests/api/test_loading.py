@@ -6,6 +6,7 @@ import dbsam_deploy as db
 from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.sessions.trial_records import Record, Trial
 from dbsam_deploy.verification import runtimes
+from dbsam_deploy.verification.runtimes import Tried
 
 
 @pytest.mark.parametrize(
@@ -28,16 +29,23 @@ def test_what_is_no_path_text_or_number(words, message):
         db.load(**words)
 
 
+class Opened:
+    """A session that a trial has left open."""
+
+    backend = "opened by a trial"
+
+
 def test_auto_tries_the_runtimes_once(make_artefact, tmp_path, monkeypatch, capsys):
     folder = make_artefact(tmp_path / "export").folder
-    tried = []
+    tried, sessions = [], [Opened()]
 
     def play(artefact, place, *, every):
         tried.append((artefact.folder, every))
-        return Record((Trial("onnxruntime", None, True, "its own", (), 1.0, 1.0, 1.0),), every, 0.1)
+        trial = Trial("onnxruntime", None, True, "its own", (), 1.0, 1.0, 1.0)
+        return Tried(Record((trial,), every, 0.1), sessions.pop())
 
     monkeypatch.setattr(runtimes, "try_runtimes", play)
-    assert db.load(folder, backend="auto").backend == "onnxruntime-cpu"
+    assert db.load(folder, backend="auto").backend == "opened by a trial"
     assert "trying the runtimes of this machine" in capsys.readouterr().err
     assert db.load(folder, backend="auto").backend == "onnxruntime-cpu"
     assert capsys.readouterr().err == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,44 +16,86 @@ from dbsam_deploy.recipe import load_recipe
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
 from dbsam_deploy.sessions.trial_records import find_record
 from dbsam_deploy.verification import runtimes
+from dbsam_deploy.verification.agreement import agreement
 from dbsam_deploy.verification.answers import read_answers
-from dbsam_deploy.verification.runtimes import Place, agreement, runtime_record, try_runtimes
+from dbsam_deploy.verification.runtimes import Place, runtime_record, try_runtimes
+
+
+class Clock:
+    """Time that passes only where a session says so."""
+
+    seconds = 0.0
+
+    def perf_counter(self) -> float:
+        return self.seconds
 
 
 class Bent:
-    """ONNX Runtime with the signs of some graphs' outputs turned round."""
+    """ONNX Runtime with the signs of some graphs' outputs turned round.
+
+    Args:
+        artefact: what is opened.
+        graphs: whose signs are turned.
+        seconds: that each run takes by `clock`.
+        clock: see `Clock`.
+    """
 
     backend = "bent"
 
-    def __init__(self, artefact: Artefact, *graphs: str) -> None:
+    def __init__(
+        self, artefact: Artefact, *graphs: str, seconds: float = 0.0, clock: Clock | None = None
+    ) -> None:
         self.session, self.graphs = OnnxRuntimeSession(artefact), graphs
+        self.seconds, self.clock, self.asked = seconds, clock or Clock(), Counter[str]()
 
     def run(self, graph: str, feed: Any) -> Any:
+        self.clock.seconds += self.seconds
+        self.asked[graph] += 1
         found = self.session.run(graph, feed)
         bent = {name: -array for name, array in found.items() if graph in self.graphs}
         return {**found, **bent}
 
 
+@dataclasses.dataclass
+class Played:
+    """What `play` puts in the runtimes' place.
+
+    Attributes:
+        seconds: runtime precision, None for the default → what each run takes.
+        wrong: runtime precision → the graphs that it gets wrong, or why it does not open.
+        opened: runtime precision → the session.
+    """
+
+    seconds: dict[str | None, float]
+    wrong: dict[str | None, tuple[str, ...] | Exception]
+    opened: dict[str | None, Bent] = dataclasses.field(default_factory=dict)
+
+
 @pytest.fixture
 def play(monkeypatch: pytest.MonkeyPatch):
-    """Puts sessions in OpenVINO's place: runtime precision → the graphs that it gets wrong."""
+    """Puts sessions in the runtimes' place, see `Played`; bfloat16 is the quickest by default."""
 
-    def start(**wrong: tuple[str, ...] | Exception) -> None:
+    def start(**words: tuple[str, ...] | Exception | float) -> Played:
+        clock = Clock()
+        keys = {word: word.replace("_", "-") for word in words}
+        played = Played(
+            {None: 4.0, "float32": 3.0, "bfloat16-decoders": 2.0, "bfloat16": 1.0},
+            {keys[w]: value for w, value in words.items() if not isinstance(value, float)},
+        )
+        played.seconds |= {keys[w]: value for w, value in words.items() if isinstance(value, float)}
+
         def open_one(artefact: Artefact, place: Place, backend: str, precision: Any) -> Any:
-            graphs = wrong.get((precision or "").replace("-", "_"), ())
+            graphs = played.wrong.get(precision, ())
             if isinstance(graphs, Exception):
                 raise graphs
-            return Bent(artefact, *graphs)
+            session = Bent(artefact, *graphs, seconds=played.seconds[precision], clock=clock)
+            played.opened[precision] = session
+            return session
 
-        def quicker(work: Any) -> float:
-            """Each candidate takes half of what the one before took."""
-            times.append(times[-1] / 2)
-            return times[-1]
-
-        times = [1e6]
         monkeypatch.setattr(runtimes, "_open", open_one)
-        monkeypatch.setattr(runtimes, "_ms", quicker)
+        monkeypatch.setattr(runtimes, "time", clock)
         monkeypatch.setattr(runtimes, "has_bfloat16", lambda text: True)
+        return played
 
     return start
 
@@ -82,38 +125,86 @@ def test_of_what_a_gate_lets_be_lost_a_tenth_is_left(answered: Artefact, floor, 
 
 
 def test_the_quickest_that_keeps_the_gate_is_taken(answered: Artefact, play) -> None:
-    play(bfloat16=("decoder",))
-    record = try_runtimes(answered, Place())
-    assert [trial.passes for trial in record.trials] == [True, False, True, False]
-    assert record.chosen.name == "openvino, bfloat16-decoders"
-    assert record.chosen.lowered == ("decoder", "prompt_decoder")
-    assert record.trials[3].verdict.startswith("misses its gate: boxes 0.")
-    assert "slower than the choice" in record.trials[1].verdict
-    whole = try_runtimes(answered, Place(), every=True)
+    played = play(bfloat16=("decoder",))
+    tried = try_runtimes(answered, Place())
+    assert [trial.passes for trial in tried.record.trials] == [True, False, True, False]
+    chosen = tried.record.chosen
+    assert (chosen.name, chosen.lowered) == (
+        "openvino, bfloat16-decoders",
+        ("decoder", "prompt_decoder"),
+    )
+    assert tried.session is played.opened["bfloat16-decoders"]
+    assert tried.record.trials[3].verdict.startswith("misses its gate: boxes at most 0.")
+    assert "not tried, since" in tried.record.trials[1].verdict
+    assert "float32" not in played.opened
+    whole = try_runtimes(answered, Place(), every=True).record
     assert [trial.passes for trial in whole.trials] == [True, True, True, False]
+    assert whole.trials[3].verdict.startswith("misses its gate: boxes 0.")
+    assert whole.chosen == chosen
+
+
+def test_each_image_is_encoded_once_for_each_kind_of_encoder(answered: Artefact, play) -> None:
+    played = play()
+    try_runtimes(answered, Place(), every=True)
+    asked = {precision: session.asked["encoder"] for precision, session in played.opened.items()}
+    assert asked == {None: 2, "bfloat16": 2, "bfloat16-decoders": 2, "float32": 0}
+
+
+def test_what_is_slower_is_not_compared_to_the_end(answered: Artefact, play) -> None:
+    played = play(bfloat16=5.0, bfloat16_decoders=5.0, float32=5.0)
+    played.wrong["bfloat16-decoders"] = ("decoder", "prompt_decoder")
+    tried = try_runtimes(answered, Place())
+    assert "slower than the choice" in tried.record.trials[1].verdict
+    assert played.opened["float32"].asked["prompt_decoder"] == 2  # of the first image alone
+    whole = try_runtimes(answered, Place(), every=True).record
+    assert [trial.passes for trial in whole.trials] == [True, True, False, True]
+    for one in (tried.record, whole):
+        assert one.chosen.backend == "onnxruntime"
+    assert tried.session is None
+
+
+def test_a_comparison_ends_where_no_image_can_mend_it(answered: Artefact) -> None:
+    answers, gate = read_answers(answered), load_recipe("fp32").gate
+    halves = [agreement(Bent(answered, "decoder"), answered, answers, gate, enough=_ever)]
+    halves.append(agreement(Bent(answered, "decoder"), answered, answers, gate))
+    assert [found.whole for found in halves] == [False, True]
+    assert all(found.missed["decoder"] for found in halves)
+    kept = agreement(OnnxRuntimeSession(answered), answered, answers, gate, enough=_ever)
+    assert (set(kept.missed.values()), kept.whole) == ({""}, False)
+    assert "boxes at most 1.0000 / 1.0000" in kept.text
+
+
+def _ever(found: Any) -> bool:
+    return True
 
 
 def test_only_decoders_that_keep_the_gate_are_lowered(answered: Artefact, play) -> None:
     play(bfloat16=("encoder", "decoder"), bfloat16_decoders=("prompt_decoder",))
-    chosen = try_runtimes(answered, Place()).chosen
+    tried = try_runtimes(answered, Place())
+    chosen = tried.record.chosen
     assert chosen.lowered == ("decoder",)
     assert "; float32 for prompts 0." in chosen.verdict
-    slower = try_runtimes(answered, Place(), every=True).trials[3]
+    assert tried.session is None
+    slower = try_runtimes(answered, Place(), every=True).record.trials[3]
     assert slower.verdict.startswith("misses its gate: cosine -1.00000")
 
 
 def test_what_cannot_be_compared_is_not_taken(answered: Artefact, play) -> None:
-    play()
-    record = try_runtimes(dataclasses.replace(answered, answers=None), Place())
-    assert record.chosen.backend == "onnxruntime"
-    assert all("keeps no masks of PyTorch" in trial.verdict for trial in record.trials[1:])
+    played = play()
+    nothing = dataclasses.replace(answered, answers=None)
+    for every in (False, True):
+        record = try_runtimes(nothing, Place(), every=every).record
+        assert record.chosen.backend == "onnxruntime"
+        assert all("keeps no masks of PyTorch" in trial.verdict for trial in record.trials[1:])
+        assert bool(played.opened) == every
+        assert bool(record.trials[3].total_ms) == every
 
 
 def test_what_does_not_open_is_a_row(answered: Artefact, play, monkeypatch) -> None:
     missing = EngineError("no OpenVINO here")
     play(float32=missing, bfloat16=missing)
     monkeypatch.setattr(runtimes, "has_bfloat16", lambda text: False)
-    record = try_runtimes(answered, Place())
+    record = try_runtimes(answered, Place()).record
     assert record.trials[1].verdict == "no OpenVINO here"
     assert "no instructions for bfloat16" in record.trials[2].verdict
     assert record.chosen.backend == "onnxruntime"
@@ -145,7 +236,7 @@ def test_a_damaged_record_is_said_and_measured_again(answered: Artefact, play) -
 @pytest.mark.openvino
 def test_real_runtimes(answered: Artefact, tmp_path: Path) -> None:
     """These graphs take coordinates as no SAM does, which bfloat16 refuses to round."""
-    record = try_runtimes(answered, Place(engine_cache=tmp_path / "cache"), every=True)
+    record = try_runtimes(answered, Place(engine_cache=tmp_path / "cache"), every=True).record
     one, two, *lowered = record.trials
     assert (one.verdict, one.passes, two.passes) == ("the export's own gate", True, True)
     assert min(one.encoder_ms, one.box_ms, two.eight_ms) > 0
