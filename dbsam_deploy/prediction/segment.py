@@ -9,6 +9,7 @@ one value is refused.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -79,28 +80,59 @@ def _segment_slice(
     labels = np.zeros(volume.shape, label_dtype(count))
     maps = np.zeros((_masks_each(prompts), *size), labels.dtype)
     batch = prompts_at_once(size, len(maps), prompts.has_adapted_points)
-    parts = []
+    found = _Found()
     for start in range(0, count, batch):
         part = prediction_of(predictor, **prompts.part(start, start + batch).asked)
-        for row, masks in enumerate(part.masks):
-            for alternative, mask in enumerate(masks):
-                maps[alternative][mask == 1] = start + row + 1
-            labels[index][masks[int(np.argmax(part.ious[row]))] == 1] = start + row + 1
-        pixels = part.masks.sum((2, 3), dtype=np.int64)
-        parts.append((part if keep_masks else Prediction(part.masks[:0], part.ious), pixels))
-    masks = np.concatenate([part.masks for part, _ in parts]) if keep_masks else None
-    logits = [part.logits for part, _ in parts if part.logits is not None]
+        _label(part, start + 1, labels[index], maps)
+        found.ious.append(part.ious)
+        found.pixels.append(part.masks.sum((2, 3), dtype=np.int64))
+        if keep_masks:
+            found.masks.append(part.masks)
+        if keep_masks and part.logits is not None:
+            found.logits.append(part.logits)
+        del part  # before the next ones are decoded
     return Result(
         volume,
         prompts,
         labels,
-        ious=np.concatenate([part.ious for part, _ in parts]),
-        pixels=np.concatenate([pixels for _, pixels in parts]),
+        ious=_joined(found.ious),
+        pixels=_joined(found.pixels),
         slices=(index,),
-        logits=np.concatenate(logits) if logits else None,
+        logits=_joined(found.logits) if found.logits else None,
         alternatives=maps if prompts.multimask else None,
-        own_masks=masks,
+        own_masks=_joined(found.masks) if keep_masks else None,
     )
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What is collected of prompts that are decoded one batch after the other, see `Result`."""
+
+    masks: list[npt.NDArray[Any]] = field(default_factory=list)
+    ious: list[npt.NDArray[Any]] = field(default_factory=list)
+    logits: list[npt.NDArray[Any]] = field(default_factory=list)
+    pixels: list[npt.NDArray[Any]] = field(default_factory=list)
+
+
+def _label(part: Prediction, first: int, labels: npt.NDArray[Any], maps: npt.NDArray[Any]) -> None:
+    """Put labels from `first` on where masks are: the best in `labels`, each in its own map."""
+    for row, masks in enumerate(part.masks):
+        for alternative, mask in enumerate(masks):
+            maps[alternative][mask == 1] = first + row
+        labels[masks[int(np.argmax(part.ious[row]))] == 1] = first + row
+
+
+def _joined(parts: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """Arrays end to end: a single one as it is, several each let go of once it is copied."""
+    if len(parts) == 1:
+        return parts[0]
+    whole = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
+    end = len(whole)
+    while parts:
+        part = parts.pop()
+        whole[end - len(part) : end] = part
+        end -= len(part)
+    return whole
 
 
 def prompts_at_once(

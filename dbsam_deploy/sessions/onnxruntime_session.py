@@ -88,6 +88,8 @@ class OnnxRuntimeSession:
             options = self._runtime.RunOptions()
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         outputs = self._sessions[spec.name].run(spec.output_names, feed, options)
+        if self._provider is CPU:  # an output holds on to the block of memory that it lies in
+            outputs = [array.copy() for array in outputs]
         return dict(zip(spec.output_names, outputs, strict=True))
 
     def _open(self, graph: str) -> None:

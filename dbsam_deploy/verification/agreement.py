@@ -15,7 +15,7 @@ from .cases import Case
 from .parity import GateMasks, ask, cosine, dice, prompt_agreement
 from .references import AskedOnce
 
-Answers = Sequence[tuple[Case, GateMasks]]
+KnownMasks = Sequence[tuple[Case, GateMasks]]
 """The gate's images with PyTorch's masks, see `answers.read_answers`."""
 PARTS = {"encoder": "cosine", "decoder": "boxes", "prompt_decoder": "prompts"}
 """Graph → what its figures are of."""
@@ -37,7 +37,7 @@ class Agreement:
     whole: bool
 
 
-class Tally:
+class GateTally:
     """Adds up an agreement, and knows before the last image what the others cannot mend.
 
     Args:
@@ -45,7 +45,7 @@ class Tally:
         gate: the recipe's floors, which are raised by `MARGIN`.
     """
 
-    def __init__(self, answers: Answers, gate: Gate) -> None:
+    def __init__(self, answers: KnownMasks, gate: Gate) -> None:
         self._near, self._mean_floor, self._p5_floor = (
             round(1 - (1 - MARGIN) * (1 - floor), 6)
             for floor in (gate.embedding_cosine, gate.mask_agreement_mean, gate.mask_agreement_p5)
@@ -107,7 +107,7 @@ class Tally:
 def agreement(
     session: Session,
     artefact: Artefact,
-    answers: Answers,
+    answers: KnownMasks,
     gate: Gate,
     *,
     enough: Callable[[Agreement], bool] = lambda found: False,
@@ -121,7 +121,7 @@ def agreement(
         gate: the recipe's floors, which are raised by `MARGIN`.
         enough: asked after each image whether the rest need not be compared any more.
     """
-    asked, tally = AskedOnce(session), Tally(answers, gate)
+    asked, tally = AskedOnce(session), GateTally(answers, gate)
     for case, want in answers:
         tally.add(case, ask(asked, artefact.preprocessing, case, want), want)
         asked.forget()

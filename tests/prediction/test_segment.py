@@ -1,5 +1,6 @@
 """Prompts on volumes: which slices are segmented, labels, overlaps, and what is refused."""
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,41 @@ def test_large_images_are_decoded_in_smaller_batches(monkeypatch: pytest.MonkeyP
     result, predictor = run(volume(1), Prompts(boxes))
     assert predictor.calls == [2, 2, 1]
     assert [row.label for row in result.rows()] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_masks_are_let_go_of_batch_by_batch(monkeypatch: pytest.MonkeyPatch, keep: bool) -> None:
+    made: list[weakref.ref[np.ndarray]] = []
+
+    class Watched(BoxPredictor):
+        def predict_boxes(self, boxes: np.ndarray) -> Prediction:
+            assert keep or not any(known() is not None for known in made)
+            found = super().predict_boxes(boxes)
+            owner = found.masks if found.masks.base is None else found.masks.base
+            made.append(weakref.ref(owner))
+            return found
+
+    boxes = np.array([[x, 2, x + 3, 8] for x in range(5)])
+    monkeypatch.setattr(module, "_MASK_BYTES_AT_ONCE", 2 * 12 * 15)
+    result = segment(Watched(), volume(1), Prompts(boxes), keep_masks=keep)
+    assert [known() is not None for known in made] == [False] * 3
+    assert (result.own_masks is not None) == (result.logits is not None) == keep
+    for index, (x0, y0, x1, y1) in enumerate(boxes if keep else ()):
+        inside = result.masks[index, 0]
+        assert inside[y0:y1, x0:x1].all()
+        assert inside.sum() == (y1 - y0) * (x1 - x0)
+
+
+def test_masks_of_one_batch_are_not_copied() -> None:
+    class Known(BoxPredictor):
+        def predict_boxes(self, boxes: np.ndarray) -> Prediction:
+            self.found = super().predict_boxes(boxes)
+            return self.found
+
+    predictor = Known()
+    result = segment(predictor, volume(1), Prompts(np.array([[1, 2, 6, 8]])), keep_masks=True)
+    assert result.own_masks is predictor.found.masks
+    assert result.logits is predictor.found.logits
 
 
 def test_points_make_one_prompt_set_with_the_box() -> None:

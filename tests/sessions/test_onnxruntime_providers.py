@@ -262,21 +262,35 @@ def test_int8_products_are_made_safe_only_where_they_overflow(
             settings.get_session_config_entry("session.x64quantprecision")
 
 
-def test_a_run_like_the_one_before_takes_no_further_memory():
-    shape = [24, 1024, 256]
+SHAPE = [24, 1024, 256]
+
+
+def open_chain() -> Any:
+    """A session whose run takes several times the memory of its (n, 1024, 256) input."""
     names = ["x", *(f"value_{number}" for number in range(6)), "y"]
     nodes = [
         helper.make_node("Softmax" if number % 2 else "Erf", [before], [after])
         for number, (before, after) in enumerate(itertools.pairwise(names))
     ]
     ends = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", *shape[1:]]) for name in "xy"
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", *SHAPE[1:]]) for name in "xy"
     ]
     graph = helper.make_graph(nodes, "chain", ends[:1], ends[1:])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    session = open_session(import_onnxruntime(), model.SerializeToString(), CPU, threads=1)
-    values = np.zeros(shape, np.float32)
+    return open_session(import_onnxruntime(), model.SerializeToString(), CPU, threads=1)
+
+
+def test_a_run_like_the_one_before_takes_no_further_memory():
+    session, values = open_chain(), np.zeros(SHAPE, np.float32)
     session.run(None, {"x": values})
     before = resident_bytes()
     session.run(None, {"x": values})
+    assert resident_bytes() - before < values.nbytes // 2
+
+
+def test_a_session_runs_in_the_memory_of_another():
+    one, other, values = open_chain(), open_chain(), np.zeros(SHAPE, np.float32)
+    one.run(None, {"x": values})
+    before = resident_bytes()
+    other.run(None, {"x": values})
     assert resident_bytes() - before < values.nbytes // 2
