@@ -29,9 +29,10 @@ def small_main(quick_stages):
         plan = recipe.quantization
         if plan is None or plan.calibration is None:
             return recipe
-        # One of db_sam_tiny's ViT blocks and the neck.
+        # One of db_sam_tiny's ViT blocks and the whole neck.
         kept = ("image_encoder.adapter*", "*.blocks.[!0].*", "*.patch_embed.*", "*.blocks.1[0-9].*")
-        return replace(recipe, quantization=replace(plan, exclude=(*plan.exclude, *kept)))
+        own = (pattern for pattern in plan.exclude if pattern != "*.neck.0")
+        return replace(recipe, quantization=replace(plan, exclude=(*own, *kept)))
 
     return partial(main, stages=SweepStages(load_recipe, quick_stages.export_graph))
 

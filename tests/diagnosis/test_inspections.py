@@ -122,6 +122,13 @@ def test_a_provider_that_onnxruntime_drops_with_a_word_in_its_log(install: Insta
             return ["CPUExecutionProvider"]
         class SessionOptions:
             def add_session_config_entry(self, *entry): pass
+        class OrtAllocatorType:
+            ORT_ARENA_ALLOCATOR = 1
+        class OrtMemType:
+            DEFAULT = 0
+        class OrtMemoryInfo:
+            def __init__(self, *place): pass
+        def create_and_register_allocator(place, settings): pass
         class InferenceSession:
             def __init__(self, *model, **options):
                 print("[E] Failed to load x.so with error: libz.so.9: not found", file=sys.stderr)
