@@ -39,6 +39,12 @@ def test_a_good_feed_passes():
     check_feed(decoder_spec(Geometry(SIZE)), feed())
 
 
+def test_an_answer_keeps_no_memory_of_the_runtime(tiny_artefact):
+    """A view of it would hold on to the block that a whole run took."""
+    found = OnnxRuntimeSession(tiny_artefact).run("decoder", feed(1))
+    assert all(array.flags.owndata for array in found.values())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -178,6 +178,16 @@ def _ever(found: Any) -> bool:
     return True
 
 
+def test_what_later_images_may_mend_is_no_miss_yet(answered: Artefact) -> None:
+    """Turned masks of the first image agree by 0; of all objects, half are in others."""
+    gate = dataclasses.replace(
+        load_recipe("fp32").gate, mask_agreement_mean=0.2, mask_agreement_p5=-1.0, dice_drop=2.0
+    )
+    bent, answers = Bent(answered, "decoder"), read_answers(answered)
+    assert agreement(bent, answered, answers, gate, enough=_ever).missed["decoder"] == ""
+    assert agreement(bent, answered, answers, gate).missed["decoder"]
+
+
 def test_only_decoders_that_keep_the_gate_are_lowered(answered: Artefact, play) -> None:
     play(bfloat16=("encoder", "decoder"), bfloat16_decoders=("prompt_decoder",))
     tried = try_runtimes(answered, Place())
