@@ -43,7 +43,7 @@ from dbsam_deploy.extras import pip_line
 from dbsam_deploy.machine.hardware import Hardware, describe_hardware, installed_versions
 from dbsam_deploy.serving.environment import DEFAULT_FOLDER, ServerEnvironment, find_environment
 
-pytest_plugins = ["pytester", "support.kept_memory", "support.random_numbers", "support.run_order"]
+pytest_plugins = ["pytester", "support.random_numbers", "support.run_order"]
 
 ROOT = Path(__file__).resolve().parent
 BENCHMARKS = ROOT / "benchmarks"
