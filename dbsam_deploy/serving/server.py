@@ -349,7 +349,7 @@ class TritonServer:
         return f"tritonserver ended {how} (whole log: {self.log})"
 
     def drain(self) -> bool:
-        """Let the models refuse what is new, wait until clients have what was accepted: `grace_s`.
+        """Let the models refuse what is new; wait, at most `grace_s`, until clients have the rest.
 
         Returns:
             Whether all accepted requests were answered.

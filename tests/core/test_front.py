@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from support.metric_family import Family
 
 from dbsam_deploy.core import front
 from dbsam_deploy.core.errors import EngineError, InputError
@@ -31,25 +32,6 @@ def tensor(name, array):
     return SimpleNamespace(
         name=lambda: name, as_numpy=lambda: array, array=array, is_cpu=lambda: True
     )
-
-
-class Family:
-    COUNTER, GAUGE = "counter", "gauge"
-    values: dict[str, int] = {}  # noqa: RUF012 - emptied for each test
-
-    def __init__(self, name, description, kind):
-        self.name = name
-
-    def Metric(self, labels):  # noqa: N802 - Triton's name
-        assert labels == {"model": "m"}
-        Family.values.setdefault(self.name, 0)
-        return self
-
-    def increment(self, by):
-        Family.values[self.name] += by
-
-    def set(self, value):
-        Family.values[self.name] = value
 
 
 class TritonError:

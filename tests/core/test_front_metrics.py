@@ -5,22 +5,9 @@ from __future__ import annotations
 import threading
 from types import SimpleNamespace
 
+from support.metric_family import Family
+
 from dbsam_deploy.core.front_metrics import IN_FLIGHT, FrontMetrics
-
-told: dict[str, int] = {}
-
-
-class Family:
-    COUNTER = GAUGE = None
-
-    def __init__(self, name, description, kind):
-        self.name = name
-
-    def Metric(self, labels):  # noqa: N802 - Triton's name
-        return self
-
-    def set(self, value):
-        told[self.name] = value
 
 
 def test_an_older_value_is_never_told_after_a_newer_one():
@@ -44,4 +31,4 @@ def test_an_older_value_is_never_told_after_a_newer_one():
     go.set()
     first.join()
     second.join()
-    assert told[IN_FLIGHT] == 0
+    assert Family.values[IN_FLIGHT] == 0
