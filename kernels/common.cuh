@@ -128,8 +128,6 @@ __device__ __forceinline__ bf16_t from_float<bf16_t>(float x) {
 }
 #endif
 
-__device__ __forceinline__ float to_float(signed char x) { return static_cast<float>(x); }
-
 // Two values in one register, the first in the low half: an operand of `mma_m16n8k16`.
 template <typename T>
 __device__ __forceinline__ uint32_t pack(float low, float high) {

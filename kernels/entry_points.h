@@ -21,13 +21,6 @@ DBSAM_EXPORT int dbsam_ms_deform_attn(const void* value, const void* offsets, co
                                       int points, const int* level_shapes, int query_levels,
                                       const int* query_shapes, int dtype, void* stream);
 
-// The same with an INT8 value, which is worth value * value_scale; `dtype` is that of the others.
-DBSAM_EXPORT int dbsam_ms_deform_attn_int8(const signed char* value, float value_scale,
-                                           const void* offsets, const void* weights, void* out,
-                                           int batch, int heads, int head_dim, int levels,
-                                           int points, const int* level_shapes, int query_levels,
-                                           const int* query_shapes, int dtype, void* stream);
-
 // x (batch, height, width, channels), norm_weight and norm_bias (channels), dw_weight
 // (channels, 1, 3, 3), fc1 (reduced, channels), fc2 (channels, reduced), pw_weight
 // (channels, channels) -> hidden (batch, height * width, channels), gated_weight

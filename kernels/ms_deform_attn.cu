@@ -1,6 +1,5 @@
-// Entry points of multi-scale deformable attention (entry_points.h).
+// Entry point of multi-scale deformable attention (entry_points.h).
 #include <cstdint>
-#include <type_traits>
 
 #include "entry_points.h"
 #include "ms_deform_attn.cuh"
@@ -41,23 +40,21 @@ int64_t cut_tiles(DeformProblem& problem, int passes) {
   return tiles;
 }
 
-template <typename Value, typename T>
-int launch(const void* value, float scale, const void* offsets, const void* weights, void* out,
-           int batch, DeformProblem& problem, void* stream) {
+template <typename T>
+int launch(const void* value, const void* offsets, const void* weights, void* out, int batch,
+           DeformProblem& problem, void* stream) {
   const int64_t columns = int64_t{problem.heads} * problem.slices;
   int64_t tiles = cut_tiles(problem, 1);
   if (tiles * columns * batch >= 4 * kManyBlocks) tiles = cut_tiles(problem, 2);
   if (tiles > 65535 || batch > 65535) return dbsam::kErrorLimits;
   const dim3 grid(static_cast<unsigned>(columns), static_cast<unsigned>(tiles), batch);
-  const size_t bytes =
-      sizeof(dbsam::Prepared<Value>) * problem.warps * problem.levels * problem.points;
-  return DBSAM_LAUNCH((dbsam::ms_deform_attn_kernel<Value, T>), grid, dim3(problem.warps * 32),
-                      bytes, stream, static_cast<const Value*>(value),
-                      static_cast<const T*>(offsets), static_cast<const T*>(weights),
-                      static_cast<T*>(out), scale, problem);
+  const size_t bytes = sizeof(dbsam::Prepared<T>) * problem.warps * problem.levels * problem.points;
+  return DBSAM_LAUNCH(dbsam::ms_deform_attn_kernel<T>, grid, dim3(problem.warps * 32), bytes,
+                      stream, static_cast<const T*>(value), static_cast<const T*>(offsets),
+                      static_cast<const T*>(weights), static_cast<T*>(out), problem);
 }
 
-// Checks the sizes that both entry points share, and describes the problem.
+// Checks the sizes, and describes the problem.
 int describe(DeformProblem& problem, int batch, int heads, int head_dim, int levels, int points,
              const int* level_shapes, int query_levels, const int* query_shapes) {
   if (batch < 0 || heads < 1 || head_dim < 8 || head_dim > 256 || head_dim % 8 != 0 || points < 1 ||
@@ -84,39 +81,19 @@ int describe(DeformProblem& problem, int batch, int heads, int head_dim, int lev
   return dbsam::kSuccess;
 }
 
-// `Value` is the type of the values; void for that of offsets, weights and output.
-template <typename Value>
-int run(const void* value, float value_scale, const void* offsets, const void* weights, void* out,
-        int batch, int heads, int head_dim, int levels, int points, const int* level_shapes,
-        int query_levels, const int* query_shapes, int dtype, void* stream) {
-  DeformProblem problem{};
-  const int status = describe(problem, batch, heads, head_dim, levels, points, level_shapes,
-                              query_levels, query_shapes);
-  if (status != dbsam::kSuccess) return status;
-  return dbsam::dispatch_dtype(dtype, [&](auto element) -> int {
-    using T = decltype(element);
-    using V = std::conditional_t<std::is_void_v<Value>, T, Value>;
-    if (batch == 0) return dbsam::kSuccess;
-    if (!dbsam::all_aligned(value, offsets, weights, out)) return dbsam::kErrorAlignment;
-    return launch<V, T>(value, value_scale, offsets, weights, out, batch, problem, stream);
-  });
-}
-
 }  // namespace
 
 extern "C" int dbsam_ms_deform_attn(const void* value, const void* offsets, const void* weights,
                                     void* out, int batch, int heads, int head_dim, int levels,
                                     int points, const int* level_shapes, int query_levels,
                                     const int* query_shapes, int dtype, void* stream) {
-  return run<void>(value, 1.0f, offsets, weights, out, batch, heads, head_dim, levels, points,
-                   level_shapes, query_levels, query_shapes, dtype, stream);
-}
-
-extern "C" int dbsam_ms_deform_attn_int8(const signed char* value, float value_scale,
-                                         const void* offsets, const void* weights, void* out,
-                                         int batch, int heads, int head_dim, int levels, int points,
-                                         const int* level_shapes, int query_levels,
-                                         const int* query_shapes, int dtype, void* stream) {
-  return run<signed char>(value, value_scale, offsets, weights, out, batch, heads, head_dim, levels,
-                          points, level_shapes, query_levels, query_shapes, dtype, stream);
+  DeformProblem problem{};
+  const int status = describe(problem, batch, heads, head_dim, levels, points, level_shapes,
+                              query_levels, query_shapes);
+  if (status != dbsam::kSuccess) return status;
+  return dbsam::dispatch_dtype(dtype, [&](auto element) -> int {
+    if (batch == 0) return dbsam::kSuccess;
+    if (!dbsam::all_aligned(value, offsets, weights, out)) return dbsam::kErrorAlignment;
+    return launch<decltype(element)>(value, offsets, weights, out, batch, problem, stream);
+  });
 }

@@ -44,10 +44,10 @@ struct alignas(16) SampleMap {
 };
 
 // One prepared sample of a warp's 8 queries. Only this warp reads and writes it.
-template <typename Value>
+template <typename T>
 struct alignas(16) Prepared {
   Vec<int, 4> place[kDeformQueries];  // element offsets of the corners
-  typename DeformGather<Value>::Weights weights;
+  typename DeformGather<T>::Weights weights;
 };
 
 // Bilinear sample of a height x width map at (x, y) in pixels: cell i covers [i - 0.5, i + 0.5).
@@ -105,8 +105,8 @@ __device__ __forceinline__ float largest_logit(const T* logits, int slot, int sa
 }
 
 // Prepares one sample of query `lane % 8` and returns its softmax numerator.
-template <typename Value, typename T>
-__device__ __forceinline__ float prepare(Prepared<Value>& prepared, const LaneQuery& query,
+template <typename T>
+__device__ __forceinline__ float prepare(Prepared<T>& prepared, const LaneQuery& query,
                                          const T* offsets, const T* logits, const SampleMap& map,
                                          int sample, float largest, int row_elements) {
   constexpr float kLog2E = 1.4426950408889634f;
@@ -130,24 +130,23 @@ __device__ __forceinline__ float prepare(Prepared<Value>& prepared, const LaneQu
 }
 
 // Tensors of a block's image and head.
-template <typename Value, typename T>
+template <typename T>
 struct DeformTensors {
-  const Value* value;  // at the lane's first channel
-  const T* offsets;    // of all heads
-  const T* logits;     // of all heads
+  const T* value;    // at the lane's first channel
+  const T* offsets;  // of all heads
+  const T* logits;   // of all heads
   T* out;
 };
 
 // One round: sums all samples of 4 queries and stores them. `out` is at the warp's first query.
-template <typename Value, typename T>
-__device__ __forceinline__ void gather(const Prepared<Value>* prepared, int samples, int round,
-                                       const Value* value, float factor, T* out, int slice_channel,
+template <typename T>
+__device__ __forceinline__ void gather(const Prepared<T>* prepared, int samples, int round,
+                                       const T* value, float factor, T* out, int slice_channel,
                                        int last_query, const DeformProblem& problem) {
   const int lane = threadIdx.x % 32;
   const int query = round * kDeformGroups + lane / kDeformGroupLanes;
-  [[maybe_unused]] constexpr int kUnroll = DeformGather<Value>::kUnroll;  // only nvcc reads it
-  typename DeformGather<Value>::Round sums(lane, round);
-#pragma unroll kUnroll
+  typename DeformGather<T>::Round sums(lane, round);
+#pragma unroll 1
   for (int s = 0; s < samples; ++s) {
     const Vec<int, 4> place = load_vec<int, 4>(prepared[s].place[query].data);
     sums.add(value, place, prepared[s].weights);
@@ -160,11 +159,11 @@ __device__ __forceinline__ void gather(const Prepared<Value>* prepared, int samp
 }
 
 // The 8 queries from column `start` of a line of the query level.
-template <typename Value, typename T>
-__device__ __forceinline__ void attend(const DeformTensors<Value, T>& tensors,
-                                       Prepared<Value>* prepared, const SampleMap* maps, int head,
-                                       int slice_channel, float scale, int line, int start,
-                                       const DeformLevel& level, const DeformProblem& problem) {
+template <typename T>
+__device__ __forceinline__ void attend(const DeformTensors<T>& tensors, Prepared<T>* prepared,
+                                       const SampleMap* maps, int head, int slice_channel, int line,
+                                       int start, const DeformLevel& level,
+                                       const DeformProblem& problem) {
   const int lane = threadIdx.x % 32, slot = lane / kDeformQueries;
   const int samples = problem.levels * problem.points;
   const int row_elements = problem.heads * problem.head_dim;
@@ -182,12 +181,12 @@ __device__ __forceinline__ void attend(const DeformTensors<Value, T>& tensors,
   }
   denominator += __shfl_xor_sync(kFullMask, denominator, 8);
   denominator += __shfl_xor_sync(kFullMask, denominator, 16);
-  const float factor = __fdividef(scale, denominator);
+  const float factor = __fdividef(1.0f, denominator);
   __syncwarp();
 #pragma unroll 1
   for (int round = 0; round < kDeformQueries / kDeformGroups; ++round) {
-    gather<Value, T>(prepared, samples, round, tensors.value, factor,
-                     tensors.out + first * row_elements, slice_channel, last_query, problem);
+    gather<T>(prepared, samples, round, tensors.value, factor, tensors.out + first * row_elements,
+              slice_channel, last_query, problem);
   }
   __syncwarp();
 }
@@ -211,34 +210,34 @@ __device__ __forceinline__ const DeformLevel& find_level(const DeformProblem& pr
   return problem.query_level[index];
 }
 
-// Block (head and slice, tiles of queries, batch). `scale` is the value of one unit of `value`.
-template <typename Value, typename T>
-__global__ void __launch_bounds__(kDeformMaxWarps * 32, DeformGather<Value>::kBlocks)
-    ms_deform_attn_kernel(const Value* __restrict__ value, const T* __restrict__ offsets,
-                          const T* __restrict__ logits, T* __restrict__ out, float scale,
+// Block (head and slice, tiles of queries, batch).
+template <typename T>
+__global__ void __launch_bounds__(kDeformMaxWarps * 32, DeformGather<T>::kBlocks)
+    ms_deform_attn_kernel(const T* __restrict__ value, const T* __restrict__ offsets,
+                          const T* __restrict__ logits, T* __restrict__ out,
                           const __grid_constant__ DeformProblem problem) {
   __shared__ SampleMap maps[kDeformMaxSamples];
-  DBSAM_DYNAMIC_SHARED(Prepared<Value>, all_prepared);
+  DBSAM_DYNAMIC_SHARED(Prepared<T>, all_prepared);
   const DeformLevel& level = find_level(problem, blockIdx.y);
   // The shuffle tells the compiler that the warp's number is the same in all lanes.
   const int warp = __shfl_sync(kFullMask, static_cast<int>(threadIdx.x / 32), 0);
   const int lane = threadIdx.x % 32, samples = problem.levels * problem.points;
-  Prepared<Value>* prepared = all_prepared + warp * samples;
+  Prepared<T>* prepared = all_prepared + warp * samples;
   for (int s = lane; s < samples; s += 32) prepared[s].weights.clear();
   fill_maps(maps, problem, level);
   __syncthreads();
 
   const int head = static_cast<int>(blockIdx.x) / problem.slices;
   const int slice_channel = static_cast<int>(blockIdx.x) % problem.slices * kDeformSlice;
-  const int channel = slice_channel + lane % kDeformGroupLanes * DeformGather<Value>::kVector;
+  const int channel = slice_channel + lane % kDeformGroupLanes * DeformGather<T>::kVector;
   const int row_elements = problem.heads * problem.head_dim;
   const size_t image = blockIdx.z, first_row = image * problem.queries * problem.heads;
   // Lanes beyond the head's channels load its first ones, and nothing is stored of them.
-  const Value* own_value = value + image * problem.tokens * row_elements + head * problem.head_dim +
-                           (channel < problem.head_dim ? channel : 0);
-  const DeformTensors<Value, T> tensors{
-      keep(own_value), offsets + first_row * samples * 2, logits + first_row * samples,
-      out + first_row * problem.head_dim + head * problem.head_dim};
+  const T* own_value = value + image * problem.tokens * row_elements + head * problem.head_dim +
+                       (channel < problem.head_dim ? channel : 0);
+  const DeformTensors<T> tensors{keep(own_value), offsets + first_row * samples * 2,
+                                 logits + first_row * samples,
+                                 out + first_row * problem.head_dim + head * problem.head_dim};
 
   const int tile = static_cast<int>(blockIdx.y) - level.first_tile;
   const int first_line = tile / level.tiles_x * problem.passes * problem.warps + warp;
@@ -249,7 +248,7 @@ __global__ void __launch_bounds__(kDeformMaxWarps * 32, DeformGather<Value>::kBl
     for (int x = 0; x < problem.passes; ++x) {
       const int line = first_line + y * problem.warps, start = first_start + x * kDeformQueries;
       if (line >= level.height || start >= level.width) continue;  // the same in all lanes
-      attend(tensors, prepared, maps, head, slice_channel, scale, line, start, level, problem);
+      attend(tensors, prepared, maps, head, slice_channel, line, start, level, problem);
     }
   }
 }

@@ -1,5 +1,5 @@
-// How a warp loads and sums the values of multi-scale deformable attention: one way for each kind
-// of value. Included by ms_deform_attn.cuh.
+// How a warp loads and sums the values of multi-scale deformable attention: one way for float32,
+// one for the 16-bit types. Included by ms_deform_attn.cuh.
 //
 // A round sums one slice of 64 channels of one head for 4 queries: lanes 8 i to 8 i + 7 load the
 // four corners of a sample of query i, 8 channels a lane, so that a group reads whole 128-byte
@@ -9,7 +9,6 @@
 //   Round     a lane's part of a round: add(...) for each sample, then store(...)
 //   kVector   neighbouring channels in one load; the next load is 8 * kVector channels on
 //   kBlocks   blocks of 256 threads that are to fit a multiprocessor's registers
-//   kUnroll   samples whose loads are in flight together, as far as registers allow
 #pragma once
 
 #include "common.cuh"
@@ -34,21 +33,11 @@ __device__ __forceinline__ void store_channels(const float* sum, float factor, T
   store_vec<T, kVector>(row + first, result);
 }
 
-// A lane's channels of the four corners of a sample, N words each.
-template <int N, typename T>
-__device__ __forceinline__ void load_corners(const T* value, const Vec<int, 4>& place,
-                                             Vec<uint32_t, N> (&corner)[4]) {
-#pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    corner[c] = ldg_vec<uint32_t, N>(reinterpret_cast<const uint32_t*>(value + place[c]));
-  }
-}
-
 // float values: float32 sums on the ordinary units.
-template <typename Value>
+template <typename T>
 struct DeformGather {
-  static_assert(sizeof(Value) == 4, "16-bit and 8-bit values have their own ways");
-  static constexpr int kVector = 4, kBlocks = 4, kUnroll = 1;
+  static_assert(sizeof(T) == 4, "16-bit values have their own way");
+  static constexpr int kVector = 4, kBlocks = 4;
 
   struct Weights {
     Vec<float, 4> corner[kDeformQueries];
@@ -69,15 +58,15 @@ struct DeformGather {
     // Query whose softmax denominator `store` needs.
     __device__ __forceinline__ int result_query() const { return query; }
 
-    __device__ __forceinline__ void add(const Value* value, const Vec<int, 4>& place,
+    __device__ __forceinline__ void add(const T* value, const Vec<int, 4>& place,
                                         const Weights& weights) {
       const Vec<float, 4> weight = weights.corner[query];
 #pragma unroll
       for (int first = 0; first < kDeformLaneChannels; first += kVector) {
-        Vec<Value, kVector> corner[4];
+        Vec<T, kVector> corner[4];
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
-          corner[c] = ldg_vec<Value, kVector>(value + place[c] + first * kDeformGroupLanes);
+          corner[c] = ldg_vec<T, kVector>(value + place[c] + first * kDeformGroupLanes);
         }
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
@@ -89,7 +78,6 @@ struct DeformGather {
       }
     }
 
-    template <typename T>
     __device__ __forceinline__ void store(float factor, T* row, int first, int lane,
                                           int head_dim) const {
       const int channel = first + lane % kDeformGroupLanes * kVector;
@@ -113,7 +101,7 @@ struct DeformGather {
 //                                        the other three quarters of D belong to no query
 template <typename T16>
 struct DeformGatherMma {
-  static constexpr int kVector = 8, kBlocks = 3, kUnroll = 1;
+  static constexpr int kVector = 8, kBlocks = 3;
 
   // Entry 2 r + i is a lane's whole fragment of A for rows of queries 4 r + i and 4 r + i + 2; the
   // last entry is zero, for lanes off the diagonal.
@@ -153,7 +141,10 @@ struct DeformGatherMma {
     __device__ __forceinline__ void add(const T16* value, const Vec<int, 4>& place,
                                         const Weights& weights) {
       Vec<uint32_t, 4> corner[4];
-      load_corners(value, place, corner);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        corner[c] = ldg_vec<uint32_t, 4>(reinterpret_cast<const uint32_t*>(value + place[c]));
+      }
       const Vec<uint32_t, 4> a = weights.entry[entry];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -167,8 +158,7 @@ struct DeformGatherMma {
     }
 
     // Half of the lanes hold a query's sums: two chunks each.
-    template <typename T>
-    __device__ __forceinline__ void store(float factor, T* row, int first, int lane,
+    __device__ __forceinline__ void store(float factor, T16* row, int first, int lane,
                                           int head_dim) const {
       if (lane / 16 != lane % 2) return;
       const bool lower = lane % 4 >= 2;
@@ -189,94 +179,5 @@ template <>
 struct DeformGather<half_t> : DeformGatherMma<half_t> {};
 template <>
 struct DeformGather<bf16_t> : DeformGatherMma<bf16_t> {};
-
-// sum + low 16 bits of `weights` * bytes[0] + high 16 bits * bytes[1]; with `upper`, bytes 2 and 3.
-template <bool upper>
-__device__ __forceinline__ int dot_two(uint32_t weights, uint32_t bytes, int sum) {
-#ifdef DBSAM_HOST
-  const uint32_t pair = upper ? bytes >> 16 : bytes;
-  return sum + static_cast<int>(weights & 0xFFFFu) * static_cast<signed char>(pair & 0xFFu) +
-         static_cast<int>(weights >> 16) * static_cast<signed char>(pair >> 8 & 0xFFu);
-#else
-  int result;
-  if (upper) {
-    asm("dp2a.hi.u32.s32 %0, %1, %2, %3;" : "=r"(result) : "r"(weights), "r"(bytes), "r"(sum));
-  } else {
-    asm("dp2a.lo.u32.s32 %0, %1, %2, %3;" : "=r"(result) : "r"(weights), "r"(bytes), "r"(sum));
-  }
-  return result;
-#endif
-}
-
-// Bytes 0 and 1 of a and b by turns (a0 b0 a1 b1); with `upper`, bytes 2 and 3.
-template <bool upper>
-__device__ __forceinline__ uint32_t interleave(uint32_t a, uint32_t b) {
-#ifdef DBSAM_HOST
-  const uint32_t x = upper ? a >> 16 : a, y = upper ? b >> 16 : b;
-  return (x & 0xFFu) | (y & 0xFFu) << 8 | (x >> 8 & 0xFFu) << 16 | (y >> 8 & 0xFFu) << 24;
-#else
-  return __byte_perm(a, b, upper ? 0x7362 : 0x5140);
-#endif
-}
-
-// int8 values: the weights become 16-bit fractions, and integer dot products of two corners at a
-// time sum without rounding: 64 samples whose weights add up to 65535 + 2 and 128 stay below 2^31.
-template <>
-struct DeformGather<signed char> {
-  static constexpr int kVector = 8, kBlocks = 4, kUnroll = 2;
-
-  static __device__ __forceinline__ uint32_t fraction(float weight) {
-    return weight > 0.0f ? static_cast<uint32_t>(fmaf(weight, 65535.0f, 0.5f)) : 0u;
-  }
-
-  struct Weights {
-    Vec<uint32_t, 2> corner[kDeformQueries];
-
-    __device__ __forceinline__ void clear() {}
-    __device__ __forceinline__ void put(int query, const float (&weight)[4]) {
-      corner[query] = {{fraction(weight[0]) | fraction(weight[1]) << 16,
-                        fraction(weight[2]) | fraction(weight[3]) << 16}};
-    }
-  };
-
-  struct Round {
-    int sum[kDeformLaneChannels] = {};
-    int query;
-
-    __device__ __forceinline__ Round(int lane, int round)
-        : query(round * kDeformGroups + lane / kDeformGroupLanes) {}
-
-    __device__ __forceinline__ int result_query() const { return query; }
-
-    __device__ __forceinline__ void add(const signed char* value, const Vec<int, 4>& place,
-                                        const Weights& weights) {
-      Vec<uint32_t, 2> corner[4];
-      load_corners(value, place, corner);
-      const Vec<uint32_t, 2> weight = weights.corner[query];
-#pragma unroll
-      for (int i = 0; i < 8; i += 4) {
-#pragma unroll
-        for (int row = 0; row < 2; ++row) {
-          const uint32_t a = corner[2 * row][i / 4], b = corner[2 * row + 1][i / 4];
-          const uint32_t low = interleave<false>(a, b), high = interleave<true>(a, b);
-          sum[i] = dot_two<false>(weight[row], low, sum[i]);
-          sum[i + 1] = dot_two<true>(weight[row], low, sum[i + 1]);
-          sum[i + 2] = dot_two<false>(weight[row], high, sum[i + 2]);
-          sum[i + 3] = dot_two<true>(weight[row], high, sum[i + 3]);
-        }
-      }
-    }
-
-    template <typename T>
-    __device__ __forceinline__ void store(float factor, T* row, int first, int lane,
-                                          int head_dim) const {
-      float result[kVector];
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) result[i] = static_cast<float>(sum[i]) * (1.0f / 65535.0f);
-      const int channel = first + lane % kDeformGroupLanes * kVector;
-      store_channels<kVector>(result, factor, row, channel, head_dim);
-    }
-  };
-};
 
 }  // namespace dbsam

@@ -84,19 +84,16 @@ class Operator:
         return resource_dir("kernels") / f"{self.name}.cu"
 
 
-# offsets, weights, out, batch, heads, head_dim, levels, points, level_shapes, query_levels,
+# value, offsets, weights, out, batch, heads, head_dim, levels, points, level_shapes, query_levels,
 # query_shapes, dtype, stream
-_DEFORM = (*(_ADDRESS,) * 3, *(_INT,) * 5, _INTS, _INT, _INTS, _INT, _ADDRESS)
+_DEFORM = (*(_ADDRESS,) * 4, *(_INT,) * 5, _INTS, _INT, _INTS, _INT, _ADDRESS)
 
 OPERATORS: dict[str, Operator] = {
     operator.name: operator
     for operator in (
         Operator(
             "ms_deform_attn",
-            (
-                EntryPoint("dbsam_ms_deform_attn", (_ADDRESS, *_DEFORM)),
-                EntryPoint("dbsam_ms_deform_attn_int8", (_ADDRESS, _FLOAT, *_DEFORM)),
-            ),
+            (EntryPoint("dbsam_ms_deform_attn", _DEFORM),),
         ),
         Operator(
             "channel_attention",

@@ -80,7 +80,7 @@ constexpr Launch plan_launch(const Problem& problem) {
 template <typename T, const Problem& problem>
 __device__ __forceinline__ void run(const T* value, const T* offsets, const T* weights, T* out) {
   constexpr DeformProblem deform = describe(problem);
-  ms_deform_attn_kernel<T, T>(value, offsets, weights, out, 1.0f, deform);
+  ms_deform_attn_kernel<T>(value, offsets, weights, out, deform);
 }
 
 }  // namespace dbsam::quick

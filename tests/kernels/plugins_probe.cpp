@@ -19,7 +19,7 @@ namespace {
 
 using namespace nvinfer1;
 
-enum EntryPoint { kDeform, kDeformInt8, kChannel, kChannelWorkspace, kRelPos, kEntryPoints };
+enum EntryPoint { kDeform, kChannel, kChannelWorkspace, kRelPos, kEntryPoints };
 
 void* bound[kEntryPoints];
 int32_t runtime_major = NV_TENSORRT_MAJOR;

@@ -238,18 +238,6 @@ def test_the_entry_point_on_pycudas_memory_equals_the_reference(memory, case, dt
     _compare(tuple(found), case.expected(tensors), dtype)
 
 
-@EACH_DTYPE
-@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("deform")])
-def test_int8_values_on_pycudas_memory_equal_the_reference(memory, name, dtype):
-    case, scale = CASES[name], 0.031
-    value = torch.randint(-128, 128, case.shapes[0], dtype=torch.int8, device="cuda")
-    _, offsets, weights = case.draw(dtype)
-    inputs = (memory.put(value), scale, memory.put(offsets), memory.put(weights))
-    found = _call(memory, case, dtype, *inputs, entry="dbsam_ms_deform_attn_int8")
-    expected = case.expected((value.float() * scale, offsets, weights))
-    _compare(tuple(found), expected, dtype, "int8 kernel" if dtype is torch.float32 else "")
-
-
 @ALL
 @EACH_DTYPE
 def test_the_same_inputs_give_the_same_bits(case, dtype):

@@ -23,7 +23,6 @@ C_TYPES = {
     "size_t": ctypes.c_size_t,
     "const int*": ctypes.POINTER(ctypes.c_int),
     "const void*": ctypes.c_void_p,
-    "const signed char*": ctypes.c_void_p,
     "void*": ctypes.c_void_p,
 }
 
@@ -226,5 +225,5 @@ def test_a_device_library_loads_without_a_gpu() -> None:
 def test_ptx_names_its_target_and_kernels() -> None:
     text = kernels.compile_ptx("ms_deform_attn", "sm_90")
     assert re.search(r"^\.target sm_90$", text, re.M)
-    # float, half and bfloat16, each with its own values and with int8
-    assert len(re.findall(r"^\.visible \.entry \w*ms_deform_attn_kernel\w*\(", text, re.M)) == 6
+    # float, half and bfloat16
+    assert len(re.findall(r"^\.visible \.entry \w*ms_deform_attn_kernel\w*\(", text, re.M)) == 3

@@ -22,7 +22,6 @@ from dbsam_deploy.resources import resource_dir
 
 ENTRY_POINTS = {
     "dbsam_ms_deform_attn",
-    "dbsam_ms_deform_attn_int8",
     "dbsam_channel_attention",
     "dbsam_channel_attention_workspace",
     "dbsam_rel_pos_attention",

@@ -24,7 +24,6 @@ INT32, FLOAT32 = 5, 1  # nvinfer1::PluginFieldType
 DTYPES = {FLOAT: torch.float32, HALF: torch.float16, BF16: torch.bfloat16}
 BOUND = (
     "dbsam_ms_deform_attn",
-    "dbsam_ms_deform_attn_int8",
     "dbsam_channel_attention",
     "dbsam_channel_attention_workspace",
     "dbsam_rel_pos_attention",
