@@ -145,7 +145,7 @@ __device__ __forceinline__ void gather(const Prepared<T>* prepared, int samples,
                                        int last_query, const DeformProblem& problem) {
   const int lane = threadIdx.x % 32;
   const int query = round * kDeformGroups + lane / kDeformGroupLanes;
-  typename DeformGather<T>::Round sums(lane, round);
+  typename DeformGather<T>::Round sums(lane, round, problem.head_dim - slice_channel);
 #pragma unroll 1
   for (int s = 0; s < samples; ++s) {
     const Vec<int, 4> place = load_vec<int, 4>(prepared[s].place[query].data);

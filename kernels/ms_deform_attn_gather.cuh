@@ -6,8 +6,10 @@
 // lines of a 64-channel FP16 head. Each way has
 //   Weights   the corner weights (softmax numerators included) of one sample of the warp's 8
 //             queries, in shared memory; clear() once, then put(query, weight)
-//   Round     a lane's part of a round: add(...) for each sample, then store(...)
-//   kVector   neighbouring channels in one load; the next load is 8 * kVector channels on
+//   Round     a lane's part of a round of a head with `channels` channels from the slice on:
+//             add(...) for each sample, then store(...)
+//   kVector   neighbouring channels in one load; the next load, if the head goes on so far, is
+//             8 * kVector channels on
 //   kBlocks   blocks of 256 threads that are to fit a multiprocessor's registers
 #pragma once
 
@@ -51,9 +53,13 @@ struct DeformGather {
   struct Round {
     float sum[kDeformLaneChannels] = {};
     int query;  // among the warp's 8
+    int next;   // elements to the lane's second load; zero where the head ends before it
 
-    __device__ __forceinline__ Round(int lane, int round)
-        : query(round * kDeformGroups + lane / kDeformGroupLanes) {}
+    __device__ __forceinline__ Round(int lane, int round, int channels)
+        : query(round * kDeformGroups + lane / kDeformGroupLanes),
+          next((lane % kDeformGroupLanes + kDeformGroupLanes) * kVector < channels
+                   ? kDeformGroupLanes * kVector
+                   : 0) {}
 
     // Query whose softmax denominator `store` needs.
     __device__ __forceinline__ int result_query() const { return query; }
@@ -63,11 +69,10 @@ struct DeformGather {
       const Vec<float, 4> weight = weights.corner[query];
 #pragma unroll
       for (int first = 0; first < kDeformLaneChannels; first += kVector) {
+        const T* source = first == 0 ? value : value + next;
         Vec<T, kVector> corner[4];
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          corner[c] = ldg_vec<T, kVector>(value + place[c] + first * kDeformGroupLanes);
-        }
+        for (int c = 0; c < 4; ++c) corner[c] = ldg_vec<T, kVector>(source + place[c]);
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
 #pragma unroll
@@ -132,7 +137,7 @@ struct DeformGatherMma {
     int entry;   // of weights
     int result;  // the query whose sums this lane may hold
 
-    __device__ __forceinline__ Round(int lane, int round)
+    __device__ __forceinline__ Round(int lane, int round, int /*channels*/)
         : entry(lane / 4 % 4 == lane % 4 ? 2 * round + lane / 16 : Weights::kZero),
           result(round * kDeformGroups + lane % 4) {}
 
