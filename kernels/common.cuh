@@ -320,26 +320,44 @@ int dispatch_dtype(int dtype, Run run) {
   }
 }
 
-#ifdef DBSAM_HOST
-using emulation::launch;
-#else
+// A block has this much shared memory without asking, static and dynamic bytes together.
+constexpr size_t kSharedWithoutAsking = 48 * 1024;
+
+// Asks for `dynamic_bytes` where they and the kernel's static ones are more than that. It asks for
+// all that the device has: the limit stays with the kernel, and another thread that launches it
+// with less must not lower it.
+template <typename... Parameters>
+int ask_for_shared(void (*kernel)(Parameters...), size_t dynamic_bytes) {
+  cudaFuncAttributes attributes;
+  cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error != cudaSuccess) return error;
+  const size_t static_bytes = attributes.sharedSizeBytes;
+  if (static_bytes + dynamic_bytes <= kSharedWithoutAsking) return kSuccess;
+  int device = 0, most = 0;
+  error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  if (static_bytes + dynamic_bytes > static_cast<size_t>(most)) return kErrorLimits;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              most - static_cast<int>(static_bytes));
+}
+
 template <typename... Parameters, typename... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
            Arguments... arguments) {
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (error == cudaErrorInvalidValue) {
-      static_cast<void>(cudaGetLastError());  // reported here, not by a later call
-      return kErrorLimits;
-    }
-    if (error != cudaSuccess) return error;
-  }
+  // static ones alone always fit
+  const int status = shared_bytes == 0 ? kSuccess : ask_for_shared(kernel, shared_bytes);
+  if (status != kSuccess) return status;
+#ifdef DBSAM_HOST
+  static_cast<void>(stream);
+  return emulation::start(kernel, grid, block, shared_bytes, arguments...);
+#else
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(
       static_cast<Parameters>(arguments)...);
   return cudaGetLastError();
-}
 #endif
+}
 
 }  // namespace dbsam
 

@@ -6,6 +6,9 @@
 //     descending order, so that a missing barrier or an element nobody wrote shows up;
 //   - a barrier some threads never reach, or lanes of one warp at different operations, abort;
 //   - a write past the dynamic shared memory, or a 16-byte access out of line, aborts;
+//   - a launch with more shared memory than the smallest GPU has, or with more than 48 KiB that
+//   were
+//     not asked for, is refused as CUDA refuses it (host_shared.h);
 //   - an asynchronous copy spoils its target when it is issued and fills it at the matching wait.
 // Not shown: a missing __syncwarp() where a shuffle makes the lanes meet anyway, and races between
 // blocks. Warp matrices and asynchronous copies are in warp_matrix.cuh.
@@ -25,6 +28,7 @@
 #include <utility>
 
 #include "host_fibers.h"
+#include "host_shared.h"
 
 #define __global__
 #define __device__
@@ -44,10 +48,8 @@ inline float __fdividef(float a, float b) { return a / b; }
 
 namespace dbsam::emulation {
 
-constexpr size_t kMaxSharedBytes = 227 * 1024;
 constexpr size_t kGuardBytes = 256;
 constexpr unsigned char kGuard = 0xA5;
-constexpr int kErrorInvalidConfiguration = 9;  // cudaErrorInvalidConfiguration
 
 // The calling thread's copy of this library's thread-local storage: its kernels' shared memory.
 struct Segment {
@@ -232,15 +234,18 @@ inline int segment_lane(int lane, int width) {
   return (lane_index() & ~(width - 1)) + (lane & (width - 1));
 }
 
+// kernel<<<grid, block, shared_bytes>>>(arguments...); returns a cudaError_t.
 template <typename... Parameters, typename... Arguments>
-int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-           void* /*stream*/, Arguments... arguments) {
+int start(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+          Arguments... arguments) {
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   if (threads == 0 || threads > kMaxThreads || blocks == 0 || grid.y > 65535 || grid.z > 65535) {
-    return kErrorInvalidConfiguration;
+    return cudaErrorInvalidConfiguration;
   }
-  if (shared_bytes > kMaxSharedBytes) return -4;  // kErrorLimits
+  if (shared_bytes > shared_use(reinterpret_cast<const void*>(kernel)).dynamic_limit) {
+    return cudaErrorInvalidValue;
+  }
   using Values = std::tuple<Parameters...>;
   using Kernel = void (*)(Parameters...);
   const Call<Kernel, Values> call{kernel, Values(arguments...)};

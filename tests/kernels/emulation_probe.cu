@@ -88,6 +88,16 @@ __global__ void overrun_kernel() {
   tile[threadIdx.x] = 0.0f;  // 96 threads, memory for 95
 }
 
+// 2 KiB of static shared memory, besides what the launch gives; two kernels, as what was asked for
+// stays with one.
+template <int test>
+__global__ void shared_kernel(float* out) {
+  __shared__ float row[512];
+  row[threadIdx.x] = 0.0f;
+  __syncthreads();
+  out[threadIdx.x] = row[kThreads - 1 - threadIdx.x];
+}
+
 template <typename T>
 int convert(const void* in, float* out, const float* floats, void* rounded, int count) {
   return DBSAM_LAUNCH(convert_kernel<T>, 1, kThreads, 0, nullptr, static_cast<const T*>(in), out,
@@ -135,6 +145,12 @@ extern "C" int misaligned() {
 }
 extern "C" int overrun() { return DBSAM_LAUNCH(overrun_kernel, 1, kThreads, 95 * 4, nullptr); }
 extern "C" int no_threads() { return DBSAM_LAUNCH(overrun_kernel, 1, 0, 0, nullptr); }
-extern "C" int too_much_shared_memory() {
-  return DBSAM_LAUNCH(overrun_kernel, 1, kThreads, 300 * 1024, nullptr);
+extern "C" int start_with_shared(int bytes) {
+  float out[kThreads];
+  return dbsam::emulation::start(shared_kernel<0>, 1, kThreads, bytes, out);
 }
+extern "C" int launch_with_shared(int bytes) {
+  float out[kThreads];
+  return DBSAM_LAUNCH(shared_kernel<1>, 1, kThreads, bytes, nullptr, out);
+}
+extern "C" void emulate_shared_limit(int bytes) { dbsam::emulation::shared_limit = bytes; }

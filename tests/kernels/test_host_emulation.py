@@ -4,6 +4,7 @@ import ctypes
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ THREADS = 96
 CODES = {torch.float16: 1, torch.bfloat16: 2}
 
 
-HEADERS = ("common.cuh", "warp_matrix.cuh", "host_emulation.h", "host_fibers.h")
+HEADERS = ("common.cuh", "warp_matrix.cuh", "host_emulation.h", "host_fibers.h", "host_shared.h")
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +125,39 @@ def test_a_mistake_aborts_with_its_name(path: Path, name: str, message: str) -> 
     assert message in result.stderr
 
 
-def test_a_launch_that_cuda_refuses_is_refused(probe: ctypes.CDLL) -> None:
+INVALID_VALUE, LIMITS = 1, -4
+SMALLEST, HOPPER = 99 * 1024, 227 * 1024
+"""Shared memory that a block of sm_86, sm_89 and sm_120 can have, and of sm_90."""
+
+
+@pytest.fixture
+def hopper(probe: ctypes.CDLL) -> Iterator[None]:
+    probe.emulate_shared_limit(HOPPER)
+    yield
+    probe.emulate_shared_limit(SMALLEST)
+
+
+def test_a_launch_without_threads_is_refused(probe: ctypes.CDLL) -> None:
     assert probe.no_threads() == 9  # cudaErrorInvalidConfiguration
-    assert probe.too_much_shared_memory() == -4
+
+
+def test_shared_memory_above_48_kib_has_to_be_asked_for(probe: ctypes.CDLL) -> None:
+    """The probe's kernel has 2 KiB of static shared memory, and asks for nothing by itself."""
+    assert probe.start_with_shared(46 * 1024) == 0
+    assert probe.start_with_shared(46 * 1024 + 1) == INVALID_VALUE
+
+
+@pytest.mark.parametrize("dynamic", [0, 46 * 1024, 46 * 1024 + 16, 48 * 1024, SMALLEST - 2048])
+def test_a_launch_asks_for_what_it_needs(probe: ctypes.CDLL, dynamic: int) -> None:
+    assert probe.launch_with_shared(dynamic) == 0
+
+
+def test_more_than_the_smallest_gpu_has_is_refused(probe: ctypes.CDLL) -> None:
+    assert probe.launch_with_shared(SMALLEST - 2048 + 1) == LIMITS
+    assert probe.launch_with_shared(SMALLEST) == LIMITS
+
+
+@pytest.mark.usefixtures("hopper")
+def test_a_larger_gpu_has_its_own_limit(probe: ctypes.CDLL) -> None:
+    assert probe.launch_with_shared(HOPPER - 2048) == 0
+    assert probe.launch_with_shared(HOPPER - 2048 + 1) == LIMITS
