@@ -38,8 +38,9 @@ from support.browser import missing_browser
 from support.orthanc import missing_orthanc
 from timing import ratios as benchmarking
 
-from dbsam_deploy.core.errors import InputError, MissingError
+from dbsam_deploy.core.errors import EngineError, InputError, MissingError
 from dbsam_deploy.extras import pip_line
+from dbsam_deploy.kernels.toolkit import find_nvcc
 from dbsam_deploy.machine.hardware import Hardware, describe_hardware, installed_versions
 from dbsam_deploy.serving.environment import DEFAULT_FOLDER, ServerEnvironment, find_environment
 
@@ -78,15 +79,15 @@ def _without(module: str, line: str) -> Callable[[], str]:
 def _missing_modelopt() -> str:
     from dbsam_deploy.quantization.modelopt_tool import find_python  # which loads onnx_ir
 
+    return _refusal(find_python)  # a Python that is named but broken is no reason: its tests fail
+
+
+def _refusal(find: Callable[[], object]) -> str:
     try:
-        find_python()
-    except MissingError as error:
+        find()
+    except (EngineError, MissingError) as error:
         return str(error)
-    return ""  # a Python that is named but broken is no reason to skip: its tests fail
-
-
-def _missing_nvcc() -> str:
-    return "" if shutil.which("nvcc") else "no nvcc on the PATH: install the CUDA toolkit"
+    return ""
 
 
 def _missing_deployment() -> str:
@@ -105,7 +106,7 @@ MISSING: dict[str, Callable[[], str]] = {
     "rtx": _without("tensorrt_rtx", "the extra `test` installs it"),
     "openvino": _without("openvino", pip_line("openvino")),
     "modelopt": _missing_modelopt,
-    "nvcc": _missing_nvcc,
+    "nvcc": lambda: _refusal(find_nvcc),
     "data": _missing_data,
     "deployment": _missing_deployment,
     "orthanc": missing_orthanc,

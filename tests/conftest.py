@@ -257,9 +257,8 @@ def plugin_library(tensorrt_headers: Headers, once: Once) -> PluginLibrary:
 
     What ptxas counts of their kernels is in the build's log.
     """
-    for tool in ("cmake", "nvcc"):
-        if shutil.which(tool) is None:
-            pytest.skip(f"no {tool} on the PATH")
+    if shutil.which("cmake") is None:
+        pytest.skip("no cmake on the PATH")
 
     def make(folder: Path) -> PluginLibrary:
         with pytest.MonkeyPatch.context() as patch:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -27,6 +26,8 @@ from dbsam_deploy.diagnosis.probes import BACKEND_PROBES, Finding
 from dbsam_deploy.doctor import CHECKS, INSTALL_LINES, Check, examine
 from dbsam_deploy.engines.device import find_gpu
 from dbsam_deploy.extras import EXTRAS
+from dbsam_deploy.kernels import toolkit
+from dbsam_deploy.kernels.library import ARCHITECTURES
 from dbsam_deploy.machine.hardware import has_bfloat16, instruction_sets, memory_gib
 from dbsam_deploy.sessions.backends import LOCAL_BACKENDS
 from dbsam_deploy.sessions.trial_records import Record, Trial
@@ -136,11 +137,11 @@ def test_without_a_gpu_there_are_no_gpu_backends(report: dict[str, Any], name: s
 def test_tools_of_this_machine(report: dict[str, Any]) -> None:
     rows = {row["name"]: row for row in report["checks"]}
     for tool in ("g++", "nvcc"):
-        if shutil.which(tool) is None:
-            assert rows[tool]["missing"] == f"no {tool} on the PATH"
-            assert rows[tool]["install"] == INSTALL_LINES[tool]
-        else:
+        if rows[tool]["usable"]:
             assert re.match(r"\d+\.\d+", rows[tool]["version"])
+        else:
+            assert rows[tool]["missing"].startswith(f"no {tool} ")
+            assert rows[tool]["install"] == INSTALL_LINES[tool]
     assert report["machine"]["memory_gib"] == round(memory_gib(), 1) > 0
 
 
@@ -168,6 +169,7 @@ def test_a_machine_without_anything(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(doctor, "find_headers", lambda: raise_engine_error("no headers"))
+    monkeypatch.setattr(toolkit, "TOOLKITS", tmp_path)
     status, out, err = shell("--json")
     assert (status, err) == (0, "")
     rows = {row["name"]: row for row in json.loads(out)["checks"]}
@@ -211,6 +213,22 @@ def test_an_nvcc_that_knows_no_blackwell(tools: Path) -> None:
     assert (finding.usable, finding.version) == (False, "11.8")
     assert finding.missing == "nvcc 11.8 does not compile for sm_120: 12.8 or later is needed"
     assert finding.install == INSTALL_LINES["nvcc"]
+
+
+def test_an_nvcc_beside_the_path_is_found_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    codes = "\\n".join(ARCHITECTURES)
+    fake_tool(
+        tmp_path / "bin",
+        "nvcc",
+        f'[ "$1" = --version ] && echo "release 13.0, V13.0.88" || printf "{codes}\\n"',
+    )
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    finding = find("nvcc")
+    assert finding.usable, finding
+    assert finding.version == f"13.0 ({', '.join(ARCHITECTURES)}), {tmp_path}/bin/nvcc"
 
 
 def test_a_compiler_that_does_not_compile(tools: Path) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..core.errors import EngineError
 from ..engines.kinds import TENSORRT, TENSORRT_RTX, Kind, check_version
 from ..extras import NVCC_LINE, ONNXRUNTIME_TENSORRT_LINE, TORCH_GPU_LINE, pip_line
+from ..kernels.toolkit import find_nvcc
 from .inspections import Answer
 
 Ask = Callable[[str], Answer]
@@ -82,8 +82,10 @@ def probe_pytorch_fused(ask: Ask) -> Finding:
         reasons.append(reason)
     elif _target(driver) < OLDEST_TARGET:
         reasons.append(f"the GPU is {driver.facts.get('target')}, the kernels need sm_80 or later")
-    if shutil.which("nvcc") is None:
-        reasons.append("no nvcc on the PATH (CUDA toolkit 12.8 or later), which builds the kernels")
+    try:
+        find_nvcc()
+    except EngineError as error:
+        reasons.append(error.message)
         line = line or NVCC_LINE
     if reasons:
         return _refused(reasons, line, _version(torch))

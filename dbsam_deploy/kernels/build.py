@@ -19,6 +19,7 @@ from pathlib import Path
 
 from ..core.errors import EngineError, InputError
 from ..files.private import cache_folder, find_kept, keep, private_folder
+from .toolkit import find_nvcc
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,13 @@ def source_files(source: Path) -> tuple[Path, ...]:
 
 @functools.cache
 def _compiler(name: str) -> tuple[str, str]:
-    """Path and version text of a compiler on the PATH."""
-    advice = {
-        "g++": "install a C++17 compiler (Debian: apt-get install g++)",
-        "nvcc": "install the CUDA toolkit 12.8 or later and put its bin folder on the PATH",
-    }
-    path = shutil.which(name)
+    """Path and version text of a compiler."""
+    path = str(find_nvcc()) if name == "nvcc" else shutil.which(name)
     if path is None:
-        raise EngineError(f"no {name} on the PATH, which builds the kernels: {advice[name]}")
+        raise EngineError(
+            f"no {name} on the PATH, which builds the kernels: install a C++17 compiler (Debian: "
+            "apt-get install g++)"
+        )
     return path, _run([path, "--version"])
 
 

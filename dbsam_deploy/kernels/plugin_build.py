@@ -19,6 +19,7 @@ from ..extras import HEADERS_LINE
 from ..files.atomic import sha256_of, write_atomically
 from ..resources import resource_dir
 from .build import architecture_number
+from .toolkit import find_nvcc
 
 LIBRARY_NAME, MANIFEST_NAME = "libdbsam_plugins.so", "libdbsam_plugins.json"
 DEFAULT_OUTPUT = Path("build/plugins")
@@ -145,7 +146,7 @@ def build_plugins(
         EngineError: a tool or the headers are missing, or the compiler refuses a source.
     """
     numbers = [architecture_number(name) for name in architectures]
-    cmake, nvcc = _tool("cmake"), _tool("nvcc")
+    cmake, nvcc = _cmake(), str(find_nvcc())
     headers, cuda = find_headers(tensorrt_include), _cuda_version(nvcc)
     report(f"[1/3] TensorRT headers {headers.version} in {headers.folder}, CUDA {cuda}")
     configure = [
@@ -168,21 +169,18 @@ def build_plugins(
     return _publish(folder / LIBRARY_NAME, output)
 
 
-def _tool(name: str) -> str:
-    """Path of a program.
+def _cmake() -> str:
+    """Path of cmake.
 
     Raises:
-        EngineError: it is not on the PATH, and nvcc not in CUDA's usual place either.
+        EngineError: it is not on the PATH.
     """
-    advice = {
-        "cmake": "install it (`pip install cmake` or `apt install cmake`; 3.24 or later)",
-        "nvcc": "install the CUDA toolkit 12.8 or later, or put its bin folder on the PATH",
-    }
-    found = shutil.which(name)
-    if found is None and name == "nvcc":
-        found = shutil.which(name, path="/usr/local/cuda/bin")
+    found = shutil.which("cmake")
     if found is None:
-        raise EngineError(f"no {name} on the PATH, which builds the plugins: {advice[name]}")
+        raise EngineError(
+            "no cmake on the PATH, which builds the plugins: install it (`pip install cmake` or "
+            "`apt install cmake`; 3.24 or later)"
+        )
     return found
 
 

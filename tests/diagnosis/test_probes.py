@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
+from dbsam_deploy.core.errors import EngineError
 from dbsam_deploy.diagnosis import probes
 from dbsam_deploy.diagnosis.inspections import Answer
 from dbsam_deploy.diagnosis.probes import Finding
@@ -89,7 +90,7 @@ ALL = (
 
 @pytest.fixture(autouse=True)
 def with_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "which", lambda name: f"/cuda/bin/{name}")
+    monkeypatch.setattr(probes, "find_nvcc", lambda: Path("/cuda/bin/nvcc"))
 
 
 @pytest.mark.parametrize("probe", ALL, ids=lambda probe: probe.__name__)
@@ -163,7 +164,11 @@ def test_fused_kernels_need_nvcc_and_sm_80(monkeypatch: pytest.MonkeyPatch) -> N
     old = probes.probe_pytorch_fused(FULL.but(driver=Answer({**GPU.facts, "target": "sm_75"})))
     assert (old.usable, old.install) == (False, "")
     assert "the GPU is sm_75, the kernels need sm_80" in old.missing
-    monkeypatch.setattr(shutil, "which", lambda name: None)
+
+    def nowhere() -> Path:
+        raise EngineError("no nvcc in the PATH")
+
+    monkeypatch.setattr(probes, "find_nvcc", nowhere)
     finding = probes.probe_pytorch_fused(FULL)
     assert (finding.usable, finding.install) == (False, NVCC_LINE)
     assert "no nvcc" in finding.missing

@@ -11,6 +11,7 @@ import pytest
 from dbsam_deploy.core.errors import EngineError, InputError
 from dbsam_deploy.kernels import build as kernel_build
 from dbsam_deploy.kernels import library as kernels
+from dbsam_deploy.kernels import toolkit
 from dbsam_deploy.kernels.plugin_build import PluginLibrary
 from dbsam_deploy.resources import resource_dir
 
@@ -39,6 +40,7 @@ def source(tmp_path: Path) -> Path:
 def no_compilers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     kernel_build._compiler.cache_clear()
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(toolkit, "TOOLKITS", tmp_path)
     yield
     kernel_build._compiler.cache_clear()
 
@@ -144,7 +146,7 @@ def test_a_missing_header_is_named(source: Path, tmp_path: Path) -> None:
 def test_without_a_compiler_it_says_what_to_install(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"no g\+\+ on the PATH.*apt-get install g\+\+"):
         kernels.build_host_library("ms_deform_attn", tmp_path)
-    with pytest.raises(EngineError, match=r"no nvcc on the PATH.*install the CUDA toolkit"):
+    with pytest.raises(EngineError, match=r"no nvcc in the PATH.*install the CUDA toolkit"):
         kernels.build_device_library(folder=tmp_path)
 
 

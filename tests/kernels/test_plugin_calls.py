@@ -17,6 +17,7 @@ from support.references import check_close
 from dbsam_deploy.kernels import torch_ops
 from dbsam_deploy.kernels.library import OPERATORS, host_library
 from dbsam_deploy.kernels.plugin_build import Headers, PluginLibrary
+from dbsam_deploy.kernels.toolkit import find_nvcc
 
 FLOAT, HALF, INT8, BF16 = 0, 1, 2, 7  # nvinfer1::DataType
 LINEAR, CHW2 = 0, 1  # nvinfer1::TensorFormat
@@ -175,7 +176,7 @@ def probe(
     path = tmp_path_factory.mktemp("probe") / "probe.so"
     source = Path(__file__).parent / "plugins_probe.cpp"
     # nvcc only passes C++ on, but knows where CUDA's headers are.
-    command = ["nvcc", "-std=c++17", "-Xcompiler=-fPIC,-Wall,-Wextra,-Werror", "-shared"]
+    command = [str(find_nvcc()), "-std=c++17", "-Xcompiler=-fPIC,-Wall,-Wextra,-Werror", "-shared"]
     command += ["-isystem", str(tensorrt_headers.folder), "-Xlinker=--no-undefined"]
     command += [str(source), *map(str, objects), "-o", str(path)]
     subprocess.run(command, check=True)
