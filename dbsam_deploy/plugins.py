@@ -14,10 +14,10 @@ from pathlib import Path
 from .cli import HelpFormatter, Parser, add_no_wait, run, say_on_stderr
 from .files.atomic import writing_to
 from .files.locks import one_writer
+from .kernels.headers import HEADER, VARIABLE
 from .kernels.plugin_build import (
     ARCHITECTURES,
     DEFAULT_OUTPUT,
-    HEADER,
     LIBRARY_NAME,
     build_plugins,
     read_library,
@@ -30,6 +30,7 @@ Compile the TensorRT plugins of the fused operators, or show what a compiled lib
 examples:
   python -m dbsam_deploy.plugins build
   python -m dbsam_deploy.plugins build --arch sm_90 --tensorrt-include /usr/include/x86_64-linux-gnu
+  python -m dbsam_deploy.plugins build --tensorrt 10.16 --output build/plugins-10
   python -m dbsam_deploy.plugins info build/plugins/libdbsam_plugins.so
 """
 
@@ -71,7 +72,12 @@ def build_parser() -> Parser:
         "--tensorrt-include",
         type=Path,
         metavar="DIR",
-        help=f"folder with {HEADER}; by default the system's, then the kernel-lens wheel's",
+        help=f"folder with {HEADER}; by default {VARIABLE}, then where packages put it",
+    )
+    add(
+        "--tensorrt",
+        metavar="VERSION",
+        help="TensorRT that is to run the library, such as 11.4; by default the one installed here",
     )
     add("--jobs", type=int, help="files compiled at a time; by default one for each core")
     add_no_wait(build)
@@ -91,6 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         library = build_plugins(
             place,
             tensorrt_include=options.tensorrt_include,
+            tensorrt=options.tensorrt,
             architectures=tuple(options.arch),
             jobs=options.jobs,
         )

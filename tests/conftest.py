@@ -29,7 +29,8 @@ from dbsam_deploy.core.contract import Geometry, graph_specs
 from dbsam_deploy.core.errors import EngineError
 from dbsam_deploy.export import ExportOptions, Published, Stages, export
 from dbsam_deploy.graphs.onnx_export import export_graph, fold_reshapes, simplify, trace
-from dbsam_deploy.kernels.plugin_build import Headers, PluginLibrary, build_plugins, find_headers
+from dbsam_deploy.kernels.headers import Headers, find_headers
+from dbsam_deploy.kernels.plugin_build import PluginLibrary, build_plugins
 from dbsam_deploy.model import DbSam
 from dbsam_deploy.model.weights import find_lite_medsam, load_model
 from dbsam_deploy.recipe import Recipe, load_recipe

@@ -25,9 +25,10 @@ from dbsam_deploy.diagnosis.inspections import Answer
 from dbsam_deploy.diagnosis.probes import BACKEND_PROBES, Finding
 from dbsam_deploy.doctor import CHECKS, INSTALL_LINES, Check, examine
 from dbsam_deploy.engines.device import find_gpu
-from dbsam_deploy.extras import EXTRAS
+from dbsam_deploy.extras import EXTRAS, headers_line
 from dbsam_deploy.kernels import toolkit
 from dbsam_deploy.kernels.library import ARCHITECTURES
+from dbsam_deploy.kernels.plugin_build import PluginLibrary
 from dbsam_deploy.machine.hardware import has_bfloat16, instruction_sets, memory_gib
 from dbsam_deploy.sessions.backends import LOCAL_BACKENDS
 from dbsam_deploy.sessions.trial_records import Record, Trial
@@ -168,7 +169,7 @@ def test_a_machine_without_anything(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(doctor, "find_headers", lambda: raise_engine_error("no headers"))
+    monkeypatch.setattr(doctor, "find_headers", lambda runtime: raise_engine_error("no headers"))
     monkeypatch.setattr(toolkit, "TOOLKITS", tmp_path)
     status, out, err = shell("--json")
     assert (status, err) == (0, "")
@@ -229,6 +230,20 @@ def test_an_nvcc_beside_the_path_is_found_and_named(
     finding = find("nvcc")
     assert finding.usable, finding
     assert finding.version == f"13.0 ({', '.join(ARCHITECTURES)}), {tmp_path}/bin/nvcc"
+
+
+def test_headers_and_library_are_held_against_the_installed_tensorrt(
+    plugin_library: PluginLibrary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "installed_tensorrt", lambda: "99.1.2.3")
+    monkeypatch.setattr(doctor, "DEFAULT_OUTPUT", plugin_library.path.parent)
+    finding = find("TensorRT headers")
+    assert not finding.usable
+    assert finding.install == headers_line("99.1")
+    finding = find("plugin library")
+    version = plugin_library.tensorrt_headers
+    assert finding.missing == f"{plugin_library.path} is for TensorRT {version}, this is 99.1.2.3"
+    assert finding.install == doctor.PLUGINS_LINE
 
 
 def test_a_compiler_that_does_not_compile(tools: Path) -> None:

@@ -192,7 +192,7 @@ def test_a_library_of_another_major_version_is_refused(plugin_library: PluginLib
         f"compiled with headers of TensorRT {plugin_library.tensorrt_headers}, this is"
         in result.stdout
     )
-    assert "--tensorrt-include FOLDER` with the headers of 99.x" in result.stdout
+    assert "dbsam_deploy.plugins build --tensorrt 99.1`" in result.stdout
 
 
 def test_the_fused_nodes_have_what_the_plugins_ask_for() -> None:

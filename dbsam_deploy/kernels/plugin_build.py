@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -15,10 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..core.errors import EngineError
-from ..extras import HEADERS_LINE
 from ..files.atomic import sha256_of, write_atomically
 from ..resources import resource_dir
 from .build import architecture_number
+from .headers import find_headers, installed_tensorrt
 from .toolkit import find_nvcc
 
 LIBRARY_NAME, MANIFEST_NAME = "libdbsam_plugins.so", "libdbsam_plugins.json"
@@ -26,30 +24,12 @@ DEFAULT_OUTPUT = Path("build/plugins")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 """GPUs that a library is compiled for unless the caller names others."""
 
-HEADER = "NvInferRuntime.h"
-_HEADER_HELP = (
-    "give --tensorrt-include DIR, the `include` folder of TensorRT's archive, or install them: "
-    f"`apt install libnvinfer-headers-dev`, or `{HEADERS_LINE}` (10.14)"
-)
 _BUILD = re.compile(
     rb"dbsam_plugins_build: tensorrt=([\d.]+) cuda=([\d.]+) architectures=([\w,-]+)\0"
 )
 """What kernels/plugins/library.cpp puts into every library."""
 
 _PROGRESS = re.compile(r"\[ *\d+(%|/\d+)\] ")
-
-
-@dataclass(frozen=True)
-class Headers:
-    """TensorRT's C++ headers.
-
-    Attributes:
-        folder: holds NvInferRuntime.h.
-        version: "10.14.1".
-    """
-
-    folder: Path
-    version: str
 
 
 @dataclass(frozen=True)
@@ -72,62 +52,11 @@ class PluginLibrary:
     cuda: str
 
 
-def find_headers(given: Path | None = None) -> Headers:
-    """Find TensorRT's C++ headers.
-
-    Args:
-        given: the only folder to look into; by default the system's, then the `kernel-lens` wheel.
-
-    Raises:
-        EngineError: none, or from before TensorRT 10, which has no IPluginV3.
-    """
-    folders = [given] if given is not None else _usual_header_folders()
-    folder = next((f for f in folders if (f / HEADER).is_file()), None)
-    if folder is None:
-        where = f"in {given}" if given is not None else "on this machine"
-        raise EngineError(f"no TensorRT headers ({HEADER}) {where}: {_HEADER_HELP}")
-    version = _header_version(folder)
-    if int(version.split(".")[0]) < 10:
-        raise EngineError(
-            f"the TensorRT headers in {folder} are of version {version}, expected 10 or later: "
-            f"{_HEADER_HELP}"
-        )
-    return Headers(folder.resolve(), version)
-
-
-def _usual_header_folders() -> list[Path]:
-    system = Path("/usr/include")
-    folders = [
-        system / f"{platform.machine()}-linux-gnu",
-        system,
-        Path("/usr/local/tensorrt/include"),
-    ]
-    wheel = importlib.util.find_spec("kernel_lens")
-    for place in (wheel.submodule_search_locations or []) if wheel else []:
-        folders += sorted(path.parent for path in Path(place).rglob(HEADER))
-    return folders
-
-
-def _header_version(folder: Path) -> str:
-    """Version that NvInferVersion.h defines, through one level of names.
-
-    Raises:
-        EngineError: it defines none.
-    """
-    path = folder / "NvInferVersion.h"
-    text = path.read_text(errors="replace") if path.is_file() else ""
-    names: dict[str, str] = dict(re.findall(r"^#define (\w+) (\w+)", text, re.M))
-    values = [names.get(f"NV_TENSORRT_{p}", "") for p in ("MAJOR", "MINOR", "PATCH")]
-    parts = [names.get(value, value) for value in values]
-    if not all(part.isdigit() for part in parts):
-        raise EngineError(f"{path} does not say TensorRT's version: {_HEADER_HELP}")
-    return ".".join(parts)
-
-
 def build_plugins(
     output: Path = DEFAULT_OUTPUT,
     *,
     tensorrt_include: Path | None = None,
+    tensorrt: str | None = None,
     architectures: Sequence[str] = ARCHITECTURES,
     jobs: int | None = None,
     report: Callable[[str], None] = print,
@@ -137,6 +66,8 @@ def build_plugins(
     Args:
         output: folder for the library, its manifest and CMake's files.
         tensorrt_include: folder of TensorRT's headers; by default found, see `find_headers`.
+        tensorrt: version that is to run the library ("11.4"); by default the one installed here,
+            or, without one, that of the headers found.
         architectures: GPUs to compile for, such as "sm_90".
         jobs: files compiled at a time; by default one for each core.
         report: gets one line for each step and each compiled file.
@@ -147,8 +78,12 @@ def build_plugins(
     """
     numbers = [architecture_number(name) for name in architectures]
     cmake, nvcc = _cmake(), str(find_nvcc())
-    headers, cuda = find_headers(tensorrt_include), _cuda_version(nvcc)
-    report(f"[1/3] TensorRT headers {headers.version} in {headers.folder}, CUDA {cuda}")
+    runtime = installed_tensorrt() if tensorrt is None else tensorrt
+    headers, cuda = find_headers(tensorrt_include, runtime), _cuda_version(nvcc)
+    whose = f"TensorRT {runtime}" if runtime else f"any TensorRT {headers.version.split('.')[0]}"
+    report(
+        f"[1/3] for {whose}: headers {headers.version} in {headers.folder}, CUDA {cuda} ({nvcc})"
+    )
     configure = [
         *(cmake, "-S", str(resource_dir("kernels"))),
         *(("-G", "Ninja") if shutil.which("ninja") else ("-G", "Unix Makefiles")),

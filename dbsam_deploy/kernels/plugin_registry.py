@@ -44,8 +44,8 @@ def load_plugins(path: Path, *, runtime: Any = None) -> PluginLibrary:
     if library.tensorrt_headers.split(".")[0] != version.split(".")[0]:
         raise EngineError(
             f"{path} was compiled with headers of TensorRT {library.tensorrt_headers}, this is "
-            f"TensorRT {version}: run `python -m dbsam_deploy.plugins build --tensorrt-include "
-            f"FOLDER` with the headers of {version.split('.')[0]}.x"
+            f"TensorRT {version}: run `python -m dbsam_deploy.plugins build --tensorrt "
+            f"{'.'.join(version.split('.')[:2])}`"
         )
     register_library(library.path, library.sha256, runtime)
     return library

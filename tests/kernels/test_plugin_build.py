@@ -11,11 +11,10 @@ import pytest
 
 from dbsam_deploy.core.errors import EngineError, InputError
 from dbsam_deploy.kernels import plugin_build
+from dbsam_deploy.kernels.headers import Headers
 from dbsam_deploy.kernels.plugin_build import (
-    Headers,
     PluginLibrary,
     build_plugins,
-    find_headers,
     read_library,
 )
 from dbsam_deploy.resources import resource_dir
@@ -102,33 +101,23 @@ def test_what_is_no_library_of_ours_is_refused(content: bytes | None, tmp_path: 
         read_library(path)
 
 
-def test_headers_are_looked_for_where_the_caller_says(tmp_path: Path) -> None:
-    with pytest.raises(
-        EngineError, match=rf"NvInferRuntime.h\) in {tmp_path}: give --tensorrt-inc"
-    ):
-        find_headers(tmp_path)
-    (tmp_path / "NvInferRuntime.h").touch()
-    with pytest.raises(EngineError, match="does not say TensorRT's version"):
-        find_headers(tmp_path)
-    version = tmp_path / "NvInferVersion.h"
-    version.write_text("#define NV_TENSORRT_MAJOR 8\n#define NV_TENSORRT_MINOR 6\n")
-    with pytest.raises(EngineError, match="does not say TensorRT's version"):
-        find_headers(tmp_path)
-    with version.open("a") as stream:
-        stream.write("#define NV_TENSORRT_PATCH 1\n")
-    with pytest.raises(EngineError, match=r"version 8\.6\.1, expected 10 or later"):
-        find_headers(tmp_path)
-    version.write_text(
-        "#define TRT_MAJOR_ENTERPRISE 11\n#define NV_TENSORRT_MAJOR TRT_MAJOR_ENTERPRISE //!\n"
-        "#define NV_TENSORRT_MINOR 4\n#define NV_TENSORRT_PATCH 0\n"
-    )
-    assert find_headers(tmp_path) == Headers(tmp_path, "11.4.0")
-
-
 def test_a_missing_cmake_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(EngineError, match=r"no cmake on the PATH.*install"):
         build_plugins(tmp_path)
+
+
+@pytest.mark.usefixtures("plugin_library")
+def test_headers_of_another_major_version_are_refused_before_anything_is_compiled(
+    tensorrt_headers: Headers, tmp_path: Path
+) -> None:
+    output, lines = tmp_path / "plugins", []
+    with pytest.raises(EngineError, match=r"does not run in TensorRT 99\.1: get .* -b v99\.1 "):
+        build_plugins(
+            output, tensorrt_include=tensorrt_headers.folder, tensorrt="99.1", report=lines.append
+        )
+    assert not output.exists()
+    assert lines == []
 
 
 def test_cmake_alone_asks_for_the_headers(tmp_path: Path) -> None:

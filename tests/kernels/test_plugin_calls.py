@@ -15,8 +15,9 @@ import torch
 from support.references import check_close
 
 from dbsam_deploy.kernels import torch_ops
+from dbsam_deploy.kernels.headers import Headers
 from dbsam_deploy.kernels.library import OPERATORS, host_library
-from dbsam_deploy.kernels.plugin_build import Headers, PluginLibrary
+from dbsam_deploy.kernels.plugin_build import PluginLibrary
 from dbsam_deploy.kernels.toolkit import find_nvcc
 
 FLOAT, HALF, INT8, BF16 = 0, 1, 2, 7  # nvinfer1::DataType
