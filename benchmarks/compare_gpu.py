@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from rich.console import Console
 from rich.table import Table
-from timing.gpu import peak_bytes, require_cuda, synchronized, take_turns
+from timing.gpu import peak_bytes, require_cuda, synchronized, take_turns, without_tf32
 from timing.gpu_peers import SdpaEncoder
 from torch import Tensor
 
@@ -160,7 +160,7 @@ def measure(
     model = load_model(variant=variant, image_size=options.image_size).model
     side = model.config.image_size
     image = torch.randn(batch, 3, side, side, device=DEVICE)
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with without_tf32():
         expected = _on_device(model).encode(image).cpu()
     calls: dict[str, Callable[[], Tensor]] = {}
     peaks: dict[str, int] = {}

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from dbsam_deploy.core.errors import EngineError
 from dbsam_deploy.extras import TORCH_GPU_LINE
+from dbsam_deploy.sessions.cuda_graphs import capturing
 
 ROUNDS = 30
 WARM_UP_ROUNDS = 3
@@ -202,7 +204,7 @@ class Captured:
                 function(*sets[0])
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with capturing(self._graph):
             self._outputs = [as_tuple(function(*inputs)) for inputs in sets]
         for outputs in self._outputs:
             for tensor in outputs:
@@ -217,6 +219,18 @@ class Captured:
 def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
     """One output as a tuple of one."""
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Float32 convolutions in float32, on the same cuDNN as otherwise."""
+    flags = torch.backends.cudnn
+    allowed = flags.allow_tf32
+    flags.allow_tf32 = False
+    try:
+        yield
+    finally:
+        flags.allow_tf32 = allowed
 
 
 def synchronized(work: Workload) -> Workload:

@@ -20,9 +20,10 @@ from types import ModuleType
 from typing import Any
 
 from ..core.errors import DbsamError, EngineError, MissingError
-from ..engines.device import DRIVER_LIBRARY, find_gpu
+from ..engines.device import DRIVER_LIBRARY, find_gpu, initialisation_error
 from ..extras import EXTRAS
 from ..machine.child_process import run_python
+from ..machine.cuda_errors import cuda_error, explained
 from ..machine.hardware import describe_hardware
 from ..sessions.onnxruntime_providers import (
     PROVIDERS,
@@ -77,7 +78,7 @@ def inspect_runtime(name: str, timeout_s: float = TIMEOUT_S) -> Answer:
         return Answer(error=error.message)
     lines = [line for line in ended.output.splitlines() if line.startswith(_MARK)]
     if not lines:
-        return Answer(error=ended.reason())
+        return Answer(error=explained(ended.reason()))
     found = Answer(**json.loads(lines[-1].removeprefix(_MARK)))
     logged = re.search(r"with error: (.+)", ended.log)  # ONNX Runtime's log of a library
     if found.error and logged:
@@ -114,9 +115,11 @@ def inspect_driver() -> dict[str, Any]:
         return asdict(gpu)
     shown = describe_hardware().gpu
     if shown:
+        status = initialisation_error()
+        why = cuda_error(status) if status else "a container needs --gpus all"
         raise EngineError(
             f"nvidia-smi shows {shown}, but the driver library {DRIVER_LIBRARY} gives this process "
-            "no GPU (a container needs --gpus all)"
+            f"no GPU ({why})"
         )
     raise EngineError("no NVIDIA GPU, or no driver for it")
 

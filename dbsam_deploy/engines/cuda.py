@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from ..core.errors import EngineError
 from ..extras import require
+from ..machine.cuda_errors import cuda_error
 from .device import DRIVER_LIBRARY, Gpu, find_gpu, target_name
 
 Bytes = npt.NDArray[np.uint8]
@@ -149,8 +150,8 @@ class CudaDevice:
 def _checked(status: int, what: str) -> None:
     if status:
         raise EngineError(
-            f"{what} failed with CUDA error {status}; open the session with cuda_graphs=False to "
-            "do without"
+            f"{what} failed with {cuda_error(status)}; open the session with cuda_graphs=False "
+            "to do without"
         )
 
 

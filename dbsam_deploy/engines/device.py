@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..core.errors import EngineError
+from ..machine.cuda_errors import cuda_error
 
 DRIVER_LIBRARY = "libcuda.so.1"
 _NAME_BYTES = 256
@@ -38,6 +39,14 @@ def target_name(major: int, minor: int) -> str:
     return f"sm_{major}{minor}"
 
 
+def initialisation_error(load: Callable[[str], Any] = ctypes.CDLL) -> int:
+    """CUDA error with which the driver refuses to begin; 0 where it begins, or is not there."""
+    try:
+        return int(load(DRIVER_LIBRARY).cuInit(0))
+    except OSError:
+        return 0
+
+
 def find_gpu(load: Callable[[str], Any] = ctypes.CDLL) -> Gpu | None:
     """The first GPU that this process may use, or None: no driver, or no device behind it.
 
@@ -65,8 +74,8 @@ def find_gpu(load: Callable[[str], Any] = ctypes.CDLL) -> Gpu | None:
     ]
     if any(status):
         raise EngineError(
-            f"{DRIVER_LIBRARY} counts {count.value} GPUs but answers questions about the first "
-            f"with the CUDA errors {status}; check the driver with nvidia-smi"
+            f"{DRIVER_LIBRARY} counts {count.value} GPUs but answers a question about the first "
+            f"with {cuda_error(next(filter(None, status)))}; check the driver with nvidia-smi"
         )
     cuda = f"{version.value // 1000}.{version.value % 1000 // 10}"
     return Gpu(name.value.decode(), target_name(major.value, minor.value), cuda)

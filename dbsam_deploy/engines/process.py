@@ -11,6 +11,7 @@ from typing import Any
 
 from ..core.errors import EngineError
 from ..machine.child_process import run_python
+from ..machine.cuda_errors import explained
 from .device import Gpu
 from .kinds import Kind, import_kind
 from .network import BuildJob
@@ -115,7 +116,7 @@ def _run(
         body: dict[str, Any] = json.loads(answer.read_text())
         return body
     builder = [_message(line) for line in ended.lines if "[E]" in line or "[F]" in line]
-    reason = ended.reason(_LAST_LINES, telling=builder[-_LAST_LINES:])
+    reason = explained(ended.reason(_LAST_LINES, telling=builder[-_LAST_LINES:]))
     raise EngineError(f"{failure}: {reason}", *filter(None, [keep]))
 
 

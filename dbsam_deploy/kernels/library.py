@@ -15,6 +15,7 @@ from typing import Any
 
 from ..core.choices import choose
 from ..core.errors import EngineError
+from ..machine.cuda_errors import cuda_error
 from ..resources import resource_dir
 from .build import (
     ResourceUsage,
@@ -221,7 +222,7 @@ def call(library: ctypes.CDLL, entry_point: str, *arguments: Any) -> None:
     values = [_int_array(v) if isinstance(v, list | tuple) else v for v in arguments]
     status = getattr(library, entry_point)(*values)
     if status > 0:
-        raise EngineError(f"{entry_point}: CUDA error {status} at the launch (cudaError_t)")
+        raise EngineError(f"{entry_point}: {cuda_error(status)} at the launch")
     if status < 0:
         meaning = STATUS.get(status, "a code that kernels/common.cuh does not list")
         raise EngineError(f"{entry_point} refuses its arguments (status {status}): {meaning}")

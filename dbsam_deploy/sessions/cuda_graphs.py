@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +39,21 @@ Recorder = Callable[[Function, tuple[Tensor, ...]], Recording]
 """(function, example inputs on the device) → its recording for these shapes."""
 
 
+def capturing(graph: torch.cuda.CUDAGraph, pool: Any = None) -> AbstractContextManager[None]:
+    """Record a CUDA graph while other threads go on using CUDA.
+
+    PyTorch's default mode ends a recording as soon as any thread allocates or frees memory.
+
+    Args:
+        graph: the graph to record.
+        pool: whose memory the graph takes, see `torch.cuda.graph_pool_handle`; None for its own.
+    """
+    recording: AbstractContextManager[None] = torch.cuda.graph(
+        graph, pool=pool, capture_error_mode="thread_local"
+    )
+    return recording
+
+
 class CudaGraphRecorder:
     """Records CUDA graphs that share one memory pool.
 
@@ -57,7 +74,7 @@ class CudaGraphRecorder:
                 function(*buffers)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with capturing(graph, self._pool):
             outputs = function(*buffers)
         return Recording(buffers, outputs, graph.replay)
 

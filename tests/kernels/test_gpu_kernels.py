@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 from support.references import check_close, prompt_feed, small_model
+from timing.gpu import without_tf32
 from torch import Tensor
 
 from dbsam_deploy.kernels import library as kernels
 from dbsam_deploy.kernels import torch_ops
 from dbsam_deploy.model.weights import load_model
+from dbsam_deploy.sessions.cuda_graphs import capturing
 from dbsam_deploy.sessions.fused_model import FusedEncoder
 from dbsam_deploy.sessions.fused_session import FusedPytorchSession
 from dbsam_deploy.sessions.pytorch_session import PytorchSession
@@ -59,7 +61,7 @@ class Case:
     def expected(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The reference in float32."""
         reference = getattr(torch_ops, f"{self.name}_reference")
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with without_tf32():
             return _as_tuple(reference(*(tensor.float() for tensor in tensors), **self.sizes))
 
 
@@ -254,7 +256,7 @@ def test_a_captured_operator_follows_its_inputs(case):
     operator(*tensors, **case.sizes)  # builds and loads the library
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capturing(graph):
         found = _as_tuple(operator(*tensors, **case.sizes))
     fresh = case.draw(torch.float16)
     for tensor, new in zip(tensors, fresh, strict=True):
@@ -281,7 +283,7 @@ def test_the_fused_encoder_on_cuda_equals_the_model(variant, dtype, compiled):
     image = torch.randn(2, 3, 144, 144)
     fused = FusedEncoder(model).to("cuda", dtype)
     encode = torch.compile(fused, fullgraph=True) if compiled else fused
-    with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.inference_mode(), without_tf32():
         expected, found = model.encode(image), encode(image.cuda())
     check_close(found.cpu().numpy(), expected.numpy(), str(dtype)[6:], "image_embeddings")
 

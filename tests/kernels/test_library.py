@@ -171,7 +171,11 @@ def test_a_library_without_the_entry_points_is_refused(source: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("status", "message"),
     [
-        (9, r"answer: CUDA error 9 at the launch"),
+        (9, r"answer: CUDA error 9 \(cudaErrorInvalidConfiguration: .*\) at the launch"),
+        (
+            35,
+            r"CUDA error 35 \(cudaErrorInsufficientDriver: the driver is older .* none",
+        ),
         (-2, r"answer refuses its arguments \(status -2\): a size is outside"),
         (-77, r"\(status -77\): a code that kernels/common\.cuh does not list"),
     ],

@@ -1,9 +1,12 @@
 """Bookkeeping of recordings, with one that runs the function again instead of a CUDA graph."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from dbsam_deploy.sessions.cuda_graphs import RecordedFunction, Recording
+from dbsam_deploy.sessions.cuda_graphs import CudaGraphRecorder, RecordedFunction, Recording
 
 CPU = torch.device("cpu")
 
@@ -72,3 +75,25 @@ def test_inputs_that_cannot_be_copied_are_an_error():
     recorded = RecordedFunction(work, Rerun(), device=CPU)
     with pytest.raises(TypeError):
         recorded(torch.ones(2))
+
+
+def test_other_threads_may_use_cuda_while_one_records(monkeypatch):
+    """PyTorch's default mode is ended by any thread's allocation."""
+    modes = []
+
+    class Played(contextlib.nullcontext):
+        def __init__(self, *arguments, capture_error_mode="global", **named):
+            super().__init__()
+            modes.append(capture_error_mode)
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    played = {
+        **{"graph_pool_handle": lambda: (0, 1), "stream": contextlib.nullcontext},
+        **{"Stream": lambda: stream, "current_stream": lambda: stream},
+        **{"CUDAGraph": lambda: SimpleNamespace(replay=None), "graph": Played},
+    }
+    for name, value in played.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    recording = CudaGraphRecorder()(work, (torch.ones(2), torch.ones(2)))
+    assert torch.equal(recording.outputs[0], torch.full((2,), 2.0))
+    assert modes == ["thread_local"]

@@ -48,7 +48,10 @@ def test_the_stand_in_notices_a_context_that_changed_under_its_recording(tiny_ar
         context.set_input_shape("boxes", (1, 3, 4))
         for name, item in memory.items():
             context.set_tensor_address(name, int(item))
-        with pytest.raises(EngineError, match="recording a CUDA graph failed with CUDA error 901"):
+        with pytest.raises(
+            EngineError,
+            match=r"recording a CUDA graph failed with CUDA error 901 \(cudaErrorStreamCapture",
+        ):
             device.record(lambda: context.execute_async_v3(device.stream))  # never run before
         assert context.execute_async_v3(device.stream)
         graph = device.record(lambda: context.execute_async_v3(device.stream))

@@ -87,6 +87,15 @@ def test_the_gpu_reference_workload_is_the_same_every_time():
     assert first.abs().max() > 0
 
 
+def test_float32_without_tf32_stays_on_cudnn():
+    """`torch.backends.cudnn.flags(allow_tf32=False)` switches cuDNN off, which ships with it on."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.enabled, cudnn.allow_tf32, cudnn.benchmark
+    with gpu_benchmarking.without_tf32():
+        assert (cudnn.enabled, cudnn.allow_tf32, cudnn.benchmark) == (True, False, before[2])
+    assert (cudnn.enabled, cudnn.allow_tf32, cudnn.benchmark) == before
+
+
 @WITHOUT_GPU
 def test_without_a_gpu_one_line_says_so():
     with pytest.raises(EngineError, match="bench needs a CUDA device") as error:
