@@ -75,6 +75,7 @@ DOORS = {
     ),
     "inspect": Door("inspect_file", "what a weights file or an export is"),
     "doctor": Door("doctor", "what can be used on this machine, and how to get the rest"),
+    "validate": Door("validate", "prove this machine step by step, in one report"),
     "repository": Door("serving.repository", "fill a Triton model repository from an export"),
     "collect": Door("training.collect", "gather images without labels for distillation"),
     "completion": Door("completion", "print the script that completes `dbsam` in a shell"),

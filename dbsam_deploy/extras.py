@@ -145,6 +145,7 @@ EXTRAS = (
         ),
         ("monai", "scipy.ndimage", "skimage.transform", "matplotlib", "jinja2"),
     ),
+    Extra("validate", "the report of a validation", ("matplotlib>=3.9", "jinja2>=3.1")),
     Extra("batch", "many studies at a time", ("loky>=3.4", "jinja2>=3.1")),
     Extra("cluster", "a batch on a Ray cluster", ("ray>=2.40",), includes=("batch",)),
     Extra("completion", "completion of `dbsam` in a shell", ("shtab>=1.13",)),

@@ -47,6 +47,7 @@ ORDER = (
     "evaluation",
     "cohort",
     "loadtesting",
+    "validation",
     "synthetic",
     "training",
     "options",
@@ -70,6 +71,7 @@ DOORS = {
     "sensitivity",
     "serve",
     "train",
+    "validate",
     "viewer_server",
 }
 """Modules that parse a command line, call rooms and print; no room imports one."""

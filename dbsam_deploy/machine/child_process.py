@@ -57,6 +57,27 @@ class Ended:
         return f"its process ended with status {self.status}: {last}"
 
 
+def python_command(
+    arguments: Sequence[str], python: str = sys.executable
+) -> tuple[list[str], dict[str, str]]:
+    """Command line and environment of a Python that finds this package if it is this Python.
+
+    Args:
+        arguments: of its command line.
+        python: the program.
+    """
+    # No module is taken from the working folder; a Python before 3.11 does not know `-P`.
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    earlier = environment.pop("PYTHONPATH", None)  # is meant for this Python alone
+    if python == sys.executable:
+        # An installed package is found anyway, and its folder would hide Python's own modules
+        installed = _PACKAGE_PARENT.name in ("site-packages", "dist-packages")
+        paths = [earlier, None if installed else str(_PACKAGE_PARENT)]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    safe = ["-P"] if python == sys.executable else []
+    return [python, *safe, *arguments], environment
+
+
 def run_python(
     arguments: Sequence[str],
     *,
@@ -77,19 +98,12 @@ def run_python(
     Raises:
         EngineError: it does not start, or takes longer.
     """
-    # No module is taken from the working folder; a Python before 3.11 does not know `-P`.
-    environment = {**os.environ, "PYTHONSAFEPATH": "1", **(variables or {})}
-    earlier = environment.pop("PYTHONPATH", None)  # is meant for this Python alone
-    if python == sys.executable:
-        # An installed package is found anyway, and its folder would hide Python's own modules
-        installed = _PACKAGE_PARENT.name in ("site-packages", "dist-packages")
-        paths = [earlier, None if installed else str(_PACKAGE_PARENT)]
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    safe = ["-P"] if python == sys.executable else []
+    command, environment = python_command(arguments, python)
+    environment |= variables or {}
     try:
         with nullcontext(subprocess.PIPE) if log is None else log.open("wb") as output:
             ended = subprocess.run(
-                [python, *safe, *arguments],
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.PIPE if log is None else subprocess.STDOUT,

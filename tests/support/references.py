@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +11,13 @@ import numpy.typing as npt
 from torch import nn
 
 from dbsam_deploy.core.contract import Geometry
-from dbsam_deploy.core.errors import AccuracyError
 from dbsam_deploy.core.imaging import ByteArray, FloatArray
 from dbsam_deploy.core.masks import Prediction
 from dbsam_deploy.evaluation import LabelledCase
 from dbsam_deploy.evaluation.boxes import fill_box
 from dbsam_deploy.images.volumes import Volume
 from dbsam_deploy.model import DbSam, variant_config
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """How far a deployed tensor may be from the float32 reference.
-
-    Attributes:
-        relative: largest error as a fraction of the reference's own largest magnitude.
-        reason: where the number comes from.
-    """
-
-    relative: float
-    reason: str
-
+from dbsam_deploy.validation.tolerances import KERNELS, Tolerance, share_of_bound
 
 TOLERANCES: dict[str, Tolerance] = {
     "float32": Tolerance(
@@ -47,12 +33,7 @@ TOLERANCES: dict[str, Tolerance] = {
         8e-2,
         "rounding 4e-3, eight times float16's; measured 2e-2 for small random encoders",
     ),
-    "float32 kernel": Tolerance(
-        1e-5,
-        "rounding 6e-8 in sums of thousands of terms in another order; measured 2e-7 to 3e-6",
-    ),
-    "float16 kernel": Tolerance(1e-3, "the result is rounded once, 5e-4; measured 4.3e-4"),
-    "bfloat16 kernel": Tolerance(8e-3, "the result is rounded once, 4e-3; measured 3.2e-3"),
+    **{f"{dtype} kernel": bound for dtype, bound in KERNELS.items()},
 }
 
 
@@ -64,13 +45,7 @@ def check_close(
     Raises:
         AccuracyError: another shape, a value that is not finite, or a larger error.
     """
-    if found.shape != expected.shape:
-        raise AccuracyError(f"{what}: shape {found.shape}, expected {expected.shape}")
-    scale = float(np.abs(expected).max())
-    error = float(np.abs(found.astype(np.float64) - expected.astype(np.float64)).max())
-    bound = TOLERANCES[dtype].relative * scale
-    if not error <= bound:  # NaN fails as well
-        raise AccuracyError(f"{what}: largest error {error:.3g}, at most {bound:.3g} for {dtype}")
+    share_of_bound(found, expected, TOLERANCES[dtype], f"{what} ({dtype})")
 
 
 def small_model(variant: str, image_size: int, *, embed_dim: int = 32, depth: int = 8) -> DbSam:

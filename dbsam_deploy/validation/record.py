@@ -1,0 +1,174 @@
+"""`report.json`: what a validation found so far, and whether a further run may go on from it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..artefact import MANIFEST_NAME
+from ..core.errors import InputError
+from ..files.atomic import sha256_of, writing_to
+from ..files.inputs import Inputs, changes, digest
+from ..files.manifests import ManifestKind
+from ..files.sources import PACKAGE
+from ..machine.hardware import VERSIONED_PACKAGES, describe_hardware, installed_versions
+from ..resources import resource_dir
+from .verdicts import Outcome, Verdict
+
+REPORT_NAME, PAGE_NAME = "report.json", "report.html"
+SCHEMA = 1
+SHIPPED = "db_sam_tiny, exported here at 256 pixels"
+_PACKAGES = (
+    *VERSIONED_PACKAGES,
+    *("pycuda", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-rtx-cu13", "nvidia-cuda-nvrtc"),
+)
+_KIND = ManifestKind("a report of this library", "the validation starts anew", InputError, SCHEMA)
+
+
+@dataclass(frozen=True)
+class Record:
+    """A report.
+
+    Attributes:
+        inputs: all that decides whether its verdicts hold: machine, versions, code, the export.
+        machine: facts for a reader.
+        artefact: the export, as the user named it.
+        budget_s: of the last run, None without one.
+        outcomes: verdicts, in the order of the steps.
+        running: step and check that ran when this was written, "" if none did.
+        left: step and check of all that have no verdict yet.
+    """
+
+    inputs: Inputs
+    machine: Mapping[str, str]
+    artefact: str
+    budget_s: float | None = None
+    outcomes: tuple[Outcome, ...] = ()
+    running: str = ""
+    left: tuple[str, ...] = ()
+    began: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S%z"))
+
+    def counts(self) -> dict[str, int]:
+        """Verdict → how many checks have it."""
+        found = [outcome.verdict for outcome in self.outcomes]
+        return {verdict.value: found.count(verdict) for verdict in Verdict}
+
+    def with_outcome(self, outcome: Outcome) -> Record:
+        """The record with a new verdict in place of an earlier one of the same check."""
+        key = (outcome.step, outcome.check)
+        others = (one for one in self.outcomes if (one.step, one.check) != key)
+        left = tuple(name for name in self.left if name != " / ".join(key))
+        return replace(self, outcomes=(*others, outcome), left=left)
+
+
+def judged(outcomes: Iterable[Outcome]) -> dict[tuple[str, str], Outcome]:
+    """Step and check → outcomes that need not be found again: what did run, to its end."""
+    final = (Verdict.PASS, Verdict.FAIL)
+    return {(one.step, one.check): one for one in outcomes if one.verdict in final}
+
+
+def read_inputs(artefact: Path | None) -> dict[str, str]:
+    """All that verdicts depend on.
+
+    Args:
+        artefact: folder of an export, None for the shipped model.
+
+    Raises:
+        InputError: there is no export in it.
+    """
+    hardware = describe_hardware()
+    sources = sorted(path for path in resource_dir("kernels").rglob("*") if path.is_file())
+    named = SHIPPED
+    if artefact is not None:
+        manifest = artefact / MANIFEST_NAME
+        if not manifest.is_file():
+            raise InputError(
+                f"{artefact} is no export (it has no {MANIFEST_NAME}): make one with "
+                "`python -m dbsam_deploy.export --precision fp16`"
+            )
+        named = sha256_of(manifest)
+    return {
+        "machine": hardware.key,
+        "driver": hardware.driver,
+        "code": digest(*(path.read_bytes() for path in sorted(PACKAGE.rglob("*.py")))),
+        "kernels": digest(*(path.read_bytes() for path in sources)),
+        "export": named,
+        **installed_versions(_PACKAGES),
+    }
+
+
+def begin(artefact: Path | None, budget_s: float | None) -> Record:
+    """A record without a verdict.
+
+    Raises:
+        InputError: see `read_inputs`.
+    """
+    hardware = describe_hardware()
+    machine = {
+        "processor": f"{hardware.cpu}, {hardware.cores} cores",
+        "GPU": hardware.gpu or "none",
+        "driver": hardware.driver or "none",
+        "dbsam-deploy": __version__,
+    }
+    named = SHIPPED if artefact is None else str(artefact)
+    return Record(read_inputs(artefact), machine, named, budget_s)
+
+
+def go_on(folder: Path, new: Record) -> tuple[Record, str]:
+    """The record of an earlier run in `folder` if its verdicts still hold.
+
+    Args:
+        folder: of the report.
+        new: from `begin`.
+
+    Returns:
+        The record to go on from, and one line on why it is the new one; "" if nothing was there.
+    """
+    path = folder / REPORT_NAME
+    if not path.exists():
+        return new, ""
+    try:
+        earlier = _KIND.read(path, _record)
+    except InputError as error:
+        return new, error.message
+    if changed := changes(earlier.inputs, new.inputs):
+        return new, f"{path} is of another state, the validation starts anew; changed: {changed}"
+    kept = tuple(judged(earlier.outcomes).values())
+    return replace(new, outcomes=kept, began=earlier.began), ""
+
+
+def _record(body: dict[str, Any]) -> Record:
+    outcomes = tuple(
+        Outcome(**{**one, "verdict": Verdict(one["verdict"])}) for one in body["outcomes"]
+    )
+    names = ("inputs", "machine", "artefact", "budget_s", "running", "began")
+    return Record(
+        **{name: body[name] for name in names}, outcomes=outcomes, left=tuple(body["left"])
+    )
+
+
+def write_record(folder: Path, record: Record, order: Mapping[tuple[str, str], int]) -> Path:
+    """Write `report.json`, whole, and return its path.
+
+    Args:
+        folder: of the report.
+        record: what to write.
+        order: step and check → place.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    path = folder / REPORT_NAME
+    outcomes = sorted(record.outcomes, key=lambda one: order.get((one.step, one.check), -1))
+    body = {
+        **asdict(replace(record, outcomes=tuple(outcomes))),
+        "verdicts": record.counts(),
+        "written": time.strftime("%Y-%m-%d %H:%M:%S%z"),
+    }
+    with writing_to(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        return _KIND.write(path, body)

@@ -1,0 +1,26 @@
+"""The steps of a validation, the one that tells most first: a budget cuts from the end."""
+
+from __future__ import annotations
+
+from .engine_checks import ENGINE_CHECKS
+from .machine_state import CHECKS as MACHINE
+from .operators import BUILD, COMPARE, REPLAY, SANITIZE
+from .runtimes import EXPORT, HOLD, SERVE
+from .speed import SPEED
+from .verdicts import Step
+
+STEPS = (
+    Step("machine", "versions, driver, clocks, backends", "nothing", MACHINE, 60),
+    Step("build", "the fused kernels compile and load", "g++ or nvcc", BUILD, 300),
+    Step("operators", "each fused kernel against PyTorch", "a GPU or g++; torch", COMPARE, 120),
+    Step("replay", "each kernel captured as a CUDA graph", "a GPU, torch", REPLAY, 60),
+    Step("export", "an export to validate", "nothing, or torch", EXPORT, 600),
+    Step("runtimes", "the export's gate on each runtime", "an export, a runtime", HOLD, 300),
+    Step(
+        "engines", "TensorRT: plugins, layers, gate", "TensorRT, mostly a GPU", ENGINE_CHECKS, 600
+    ),
+    Step("speed", "times beside this machine's ceilings", "torch, an export", SPEED, 120),
+    Step("server", "Triton starts, answers, stops", "a Triton server", SERVE, 300),
+    Step("sanitizer", "compute-sanitizer on each kernel", "a GPU, CUDA's toolkit", SANITIZE, 300),
+)
+"""In order. The limits are for one check on a slow machine; only one that hangs takes as long."""
