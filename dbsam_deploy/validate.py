@@ -14,10 +14,10 @@ from .cli import Parser, add_no_wait, as_called, run, say_on_stderr
 from .core.errors import InputError
 from .files.locks import one_writer
 from .validation.page import check_libraries
-from .validation.record import PAGE_NAME, REPORT_NAME, SHIPPED, Record, begin
+from .validation.record import PAGE_NAME, REPORT_NAME, SHIPPED, Findings, begin
 from .validation.run import Plan, Watcher, parse_budget, resume_line, validate
 from .validation.steps import STEPS
-from .validation.verdicts import Outcome, Verdict
+from .validation.verdicts import Judgement, Verdict
 
 DESCRIPTION = """\
 Prove this machine step by step: versions and clocks, the fused kernels (compiled, compared with
@@ -87,7 +87,7 @@ class _Screen:
             redirect_stdout=sys.stdout.isatty(),  # else what is piped would land on the terminal
         )
         self._task = self._progress.add_task("starting")
-        self._held: list[Outcome] = []
+        self._held: list[Judgement] = []
 
     def __enter__(self) -> Watcher:
         self._progress.start()
@@ -101,7 +101,7 @@ class _Screen:
         left = "" if math.isinf(left_s) else f", {left_s / 60:.1f} min left"
         self._progress.reset(self._task, description=f"{step}: {check}{left}")
 
-    def _done(self, outcome: Outcome) -> None:
+    def _done(self, outcome: Judgement) -> None:
         if self._held and not _alike(self._held[0], outcome):
             self._print_held()
         self._held.append(outcome)
@@ -118,14 +118,14 @@ _ALIKE = (Verdict.NOT_RUN, Verdict.OUT_OF_TIME)
 """Verdicts that have one line for all checks of a step with the same reason."""
 
 
-def _alike(one: Outcome, other: Outcome) -> bool:
-    def reason(outcome: Outcome) -> tuple[str, ...]:
+def _alike(one: Judgement, other: Judgement) -> bool:
+    def reason(outcome: Judgement) -> tuple[str, ...]:
         return (outcome.step, outcome.verdict, outcome.text, outcome.advice)
 
     return one.verdict in _ALIKE and reason(one) == reason(other)
 
 
-def line(outcome: Outcome, *alike: Outcome) -> str:
+def line(outcome: Judgement, *alike: Judgement) -> str:
     """One verdict, or one for several checks alike."""
     more = f" and {len(alike)} more" if alike else ""
     what = f"{outcome.step}: {outcome.check}{more}"
@@ -134,7 +134,7 @@ def line(outcome: Outcome, *alike: Outcome) -> str:
     return f"{outcome.verdict.value:11} {what}{seconds}: {as_called(outcome.text)}{advice}"
 
 
-def _print_end(record: Record, report: Path) -> None:
+def _print_end(record: Findings, report: Path) -> None:
     counts = ", ".join(f"{count} {name}" for name, count in record.counts().items() if count)
     print(f"{counts}; {report / PAGE_NAME} and {report / REPORT_NAME} have everything")
     if any(one.verdict == Verdict.OUT_OF_TIME for one in record.outcomes):

@@ -32,6 +32,7 @@ VALUES = {
     "' '.join(words)": "--precision int8",  # test_the_sweeps_advice has the real ones
     "NUMPY": "numpy<2",
     "WHEEL": "tritonserver==2.51.0",
+    "artefact.precision": "fp16",
     "folder": FOLDER,
     "kind.name": "tensorrt",
     "python": "python",
@@ -41,6 +42,7 @@ VALUES = {
     "shlex.quote(str(found.folder))": EXPORT,
     "shlex.quote(str(output))": FOLDER,
     "shlex.quote(str(path))": FOLDER,
+    "shlex.quote(str(report))": FOLDER,
     "shlex.quote(str(repository))": FOLDER,
     "target": " --target sm_86,sm_120",
     **{f"pip_line('{extra.name}')": "pip install pillow" for extra in EXTRAS},  # test_extras.py

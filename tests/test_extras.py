@@ -29,6 +29,7 @@ OF_A_MACHINE = {"gpu", "rtx", "modelopt", "cluster"}
 PIP_ELSEWHERE = {
     "core/imaging.py": {"scikit-image"},  # a copy of this room is alone in Triton's models
     "kernels/plugin_build.py": {"cmake"},  # a program
+    "validation/engine_checks.py": {"cmake"},
     "serve.py": {"--quiet"},  # inside the container
     "serving/environment.py": {"--no-deps", "{"},  # the server's own environment
 }

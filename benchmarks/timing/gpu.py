@@ -19,13 +19,15 @@ from dbsam_deploy.validation.measuring import (
     Ceilings,
     CudaStopwatch,
     Stopwatch,
-    Work,
     as_tuple,
     cache_bytes,
     measure_ceilings,
     row_facts,
     sets_needed,
     take_turns,
+)
+from dbsam_deploy.validation.measuring import (
+    Demand as Work,
 )
 
 __all__ = [

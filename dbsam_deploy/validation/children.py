@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..machine.child_process import Ended, python_command
-from .verdicts import Context, Outcome, Step, Verdict
-from .worker import TABLE, one_line
+from .verdicts import Context, Judgement, Step, Verdict
+from .worker import MAIN, TABLE, one_line
 
 Began = Callable[[str], None]
 """Told the name of the check that begins."""
@@ -53,7 +53,7 @@ def run_checks(
     began: Began = lambda name: None,
     *,
     table: str = TABLE,
-) -> Iterator[Outcome]:
+) -> Iterator[Judgement]:
     """The outcome of each check, as soon as it is known.
 
     Args:
@@ -68,7 +68,7 @@ def run_checks(
     while left:
         if deadline.left_s <= LITTLE_S:
             for name in left:
-                yield Outcome(step.name, name, Verdict.OUT_OF_TIME, "not begun")
+                yield Judgement(step.name, name, Verdict.OUT_OF_TIME, "not begun")
             return
         for outcome in _one_process(step, left, context, deadline, began, table):
             left.remove(outcome.check)
@@ -77,12 +77,12 @@ def run_checks(
 
 def _one_process(
     step: Step, names: list[str], context: Context, deadline: Deadline, began: Began, table: str
-) -> Iterator[Outcome]:
+) -> Iterator[Judgement]:
     """Outcomes of the checks that one process has run: at least one."""
     log = context.folder / "logs" / f"{step.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     told = {key: value and str(value) for key, value in asdict(context).items()}
-    words = ["-m", "dbsam_deploy.validation.worker", table, step.name, json.dumps(told), *names]
+    words = ["-c", MAIN, table, step.name, json.dumps(told), *names]
     size = log.stat().st_size if log.exists() else 0
     current, start, done = names[0], time.monotonic(), False
     with _started(words, log) as (process, lines):
@@ -102,7 +102,7 @@ def _one_process(
             else:
                 found = body["end"]
                 done = True
-                yield Outcome(**{**found, "verdict": Verdict(found["verdict"])})
+                yield Judgement(**{**found, "verdict": Verdict(found["verdict"])})
                 start = time.monotonic()
         status = process.wait()
     if not done:
@@ -110,14 +110,14 @@ def _one_process(
             stream.seek(size)
             ended = Ended(status, "", stream.read().decode(errors="replace"))
         seconds = round(time.monotonic() - start, 2)
-        yield Outcome(step.name, current, Verdict.FAIL, one_line(ended.reason()), seconds=seconds)
+        yield Judgement(step.name, current, Verdict.FAIL, one_line(ended.reason()), seconds=seconds)
 
 
-def _too_long(step: Step, name: str, deadline: Deadline, seconds: float) -> Outcome:
+def _too_long(step: Step, name: str, deadline: Deadline, seconds: float) -> Judgement:
     verdict, text = Verdict.FAIL, f"no answer within {step.limit_s:g} s"
     if deadline.left_s <= 0 and seconds < step.limit_s:
         verdict, text = Verdict.OUT_OF_TIME, f"not done after {seconds:.0f} s"
-    return Outcome(step.name, name, verdict, text, seconds=round(seconds, 2))
+    return Judgement(step.name, name, verdict, text, seconds=round(seconds, 2))
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from ..sessions.engine_session import EngineSession, TensorrtRtxSession, Tensorr
 from .machine_state import need_gpu
 from .operators import AHEAD, need_nvcc
 from .runtimes import hold
-from .verdicts import Check, Context, Found, NotRunError, need_package
+from .verdicts import CheckFunction, Context, NotRunError, Passed, need_package
 
 BUILD_LINE = "python -m dbsam_deploy.plugins build"
 
@@ -35,7 +35,7 @@ def _own_library(context: Context) -> Path:
     return context.folder / "plugins" / LIBRARY_NAME
 
 
-def plugin_library(context: Context) -> Found:
+def plugin_library(context: Context) -> Passed:
     """The library of `plugins build`, or one compiled here for this machine's GPU.
 
     Raises:
@@ -59,10 +59,10 @@ def plugin_library(context: Context) -> Found:
     return _describe(library)
 
 
-def _describe(library: PluginLibrary) -> Found:
+def _describe(library: PluginLibrary) -> Passed:
     targets = ", ".join(library.architectures)
     text = f"for {targets}, headers of TensorRT {library.tensorrt_headers}, {library.path.name}"
-    return Found(text, {"path": str(library.path), "sha256": library.sha256})
+    return Passed(text, {"path": str(library.path), "sha256": library.sha256})
 
 
 def _library(context: Context) -> Path:
@@ -89,7 +89,7 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def tensorrt(context: Context) -> Found:
+def tensorrt(context: Context) -> Passed:
     """Engines with our plugin library; see `_run`."""
     need_gpu()
     need_package("tensorrt", TENSORRT.extra)
@@ -97,7 +97,7 @@ def tensorrt(context: Context) -> Found:
     return _built_and_run(context, "plugins", options)
 
 
-def quick_plugins(context: Context) -> Found:
+def quick_plugins(context: Context) -> Passed:
     """Engines whose plugins' code is inside the plan; see `_run`."""
     need_gpu()
     need_package("tensorrt", TENSORRT.extra)
@@ -107,14 +107,14 @@ def quick_plugins(context: Context) -> Found:
     )
 
 
-def taken_apart(context: Context) -> Found:
+def taken_apart(context: Context) -> Passed:
     """Engines without plugins, of standard operators; see `_run`."""
     need_gpu()
     need_package("tensorrt", TENSORRT.extra)
     return _built_and_run(context, "plain", EngineOptions(TENSORRT, take_apart=True))
 
 
-def build_rtx(context: Context) -> Found:
+def build_rtx(context: Context) -> Passed:
     """TensorRT-RTX engines, built for this machine's GPU or ahead of time for another one.
 
     Raises:
@@ -127,14 +127,14 @@ def build_rtx(context: Context) -> Found:
     records = build_engines(artefact, check_options(EngineOptions(TENSORRT_RTX, targets)), _say)
     first = next(iter(records.values()))
     sizes = {graph: record.plan.size_bytes for graph, record in records.items()}
-    return Found(
+    return Passed(
         f"{len(records)} engines built for {', '.join(first.targets)} by TensorRT-RTX "
         f"{first.version}, of standard operators",
         {"plan_bytes": sizes},
     )
 
 
-def run_rtx(context: Context) -> Found:
+def run_rtx(context: Context) -> Passed:
     """The engines of `build_rtx` on this machine's GPU; see `_run`.
 
     Raises:
@@ -147,7 +147,7 @@ def run_rtx(context: Context) -> Found:
     return _run(load_artefact(folder), TENSORRT_RTX)
 
 
-def _built_and_run(context: Context, name: str, options: EngineOptions) -> Found:
+def _built_and_run(context: Context, name: str, options: EngineOptions) -> Passed:
     artefact = _own_copy(context, name)
     build_engines(artefact, check_options(options), _say)
     return _run(artefact, options.kind)
@@ -159,7 +159,7 @@ _SESSIONS: dict[str, Callable[..., EngineSession]] = {
 }
 
 
-def _run(artefact: Artefact, kind: Kind) -> Found:
+def _run(artefact: Artefact, kind: Kind) -> Passed:
     """Layers of an artefact's engines, and their masks against PyTorch's.
 
     Raises:
@@ -176,7 +176,7 @@ def _run(artefact: Artefact, kind: Kind) -> Found:
         sum(getattr(r, n) for r in reports.values()) for n in ("plugins", "operators")
     )
     layers = {graph: report.as_dict() for graph, report in reports.items()}
-    return Found(
+    return Passed(
         f"{plugins} plugin layers for {nodes} fused operators; {found.text}",
         {**found.figures, "layers": layers},
     )
@@ -197,7 +197,7 @@ def _layers(artefact: Artefact, session: EngineSession, graph: str) -> LayerRepo
     return report
 
 
-ENGINE_CHECKS: dict[str, Check] = {
+ENGINE_CHECKS: dict[str, CheckFunction] = {
     "plugin library": plugin_library,
     "tensorrt, plugins": tensorrt,
     "tensorrt, quick plugins": quick_plugins,

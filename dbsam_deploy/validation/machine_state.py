@@ -16,7 +16,7 @@ from ..diagnosis.inspections import inspect_runtime
 from ..diagnosis.probes import BACKEND_PROBES
 from ..engines.device import Gpu, find_gpu
 from ..machine.hardware import describe_hardware, installed_versions, memory_gib
-from .verdicts import Check, Context, Found, NotRunError
+from .verdicts import CheckFunction, Context, NotRunError, Passed
 
 NO_GPU = "no NVIDIA GPU, or no driver for it"
 BUSY_PERCENT = 10
@@ -41,15 +41,15 @@ def need_gpu() -> Gpu:
     return gpu
 
 
-def versions(context: Context) -> Found:
+def versions(context: Context) -> Passed:
     """Python, this library and every package that can change a number."""
     hardware, found = describe_hardware(), installed_versions()
     text = ", ".join(f"{name} {version}" for name, version in found.items())
     figures = {**found, "memory_gib": memory_gib(), "cores": hardware.cores}
-    return Found(f"{hardware.cpu}, {hardware.cores} cores; {text}", figures)
+    return Passed(f"{hardware.cpu}, {hardware.cores} cores; {text}", figures)
 
 
-def backends(context: Context) -> Found:
+def backends(context: Context) -> Passed:
     """Which backends can be used, by the doctor's probes.
 
     Raises:
@@ -67,10 +67,10 @@ def backends(context: Context) -> Found:
     text = f"usable: {', '.join(usable)}"
     if absent:
         text += f"; not: {', '.join(absent)} (`python -m dbsam_deploy.doctor` says why)"
-    return Found(text, {name: asdict(finding) for name, finding in findings.items()})
+    return Passed(text, {name: asdict(finding) for name, finding in findings.items()})
 
 
-def gpu_state(context: Context) -> Found:
+def gpu_state(context: Context) -> Passed:
     """Clocks, power, memory and load of the first GPU, and whether others use it.
 
     Raises:
@@ -94,7 +94,7 @@ def gpu_state(context: Context) -> Found:
     note = ""
     if busy.isdigit() and int(busy) > BUSY_PERCENT:
         note = f"; something else keeps it {busy} % busy, so times are not to be trusted"
-    return Found(
+    return Passed(
         f"{gpu.name} ({gpu.target}), CUDA up to {gpu.cuda}, driver "
         f"{state.get('driver_version')}, {state.get('clocks.sm')} of "
         f"{state.get('clocks.max.sm')} MHz, {state.get('power.draw')} of "
@@ -105,4 +105,4 @@ def gpu_state(context: Context) -> Found:
     )
 
 
-CHECKS: dict[str, Check] = {"versions": versions, "gpu": gpu_state, "backends": backends}
+CHECKS: dict[str, CheckFunction] = {"versions": versions, "gpu": gpu_state, "backends": backends}

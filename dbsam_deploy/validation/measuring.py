@@ -33,7 +33,7 @@ Stopwatch = Callable[[Callable[[], object]], float]
 
 
 @dataclass(frozen=True)
-class Work:
+class Demand:
     """What one call must do, whoever does it.
 
     Attributes:
@@ -188,7 +188,7 @@ def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
 
 
 def row_facts(
-    seconds: Mapping[str, float], ours: str, work: Work, ceilings: Ceilings
+    seconds: Mapping[str, float], ours: str, work: Demand, ceilings: Ceilings
 ) -> dict[str, str | float]:
     """What stands in a kernel's row.
 

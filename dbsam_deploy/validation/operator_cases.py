@@ -27,7 +27,7 @@ GUARD = 64
 
 
 @dataclass(frozen=True)
-class Case:
+class OperatorCase:
     """One call of an operator.
 
     Attributes:
@@ -66,11 +66,11 @@ def _cells(sizes: Sequence[int]) -> int:
 
 def deform(
     batch: int, queries: list[int], levels: list[int], heads: int, depth: int, reach: float = 3
-) -> Case:
+) -> OperatorCase:
     """Multi-scale deformable attention; offsets are `reach` cells large."""
     count, tokens, samples = _cells(queries), _cells(levels), heads * len(levels) // 2 * POINTS
     maps = (len(levels) // 2, POINTS, levels, len(queries) // 2, queries)
-    return Case(
+    return OperatorCase(
         "ms_deform_attn",
         ((batch, tokens, heads * depth), (batch, count, 2 * samples), (batch, count, samples)),
         ((batch, count, heads * depth),),
@@ -80,14 +80,14 @@ def deform(
     )
 
 
-def channel(batch: int, height: int, width: int, channels: int) -> Case:
+def channel(batch: int, height: int, width: int, channels: int) -> OperatorCase:
     """Channel attention up to its 1×1 convolution."""
     reduced, vector = channels // 4, (channels,)
     shapes: tuple[tuple[int, ...], ...] = (
         *((batch, height, width, channels), vector, vector, (channels, 1, 3, 3)),
         *((reduced, channels), (channels, reduced), (channels, channels)),
     )
-    return Case(
+    return OperatorCase(
         "channel_attention",
         shapes,
         ((batch, height * width, channels), (batch, channels, channels)),
@@ -97,9 +97,9 @@ def channel(batch: int, height: int, width: int, channels: int) -> Case:
     )
 
 
-def rel_pos(windows: int, side: int, heads: int) -> Case:
+def rel_pos(windows: int, side: int, heads: int) -> OperatorCase:
     """Attention with decomposed relative positions."""
-    return Case(
+    return OperatorCase(
         "rel_pos_attention",
         ((windows, side**2, 3 * heads * DEPTH), *((2 * side - 1, DEPTH),) * 2),
         ((windows, side**2, heads * DEPTH),),
@@ -141,7 +141,7 @@ FULL = {
 """As DB-SAM calls them at 1024×1024, for a GPU."""
 
 
-def cases_of(operator: str, *, full: bool) -> dict[str, Case]:
+def cases_of(operator: str, *, full: bool) -> dict[str, OperatorCase]:
     """The cases of an operator.
 
     Args:
@@ -152,7 +152,7 @@ def cases_of(operator: str, *, full: bool) -> dict[str, Case]:
     return {name: case for name, case in every.items() if case.operator == operator}
 
 
-def draw(case: Case, dtype: str, seed: int = 0) -> tuple[Tensor, ...]:
+def draw(case: OperatorCase, dtype: str, seed: int = 0) -> tuple[Tensor, ...]:
     """Inputs on the CPU, the same each time for a seed.
 
     They reach a GPU by a copy, which compute-sanitizer takes for what it is: written memory.
@@ -166,7 +166,7 @@ def draw(case: Case, dtype: str, seed: int = 0) -> tuple[Tensor, ...]:
     )
 
 
-def expected(case: Case, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def expected(case: OperatorCase, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The reference in float32 on the rounded inputs, where they lie."""
     import torch
 
@@ -178,7 +178,7 @@ def expected(case: Case, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return as_tuple(reference(*(tensor.float() for tensor in tensors), **case.sizes))
 
 
-def run_operator(case: Case, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def run_operator(case: OperatorCase, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The operator as PyTorch has it: on CUDA tensors the fused kernel; outputs begin as NaN."""
     import torch
 
@@ -191,7 +191,7 @@ def run_operator(case: Case, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         torch.use_deterministic_algorithms(False)
 
 
-def run_emulation(case: Case, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def run_emulation(case: OperatorCase, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The kernel on the CPU, thread by thread, into outputs that begin as NaN.
 
     Raises:
@@ -219,7 +219,7 @@ def _unwritten(count: int, dtype: torch.dtype) -> Tensor:
     return torch.full((count + 2 * GUARD,), torch.nan, dtype=dtype)
 
 
-def _workspace(case: Case, library: ctypes.CDLL, code: int) -> list[Tensor]:
+def _workspace(case: OperatorCase, library: ctypes.CDLL, code: int) -> list[Tensor]:
     import torch
 
     if case.operator != "channel_attention":

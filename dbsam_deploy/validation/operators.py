@@ -23,9 +23,17 @@ from ..kernels import library as kernels
 from ..kernels.toolkit import TOOLKITS, find_nvcc
 from ..machine.child_process import Ended, python_command
 from .machine_state import need_gpu
-from .operator_cases import DTYPES, Case, cases_of, draw, expected, run_emulation, run_operator
+from .operator_cases import (
+    DTYPES,
+    OperatorCase,
+    cases_of,
+    draw,
+    expected,
+    run_emulation,
+    run_operator,
+)
 from .tolerances import KERNELS, share_of_bound
-from .verdicts import Check, Context, Found, NotRunError, need_package
+from .verdicts import CheckFunction, Context, NotRunError, Passed, need_package
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,7 +84,7 @@ def need_cuda() -> str:
     return "cuda"
 
 
-def build_library(context: Context) -> Found:
+def build_library(context: Context) -> Passed:
     """Compile all kernels for this machine's GPU and load them.
 
     Raises:
@@ -89,10 +97,10 @@ def build_library(context: Context) -> Found:
     from ..kernels import torch_ops
 
     torch_ops.kernel_library(torch.device(device))
-    return Found(f"compiled for this GPU and loaded: {', '.join(kernels.OPERATORS)}")
+    return Passed(f"compiled for this GPU and loaded: {', '.join(kernels.OPERATORS)}")
 
 
-def build_for_cpu(operator: str, context: Context) -> Found:
+def build_for_cpu(operator: str, context: Context) -> Passed:
     """Compile a kernel for the emulation, which a machine without a GPU compares with PyTorch.
 
     Raises:
@@ -103,10 +111,10 @@ def build_for_cpu(operator: str, context: Context) -> Found:
         raise NotRunError("needless: the GPU runs the kernels themselves")
     need_gxx()
     path = kernels.build_host_library(operator)
-    return Found("compiled for this CPU", {"library": path.name})
+    return Passed("compiled for this CPU", {"library": path.name})
 
 
-def build_for_cuda(operator: str, context: Context) -> Found:
+def build_for_cuda(operator: str, context: Context) -> Passed:
     """Compile a kernel for this machine's GPU, or, where there is none, for `AHEAD`.
 
     Raises:
@@ -120,10 +128,10 @@ def build_for_cuda(operator: str, context: Context) -> Found:
     most, spilled = max(u.registers for u in usages), sum(u.spill_bytes for u in usages)
     figures = {u.kernel: f"{u.registers} registers, {u.spill_bytes} B spilled" for u in usages}
     text = f"{len(usages)} kernels for {target}, up to {most} registers, {spilled} B spilled"
-    return Found(f"{text}; compiled only", figures)
+    return Passed(f"{text}; compiled only", figures)
 
 
-def compare(operator: str, dtype: str, context: Context) -> Found:
+def compare(operator: str, dtype: str, context: Context) -> Passed:
     """Every case of an operator against PyTorch's reference in float32.
 
     Raises:
@@ -143,7 +151,7 @@ def compare(operator: str, dtype: str, context: Context) -> Found:
         shares[name] = share_of(run(case, tensors), expected(case, tensors), dtype, name)
     worst = max(shares, key=lambda name: shares[name])
     where = "on the GPU" if full else "on this CPU's emulation"
-    return Found(
+    return Passed(
         f"{len(shares)} shapes {where}; largest error {shares[worst]:.0%} of its bound ({worst})",
         {"share_of_bound": shares, "bound": KERNELS[dtype].relative},
     )
@@ -163,7 +171,7 @@ def share_of(found: tuple[Tensor, ...], truth: tuple[Tensor, ...], dtype: str, w
     )
 
 
-def replay(operator: str, context: Context) -> Found:
+def replay(operator: str, context: Context) -> Passed:
     """Capture an operator as a CUDA graph, give it other inputs, replay it, compare.
 
     Raises:
@@ -186,10 +194,10 @@ def replay(operator: str, context: Context) -> Found:
             output.fill_(torch.nan)
         recording.replay()
         shares[name] = share_of(recording.outputs, expected(case, fresh), "float16", name)
-    return Found(f"{len(shares)} shapes follow their inputs", {"share_of_bound": shares})
+    return Passed(f"{len(shares)} shapes follow their inputs", {"share_of_bound": shares})
 
 
-def _called(case: Case, *tensors: Tensor) -> tuple[Tensor, ...]:
+def _called(case: OperatorCase, *tensors: Tensor) -> tuple[Tensor, ...]:
     return run_operator(case, tensors)
 
 
@@ -206,7 +214,7 @@ def run_alone(operator: str) -> None:
     print(_DONE, flush=True)
 
 
-def sanitize(tool: str, operator: str, context: Context) -> Found:
+def sanitize(tool: str, operator: str, context: Context) -> Passed:
     """An operator's small cases under one tool of compute-sanitizer.
 
     Raises:
@@ -233,7 +241,7 @@ def sanitize(tool: str, operator: str, context: Context) -> Found:
         first = next((line for line in ended.stdout.splitlines() if "=========     " in line), "")
         raise EngineError(f"{summary[1]} reported: {first.strip('= ')}; all are in the log")
     count = len(DTYPES) * len(cases_of(operator, full=False))
-    return Found(f"{count} calls, nothing reported")
+    return Passed(f"{count} calls, nothing reported")
 
 
 def _find_sanitizer() -> str:
@@ -252,22 +260,22 @@ def _find_sanitizer() -> str:
     return path
 
 
-def _for_each(run: Callable[[str, Context], Found], prefix: str = "") -> dict[str, Check]:
+def _for_each(run: Callable[[str, Context], Passed], prefix: str = "") -> dict[str, CheckFunction]:
     return {f"{prefix}{name}": partial(run, name) for name in kernels.OPERATORS}
 
 
-BUILD: dict[str, Check] = {
+BUILD: dict[str, CheckFunction] = {
     "GPU library": build_library,
     **_for_each(build_for_cpu, "g++ "),
     **_for_each(build_for_cuda, "nvcc "),
 }
-COMPARE: dict[str, Check] = {
+COMPARE: dict[str, CheckFunction] = {
     f"{name} {dtype}": partial(compare, name, dtype)
     for name in kernels.OPERATORS
     for dtype in DTYPES
 }
-REPLAY: dict[str, Check] = _for_each(replay)
-SANITIZE: dict[str, Check] = {
+REPLAY: dict[str, CheckFunction] = _for_each(replay)
+SANITIZE: dict[str, CheckFunction] = {
     f"{tool} {name}": partial(sanitize, tool, name)
     for tool in SANITIZERS
     for name in kernels.OPERATORS

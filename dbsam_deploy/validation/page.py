@@ -10,8 +10,8 @@ from typing import Any
 from ..extras import require
 from ..files.atomic import write_file
 from ..files.pages import render
-from .record import PAGE_NAME, Record
-from .verdicts import Outcome, Verdict
+from .record import PAGE_NAME, Findings
+from .verdicts import Judgement, Verdict
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 COLOURS = {
@@ -34,7 +34,7 @@ def check_libraries() -> None:
     require("jinja2", extra="validate", what_for=_FOR)
 
 
-def write_page(folder: Path, record: Record, order: Mapping[tuple[str, str], int]) -> Path:
+def write_page(folder: Path, record: Findings, order: Mapping[tuple[str, str], int]) -> Path:
     """Write `report.html`, whole, and return its path.
 
     Args:
@@ -61,7 +61,7 @@ def write_page(folder: Path, record: Record, order: Mapping[tuple[str, str], int
     return write_file(folder / PAGE_NAME, page.encode())
 
 
-def _plots(outcomes: list[Outcome]) -> list[tuple[str, str]]:
+def _plots(outcomes: list[Judgement]) -> list[tuple[str, str]]:
     """Title and SVG of each plot for which there are figures."""
     errors = {
         f"{one.check}: {name}": float(share)
@@ -110,7 +110,7 @@ def _bars(values: Mapping[str, float], limit: float | None, colours: Any = None)
     return text[text.index("<svg") :]
 
 
-def _timing_rows(outcomes: list[Outcome]) -> list[tuple[str, ...]]:
+def _timing_rows(outcomes: list[Judgement]) -> list[tuple[str, ...]]:
     """Operator, case, µs, GB/s and TFLOP/s with their shares."""
     rows: list[tuple[str, ...]] = []
     for one in outcomes:

@@ -17,7 +17,7 @@ from ..files.manifests import ManifestKind
 from ..files.sources import PACKAGE
 from ..machine.hardware import VERSIONED_PACKAGES, describe_hardware, installed_versions
 from ..resources import resource_dir
-from .verdicts import Outcome, Verdict
+from .verdicts import Judgement, Verdict
 
 REPORT_NAME, PAGE_NAME = "report.json", "report.html"
 SCHEMA = 1
@@ -30,7 +30,7 @@ _KIND = ManifestKind("a report of this library", "the validation starts anew", I
 
 
 @dataclass(frozen=True)
-class Record:
+class Findings:
     """A report.
 
     Attributes:
@@ -47,7 +47,7 @@ class Record:
     machine: Mapping[str, str]
     artefact: str
     budget_s: float | None = None
-    outcomes: tuple[Outcome, ...] = ()
+    outcomes: tuple[Judgement, ...] = ()
     running: str = ""
     left: tuple[str, ...] = ()
     began: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S%z"))
@@ -57,7 +57,7 @@ class Record:
         found = [outcome.verdict for outcome in self.outcomes]
         return {verdict.value: found.count(verdict) for verdict in Verdict}
 
-    def with_outcome(self, outcome: Outcome) -> Record:
+    def with_outcome(self, outcome: Judgement) -> Findings:
         """The record with a new verdict in place of an earlier one of the same check."""
         key = (outcome.step, outcome.check)
         others = (one for one in self.outcomes if (one.step, one.check) != key)
@@ -65,7 +65,7 @@ class Record:
         return replace(self, outcomes=(*others, outcome), left=left)
 
 
-def judged(outcomes: Iterable[Outcome]) -> dict[tuple[str, str], Outcome]:
+def judged(outcomes: Iterable[Judgement]) -> dict[tuple[str, str], Judgement]:
     """Step and check → outcomes that need not be found again: what did run, to its end."""
     final = (Verdict.PASS, Verdict.FAIL)
     return {(one.step, one.check): one for one in outcomes if one.verdict in final}
@@ -101,7 +101,7 @@ def read_inputs(artefact: Path | None) -> dict[str, str]:
     }
 
 
-def begin(artefact: Path | None, budget_s: float | None) -> Record:
+def begin(artefact: Path | None, budget_s: float | None) -> Findings:
     """A record without a verdict.
 
     Raises:
@@ -115,10 +115,10 @@ def begin(artefact: Path | None, budget_s: float | None) -> Record:
         "dbsam-deploy": __version__,
     }
     named = SHIPPED if artefact is None else str(artefact)
-    return Record(read_inputs(artefact), machine, named, budget_s)
+    return Findings(read_inputs(artefact), machine, named, budget_s)
 
 
-def go_on(folder: Path, new: Record) -> tuple[Record, str]:
+def go_on(folder: Path, new: Findings) -> tuple[Findings, str]:
     """The record of an earlier run in `folder` if its verdicts still hold.
 
     Args:
@@ -141,17 +141,17 @@ def go_on(folder: Path, new: Record) -> tuple[Record, str]:
     return replace(new, outcomes=kept, began=earlier.began), ""
 
 
-def _record(body: dict[str, Any]) -> Record:
+def _record(body: dict[str, Any]) -> Findings:
     outcomes = tuple(
-        Outcome(**{**one, "verdict": Verdict(one["verdict"])}) for one in body["outcomes"]
+        Judgement(**{**one, "verdict": Verdict(one["verdict"])}) for one in body["outcomes"]
     )
     names = ("inputs", "machine", "artefact", "budget_s", "running", "began")
-    return Record(
+    return Findings(
         **{name: body[name] for name in names}, outcomes=outcomes, left=tuple(body["left"])
     )
 
 
-def write_record(folder: Path, record: Record, order: Mapping[tuple[str, str], int]) -> Path:
+def write_record(folder: Path, record: Findings, order: Mapping[tuple[str, str], int]) -> Path:
     """Write `report.json`, whole, and return its path.
 
     Args:

@@ -13,8 +13,8 @@ from ..files.publication import remove
 from .children import Deadline, run_checks
 from .machine_state import NO_GPU
 from .page import write_page
-from .record import REPORT_NAME, Record, go_on, judged, write_record
-from .verdicts import Context, Outcome, Step, Verdict
+from .record import REPORT_NAME, Findings, go_on, judged, write_record
+from .verdicts import Context, Judgement, Step, Verdict
 from .worker import TABLE, read_table
 
 WORK_NAME = "work"
@@ -46,7 +46,7 @@ class Watcher:
     """
 
     began: Callable[[str, str, float], None] = lambda step, check, left_s: None
-    done: Callable[[Outcome], None] = lambda outcome: None
+    done: Callable[[Judgement], None] = lambda outcome: None
     say: Callable[[str], None] = lambda text: None
 
 
@@ -85,7 +85,7 @@ class Plan:
         return {name: place for place, name in enumerate(names)}
 
 
-def validate(plan: Plan, new: Record, watcher: Watcher) -> Record:
+def validate(plan: Plan, new: Findings, watcher: Watcher) -> Findings:
     """Run what has no verdict yet, as far as the budget goes.
 
     Args:
@@ -136,7 +136,7 @@ def validate(plan: Plan, new: Record, watcher: Watcher) -> Record:
     return writer.record
 
 
-def _advised(outcome: Outcome, plan: Plan) -> Outcome:
+def _advised(outcome: Judgement, plan: Plan) -> Judgement:
     """An outcome with the line that makes it run, once there is time, or a GPU."""
     if outcome.verdict == Verdict.OUT_OF_TIME:
         return replace(outcome, advice=resume_line(plan.report))
@@ -154,13 +154,13 @@ def resume_line(report: Path) -> str:
 class _Writer:
     """Keeps the record, and writes the report and its page after each change."""
 
-    def __init__(self, plan: Plan, record: Record, todo: Mapping[str, Sequence[str]]) -> None:
+    def __init__(self, plan: Plan, record: Findings, todo: Mapping[str, Sequence[str]]) -> None:
         self._plan = plan
         left = tuple(f"{step} / {name}" for step, names in todo.items() for name in names)
         self.record = replace(record, left=left)
         self.write(running="")
 
-    def add(self, outcome: Outcome) -> None:
+    def add(self, outcome: Judgement) -> None:
         """A verdict."""
         self.record = self.record.with_outcome(outcome)
         self.write(running="")

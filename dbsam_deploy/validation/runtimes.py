@@ -23,7 +23,7 @@ from ..verification.agreement import agreement
 from ..verification.answers import read_answers
 from .machine_state import need_gpu
 from .operators import need_cuda
-from .verdicts import Check, Context, Found, NotRunError, need_package
+from .verdicts import CheckFunction, Context, NotRunError, Passed, need_package
 
 IMAGE_SIZE = 256
 """Side of the shipped model's own export: its gate takes seconds, and every operator is in it."""
@@ -31,7 +31,7 @@ CONTAINER = Path("/opt/tritonserver")
 """Where NVIDIA's container has the server."""
 
 
-def export(context: Context) -> Found:
+def export(context: Context) -> Passed:
     """The export to validate: the named one is read, or the shipped model is exported.
 
     Raises:
@@ -51,14 +51,14 @@ def export(context: Context) -> Found:
     artefact = load_artefact(context.find_artefact())
     figures, side = artefact.figures, artefact.preprocessing.image_size
     mean, p5 = (figures.get(f"mask_agreement_{name}", 0.0) for name in ("mean", "p5"))
-    return Found(
+    return Passed(
         f"{artefact.variant} {artefact.precision}, {side} px; its files are as published; Dice "
         f"with PyTorch's masks {mean:.4f} / {p5:.4f} (mean / 5th percentile)",
         figures,
     )
 
 
-def hold(artefact: Artefact, session: Session) -> Found:
+def hold(artefact: Artefact, session: Session) -> Passed:
     """Hold a session's masks against PyTorch's, by the gate of the export's recipe.
 
     Raises:
@@ -76,7 +76,7 @@ def hold(artefact: Artefact, session: Session) -> Found:
     if missed:
         raise AccuracyError(f"misses the gate of {artefact.precision}: {missed}")
     objects = sum(len(want.boxes.masks) for _, want in answers)
-    return Found(
+    return Passed(
         f"{len(answers)} images, {objects} objects against PyTorch, mean / 5th percentile of Dice: "
         f"{found.text}",
         {"agreement": found.text, "images": len(answers), "objects": objects},
@@ -147,13 +147,13 @@ RUNTIMES: dict[str, Callable[[Artefact], Session]] = {
 """Runtime → what opens an export on it, or says why not."""
 
 
-def runtime(name: str, context: Context) -> Found:
+def runtime(name: str, context: Context) -> Passed:
     """An export on one runtime; see `hold`."""
     artefact = load_artefact(context.find_artefact())
     return hold(artefact, RUNTIMES[name](artefact))
 
 
-def triton(context: Context) -> Found:
+def triton(context: Context) -> Passed:
     """The real Triton server, started on the export's repository, asked and stopped.
 
     Raises:
@@ -176,9 +176,9 @@ def triton(context: Context) -> Found:
     if not repository.known_answers:
         raise NotRunError(f"{said}, but there is no known answer to compare it with")
     where = "NVIDIA's server" if installed else "the server on this CPU, its backends played"
-    return Found(f"{where}: {said}")
+    return Passed(f"{where}: {said}")
 
 
-EXPORT: dict[str, Check] = {"export": export}
-HOLD: dict[str, Check] = {name: partial(runtime, name) for name in RUNTIMES}
-SERVE: dict[str, Check] = {"triton": triton}
+EXPORT: dict[str, CheckFunction] = {"export": export}
+HOLD: dict[str, CheckFunction] = {name: partial(runtime, name) for name in RUNTIMES}
+SERVE: dict[str, CheckFunction] = {"triton": triton}

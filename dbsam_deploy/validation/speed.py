@@ -22,8 +22,8 @@ from .measuring import (
     Captured,
     Ceilings,
     CudaStopwatch,
+    Demand,
     Stopwatch,
-    Work,
     as_tuple,
     cache_bytes,
     measure_ceilings,
@@ -31,10 +31,10 @@ from .measuring import (
     sets_needed,
     take_turns,
 )
-from .operator_cases import FULL, Case, draw, expected
+from .operator_cases import FULL, OperatorCase, draw, expected
 from .operators import need_cuda, share_of
 from .runtimes import RUNTIMES
-from .verdicts import Check, Context, Found, need_package
+from .verdicts import CheckFunction, Context, Passed, need_package
 
 ON_CPU = ("full map", "64×64 map", "25 windows")
 """Cases that a CPU takes well under a second for."""
@@ -57,7 +57,7 @@ def _measured() -> tuple[Stopwatch, Ceilings]:
     return _wall, measure_ceilings(_wall, device="cpu", dtype="float32", divide=CPU_DIVIDE)
 
 
-def ceilings(context: Context) -> Found:
+def ceilings(context: Context) -> Passed:
     """Copy bandwidth and GEMM rate.
 
     Raises:
@@ -67,14 +67,14 @@ def ceilings(context: Context) -> Found:
     found, gpu = _measured()[1], find_gpu()
     what = "bfloat16" if gpu else "float32"
     where = gpu.name if gpu else "this CPU"
-    return Found(
+    return Passed(
         f"{where}: {found.copy_gb_s:.4g} GB/s copied (read + written), "
         f"{found.gemm_tflop_s:.3g} TFLOP/s in a {what} GEMM",
         {"copy_gb_s": found.copy_gb_s, "gemm_tflop_s": found.gemm_tflop_s},
     )
 
 
-def time_operator(operator: str, context: Context) -> Found:
+def time_operator(operator: str, context: Context) -> Passed:
     """An operator's time at DB-SAM's shapes, and its share of the ceiling that is nearer.
 
     Raises:
@@ -91,19 +91,19 @@ def time_operator(operator: str, context: Context) -> Found:
     shares = {name: max(row["of copy"], row.get("of GEMM", 0.0)) for name, row in rows.items()}
     texts = [f"{name} {rows[name]['us']:.4g} µs, {share:.0%}" for name, share in shares.items()]
     what = "fused, float16" if on_gpu else "PyTorch's own form, float32"
-    return Found(
+    return Passed(
         f"{what}; time and share of the ceiling: {'; '.join(texts)}",
         {"rows": rows, "share_of_ceiling": shares, "what": what},
     )
 
 
-def _row(case: Case, *, on_gpu: bool) -> dict[str, Any]:
+def _row(case: OperatorCase, *, on_gpu: bool) -> dict[str, Any]:
     from ..kernels import torch_ops
 
     watch, limits = _measured()
     dtype = "float16" if on_gpu else "float32"
     itemsize = 2 if on_gpu else 4
-    work = Work(case.elements * itemsize, case.flops)
+    work = Demand(case.elements * itemsize, case.flops)
     count = sets_needed(work.bytes, cache_bytes()) if on_gpu else 1
     device = "cuda" if on_gpu else "cpu"
     sets = [tuple(t.to(device) for t in draw(case, dtype, seed=i)) for i in range(count)]
@@ -120,7 +120,7 @@ def _row(case: Case, *, on_gpu: bool) -> dict[str, Any]:
     return row_facts({"ours": seconds["ours"] / count}, "ours", work, limits)
 
 
-def time_runtime(name: str, context: Context) -> Found:
+def time_runtime(name: str, context: Context) -> Passed:
     """An image, one box and eight boxes on a runtime: medians of calls in turns.
 
     Raises:
@@ -141,10 +141,10 @@ def time_runtime(name: str, context: Context) -> Found:
     seconds = take_turns(work, _wall, rounds=7)
     times = {f"{what}_ms": 1000 * value for what, value in seconds.items()}
     text = ", ".join(f"{what} {1000 * value:.4g} ms" for what, value in seconds.items())
-    return Found(f"{artefact.variant} {artefact.precision}, {side} px: {text}", times)
+    return Passed(f"{artefact.variant} {artefact.precision}, {side} px: {text}", times)
 
 
-SPEED: dict[str, Check] = {
+SPEED: dict[str, CheckFunction] = {
     "ceilings": ceilings,
     **{name: partial(time_operator, name) for name in kernels.OPERATORS},
     **{name: partial(time_runtime, name) for name in RUNTIMES},

@@ -35,7 +35,7 @@ class NotRunError(DbsamError):
 
 
 @dataclass(frozen=True)
-class Found:
+class Passed:
     """What a check that passed has found.
 
     Attributes:
@@ -82,7 +82,7 @@ class Context:
         return self.own_export
 
 
-Check = Callable[[Context], Found]
+CheckFunction = Callable[[Context], Passed]
 """Looks at one thing, in a process that only runs checks of its step.
 
 Raises:
@@ -106,12 +106,12 @@ class Step:
     name: str
     about: str
     needs: str
-    checks: Mapping[str, Check]
+    checks: Mapping[str, CheckFunction]
     limit_s: float
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Judgement:
     """One line of the report.
 
     Attributes:
@@ -121,7 +121,7 @@ class Outcome:
         text: what was found, or why it failed or did not run; one line.
         advice: the command that would make it run, or "".
         seconds: that it took.
-        figures: see `Found`.
+        figures: see `Passed`.
     """
 
     step: str

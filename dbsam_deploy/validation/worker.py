@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import DbsamError, MissingError
-from .verdicts import Check, Context, NotRunError, Outcome, Step, Verdict
+from .verdicts import CheckFunction, Context, Judgement, NotRunError, Step, Verdict
 
+MAIN = "from dbsam_deploy.validation.worker import main; main()"
+"""What its Python is told to run."""
 TABLE = "dbsam_deploy.validation.steps:STEPS"
 """Module and name of the steps."""
 
@@ -67,7 +69,7 @@ def one_line(text: str) -> str:
     return words if len(words) <= 400 else f"{words[:397]}…"
 
 
-def judge(step: str, name: str, check: Check, context: Context) -> Outcome:
+def judge(step: str, name: str, check: CheckFunction, context: Context) -> Judgement:
     """Run one check in this process."""
     start = time.monotonic()
     verdict, text, advice, figures = Verdict.PASS, "", "", {}
@@ -85,7 +87,7 @@ def judge(step: str, name: str, check: Check, context: Context) -> Outcome:
         verdict, text = Verdict.FAIL, f"{type(error).__name__}: {error}"
         traceback.print_exc()
     seconds = round(time.monotonic() - start, 2)
-    return Outcome(step, name, verdict, one_line(text), advice, seconds, _plain(figures))
+    return Judgement(step, name, verdict, one_line(text), advice, seconds, _plain(figures))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -106,7 +108,3 @@ def main(argv: list[str] | None = None) -> None:
             break  # a GPU that has failed fails all that follows; they get a process of their own
     sys.stderr.flush()
     os._exit(0)  # a library that fails while Python ends has been judged all the same
-
-
-if __name__ == "__main__":
-    main()

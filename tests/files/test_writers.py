@@ -37,6 +37,9 @@ ELSEWHERE = {
     "serving.runtime.copyfile": "in the server's own folder",
     "serving.snapshot.copyfile": "in the server's own folder",
     "serving.stages.write_text": "in the server's own folder",
+    "validation.children.open": "a log",
+    "validation.engine_checks.copytree": "in the scratch of a report",
+    "validation.worker.write_text": "a setting of this process, in /proc",
     "viewer.uploads.write_bytes": "in a temporary folder",
     "training.journal.open": "row by row; rows after the resume point are dropped by the next run",
 }
