@@ -158,11 +158,14 @@ class _Writer:
         self._plan = plan
         left = tuple(f"{step} / {name}" for step, names in todo.items() for name in names)
         self.record = replace(record, left=left)
-        self.write(running="")
+        self._write_both()
 
     def add(self, outcome: Judgement) -> None:
         """A verdict."""
         self.record = self.record.with_outcome(outcome)
+        self._write_both()
+
+    def _write_both(self) -> None:
         self.write(running="")
         write_page(self._plan.report, self.record, self._plan.order)
 
