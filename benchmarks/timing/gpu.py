@@ -25,6 +25,7 @@ from dbsam_deploy.validation.measuring import (
     row_facts,
     sets_needed,
     take_turns,
+    without_tf32,
 )
 from dbsam_deploy.validation.measuring import (
     Demand as Work,
@@ -49,6 +50,7 @@ __all__ = [
     "sets_needed",
     "synchronized",
     "take_turns",
+    "without_tf32",
 ]
 
 

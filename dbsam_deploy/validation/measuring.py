@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -163,6 +164,8 @@ class Captured:
     ) -> None:
         import torch
 
+        from ..sessions.cuda_graphs import capturing
+
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -170,7 +173,7 @@ class Captured:
                 function(*sets[0])
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with capturing(self._graph):
             self._outputs = [as_tuple(function(*inputs)) for inputs in sets]
         for outputs in self._outputs:
             for tensor in outputs:
@@ -185,6 +188,20 @@ class Captured:
 def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
     """One output as a tuple of one."""
     return tuple(outputs) if isinstance(outputs, tuple | list) else (outputs,)
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Float32 convolutions in float32, on the same cuDNN as otherwise."""
+    import torch
+
+    flags = torch.backends.cudnn
+    allowed = flags.allow_tf32
+    flags.allow_tf32 = False
+    try:
+        yield
+    finally:
+        flags.allow_tf32 = allowed
 
 
 def row_facts(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import AccuracyError
 from ..kernels import library as kernels
-from .measuring import as_tuple
+from .measuring import as_tuple, without_tf32
 
 if TYPE_CHECKING:
     import torch
@@ -173,8 +173,7 @@ def expected(case: OperatorCase, tensors: Sequence[Tensor]) -> tuple[Tensor, ...
     from ..kernels import torch_ops
 
     reference = getattr(torch_ops, f"{case.operator}_reference")
-    # cuDNN as it is shipped, but without TF32, whose products have ten bits
-    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with torch.inference_mode(), without_tf32():
         return as_tuple(reference(*(tensor.float() for tensor in tensors), **case.sizes))
 
 
