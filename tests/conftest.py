@@ -28,7 +28,8 @@ from dbsam_deploy.artefact import Artefact
 from dbsam_deploy.core.contract import Geometry, graph_specs
 from dbsam_deploy.core.errors import EngineError
 from dbsam_deploy.export import ExportOptions, Published, Stages, export
-from dbsam_deploy.graphs.onnx_export import export_graph, fold_reshapes, simplify, trace
+from dbsam_deploy.graphs.onnx_export import export_graph, fold_reshapes, simplify
+from dbsam_deploy.graphs.tracing import trace
 from dbsam_deploy.kernels.headers import Headers, find_headers
 from dbsam_deploy.kernels.plugin_build import PluginLibrary, build_plugins
 from dbsam_deploy.model import DbSam

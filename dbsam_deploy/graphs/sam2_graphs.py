@@ -130,7 +130,7 @@ def single_mask(masks: Tensor, iou: Tensor) -> tuple[Tensor, Tensor]:
         (B, N, 1, 4G, 4G) and (B, N, 1).
     """
     inside, around = (
-        (masks[:, :, 0] > edge).sum((2, 3), dtype=torch.int32)
+        (masks[:, :, 0] > edge).to(torch.int32).sum((2, 3), dtype=torch.int32)
         for edge in (STABLE_DELTA, -STABLE_DELTA)
     )
     stable = (STABLE_PART[1] * inside >= STABLE_PART[0] * around)[..., None]

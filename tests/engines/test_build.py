@@ -86,16 +86,14 @@ def small_fp8_encoder(exported_graph, small_models, tmp_path) -> Artefact:
     return artefact_of({"encoder": path}, config.frame, "fp8")
 
 
-def test_half_precision_engines_with_fused_operators_for_three_gpus(
-    published_export, rtx, tmp_path
-):
+def test_half_precision_engines_with_fused_operators_for_two_gpus(published_export, rtx, tmp_path):
     _, published = published_export
     shutil.copytree(published.artefact.folder, tmp_path / "fp16")
     artefact = replace(published.artefact, folder=tmp_path / "fp16")
     domains = {n.domain for n in onnx.load(artefact.path("encoder")).graph.node}
     assert "dbsam" in domains  # function bodies are parsed as they are
     said = []
-    request = rtx("sm_86", "sm_89", "sm_120")
+    request = rtx("sm_86", "sm_89")  # sm_120: with int8
     records = build_engines(artefact, request, said.append)
     assert said == [f"building tensorrt-rtx {graph}" for graph in artefact.graphs]
     folder = engine_folder(artefact, TENSORRT_RTX)
@@ -105,7 +103,7 @@ def test_half_precision_engines_with_fused_operators_for_three_gpus(
             sha256_of(plan),
             plan.stat().st_size,
         )
-        assert record.targets == ("sm_86", "sm_89", "sm_120")
+        assert record.targets == ("sm_86", "sm_89")
         assert record.onnx_sha256 == artefact.graphs[graph].sha256
         assert (record.parity, record.layers, record.built_on) == (None, None, None)
         assert record.version == request.builder.version

@@ -9,8 +9,8 @@ from support.references import check_close, prompt_feed, small_model
 from dbsam_deploy.core.contract import Geometry, graph_specs
 from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.graphs.encoder_decoder import build_graph, example_inputs
-from dbsam_deploy.graphs.onnx_export import trace
 from dbsam_deploy.graphs.prompt_decoder import TokensSeePixels
+from dbsam_deploy.graphs.tracing import trace
 from dbsam_deploy.sessions.pytorch_session import PytorchSession
 
 

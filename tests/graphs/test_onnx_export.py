@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from support.references import check_close, prompt_feed
 from torch import nn
+from torch.onnx._internal.exporter import _fx_passes as passes
 
 from dbsam_deploy.core.contract import Geometry, graph_specs
 from dbsam_deploy.core.errors import EngineError, ExportError
-from dbsam_deploy.graphs import onnx_export
+from dbsam_deploy.files.onnx_files import check_valid
+from dbsam_deploy.graphs import onnx_export, tracing
 from dbsam_deploy.graphs.encoder_decoder import build_graph, example_inputs
 from dbsam_deploy.graphs.onnx_export import (
     check_onnx,
@@ -258,6 +260,18 @@ class InPlace(nn.Module):
         return (2 * x).add_(1)
 
 
+class MixedTypes(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.arange(3)
+
+
+def test_mixed_types_without_a_conversion_are_refused(traced, tmp_path):
+    """Torch would add the conversion; our modules write theirs."""
+    onnx.save(traced(MixedTypes(), {"x": torch.randn(2, 3)}), tmp_path / "mixed.onnx")
+    with pytest.raises(ExportError, match=r"mixed\.onnx: .*Add.* type"):
+        check_valid(tmp_path / "mixed.onnx")
+
+
 @pytest.mark.parametrize("module", [WholeNumbers(), InPlace()], ids=lambda m: type(m).__name__)
 def test_what_would_need_a_decomposition_is_refused(traced, module):
     name = type(module).__name__
@@ -267,10 +281,13 @@ def test_what_would_need_a_decomposition_is_refused(traced, module):
 
 
 def test_traces_that_overlap_leave_torch_as_it_was():
-    own = torch.export.ExportedProgram.run_decompositions
-    first, second = onnx_export._as_traced(), onnx_export._as_traced()
+    def stand_ins():
+        return torch.export.ExportedProgram.run_decompositions, passes.insert_type_promotion_nodes
+
+    own = stand_ins()
+    first, second = tracing._as_traced(), tracing._as_traced()
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
     second.__exit__(None, None, None)
-    assert torch.export.ExportedProgram.run_decompositions is own
+    assert stand_ins() == own

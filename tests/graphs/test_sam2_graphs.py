@@ -21,9 +21,9 @@ from dbsam_deploy.graphs.onnx_export import (
     export_graph,
     fold_reshapes,
     simplify,
-    trace,
 )
 from dbsam_deploy.graphs.sam2_graphs import single_mask
+from dbsam_deploy.graphs.tracing import trace
 from dbsam_deploy.model import DbSam, variant_config
 from dbsam_deploy.model.config import HieraConfig
 from dbsam_deploy.model.hiera import HieraBlock

@@ -203,9 +203,16 @@ def assert_they_fit(usages: Sequence[kernel_build.ResourceUsage]) -> None:
 
 
 @pytest.mark.nvcc
-@pytest.mark.parametrize("architecture", sorted({*kernels.ARCHITECTURES} - {"sm_90"}))
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "sm_80",
+        pytest.param("sm_120", marks=pytest.mark.slow),
+    ],  # the oldest has the fewest instructions
+)
 @pytest.mark.parametrize("name", kernels.OPERATORS)
 def test_nvcc_compiles_it(name: str, architecture: str) -> None:
+    assert {architecture, "sm_90"} < {*kernels.ARCHITECTURES}
     assert_they_fit(kernels.resource_usage(name, architecture))
 
 
