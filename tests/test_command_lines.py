@@ -98,6 +98,10 @@ MISTAKES = [
     ("sensitivity",),
     ("doctor", "--backend", "tensorrt9"),
     ("doctor", "--device", "cuda"),
+    ("validate",),
+    ("validate", "--report", "out", "--budget", "soon"),
+    ("validate", "--report", "out", "--only", "everything"),
+    ("validate", "--report", "out", "--artefact", "missing"),
 ]
 """Commands with what a user might mistype, each refused in one line with status 2."""
 

@@ -133,6 +133,7 @@ FULL = {
     "five full levels": deform(1, [64, 64] * 5, [64, 64] * 5, HEADS, DEPTH),
     "64×64 map": channel(1, 64, 64, 768),
     "64×64 map, batch 8": channel(8, 64, 64, 768),
+    "ragged wide map": channel(2, 33, 47, 768),
     "global": rel_pos(1, 64, HEADS),
     "global, batch 2": rel_pos(2, 64, 2),
     "25 windows": rel_pos(25, 14, HEADS),

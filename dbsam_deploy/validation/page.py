@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ..extras import require
 from ..files.atomic import write_file
@@ -21,6 +21,7 @@ COLOURS = {
     Verdict.OUT_OF_TIME: "#cc79a7",
 }
 """Told apart with any colour vision."""
+SHOWN_S = 0.5
 _FOR = "the page of a validation"
 
 
@@ -74,33 +75,40 @@ def _plots(outcomes: list[Judgement]) -> list[tuple[str, str]]:
         for one in outcomes
         for name, share in one.figures.get("share_of_ceiling", {}).items()
     }
-    seconds = {f"{o.step}: {o.check}": o.seconds for o in outcomes if o.seconds >= 0.5}
-    colours = [COLOURS[o.verdict] for o in outcomes if o.seconds >= 0.5]
-    plots = []
-    if errors:
-        plots.append(("Error of the kernels, as a share of what is allowed", _bars(errors, 1.0)))
-    if speeds:
-        plots.append(("Share of the nearer ceiling: memory, or GEMM", _bars(speeds, 1.0)))
-    if seconds:
-        plots.append(("Seconds of each check", _bars(seconds, None, colours)))
-    return plots
+    slow = [one for one in outcomes if one.seconds >= SHOWN_S]
+    seconds = {f"{one.step}: {one.check}": one.seconds for one in slow}
+    colours = tuple(COLOURS[one.verdict] for one in slow)
+    ours = (COLOURS[Verdict.PASS],)
+    plots = (
+        ("Error of the kernels, as a share of what is allowed", errors, 1.0, ours),
+        ("Share of the nearer ceiling: memory, or GEMM", speeds, 1.0, ours),
+        (f"Seconds of the checks that took {SHOWN_S} s or more", seconds, None, colours),
+    )
+    return [
+        (title, _bars(tuple(values.items()), limit, tints))
+        for title, values, limit, tints in plots
+        if values
+    ]
 
 
-def _bars(values: Mapping[str, float], limit: float | None, colours: Any = None) -> str:
+@functools.lru_cache(maxsize=8)  # most are the same after the next step
+def _bars(
+    values: tuple[tuple[str, float], ...], limit: float | None, colours: tuple[str, ...]
+) -> str:
     """Horizontal bars as SVG, the first on top; a line at `limit`."""
     figure_type = require("matplotlib.figure", extra="validate", what_for=_FOR).Figure
     matplotlib = require("matplotlib", extra="validate", what_for=_FOR)
+    names, lengths = zip(*values, strict=True)
     with matplotlib.rc_context({"svg.hashsalt": "dbsam", "font.size": 8, "svg.fonttype": "none"}):
         figure = figure_type(figsize=(9, 0.19 * len(values) + 0.8), layout="constrained")
         axis = figure.subplots()
-        names = list(values)
-        axis.barh(range(len(names)), list(values.values()), color=colours or COLOURS[Verdict.PASS])
+        axis.barh(range(len(names)), lengths, color=colours)
         axis.set_yticks(range(len(names)), names)
         axis.margins(y=0.01)
         axis.invert_yaxis()
         if limit is not None:
             axis.axvline(limit, color=COLOURS[Verdict.FAIL], linewidth=1)
-            axis.set_xlim(0, max(limit * 1.02, *values.values()))
+            axis.set_xlim(0, max(limit * 1.02, *lengths))
         axis.grid(axis="x", color="0.9")
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)

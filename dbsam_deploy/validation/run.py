@@ -1,4 +1,4 @@
-"""Runs steps within a budget; the report is whole after each verdict, and a later run goes on."""
+"""Runs steps within a budget; the report is whole at any moment, and a later run goes on."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def validate(plan: Plan, new: Findings, watcher: Watcher) -> Findings:
         for outcome in outcomes:
             writer.add(_advised(outcome, plan))
             watcher.done(writer.record.outcomes[-1])
-    writer.write(running="")
+        writer.write_page()
     return writer.record
 
 
@@ -152,21 +152,22 @@ def resume_line(report: Path) -> str:
 
 
 class _Writer:
-    """Keeps the record, and writes the report and its page after each change."""
+    """Keeps the record; writes the report after each change, and its page when told."""
 
     def __init__(self, plan: Plan, record: Findings, todo: Mapping[str, Sequence[str]]) -> None:
         self._plan = plan
         left = tuple(f"{step} / {name}" for step, names in todo.items() for name in names)
         self.record = replace(record, left=left)
-        self._write_both()
+        self.write(running="")
+        self.write_page()
 
     def add(self, outcome: Judgement) -> None:
         """A verdict."""
         self.record = self.record.with_outcome(outcome)
-        self._write_both()
-
-    def _write_both(self) -> None:
         self.write(running="")
+
+    def write_page(self) -> None:
+        """Write `report.html`."""
         write_page(self._plan.report, self.record, self._plan.order)
 
     def write(self, *, running: str) -> None:
