@@ -10,11 +10,11 @@
 //   were
 //     not asked for, is refused as CUDA refuses it (host_shared.h);
 //   - an asynchronous copy spoils its target when it is issued and fills it at the matching wait.
-// Not shown: a missing __syncwarp() where a shuffle makes the lanes meet anyway, and races between
-// blocks. Warp matrices and asynchronous copies are in warp_matrix.cuh.
+// Not shown without the detector (host_detector.h): a missing __syncwarp() where a shuffle makes
+// the lanes meet anyway, races between blocks, and reads out of bounds. Warp matrices and
+// asynchronous copies are in warp_matrix.cuh.
 #pragma once
 
-#include <link.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -27,6 +27,7 @@
 #include <tuple>
 #include <utility>
 
+#include "host_detector.h"
 #include "host_fibers.h"
 #include "host_shared.h"
 
@@ -51,34 +52,10 @@ namespace dbsam::emulation {
 constexpr size_t kGuardBytes = 256;
 constexpr unsigned char kGuard = 0xA5;
 
-// The calling thread's copy of this library's thread-local storage: its kernels' shared memory.
-struct Segment {
-  unsigned char* begin;
-  size_t bytes;
-};
-
-inline Segment shared_segment() {
-  Segment found{nullptr, 0};
-  dl_iterate_phdr(
-      [](dl_phdr_info* info, size_t, void* out) {
-        auto* data = static_cast<unsigned char*>(info->dlpi_tls_data);
-        const auto* own = reinterpret_cast<unsigned char*>(&current);
-        for (int i = 0; data != nullptr && i < info->dlpi_phnum; ++i) {
-          const auto& header = info->dlpi_phdr[i];
-          if (header.p_type != PT_TLS || own < data || own >= data + header.p_memsz) continue;
-          *static_cast<Segment*>(out) = {data, header.p_memsz};
-          return 1;
-        }
-        return 0;
-      },
-      &found);
-  if (found.begin == nullptr) fail("no thread-local storage found for shared memory");
-  return found;
-}
-
 inline void spoil_shared(Block& block, const Segment& segment, size_t dynamic_bytes) {
-  std::memset(segment.begin, 0xFF, segment.bytes);
-  current = &block;  // lies in the segment
+  auto* const own = reinterpret_cast<unsigned char*>(&current);  // lies in the segment
+  std::memset(segment.begin, 0xFF, own - segment.begin);
+  std::memset(own + sizeof current, 0xFF, segment.begin + segment.bytes - own - sizeof current);
   std::memset(block.dynamic_shared, 0xFF, dynamic_bytes);
   std::memset(block.dynamic_shared + dynamic_bytes, kGuard, kGuardBytes);
 }
@@ -98,10 +75,12 @@ inline void run_block(Block& block, uint64_t number, size_t dynamic_bytes, const
                  static_cast<unsigned>(number / grid.x / grid.y)};
   block.descending = (block.index.x + block.index.y + block.index.z) % 2 == 1;
   spoil_shared(block, segment, dynamic_bytes);
+  block_starts(segment, dynamic_bytes);
   start_threads(block);
   block.main.warp = pick(block.ready_warps, block.descending);
   block.running = &block.main;
   give_way(block);
+  block_ends(block);
   check_guard(block, dynamic_bytes);
 }
 
@@ -109,6 +88,7 @@ inline void run_block(Block& block, uint64_t number, size_t dynamic_bytes, const
 struct Arena {
   Block block{};
   unsigned char* stacks;
+  int fenced = 0;  // stacks whose lowest page is a guard; a process may have 65530 mappings
   std::unique_ptr<unsigned char[]> shared{new unsigned char[kMaxSharedBytes + kGuardBytes + 1024]};
 
   Arena() {
@@ -116,10 +96,12 @@ struct Arena {
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) fail("no memory for the stacks of 1024 threads");
     stacks = static_cast<unsigned char*>(memory);
-    for (int i = 0; i < kMaxThreads; ++i) mprotect(stacks + i * kStackBytes, 4096, PROT_NONE);
     block.stacks = stacks;
     const auto address = reinterpret_cast<uintptr_t>(shared.get());
     block.dynamic_shared = shared.get() + (1024 - address % 1024) % 1024;
+  }
+  void fence(int threads) {
+    for (; fenced < threads; ++fenced) mprotect(stacks + fenced * kStackBytes, 4096, PROT_NONE);
   }
   ~Arena() { munmap(stacks, kMaxThreads * kStackBytes); }
   Arena(const Arena&) = delete;
@@ -156,6 +138,7 @@ struct Work {
   size_t dynamic_bytes;
   void (*body)(const void*);
   const void* arguments;
+  size_t argument_bytes;
   std::atomic<uint64_t> next{0};
 };
 
@@ -163,13 +146,15 @@ inline void run_worker(Work* work) {
   auto arena = arenas().take();
   Block& block = arena->block;
   block.size = work->block;
+  arena->fence(static_cast<int>(block.size.x * block.size.y * block.size.z));
   block.grid = work->grid;
   block.body = work->body;
   block.arguments = work->arguments;
+  block.argument_bytes = work->argument_bytes;
   current = &block;
   const Segment segment = shared_segment();
   const uint64_t count = uint64_t{work->grid.x} * work->grid.y * work->grid.z;
-  for (uint64_t number = work->next++; number < count; number = work->next++) {
+  for (uint64_t number = work->next++; number < count && !stopped(); number = work->next++) {
     run_block(block, number, work->dynamic_bytes, segment);
   }
   current = nullptr;
@@ -200,7 +185,11 @@ inline void perform_shuffle(void* const* lanes, uint32_t mask) {
   }
 }
 
-inline void perform_nothing(void* const*, uint32_t) {}
+inline void perform_sync(void* const*, uint32_t mask) {
+  Warp& warp = current->warps[current->running->warp];
+  if (kDetect && mask != warp.exists) fail("the detector knows __syncwarp() of whole warps only");
+  ++warp.syncs;
+}
 
 template <typename V>
 inline V shuffle(uint32_t mask, V value, int source) {
@@ -249,8 +238,9 @@ int start(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_by
   using Values = std::tuple<Parameters...>;
   using Kernel = void (*)(Parameters...);
   const Call<Kernel, Values> call{kernel, Values(arguments...)};
-  Work work{grid, block, shared_bytes, &Call<Kernel, Values>::run, &call};
-  if (blocks == 1) {
+  Work work{grid, block, shared_bytes, &Call<Kernel, Values>::run, &call, sizeof call};
+  launch_starts(reinterpret_cast<const void*>(kernel));
+  if (blocks == 1 || kDetect) {
     run_worker(&work);
     return 0;
   }
@@ -271,7 +261,7 @@ inline void __syncthreads() { dbsam::emulation::sync_block(); }
 
 inline void __syncwarp(uint32_t mask = 0xFFFFFFFFu) {
   char unused = 0;
-  dbsam::emulation::warp_operation(mask, dbsam::emulation::perform_nothing, &unused);
+  dbsam::emulation::warp_operation(mask, dbsam::emulation::perform_sync, &unused);
 }
 
 template <typename V>

@@ -56,6 +56,7 @@ struct Warp {
   uint32_t ready;    // may run and does not
   uint32_t arrived;  // waits at a warp operation
   uint32_t at_barrier;
+  uint32_t syncs;  // __syncwarp()s so far
   void* data[kWarpSize];
   uint32_t masks[kWarpSize];
   Perform operations[kWarpSize];
@@ -66,13 +67,16 @@ struct Block {
   dim3 size;
   dim3 grid;
   int alive;
-  int waiting;  // threads at the barrier
+  int waiting;        // threads at the barrier
+  uint32_t barriers;  // __syncthreads()s so far
   uint32_t ready_warps;
   bool descending;
+  bool quiet;  // the emulation's own accesses of memory, which do not count
   Fiber* running;
   Fiber main;
   void (*body)(const void*);
   const void* arguments;
+  size_t argument_bytes;
   unsigned char* dynamic_shared;
   unsigned char* stacks;
   Warp warps[kMaxThreads / kWarpSize];
@@ -82,8 +86,15 @@ struct Block {
 // The only thread-local variable besides the kernels' shared memory.
 inline thread_local Block* current = nullptr;
 
+#ifdef DBSAM_DETECT
+[[noreturn]] void stop_with(const char* what);  // host_detector.h
+#endif
+
 [[noreturn]] inline void fail(const char* what) {
   const Block* block = current;
+#ifdef DBSAM_DETECT
+  if (block != nullptr && block->running != nullptr) stop_with(what);
+#endif
   std::fprintf(stderr, "kernel emulation: %s", what);
   if (block != nullptr && block->running != nullptr) {
     const uint3& thread = block->running->thread;
@@ -140,6 +151,12 @@ inline void make_ready(Block& block, int warp, uint32_t lanes) {
   if (block.warps[warp].ready != 0) block.ready_warps |= 1u << warp;
 }
 
+// While one lives, accesses of memory are the emulation's own.
+struct Quiet {
+  Quiet() { current->quiet = true; }
+  ~Quiet() { current->quiet = false; }
+};
+
 [[noreturn]] inline void fail_deadlock(const Block& block) {
   char text[160];
   std::snprintf(text, sizeof text,
@@ -166,6 +183,7 @@ inline void give_way(Block& block) {
 
 inline void release_barrier(Block& block) {
   block.waiting = 0;
+  ++block.barriers;
   const int warps = (block.size.x * block.size.y * block.size.z + kWarpSize - 1) / kWarpSize;
   for (int i = 0; i < warps; ++i) {
     const uint32_t lanes = block.warps[i].at_barrier;
@@ -205,6 +223,7 @@ inline void warp_operation(uint32_t mask, Perform perform, void* data) {
     if (warp.operations[lane] != perform) fail("lanes of a warp meet at different operations");
     if (warp.masks[lane] != mask) fail("lanes of a warp operation name different masks");
   }
+  const Quiet quiet;
   perform(warp.data, mask);
   warp.arrived &= ~mask;
   make_ready(block, self.warp, mask & ~bit);
@@ -227,12 +246,14 @@ inline void start_threads(Block& block) {
   const int threads = static_cast<int>(block.size.x * block.size.y * block.size.z);
   block.alive = threads;
   block.waiting = 0;
+  block.barriers = 0;
+  block.quiet = false;
   block.ready_warps = 0;
   for (int first = 0; first < threads; first += kWarpSize) {
     const int lanes = threads - first < kWarpSize ? threads - first : kWarpSize;
     Warp& warp = block.warps[first / kWarpSize];
     warp.exists = lanes == kWarpSize ? 0xFFFFFFFFu : (1u << lanes) - 1;
-    warp.ready = warp.arrived = warp.at_barrier = 0;
+    warp.ready = warp.arrived = warp.at_barrier = warp.syncs = 0;
     make_ready(block, first / kWarpSize, warp.exists);
   }
   for (int i = 0; i < threads; ++i) {

@@ -59,7 +59,6 @@ void perform_matrix_load(void* const* lanes, uint32_t mask) {
     uint16_t rows[8][8];
     for (int row = 0; row < 8; ++row) {
       const auto* source = static_cast<const MatrixLoad*>(lanes[8 * matrix + row])->row;
-      check_aligned(source, 16);
       std::memcpy(rows[row], source, 16);
     }
     for (int lane = 0; lane < 32; ++lane) {
@@ -72,8 +71,9 @@ void perform_matrix_load(void* const* lanes, uint32_t mask) {
 }
 
 template <int matrices, bool transposed>
-void load_matrix(uint32_t* result, const void* row) {
+__forceinline__ void load_matrix(uint32_t* result, const void* row) {
   MatrixLoad data{result, static_cast<const unsigned char*>(row)};
+  if (lane_index() < 8 * matrices) read_vector(row, 16, 16);
   warp_operation(kFullMask, perform_matrix_load<matrices, transposed>, &data);
 }
 
@@ -86,27 +86,30 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
   emulation::warp_operation(kFullMask, emulation::perform_mma<T>, &data);
 }
 
-inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+__forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   emulation::load_matrix<4, false>(r, row);
 }
-inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+__forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
   emulation::load_matrix<4, true>(r, row);
 }
-inline void ldmatrix_x2(uint32_t (&r)[2], const void* row) {
+__forceinline__ void ldmatrix_x2(uint32_t (&r)[2], const void* row) {
   emulation::load_matrix<2, false>(r, row);
 }
-inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) {
+__forceinline__ void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) {
   emulation::load_matrix<2, true>(r, row);
 }
 
-inline void cp_async16(void* target, const void* source, bool valid) {
+__forceinline__ void cp_async16(void* target, const void* source, bool valid) {
   emulation::check_aligned(target, 16);
-  if (valid) emulation::check_aligned(source, 16);
+  emulation::touch_vector(target, 16, emulation::Access::kCopy);
+  if (valid) emulation::read_vector(source, 16, 16);
+  const emulation::Quiet quiet;
   std::memset(target, 0xFF, 16);
   emulation::current->running->open_copies.push_back({target, valid ? source : nullptr});
 }
 
 inline void cp_async_commit() {
+  const emulation::Quiet quiet;
   emulation::Fiber& fiber = *emulation::current->running;
   fiber.copies.push_back(std::move(fiber.open_copies));
   fiber.open_copies.clear();
@@ -114,10 +117,12 @@ inline void cp_async_commit() {
 
 template <int N>
 void cp_async_wait() {
+  const emulation::Quiet quiet;
   auto& groups = emulation::current->running->copies;
   const size_t done = groups.size() > N ? groups.size() - N : 0;
   for (size_t i = 0; i < done; ++i) {
     for (const emulation::PendingCopy& copy : groups[i]) {
+      emulation::touch_vector(copy.target, 16, emulation::Access::kArrival);
       if (copy.source != nullptr) {
         std::memcpy(copy.target, copy.source, 16);
       } else {

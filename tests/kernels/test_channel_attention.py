@@ -208,6 +208,27 @@ def test_gelu_over_its_whole_range(run, dtype):
     assert error.max() <= max(1.25 * rounding, 1.2e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=_name)
+def test_sums_over_the_map_do_not_round_as_the_map_does(run, dtype):
+    """A gate that takes the difference of large means: an error of 1e-4 in one changes it by 0.01.
+
+    Without scale, every place of the map has the shift's GELU, so that errors of a sum add up.
+    """
+    inputs = draw(1, 64, 64, 16, 1, dtype)
+    shift = torch.linspace(2, 4, 16).to(dtype)
+    means = torch.nn.functional.gelu(shift.double())
+    squeeze = torch.tensor([64.0, -64.0] * 7 + [0.0, 0.0]).double()
+    for channel in (14, 15):  # fc1's product becomes 1, as far as `dtype` can tell
+        squeeze[channel] = ((1 - squeeze @ means) / means[channel]).to(dtype)
+    taps = torch.zeros(16, 1, 3, 3, dtype=dtype)
+    taps[:, :, 1, 1] = 1
+    gates = {"fc1": squeeze.to(dtype)[None], "fc2": torch.ones(16, 1, dtype=dtype)}
+    found = run(replace(inputs, norm_weight=shift * 0, norm_bias=shift, dw_weight=taps, **gates))[1]
+    gate = torch.nn.functional.gelu(squeeze @ means).sigmoid()
+    assert 0.6 < gate < 0.8
+    _check(found, (gate * inputs.pw_weight.double())[None], "gated_weight")
+
+
 def test_a_nan_reaches_its_neighbours_and_its_image_only(run):
     inputs = draw(3, 11, 20, 40, 8, torch.float16)
     for row, column in ((0, 0), (4, 7), (4, 8), (10, 19)):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dbsam_deploy.kernels.build import build_library
+from dbsam_deploy.kernels.build import build_library, source_files
 from dbsam_deploy.kernels.library import HOST_FLAGS
 from dbsam_deploy.resources import resource_dir
 
@@ -20,13 +20,10 @@ THREADS = 96
 CODES = {torch.float16: 1, torch.bfloat16: 2}
 
 
-HEADERS = ("common.cuh", "warp_matrix.cuh", "host_emulation.h", "host_fibers.h", "host_shared.h")
-
-
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("probe")
-    for source in (PROBE, *(resource_dir("kernels") / name for name in HEADERS)):
+    for source in (PROBE, *source_files(resource_dir("kernels") / "common.cuh")):
         shutil.copy(source, folder)
     return build_library("probe", "g++", [folder / PROBE.name], (*HOST_FLAGS, "-Werror"), None)
 
