@@ -38,8 +38,9 @@ from support.browser import missing_browser
 from support.orthanc import missing_orthanc
 from timing import ratios as benchmarking
 
-from dbsam_deploy.core.errors import EngineError, InputError, MissingError
+from dbsam_deploy.core.errors import EngineError, InputError
 from dbsam_deploy.extras import pip_line
+from dbsam_deploy.kernels.nvrtc import find_nvrtc
 from dbsam_deploy.kernels.toolkit import find_nvcc
 from dbsam_deploy.machine.hardware import Hardware, describe_hardware, installed_versions
 from dbsam_deploy.serving.environment import DEFAULT_FOLDER, ServerEnvironment, find_environment
@@ -85,7 +86,7 @@ def _missing_modelopt() -> str:
 def _refusal(find: Callable[[], object]) -> str:
     try:
         find()
-    except (EngineError, MissingError) as error:
+    except EngineError as error:
         return str(error)
     return ""
 
@@ -93,10 +94,6 @@ def _refusal(find: Callable[[], object]) -> str:
 def _missing_deployment() -> str:
     there = any(shutil.which(name, path=TOOL_PATH) for name in DEPLOYMENT_TOOLS)
     return "" if there else f"none of {', '.join(DEPLOYMENT_TOOLS)}: python3 .ci/tools"
-
-
-def _missing_data() -> str:
-    return "" if TEST_SET.is_dir() else f"no test set in {TEST_SET}"
 
 
 MISSING: dict[str, Callable[[], str]] = {
@@ -107,7 +104,8 @@ MISSING: dict[str, Callable[[], str]] = {
     "openvino": _without("openvino", pip_line("openvino")),
     "modelopt": _missing_modelopt,
     "nvcc": lambda: _refusal(find_nvcc),
-    "data": _missing_data,
+    "nvrtc": lambda: _refusal(find_nvrtc),
+    "data": lambda: "" if TEST_SET.is_dir() else f"no test set in {TEST_SET}",
     "deployment": _missing_deployment,
     "orthanc": missing_orthanc,
     "browser": missing_browser,

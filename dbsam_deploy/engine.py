@@ -195,7 +195,7 @@ def _add_build_options(sub: Parser) -> None:
     group.add_argument(
         "--quick-plugins",
         action="store_true",
-        help="plugins without a library, their code inside the plan (experimental; needs nvcc)",
+        help="plugins without a library, code inside the plan (experimental; needs nvcc or NVRTC)",
     )
     group.add_argument(
         "--version-compatible", action="store_true", help="run on newer minor versions too"

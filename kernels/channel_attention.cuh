@@ -30,11 +30,11 @@ struct Plan {
   int tile_rows, tiles_x, tiles;  // tiles: of one image
 };
 
-inline Plan make_plan(int batch, int height, int width, int channels, int reduced, float epsilon) {
+__host__ __device__ constexpr Plan make_plan(int batch, int height, int width, int channels,
+                                             int reduced, float epsilon) {
   const int tiles_x = ceil_div(width, kTileWidth);
   const long long strips = static_cast<long long>(batch) * height * tiles_x;  // one row each
-  const int wanted_rows =
-      static_cast<int>(std::min<long long>(strips / kWantedTiles, kMaxTileRows));
+  const long long wanted_rows = strips / kWantedTiles;
   Plan plan{};
   plan.batch = batch;
   plan.height = height;
@@ -43,7 +43,9 @@ inline Plan make_plan(int batch, int height, int width, int channels, int reduce
   plan.reduced = reduced;
   plan.epsilon = epsilon;
   plan.inverse_channels = 1.0f / static_cast<float>(channels);
-  plan.tile_rows = std::max(wanted_rows, kMinTileRows);
+  plan.tile_rows = wanted_rows < kMinTileRows   ? kMinTileRows
+                   : wanted_rows > kMaxTileRows ? kMaxTileRows
+                                                : static_cast<int>(wanted_rows);
   plan.tiles_x = tiles_x;
   plan.tiles = tiles_x * ceil_div(height, plan.tile_rows);
   return plan;
@@ -54,13 +56,18 @@ struct Workspace {
   float* partial;   // (batch, tiles, channels) sums of hidden over a tile
   float* mean;      // (batch, channels)
   float* squeezed;  // (batch, reduced)
-  size_t floats;
 };
 
-inline Workspace lay_out(const Plan& plan, float* memory) {
+constexpr size_t workspace_floats(const Plan& plan) {
+  const size_t of_image =
+      static_cast<size_t>(plan.tiles) * plan.channels + plan.channels + plan.reduced;
+  return of_image * plan.batch;
+}
+
+__host__ __device__ inline Workspace lay_out(const Plan& plan, float* memory) {
   const size_t batch = plan.batch;
   const size_t partial = batch * plan.tiles * plan.channels, mean = batch * plan.channels;
-  return {memory, memory + partial, memory + partial + mean, partial + mean + batch * plan.reduced};
+  return {memory, memory + partial, memory + partial + mean};
 }
 
 // GELU(2 h) = h + |h| - |h| erfc(sqrt(2) |h|), the last factor as 2^(|h| p(|h|)): few operations,

@@ -297,7 +297,7 @@ __device__ __forceinline__ float warp_max(float x) {
 // ---- host side ----
 
 template <typename I>
-constexpr I ceil_div(I a, I b) {
+__host__ __device__ constexpr I ceil_div(I a, I b) {
   return (a + b - 1) / b;
 }
 
@@ -329,6 +329,8 @@ int dispatch_dtype(int dtype, Run run) {
 #endif
 }
 
+#ifndef __CUDACC_RTC__  // NVRTC compiles kernels alone: dbsam_deploy/kernels/nvrtc_kernels.py
+                        // launches
 // A block has this much shared memory without asking, static and dynamic bytes together.
 constexpr size_t kSharedWithoutAsking = 48 * 1024;
 
@@ -367,6 +369,7 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_b
   return cudaGetLastError();
 #endif
 }
+#endif
 
 }  // namespace dbsam
 

@@ -24,7 +24,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OFFERED: dict[str, list[str]] = PROJECT["optional-dependencies"]
 OURS = {"docs", "test", "dev"}
 SEVERAL = {"all", *OURS}
-OF_A_MACHINE = {"gpu", "rtx", "modelopt", "cluster"}
+OF_A_MACHINE = {"gpu", "nvrtc", "rtx", "modelopt", "cluster"}
 """Extras that need NVIDIA's hardware, an environment of their own, or several machines."""
 PIP_ELSEWHERE = {
     "core/imaging.py": {"scikit-image"},  # a copy of this room is alone in Triton's models

@@ -127,7 +127,7 @@ def test_the_extras_outside_of_all_are_in_the_table(chain, monkeypatch):
     elsewhere = chain.TABLE["elsewhere"]
     proprietary = {name for name, terms in elsewhere.items() if "proprietary" in terms}
     assert {"tensorrt", "tensorrt-rtx-cu13"} <= proprietary
-    assert all(name.startswith("tensorrt") for name in proprietary)
+    assert all(name.startswith(("tensorrt", "nvidia-cuda")) for name in proprietary)
     others = [terms for terms in elsewhere.values() if "proprietary" not in terms]
     assert all(chain.is_allowed(terms) for terms in others), others
     less = {name: terms for name, terms in elsewhere.items() if name not in ("pycuda", "ray")}

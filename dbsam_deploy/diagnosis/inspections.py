@@ -20,11 +20,11 @@ from types import ModuleType
 from typing import Any
 
 from ..core.errors import DbsamError, EngineError, MissingError
-from ..engines.device import DRIVER_LIBRARY, find_gpu, initialisation_error
+from ..engines.device import find_gpu, initialisation_error
 from ..extras import EXTRAS
 from ..machine.child_process import run_python
 from ..machine.cuda_errors import cuda_error, explained
-from ..machine.hardware import describe_hardware
+from ..machine.hardware import DRIVER_LIBRARY, describe_hardware
 from ..sessions.onnxruntime_providers import (
     PROVIDERS,
     import_onnxruntime,

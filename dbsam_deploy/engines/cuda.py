@@ -16,7 +16,8 @@ import numpy.typing as npt
 from ..core.errors import EngineError
 from ..extras import require
 from ..machine.cuda_errors import cuda_error
-from .device import DRIVER_LIBRARY, Gpu, find_gpu, target_name
+from ..machine.hardware import DRIVER_LIBRARY
+from .device import Gpu, find_gpu, target_name
 
 Bytes = npt.NDArray[np.uint8]
 

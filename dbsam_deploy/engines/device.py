@@ -9,8 +9,8 @@ from typing import Any
 
 from ..core.errors import EngineError
 from ..machine.cuda_errors import cuda_error
+from ..machine.hardware import DRIVER_LIBRARY
 
-DRIVER_LIBRARY = "libcuda.so.1"
 _NAME_BYTES = 256
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_…
 

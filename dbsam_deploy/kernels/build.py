@@ -89,7 +89,8 @@ def _run(command: Sequence[str]) -> str:
     return result.stdout + result.stderr
 
 
-def _digest(files: Sequence[Path], flags: Sequence[str], version: str) -> str:
+def digest_of(files: Sequence[Path], flags: Sequence[str], version: str) -> str:
+    """Hash of sources, flags and a compiler's version, for the name of what is made of them."""
     state = hashlib.sha256("\0".join((*flags, version)).encode())
     for path in files:
         data = path.read_bytes()
@@ -117,7 +118,7 @@ def build_library(
     folder = private_folder(folder or cache_folder("kernels"), "kernels")
     path, version = _compiler(compiler)
     files = tuple(dict.fromkeys(file for source in sources for file in source_files(source)))
-    name = f"{stem}-{_digest(files, flags, version)}"
+    name = f"{stem}-{digest_of(files, flags, version)}"
     if found := find_kept(folder, name, ".so"):
         return found[0]
     try:
@@ -176,10 +177,11 @@ def usage_of(source: Path, architecture: str) -> tuple[ResourceUsage, ...]:
     with tempfile.TemporaryDirectory() as folder:
         command = (_compiler("nvcc")[0], "-std=c++17", "-O3", "-cubin", f"-arch=sm_{number}")
         text = _run((*command, "-Xptxas=-v", str(source), "-o", str(Path(folder, "kernels.cubin"))))
-    return tuple(_parse_usage(text))
+    return tuple(parse_usage(text))
 
 
-def _parse_usage(text: str) -> list[ResourceUsage]:
+def parse_usage(text: str) -> list[ResourceUsage]:
+    """What `ptxas -v` says of each kernel."""
     matches = list(_USAGE.finditer(text))
     names = [match["symbol"] for match in matches]
     if names and shutil.which("c++filt"):

@@ -208,11 +208,11 @@ def device_library(
     return load_library(path, tuple(operators))
 
 
-def call(library: ctypes.CDLL, entry_point: str, *arguments: Any) -> None:
+def call(library: Any, entry_point: str, *arguments: Any) -> None:
     """Call a kernel and check its status.
 
     Args:
-        library: from `host_library` or `device_library`.
+        library: from `host_library` or `device_library`, or an `NvrtcKernels`.
         entry_point: symbol in `OPERATORS`.
         arguments: its arguments in order: addresses as int, sequences of int for `const int*`.
 

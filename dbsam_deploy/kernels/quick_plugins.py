@@ -8,19 +8,16 @@ uses one of them::
     from dbsam_deploy.kernels.quick_plugins import register_quick_plugins
     register_quick_plugins(architecture="sm_90")   # then parse and build
 
-A kernel is compiled with nvcc for each node, its attributes and shapes known to the compiler: a
-quickly deployable plugin hands a kernel only addresses and integers.
+A kernel is compiled for each node, with nvcc or, where there is none, with NVRTC; its attributes
+and shapes are known to the compiler: a quickly deployable plugin hands a kernel only addresses and
+integers.
 """
 
 # TensorRT reads the annotations of the registered functions: they are set below, as objects.
 
 import functools
-import re
-import struct
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,28 +25,17 @@ import numpy.typing as npt
 
 from ..core.errors import EngineError
 from ..extras import require
-from ..kernels.plugin_registry import NAMESPACE, VERSION
-from ..resources import resource_dir
-from .build import ptx_text
+from .nvrtc import source_ptx
+from .plugin_registry import NAMESPACE, VERSION
+from .quick_sources import (
+    KERNEL_NAME,
+    QuickLaunch,
+    ms_deform_attn_source,
+    read_launches,
+    rel_pos_attention_source,
+)
 
 QUICK_OPERATORS = ("MsDeformAttn", "RelPosAttention")
-KERNEL_NAME = "dbsam_quick"
-ELEMENTS = {"float32": "float", "float16": "dbsam::half_t", "bfloat16": "dbsam::bf16_t"}
-"""Name of an element type → its C++ type in kernels/common.cuh."""
-
-_SOURCE = """\
-#include "{folder}/quick/{operator}_quick.cuh"
-using T = {element};
-inline constexpr dbsam::quick::Problem kProblem{{{problem}}};
-inline constexpr dbsam::quick::Launch kLaunch = dbsam::quick::plan_launch<T>(kProblem);
-extern "C" __device__ const int dbsam_quick_launch[4] = {{
-    kLaunch.x, kLaunch.y, kLaunch.threads, kLaunch.shared_bytes}};
-extern "C" __global__ void __launch_bounds__(kLaunch.threads)
-    dbsam_quick(const T* first, const T* second, const T* third, T* out) {{
-  dbsam::quick::run<T, kProblem>(first, second, third, out);
-}}
-"""
-_LAUNCH = re.compile(r"\.b8 dbsam_quick_launch\[16\] = \{([\d, ]+)\}")
 
 
 @dataclass(frozen=True)
@@ -58,48 +44,11 @@ class QuickKernel:
 
     Attributes:
         ptx: its code; the kernel is called `KERNEL_NAME` and takes three inputs and the output.
-        blocks: along x and y, for one image or window.
-        threads: of a block.
-        shared_bytes: dynamic shared memory of a block.
+        launch: for one image or window.
     """
 
     ptx: bytes
-    blocks: tuple[int, int]
-    threads: int
-    shared_bytes: int
-
-
-def ms_deform_attn_source(
-    element: str,
-    *,
-    num_heads: int,
-    head_dim: int,
-    num_points: int,
-    level_shapes: Sequence[int],
-    query_shapes: Sequence[int],
-) -> str:
-    """C++ of MsDeformAttn for one shape; `element` is a key of `ELEMENTS`."""
-    levels, queries = ", ".join(map(str, level_shapes)), ", ".join(map(str, query_shapes))
-    problem = (
-        f"{num_heads}, {head_dim}, {len(level_shapes) // 2}, {num_points}, "
-        f"{{{levels}}}, {len(query_shapes) // 2}, {{{queries}}}"
-    )
-    return _source("ms_deform_attn", element, problem)
-
-
-def rel_pos_attention_source(element: str, *, num_heads: int, side: int, scale: float) -> str:
-    """C++ of RelPosAttention for one shape; `element` is a key of `ELEMENTS`."""
-    exact = float(np.float32(scale)).hex()
-    return _source("rel_pos_attention", element, f"{num_heads}, {side}, {exact}f")
-
-
-def _source(operator: str, element: str, problem: str) -> str:
-    return _SOURCE.format(
-        folder=resource_dir("kernels").resolve(),
-        operator=operator,
-        element=ELEMENTS[element],
-        problem=problem,
-    )
+    launch: QuickLaunch
 
 
 @functools.cache
@@ -112,21 +61,11 @@ def compile_kernel(source: str, architecture: str) -> QuickKernel:
 
     Raises:
         InputError: unknown architecture.
-        EngineError: no nvcc, or it refuses the source.
+        EngineError: neither nvcc nor NVRTC, or the compiler refuses the source.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "quick.cu")
-        path.write_text(source)
-        ptx = ptx_text(path, architecture)
-    found = _LAUNCH.search(ptx)
-    if found is None:
-        raise EngineError(
-            "nvcc left the launch sizes out of the PTX of a quickly deployable plugin"
-        )
-    # PTX leaves out zeros at the end.
-    numbers = bytes(int(number) for number in found[1].split(",")).ljust(16, b"\0")
-    x, y, threads, shared_bytes = struct.unpack("<4i", numbers)
-    return QuickKernel(ptx.encode(), (x, y), threads, shared_bytes)
+    ptx = source_ptx(source, architecture)
+    (launch,), _ = read_launches(ptx)
+    return QuickKernel(ptx.encode(), launch)
 
 
 def register_quick_plugins(architecture: str = "sm_80") -> None:
@@ -200,7 +139,7 @@ def _register_ms_deform_attn(trtp: Any, architecture: str) -> None:
             query_shapes=query_shapes.tolist(),
         )
         kernel = compile_kernel(source, architecture)
-        return _launch(trtp, kernel, (*kernel.blocks, batch))
+        return _launch(trtp, kernel, (*kernel.launch.blocks, batch))
 
     shapes = npt.NDArray[np.int32]
     attributes = {
@@ -225,7 +164,7 @@ def _register_rel_pos_attention(trtp: Any, architecture: str) -> None:
             _element("RelPosAttention", qkv), num_heads=num_heads, side=side, scale=scale
         )
         kernel = compile_kernel(source, architecture)
-        return _launch(trtp, kernel, (windows * kernel.blocks[0], 1, 1))
+        return _launch(trtp, kernel, (windows * kernel.launch.blocks[0], 1, 1))
 
     attributes = {"num_heads": int, "side": int, "scale": float}
     _register(trtp, "RelPosAttention", 3, attributes, describe, implement)
@@ -275,5 +214,5 @@ def _launch(trtp: Any, kernel: QuickKernel, grid: tuple[Any, Any, Any]) -> tuple
     """What TensorRT asks for: name, code, launch sizes and further integers, of which none."""
     launch = trtp.KernelLaunchParams()
     launch.grid_x, launch.grid_y, launch.grid_z = grid
-    launch.block_x, launch.shared_mem = kernel.threads, kernel.shared_bytes
+    launch.block_x, launch.shared_mem = kernel.launch.threads, kernel.launch.shared_bytes
     return KERNEL_NAME, kernel.ptx, launch, trtp.SymIntExprs(0)

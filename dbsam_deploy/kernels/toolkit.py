@@ -23,7 +23,7 @@ def find_nvcc() -> Path:
     Raises:
         EngineError: it is in none of them; the message names each.
     """
-    homes = [(name, os.environ[name]) for name in _VARIABLES if os.environ.get(name)]
+    homes = _named()
     for _, home in homes:
         if there := _in(Path(home, "bin")):
             return there
@@ -38,6 +38,15 @@ def find_nvcc() -> Path:
         "kernels: install the CUDA toolkit 12.8 or later, or set CUDA_HOME to the folder that "
         "holds bin/nvcc"
     )
+
+
+def toolkit_folders() -> list[Path]:
+    """Folders of CUDA toolkits: those that the environment names, then the installed ones."""
+    return [*(Path(home) for _, home in _named()), *_installed()]
+
+
+def _named() -> list[tuple[str, str]]:
+    return [(name, os.environ[name]) for name in _VARIABLES if os.environ.get(name)]
 
 
 def _in(folder: Path) -> Path | None:

@@ -27,20 +27,25 @@ from torch import Tensor
 from ..core.errors import InputError
 from ..model.deform_attn import DeformableSampling, Shapes, reference_points
 from . import library as kernels
+from .nvrtc import has_nvcc
+from .nvrtc_kernels import NvrtcKernels
 
 DTYPE_CODES = {getattr(torch, name): code for name, code in kernels.DTYPE_CODES.items()}
 """dtype → the number by which the kernels' entry points know it."""
 
 
 @functools.cache
-def kernel_library(device: torch.device) -> ctypes.CDLL:
+def kernel_library(device: torch.device) -> ctypes.CDLL | NvrtcKernels:
     """The kernels, built for this device's architecture where the cache has none yet.
 
+    nvcc builds them all at once; without it NVRTC does, each when it is first called.
+
     Raises:
-        EngineError: no nvcc to build them with, or it refuses a source.
+        EngineError: neither nvcc nor NVRTC, or the compiler refuses a source.
     """
     major, minor = torch.cuda.get_device_capability(device)
-    return kernels.device_library((f"sm_{major}{minor}",))
+    target = f"sm_{major}{minor}"
+    return kernels.device_library((target,)) if has_nvcc() else NvrtcKernels(target)
 
 
 def as_shapes(sizes: Sequence[int]) -> Shapes:

@@ -24,6 +24,8 @@ from .. import cli
 from .cores import usable_cores
 
 CPUINFO = Path("/proc/cpuinfo")
+DRIVER_LIBRARY = "libcuda.so.1"
+"""What NVIDIA's driver puts on every machine with a GPU."""
 VERSIONED_PACKAGES = (
     "dbsam-deploy",
     "torch",

@@ -231,7 +231,7 @@ BACKENDS = (
     ),
     Backend(
         "pytorch-fused",
-        "weights in float16 PyTorch on fused kernels (a GPU from sm_80 on, nvcc)",
+        "weights in float16 PyTorch on fused kernels (sm_80 or later; nvcc or NVRTC)",
         ("cuda",),
         PYTORCH_OPTIONS,
         _pytorch_fused,

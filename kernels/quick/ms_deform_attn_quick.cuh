@@ -1,5 +1,5 @@
 // Multi-scale deformable attention for one shape, as the kernel of a quickly deployable TensorRT
-// plugin; dbsam_deploy/kernels/quick_plugins.py writes the translation unit around it.
+// plugin; dbsam_deploy/kernels/quick_sources.py writes the translation unit around it.
 #pragma once
 
 #include "../common.cuh"
@@ -18,9 +18,6 @@ struct Problem {
   int query_levels;
   int query_shapes[2 * kDeformMaxLevels];
 };
-
-// As ceil_div of common.cuh, which is for the host.
-__host__ __device__ constexpr int tiles_in(int size, int tile) { return (size + tile - 1) / tile; }
 
 // Height, width and first cell of each map; returns the cells of all.
 __host__ __device__ constexpr int describe_levels(const int* shapes, int count,
@@ -44,8 +41,8 @@ __host__ __device__ constexpr int cut_tiles(DeformProblem& deform) {
   for (int i = 0; i < deform.query_levels; ++i) {
     DeformLevel& level = deform.query_level[i];
     level.first_tile = tiles;
-    level.tiles_x = tiles_in(level.width, kDeformQueries);
-    tiles += level.tiles_x * tiles_in(level.height, deform.warps);
+    level.tiles_x = ceil_div(level.width, kDeformQueries);
+    tiles += level.tiles_x * ceil_div(level.height, deform.warps);
   }
   return tiles;
 }
@@ -55,7 +52,7 @@ __host__ __device__ constexpr DeformProblem describe(const Problem& problem) {
   DeformProblem deform{};
   deform.heads = problem.heads;
   deform.head_dim = problem.head_dim;
-  deform.slices = tiles_in(problem.head_dim, kDeformSlice);
+  deform.slices = ceil_div(problem.head_dim, kDeformSlice);
   deform.levels = problem.levels;
   deform.points = problem.points;
   deform.query_levels = problem.query_levels;
@@ -73,7 +70,8 @@ constexpr Launch plan_launch(const Problem& problem) {
   DeformProblem deform = describe(problem);
   const int samples = deform.levels * deform.points;
   return {deform.heads * deform.slices, cut_tiles(deform), deform.warps * 32,
-          static_cast<int>(sizeof(Prepared<T>)) * deform.warps * samples};
+          static_cast<int>(sizeof(Prepared<T>)) * deform.warps * samples,
+          DeformGather<T>::kBlocks * kDeformMaxWarps / deform.warps};
 }
 
 // `problem` is known to the compiler, which folds all of it into the code.

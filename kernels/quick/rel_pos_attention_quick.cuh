@@ -1,5 +1,5 @@
 // Attention with relative positions for one shape, as the kernel of a quickly deployable TensorRT
-// plugin; dbsam_deploy/kernels/quick_plugins.py writes the translation unit around it.
+// plugin; dbsam_deploy/kernels/quick_sources.py writes the translation unit around it.
 #pragma once
 
 #include <type_traits>
@@ -26,11 +26,11 @@ constexpr Launch plan_launch(const Problem& problem) {
   const int tokens = problem.side * problem.side;
   if (std::is_same_v<T, float>) {
     const int floats = 3 * kPlainTile * kPlainPitch + 2 * problem.side * kPlainTile;
-    return {problem.heads * ceil_div(tokens, kPlainTile), 1, kPlainThreads, floats * 4};
+    return {problem.heads * ceil_div(tokens, kPlainTile), 1, kPlainThreads, floats * 4, 2};
   }
   const int bias_bytes = (problem.side * kWarpRows + kChunk * kColumnPitch) * 4;
   return {problem.heads * ceil_div(tokens, kTileRows), 1, kThreads,
-          4 * kStageElements + kWarps * bias_bytes};
+          4 * kStageElements + kWarps * bias_bytes, kBlocksPerSm};
 }
 
 // `problem` is known to the compiler, which folds all of it into the code.

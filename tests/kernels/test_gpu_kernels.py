@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dbsam_deploy.kernels import library as kernels
 from dbsam_deploy.kernels import torch_ops
+from dbsam_deploy.kernels.nvrtc_kernels import NvrtcKernels
 from dbsam_deploy.model.weights import load_model
 from dbsam_deploy.sessions.cuda_graphs import capturing
 from dbsam_deploy.sessions.fused_model import FusedEncoder
@@ -238,6 +239,26 @@ def test_the_entry_point_on_pycudas_memory_equals_the_reference(memory, case, dt
     inputs = [memory.put(tensor) for tensor in tensors]
     found = _call(memory, case, dtype, *inputs, entry=f"dbsam_{case.name}")
     _compare(tuple(found), case.expected(tensors), dtype)
+
+
+@pytest.fixture
+def by_nvrtc(monkeypatch):
+    """The operators on NVRTC's kernels, as where there is no nvcc."""
+    monkeypatch.setattr(torch_ops, "has_nvcc", lambda: False)
+    torch_ops.kernel_library.cache_clear()
+    yield
+    torch_ops.kernel_library.cache_clear()
+
+
+@pytest.mark.nvrtc
+@pytest.mark.usefixtures("by_nvrtc")
+@ALL
+@EACH_DTYPE
+def test_nvrtcs_kernels_equal_the_reference(case, dtype):
+    tensors = case.draw(dtype)
+    found = _as_tuple(_operator(case)(*tensors, **case.sizes))
+    assert isinstance(torch_ops.kernel_library(tensors[0].device), NvrtcKernels)
+    _compare(found, case.expected(tensors), dtype)
 
 
 @ALL

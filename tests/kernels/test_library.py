@@ -220,7 +220,7 @@ def test_nvcc_compiles_all_for_the_plugins_architecture(plugin_library: PluginLi
     """sm_90, from the log of a build that other tests need as well."""
     assert plugin_library.architectures == ("sm_90", "compute_90")
     (log,) = plugin_library.path.parent.glob("cmake-*/build.log")
-    usages = kernel_build._parse_usage(log.read_text())
+    usages = kernel_build.parse_usage(log.read_text())
     assert_they_fit(usages)
     for name in ("ms_deform_attn", "channel_attention", "attend_window"):
         assert any(name in usage.kernel for usage in usages), name

@@ -1,10 +1,9 @@
-"""Quickly deployable plugins: their kernels on the CPU emulation, and TensorRT's own registration.
+"""Quickly deployable plugins in TensorRT's own registration.
 
 The real Python bindings run here over lean TensorRT's registry; the functions that lean TensorRT
 lacks (builder and parser, unused here) are stubs.
 """
 
-import ctypes
 import importlib.util
 import json
 import os
@@ -16,21 +15,16 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from support.references import check_close
 
 from dbsam_deploy.core.errors import EngineError
 from dbsam_deploy.engines import worker
 from dbsam_deploy.engines.layers import PlacedAttention
 from dbsam_deploy.engines.manifest import Flags
 from dbsam_deploy.engines.network import BuildJob
-from dbsam_deploy.kernels import quick_plugins, torch_ops
-from dbsam_deploy.kernels.build import build_library
-from dbsam_deploy.kernels.quick_plugins import (
-    compile_kernel,
-    ms_deform_attn_source,
-    rel_pos_attention_source,
-)
+from dbsam_deploy.kernels import quick_plugins
+from dbsam_deploy.kernels.nvrtc import entry_names
+from dbsam_deploy.kernels.quick_plugins import compile_kernel
+from dbsam_deploy.kernels.quick_sources import ms_deform_attn_source, rel_pos_attention_source
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFORM: dict[str, Any] = {
@@ -40,70 +34,6 @@ DEFORM: dict[str, Any] = {
     "query_shapes": [3, 5, 10, 9],
 }
 REL_POS: dict[str, Any] = {"num_heads": 2, "side": 9, "scale": 0.125}
-RUN = """
-extern "C" int run(const void* first, const void* second, const void* third, void* out, int batch) {
-  return DBSAM_LAUNCH(dbsam_quick, GRID, dim3(kLaunch.threads), kLaunch.shared_bytes, nullptr,
-                      static_cast<const T*>(first), static_cast<const T*>(second),
-                      static_cast<const T*>(third), static_cast<T*>(out));
-}
-"""
-
-
-def _run_on_cpu(source: str, grid: str, folder: Path, tensors: list[torch.Tensor]) -> None:
-    """Launch a quick kernel on the emulation; the last tensor is the output."""
-    path = folder / "quick.cu"
-    path.write_text(source + RUN.replace("GRID", grid))
-    flags = ("-std=c++17", "-O1", "-x", "c++", "-DDBSAM_HOST", "-fPIC", "-shared", "-pthread")
-    flags += ("-fno-gnu-unique", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
-    library = ctypes.CDLL(str(build_library("quick", "g++", (path,), flags, folder)))
-    addresses = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
-    assert library.run(*addresses, tensors[0].shape[0]) == 0
-
-
-@pytest.mark.parametrize("element", ["float32", "float16"])
-def test_the_deformable_kernel_computes_the_operator(element: str, tmp_path: Path) -> None:
-    dtype = getattr(torch, element)
-    generator = torch.Generator().manual_seed(0)
-    sizes = ((2, 123, 48), (2, 105, 24), (2, 105, 12))
-    given = [torch.randn(s, generator=generator).to(dtype) for s in sizes]
-    out = torch.full((2, 105, 48), torch.nan, dtype=dtype)
-    source = ms_deform_attn_source(element, head_dim=24, **DEFORM)
-    _run_on_cpu(source, "dim3(kLaunch.x, kLaunch.y, batch)", tmp_path, [*given, out])
-    expected = torch_ops.ms_deform_attn_reference(*(x.float() for x in given), **DEFORM)
-    check_close(out.float().numpy(), expected.numpy(), element)
-
-
-@pytest.mark.parametrize("element", ["float32", "float16"])
-def test_the_attention_kernel_computes_the_operator(element: str, tmp_path: Path) -> None:
-    dtype = getattr(torch, element)
-    generator = torch.Generator().manual_seed(0)
-    sizes = ((3, 81, 384), (17, 64), (17, 64))
-    given = [torch.randn(s, generator=generator).to(dtype) for s in sizes]
-    out = torch.full((3, 81, 128), torch.nan, dtype=dtype)
-    source = rel_pos_attention_source(element, **REL_POS)
-    _run_on_cpu(source, "dim3(kLaunch.x * batch)", tmp_path, [*given, out])
-    expected = torch_ops.rel_pos_attention_reference(*(x.float() for x in given), **REL_POS)
-    check_close(out.float().numpy(), expected.numpy(), element)
-
-
-@pytest.mark.nvcc
-@pytest.mark.parametrize("operator", ["ms_deform_attn", "rel_pos_attention"])
-def test_the_ptx_takes_inputs_then_the_output(operator: str) -> None:
-    if operator == "ms_deform_attn":
-        source = ms_deform_attn_source("float16", head_dim=64, **DEFORM)
-    else:
-        source = rel_pos_attention_source("float16", **REL_POS)
-    kernel = compile_kernel(source, "sm_80")
-    text = kernel.ptx.decode()
-    assert text.count(".visible .entry") == 1
-    assert [f"dbsam_quick_param_{i}" in text for i in range(5)] == [True] * 4 + [False]
-    assert ".target sm_80" in text
-    assert min(kernel.blocks) >= 1
-    assert kernel.threads % 32 == 0
-    assert 0 < kernel.shared_bytes <= 99 * 1024  # what every GPU from sm_80 on has for a block
-    assert compile_kernel(source, "sm_80") is kernel
-
-
 # --- TensorRT's registration
 
 STUBS = {
@@ -247,20 +177,27 @@ def test_tensorrt_registers_and_describes_the_plugins(bindings: dict[str, str]) 
     expected = compile_kernel(ms_deform_attn_source("float16", head_dim=64, **DEFORM), "sm_80")
     assert first["fields"] == ["num_heads", "num_points", "level_shapes", "query_shapes"]
     assert first["out"] == [-1, 105, 128]
-    x, y = expected.blocks
+    x, y = expected.launch.blocks
     assert (first["launch"]["grid_x"], first["launch"]["grid_y"]) == (x, y)
     assert first["launch"]["grid_z"] == -1  # the batch
-    assert first["launch"]["block_x"] == expected.threads
-    assert first["launch"]["shared_mem"] == expected.shared_bytes
+    assert first["launch"]["block_x"] == expected.launch.threads
+    assert first["launch"]["shared_mem"] == expected.launch.shared_bytes
     assert first["ptx"] == expected.ptx.decode()
     expected = compile_kernel(rel_pos_attention_source("float16", **REL_POS), "sm_80")
     assert second["fields"] == ["num_heads", "side", "scale"]
     assert second["out"] == [-1, 81, 128]
-    assert second["launch"]["grid_x"] == -expected.blocks[0]  # times the windows
+    assert second["launch"]["grid_x"] == -expected.launch.blocks[0]  # times the windows
     assert second["launch"]["grid_y"] == second["launch"]["grid_z"] == 1
     for answer in (first, second):
         assert answer["types"] == ["HALF"]
         assert answer["kernel"] == "dbsam_quick"
+        # three inputs, then the output
+        assert entry_names(answer["ptx"]) == ["dbsam_quick"]
+        assert [f"dbsam_quick_param_{i}" in answer["ptx"] for i in range(5)] == [True] * 4 + [False]
+        assert ".target sm_80" in answer["ptx"]
+        assert answer["launch"]["block_x"] % 32 == 0
+        # what a block has on every GPU from sm_80 on
+        assert 0 < answer["launch"]["shared_mem"] <= 99 * 1024
         assert answer["extra"] == 0
 
 
