@@ -14,7 +14,7 @@ from .cli import Parser, add_no_wait, as_called, run, say_on_stderr
 from .core.errors import InputError
 from .files.locks import one_writer
 from .validation.page import check_libraries
-from .validation.record import PAGE_NAME, REPORT_NAME, SHIPPED, Findings, begin
+from .validation.record import PAGE_NAME, REPORT_NAME, SHIPPED, Findings, begin, check_place
 from .validation.run import Plan, Watcher, parse_budget, resume_line, validate
 from .validation.steps import STEPS
 from .validation.verdicts import Judgement, Verdict
@@ -150,8 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.report is None:
         raise InputError("name a folder for the report: --report out/")
     budget_s = None if args.budget is None else parse_budget(args.budget)
-    if args.report.exists() and not args.report.is_dir():
-        raise InputError(f"--report {args.report} is a file: expected a folder, or a new name")
+    check_place(args.report)
     artefact = args.artefact or next(iter(find_exports()), None)
     plan = Plan(args.report, artefact, budget_s, tuple(args.only), args.again)
     new = begin(artefact, budget_s)

@@ -25,8 +25,8 @@ from .worker import MAIN, TABLE, one_line
 
 Began = Callable[[str], None]
 """Told the name of the check that begins."""
-LITTLE_S = 0.5
-"""With less time left nothing is begun."""
+KILLED_S, LITTLE_S = 10.0, 0.5
+"""How long a killed process is waited for; with how little time left nothing is begun."""
 
 
 class Deadline:
@@ -143,7 +143,8 @@ def _started(
     finally:
         with suppress(ProcessLookupError, PermissionError):
             _kill_all(process)
-        process.wait()
+        with suppress(subprocess.TimeoutExpired):  # a driver may keep even a killed one
+            process.wait(KILLED_S)
         for stream in (process.stdin, process.stdout):
             with suppress(OSError):
                 stream.close()  # type: ignore[union-attr]

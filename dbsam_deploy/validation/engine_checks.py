@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from ..engines.device import find_gpu
 from ..engines.kinds import TENSORRT, TENSORRT_RTX, Kind
 from ..engines.layers import LayerReport, check_plugins, read_attention, read_layers
 from ..engines.manifest import Flags
-from ..extras import HEADERS_LINE, headers_line
+from ..extras import HEADERS_LINE, LEAN_LINE, headers_line
 from ..kernels.headers import find_headers, installed_tensorrt
 from ..kernels.plugin_build import (
     DEFAULT_OUTPUT,
@@ -22,10 +23,12 @@ from ..kernels.plugin_build import (
     build_plugins,
     read_library,
 )
+from ..kernels.plugin_registry import RUNTIMES, list_creators
 from ..sessions.engine_session import EngineSession, TensorrtRtxSession, TensorrtSession
 from .machine_state import need_gpu
 from .operators import AHEAD, need_nvcc
 from .runtimes import hold
+from .speed import time_session
 from .verdicts import CheckFunction, Context, NotRunError, Passed, need_package
 
 BUILD_LINE = "python -m dbsam_deploy.plugins build"
@@ -63,6 +66,21 @@ def _describe(library: PluginLibrary) -> Passed:
     targets = ", ".join(library.architectures)
     text = f"for {targets}, headers of TensorRT {library.tensorrt_headers}, {library.path.name}"
     return Passed(text, {"path": str(library.path), "sha256": library.sha256})
+
+
+def load_library(context: Context) -> Passed:
+    """The plugin library in a TensorRT's registry, for which the lean runtime does without a GPU.
+
+    Raises:
+        NotRunError: no library, or no TensorRT with a registry.
+        EngineError: it cannot be loaded.
+    """
+    path = _library(context)
+    if not any(map(importlib.util.find_spec, RUNTIMES)):
+        raise NotRunError("no TensorRT with a plugin registry", LEAN_LINE)
+    shown = list_creators(path)
+    names = ", ".join(creator["name"] for creator in shown["creators"])
+    return Passed(f"{shown['runtime']} has {names}", shown)
 
 
 def _library(context: Context) -> Path:
@@ -160,7 +178,7 @@ _SESSIONS: dict[str, Callable[..., EngineSession]] = {
 
 
 def _run(artefact: Artefact, kind: Kind) -> Passed:
-    """Layers of an artefact's engines, and their masks against PyTorch's.
+    """Layers of an artefact's engines, their masks against PyTorch's, and their times.
 
     Raises:
         AccuracyError: the masks miss the gate.
@@ -169,7 +187,7 @@ def _run(artefact: Artefact, kind: Kind) -> Passed:
     session = _SESSIONS[kind.name](artefact, verified=False)
     try:
         reports = {graph: _layers(artefact, session, graph) for graph in artefact.graphs}
-        found = hold(artefact, session)
+        found, times = hold(artefact, session), time_session(artefact, session)
     finally:
         session.close()
     plugins, nodes = (
@@ -177,8 +195,8 @@ def _run(artefact: Artefact, kind: Kind) -> Passed:
     )
     layers = {graph: report.as_dict() for graph, report in reports.items()}
     return Passed(
-        f"{plugins} plugin layers for {nodes} fused operators; {found.text}",
-        {**found.figures, "layers": layers},
+        f"{plugins} plugin layers for {nodes} fused operators; {found.text}; {times.text}",
+        {**found.figures, **times.figures, "layers": layers},
     )
 
 
@@ -199,6 +217,7 @@ def _layers(artefact: Artefact, session: EngineSession, graph: str) -> LayerRepo
 
 ENGINE_CHECKS: dict[str, CheckFunction] = {
     "plugin library": plugin_library,
+    "plugins, loaded": load_library,
     "tensorrt, plugins": tensorrt,
     "tensorrt, quick plugins": quick_plugins,
     "tensorrt, no plugins": taken_apart,

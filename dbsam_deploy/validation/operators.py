@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.errors import AccuracyError, EngineError
+from ..diagnosis.probes import OLDEST_TARGET
 from ..engines.device import find_gpu
 from ..extras import GXX_LINE, NVCC_LINE, TORCH_GPU_LINE
 from ..kernels import library as kernels
@@ -73,9 +74,11 @@ def need_cuda() -> str:
     """PyTorch's device for the first GPU.
 
     Raises:
-        NotRunError: no GPU, or no PyTorch that uses it.
+        NotRunError: no GPU that runs the kernels, or no PyTorch that uses it.
     """
-    need_gpu()
+    gpu = need_gpu()
+    if int(gpu.target.removeprefix("sm_")) < OLDEST_TARGET:
+        raise NotRunError(f"{gpu.name} is {gpu.target}, the kernels need sm_80 or later")
     need_package("torch", "export")
     import torch
 

@@ -13,13 +13,14 @@ from ..artefact import MANIFEST_NAME
 from ..core.errors import InputError
 from ..files.atomic import sha256_of, writing_to
 from ..files.inputs import Inputs, changes, digest
-from ..files.manifests import ManifestKind
+from ..files.manifests import ManifestKind, read_json
 from ..files.sources import PACKAGE
 from ..machine.hardware import VERSIONED_PACKAGES, describe_hardware, installed_versions
 from ..resources import resource_dir
 from .verdicts import Judgement, Verdict
 
-REPORT_NAME, PAGE_NAME = "report.json", "report.html"
+REPORT_NAME, PAGE_NAME, WORK_NAME = "report.json", "report.html", "work"
+"""The last is the folder for what the checks make, and their logs."""
 SCHEMA = 1
 SHIPPED = "db_sam_tiny, exported here at 256 pixels"
 _PACKAGES = (
@@ -116,6 +117,33 @@ def begin(artefact: Path | None, budget_s: float | None) -> Findings:
     }
     named = SHIPPED if artefact is None else str(artefact)
     return Findings(read_inputs(artefact), machine, named, budget_s)
+
+
+def check_place(folder: Path) -> None:
+    """Refuse a folder whose files a report would replace although no validation wrote them.
+
+    Raises:
+        InputError: it has such a file, or is none.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--report {folder} is a file: expected a folder, or a new name")
+    path = folder / REPORT_NAME
+    if not path.exists():
+        strange = [name for name in (PAGE_NAME, WORK_NAME) if (folder / name).exists()]
+    else:
+        strange = [] if _is_ours(path) else [REPORT_NAME]
+    if strange:
+        raise InputError(
+            f"{folder / strange[0]} is of no validation, and would be replaced: name another folder"
+        )
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file has a report's form, edited or of another version as it may be."""
+    try:
+        return {"format", "seal", "outcomes"} <= read_json(path).keys()
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
 
 
 def go_on(folder: Path, new: Findings) -> tuple[Findings, str]:

@@ -13,12 +13,10 @@ from ..files.publication import remove
 from .children import Deadline, run_checks
 from .machine_state import NO_GPU
 from .page import write_page
-from .record import REPORT_NAME, Findings, go_on, judged, write_record
+from .record import REPORT_NAME, WORK_NAME, Findings, check_place, go_on, judged, write_record
 from .verdicts import Context, Judgement, Step, Verdict
 from .worker import TABLE, read_table
 
-WORK_NAME = "work"
-"""Folder in the report's for what the checks make, and their logs."""
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
 
@@ -97,8 +95,9 @@ def validate(plan: Plan, new: Findings, watcher: Watcher) -> Findings:
         All verdicts, also of earlier runs; `report.json` and the page have them too.
 
     Raises:
-        InputError: the report cannot be written.
+        InputError: the report cannot be written, or would replace what is none.
     """
+    check_place(plan.report)
     deadline = Deadline(plan.budget_s)
     record, why = (new, "") if plan.again else go_on(plan.report, new)
     if why:

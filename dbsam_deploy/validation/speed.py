@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from ..artefact import load_artefact
+from ..artefact import Artefact, load_artefact
 from ..core.contract import BOXES, IMAGE
 from ..engines.device import find_gpu
 from ..kernels import library as kernels
+from ..sessions.session import Session
 from .measuring import (
     Captured,
     Ceilings,
@@ -127,7 +128,11 @@ def time_runtime(name: str, context: Context) -> Passed:
         NotRunError: the runtime or the export is not here.
     """
     artefact = load_artefact(context.find_artefact())
-    session = RUNTIMES[name](artefact)
+    return time_session(artefact, RUNTIMES[name](artefact))
+
+
+def time_session(artefact: Artefact, session: Session) -> Passed:
+    """An image, one box and eight boxes on an open session, see `time_runtime`."""
     side, rng = artefact.preprocessing.image_size, np.random.default_rng(0)
     image = {IMAGE: rng.standard_normal((1, 3, side, side)).astype(np.float32)}
     features = session.run("encoder", image)

@@ -11,16 +11,15 @@ from .verdicts import Step
 
 STEPS = (
     Step("machine", "versions, driver, clocks, backends", "nothing", MACHINE, 60),
-    Step("build", "the fused kernels compile and load", "g++ or nvcc", BUILD, 300),
-    Step("operators", "each fused kernel against PyTorch", "a GPU or g++; torch", COMPARE, 120),
-    Step("replay", "each kernel captured as a CUDA graph", "a GPU, torch", REPLAY, 60),
-    Step("export", "an export to validate", "nothing, or torch", EXPORT, 600),
-    Step("runtimes", "the export's gate on each runtime", "an export, a runtime", HOLD, 300),
-    Step(
-        "engines", "TensorRT: plugins, layers, gate", "TensorRT, mostly a GPU", ENGINE_CHECKS, 600
-    ),
-    Step("speed", "times beside this machine's ceilings", "torch, an export", SPEED, 120),
-    Step("server", "Triton starts, answers, stops", "a Triton server", SERVE, 300),
-    Step("sanitizer", "compute-sanitizer on each kernel", "a GPU, CUDA's toolkit", SANITIZE, 300),
+    Step("build", "the fused kernels compile and load", "g++ or nvcc", BUILD, 600),
+    Step("operators", "each fused kernel against PyTorch", "a GPU or g++; torch", COMPARE, 300),
+    Step("replay", "each kernel captured as a CUDA graph", "a GPU, torch", REPLAY, 120),
+    Step("export", "an export to validate", "nothing, or torch", EXPORT, 1800),
+    Step("runtimes", "the export's gate on each runtime", "a runtime", HOLD, 1800),
+    Step("engines", "TensorRT: plugins, layers, gate", "TensorRT, a GPU", ENGINE_CHECKS, 3600),
+    Step("speed", "times beside this machine's ceilings", "torch, a runtime", SPEED, 900),
+    Step("server", "Triton starts, answers, stops", "a Triton server", SERVE, 900),
+    Step("sanitizer", "compute-sanitizer on each kernel", "a GPU, CUDA's toolkit", SANITIZE, 600),
 )
-"""In order. The limits are for one check on a slow machine; only one that hangs takes as long."""
+"""In order. The limits are for one check of a full-size model on a slow machine: what takes longer
+hangs."""

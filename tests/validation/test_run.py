@@ -15,7 +15,7 @@ from support.validation_steps import TABLE
 
 from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.validation import run as running
-from dbsam_deploy.validation.record import PAGE_NAME, REPORT_NAME, Findings, read_inputs
+from dbsam_deploy.validation.record import PAGE_NAME, REPORT_NAME, WORK_NAME, Findings, read_inputs
 from dbsam_deploy.validation.run import Plan, Watcher, parse_budget, validate
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -87,36 +87,57 @@ def test_a_second_run_does_what_could_not_run_and_keeps_the_rest(tmp_path):
     assert verdicts(tmp_path)["b"] == "not run"  # what the checks had made is gone as well
 
 
+OURS = '{"format": 1, "seal": "", "outcomes": [], "verdict": "fail"}'
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda text: text.replace('"verdict": "fail"', '"verdict": "pass"'), "was edited"),
-        (lambda text: text[: len(text) // 2], "is not a report"),
-        (lambda text: "[" * 10**5, "is not a report"),
+        (lambda text: text.replace("fail", "pass"), "was edited"),
         (lambda text: text.replace('"format": 1', '"format": 2'), "another manifest format"),
     ],
-    ids=["edited", "cut", "deep", "later"],
+    ids=["edited", "later"],
 )
-def test_a_report_that_is_none_of_ours_is_not_gone_on_from(tmp_path, change, said, monkeypatch):
+def test_a_report_that_was_changed_is_not_gone_on_from(tmp_path, change, said, monkeypatch):
     asked: list[list[str]] = []
 
     def none(step, names, *rest, **more):
         asked.append(names)
         return iter(())
 
-    body = '{"format": 1, "verdict": "fail"}'
-    (tmp_path / REPORT_NAME).write_text(change(body))
+    (tmp_path / REPORT_NAME).write_text(change(OURS))
+    (tmp_path / WORK_NAME).mkdir()
+    (tmp_path / WORK_NAME / "old").touch()
     monkeypatch.setattr(running, "run_checks", none)
     told: list[str] = []
     validate(Plan(tmp_path, table=TABLE + "LATER"), NEW, Watcher(say=told.append))
     assert asked == [["a", "b"], ["c", "d"]]
+    assert said in told[0]
     assert "starts anew" in told[0]
-    assert read_json(tmp_path)["left"] == ["one / a", "one / b", "two / c", "two / d"]
+    assert read(tmp_path)["left"] == ["one / a", "one / b", "two / c", "two / d"]
+    assert not (tmp_path / WORK_NAME / "old").exists()
 
 
-def read_json(folder: Path) -> dict[str, Any]:
-    body: dict[str, Any] = json.loads((folder / REPORT_NAME).read_text())
-    return body
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (REPORT_NAME, '{"tests": 3}'),
+        (REPORT_NAME, OURS[:20]),
+        (REPORT_NAME, "[" * 10**5),
+        (PAGE_NAME, "<html>"),
+        (f"{WORK_NAME}/thesis.tex", "years"),
+    ],
+    ids=["another's", "cut", "deep", "a page", "a folder"],
+)
+def test_what_is_of_no_validation_is_not_replaced(tmp_path, name, content):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content)
+    for again in (False, True):
+        with pytest.raises(InputError, match="is of no validation, and would be replaced"):
+            validate(Plan(tmp_path, again=again, table=TABLE + "LATER"), NEW, Watcher())
+    assert [found for found in tmp_path.rglob("*") if found.is_file()] == [path]
+    assert path.read_text() == content
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,7 @@ def test_engines_run_and_are_held_by_the_gate(published_export, context, one_ima
     found = ENGINE_CHECKS["tensorrt-rtx, run"](context)
     assert found.text.startswith("0 plugin layers for 20 fused operators; 1 images, ")
     assert found.figures["layers"]["encoder"]["fused_attention"] == 1
+    assert found.figures["8 boxes_ms"] > 0
 
 
 def test_engines_whose_operators_were_taken_apart_fail(
@@ -158,7 +159,7 @@ def test_engines_whose_operators_were_taken_apart_fail(
 def test_without_a_gpu_engines_are_not_run(context, monkeypatch, tmp_path):
     monkeypatch.setattr(machine_state, "find_gpu", lambda: None)
     for name, check in ENGINE_CHECKS.items():
-        if name not in ("plugin library", "tensorrt-rtx, built"):
+        if name not in ("plugin library", "plugins, loaded", "tensorrt-rtx, built"):
             with pytest.raises(NotRunError, match=NO_GPU):
                 check(context)
     monkeypatch.setattr(engine_checks, "DEFAULT_OUTPUT", tmp_path)
