@@ -129,7 +129,8 @@ def line(outcome: Judgement, *alike: Judgement) -> str:
     """One verdict, or one for several checks alike."""
     more = f" and {len(alike)} more" if alike else ""
     what = f"{outcome.step}: {outcome.check}{more}"
-    advice = f": {as_called(outcome.advice)}" if outcome.advice else ""
+    told = outcome.advice and outcome.verdict != Verdict.OUT_OF_TIME  # it stands at the end
+    advice = f": {as_called(outcome.advice)}" if told else ""
     seconds = f" ({outcome.seconds:.1f} s)" if outcome.seconds >= 0.1 else ""
     return f"{outcome.verdict.value:11} {what}{seconds}: {as_called(outcome.text)}{advice}"
 
@@ -159,7 +160,11 @@ def main(argv: list[str] | None = None) -> int:
         say_on_stderr(f"validates {artefact or SHIPPED}; --artefact DIR names another export")
     lock = one_writer(args.report, wait=args.wait, say=say_on_stderr)
     with lock, _Screen(Console(stderr=True)) as watcher:
-        record = validate(plan, new, watcher)
+        try:
+            record = validate(plan, new, watcher)
+        except KeyboardInterrupt:
+            line = as_called(resume_line(args.report))
+            raise KeyboardInterrupt(f"the report has all verdicts; to go on: {line}") from None
     _print_end(record, args.report)
     return 1 if record.counts()[Verdict.FAIL] else 0
 

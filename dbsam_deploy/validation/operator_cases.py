@@ -6,7 +6,6 @@ used.
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -191,8 +190,15 @@ def run_operator(case: OperatorCase, tensors: Sequence[Tensor]) -> tuple[Tensor,
         torch.use_deterministic_algorithms(False)
 
 
-def run_emulation(case: OperatorCase, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def run_emulation(
+    case: OperatorCase, tensors: Sequence[Tensor], library: Any = None
+) -> tuple[Tensor, ...]:
     """The kernel on the CPU, thread by thread, into outputs that begin as NaN.
+
+    Args:
+        case: the call.
+        tensors: from `draw`.
+        library: what has its entry points, None for the emulation as it is.
 
     Raises:
         EngineError: no g++, it refuses the source, or the kernel refuses its arguments.
@@ -200,7 +206,7 @@ def run_emulation(case: OperatorCase, tensors: Sequence[Tensor]) -> tuple[Tensor
     """
     import torch
 
-    library = kernels.host_library(case.operator)
+    library = library or kernels.host_library(case.operator)
     dtype, code = tensors[0].dtype, kernels.DTYPE_CODES[str(tensors[0].dtype)[6:]]
     outputs = [_unwritten(math.prod(shape), dtype) for shape in case.outputs]
     inner = [whole[GUARD:-GUARD] for whole in outputs]
@@ -219,7 +225,7 @@ def _unwritten(count: int, dtype: torch.dtype) -> Tensor:
     return torch.full((count + 2 * GUARD,), torch.nan, dtype=dtype)
 
 
-def _workspace(case: OperatorCase, library: ctypes.CDLL, code: int) -> list[Tensor]:
+def _workspace(case: OperatorCase, library: Any, code: int) -> list[Tensor]:
     import torch
 
     if case.operator != "channel_attention":

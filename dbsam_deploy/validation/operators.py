@@ -21,6 +21,7 @@ from ..diagnosis.probes import OLDEST_TARGET
 from ..engines.device import find_gpu
 from ..extras import GXX_LINE, NVCC_LINE, TORCH_GPU_LINE
 from ..kernels import library as kernels
+from ..kernels.detector import detecting_library
 from ..kernels.toolkit import TOOLKITS, find_nvcc
 from ..machine.child_process import Ended, python_command
 from .machine_state import need_gpu
@@ -143,7 +144,8 @@ def compare(operator: str, dtype: str, context: Context) -> Passed:
         EngineError: a kernel that cannot be built or refuses its arguments.
     """
     need_package("torch", "export")
-    full, device, run = find_gpu() is not None, "cpu", run_emulation
+    full, device = find_gpu() is not None, "cpu"
+    run: Callable[[OperatorCase, tuple[Tensor, ...]], tuple[Tensor, ...]] = run_emulation
     if full:
         device, run = need_cuda(), run_operator
     else:
@@ -202,6 +204,22 @@ def replay(operator: str, context: Context) -> Passed:
 
 def _called(case: OperatorCase, *tensors: Tensor) -> tuple[Tensor, ...]:
     return run_operator(case, tensors)
+
+
+def detect(operator: str, context: Context) -> Passed:
+    """An operator's small cases on the CPU under our detector of races and stray accesses.
+
+    Raises:
+        NotRunError: no g++, or no PyTorch.
+        EngineError: it finds something.
+    """
+    need_gxx()
+    need_package("torch", "export")
+    library = detecting_library(operator)
+    calls = [(dtype, case) for dtype in DTYPES for case in cases_of(operator, full=False).values()]
+    for dtype, case in calls:
+        run_emulation(case, draw(case, dtype), library)
+    return Passed(f"{len(calls)} calls on this CPU, no race and no stray access")
 
 
 def run_alone(operator: str) -> None:
@@ -279,7 +297,10 @@ COMPARE: dict[str, CheckFunction] = {
 }
 REPLAY: dict[str, CheckFunction] = _for_each(replay)
 SANITIZE: dict[str, CheckFunction] = {
-    f"{tool} {name}": partial(sanitize, tool, name)
-    for tool in SANITIZERS
-    for name in kernels.OPERATORS
+    **_for_each(detect, "detector "),
+    **{
+        f"{tool} {name}": partial(sanitize, tool, name)
+        for tool in SANITIZERS
+        for name in kernels.OPERATORS
+    },
 }

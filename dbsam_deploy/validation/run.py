@@ -119,6 +119,21 @@ def validate(plan: Plan, new: Findings, watcher: Watcher) -> Findings:
             f"goes on from {plan.report / REPORT_NAME}: {len(kept)} verdicts of {record.began}"
         )
     writer = _Writer(plan, record, todo)
+    try:
+        _run_steps(plan, context, deadline, todo, writer, watcher)
+    finally:
+        writer.write_page()
+    return writer.record
+
+
+def _run_steps(
+    plan: Plan,
+    context: Context,
+    deadline: Deadline,
+    todo: Mapping[str, list[str]],
+    writer: _Writer,
+    watcher: Watcher,
+) -> None:
     for step in plan.steps:
         if not todo[step.name]:
             continue
@@ -132,7 +147,6 @@ def validate(plan: Plan, new: Findings, watcher: Watcher) -> Findings:
             writer.add(_advised(outcome, plan))
             watcher.done(writer.record.outcomes[-1])
         writer.write_page()
-    return writer.record
 
 
 def _advised(outcome: Judgement, plan: Plan) -> Judgement:

@@ -19,7 +19,7 @@ STEPS = (
     Step("engines", "TensorRT: plugins, layers, gate", "TensorRT, a GPU", ENGINE_CHECKS, 3600),
     Step("speed", "times beside this machine's ceilings", "torch, a runtime", SPEED, 900),
     Step("server", "Triton starts, answers, stops", "a Triton server", SERVE, 900),
-    Step("sanitizer", "compute-sanitizer on each kernel", "a GPU, CUDA's toolkit", SANITIZE, 600),
+    Step("sanitizer", "races and stray accesses", "g++; a GPU, CUDA's toolkit", SANITIZE, 600),
 )
 """In order. The limits are for one check of a full-size model on a slow machine: what takes longer
 hangs."""

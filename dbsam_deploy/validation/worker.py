@@ -81,7 +81,7 @@ def judge(step: str, name: str, check: CheckFunction, context: Context) -> Judge
     except MissingError as error:
         verdict, text, advice = Verdict.NOT_RUN, error.what, error.install
     except DbsamError as error:
-        verdict, text = Verdict.FAIL, error.message
+        verdict, text = Verdict.FAIL, ": ".join((error.message, *error.details[:1]))
         traceback.print_exc()
     except Exception as error:  # whatever breaks is this check's verdict
         verdict, text = Verdict.FAIL, f"{type(error).__name__}: {error}"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -109,11 +111,32 @@ def test_a_kernel_that_writes_beyond_its_output_fails(no_gpu, monkeypatch):
     def call(library, entry, *arguments):
         true(library, entry, *arguments)
         address = arguments[3] + 2 * 2 * 64  # behind the output, in float16
-        (operator_cases.ctypes.c_uint16).from_address(address).value = 0
+        ctypes.c_uint16.from_address(address).value = 0
 
     monkeypatch.setattr(operator_cases.kernels, "call", call)
     with pytest.raises(AccuracyError, match="beyond its output"):
         operator_cases.run_emulation(case, operator_cases.draw(case, "float16"))
+
+
+def test_the_detector_sees_each_kernel(no_gpu, monkeypatch):
+    """A kernel's calls under the detector itself: tests/kernels/test_detector.py."""
+    called: list[str] = []
+
+    def build(operator):
+        library = operator_cases.kernels.host_library(operator)
+        entries = {e.name: e for e in operator_cases.kernels.OPERATORS[operator].entry_points}
+
+        def call(*arguments):
+            called.append(operator)
+            return getattr(library, f"dbsam_{operator}")(*arguments)
+
+        names = {name: getattr(library, name) for name in entries}
+        return SimpleNamespace(**{**names, f"dbsam_{operator}": call})
+
+    monkeypatch.setattr(operators, "detecting_library", build)
+    found = SANITIZE["detector rel_pos_attention"](CONTEXT)
+    assert called == ["rel_pos_attention"] * 12
+    assert found.text == "12 calls on this CPU, no race and no stray access"
 
 
 class PlayedRecorder:
@@ -143,7 +166,8 @@ def test_a_replay_follows_its_inputs(name, gpu, monkeypatch):
 
 
 def test_without_a_gpu_its_checks_are_not_run(no_gpu):
-    for checks in (REPLAY, SANITIZE, {"library": BUILD["GPU library"], "state": gpu_state}):
+    sanitizers = {name: SANITIZE[name] for name in SANITIZE if "detector" not in name}
+    for checks in (REPLAY, sanitizers, {"library": BUILD["GPU library"], "state": gpu_state}):
         for check in checks.values():
             with pytest.raises(NotRunError, match=NO_GPU):
                 check(CONTEXT)
