@@ -42,6 +42,14 @@ DBSAM_EXPORT int dbsam_rel_pos_attention(const void* qkv, const void* rel_pos_h,
                                          int heads, int head_dim, float scale, int dtype,
                                          void* stream);
 
+// The same within 48 KiB of shared memory, in float16 and bfloat16 alone: for GPUs of which two
+// blocks of the one above do not share a multiprocessor (sm_86, sm_89, sm_120). Off unless it is
+// asked for by name: nobody has measured it.
+DBSAM_EXPORT int dbsam_rel_pos_attention_compact(const void* qkv, const void* rel_pos_h,
+                                                 const void* rel_pos_w, void* out, int windows,
+                                                 int side, int heads, int head_dim, float scale,
+                                                 int dtype, void* stream);
+
 }  // extern "C"
 
 #endif  // DBSAM_KERNELS_ENTRY_POINTS_H_

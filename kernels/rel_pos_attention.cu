@@ -1,4 +1,4 @@
-// Entry point of attention with relative positions (entry_points.h).
+// Entry points of attention with relative positions (entry_points.h).
 #include <climits>
 #include <type_traits>
 
@@ -18,9 +18,10 @@ struct Problem {
   float scale;
 };
 
-template <typename T>
+template <typename T, bool kCompact>
 int launch(const Problem& p, void* stream) {
   constexpr bool kPlain = std::is_same_v<T, float>;
+  if (kPlain && kCompact) return kErrorDtype;
   const int tiles = ceil_div(p.side * p.side, kPlain ? kPlainTile : kTileRows);
   const int64_t blocks = int64_t{p.windows} * p.heads * tiles;
   if (blocks > INT_MAX) return kErrorLimits;
@@ -33,9 +34,23 @@ int launch(const Problem& p, void* stream) {
     return DBSAM_LAUNCH(attend_window_plain, grid, dim3(kPlainThreads), plain_shared_bytes(p.side),
                         stream, qkv, rel_pos_h, rel_pos_w, out, p.side, p.heads, p.scale);
   } else {
-    return DBSAM_LAUNCH(attend_window<T>, grid, dim3(kThreads), shared_bytes(p.side), stream, qkv,
-                        rel_pos_h, rel_pos_w, out, p.side, p.heads, p.scale);
+    return DBSAM_LAUNCH((attend_window<T, kCompact>), grid, dim3(kThreads),
+                        shared_bytes<kCompact>(p.side), stream, qkv, rel_pos_h, rel_pos_w, out,
+                        p.side, p.heads, p.scale);
   }
+}
+
+template <bool kCompact>
+int run(const Problem& p, int head_dim, int dtype, void* stream) {
+  if (p.windows < 0 || p.side < 1 || p.side > kMaxSide || p.heads < 1 || p.heads > kMaxHeads ||
+      head_dim != kHeadDim || !(p.scale > 0 && p.scale < INFINITY)) {
+    return kErrorShape;
+  }
+  return dispatch_dtype(dtype, [&](auto element) -> int {
+    if (p.windows == 0) return kSuccess;
+    if (!all_aligned(p.qkv, p.rel_pos_h, p.rel_pos_w, p.out)) return kErrorAlignment;
+    return launch<decltype(element), kCompact>(p, stream);
+  });
 }
 
 }  // namespace
@@ -47,15 +62,16 @@ extern "C" int dbsam_rel_pos_attention(const void* qkv, const void* rel_pos_h,
                                        const void* rel_pos_w, void* out, int windows, int side,
                                        int heads, int head_dim, float scale, int dtype,
                                        void* stream) {
-  using namespace dbsam::rel_pos;
-  if (windows < 0 || side < 1 || side > kMaxSide || heads < 1 || heads > kMaxHeads ||
-      head_dim != kHeadDim || !(scale > 0 && scale < INFINITY)) {
-    return dbsam::kErrorShape;
-  }
-  return dbsam::dispatch_dtype(dtype, [&](auto element) -> int {
-    if (windows == 0) return dbsam::kSuccess;
-    if (!dbsam::all_aligned(qkv, rel_pos_h, rel_pos_w, out)) return dbsam::kErrorAlignment;
-    const Problem problem = {qkv, rel_pos_h, rel_pos_w, out, windows, side, heads, scale};
-    return launch<decltype(element)>(problem, stream);
-  });
+  const dbsam::rel_pos::Problem problem{qkv,     rel_pos_h, rel_pos_w, out,
+                                        windows, side,      heads,     scale};
+  return dbsam::rel_pos::run<false>(problem, head_dim, dtype, stream);
+}
+
+extern "C" int dbsam_rel_pos_attention_compact(const void* qkv, const void* rel_pos_h,
+                                               const void* rel_pos_w, void* out, int windows,
+                                               int side, int heads, int head_dim, float scale,
+                                               int dtype, void* stream) {
+  const dbsam::rel_pos::Problem problem{qkv,     rel_pos_h, rel_pos_w, out,
+                                        windows, side,      heads,     scale};
+  return dbsam::rel_pos::run<true>(problem, head_dim, dtype, stream);
 }

@@ -20,9 +20,18 @@ constexpr int kChunk = 16;                     // keys of a chunk, columns of a 
 constexpr int kSteps = kHeadDim / 16;          // mma steps of a dot product
 constexpr int kColumnPitch = kWarpRows + 4;    // no bank conflicts, writing diagonals or reading
 
-// A warp's shared memory: row bias (side, g, i), then a strip's column bias (16, kColumnPitch).
+// A strip's column bias (16, kColumnPitch) on its way to registers.
+constexpr int kScratchElements = kChunk * kColumnPitch;
+
+// Grid rows whose row bias a warp of the compact form holds at a time.
+constexpr int kCompactRows = 32;
+
+// A warp's shared memory: row bias (rows, g, i), then the column bias. The compact form has the row
+// bias of `kCompactRows` rows at most, and its column bias lies in a stage of K and V that is free.
+template <bool kCompact = false>
 __host__ __device__ constexpr int warp_bias_elements(int side) {
-  return side * kWarpRows + kChunk * kColumnPitch;
+  if (kCompact) return (side < kCompactRows ? side : kCompactRows) * kWarpRows;
+  return side * kWarpRows + kScratchElements;
 }
 
 using Query = uint32_t[kRowBlocks][kSteps][4];  // left operands
@@ -140,13 +149,13 @@ __device__ __forceinline__ void scatter_bias(float* bias, const Query& query, co
   }
 }
 
-// Row bias of all grid rows in units of log 2; the lane's entry of row r is at
-// bias + r * kWarpRows + kLaneRows * g.
+// Row bias of the grid rows from `row` to `end` in units of log 2, for `rows` queries from `first`
+// on; the lane's entry of row r is at bias + (r - row) * kWarpRows + kLaneRows * g.
 template <typename T>
 __device__ __forceinline__ void fill_row_bias(float* bias, const Query& query, const Head<T>& head,
-                                              int first, int rows) {
+                                              int first, int rows, int row, int end) {
   const Places places = find_places<true>(first, rows, head.side);
-  scatter_bias<T, kWarpRows, 1, kLaneRows>(bias, query, head.rel_pos_h, places, 0, head.side - 1,
+  scatter_bias<T, kWarpRows, 1, kLaneRows>(bias, query, head.rel_pos_h, places, row, end - 1,
                                            head.side, kLog2E);
 }
 

@@ -16,9 +16,12 @@ constexpr int kTileElements = kTileChunks * kChunkElements;  // of K; V follows 
 constexpr int kStageElements = 2 * kTileElements;
 
 // Two stages of K and V, then the warps' biases.
+template <bool kCompact = false>
 constexpr int shared_bytes(int side) {
-  return 2 * kStageElements * 2 + kWarps * warp_bias_elements(side) * 4;
+  return 2 * kStageElements * 2 + kWarps * warp_bias_elements<kCompact>(side) * 4;
 }
+static_assert(shared_bytes<true>(kMaxSide) <= 48 * 1024, "two blocks in the 100 KiB of sm_86");
+static_assert(kWarps * kScratchElements * 4 <= kStageElements * 2, "the scratch fits a stage");
 
 // The 16-byte units of a 128-byte row are permuted so that one unit of 8 rows (ldmatrix), and 4
 // units of 2 rows (a quarter warp's loads), lie in different banks.
@@ -186,37 +189,67 @@ __device__ __forceinline__ void attend(WarpState& state, const T* keys, const fl
   }
 }
 
-// The warp's queries attend to all keys, of which the first tile is under way. An idle warp only
-// takes its part in copying.
-template <typename T>
-__device__ __forceinline__ void attend_all(WarpState& state, T* stages, const float* row_bias,
-                                           float* scratch, const Head<T>& head,
-                                           const Places& columns, bool idle) {
+// The warp's queries: `rows` of the window's tokens from `first` on; none in an idle warp, which
+// only takes its part in copying.
+struct Queries {
+  int first;
+  int rows;
+  __device__ __forceinline__ bool idle() const { return rows <= 0; }
+};
+
+// The warp's queries attend to all keys, of which the first tile is under way. The compact form
+// goes through a part of the grid's rows at a time, and through all strips of it.
+template <typename T, bool kCompact>
+__device__ __forceinline__ void attend_all(WarpState& state, T* stages, float* row_bias,
+                                           const Head<T>& head, const Queries& queries) {
   const Offsets offsets = find_offsets();
   const float factor = head.scale * kLog2E;
   const int side = head.side;
-  row_bias += kLaneRows * Lane().group;
+  const int part = kCompact ? kCompactRows : side;
+  Places columns{};
+  if (!queries.idle()) columns = find_places<false>(queries.first, queries.rows, side);
   int stage = 0;
-  for (int column = 0; column < side; column += kChunk) {
-    if (!idle) load_column_bias(state, scratch, head, columns, column);
-    for (int row = 0; row < side; row += kTileChunks) {
-      const T* keys = stages + stage;
-      stage ^= kStageElements;
-      cp_async_wait<0>();
-      __syncthreads();  // the tile is there, and the other stage free
-      const bool strip_ends = row + kTileChunks >= side;
-      if (!strip_ends || column + kChunk < side) {
-        load_tile(stages + stage, head, strip_ends ? 0 : row + kTileChunks,
-                  strip_ends ? column + kChunk : column);
-        cp_async_commit();
+  for (int top = 0; top < side; top += part) {
+    const int end = min(top + part, side);
+    for (int column = 0; column < side; column += kChunk) {
+      float* scratch = row_bias + side * kWarpRows;
+      if (kCompact) {
+        // In the stage that the first tile does not come to, once all are done with it.
+        __syncthreads();
+        scratch = reinterpret_cast<float*>(stages + (stage ^ kStageElements)) +
+                  threadIdx.x / 32 * kScratchElements;
       }
-      if (idle) continue;
-      const float* bias = row_bias + row * kWarpRows;
-      if (row + kTileChunks <= side) {
-        attend<T, kTileChunks>(state, keys, bias, offsets, factor);
-      } else {
-        for (int i = 0; row + i < side; ++i) {
-          attend<T, 1>(state, keys + i * kChunkElements, bias + i * kWarpRows, offsets, factor);
+      if (!queries.idle()) {
+        if (column == 0) {
+          fill_row_bias(row_bias, state.query, head, queries.first, queries.rows, top, end);
+        }
+        load_column_bias(state, scratch, head, columns, column);
+      }
+      for (int row = top; row < end; row += kTileChunks) {
+        const T* keys = stages + stage;
+        stage ^= kStageElements;
+        cp_async_wait<0>();
+        __syncthreads();  // the tile is there, and the other stage free
+        const bool strip_ends = row + kTileChunks >= end;
+        const bool part_ends = strip_ends && column + kChunk >= side;
+        if (!part_ends || end < side) {
+          load_tile(stages + stage, head,
+                    part_ends    ? end
+                    : strip_ends ? top
+                                 : row + kTileChunks,
+                    part_ends    ? 0
+                    : strip_ends ? column + kChunk
+                                 : column);
+          cp_async_commit();
+        }
+        if (queries.idle()) continue;
+        const float* bias = row_bias + (row - top) * kWarpRows + kLaneRows * Lane().group;
+        if (row + kTileChunks <= end) {
+          attend<T, kTileChunks>(state, keys, bias, offsets, factor);
+        } else {
+          for (int i = 0; row + i < end; ++i) {
+            attend<T, 1>(state, keys + i * kChunkElements, bias + i * kWarpRows, offsets, factor);
+          }
         }
       }
     }
@@ -249,7 +282,7 @@ __device__ __forceinline__ void store_out(const WarpState& state, T* staging, T*
 }
 
 // One thread block: 128 queries of one head of one window. Shapes as at the entry point.
-template <typename T>
+template <typename T, bool kCompact = false>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     attend_window(const T* __restrict__ qkv, const T* __restrict__ rel_pos_h,
                   const T* __restrict__ rel_pos_w, T* __restrict__ out, int side, int heads,
@@ -259,28 +292,24 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const Head<T> head = find_head(block, qkv, rel_pos_h, rel_pos_w, side, heads, scale);
   const int warp = threadIdx.x / 32;
   const int first = block.first + warp * kWarpRows;
-  const int rows = min(block.tokens - first, kWarpRows);
-  const bool idle = rows <= 0;  // some warps of a window's last tile
+  const Queries queries{first, min(block.tokens - first, kWarpRows)};  // some warps have none
   T* stages = reinterpret_cast<T*>(shared);
-  float* row_bias =
-      reinterpret_cast<float*>(stages + 2 * kStageElements) + warp * warp_bias_elements(side);
+  float* row_bias = reinterpret_cast<float*>(stages + 2 * kStageElements) +
+                    warp * warp_bias_elements<kCompact>(side);
 
   load_tile(stages, head, 0, 0);
   cp_async_commit();
   WarpState state{};
-  Places columns{};
 #pragma unroll
   for (int i = 0; i < kLaneRows; ++i) state.reference[i] = -INFINITY;
-  if (!idle) {
-    load_query(state.query, head.queries + first * head.stride(), rows, head.stride());
-    fill_row_bias(row_bias, state.query, head, first, rows);
-    columns = find_places<false>(first, rows, side);
+  if (!queries.idle()) {
+    load_query(state.query, head.queries + first * head.stride(), queries.rows, head.stride());
   }
-  attend_all(state, stages, row_bias, row_bias + side * kWarpRows, head, columns, idle);
+  attend_all<T, kCompact>(state, stages, row_bias, head, queries);
   __syncthreads();  // the stages are free
-  if (idle) return;
+  if (queries.idle()) return;
   T* target = out + (block.window * block.tokens + first) * head.width + block.head * kHeadDim;
-  store_out(state, stages + warp * kWarpRows * kHeadDim, target, rows, head.width);
+  store_out(state, stages + warp * kWarpRows * kHeadDim, target, queries.rows, head.width);
 }
 
 }  // namespace dbsam::rel_pos

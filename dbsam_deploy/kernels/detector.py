@@ -108,6 +108,7 @@ _TENSORS: dict[str, Callable[[ctypes.CDLL, Sequence[Any]], list[Tensor]]] = {
     "dbsam_ms_deform_attn": _deform_tensors,
     "dbsam_channel_attention": _channel_tensors,
     "dbsam_rel_pos_attention": _rel_pos_tensors,
+    "dbsam_rel_pos_attention_compact": _rel_pos_tensors,
 }
 """Entry point → the tensors of a call, from its arguments."""
 

@@ -89,6 +89,9 @@ class Operator:
 # query_shapes, dtype, stream
 _DEFORM = (*(_ADDRESS,) * 4, *(_INT,) * 5, _INTS, _INT, _INTS, _INT, _ADDRESS)
 
+# qkv, rel_pos_h, rel_pos_w, out; windows, side, heads, head_dim; scale; dtype; stream
+_REL_POS = (*(_ADDRESS,) * 4, *(_INT,) * 4, _FLOAT, _INT, _ADDRESS)
+
 OPERATORS: dict[str, Operator] = {
     operator.name: operator
     for operator in (
@@ -113,12 +116,8 @@ OPERATORS: dict[str, Operator] = {
         Operator(
             "rel_pos_attention",
             (
-                # qkv, rel_pos_h, rel_pos_w, out; windows, side, heads, head_dim; scale; dtype;
-                # stream
-                EntryPoint(
-                    "dbsam_rel_pos_attention",
-                    (*(_ADDRESS,) * 4, *(_INT,) * 4, _FLOAT, _INT, _ADDRESS),
-                ),
+                EntryPoint("dbsam_rel_pos_attention", _REL_POS),
+                EntryPoint("dbsam_rel_pos_attention_compact", _REL_POS),
             ),
         ),
     )

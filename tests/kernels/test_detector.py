@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.kernel_calls import RAGGED
+from support.kernel_calls import RAGGED, rel_pos
 from support.kernel_faults import FAULTS, QUICK, WRONG_VALUES, Fault
 
 from dbsam_deploy.core.errors import EngineError
@@ -98,6 +98,11 @@ def test_nothing_is_found_in_the_kernels(operator: str) -> None:
     library = detecting_library(operator, dtype=dtype)
     for sizes in every_size:
         call(library, dtype, *sizes)
+
+
+def test_nothing_is_found_in_the_compact_form() -> None:
+    library = detecting_library("rel_pos_attention", dtype=DTYPES["rel_pos_attention"])
+    rel_pos(library, "float16", 1, 33, 1, "_compact")
 
 
 @pytest.fixture

@@ -55,7 +55,12 @@ def _parts(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _run(
-    library: ctypes.CDLL, qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, scale: float = 0.125
+    library: ctypes.CDLL,
+    qkv: Tensor,
+    rel_pos_h: Tensor,
+    rel_pos_w: Tensor,
+    scale: float = 0.125,
+    entry_point: str = "dbsam_rel_pos_attention",
 ) -> Tensor:
     """The kernel's output in its dtype, from an output that held NaN."""
     windows, tokens, packed = qkv.shape
@@ -67,7 +72,7 @@ def _run(
     addresses = [tensor.data_ptr() for tensor in (*tensors, out)]
     code = DTYPE_CODES[str(qkv.dtype).removeprefix("torch.")]
     sizes = (windows, side, heads, HEAD_DIM)
-    call(library, "dbsam_rel_pos_attention", *addresses, *sizes, scale, code, None)
+    call(library, entry_point, *addresses, *sizes, scale, code, None)
     assert padded[:MARGIN].isnan().all()
     assert padded[-MARGIN:].isnan().all()
     return out
@@ -90,11 +95,40 @@ def test_values(library, sizes, dtype):
     _check(_run(library, *inputs), inputs, dtype)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_sams_global_grid(library, dtype):
-    """The largest side; bfloat16 would only take its time again."""
-    inputs = _inputs(1, 64, 1, dtype)
+@pytest.mark.parametrize(
+    ("dtype", "side"),
+    [("float16", 64), ("float32", 44), pytest.param("float32", 64, marks=pytest.mark.slow)],
+)
+def test_large_grids(library, dtype, side):
+    """SAM's global one has side 64, the largest; bfloat16 would only take its time again."""
+    inputs = _inputs(1, side, 1, dtype)
     _check(_run(library, *inputs), inputs, dtype)
+
+
+COMPACT = "dbsam_rel_pos_attention_compact"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "sizes", [(2, 1, 1), (3, 5, 2), (2, 14, 3), (2, 17, 2), (1, 32, 1)], ids=str
+)
+def test_the_compact_form_gives_the_same_bits(library, sizes, dtype):
+    """Up to 32 rows it takes the keys in the same order."""
+    inputs = _inputs(*sizes, dtype)
+    assert torch.equal(_run(library, *inputs, entry_point=COMPACT), _run(library, *inputs))
+
+
+@pytest.mark.parametrize(
+    "sizes", [(1, 33, 1), (2, 37, 1), pytest.param((1, 64, 1), marks=pytest.mark.slow)], ids=str
+)
+def test_the_compact_form_goes_through_its_rows_in_parts(library, sizes):
+    inputs = _inputs(*sizes, "float16")
+    _check(_run(library, *inputs, entry_point=COMPACT), inputs, "float16")
+
+
+def test_the_compact_form_has_no_float32(library):
+    with pytest.raises(EngineError, match=r"status -1\)"):
+        _run(library, *_inputs(1, 3, 1, "float32"), entry_point=COMPACT)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -72,8 +72,10 @@ def channel(
     call(library, entry, *_addresses(tensors), *sizes, 1e-6, code, None)
 
 
-def rel_pos(library: Library, dtype: str, windows: int, side: int, heads: int) -> None:
-    """`rel_pos_attention`."""
+def rel_pos(
+    library: Library, dtype: str, windows: int, side: int, heads: int, form: str = ""
+) -> None:
+    """`rel_pos_attention`, or its `form` "_compact"."""
     tensors = [
         _random(windows, side**2, 3 * heads * 64, dtype=dtype),
         _random(2 * side - 1, 64, dtype=dtype),
@@ -81,7 +83,7 @@ def rel_pos(library: Library, dtype: str, windows: int, side: int, heads: int) -
         _random(windows, side**2, heads * 64, dtype=dtype),
     ]
     sizes = (windows, side, heads, 64, 0.125, DTYPE_CODES[dtype], None)
-    call(library, "dbsam_rel_pos_attention", *_addresses(tensors), *sizes)
+    call(library, f"dbsam_rel_pos_attention{form}", *_addresses(tensors), *sizes)
 
 
 RAGGED: dict[str, tuple[Callable[..., None], tuple[tuple[Any, ...], ...]]] = {

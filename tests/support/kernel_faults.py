@@ -64,6 +64,8 @@ _OUTSIDE = "out of bounds: .* of "
 _FOUR_TILES = (4, 8, 8, 1, [(3, 3)], [(1, 800), (800, 1)])
 """So many blocks that each takes four tiles."""
 
+_PARTS = (1, 33, 1, "_compact")
+
 FAULTS = {
     "a float32 head's second load is not clamped": Fault(
         *("ms_deform_attn", _GATHER, "first == 0 ? value : value + next", "value + 8 * first"),
@@ -167,6 +169,23 @@ FAULTS = {
     "biases overlap the stages": Fault(
         *("rel_pos_attention", _MMA, "(stages + 2 * kStageElements)", "(stages + kStageElements)"),
         *("race|wait",),
+    ),
+    "no __syncthreads before the scratch of the compact form": Fault(
+        *("rel_pos_attention", _MMA, "done with it.\n        __syncthreads();", "done with it.\n"),
+        *("race: ", "float16", _PARTS),
+    ),
+    "scratch in the stage that fills": Fault(
+        *("rel_pos_attention", _MMA, "(stages + (stage ^ kStageElements)) +", "(stages + stage) +"),
+        *("touched before the wait|race", "float16", _PARTS),
+    ),
+    "the row bias of a part begins with the grid's": Fault(
+        *(
+            "rel_pos_attention",
+            _MMA,
+            "row_bias + (row - top) * kWarpRows",
+            "row_bias + row * kWarpRows",
+        ),
+        *("nobody wrote|out of bounds|race", "float16", _PARTS),
     ),
     "a table's rows are counted from one": Fault(
         *("rel_pos_attention", _RELATIVE, "query - key + side - 1", "query - key + side"),
