@@ -21,6 +21,7 @@ ELSEWHERE = {
     "files.onnx_files.open": "in the same scratch folder",
     "files.onnx_files.save": "in a scratch folder; what was checked is renamed",
     "images.quiet.open": "os.devnull",
+    "kernels.nvrtc.write_text": "in a temporary folder",
     "kernels.plugin_build.open": "a log",
     "kernels.quick_plugins.write_text": "in a temporary folder",
     "model.checkpoint.save": "into bytes",
