@@ -37,6 +37,7 @@ VALUES = {
     "folder": FOLDER,
     "kind.name": "tensorrt",
     "python": "python",
+    "more": " --artefact build/fp16",
     "place": f" --server-env {FOLDER}",
     "shlex.quote(str(artefact.folder))": EXPORT,
     "shlex.quote(str(folder))": FOLDER,

@@ -23,7 +23,6 @@ ELSEWHERE = {
     "images.quiet.open": "os.devnull",
     "kernels.nvrtc.write_text": "in a temporary folder",
     "kernels.plugin_build.open": "a log",
-    "kernels.quick_plugins.write_text": "in a temporary folder",
     "model.checkpoint.save": "into bytes",
     "outputs.files.write_bytes": "in the folder that replaces the slices",
     "pacs.fetch.write_bytes": "in a temporary folder, renamed when all is there",
