@@ -33,6 +33,7 @@ VALUES = {
     "' '.join(words)": "--precision int8",  # test_the_sweeps_advice has the real ones
     "NUMPY": "numpy<2",
     "WHEEL": "tritonserver==2.51.0",
+    "wanted": "11.4",
     "artefact.precision": "fp16",
     "folder": FOLDER,
     "kind.name": "tensorrt",
@@ -56,7 +57,11 @@ VALUES = {
 OURS = r"(?:python -m |--module )dbsam_deploy\.(?P<door>[a-z_.]*[a-z_])|\bdbsam (?P<name>[a-z]+)"
 PIP = r"(?:\{python\} -m )?\bpip (?:install|uninstall)\b"
 COORDINATE = re.compile(r"(?<=\s)[xyz][01](?=\s|$)")
-INTERNAL = {"engines.worker", "machine.hardware", "quantization.modelopt_worker"}
+INTERNAL = {
+    "engines.worker",
+    "machine.hardware",
+    "quantization.modelopt_worker",
+}
 """Started by the program, not by users."""
 
 
