@@ -26,6 +26,7 @@ from dbsam_deploy.options.sensitivity_options import SensitivityOptions, export_
 PACKAGE = Path(cli.__file__).parent
 EXPORT, FOLDER = "build/fp16", "'a folder'"
 VALUES = {
+    "'.'.join(version.split('.')[:2])": "11.4",
     "' '.join(SERVER_PACKAGES)": "pillow numpy",
     "' '.join(packages)": "pillow numpy",
     "' '.join(versions)": "pillow==13.0.0",
@@ -37,6 +38,7 @@ VALUES = {
     "folder": FOLDER,
     "kind.name": "tensorrt",
     "python": "python",
+    "more": " --artefact build/fp16",
     "place": f" --server-env {FOLDER}",
     "shlex.quote(str(artefact.folder))": EXPORT,
     "shlex.quote(str(folder))": FOLDER,
