@@ -60,7 +60,6 @@ def test_rel_pos_attention(compare_kernel, shape, dtype) -> None:
         "compile": gpu_peers.eager_attention,
         "compiled SDPA": gpu_peers.sdpa_attention,
         "FlexAttention": gpu_peers.flex_rel_pos_attention,
-        "FlexAttention FLASH": gpu_peers.flash_rel_pos_attention,
     }
     variants = {
         "ours": partial(torch_ops.rel_pos_attention, **sizes),

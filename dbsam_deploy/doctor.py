@@ -23,19 +23,9 @@ from .cli import HelpFormatter, Parser, as_called, run, table_console
 from .core.errors import DbsamError, EngineError, InputError
 from .diagnosis.inspections import EXTRA_PREFIX, Answer, inspect_runtime
 from .diagnosis.probes import BACKEND_PROBES, Ask, Finding, Probe
-from .extras import (
-    EXTRAS,
-    GXX_LINE,
-    HEADERS_LINE,
-    NVCC_LINE,
-    NVRTC_LINE,
-    Extra,
-    headers_line,
-    pip_line,
-)
+from .extras import EXTRAS, GXX_LINE, HEADERS_LINE, NVCC_LINE, Extra, headers_line, pip_line
 from .kernels.headers import find_headers, installed_tensorrt, numbers_of
 from .kernels.library import ARCHITECTURES
-from .kernels.nvrtc import compile_source, find_nvrtc
 from .kernels.plugin_build import DEFAULT_OUTPUT, LIBRARY_NAME, read_library
 from .kernels.toolkit import find_nvcc
 from .machine.hardware import (
@@ -50,8 +40,8 @@ from .sessions.backends import LOCAL_BACKENDS
 
 WORKERS = 4
 TOOL_TIMEOUT_S = 20.0
-RUNTIME_EXTRAS = ("cpu", "gpu", "nvrtc", "openvino", "rtx")
-"""Extras that have no row of their own: those of backends and tools say more."""
+RUNTIME_EXTRAS = ("cpu", "gpu", "openvino", "rtx")
+"""Extras that have no row of their own: the backends' rows say more."""
 PLUGINS_LINE = "python -m dbsam_deploy.plugins build"
 
 DESCRIPTION = """\
@@ -150,13 +140,6 @@ def probe_nvcc(ask: Ask) -> Finding:
     return Finding(True, f"{name} ({', '.join(ARCHITECTURES)})" + _elsewhere())
 
 
-def probe_nvrtc(ask: Ask) -> Finding:
-    """NVRTC, which compiles the kernels of PyTorch and quick plugins where there is no nvcc."""
-    found = find_nvrtc()
-    compile_source('extern "C" __global__ void kernel() {}', ARCHITECTURES[0])
-    return Finding(True, f"{found.version}, {found.path}")
-
-
 def _elsewhere() -> str:
     """Where nvcc is, if the PATH does not say so."""
     path = find_nvcc()
@@ -204,7 +187,6 @@ CHECKS = (
     *(Check(name, "backend", BACKEND_PROBES[name]) for name in LOCAL_BACKENDS),
     Check("g++", "build", probe_gxx, "kernels on the CPU"),
     Check("nvcc", "build", probe_nvcc, "kernels and plugins on CUDA"),
-    Check("NVRTC", "build", probe_nvrtc, "kernels on CUDA without nvcc"),
     Check("TensorRT headers", "build", probe_headers, "to compile plugins"),
     Check("plugin library", "build", probe_plugins, "fused operators in TensorRT"),
     Check("Triton server", "serving", probe_server, "a server on this machine"),
@@ -219,7 +201,6 @@ CHECKS = (
 INSTALL_LINES = {
     "g++": GXX_LINE,
     "nvcc": NVCC_LINE,
-    "NVRTC": NVRTC_LINE,
     "plugin library": PLUGINS_LINE,
     "Triton server": install_hint(DEFAULT_FOLDER),
 }

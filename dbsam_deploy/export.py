@@ -34,7 +34,7 @@ from .core.points import POINTS
 from .engines.build import Choice, Request, build_engines, choose_engines
 from .engines.manifest import EngineRecord
 from .files.atomic import writing_to
-from .files.inputs import Inputs, changes, code_digest, digest, key_of
+from .files.inputs import Inputs, changes, key_of
 from .files.locks import one_writer
 from .files.publication import replace_folder, tidy
 from .files.work import WorkFolder, clear_work, work_folder
@@ -55,10 +55,11 @@ from .sessions.onnxruntime_session import OnnxRuntimeSession
 from .sessions.pytorch_session import PytorchSession
 from .sessions.weights_choice import ModelChoice
 from .verification.answers import AnswersFile
-from .verification.cases import Case, bundled_examples, load_cases
+from .verification.cases import Case, bundled_examples, fewer_or_more, load_cases
 from .verification.engine_parity import unverified_here, verify_engines
 from .verification.parity import Figures, check_gate, compare_apart
 from .verification.points import measured_points
+from .verification.provenance import compared_inputs, graph_inputs
 from .verification.references import References, references_key
 from .verification.report import closing_table
 from .verification.sam_files import check_sam_files, publish_sam_files
@@ -156,35 +157,55 @@ def export(
     """
     console, stages = console or Console(stderr=True), stages or Stages()
     recipe = stages.load_recipe(options.precision)
-    folder = options.output / options.precision
-    choice = stages.choose_engines(options.engine, options.targets, folder)
-    calibration_plan(recipe, options.calibration, options.budget)
-    cases = _cases(options, recipe)
-    loaded = stages.load_model(**vars(ModelChoice.of(options)))
-    check_quantisable(loaded, recipe)  # before anybody is asked for more images
-    images = calibration_images(recipe, options.calibration, options.budget)
+    choice = stages.choose_engines(options.engine, options.targets, options.folder)
 
     def say(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True, markup=False)
 
-    say(f"weights: {loaded.weights['note']}")
-    if options.signature:
-        check_sam_files(loaded.preprocessing, recipe, folder)
     bars = progress_bars(console)
-    quantizer = Quantizer.of(loaded, recipe, images, options.budget, bars)
-    inputs = _graph_inputs(loaded, recipe, quantizer.key), _compared(loaded, cases)
-    how = options.keep_references, options.data is None
-    job = _Job(stages, loaded, recipe, quantizer, cases, folder, *inputs, *how)
+    job = _job(options, stages, recipe, bars, say)
     with one_writer(options.output, wait=options.wait, say=say), writing_to(options.output):
         artefact = _artefact(job, bars, say)
         engines = {}
         if choice.request is not None:
             engines = _engine_stage(job, artefact, choice.request, console)
         give_back()  # the repository's known answers take an open session again
-        repository = build_repository(artefact, repository_beside(folder))
+        repository = build_repository(artefact, repository_beside(job.folder))
         if options.signature:
             publish_sam_files(artefact, say)
     return Published(artefact, repository, engines, choice.note)
+
+
+def _job(
+    options: ExportOptions,
+    stages: Stages,
+    recipe: Recipe,
+    bars: Progress,
+    say: Callable[[str], None],
+) -> _Job:
+    """What is to be done, with everything that it needs read and checked."""
+    calibration_plan(recipe, options.calibration, options.budget)
+    parity = fewer_or_more(recipe.parity, options.data_images)
+    cases = load_cases(options.data or bundled_examples(), parity)
+    loaded = stages.load_model(**vars(ModelChoice.of(options)))
+    check_quantisable(loaded, recipe)  # before anybody is asked for more images
+    images = calibration_images(recipe, options.calibration, options.budget)
+    say(f"weights: {loaded.weights['note']}")
+    if options.signature:
+        check_sam_files(loaded.preprocessing, recipe, options.folder)
+    quantizer = Quantizer.of(loaded, recipe, images, options.budget, bars)
+    return _Job(
+        stages=stages,
+        loaded=loaded,
+        recipe=recipe,
+        quantizer=quantizer,
+        cases=cases,
+        folder=options.folder,
+        inputs=graph_inputs(loaded, recipe, quantizer.key),
+        compared=compared_inputs(loaded, cases),
+        keep_references=options.keep_references,
+        bundled=options.data is None,
+    )
 
 
 def _artefact(job: _Job, bars: Progress, say: Callable[[str], None]) -> Artefact:
@@ -201,16 +222,6 @@ def _artefact(job: _Job, bars: Progress, say: Callable[[str], None]) -> Artefact
     if why:
         say(f"{folder} is exported again: {why}")
     return _make_artefact(job, bars, say)
-
-
-def _cases(options: ExportOptions, recipe: Recipe) -> list[Case]:
-    """Images of the comparison with PyTorch."""
-    parity = recipe.parity
-    if options.data_images is not None:
-        if options.data_images < 1:
-            raise InputError(f"--data-images {options.data_images}: expected at least 1")
-        parity = replace(parity, images=options.data_images)
-    return load_cases(options.data or bundled_examples(), parity)
 
 
 def _make_artefact(job: _Job, bars: Progress, say: Callable[[str], None]) -> Artefact:
@@ -330,54 +341,6 @@ def _published(job: _Job) -> tuple[Artefact | None, str]:
     if not artefact.inputs:
         return None, "an earlier version of this library made it"
     return None, f"changed since: {changes(artefact.inputs, job.all_inputs)}"
-
-
-GRAPH_MODULES = ("model.weights", "graphs.onnx_export", "quantization.quantizer", "fusions")
-"""What the ONNX files come from, with all that these modules import."""
-GATE_MODULES = (
-    "sessions.pytorch_session",
-    "sessions.onnxruntime_session",
-    "verification.answers",
-    "verification.points",
-)
-"""What the figures come from, likewise."""
-_TRACED = ("torch", "segment-anything", "onnx", "onnxscript", "onnx-ir", "numpy")
-_COMPARED = ("torch", "onnxruntime", "onnxruntime-gpu", "onnx", "numpy", "pillow")
-_QUANTIZED = ("onnxruntime", "onnxruntime-gpu", "ml-dtypes", "pillow")
-_MODELOPT = ("nvidia-modelopt", "onnx-graphsurgeon", "onnxslim")
-"""Packages that change the ONNX files of every recipe, the figures, the files of a recipe that
-quantises, and of one that leaves it to modelopt. Others do not take part."""
-
-
-def _graph_inputs(loaded: LoadedModel, recipe: Recipe, quantizer_key: str) -> Inputs:
-    """All that determines the ONNX files: weights, recipe, versions and the code."""
-    packages: tuple[str, ...] = _TRACED
-    if recipe.quantization is not None:
-        packages += (*_QUANTIZED, *_resize_packages(loaded))
-        packages += _MODELOPT if recipe.quantization.tool == "modelopt" else ()
-    return {
-        "weights": str(loaded.weights["sha256"]),
-        "model": digest(repr(loaded.model.config)),
-        "recipe": digest(repr(recipe)),
-        "calibration": digest(quantizer_key),
-        "code of the export": code_digest(GRAPH_MODULES),
-        **installed_versions(packages),
-    }
-
-
-def _compared(loaded: LoadedModel, cases: list[Case]) -> Inputs:
-    """All else that determines an artefact: the images, and their comparison."""
-    images = (digest(c.name, c.image.tobytes(), c.boxes.tobytes()) for c in cases)
-    return {
-        "images of the comparison": digest(*images),
-        "code of the comparison": code_digest(GATE_MODULES),
-        **installed_versions((*_COMPARED, *_resize_packages(loaded))),
-    }
-
-
-def _resize_packages(loaded: LoadedModel) -> tuple[str, ...]:
-    """What MedSAM's preprocessing takes to resize an image; SAM's takes Pillow."""
-    return ("scikit-image",) if loaded.preprocessing.mode == "medsam" else ()
 
 
 def main(argv: list[str] | None = None, *, stages: Stages | None = None) -> int:

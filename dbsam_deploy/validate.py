@@ -4,19 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import (
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-)
-from rich.text import Text
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from .artefact import find_exports
 from .cli import Parser, add_no_wait, as_called, run, say_on_stderr
@@ -82,35 +73,18 @@ def _list_steps() -> None:
         print(f"{step.name:10} {step.about} (needs {step.needs}; {len(step.checks)} checks)")
 
 
-class _LeftColumn(ProgressColumn):
-    """What is left of a budget, as it runs out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.end_s = math.inf
-
-    def render(self, task: Task) -> Text:
-        """Minutes and seconds; nothing without a budget."""
-        if math.isinf(self.end_s):
-            return Text()
-        minutes, seconds = divmod(max(0, round(self.end_s - time.monotonic())), 60)
-        return Text(f"{minutes}:{seconds:02} left")
-
-
 class _Screen:
     """Verdicts as lines; on a terminal below them what runs, for how long, and what is left."""
 
     def __init__(self, console: Console) -> None:
-        self._left, self._console = _LeftColumn(), console
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
             TimeElapsedColumn(),
-            self._left,
             console=console,
             transient=True,
             disable=not console.is_terminal,
-            redirect_stdout=False,  # what is piped would land on the terminal, broken into lines
+            redirect_stdout=sys.stdout.isatty(),  # else what is piped would land on the terminal
         )
         self._task = self._progress.add_task("starting")
         self._held: list[Judgement] = []
@@ -124,8 +98,8 @@ class _Screen:
         self._progress.stop()
 
     def _began(self, step: str, check: str, left_s: float) -> None:
-        self._left.end_s = time.monotonic() + left_s
-        self._progress.reset(self._task, description=f"{step}: {check}")
+        left = "" if math.isinf(left_s) else f", {left_s / 60:.1f} min left"
+        self._progress.reset(self._task, description=f"{step}: {check}{left}")
 
     def _done(self, outcome: Judgement) -> None:
         if self._held and not _alike(self._held[0], outcome):
@@ -136,15 +110,8 @@ class _Screen:
 
     def _print_held(self) -> None:
         if self._held:
-            self._print(line(*self._held))
+            print(line(*self._held), flush=True)
         self._held.clear()
-
-    def _print(self, text: str) -> None:
-        """A line above the bar, where both are on the terminal; whole, so that it can be copied."""
-        if self._console.is_terminal and sys.stdout.isatty():
-            self._console.print(text, soft_wrap=True, markup=False, highlight=False)
-        else:
-            print(text, flush=True)
 
 
 _ALIKE = (Verdict.NOT_RUN, Verdict.OUT_OF_TIME)
@@ -168,12 +135,11 @@ def line(outcome: Judgement, *alike: Judgement) -> str:
     return f"{outcome.verdict.value:11} {what}{seconds}: {as_called(outcome.text)}{advice}"
 
 
-def _print_end(record: Findings, plan: Plan) -> None:
+def _print_end(record: Findings, report: Path) -> None:
     counts = ", ".join(f"{count} {name}" for name, count in record.counts().items() if count)
-    report = plan.report
     print(f"{counts}; {report / PAGE_NAME} and {report / REPORT_NAME} have everything")
     if any(one.verdict == Verdict.OUT_OF_TIME for one in record.outcomes):
-        print(f"to go on: {as_called(resume_line(report, plan.artefact))}")
+        print(f"to go on: {as_called(resume_line(report))}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -197,9 +163,9 @@ def main(argv: list[str] | None = None) -> int:
         try:
             record = validate(plan, new, watcher)
         except KeyboardInterrupt:
-            line = as_called(resume_line(args.report, artefact))
+            line = as_called(resume_line(args.report))
             raise KeyboardInterrupt(f"the report has all verdicts; to go on: {line}") from None
-    _print_end(record, plan)
+    _print_end(record, args.report)
     return 1 if record.counts()[Verdict.FAIL] else 0
 
 

@@ -26,18 +26,17 @@ from dbsam_deploy.options.sensitivity_options import SensitivityOptions, export_
 PACKAGE = Path(cli.__file__).parent
 EXPORT, FOLDER = "build/fp16", "'a folder'"
 VALUES = {
-    "'.'.join(version.split('.')[:2])": "11.4",
     "' '.join(SERVER_PACKAGES)": "pillow numpy",
     "' '.join(packages)": "pillow numpy",
     "' '.join(versions)": "pillow==13.0.0",
     "' '.join(words)": "--precision int8",  # test_the_sweeps_advice has the real ones
     "NUMPY": "numpy<2",
     "WHEEL": "tritonserver==2.51.0",
+    "wanted": "11.4",
     "artefact.precision": "fp16",
     "folder": FOLDER,
     "kind.name": "tensorrt",
     "python": "python",
-    "more": " --artefact build/fp16",
     "place": f" --server-env {FOLDER}",
     "shlex.quote(str(artefact.folder))": EXPORT,
     "shlex.quote(str(folder))": FOLDER,
@@ -56,7 +55,11 @@ VALUES = {
 OURS = r"(?:python -m |--module )dbsam_deploy\.(?P<door>[a-z_.]*[a-z_])|\bdbsam (?P<name>[a-z]+)"
 PIP = r"(?:\{python\} -m )?\bpip (?:install|uninstall)\b"
 COORDINATE = re.compile(r"(?<=\s)[xyz][01](?=\s|$)")
-INTERNAL = {"engines.worker", "machine.hardware", "quantization.modelopt_worker"}
+INTERNAL = {
+    "engines.worker",
+    "machine.hardware",
+    "quantization.modelopt_worker",
+}
 """Started by the program, not by users."""
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -46,21 +47,25 @@ def test_help_teaches_by_example(name: str, capsys: pytest.CaptureFixture[str]) 
     assert f"python -m dbsam_deploy.{name} " in rest
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")
+def test_python_m_ends_in_one_line_and_status_2(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `python -m` runs it, but for a process of its own, which one command has below."""
+    monkeypatch.setattr(sys, "argv", [name, "--no-such-option"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(f"dbsam_deploy.{name}", run_name="__main__", alter_sys=True)
+    assert isinstance(ended.value.code, int)
+    check_refusal(ended.value.code, *capsys.readouterr())
+
+
 def test_a_process_ends_in_one_line_and_status_2() -> None:
-    """Each command as its user starts it; all at once, since what they do is import."""
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", f"dbsam_deploy.{name}", "--no-such-option"],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for name in COMMANDS
-    ]
-    for process in started:
-        out, err = process.communicate(timeout=120)
-        check_refusal(process.returncode, out, err)
+    command = [sys.executable, "-m", "dbsam_deploy.predict", "--no-such-option"]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    check_refusal(done.returncode, done.stdout, done.stderr)
 
 
 MISTAKES = [

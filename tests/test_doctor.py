@@ -171,14 +171,12 @@ def test_a_machine_without_anything(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(doctor, "find_headers", lambda runtime: raise_engine_error("no headers"))
     monkeypatch.setattr(toolkit, "TOOLKITS", tmp_path)
-    monkeypatch.setattr(doctor, "find_nvrtc", lambda: raise_engine_error("no NVRTC"))
     status, out, err = shell("--json")
     assert (status, err) == (0, "")
     rows = {row["name"]: row for row in json.loads(out)["checks"]}
     assert not any(row["usable"] for row in rows.values())
     assert all(row["install"] for row in rows.values())
     assert rows["g++"]["missing"] == "no g++ on the PATH"
-    assert rows["NVRTC"]["install"] == INSTALL_LINES["NVRTC"]
     assert rows["plugin library"]["install"] == "python -m dbsam_deploy.plugins build"
     assert rows["Triton server"]["install"] == "python -m dbsam_deploy.serve --install"
 

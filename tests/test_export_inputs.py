@@ -25,6 +25,7 @@ from dbsam_deploy.export import Stages, export, main
 from dbsam_deploy.files.inputs import key_of
 from dbsam_deploy.quantization import quantizer
 from dbsam_deploy.recipe import load_recipe
+from dbsam_deploy.verification import provenance
 from dbsam_deploy.verification.cases import bundled_examples
 from dbsam_deploy.verification.parity import Figures
 
@@ -43,7 +44,8 @@ def test_only_packages_that_take_part_make_it_again_and_it_says_which(
     def installed(packages: tuple[str, ...] = ("openvino", "torch")) -> dict[str, str]:
         return {name: version for name, version in versions.items() if name in packages}
 
-    monkeypatch.setattr(door, "installed_versions", installed)
+    for module in (door, provenance):
+        monkeypatch.setattr(module, "installed_versions", installed)
     toy.run("a")
     versions.update({"openvino": "2026.4.1", "tensorrt": "11", "nvidia-modelopt": "1"})
     assert "is up to date" in said_again(toy)
@@ -173,7 +175,9 @@ def test_the_packages_that_take_part_are_those_that_change_the_result(
     toy: Toy, monkeypatch, precision: str, mode: str, packages: set[str]
 ) -> None:
     asked: list[set[str]] = []
-    monkeypatch.setattr(door, "installed_versions", lambda names: asked.append(set(names)) or {})
+    monkeypatch.setattr(
+        provenance, "installed_versions", lambda names: asked.append(set(names)) or {}
+    )
     monkeypatch.setattr(quantizer, "check_modelopt", lambda plan: None)  # as if it were here
     recipe = load_recipe(precision)
     if precision == "int8":

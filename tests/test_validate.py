@@ -115,14 +115,6 @@ def test_single_steps_and_a_named_export(play, shell, tiny_artefact):
     assert {one["step"] for one in body["outcomes"]} == {"export", "speed"}
 
 
-def test_what_goes_on_names_the_export(play, shell, tiny_artefact):
-    late = Judgement("server", "triton", Verdict.OUT_OF_TIME, "not begun")
-    play({"server: triton": late})
-    _, out, _ = shell("--report", "out", "--artefact", str(tiny_artefact.folder), "--budget", "9m")
-    line = f"python -m dbsam_deploy.validate --report out --artefact {tiny_artefact.folder}"
-    assert out.splitlines()[-1] == f"to go on: {line}"
-
-
 def test_the_newest_export_is_taken(play, shell, tiny_artefact, tmp_path):
     play({})
     (tmp_path / "build").mkdir()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,7 +42,6 @@ __all__ = [
     "Work",
     "as_tuple",
     "cache_bytes",
-    "capture_all",
     "gpu_reference_workload",
     "measure_ceilings",
     "peak_bytes",
@@ -95,30 +94,6 @@ def gpu_reference_workload(device: str = "cuda", divide: int = 1) -> Workload:
 def _synchronize(tensor: Tensor) -> None:
     if tensor.is_cuda:
         torch.cuda.synchronize(tensor.device)
-
-
-def capture_all(
-    variants: Mapping[str, Callable[..., Any]],
-    sets: Sequence[tuple[Tensor, ...]],
-    ours: str = "ours",
-) -> tuple[dict[str, Captured], dict[str, str]]:
-    """Every variant recorded, and in one line why a peer is not: the others go on without it.
-
-    Args:
-        variants: name → function.
-        sets: see `Captured`.
-        ours: the variant whose error is one.
-    """
-    graphs, missing = {}, {}
-    for name, function in variants.items():
-        try:
-            graphs[name] = Captured(function, sets)
-        except Exception as error:
-            if name == ours:
-                raise
-            lines = str(error).strip().splitlines() or ["no message"]
-            missing[f"no {name}"] = f"{type(error).__name__}: {lines[0]}"
-    return graphs, missing
 
 
 def synchronized(work: Workload) -> Workload:

@@ -6,14 +6,10 @@ but in the dtype of its inputs, as such code does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import FlexKernelOptions, flex_attention
+from torch.nn.attention.flex_attention import flex_attention
 
 from dbsam_deploy.graphs.encoder_decoder import EncoderGraph, RelPosAttention
 from dbsam_deploy.model import DbSam
@@ -69,28 +65,16 @@ def sdpa_attention(
 
 
 def flex_rel_pos_attention(
-    qkv: Tensor,
-    rel_pos_h: Tensor,
-    rel_pos_w: Tensor,
-    *,
-    num_heads: int,
-    side: int,
-    scale: float,
-    backend: Literal["AUTO", "FLASH"] = "AUTO",
+    qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, *, num_heads: int, side: int, scale: float
 ) -> Tensor:
-    """FlexAttention, which adds the two terms inside its kernel; to be compiled.
-
-    `backend` is that of its kernels: FLASH is FlashAttention's CuTe DSL, for Hopper and Blackwell.
-    """
+    """FlexAttention, which adds the two terms inside its kernel; to be compiled."""
     q, k, v = _heads(qkv, num_heads)
     rows, columns = _bias_terms(q, rel_pos_h, rel_pos_w, side)
 
     def add_bias(score: Tensor, n: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return score + rows[n, h, query, key // side] + columns[n, h, query, key % side]
 
-    options: FlexKernelOptions = {"BACKEND": backend}
-    out = flex_attention(q, k, v, score_mod=add_bias, scale=scale, kernel_options=options)
-    assert isinstance(out, Tensor)
+    out = flex_attention(q, k, v, score_mod=add_bias, scale=scale)
     return _joined(out)
 
 
@@ -107,29 +91,23 @@ def eager_channel_attention(
     return hidden, gate[:, :, None] * pw_weight
 
 
-flash_rel_pos_attention = partial(flex_rel_pos_attention, backend="FLASH")
-"""FlexAttention on FlashAttention's kernels."""
+class SdpaEncoder(nn.Module):
+    """The recipe of segment-anything-fast for an image encoder, without its own Triton kernel.
 
-
-class PeerEncoder(nn.Module):
-    """The reference's encoder with another attention; to be cast and compiled.
-
-    With SAM's attention on `scaled_dot_product_attention` and the dense bias as its mask, in
-    bfloat16 and compiled with mode `max-autotune`, it is the recipe of segment-anything-fast
-    without that project's own Triton kernel.
+    SAM's attention on `scaled_dot_product_attention` with the dense bias as its mask; to be cast to
+    bfloat16 and compiled with mode `max-autotune`, as that project does.
 
     Args:
         model: reference model; it is copied, not changed.
-        operator: the attention, with the signature of `rel_pos_attention_reference`.
     """
 
-    def __init__(self, model: DbSam, operator: Callable[..., Tensor] = sdpa_attention) -> None:
+    def __init__(self, model: DbSam) -> None:
         super().__init__()
         self.graph = EncoderGraph(model)
         for block in self.graph.modules():
             attention = getattr(block, "attn", None)
             if isinstance(attention, RelPosAttention):
-                block.attn = FusedRelPosAttention(attention, operator=operator)
+                block.attn = FusedRelPosAttention(attention, operator=sdpa_attention)
         self.eval().requires_grad_(False)
 
     def forward(self, image: Tensor) -> Tensor:

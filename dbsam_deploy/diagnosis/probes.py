@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..core.errors import EngineError, MissingError
+from ..core.errors import EngineError
 from ..engines.kinds import TENSORRT, TENSORRT_RTX, Kind, check_version
-from ..extras import ONNXRUNTIME_TENSORRT_LINE, TORCH_GPU_LINE, pip_line
-from ..kernels.nvrtc import find_nvrtc, has_nvcc
+from ..extras import NVCC_LINE, ONNXRUNTIME_TENSORRT_LINE, TORCH_GPU_LINE, pip_line
+from ..kernels.toolkit import find_nvcc
 from .inspections import Answer
 
 Ask = Callable[[str], Answer]
@@ -72,7 +72,7 @@ def _no_cuda(torch: Answer, driver: Answer) -> tuple[str, str]:
 
 
 def probe_pytorch_fused(ask: Ask) -> Finding:
-    """PyTorch on CUDA with the fused kernels, which nvcc or NVRTC builds on their first use."""
+    """PyTorch on CUDA with the fused kernels, which nvcc builds on their first use."""
     torch, driver = ask("torch"), ask("driver")
     if torch.error:
         return _refused([torch.error], pip_line("export"))
@@ -82,16 +82,14 @@ def probe_pytorch_fused(ask: Ask) -> Finding:
         reasons.append(reason)
     elif _target(driver) < OLDEST_TARGET:
         reasons.append(f"the GPU is {driver.facts.get('target')}, the kernels need sm_80 or later")
-    compiler = ""
-    if not has_nvcc():
-        try:
-            compiler = f", kernels by NVRTC {find_nvrtc().version}"
-        except MissingError as error:
-            reasons.append(f"no nvcc, which builds the kernels, and {error.what}")
-            line = line or error.install
+    try:
+        find_nvcc()
+    except EngineError as error:
+        reasons.append(error.message)
+        line = line or NVCC_LINE
     if reasons:
         return _refused(reasons, line, _version(torch))
-    return Finding(True, _version(torch) + compiler, ("cuda",))
+    return Finding(True, _version(torch), ("cuda",))
 
 
 def _target(driver: Answer) -> int:

@@ -45,15 +45,11 @@ _STANDARD_HEADERS = {
         namespace std {
         template <class A, class B> inline constexpr bool is_same_v = false;
         template <class A> inline constexpr bool is_same_v<A, A> = true;
-        template <bool first, class A, class B> struct conditional { using type = A; };
-        template <class A, class B> struct conditional<false, A, B> { using type = B; };
-        template <bool first, class A, class B>
-        using conditional_t = typename conditional<first, A, B>::type;
         }
     """,
     "cuda_runtime.h": "",
 }
-"""What kernels use of headers that NVRTC does not bring; add what a kernel comes to need."""
+"""What kernels use of headers that NVRTC does not bring."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +162,7 @@ def compile_source(source: str, architecture: str) -> Compiled:
 @contextlib.contextmanager
 def _program(nvrtc: Nvrtc, source: str) -> Iterator[ctypes.c_void_p]:
     count, strings = len(_STANDARD_HEADERS), ctypes.c_char_p * len(_STANDARD_HEADERS)
-    contents = strings(*(f"#pragma once\n{t}".encode() for t in _STANDARD_HEADERS.values()))
+    contents = strings(*(text.encode() for text in _STANDARD_HEADERS.values()))
     names = strings(*(name.encode() for name in _STANDARD_HEADERS))
     program = ctypes.c_void_p()
     create = nvrtc.library.nvrtcCreateProgram

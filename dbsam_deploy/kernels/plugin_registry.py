@@ -42,10 +42,10 @@ def load_plugins(path: Path, *, runtime: Any = None) -> PluginLibrary:
         runtime = require("tensorrt", extra="gpu", what_for="a plugin")
     version = runtime.__version__
     if library.tensorrt_headers.split(".")[0] != version.split(".")[0]:
+        wanted = ".".join(version.split(".")[:2])
         raise EngineError(
             f"{path} was compiled with headers of TensorRT {library.tensorrt_headers}, this is "
-            f"TensorRT {version}: run `python -m dbsam_deploy.plugins build --tensorrt "
-            f"{'.'.join(version.split('.')[:2])}`"
+            f"TensorRT {version}: run `python -m dbsam_deploy.plugins build --tensorrt {wanted}`"
         )
     register_library(library.path, library.sha256, runtime)
     return library

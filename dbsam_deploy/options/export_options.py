@@ -70,6 +70,11 @@ class ExportOptions(ModelChoice):
     keep_references: bool = True
     wait: bool = True
 
+    @property
+    def folder(self) -> Path:
+        """The artefact's own place in `output`."""
+        return self.output / self.precision
+
 
 def build_parser() -> Parser:
     """The command line; its names are those of `ExportOptions`."""

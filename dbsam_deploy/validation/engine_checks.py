@@ -16,7 +16,6 @@ from ..engines.layers import LayerReport, check_plugins, read_attention, read_la
 from ..engines.manifest import Flags
 from ..extras import HEADERS_LINE, LEAN_LINE, headers_line
 from ..kernels.headers import find_headers, installed_tensorrt
-from ..kernels.nvrtc import find_nvrtc, has_nvcc
 from ..kernels.plugin_build import (
     DEFAULT_OUTPUT,
     LIBRARY_NAME,
@@ -120,8 +119,7 @@ def quick_plugins(context: Context) -> Passed:
     """Engines whose plugins' code is inside the plan; see `_run`."""
     need_gpu()
     need_package("tensorrt", TENSORRT.extra)
-    if not has_nvcc():
-        find_nvrtc()  # or says how to get it
+    need_nvcc()
     return _built_and_run(
         context, "quick", EngineOptions(TENSORRT, flags=Flags(quick_plugins=True))
     )

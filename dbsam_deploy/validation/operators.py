@@ -22,7 +22,6 @@ from ..engines.device import find_gpu
 from ..extras import GXX_LINE, NVCC_LINE, TORCH_GPU_LINE
 from ..kernels import library as kernels
 from ..kernels.detector import detecting_library
-from ..kernels.nvrtc import compile_source, find_nvrtc, has_nvcc
 from ..kernels.toolkit import TOOLKITS, find_nvcc
 from ..machine.child_process import Ended, python_command
 from .machine_state import need_gpu
@@ -90,37 +89,19 @@ def need_cuda() -> str:
 
 
 def build_library(context: Context) -> Passed:
-    """Compile all kernels for this machine's GPU and load them; NVRTC waits for their calls.
+    """Compile all kernels for this machine's GPU and load them.
 
     Raises:
         NotRunError: no GPU.
-        MissingError: neither nvcc nor NVRTC.
-        EngineError: nvcc refuses a source.
+        EngineError: no compiler, or it refuses a source.
     """
     device = need_cuda()
     import torch
 
     from ..kernels import torch_ops
 
-    if not has_nvcc():
-        nvrtc = find_nvrtc()
-        torch_ops.kernel_library(torch.device(device))
-        return Passed(f"no nvcc: NVRTC {nvrtc.version} compiles each kernel when it is called")
     torch_ops.kernel_library(torch.device(device))
     return Passed(f"compiled for this GPU and loaded: {', '.join(kernels.OPERATORS)}")
-
-
-def try_nvrtc(context: Context) -> Passed:
-    """Compile a kernel of one line with NVRTC, which does where there is no nvcc.
-
-    Raises:
-        MissingError: it is not here.
-        EngineError: it refuses the kernel.
-    """
-    nvrtc, gpu = find_nvrtc(), find_gpu()
-    target = AHEAD if gpu is None else gpu.target
-    compile_source('extern "C" __global__ void one(float* x) { *x = 1; }', target)
-    return Passed(f"NVRTC {nvrtc.version} compiles for {target}")
 
 
 def build_for_cpu(operator: str, context: Context) -> Passed:
@@ -308,7 +289,6 @@ BUILD: dict[str, CheckFunction] = {
     "GPU library": build_library,
     **_for_each(build_for_cpu, "g++ "),
     **_for_each(build_for_cuda, "nvcc "),
-    "NVRTC": try_nvrtc,
 }
 COMPARE: dict[str, CheckFunction] = {
     f"{name} {dtype}": partial(compare, name, dtype)

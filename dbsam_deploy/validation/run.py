@@ -152,17 +152,16 @@ def _run_steps(
 def _advised(outcome: Judgement, plan: Plan) -> Judgement:
     """An outcome with the line that makes it run, once there is time, or a GPU."""
     if outcome.verdict == Verdict.OUT_OF_TIME:
-        return replace(outcome, advice=resume_line(plan.report, plan.artefact))
+        return replace(outcome, advice=resume_line(plan.report))
     if outcome.verdict == Verdict.NOT_RUN and outcome.text == NO_GPU:
-        line = f"{resume_line(plan.report, plan.artefact)} --only {outcome.step}"
+        line = f"{resume_line(plan.report)} --only {outcome.step}"
         return replace(outcome, text=f"{NO_GPU}; on a machine with one", advice=line)
     return outcome
 
 
-def resume_line(report: Path, artefact: Path | None) -> str:
-    """The command that goes on with a report of an export, None for the shipped model's."""
-    more = "" if artefact is None else f" --artefact {shlex.quote(str(artefact))}"
-    return f"python -m dbsam_deploy.validate --report {shlex.quote(str(report))}{more}"
+def resume_line(report: Path) -> str:
+    """The command that goes on."""
+    return f"python -m dbsam_deploy.validate --report {shlex.quote(str(report))}"
 
 
 class _Writer:

@@ -139,7 +139,7 @@ def time_session(artefact: Artefact, session: Session) -> Passed:
     corners = np.sort(rng.uniform(0, side, (1, 8, 2, 2)), axis=2)
     boxes = corners.reshape(1, 8, 4).astype(np.float32)
     work = {
-        "image": partial(session.run, "encoder", image),
+        "encoding": partial(session.run, "encoder", image),
         "1 box": partial(session.run, "decoder", {**features, BOXES: boxes[:, :1]}),
         "8 boxes": partial(session.run, "decoder", {**features, BOXES: boxes}),
     }

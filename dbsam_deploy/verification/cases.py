@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,19 @@ class Case:
 def bundled_examples() -> Path:
     """Folder of the CC0 example images that ship with the project."""
     return resource_dir("export") / "examples"
+
+
+def fewer_or_more(parity: Parity, images: int | None) -> Parity:
+    """A comparison with as many images as a user asks for, None for those of the recipe.
+
+    Raises:
+        InputError: none at all.
+    """
+    if images is None:
+        return parity
+    if images < 1:
+        raise InputError(f"--data-images {images}: expected at least 1")
+    return replace(parity, images=images)
 
 
 def load_cases(folder: Path, parity: Parity) -> list[Case]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 
-from dbsam_deploy.core.errors import MissingError
+from dbsam_deploy.core.errors import EngineError
 from dbsam_deploy.diagnosis import probes
 from dbsam_deploy.diagnosis.inspections import Answer
 from dbsam_deploy.diagnosis.probes import Finding
-from dbsam_deploy.extras import NVRTC_LINE, TORCH_GPU_LINE, pip_line
+from dbsam_deploy.extras import NVCC_LINE, TORCH_GPU_LINE, pip_line
 
 NO_GPU = Answer(error="no NVIDIA GPU, or no driver for it")
 GPU = Answer({"name": "NVIDIA H200", "target": "sm_90", "cuda": "13.0"})
@@ -90,7 +90,7 @@ ALL = (
 
 @pytest.fixture(autouse=True)
 def with_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probes, "has_nvcc", lambda: True)
+    monkeypatch.setattr(probes, "find_nvcc", lambda: Path("/cuda/bin/nvcc"))
 
 
 @pytest.mark.parametrize("probe", ALL, ids=lambda probe: probe.__name__)
@@ -160,22 +160,18 @@ def test_a_broken_pytorch() -> None:
         assert finding.install == pip_line("export")
 
 
-def test_fused_kernels_need_a_compiler_and_sm_80(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_kernels_need_nvcc_and_sm_80(monkeypatch: pytest.MonkeyPatch) -> None:
     old = probes.probe_pytorch_fused(FULL.but(driver=Answer({**GPU.facts, "target": "sm_75"})))
     assert (old.usable, old.install) == (False, "")
     assert "the GPU is sm_75, the kernels need sm_80" in old.missing
-    monkeypatch.setattr(probes, "has_nvcc", lambda: False)
-    monkeypatch.setattr(probes, "find_nvrtc", lambda: SimpleNamespace(version="13.0"))
-    finding = probes.probe_pytorch_fused(FULL)
-    assert (finding.usable, finding.version) == (True, "2.13.0, kernels by NVRTC 13.0")
 
-    def nowhere() -> None:
-        raise MissingError("there is no NVRTC", NVRTC_LINE)
+    def nowhere() -> Path:
+        raise EngineError("no nvcc in the PATH")
 
-    monkeypatch.setattr(probes, "find_nvrtc", nowhere)
+    monkeypatch.setattr(probes, "find_nvcc", nowhere)
     finding = probes.probe_pytorch_fused(FULL)
-    assert (finding.usable, finding.install) == (False, NVRTC_LINE)
-    assert finding.missing == "no nvcc, which builds the kernels, and there is no NVRTC"
+    assert (finding.usable, finding.install) == (False, NVCC_LINE)
+    assert "no nvcc" in finding.missing
 
 
 def test_onnxruntime_on_a_gpu_machine_without_its_gpu_build() -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from dbsam_deploy import export
 from dbsam_deploy.files.inputs import code_digest
 from dbsam_deploy.files.sources import PACKAGE, closure, imported
+from dbsam_deploy.verification import provenance
 
 
 def names(paths: list[Path], package: Path = PACKAGE) -> set[str]:
@@ -56,7 +56,7 @@ def test_a_closure_that_leads_nowhere_is_a_mistake() -> None:
 
 
 def test_graphs_are_made_of_the_rooms_before_them_and_of_no_door() -> None:
-    graphs, gate = (names(closure(x)) for x in (export.GRAPH_MODULES, export.GATE_MODULES))
+    graphs, gate = (names(closure(x)) for x in (provenance.GRAPH_MODULES, provenance.GATE_MODULES))
     assert {"core/contract.py", "graphs/onnx_export.py", "model/db_sam.py", "recipe.py"} <= graphs
     assert {"fusions/nodes.py", "quantization/rounding.py", "files/onnx_files.py"} <= graphs
     assert {"verification/parity.py", "core/imaging.py", "prediction/predictor.py"} <= gate
@@ -83,6 +83,6 @@ def test_the_key_changes_with_what_shapes_the_graphs(
 ) -> None:
     copy = tmp_path / "dbsam_deploy"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__", "_share"))
-    before = code_digest.__wrapped__(export.GRAPH_MODULES, copy)
+    before = code_digest.__wrapped__(provenance.GRAPH_MODULES, copy)
     (copy / edited).write_text((copy / edited).read_text() + "# edited\n")
-    assert (code_digest.__wrapped__(export.GRAPH_MODULES, copy) != before) == changes
+    assert (code_digest.__wrapped__(provenance.GRAPH_MODULES, copy) != before) == changes

@@ -22,6 +22,7 @@ from dbsam_deploy.files.atomic import sha256_of
 from dbsam_deploy.model import VARIANTS
 from dbsam_deploy.model.weights import LoadedModel
 from dbsam_deploy.serving.repository import load_repository
+from dbsam_deploy.verification import provenance
 from dbsam_deploy.verification.parity import Figures
 
 FIGURES = Figures(
@@ -114,7 +115,8 @@ def toy_graphs(make_artefact, tmp_path_factory) -> dict[str, Artefact]:
 
 @pytest.fixture
 def toy(toy_graphs, tmp_path, monkeypatch) -> Toy:
-    monkeypatch.setattr(door, "installed_versions", lambda *packages: {"python": "3"})  # slow
+    for module in (door, provenance):  # slow
+        monkeypatch.setattr(module, "installed_versions", lambda *packages: {"python": "3"})
     (tmp_path / "data").mkdir()
     image, labels = np.zeros((2, 64, 64), np.uint8)
     labels[8:40, 8:40] = 1

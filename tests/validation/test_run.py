@@ -49,13 +49,12 @@ def test_a_report_is_whole_wherever_the_command_was_killed_and_is_gone_on_from(t
     begun = ["first / b", "second / c", "third / e"]
     passed = [{"a"}, {"a", "b"}, {"a", "b", "c", "d"}]
     command = [sys.executable, "-c", COMMAND, str(tmp_path), TABLE + "DEADLY"]
-    for running_then, kept, on_page in zip(begun, passed, (0, 2, 4), strict=True):
+    for running_then, kept in zip(begun, passed, strict=True):
         assert subprocess.run(command).returncode == -signal.SIGKILL
         body = read(tmp_path)
         assert body["running"] == running_then
         assert {one["check"] for one in body["outcomes"]} == kept
         assert running_then in body["left"]
-        assert (tmp_path / PAGE_NAME).read_text().count('<td class="verdict') == on_page
         assert len(body["left"]) + len(kept) == 5
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -222,7 +222,7 @@ def _to(draw: Any) -> Any:
 
 def test_times_of_a_runtime(tiny_artefact, context):
     found = SPEED["onnxruntime"](replace(context, artefact=tiny_artefact.folder))
-    assert set(found.figures) == {"image_ms", "1 box_ms", "8 boxes_ms"}
+    assert set(found.figures) == {"encoding_ms", "1 box_ms", "8 boxes_ms"}
     assert all(value > 0 for value in found.figures.values())
 
 

@@ -1,0 +1,60 @@
+"""All that an artefact is made from: what is the same is not made twice, what is not is named."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..files.inputs import Inputs, code_digest, digest
+from ..machine.hardware import installed_versions
+from ..recipe import Recipe
+from .cases import Case
+
+if TYPE_CHECKING:
+    from ..model.weights import LoadedModel
+
+GRAPH_MODULES = ("model.weights", "graphs.onnx_export", "quantization.quantizer", "fusions")
+"""What the ONNX files come from, with all that these modules import."""
+GATE_MODULES = (
+    "sessions.pytorch_session",
+    "sessions.onnxruntime_session",
+    "verification.answers",
+    "verification.points",
+)
+"""What the figures come from, likewise."""
+_TRACED = ("torch", "segment-anything", "onnx", "onnxscript", "onnx-ir", "numpy")
+_COMPARED = ("torch", "onnxruntime", "onnxruntime-gpu", "onnx", "numpy", "pillow")
+_QUANTIZED = ("onnxruntime", "onnxruntime-gpu", "ml-dtypes", "pillow")
+_MODELOPT = ("nvidia-modelopt", "onnx-graphsurgeon", "onnxslim")
+"""Packages that change the ONNX files of every recipe, the figures, the files of a recipe that
+quantises, and of one that leaves it to modelopt. Others do not take part."""
+
+
+def graph_inputs(loaded: LoadedModel, recipe: Recipe, quantizer_key: str) -> Inputs:
+    """All that determines the ONNX files: weights, recipe, versions and the code."""
+    packages: tuple[str, ...] = _TRACED
+    if recipe.quantization is not None:
+        packages += (*_QUANTIZED, *_resize_packages(loaded))
+        packages += _MODELOPT if recipe.quantization.tool == "modelopt" else ()
+    return {
+        "weights": str(loaded.weights["sha256"]),
+        "model": digest(repr(loaded.model.config)),
+        "recipe": digest(repr(recipe)),
+        "calibration": digest(quantizer_key),
+        "code of the export": code_digest(GRAPH_MODULES),
+        **installed_versions(packages),
+    }
+
+
+def compared_inputs(loaded: LoadedModel, cases: list[Case]) -> Inputs:
+    """All else that determines an artefact: the images, and their comparison."""
+    images = (digest(c.name, c.image.tobytes(), c.boxes.tobytes()) for c in cases)
+    return {
+        "images of the comparison": digest(*images),
+        "code of the comparison": code_digest(GATE_MODULES),
+        **installed_versions((*_COMPARED, *_resize_packages(loaded))),
+    }
+
+
+def _resize_packages(loaded: LoadedModel) -> tuple[str, ...]:
+    """What MedSAM's preprocessing takes to resize an image; SAM's takes Pillow."""
+    return ("scikit-image",) if loaded.preprocessing.mode == "medsam" else ()
