@@ -132,6 +132,8 @@ CASES = {
     "deform five levels": deform(1, [64, 64] * 5, [64, 64] * 5),
     "deform ragged": deform(2, [5, 3, 1, 7], [7, 9, 2, 2, 1, 1], heads=3),
     "deform narrow": deform(1, [6, 5], [4, 4], heads=2, depth=8),
+    # 48 KiB of dynamic shared memory in float32, and 2 KiB of static
+    "deform 24 samples": deform(1, [9, 9], [4, 5] * 6, heads=2),
     "deform far": deform(1, [9, 9], [8, 8, 4, 4], reach=50),
     "channel": channel(1, 64, 64),
     "channel batch": channel(8, 64, 64),
@@ -238,6 +240,17 @@ def test_the_entry_point_on_pycudas_memory_equals_the_reference(memory, case, dt
     tensors = case.draw(dtype)
     inputs = [memory.put(tensor) for tensor in tensors]
     found = _call(memory, case, dtype, *inputs, entry=f"dbsam_{case.name}")
+    _compare(tuple(found), case.expected(tensors), dtype)
+
+
+@pytest.mark.nvcc
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("rel_pos")])
+def test_the_compact_attention_equals_the_reference(memory, name, dtype):
+    case = CASES[name]
+    tensors = case.draw(dtype)
+    inputs = [memory.put(tensor) for tensor in tensors]
+    found = _call(memory, case, dtype, *inputs, entry="dbsam_rel_pos_attention_compact")
     _compare(tuple(found), case.expected(tensors), dtype)
 
 

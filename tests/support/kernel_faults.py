@@ -32,6 +32,20 @@ class Fault:
     dtype: str = "float16"
     sizes: tuple[Any, ...] = field(default=())
 
+    def text(self) -> str:
+        """The file with the mistake.
+
+        Raises:
+            ValueError: the text to replace is not there once.
+        """
+        text = (resource_dir("kernels") / self.file).read_text()
+        if (count := text.count(self.old)) != 1:
+            raise ValueError(
+                f"{self.file} has {self.old!r} {count} times, expected once: bring the fault "
+                "up to date"
+            )
+        return text.replace(self.old, self.new)
+
     def plant(self, folder: Path) -> Path:
         """The operator's source, in a copy of `kernels/` in `folder` that has the mistake.
 
@@ -41,14 +55,7 @@ class Fault:
         for path in resource_dir("kernels").iterdir():
             if path.is_file():
                 shutil.copy(path, folder)
-        path = folder / self.file
-        text = path.read_text()
-        if (count := text.count(self.old)) != 1:
-            raise ValueError(
-                f"{self.file} has {self.old!r} {count} times, expected once: bring the fault "
-                "up to date"
-            )
-        path.write_text(text.replace(self.old, self.new))
+        (folder / self.file).write_text(self.text())
         return folder / f"{self.operator}.cu"
 
 
