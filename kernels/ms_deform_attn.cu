@@ -48,7 +48,7 @@ int launch(const void* value, const void* offsets, const void* weights, void* ou
   if (tiles * columns * batch >= 4 * kManyBlocks) tiles = cut_tiles(problem, 2);
   if (tiles > 65535 || batch > 65535) return dbsam::kErrorLimits;
   const dim3 grid(static_cast<unsigned>(columns), static_cast<unsigned>(tiles), batch);
-  const size_t bytes = sizeof(dbsam::Prepared<T>) * problem.warps * problem.levels * problem.points;
+  const int bytes = dbsam::deform_shared_bytes<T>(problem.warps, problem.levels * problem.points);
   return DBSAM_LAUNCH(dbsam::ms_deform_attn_kernel<T>, grid, dim3(problem.warps * 32), bytes,
                       stream, static_cast<const T*>(value), static_cast<const T*>(offsets),
                       static_cast<const T*>(weights), static_cast<T*>(out), problem);

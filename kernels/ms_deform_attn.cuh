@@ -15,7 +15,6 @@ namespace dbsam {
 
 constexpr int kDeformMaxLevels = 8;
 constexpr int kDeformMaxPoints = 8;
-constexpr int kDeformMaxSamples = kDeformMaxLevels * kDeformMaxPoints;
 constexpr int kDeformSlots = 32 / kDeformQueries;  // samples prepared at a time
 constexpr int kDeformMaxWarps = 8;
 
@@ -49,6 +48,14 @@ struct alignas(16) Prepared {
   Vec<int, 4> place[kDeformQueries];  // element offsets of the corners
   typename DeformGather<T>::Weights weights;
 };
+
+// Shared memory of a block: the warps' samples, then the maps of all samples. None of it is static,
+// so that whoever launches the kernel sees by its bytes whether 48 KiB do.
+template <typename T>
+__host__ __device__ constexpr int deform_shared_bytes(int warps, int samples) {
+  return (static_cast<int>(sizeof(Prepared<T>)) * warps + static_cast<int>(sizeof(SampleMap))) *
+         samples;
+}
 
 // Bilinear sample of a height x width map at (x, y) in pixels: cell i covers [i - 0.5, i + 0.5).
 struct Corners {
@@ -216,13 +223,13 @@ __global__ void __launch_bounds__(kDeformMaxWarps * 32, DeformGather<T>::kBlocks
     ms_deform_attn_kernel(const T* __restrict__ value, const T* __restrict__ offsets,
                           const T* __restrict__ logits, T* __restrict__ out,
                           const __grid_constant__ DeformProblem problem) {
-  __shared__ SampleMap maps[kDeformMaxSamples];
   DBSAM_DYNAMIC_SHARED(Prepared<T>, all_prepared);
   const DeformLevel& level = find_level(problem, blockIdx.y);
   // The shuffle tells the compiler that the warp's number is the same in all lanes.
   const int warp = __shfl_sync(kFullMask, static_cast<int>(threadIdx.x / 32), 0);
   const int lane = threadIdx.x % 32, samples = problem.levels * problem.points;
   Prepared<T>* prepared = all_prepared + warp * samples;
+  auto* maps = reinterpret_cast<SampleMap*>(all_prepared + problem.warps * samples);
   for (int s = lane; s < samples; s += 32) prepared[s].weights.clear();
   fill_maps(maps, problem, level);
   __syncthreads();

@@ -70,7 +70,7 @@ constexpr Launch plan_launch(const Problem& problem) {
   DeformProblem deform = describe(problem);
   const int samples = deform.levels * deform.points;
   return {deform.heads * deform.slices, cut_tiles(deform), deform.warps * 32,
-          static_cast<int>(sizeof(Prepared<T>)) * deform.warps * samples,
+          deform_shared_bytes<T>(deform.warps, samples),
           DeformGather<T>::kBlocks * kDeformMaxWarps / deform.warps};
 }
 

@@ -160,11 +160,11 @@ def _run_tests(operator: str, **environment: str) -> subprocess.CompletedProcess
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_nothing_is_found_in_any_comparison(operator: str) -> None:
     result = _run_tests(operator)
-    assert re.search(r"\n\d+ passed in", result.stdout), result.stdout
+    assert result.returncode == 0, result.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WRONG_VALUES)
 def test_wrong_values_fail_a_comparison(name: str) -> None:
     result = _run_tests(WRONG_VALUES[name].operator, OTHER_KERNELS=name)
-    assert re.search(r"\n\d+ failed, \d+ passed in", result.stdout), result.stdout
+    assert re.search(r"^FAILED .*sums_over_the_map", result.stdout, re.M), result.stdout

@@ -132,7 +132,7 @@ CASES = {
     "deform five levels": deform(1, [64, 64] * 5, [64, 64] * 5),
     "deform ragged": deform(2, [5, 3, 1, 7], [7, 9, 2, 2, 1, 1], heads=3),
     "deform narrow": deform(1, [6, 5], [4, 4], heads=2, depth=8),
-    # 48 KiB of dynamic shared memory in float32, and 2 KiB of static
+    # samples alone are 48 KiB of shared memory in float32
     "deform 24 samples": deform(1, [9, 9], [4, 5] * 6, heads=2),
     "deform far": deform(1, [9, 9], [8, 8, 4, 4], reach=50),
     "channel": channel(1, 64, 64),

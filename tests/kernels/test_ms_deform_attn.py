@@ -76,8 +76,7 @@ CASES = [
     Case(1, 1, 8, 1, [(1, 1)], [(3, 5)]),
     Case(2, 5, 24, 3, [(1, 17), (17, 1)], [(1, 9), (9, 1), (1, 1)]),
     Case(1, 2, 136, 5, [(4, 5), (6, 7)], [(3, 10)]),
-    # so many samples that dynamic shared memory alone is no more than 48 KiB, and with the static
-    # one it is, in float32
+    # so many samples that those alone fit 48 KiB of shared memory in float32, and all does not
     Case(1, 1, 8, 6, [(2, 3)] * 4, [(2, 2)]),
     Case(1, 1, 8, 6, [(2, 1)] * 8, [(2, 2)]),
     Case(1, 1, 256, 8, [(4, 5)] * 8, [(3, 5)] * 8),

@@ -109,13 +109,13 @@ FAULTS = {
         *("ms_deform_attn", _DEFORM, "prepared[s].weights.clear();", ";"),
         *("read although nobody wrote it: .* dynamic shared",),
     ),
-    "more levels than static memory has places": Fault(
-        *("ms_deform_attn", _DEFORM, "maps[sample] = {", "maps[sample + kDeformMaxSamples] = {"),
-        *(f"written {_OUTSIDE}static shared",),
+    "a map more than there are samples": Fault(
+        *("ms_deform_attn", _DEFORM, "if (sample < problem.levels * problem.points) {"),
+        *("if (sample <= problem.levels * problem.points) {", f"written {_OUTSIDE}dynamic shared"),
     ),
     "too little dynamic shared memory is asked for": Fault(
-        *("ms_deform_attn", "ms_deform_attn.cu", "* problem.warps * problem.levels"),
-        *("* (problem.warps - 1) * problem.levels", f"{_OUTSIDE}dynamic shared"),
+        *("ms_deform_attn", "ms_deform_attn.cu", "<T>(problem.warps, "),
+        *("<T>(problem.warps - 1, ", f"{_OUTSIDE}dynamic shared"),
     ),
     "no __syncthreads between rows": Fault(
         *("channel_attention", _MAP, "next, y + 1 < last);\n    __syncthreads();"),
@@ -123,6 +123,10 @@ FAULTS = {
     ),
     "no __syncthreads before the tiles' sums are added": Fault(
         *("channel_attention", _CHANNEL, "= sum;\n  __syncthreads();", "= sum;", _READ),
+    ),
+    "a row more than static memory has": Fault(
+        *("channel_attention", _CHANNEL, "sums[warp][lane] = sum;", "sums[warp + 1][lane] = sum;"),
+        *(f"written {_OUTSIDE}static shared",),
     ),
     "lanes beyond the channels load": Fault(
         *("channel_attention", _TOKENS, "|| !covers(v) ||", "||", f"read {_OUTSIDE}x"),
