@@ -25,8 +25,9 @@ from .worker import MAIN, TABLE, one_line
 
 Began = Callable[[str], None]
 """Told the name of the check that begins."""
-KILLED_S, LITTLE_S = 10.0, 0.5
-"""How long a killed process is waited for; with how little time left nothing is begun."""
+TIDY_S, KILLED_S, LITTLE_S = 8.0, 10.0, 0.5
+"""How long a process that has to end may take for it, how long a killed one is waited for; with how
+little time left nothing is begun."""
 
 
 class Deadline:
@@ -141,6 +142,9 @@ def _started(
     try:
         yield process, lines
     finally:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):  # a server that it has started cleans up
+            process.wait(TIDY_S)
         with suppress(ProcessLookupError, PermissionError):
             _kill_all(process)
         with suppress(subprocess.TimeoutExpired):  # a driver may keep even a killed one

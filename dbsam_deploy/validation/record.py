@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..artefact import MANIFEST_NAME
+from ..artefact import MANIFEST_NAME, read_artefact
 from ..core.errors import InputError
 from ..files.atomic import sha256_of, writing_to
 from ..files.inputs import Inputs, changes, digest
@@ -79,19 +79,13 @@ def read_inputs(artefact: Path | None) -> dict[str, str]:
         artefact: folder of an export, None for the shipped model.
 
     Raises:
-        InputError: there is no export in it.
+        InputError: there is no export in it, or a damaged one.
     """
     hardware = describe_hardware()
     sources = sorted(path for path in resource_dir("kernels").rglob("*") if path.is_file())
     named = SHIPPED
     if artefact is not None:
-        manifest = artefact / MANIFEST_NAME
-        if not manifest.is_file():
-            raise InputError(
-                f"{artefact} is no export (it has no {MANIFEST_NAME}): make one with "
-                "`python -m dbsam_deploy.export --precision fp16`"
-            )
-        named = sha256_of(manifest)
+        named = sha256_of(read_artefact(artefact).folder / MANIFEST_NAME)
     return {
         "machine": hardware.key,
         "driver": hardware.driver,

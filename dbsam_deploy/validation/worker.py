@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from ..core.errors import DbsamError, MissingError
@@ -37,8 +38,14 @@ def read_table(table: str) -> dict[str, Step]:
 
 def _end_with_parent() -> None:
     """End this process and all that it started when the one that waits for it has ended."""
-    sys.stdin.buffer.read()  # nothing comes but the end
+    while os.read(0, 1):  # nothing comes but the end
+        pass
     os.killpg(0, signal.SIGKILL)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Let a check that is not wanted any more stop what it has started."""
+    raise KeyboardInterrupt
 
 
 def _go_first() -> None:
@@ -95,16 +102,28 @@ def main(argv: list[str] | None = None) -> None:
     table, name, told, *names = sys.argv[1:] if argv is None else argv
     out = os.dup(1)
     os.dup2(2, 1)
+    signal.signal(signal.SIGTERM, _interrupt)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _go_first()
     body = json.loads(told)
     context = Context(**{key: value and Path(value) for key, value in body.items()})
-    step = read_table(table)[name]
+    status = 1
+    try:
+        _run_all(read_table(table)[name], names, context, out)
+        status = 0
+    except KeyboardInterrupt:
+        print("ended from outside", file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(status)  # a library that fails while Python ends has been judged all the same
+
+
+def _run_all(step: Step, names: list[str], context: Context, out: int) -> None:
+    """Run checks until one fails: a GPU that has failed fails all that follows."""
     for check in names:
         _tell(out, {"begin": check})
-        outcome = judge(name, check, step.checks[check], context)
+        outcome = judge(step.name, check, step.checks[check], context)
         _tell(out, {"end": asdict(outcome)})
         if outcome.verdict == Verdict.FAIL:
-            break  # a GPU that has failed fails all that follows; they get a process of their own
-    sys.stderr.flush()
-    os._exit(0)  # a library that fails while Python ends has been judged all the same
+            break

@@ -62,7 +62,10 @@ def hang(context: Context) -> Passed:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     context.folder.mkdir(parents=True, exist_ok=True)
     (context.folder / "pids").write_text(f"{os.getpid()} {child.pid}")
-    time.sleep(600)
+    try:
+        time.sleep(600)
+    finally:
+        (context.folder / "tidy").touch()
     raise AssertionError
 
 

@@ -80,6 +80,7 @@ def test_one_that_hangs_is_killed_with_what_it_started(tmp_path):
     outcomes, _ = run(tmp_path, "HANGS")
     assert outcomes["hang"].verdict == Verdict.FAIL
     assert outcomes["hang"].text == "no answer within 1.5 s"
+    assert (tmp_path / "work" / "tidy").exists()  # it could stop a server
     assert outcomes["after"].verdict == Verdict.PASS
     for pid in (tmp_path / "work" / "pids").read_text().split():
         assert is_gone(int(pid))
