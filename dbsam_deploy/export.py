@@ -301,7 +301,7 @@ def _export_stage(
         if quantized:
             check_onnx(path, spec)
         if name == "encoder":
-            fuse_file(path, loaded.model.config, quantized)
+            fuse_file(path, loaded.model.config, quantized, recipe.optional_fusions)
         done = work.finish(path.name, done)
 
 

@@ -23,6 +23,7 @@ CALIBRATORS = ("max", "percentile", "entropy", "mse")
 OPERATORS = ("MatMul", "Gemm", "Conv")
 ROUNDINGS = ("nearest", "gptq")
 TOOLS = ("onnxruntime", "modelopt")
+OPTIONAL_FUSIONS = ("depthwise_conv_gelu",)
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,8 @@ class Recipe:
         dtype: dtype of weights and activations in the graph.
         opset: ONNX opset.
         fp32_islands: patterns (fnmatch) of module paths that stay float32, by graph-wide path.
+        optional_fusions: of `OPTIONAL_FUSIONS`, fused operators that no recipe has by itself: they
+            have not proved yet on a GPU that they pay.
         gate: accuracy floor.
         parity: comparison protocol.
         quantization: what is quantised; None for a recipe without a [quantization] table.
@@ -130,6 +133,7 @@ class Recipe:
     dtype: Literal["float32", "float16"]
     opset: int
     fp32_islands: tuple[str, ...]
+    optional_fusions: tuple[str, ...]
     gate: Gate
     parity: Parity
     quantization: Quantization | None
@@ -164,13 +168,20 @@ def read_recipe(path: Path) -> Recipe:
     except (ValueError, RecursionError) as error:
         raise InputError(f"recipe {path}: {error}") from error
     body["precision"] = path.stem
-    body["fp32_islands"] = tuple(body.get("fp32_islands", ()))
+    for name in ("fp32_islands", "optional_fusions"):
+        if not isinstance(given := body.get(name, []), list):
+            raise InputError(f"recipe {path}: {name} = {given!r}, expected a list of strings")
+        body[name] = tuple(given)
     for name, kind in (("gate", Gate), ("parity", Parity)):
         body[name] = build_table(kind, body.get(name, {}), f"{path} [{name}]")
     body["quantization"] = _quantization(body.get("quantization"), path)
     recipe = build_table(Recipe, body, str(path))
     if recipe.dtype not in ("float32", "float16"):
         raise InputError(f"recipe {path}: dtype {recipe.dtype!r}, expected float32 or float16")
+    if unknown := [name for name in recipe.optional_fusions if name not in OPTIONAL_FUSIONS]:
+        raise InputError(
+            f"recipe {path}: optional_fusions {unknown}, expected {', '.join(OPTIONAL_FUSIONS)}"
+        )
     plan = recipe.quantization
     if plan is not None and plan.format == "fp8" and recipe.opset < 19:
         raise InputError(f"recipe {path}: opset = {recipe.opset}; fp8 needs opset 19 or later")

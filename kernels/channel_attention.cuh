@@ -3,7 +3,7 @@
 //   gated_weight[b, i, :] = gate[b, i] * pw_weight[i, :].
 // The graph around it computes x + hidden @ gated_weight, so `hidden` is never scaled in memory.
 //
-// Here: how the work is cut, GELU, and three small kernels: mean over the map, fc1, and fc2 with
+// Here: how the work is cut, and three small kernels: mean over the map, fc1, and fc2 with
 // the scaling of the 1x1 weight. The kernel before them, which reads and writes the map, is in
 // channel_attention_map.cuh.
 #pragma once
@@ -11,6 +11,7 @@
 #include <algorithm>
 
 #include "common.cuh"
+#include "gelu.cuh"
 
 namespace dbsam::channel_attention {
 
@@ -68,31 +69,6 @@ __host__ __device__ inline Workspace lay_out(const Plan& plan, float* memory) {
   const size_t batch = plan.batch;
   const size_t partial = batch * plan.tiles * plan.channels, mean = batch * plan.channels;
   return {memory, memory + partial, memory + partial + mean};
-}
-
-// GELU(2 h) = h + |h| - |h| erfc(sqrt(2) |h|), the last factor as 2^(|h| p(|h|)): few operations,
-// no branch, no cancellation for negative h. p is a minimax fit on 0 <= |h| <= 2.5 that keeps
-// falling beyond. Largest error 8e-8 for float32 (5e-7 of the value), 1e-5 for the 16-bit types
-// (6e-5 of the value, an eighth of the rounding to float16).
-template <typename T>
-__device__ __forceinline__ float gelu_of_double(float h) {
-  const float a = fabsf(h);
-  float p;
-  if constexpr (sizeof(T) == 4) {
-    p = fmaf(-2.16563829e-4f, a, 1.71534903e-3f);
-    p = fmaf(p, a, -3.21161584e-3f);
-    p = fmaf(p, a, -1.60821099e-2f);
-    p = fmaf(p, a, 1.21587284e-1f);
-    p = fmaf(p, a, -4.23302978e-1f);
-    p = fmaf(p, a, -1.83622301f);
-    p = fmaf(p, a, -2.30224776f);
-  } else {
-    p = fmaf(-1.14730867e-2f, a, 9.92077067e-2f);
-    p = fmaf(p, a, -3.96193802e-1f);
-    p = fmaf(p, a, -1.84911108f);
-    p = fmaf(p, a, -2.30032229f);
-  }
-  return fmaf(-a, exp2_approx(p * a), h + a);
 }
 
 // (channels / 32, batch) blocks: mean of the partial sums, always added in the same order.

@@ -35,6 +35,12 @@ DBSAM_EXPORT int dbsam_channel_attention(const void* x, const void* norm_weight,
 DBSAM_EXPORT size_t dbsam_channel_attention_workspace(int batch, int height, int width,
                                                       int channels, int reduced, int dtype);
 
+// x (images, height, width, channels), weight (channels, 1, 3, 3), bias (channels) -> out (images,
+// height, width, channels). Maps of several levels of one shape are images of a batch.
+DBSAM_EXPORT int dbsam_depthwise_conv_gelu(const void* x, const void* weight, const void* bias,
+                                           void* out, int images, int height, int width,
+                                           int channels, int dtype, void* stream);
+
 // qkv (windows, side * side, 3 * heads * head_dim), rel_pos_h and rel_pos_w (2 * side - 1,
 // head_dim) -> out (windows, side * side, heads * head_dim).
 DBSAM_EXPORT int dbsam_rel_pos_attention(const void* qkv, const void* rel_pos_h,

@@ -148,6 +148,23 @@ def test_an_interrupted_export_resumes_with_the_finished_graphs(copied):
     assert calls == ["encoder", "decoder", "prompt_decoder", "prompt_decoder"]
 
 
+def test_a_recipe_may_ask_for_a_fusion_that_none_has_by_itself(copied, half_graphs):
+    options, _ = copied
+    asked = replace(load_recipe("fp16"), optional_fusions=("depthwise_conv_gelu",))
+    found = []
+
+    def take(model, name, recipe, folder):
+        if name != "encoder":
+            (finished,) = folder.parent.rglob("encoder.onnx")
+            found.extend(node.op_type for node in onnx.load(finished).graph.node)
+            raise KeyboardInterrupt
+        shutil.copy(half_graphs / f"{name}.onnx", folder)
+
+    with pytest.raises(KeyboardInterrupt):
+        export(options, Console(quiet=True), stages=Stages(lambda _: asked, export_graph=take))
+    assert found.count("DepthwiseConvGelu") == 8
+
+
 def copying(published, figures):
     """Stages that take the graphs of a finished export, and these figures for a comparison."""
 

@@ -23,7 +23,7 @@ OPTIONAL = (
 )
 """Packages that a plain installation has not."""
 NEEDS_EXPORT = re.compile(
-    r"model|graphs|fusions|files\.onnx_(files|stream)|quantization|training|export|train|sensitivity|kernels\.torch_ops"
+    r"model|graphs|fusions|files\.onnx_(files|stream)|quantization|training|export|train|sensitivity|kernels\.(torch_ops|references)"
     r"|viewer\.(application|page)|verification\.sam_files"
     r"|engines\.layers|sessions\.(fused_|cuda_graphs|cpu_graph|float_head|openvino_session)"
 )

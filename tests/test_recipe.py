@@ -100,6 +100,9 @@ def test_unknown_precision():
         ("opset = 18", "opset = true", "opset = True, expected int"),
         ("dice_drop = 0.0005", "", r"\[gate\].*missing keys \['dice_drop'\]"),
         ('dtype = "float32"', 'dtype = "int3"', "dtype 'int3'"),
+        ("fp32_islands = []", "fp32_islands = 3", "fp32_islands = 3, expected a list of strings"),
+        ("fp32_islands = []", 'optional_fusions = "x"', "optional_fusions = 'x', expected a list"),
+        ("fp32_islands = []", 'optional_fusions = ["x"]', r"\['x'\], expected depthwise_conv_gelu"),
         ("[gate]", "[gate", "recipe"),
     ],
 )

@@ -111,6 +111,15 @@ flash_rel_pos_attention = partial(flex_rel_pos_attention, backend="FLASH")
 """FlexAttention on FlashAttention's kernels."""
 
 
+def eager_depthwise_conv_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor, *, height: int, width: int
+) -> Tensor:
+    """cuDNN's convolution of channels-last maps, then GELU; see `depthwise_conv_gelu_reference`."""
+    maps = x.reshape(-1, height, width, x.shape[-1]).permute(0, 3, 1, 2)
+    hidden = F.gelu(F.conv2d(maps, weight, bias, padding=1, groups=x.shape[-1]))
+    return hidden.permute(0, 2, 3, 1).reshape(x.shape)
+
+
 class PeerEncoder(nn.Module):
     """The reference's encoder with another attention; to be cast and compiled.
 

@@ -23,12 +23,14 @@ from onnxscript.rewriter.pattern import RewriteRuleSet
 
 from ..files.onnx_files import check_valid, save_onnx
 from ..model import ModelConfig, TwoBranchConfig
-from . import channel_attention, layout, ms_deform_attn, rel_pos_attention
+from . import channel_attention, depthwise_conv_gelu, layout, ms_deform_attn, rel_pos_attention
 from .nodes import DOMAIN, VERSION
 
 __all__ = ["FusionCounts", "expected_counts", "fuse", "fuse_file"]
 
-_OPS = (ms_deform_attn, channel_attention, rel_pos_attention)
+_OPS = (ms_deform_attn, channel_attention, rel_pos_attention, depthwise_conv_gelu)
+_OPTIONAL = {depthwise_conv_gelu.STEM: depthwise_conv_gelu}
+"""What a recipe may ask for (`recipe.OPTIONAL_FUSIONS`), by stem; the others always are."""
 
 
 @dataclass(frozen=True)
@@ -38,22 +40,26 @@ class FusionCounts:
     ms_deform_attn: int = 0
     channel_attention: int = 0
     rel_pos_attention: int = 0
+    depthwise_conv_gelu: int = 0
 
     def as_dict(self) -> dict[str, int]:
         """The counts by the op's stem."""
         return asdict(self)
 
 
-def fuse(model: ir.Model) -> FusionCounts:
-    """Replace every occurrence of the three patterns, in place.
+def fuse(model: ir.Model, optional: Collection[str] = ()) -> FusionCounts:
+    """Replace every occurrence of the patterns, in place.
 
     Args:
         model: an exported graph whose Reshape targets are constants.
+        optional: stems of the optional ops that are fused as well.
 
     Returns:
         The fused nodes that the graph now has, with those of an earlier call.
     """
-    rules = [rule for op in _OPS for rule in op.rules()]
+    wanted = [op for op in _OPS if op not in _OPTIONAL.values()]
+    wanted += [_OPTIONAL[stem] for stem in optional]
+    rules = [rule for op in wanted for rule in op.rules()]
     if RewriteRuleSet(rules).apply_to_model(model):
         RewriteRuleSet(layout.RULES).apply_to_model(model)
         common_passes.IdentityEliminationPass()(model)
@@ -73,20 +79,26 @@ def fuse(model: ir.Model) -> FusionCounts:
     return FusionCounts(*(len(found[op.NAME]) for op in _OPS))
 
 
-def fuse_file(path: Path, config: ModelConfig, quantized: Collection[str] = ()) -> FusionCounts:
+def fuse_file(
+    path: Path,
+    config: ModelConfig,
+    quantized: Collection[str] = (),
+    optional: Collection[str] = (),
+) -> FusionCounts:
     """Fuse an exported encoder in its file; the file is replaced only by one that is valid.
 
     Args:
         path: ONNX file with its weights inside.
         config: the model that it was exported from.
         quantized: paths of modules that have Q/DQ pairs; blocks that hold one stay as they are.
+        optional: stems of the optional ops that are fused as well.
 
     Raises:
         ExportError: other counts than `expected_counts`, or the result is not valid ONNX.
     """
     model = ir.load(path)
-    counts = fuse(model)
-    expected = expected_counts(config, quantized)
+    counts = fuse(model, optional)
+    expected = expected_counts(config, quantized, optional)
     if counts != expected:
         raise ExportError(
             f"{path.name}: fused {counts.as_dict()}, {config.name} has {expected.as_dict()}; the "
@@ -98,17 +110,24 @@ def fuse_file(path: Path, config: ModelConfig, quantized: Collection[str] = ()) 
     return counts
 
 
-def expected_counts(config: ModelConfig, quantized: Collection[str] = ()) -> FusionCounts:
+def expected_counts(
+    config: ModelConfig, quantized: Collection[str] = (), optional: Collection[str] = ()
+) -> FusionCounts:
     """Fused nodes that a variant's encoder must have: those whose sizes the kernels run.
 
     Args:
         config: the variant.
-        quantized: paths of modules with Q/DQ pairs. Only the channel attention block holds layers;
-            the other ops lie between layers.
+        quantized: paths of modules with Q/DQ pairs. The channel attention block and the depthwise
+            convolution hold layers; the other ops lie between layers.
+        optional: stems of the optional ops that are fused as well.
     """
     adapter = config.adapter
-    sampled = gated = attended = 0
+    sampled = gated = attended = filtered = 0
     if adapter is not None:
+        if depthwise_conv_gelu.STEM in optional and depthwise_conv_gelu.supports(
+            4 * config.embed_dim
+        ):
+            filtered = 8 - depthwise_conv_gelu.kept_apart(quantized)
         levels = len(adapter.levels)
         # Sampling from the convolution maps (and, with four branches, the ViT's), four blocks each
         sources = (levels, 1) if isinstance(adapter, TwoBranchConfig) else (levels + 1, levels + 1)
@@ -126,4 +145,4 @@ def expected_counts(config: ModelConfig, quantized: Collection[str] = ()) -> Fus
         local = config.depth - 4
         attended = local * rel_pos_attention.supports(head_dim, config.window_size)
         attended += 4 * rel_pos_attention.supports(head_dim, config.frame.grid)
-    return FusionCounts(sampled, gated, attended)
+    return FusionCounts(sampled, gated, attended, filtered)

@@ -57,15 +57,21 @@ def static_dims(value: ir.Value) -> tuple[int, ...]:
 
 
 def is_convolution(
-    value: ir.Value, shape: tuple[int, ...], *, padding: int = 0, groups: int = 1
+    value: ir.Value,
+    shape: tuple[int, ...],
+    *,
+    padding: int = 0,
+    groups: int = 1,
+    biased: bool = False,
 ) -> bool:
-    """Whether a Conv's output is that of a plain 2-D convolution without bias.
+    """Whether a Conv's output is that of a plain 2-D convolution.
 
     Args:
         value: the output.
         shape: (out, in / groups, height, width) of the constant weight.
         padding: zeros on each side.
         groups: of the channels.
+        biased: whether it may have a bias that is not zero.
     """
     node = value.producer()
     weight = None if node is None else node.inputs[1]
@@ -75,7 +81,7 @@ def is_convolution(
     given = node.attributes
     return (
         tuple(weight.const_value.shape) == shape
-        and (bias is None or equals(bias, np.zeros(shape[0])))
+        and (biased or bias is None or equals(bias, np.zeros(shape[0])))
         and given.get_int("group", 1) == groups
         and given.get_string("auto_pad", "NOTSET") == "NOTSET"
         and tuple(given.get_ints("kernel_shape", shape[2:])) == shape[2:]

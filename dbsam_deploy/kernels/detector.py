@@ -104,11 +104,19 @@ def _rel_pos_tensors(library: ctypes.CDLL, arguments: Sequence[Any]) -> list[Ten
     return _tensors(dtype, arguments[:4], counts, ("out",))
 
 
+def _depthwise_tensors(library: ctypes.CDLL, arguments: Sequence[Any]) -> list[Tensor]:
+    images, height, width, channels, dtype, _ = arguments[4:]
+    tokens = images * height * width * channels
+    counts = {"x": tokens, "weight": channels * 9, "bias": channels, "out": tokens}
+    return _tensors(dtype, arguments[:4], counts, ("out",))
+
+
 _TENSORS: dict[str, Callable[[ctypes.CDLL, Sequence[Any]], list[Tensor]]] = {
     "dbsam_ms_deform_attn": _deform_tensors,
     "dbsam_channel_attention": _channel_tensors,
     "dbsam_rel_pos_attention": _rel_pos_tensors,
     "dbsam_rel_pos_attention_compact": _rel_pos_tensors,
+    "dbsam_depthwise_conv_gelu": _depthwise_tensors,
 }
 """Entry point → the tensors of a call, from its arguments."""
 

@@ -120,6 +120,13 @@ OPERATORS: dict[str, Operator] = {
                 EntryPoint("dbsam_rel_pos_attention_compact", _REL_POS),
             ),
         ),
+        Operator(
+            "depthwise_conv_gelu",
+            (
+                # x, weight, bias, out; images, height, width, channels; dtype; stream
+                EntryPoint("dbsam_depthwise_conv_gelu", (*(_ADDRESS,) * 4, *(_INT,) * 5, _ADDRESS)),
+            ),
+        ),
     )
 }
 """Name → operator, with the signatures of all entry points."""

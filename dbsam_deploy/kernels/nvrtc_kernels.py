@@ -147,6 +147,16 @@ class NvrtcKernels:
         )
         return self._run("rel_pos_attention", source, _each(addresses), stream, windows=windows)
 
+    def dbsam_depthwise_conv_gelu(self, *arguments: Any) -> int:
+        """See kernels/entry_points.h."""
+        *addresses, images, height, width, channels, dtype, stream = arguments
+        if (refused := refuse_depthwise(arguments)) or not images:
+            return refused
+        source = sources.depthwise_conv_gelu_source(
+            _TYPES[dtype], height=height, width=width, channels=channels
+        )
+        return self._run("depthwise_conv_gelu", source, _each(addresses), stream, windows=images)
+
     def dbsam_channel_attention(self, *arguments: Any) -> int:
         """See kernels/entry_points.h."""
         *addresses, batch, height, width, channels, reduced, epsilon, dtype, stream = arguments
@@ -275,6 +285,17 @@ def refuse_rel_pos(arguments: Sequence[Any]) -> int:
     if dtype not in range(len(_TYPES)):
         return _DTYPE
     return 0 if not windows or _aligned(addresses) else _ALIGNMENT
+
+
+def refuse_depthwise(arguments: Sequence[Any]) -> int:
+    """Status with which depthwise_conv_gelu.cu refuses its arguments, 0 if it takes them."""
+    *addresses, images, height, width, channels, dtype, _ = arguments
+    sizes = images >= 0 and min(height, width) >= 1 and channels >= 8 and channels % 8 == 0
+    if not sizes or height * width > _INT // channels:
+        return _SHAPE
+    if dtype not in range(len(_TYPES)):
+        return _DTYPE
+    return 0 if not images or _aligned(addresses) else _ALIGNMENT
 
 
 def refuse_channel(arguments: Sequence[Any]) -> int:

@@ -18,7 +18,7 @@ from .plugin_build import PluginLibrary, read_library
 NAMESPACE, VERSION = "dbsam", "1"
 
 
-OPERATORS = ("MsDeformAttn", "ChannelAttention", "RelPosAttention")
+OPERATORS = ("MsDeformAttn", "ChannelAttention", "RelPosAttention", "DepthwiseConvGelu")
 """Names under which TensorRT finds the plugins, in namespace `NAMESPACE`, version `VERSION`."""
 
 

@@ -30,12 +30,13 @@ from .plugin_registry import NAMESPACE, VERSION
 from .quick_sources import (
     KERNEL_NAME,
     QuickLaunch,
+    depthwise_conv_gelu_source,
     ms_deform_attn_source,
     read_launches,
     rel_pos_attention_source,
 )
 
-QUICK_OPERATORS = ("MsDeformAttn", "RelPosAttention")
+QUICK_OPERATORS = ("MsDeformAttn", "RelPosAttention", "DepthwiseConvGelu")
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ def register_quick_plugins(architecture: str = "sm_80") -> None:
             )
     _register_ms_deform_attn(trtp, architecture)
     _register_rel_pos_attention(trtp, architecture)
+    _register_depthwise_conv_gelu(trtp, architecture)
 
 
 def _register(
@@ -168,6 +170,30 @@ def _register_rel_pos_attention(trtp: Any, architecture: str) -> None:
 
     attributes = {"num_heads": int, "side": int, "scale": float}
     _register(trtp, "RelPosAttention", 3, attributes, describe, implement)
+
+
+def _register_depthwise_conv_gelu(trtp: Any, architecture: str) -> None:
+    def describe(x, weight, bias, height, width):  # type: ignore[no-untyped-def]
+        return trtp.from_shape_expr(tuple(x.shape_expr), x.dtype)
+
+    def implement(x, weight, bias, height, width, outputs, tactic):  # type: ignore[no-untyped-def]
+        batch, *sizes = x.shape_expr
+        tokens, channels = map(_constant, sizes)
+        levels, rest = divmod(tokens, height * width)
+        if rest or channels % 8:
+            raise EngineError(
+                f"{NAMESPACE}::DepthwiseConvGelu: x has {tokens} tokens of {channels} channels, "
+                f"expected whole maps of {height}x{width} and a multiple of 8"
+            )
+        _check("DepthwiseConvGelu", "weight", weight.shape_expr, (channels, 1, 3, 3))
+        _check("DepthwiseConvGelu", "bias", bias.shape_expr, (channels,))
+        source = depthwise_conv_gelu_source(
+            _element("DepthwiseConvGelu", x), height=height, width=width, channels=channels
+        )
+        kernel = compile_kernel(source, architecture)
+        return _launch(trtp, kernel, (batch * (levels * kernel.launch.blocks[0]), 1, 1))
+
+    _register(trtp, "DepthwiseConvGelu", 3, {"height": int, "width": int}, describe, implement)
 
 
 def _cells(shapes: npt.NDArray[np.int32]) -> int:

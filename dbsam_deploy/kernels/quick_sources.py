@@ -94,6 +94,11 @@ def rel_pos_attention_source(element: str, *, num_heads: int, side: int, scale: 
     return _source("rel_pos_attention", element, f"{num_heads}, {side}, {exact}f") + _ONE
 
 
+def depthwise_conv_gelu_source(element: str, *, height: int, width: int, channels: int) -> str:
+    """C++ of DepthwiseConvGelu for one shape; `element` is a key of `ELEMENTS`."""
+    return _source("depthwise_conv_gelu", element, f"{height}, {width}, {channels}") + _ONE
+
+
 def channel_attention_source(
     element: str,
     *,

@@ -7,7 +7,7 @@ a CPU with their references, and it can be compiled, exported and captured.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -155,6 +155,34 @@ class LeanMixFfn(nn.Module):
         return self.fc2(F.gelu(_join(maps)))
 
 
+class FusedMixFfn(nn.Module):
+    """`MixFFN` with everything between its Linear layers in one operator.
+
+    Args:
+        mlp: the module it stands for; its weights are shared.
+    """
+
+    def __init__(self, mlp: MixFFN | LeanMixFfn) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = mlp.fc1, mlp.fc2
+        convolution = mlp.dwconv.dwconv
+        self.dw_weight, self.dw_bias = convolution.weight, convolution.bias
+
+    def forward(self, x: Tensor, shapes: Shapes) -> Tensor:
+        """(B, Q, dim) tokens of the levels in `shapes`, which are all the same → (B, Q, dim).
+
+        Raises:
+            InputError: levels of several shapes.
+        """
+        (height, width), *others = dict.fromkeys(shapes)
+        if others:
+            raise InputError(f"depthwise_conv_gelu: levels {shapes}, expected all of one shape")
+        hidden = torch_ops.depthwise_conv_gelu(
+            self.fc1(x), self.dw_weight, self.dw_bias, height=height, width=width
+        )
+        return self.fc2(hidden)
+
+
 class LeanCrossAttention(nn.Module):
     """`CrossAttentionBlock` on `FusedMsDeformAttn` and `LeanMixFfn`.
 
@@ -193,7 +221,8 @@ def _join(levels: list[Tensor]) -> Tensor:
     return levels[0] if len(levels) == 1 else torch.cat(levels, 1)
 
 
-_REPLACEMENTS: dict[type[nn.Module], Any] = {
+_Table = dict[type[nn.Module], Any]
+_REPLACEMENTS: _Table = {
     RelPosAttention: FusedRelPosAttention,
     ChannelAttentionBlock: FusedChannelAttention,
     MSDeformAttn: FusedMsDeformAttn,
@@ -203,6 +232,7 @@ FUSED_OPERATORS: dict[str, type[nn.Module]] = {
     "rel_pos_attention": FusedRelPosAttention,
     "channel_attention": FusedChannelAttention,
     "ms_deform_attn": FusedMsDeformAttn,
+    "depthwise_conv_gelu": FusedMixFfn,
 }
 """Operator → the module that calls it."""
 
@@ -212,17 +242,20 @@ class FusedEncoder(nn.Module):
 
     Args:
         model: reference model; it is copied, not changed.
+        optional: of `recipe.OPTIONAL_FUSIONS`, operators that are called as well.
 
     Raises:
         InputError: the variant has none of the fused operators.
     """
 
-    def __init__(self, model: DbSam) -> None:
+    def __init__(self, model: DbSam, optional: Collection[str] = ()) -> None:
         super().__init__()
         if model.config.hiera:
             raise _none_of_them(model)
         self.graph = EncoderGraph(model)
-        _replace(self.graph)
+        _replace(self.graph, _REPLACEMENTS)
+        if "depthwise_conv_gelu" in optional:
+            _replace(self.graph, {LeanMixFfn: FusedMixFfn})
         for module in self.graph.modules():
             if isinstance(module, nn.Conv2d):
                 weight = module.weight.detach()
@@ -252,10 +285,10 @@ def _none_of_them(model: DbSam) -> InputError:
     )
 
 
-def _replace(parent: nn.Module) -> None:
-    """Put the fused modules in place of the others, below `parent`, innermost first."""
+def _replace(parent: nn.Module, table: _Table) -> None:
+    """Put the table's modules in place of the others, below `parent`, innermost first."""
     for name, child in list(parent.named_children()):
-        _replace(child)
-        replacement = _REPLACEMENTS.get(type(child))
+        _replace(child, table)
+        replacement = table.get(type(child))
         if replacement is not None:
             setattr(parent, name, replacement(child))

@@ -108,6 +108,19 @@ def rel_pos(windows: int, side: int, heads: int) -> OperatorCase:
     )
 
 
+def depthwise(batch: int, levels: int, height: int, width: int, channels: int) -> OperatorCase:
+    """Depthwise convolution and GELU of the maps of several levels."""
+    tokens = (batch, levels * height * width, channels)
+    return OperatorCase(
+        "depthwise_conv_gelu",
+        (tokens, (channels, 1, 3, 3), (channels,)),
+        (tokens,),
+        {"height": height, "width": width},
+        (batch * levels, height, width, channels),
+        {1: 1 / 3},
+    )
+
+
 SMALL = {
     "one level": deform(1, [9, 9], [9, 9], HEADS, DEPTH),
     "five levels": deform(1, [5, 5] * 5, [5, 5] * 5, 3, DEPTH),
@@ -122,6 +135,10 @@ SMALL = {
     "ragged tiles": rel_pos(2, 17, 2),
     "idle warps": rel_pos(3, 5, 2),
     "one token": rel_pos(2, 1, 1),
+    "three levels": depthwise(2, 3, 7, 5, 64),
+    "ragged strips": depthwise(1, 1, 13, 37, 72),
+    "one cell, 8 channels": depthwise(1, 1, 1, 1, 8),
+    "one row": depthwise(2, 1, 1, 19, 264),
 }
 """What is special → case; these are small enough for the emulation and for compute-sanitizer."""
 
@@ -137,6 +154,9 @@ FULL = {
     "global, batch 2": rel_pos(2, 64, 2),
     "25 windows": rel_pos(25, 14, HEADS),
     "side of 33": rel_pos(1, 33, 3),
+    "hidden map": depthwise(1, 1, 64, 64, 3072),
+    "hidden map, batch 8": depthwise(8, 1, 64, 64, 3072),
+    "five hidden maps": depthwise(1, 5, 64, 64, 3072),
 }
 """As DB-SAM calls them at 1024×1024, for a GPU."""
 

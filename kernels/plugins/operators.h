@@ -10,6 +10,7 @@ namespace dbsam::plugins {
 nvinfer1::IPluginCreatorInterface* ms_deform_attn_creator();
 nvinfer1::IPluginCreatorInterface* channel_attention_creator();
 nvinfer1::IPluginCreatorInterface* rel_pos_attention_creator();
+nvinfer1::IPluginCreatorInterface* depthwise_conv_gelu_creator();
 
 }  // namespace dbsam::plugins
 

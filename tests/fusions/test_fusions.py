@@ -135,10 +135,33 @@ def test_another_count_than_the_model_has_is_refused(float_graphs, config_of, tm
     path = Path(shutil.copy(float_graphs / "encoder.onnx", tmp_path))
     before = path.read_bytes()
     config = replace(config_of("db_sam_tiny"), depth=12)
-    with pytest.raises(ExportError, match=r"'rel_pos_attention': 8\}, db_sam_tiny has .*: 12\}"):
+    with pytest.raises(
+        ExportError, match=r"'rel_pos_attention': 8, .*\}, db_sam_tiny has .*: 12, "
+    ):
         fuse_file(path, config)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "variant", ["db_sam_plus", pytest.param("db_sam_4level", marks=pytest.mark.slow)]
+)
+def test_the_optional_op_is_fused_where_it_is_asked_for(
+    exported_graph, config_of, variant, tmp_path
+):
+    """One, four or five levels: nothing is split, joined or transposed around it."""
+    config, before = config_of(variant), exported_graph(variant, "encoder", "fp16")
+    path = Path(shutil.copy(before, tmp_path))
+    counts = fuse_file(path, config, (), ["depthwise_conv_gelu"])
+    assert counts == replace(expected_counts(config), depthwise_conv_gelu=8)
+    for node in ir.load(path).graph:
+        if node.op_type == "DepthwiseConvGelu":
+            assert node.inputs[0].producer().op_type == "Add"  # fc1's bias
+            assert [user.op_type for user, _ in node.outputs[0].uses()] == ["MatMul"]
+            assert ".mlp" in node.metadata_props[SCOPES]
+    side = config.image_size
+    image = np.random.default_rng().standard_normal((2, 3, side, side)).astype(np.float32)
+    check_close(run(path, image), run(before, image), "float16")
 
 
 def test_a_graph_without_the_patterns_is_left_alone(float_graphs):

@@ -19,7 +19,7 @@ namespace {
 
 using namespace nvinfer1;
 
-enum EntryPoint { kDeform, kChannel, kChannelWorkspace, kRelPos, kEntryPoints };
+enum EntryPoint { kDeform, kChannel, kChannelWorkspace, kRelPos, kDepthwise, kEntryPoints };
 
 void* bound[kEntryPoints];
 int32_t runtime_major = NV_TENSORRT_MAJOR;
@@ -178,6 +178,13 @@ int dbsam_rel_pos_attention(const void* qkv, const void* rel_pos_h, const void* 
                             int dtype, void* stream) {
   return as(&dbsam_rel_pos_attention, kRelPos)(qkv, rel_pos_h, rel_pos_w, out, windows, side, heads,
                                                head_dim, scale, dtype, stream);
+}
+
+int dbsam_depthwise_conv_gelu(const void* x, const void* weight, const void* bias, void* out,
+                              int images, int height, int width, int channels, int dtype,
+                              void* stream) {
+  return as(&dbsam_depthwise_conv_gelu, kDepthwise)(x, weight, bias, out, images, height, width,
+                                                    channels, dtype, stream);
 }
 
 // The plugins ask the library that holds the logger finder, which is this one.

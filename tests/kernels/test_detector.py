@@ -87,6 +87,7 @@ DTYPES = {
     "ms_deform_attn": "float32",
     "channel_attention": "float16",
     "rel_pos_attention": "float16",
+    "depthwise_conv_gelu": "float16",
 }
 """What every run of the tests looks at; the others are slow."""
 

@@ -125,6 +125,18 @@ def rel_pos(windows: int, side: int, heads: int = HEADS) -> Case:
     )
 
 
+def depthwise(batch: int, levels: int, height: int, width: int, channels: int = 3072) -> Case:
+    tokens = (batch, levels * height * width, channels)
+    return Case(
+        "depthwise_conv_gelu",
+        (tokens, (channels, 1, 3, 3), (channels,)),
+        (tokens,),
+        {"height": height, "width": width},
+        (batch * levels, height, width, channels),
+        {1: 1 / 3},
+    )
+
+
 CASES = {
     "deform one level": deform(1, [64, 64], [64, 64]),
     "deform batch": deform(3, [64, 64], [64, 64]),
@@ -145,6 +157,10 @@ CASES = {
     "rel_pos ragged": rel_pos(3, 9, heads=2),
     "rel_pos one token": rel_pos(2, 1, heads=1),
     "rel_pos middle": rel_pos(1, 33, heads=3),
+    "depthwise": depthwise(1, 1, 64, 64),
+    "depthwise levels and batch": depthwise(2, 5, 64, 64),
+    "depthwise ragged": depthwise(3, 2, 13, 37, 72),
+    "depthwise one cell": depthwise(1, 1, 1, 1, 8),
 }
 ALL = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])

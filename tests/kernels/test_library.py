@@ -222,7 +222,7 @@ def test_nvcc_compiles_all_for_the_plugins_architecture(plugin_library: PluginLi
     (log,) = plugin_library.path.parent.glob("cmake-*/build.log")
     usages = kernel_build.parse_usage(log.read_text())
     assert_they_fit(usages)
-    for name in ("ms_deform_attn", "channel_attention", "attend_window"):
+    for name in ("ms_deform_attn", "norm_conv_gelu", "attend_window", "depthwise_conv_gelu"):
         assert any(name in usage.kernel for usage in usages), name
 
 

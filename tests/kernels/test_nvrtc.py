@@ -13,6 +13,7 @@ from dbsam_deploy.kernels.nvrtc import compile_source, entry_names, find_nvrtc, 
 from dbsam_deploy.kernels.quick_sources import (
     ELEMENTS,
     channel_attention_source,
+    depthwise_conv_gelu_source,
     ms_deform_attn_source,
     read_launches,
     rel_pos_attention_source,
@@ -29,6 +30,9 @@ def sources(element: str) -> dict[str, str]:
         ),
         "rel_pos_attention": rel_pos_attention_source(element, num_heads=12, side=64, scale=0.125),
         "channel_attention": channel_attention_source(element, **sizes),
+        "depthwise_conv_gelu": depthwise_conv_gelu_source(
+            element, height=64, width=64, channels=3072
+        ),
     }
 
 

@@ -20,6 +20,8 @@ DEFORM = (2, 2, 64, 1, 4, [16, 16], 1, [16, 16], 1)
 """batch, heads, head_dim, levels, points, level_shapes, query_levels, query_shapes, dtype"""
 REL_POS = (5, 14, 2, 64, 0.125, 1)
 """windows, side, heads, head_dim, scale, dtype"""
+DEPTHWISE = (3, 9, 35, 72, 1)
+"""images, height, width, channels, dtype"""
 CHANNEL = (2, 9, 11, 40, 6, 1e-6, 1)
 """batch, height, width, channels, reduced, epsilon, dtype"""
 
@@ -42,9 +44,15 @@ REFUSED = {
         *(changed(CHANNEL, i, v) for i, v in ((0, 0), (0, 65536), (1, 0), (2, 0), (3, 4))),
         *(changed(CHANNEL, i, v) for i, v in ((3, 44), (3, 1032), (4, 0), (6, 3))),
     ],
+    "depthwise_conv_gelu": [
+        *(changed(DEPTHWISE, i, v) for i, v in ((0, -1), (1, 0), (2, -2), (3, 0), (3, 12))),
+        *(changed(DEPTHWISE, i, v) for i, v in ((1, 2**31 - 1), (3, 2**31 - 8), (4, 3))),
+    ],
 }
 TENSORS = {"ms_deform_attn": 4, "rel_pos_attention": 4, "channel_attention": 10}
+TENSORS["depthwise_conv_gelu"] = 4
 TAKEN = {"ms_deform_attn": DEFORM, "rel_pos_attention": REL_POS, "channel_attention": CHANNEL}
+TAKEN["depthwise_conv_gelu"] = DEPTHWISE
 
 
 @pytest.mark.parametrize("operator", REFUSED)
@@ -53,6 +61,7 @@ def test_it_refuses_what_the_library_refuses(operator: str) -> None:
         "ms_deform_attn": nvrtc_kernels.refuse_deform,
         "rel_pos_attention": nvrtc_kernels.refuse_rel_pos,
         "channel_attention": nvrtc_kernels.refuse_channel,
+        "depthwise_conv_gelu": nvrtc_kernels.refuse_depthwise,
     }[operator]
     library, entry = kernels.host_library(operator), f"dbsam_{operator}"
     good = (*[ADDRESS] * TENSORS[operator], *TAKEN[operator], None)
@@ -122,10 +131,14 @@ def test_each_call_launches_its_kernels_over_the_whole_problem(tmp_path: Path) -
     library = made(driver, tmp_path)
     call(library, "ms_deform_attn")
     call(library, "rel_pos_attention")
+    call(library, "depthwise_conv_gelu")
     call(library, "channel_attention")
-    deform, rel_pos, *channel = driver.launched
+    deform, rel_pos, depthwise, *channel = driver.launched
     assert (deform["grid"], deform["threads"], deform["count"]) == ((2, 4, 2), 256, 4)
     assert (rel_pos["grid"], rel_pos["count"]) == ((2 * 2 * 5, 1, 1), 4)
+    # two groups of channels, two tiles across, three strips of four rows at most, for each image
+    assert (depthwise["grid"], depthwise["threads"]) == ((2 * 2 * 3 * 3, 1, 1), 128)
+    assert (depthwise["count"], depthwise["shared"]) == (4, 0)
     assert [one["name"] for one in channel] == [f"dbsam_quick_{i}" for i in range(4)]
     assert [one["grid"] for one in channel] == [(2 * 2 * 3, 1, 1), (2, 2, 1), (2, 2, 1), (10, 2, 1)]
     for one in driver.launched:

@@ -25,6 +25,7 @@ ENTRY_POINTS = {
     "dbsam_channel_attention_workspace",
     "dbsam_rel_pos_attention",
     "dbsam_rel_pos_attention_compact",
+    "dbsam_depthwise_conv_gelu",
 }
 
 

@@ -29,6 +29,7 @@ BOUND = (
     "dbsam_channel_attention",
     "dbsam_channel_attention_workspace",
     "dbsam_rel_pos_attention",
+    "dbsam_depthwise_conv_gelu",
 )
 
 
@@ -112,6 +113,14 @@ CASES = (
         lambda b: ((b, 9, 2 * 64),),
         lambda *x: (torch_ops.rel_pos_attention_reference(*x, num_heads=2, side=3, scale=0.125),),
         "num_heads=2 side=3 scale=0.125",
+    ),
+    _Case(
+        "DepthwiseConvGelu",
+        {"height": [3], "width": [5]},
+        lambda b: ((b, 2 * 15, 16), (16, 1, 3, 3), (16,)),
+        lambda b: ((b, 2 * 15, 16),),
+        lambda *x: (torch_ops.depthwise_conv_gelu_reference(*x, height=3, width=5),),
+        "height=3 width=5",
     ),
 )
 

@@ -24,7 +24,11 @@ from dbsam_deploy.engines.network import BuildJob
 from dbsam_deploy.kernels import quick_plugins
 from dbsam_deploy.kernels.nvrtc import entry_names
 from dbsam_deploy.kernels.quick_plugins import compile_kernel
-from dbsam_deploy.kernels.quick_sources import ms_deform_attn_source, rel_pos_attention_source
+from dbsam_deploy.kernels.quick_sources import (
+    depthwise_conv_gelu_source,
+    ms_deform_attn_source,
+    rel_pos_attention_source,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFORM: dict[str, Any] = {
@@ -34,6 +38,7 @@ DEFORM: dict[str, Any] = {
     "query_shapes": [3, 5, 10, 9],
 }
 REL_POS: dict[str, Any] = {"num_heads": 2, "side": 9, "scale": 0.125}
+DEPTHWISE = {"height": 5, "width": 7}
 # --- TensorRT's registration
 
 STUBS = {
@@ -153,6 +158,17 @@ print(json.dumps(answers))
 """
 
 
+def _drive(environment: dict[str, str], given: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", DRIVE, given],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
 @pytest.mark.nvcc
 def test_tensorrt_registers_and_describes_the_plugins(bindings: dict[str, str]) -> None:
     given = [
@@ -160,19 +176,15 @@ def test_tensorrt_registers_and_describes_the_plugins(bindings: dict[str, str]) 
         ("RelPosAttention", REL_POS, [[-1, 81, 384], [17, 64], [17, 64]]),
         ("MsDeformAttn", DEFORM, [[-1, 122, 128], [-1, 105, 24], [-1, 105, 12]]),
         ("RelPosAttention", REL_POS, [[-1, -1, 384], [17, 64], [17, 64]]),
+        ("DepthwiseConvGelu", DEPTHWISE, [[-1, 70, 16], [16, 1, 3, 3], [16]]),
+        ("DepthwiseConvGelu", DEPTHWISE, [[-1, 71, 16], [16, 1, 3, 3], [16]]),
     ]
-    result = subprocess.run(
-        [sys.executable, "-c", DRIVE, json.dumps(given)],
-        env=bindings,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    result = _drive(bindings, json.dumps(given))
     assert result.returncode == 0, result.stderr
-    again, first, second, wrong, dynamic = json.loads(result.stdout.splitlines()[-1])
+    again, first, second, wrong, dynamic, third, ragged = json.loads(result.stdout.splitlines()[-1])
     assert "already: use the plugin library or the quickly deployable plugins" in again
     assert "value has sizes (122,) behind its attributes' (123,)" in wrong
+    assert "x has 71 tokens of 16 channels, expected whole maps of 5x7" in ragged
     assert "need static shapes but for the batch" in dynamic
     expected = compile_kernel(ms_deform_attn_source("float16", head_dim=64, **DEFORM), "sm_80")
     assert first["fields"] == ["num_heads", "num_points", "level_shapes", "query_shapes"]
@@ -188,7 +200,12 @@ def test_tensorrt_registers_and_describes_the_plugins(bindings: dict[str, str]) 
     assert second["out"] == [-1, 81, 128]
     assert second["launch"]["grid_x"] == -expected.launch.blocks[0]  # times the windows
     assert second["launch"]["grid_y"] == second["launch"]["grid_z"] == 1
-    for answer in (first, second):
+    expected = compile_kernel(
+        depthwise_conv_gelu_source("float16", channels=16, **DEPTHWISE), "sm_80"
+    )
+    assert third["out"] == [-1, 70, 16]
+    assert third["launch"]["grid_x"] == -2 * expected.launch.blocks[0]  # two maps an image
+    for answer in (first, second, third):
         assert answer["types"] == ["HALF"]
         assert answer["kernel"] == "dbsam_quick"
         # three inputs, then the output
@@ -197,7 +214,7 @@ def test_tensorrt_registers_and_describes_the_plugins(bindings: dict[str, str]) 
         assert ".target sm_80" in answer["ptx"]
         assert answer["launch"]["block_x"] % 32 == 0
         # what a block has on every GPU from sm_80 on
-        assert 0 < answer["launch"]["shared_mem"] <= 99 * 1024
+        assert 0 <= answer["launch"]["shared_mem"] <= 99 * 1024
         assert answer["extra"] == 0
 
 

@@ -15,6 +15,7 @@ from dbsam_deploy.kernels.library import DTYPE_CODES, host_library
 from dbsam_deploy.kernels.quick_sources import (
     QuickLaunch,
     channel_attention_source,
+    depthwise_conv_gelu_source,
     ms_deform_attn_source,
     read_launches,
     rel_pos_attention_source,
@@ -91,6 +92,16 @@ def test_the_attention_kernel_computes_the_operator(element: str, tmp_path: Path
     _run_on_cpu(source, "dim3(kLaunch.x * batch)", tmp_path, [*given, out])
     expected = torch_ops.rel_pos_attention_reference(*(x.float() for x in given), **REL_POS)
     check_close(out.float().numpy(), expected.numpy(), element)
+
+
+def test_the_depthwise_kernel_computes_the_operator(tmp_path: Path) -> None:
+    given = [torch.randn(shape).half() for shape in ((3, 5 * 7, 24), (24, 1, 3, 3), (24,))]
+    out = torch.full(given[0].shape, torch.nan, dtype=torch.float16)
+    source = depthwise_conv_gelu_source("float16", height=5, width=7, channels=24)
+    _run_on_cpu(source, "dim3(kLaunch.x * batch)", tmp_path, [*given, out])
+    wide = (x.float() for x in given)
+    expected = torch_ops.depthwise_conv_gelu_reference(*wide, height=5, width=7)
+    check_close(out.float().numpy(), expected.numpy(), "float16 kernel")
 
 
 def test_the_four_kernels_of_channel_attention_compute_the_operator(tmp_path: Path) -> None:

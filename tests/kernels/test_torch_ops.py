@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.kernels import library as kernels
 from dbsam_deploy.kernels import torch_ops
-from dbsam_deploy.model.blocks import ChannelAttentionBlock
+from dbsam_deploy.model.blocks import ChannelAttentionBlock, MixFFN
 from dbsam_deploy.model.deform_attn import MSDeformAttn
 
 Case = tuple[tuple[Tensor, ...], dict[str, Any]]
@@ -45,10 +45,18 @@ def rel_pos_attention_case(dtype: torch.dtype = torch.float32) -> Case:
     return tuple(torch.randn(shape, dtype=dtype) for shape in shapes), sizes
 
 
+def depthwise_conv_gelu_case(dtype: torch.dtype = torch.float32) -> Case:
+    """Two images of three levels."""
+    shapes = ((2, 3 * 15, 16), (16, 1, 3, 3), (16,))
+    tensors = tuple(torch.randn(shape, dtype=dtype) for shape in shapes)
+    return tensors, {"height": 3, "width": 5}
+
+
 CASES = {
     "ms_deform_attn": ms_deform_attn_case,
     "channel_attention": channel_attention_case,
     "rel_pos_attention": rel_pos_attention_case,
+    "depthwise_conv_gelu": depthwise_conv_gelu_case,
 }
 
 
@@ -161,6 +169,18 @@ def test_rel_pos_attention_reference_equals_sams_attention(block):
             scale=attention.scale,
         )
         found, expected = attention.proj(out), attention(x).flatten(1, 2)
+    check_close(found.numpy(), expected.numpy(), "float32")
+
+
+def test_depthwise_conv_gelu_reference_equals_the_middle_of_the_network():
+    network = MixFFN(4, 16)
+    x = torch.randn(2, 45, 4)
+    with torch.inference_mode():
+        convolution = network.dwconv.dwconv
+        hidden = torch_ops.depthwise_conv_gelu_reference(
+            network.fc1(x), convolution.weight, convolution.bias, height=3, width=5
+        )
+        found, expected = network.fc2(hidden), network(x, ((3, 5),) * 3)
     check_close(found.numpy(), expected.numpy(), "float32")
 
 
@@ -282,6 +302,8 @@ def test_a_tensor_that_does_not_fit_is_refused(name, which, change, message):
         ("ms_deform_attn", {"query_shapes": [2, 5, 10, 1, 0, 9]}, "at least 1"),
         ("rel_pos_attention", {"num_heads": 5}, "48 channels cannot be split into 15"),
         ("rel_pos_attention", {"side": 4}, "qkv: shape"),
+        ("depthwise_conv_gelu", {"height": 2}, "45 tokens, expected those of whole maps .* 2×5"),
+        ("depthwise_conv_gelu", {"width": 0}, "45 tokens, expected .* 3×0"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(name, change, message):

@@ -5,7 +5,8 @@ import torch
 from support.references import check_close, small_model
 
 from dbsam_deploy.core.errors import InputError
-from dbsam_deploy.sessions.fused_model import FusedEncoder
+from dbsam_deploy.model.blocks import MixFFN
+from dbsam_deploy.sessions.fused_model import FusedEncoder, FusedMixFfn
 
 CALLS = {
     "sam_vit_b": (8, 0, 0),
@@ -24,11 +25,27 @@ def test_the_fused_encoder_equals_the_model(variant, image_size):
     model = small_model(variant, image_size, embed_dim=WIDTH)
     image = torch.randn(2, 3, image_size, image_size)
     fused = FusedEncoder(model)
-    assert tuple(fused.calls.values()) == CALLS[variant]
+    assert tuple(fused.calls.values()) == (*CALLS[variant], 0)  # nothing that is optional
     with torch.inference_mode():
         expected, found = model.encode(image), fused(image)
     assert found.dtype is torch.float32
     check_close(found.numpy(), expected.numpy(), "float32", "image_embeddings")
+
+
+@pytest.mark.parametrize("variant", ["db_sam", "db_sam_plus"])
+def test_the_optional_operator_is_called_where_it_is_asked_for(variant):
+    model = small_model(variant, 64, embed_dim=WIDTH)
+    image = torch.randn(2, 3, 64, 64)
+    fused = FusedEncoder(model, ["depthwise_conv_gelu"])
+    assert tuple(fused.calls.values()) == (*CALLS[variant], 8)
+    with torch.inference_mode():
+        check_close(fused(image).numpy(), model.encode(image).numpy(), "float32")
+
+
+def test_levels_of_several_shapes_have_no_operator():
+    network = FusedMixFfn(MixFFN(8, 32))
+    with pytest.raises(InputError, match=r"\(\(2, 3\), \(3, 2\)\), expected all of one shape"):
+        network(torch.randn(1, 12, 8), ((2, 3), (3, 2)))
 
 
 def test_building_leaves_the_model_as_it_was():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy.typing as npt
@@ -62,13 +62,16 @@ def run_body(
     return run_onnx(model, dict(zip(names, inputs, strict=True)))
 
 
-def check_fusion(model: onnx.ModelProto, feed: Feed, dtype: str) -> ir.Model:
+def check_fusion(
+    model: onnx.ModelProto, feed: Feed, dtype: str, optional: Collection[str] = ()
+) -> ir.Model:
     """Fuse a copy of a graph that has one pattern, and compare the values before and after.
 
     Args:
         model: the graph.
         feed: its inputs.
         dtype: key of the tolerance.
+        optional: see `fuse`.
 
     Returns:
         The fused copy.
@@ -77,7 +80,7 @@ def check_fusion(model: onnx.ModelProto, feed: Feed, dtype: str) -> ir.Model:
         AccuracyError: other values, or not one fused node.
     """
     fused = ir.from_proto(model)
-    counts = fuse(fused).as_dict()
+    counts = fuse(fused, optional).as_dict()
     if sum(counts.values()) != 1:
         raise AccuracyError(f"fused {counts}, expected one node")
     after = ir.to_proto(fused)
@@ -91,13 +94,16 @@ def check_fusion(model: onnx.ModelProto, feed: Feed, dtype: str) -> ir.Model:
     return fused
 
 
-def unfused_when_changed(model: onnx.ModelProto, feed: Feed, dtype: str) -> set[str]:
+def unfused_when_changed(
+    model: onnx.ModelProto, feed: Feed, dtype: str, optional: Collection[str] = ()
+) -> set[str]:
     """Change one number of a graph at a time: it is left alone, or fused with that number.
 
     Args:
         model: a graph with one pattern.
         feed: its inputs.
         dtype: key of the tolerance.
+        optional: see `fuse`.
 
     Returns:
         The constants and attributes whose change made the graph another computation.
@@ -108,7 +114,7 @@ def unfused_when_changed(model: onnx.ModelProto, feed: Feed, dtype: str) -> set[
     left = set()
     for name, changed in _changed_by_one(model):
         fused = ir.from_proto(changed)
-        if any(fuse(fused).as_dict().values()):
+        if any(fuse(fused, optional).as_dict().values()):
             (found,), (expected,) = run_onnx(ir.to_proto(fused), feed), run_onnx(changed, feed)
             check_close(found, expected, dtype, name)
         else:

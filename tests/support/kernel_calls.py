@@ -86,6 +86,17 @@ def rel_pos(
     call(library, f"dbsam_rel_pos_attention{form}", *_addresses(tensors), *sizes)
 
 
+def depthwise(
+    library: Library, dtype: str, images: int, height: int, width: int, channels: int
+) -> None:
+    """`depthwise_conv_gelu`."""
+    map_shape = (images, height, width, channels)
+    shapes = (map_shape, (channels, 9), (channels,), map_shape)
+    tensors = [_random(*shape, dtype=dtype) for shape in shapes]
+    sizes = (*map_shape, DTYPE_CODES[dtype], None)
+    call(library, "dbsam_depthwise_conv_gelu", *_addresses(tensors), *sizes)
+
+
 RAGGED: dict[str, tuple[Callable[..., None], tuple[tuple[Any, ...], ...]]] = {
     "ms_deform_attn": (
         deform,
@@ -96,5 +107,6 @@ RAGGED: dict[str, tuple[Callable[..., None], tuple[tuple[Any, ...], ...]]] = {
     ),
     "channel_attention": (channel, ((3, 5, 11, 40, 10), (1, 9, 8, 8, 1), (1, 3, 7, 264, 66))),
     "rel_pos_attention": (rel_pos, ((2, 5, 2), (1, 12, 1), (1, 17, 1))),
+    "depthwise_conv_gelu": (depthwise, ((3, 5, 11, 40), (1, 1, 1, 8), (2, 9, 35, 72))),
 }
 """Operator → what calls it, and its sizes."""

@@ -62,6 +62,7 @@ class Fault:
 _DEFORM, _GATHER = "ms_deform_attn.cuh", "ms_deform_attn_gather.cuh"
 _CHANNEL, _MAP = "channel_attention.cuh", "channel_attention_map.cuh"
 _TOKENS = "channel_attention_tokens.cuh"
+_DEPTHWISE = "depthwise_conv_gelu.cuh"
 _MMA, _BIAS = "rel_pos_attention_mma.cuh", "rel_pos_attention_bias.cuh"
 _PLAIN, _RELATIVE = "rel_pos_attention_plain.cuh", "rel_pos_attention.cuh"
 
@@ -218,6 +219,28 @@ FAULTS = {
         ),
         *("line = source + (first + i) * stride;\n    st", f"read {_OUTSIDE}qkv", "float32"),
     ),
+    "a column beyond the map is read": Fault(
+        *("depthwise_conv_gelu", _DEPTHWISE, "j > columns || ", "", f"read {_OUTSIDE}x"),
+    ),
+    "a column before the map is read": Fault(
+        *("depthwise_conv_gelu", _DEPTHWISE, " || (j == 0 && x0_ == 0)", ""),
+        *(f"read {_OUTSIDE}x",),
+    ),
+    "a row above the map is read": Fault(
+        *("depthwise_conv_gelu", _DEPTHWISE, "y >= 0 && ", "", f"read {_OUTSIDE}x"),
+    ),
+    "a column too many is stored": Fault(
+        *("depthwise_conv_gelu", _DEPTHWISE, "if (j < columns)", "if (j <= columns)"),
+        *("out of bounds|race",),
+    ),
+    "channels beyond the last are convolved": Fault(
+        *("depthwise_conv_gelu", _DEPTHWISE, "channel_ < plan_.channels && ", ""),
+        *("out of bounds|race",),
+    ),
+    "strips overlap": Fault(
+        *("depthwise_conv_gelu", _DEPTHWISE, "plan.tiles_x * plan.rows;"),
+        *("plan.tiles_x * (plan.rows - 1);", "race: written by two blocks"),
+    ),
 }
 """What is wrong → where."""
 
@@ -242,6 +265,10 @@ WRONG_VALUES = {
     "the squeezed sum in the map's type": Fault(
         *("channel_attention", _CHANNEL, "sum = fmaf(to_float(weight[e]), value[e], sum);"),
         *("sum = to_float(from_float<T>(fmaf(to_float(weight[e]), value[e], sum)));", ""),
+    ),
+    "depthwise sums in the map's type": Fault(
+        *("depthwise_conv_gelu", _DEPTHWISE, "to[j][e] = add<kTapRow>(row, j, e, from[j][e]);"),
+        *("to[j][e] = to_float(from_float<T>(add<kTapRow>(row, j, e, from[j][e])));", ""),
     ),
 }
 """What a comparison with PyTorch has to find; the detector cannot."""

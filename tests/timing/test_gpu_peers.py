@@ -27,6 +27,14 @@ def test_attention_peers_equal_the_reference(peer):
     check_close(found.numpy(), expected.numpy(), "float32", peer)
 
 
+def test_depthwise_conv_gelu_peer_equals_the_reference():
+    inputs = [torch.randn(shape) for shape in ((2, 30, 16), (16, 1, 3, 3), (16,))]
+    sizes = {"height": 5, "width": 3}
+    expected = torch_ops.depthwise_conv_gelu_reference(*inputs, **sizes)
+    found = gpu_peers.eager_depthwise_conv_gelu(*inputs, **sizes)
+    check_close(found.numpy(), expected.numpy(), "float32")
+
+
 def test_channel_attention_peer_equals_the_reference():
     shapes = ((2, 5, 3, 16), (16,), (16,), (16, 1, 3, 3), (4, 16), (16, 4), (16, 16))
     inputs = tuple(torch.randn(shape) for shape in shapes)
