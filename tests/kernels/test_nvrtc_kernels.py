@@ -131,9 +131,9 @@ def test_each_call_launches_its_kernels_over_the_whole_problem(tmp_path: Path) -
     library = made(driver, tmp_path)
     call(library, "ms_deform_attn")
     call(library, "rel_pos_attention")
-    call(library, "depthwise_conv_gelu")
     call(library, "channel_attention")
-    deform, rel_pos, depthwise, *channel = driver.launched
+    call(library, "depthwise_conv_gelu")
+    deform, rel_pos, *channel, depthwise = driver.launched
     assert (deform["grid"], deform["threads"], deform["count"]) == ((2, 4, 2), 256, 4)
     assert (rel_pos["grid"], rel_pos["count"]) == ((2 * 2 * 5, 1, 1), 4)
     # two groups of channels, two tiles across, three strips of four rows at most, for each image
