@@ -11,7 +11,6 @@ from dbsam_deploy.kernels import nvrtc, toolkit
 from dbsam_deploy.kernels.build import ResourceUsage, usage_of
 from dbsam_deploy.kernels.nvrtc import compile_source, entry_names, find_nvrtc, source_ptx
 from dbsam_deploy.kernels.quick_sources import (
-    ELEMENTS,
     channel_attention_source,
     depthwise_conv_gelu_source,
     ms_deform_attn_source,
@@ -37,10 +36,14 @@ def sources(element: str) -> dict[str, str]:
 
 
 OPERATORS = sorted(sources("float16"))
+NVCCS = "channel_attention"
+"""Compiled by nvcc too in every run: it has the most kernels; the others with `--slow`."""
 
 
 @pytest.mark.nvrtc
-@pytest.mark.parametrize("element", ELEMENTS)
+@pytest.mark.parametrize(
+    "element", ["float32", "float16", pytest.param("bfloat16", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_every_kernel_compiles_and_fits(operator: str, element: str) -> None:
     made = compile_source(sources(element)[operator], "sm_90")
@@ -56,7 +59,10 @@ def test_every_kernel_compiles_and_fits(operator: str, element: str) -> None:
 
 @pytest.mark.nvrtc
 @pytest.mark.nvcc
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize(
+    "operator",
+    [name if name == NVCCS else pytest.param(name, marks=pytest.mark.slow) for name in OPERATORS],
+)
 def test_they_are_nvccs_kernels(operator: str, tmp_path: Path) -> None:
     """The same kernels with the same shared memory; registers differ between releases of ptxas."""
     source = sources("float16")[operator]
