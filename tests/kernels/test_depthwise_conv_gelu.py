@@ -108,7 +108,7 @@ def test_extreme_values(run, size, dtype):
     _check(found, expected)
 
 
-def test_sums_are_float32_whatever_the_map_is(run):
+def test_sums_over_the_map_are_float32_whatever_its_type(run):
     """Rows of terms beyond float16 cancel to the last bit, and the bias is left."""
     x = torch.full((1, 5, 9, 8), 3e4, dtype=torch.float16)
     taps = torch.tensor([0, 8, 0, 0, 8, 0, 0, -16, 0]).half()
