@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.errors import AccuracyError
 from ..kernels import library as kernels
 from .measuring import as_tuple, without_tf32
+from .verdicts import NotRunError
 
 if TYPE_CHECKING:
     import torch
@@ -167,9 +168,15 @@ def cases_of(operator: str, *, full: bool) -> dict[str, OperatorCase]:
     Args:
         operator: its name.
         full: whether to have those of the full size as well.
+
+    Raises:
+        NotRunError: it has none, so that nothing would be looked at.
     """
     every = {**SMALL, **FULL} if full else SMALL
-    return {name: case for name, case in every.items() if case.operator == operator}
+    found = {name: case for name, case in every.items() if case.operator == operator}
+    if not found:
+        raise NotRunError(f"there is no case of {operator}")
+    return found
 
 
 def draw(case: OperatorCase, dtype: str, seed: int = 0) -> tuple[Tensor, ...]:

@@ -74,6 +74,9 @@ def test_every_operator_has_full_shapes_and_ragged_ones_for_a_gpu():
         full, small = (set(operator_cases.cases_of(name, full=full)) for full in (True, False))
         assert len(full - small) >= 3
         assert len(small) >= 4
+    assert set(OPERATORS) == set(operator_cases.kernels.OPERATORS)
+    with pytest.raises(NotRunError, match="no case of another"):
+        operator_cases.cases_of("another", full=True)
 
 
 @pytest.mark.parametrize("name", OPERATORS)

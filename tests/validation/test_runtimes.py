@@ -191,6 +191,17 @@ def test_a_share_is_of_the_nearer_ceiling(ceilings, context, monkeypatch):
     assert case.flops == products  # q·k and p·v, and the query with both tables
 
 
+def test_every_operator_is_timed_on_a_cpu_and_what_has_no_shape_does_not_pass(
+    ceilings, context, monkeypatch
+):
+    operators = {speed.FULL[name].operator for name in speed.ON_CPU}
+    assert operators == set(speed.kernels.OPERATORS)
+    monkeypatch.setattr(speed, "FULL", {})
+    monkeypatch.setattr(speed, "find_gpu", lambda: None)
+    with pytest.raises(NotRunError, match="no shape of rel_pos_attention"):
+        SPEED["rel_pos_attention"](context)
+
+
 def test_on_a_gpu_each_set_of_inputs_is_timed_once_in_a_graph(ceilings, context, monkeypatch):
     class Played:
         """Runs where a graph replays."""
