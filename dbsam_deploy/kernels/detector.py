@@ -138,7 +138,9 @@ class DetectingLibrary:
     def __getattr__(self, name: str) -> Callable[..., int]:
         function = getattr(self._library, name)
         if name not in _TENSORS:
-            return function
+            if function.restype is ctypes.c_int:
+                raise EngineError(f"{name}: the detector does not know its tensors (detector.py)")
+            return function  # a size, which runs no kernel
 
         def call(*arguments: Any) -> int:
             self._library.dbsam_detect_begin()

@@ -15,6 +15,7 @@ from support.kernel_calls import RAGGED, rel_pos
 from support.kernel_faults import FAULTS, QUICK, WRONG_VALUES, Fault
 
 from dbsam_deploy.core.errors import EngineError
+from dbsam_deploy.kernels import detector
 from dbsam_deploy.kernels.build import build_library, source_files
 from dbsam_deploy.kernels.detector import FLAGS, detecting_library
 from dbsam_deploy.kernels.library import OPERATORS
@@ -101,6 +102,15 @@ def test_nothing_is_found_in_the_kernels(operator: str) -> None:
         call(library, dtype, *sizes)
 
 
+def test_a_kernel_whose_tensors_are_unknown_is_not_run_unwatched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    library = detecting_library("ms_deform_attn", dtype=DTYPES["ms_deform_attn"])
+    monkeypatch.setattr(detector, "_TENSORS", {})
+    with pytest.raises(EngineError, match="dbsam_ms_deform_attn: the detector does not know"):
+        _ = library.dbsam_ms_deform_attn
+
+
 @pytest.mark.slow
 def test_nothing_is_found_in_the_compact_form() -> None:
     library = detecting_library("rel_pos_attention", dtype=DTYPES["rel_pos_attention"])
@@ -168,4 +178,6 @@ def test_nothing_is_found_in_any_comparison(operator: str) -> None:
 @pytest.mark.parametrize("name", WRONG_VALUES)
 def test_wrong_values_fail_a_comparison(name: str) -> None:
     result = _run_tests(WRONG_VALUES[name].operator, OTHER_KERNELS=name)
-    assert re.search(r"^FAILED .*sums_over_the_map", result.stdout, re.M), result.stdout
+    assert re.search(rf"^FAILED .*test_{WRONG_VALUES[name].operator}", result.stdout, re.M), (
+        result.stdout
+    )
