@@ -143,9 +143,8 @@ def test_another_count_than_the_model_has_is_refused(float_graphs, config_of, tm
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize(
-    "variant", ["db_sam_plus", pytest.param("db_sam_4level", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["db_sam_plus", "db_sam_4level"])
 def test_the_optional_op_is_fused_where_it_is_asked_for(
     exported_graph, config_of, variant, tmp_path
 ):

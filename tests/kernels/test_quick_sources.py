@@ -94,6 +94,7 @@ def test_the_attention_kernel_computes_the_operator(element: str, tmp_path: Path
     check_close(out.float().numpy(), expected.numpy(), element)
 
 
+@pytest.mark.slow  # optional, and nvcc compiles it in every run, for the quick plugins
 def test_the_depthwise_kernel_computes_the_operator(tmp_path: Path) -> None:
     given = [torch.randn(shape).half() for shape in ((3, 5 * 7, 24), (24, 1, 3, 3), (24,))]
     out = torch.full(given[0].shape, torch.nan, dtype=torch.float16)

@@ -32,7 +32,7 @@ def test_the_fused_encoder_equals_the_model(variant, image_size):
     check_close(found.numpy(), expected.numpy(), "float32", "image_embeddings")
 
 
-@pytest.mark.parametrize("variant", ["db_sam", "db_sam_plus"])
+@pytest.mark.parametrize("variant", ["db_sam_plus", pytest.param("db_sam", marks=pytest.mark.slow)])
 def test_the_optional_operator_is_called_where_it_is_asked_for(variant):
     model = small_model(variant, 64, embed_dim=WIDTH)
     image = torch.randn(2, 3, 64, 64)
