@@ -16,9 +16,8 @@ class DepthwiseConvGelu {
   static constexpr int32_t kOutputs = 1;
 
   static const std::vector<AttributeSpec>& attributes() {
-    static const std::vector<AttributeSpec> specs = {
-        {"height", nvinfer1::PluginFieldType::kINT32},
-        {"width", nvinfer1::PluginFieldType::kINT32}};
+    static const std::vector<AttributeSpec> specs = {{"height", nvinfer1::PluginFieldType::kINT32},
+                                                     {"width", nvinfer1::PluginFieldType::kINT32}};
     return specs;
   }
 

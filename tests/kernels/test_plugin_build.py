@@ -33,13 +33,13 @@ def test_the_library_says_what_it_is(
     plugin_library: PluginLibrary, tensorrt_headers: Headers
 ) -> None:
     assert plugin_library.path.name == "libdbsam_plugins.so"
-    assert plugin_library.architectures == ("sm_90", "compute_90")
+    assert plugin_library.architectures == ("sm_80", "compute_80")
     assert plugin_library.tensorrt_headers == tensorrt_headers.version
     assert re.fullmatch(r"\d+\.\d+\.\d+", plugin_library.cuda)
     assert read_library(plugin_library.path) == plugin_library
     manifest = json.loads((plugin_library.path.parent / "libdbsam_plugins.json").read_text())
     assert manifest["sha256"] == plugin_library.sha256
-    assert manifest["architectures"] == ["sm_90", "compute_90"]
+    assert manifest["architectures"] == ["sm_80", "compute_80"]
 
 
 def test_the_library_offers_its_functions_and_needs_no_tensorrt(
@@ -72,7 +72,7 @@ def test_a_second_build_compiles_nothing(
     again = build_plugins(
         plugin_library.path.parent,
         tensorrt_include=tensorrt_headers.folder,
-        architectures=("sm_90",),
+        architectures=("sm_80",),
         report=lines.append,
     )
     assert again == plugin_library

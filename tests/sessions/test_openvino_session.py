@@ -19,7 +19,7 @@ from dbsam_deploy.core.contract import graph_specs
 from dbsam_deploy.core.errors import EngineError, InputError, MissingError
 from dbsam_deploy.core.imaging import Preprocessing
 from dbsam_deploy.extras import pip_line
-from dbsam_deploy.fusions import fuse_file
+from dbsam_deploy.fusions import expected_counts, fuse_file
 from dbsam_deploy.model import DbSam
 from dbsam_deploy.quantization.qdq import calibrate, quantize_graph
 from dbsam_deploy.recipe import load_recipe
@@ -56,7 +56,8 @@ def fused(
     for name in names:
         shutil.copy(float_graphs / f"{name}.onnx", folder)
     counts = fuse_file(folder / "encoder.onnx", config)
-    assert all(counts.as_dict().values())
+    assert counts == expected_counts(config)
+    assert min(counts.ms_deform_attn, counts.channel_attention, counts.rel_pos_attention) > 0
     graphs = {name: graph_file(folder / f"{name}.onnx", folder) for name in names}
     write_artefact(Artefact(folder, config.name, "fp32", config.frame, graphs))
     return load_artefact(folder), PytorchSession(shipped_model)
