@@ -4,12 +4,12 @@ from functools import partial
 
 import pytest
 import torch
-from timing.gpu import Work
 from timing.gpu_peers import eager_channel_attention
 
 from dbsam_deploy.kernels import torch_ops
 from dbsam_deploy.model.blocks import ChannelAttentionBlock
 from dbsam_deploy.sessions.fused_model import FusedChannelAttention
+from dbsam_deploy.validation.measuring import Demand
 
 CHANNELS, GRID, EPSILON = 768, 64, 1e-6
 WEIGHTS = CHANNELS**2
@@ -41,7 +41,7 @@ def test_channel_attention(compare_kernel, batch) -> None:
     }
     reference = partial(torch_ops.channel_attention_reference, epsilon=EPSILON)
     elements = 2 * batch * GRID**2 * CHANNELS + (1 + batch) * WEIGHTS + 2 * reduced * CHANNELS
-    compare_kernel(variants, draw, reference, Work(2 * elements), {"batch": batch})
+    compare_kernel(variants, draw, reference, Demand(2 * elements), {"batch": batch})
 
 
 @pytest.mark.gpu
@@ -63,6 +63,6 @@ def test_channel_attention_block(compare_kernel, batch) -> None:
         "compile": torch.compile(block, dynamic=False),
     }
     tokens = batch * GRID**2
-    work = Work(2 * (2 * tokens * CHANNELS + WEIGHTS), 2 * tokens * WEIGHTS)
+    work = Demand(2 * (2 * tokens * CHANNELS + WEIGHTS), 2 * tokens * WEIGHTS)
     facts: dict[str, str | float] = {"batch": batch}
     compare_kernel(variants, draw, precise, work, facts, bound="float16")

@@ -4,12 +4,12 @@ from functools import partial
 
 import pytest
 import torch
-from timing.gpu import Work
 from timing.gpu_peers import eager_depthwise_conv_gelu
 
 from dbsam_deploy.kernels import torch_ops
 from dbsam_deploy.model.blocks import MixFFN
 from dbsam_deploy.sessions.fused_model import FusedMixFfn, LeanMixFfn
+from dbsam_deploy.validation.measuring import Demand
 
 DIM, GRID = 768, 64
 HIDDEN = 4 * DIM
@@ -38,7 +38,7 @@ def test_depthwise_conv_gelu(compare_kernel, case) -> None:
     }
     reference = partial(torch_ops.depthwise_conv_gelu_reference, **sizes)
     tokens = batch * levels * GRID**2
-    work = Work(2 * (2 * tokens * HIDDEN + 10 * HIDDEN))
+    work = Demand(2 * (2 * tokens * HIDDEN + 10 * HIDDEN))
     compare_kernel(variants, draw, reference, work, {"case": case})
 
 
@@ -59,6 +59,6 @@ def test_mix_ffn(compare_kernel, case) -> None:
 
     ours, lean = (partial(kind(network), shapes=shapes) for kind in (FusedMixFfn, LeanMixFfn))
     variants = {"ours": ours, "eager": lean, "compile": torch.compile(lean, dynamic=False)}
-    work = Work(2 * (2 * tokens * DIM + 2 * DIM * HIDDEN), 4 * tokens * DIM * HIDDEN)
+    work = Demand(2 * (2 * tokens * DIM + 2 * DIM * HIDDEN), 4 * tokens * DIM * HIDDEN)
     reference = partial(precise, shapes=shapes)
     compare_kernel(variants, draw, reference, work, {"case": case}, bound="float16")

@@ -4,9 +4,9 @@ from functools import partial
 
 import pytest
 import torch
-from timing.gpu import Work
 
 from dbsam_deploy.kernels import torch_ops
+from dbsam_deploy.validation.measuring import Demand
 
 HEADS, DEPTH, POINTS, GRID = 12, 64, 4, 64
 
@@ -46,4 +46,4 @@ def test_ms_deform_attn(compare_kernel, shape) -> None:
         "compile": torch.compile(eager, dynamic=False),
     }
     elements = batch * (tokens * channels + queries * (3 * samples + channels))
-    compare_kernel(variants, draw, eager, Work(2 * elements), {"shape": shape})
+    compare_kernel(variants, draw, eager, Demand(2 * elements), {"shape": shape})

@@ -5,10 +5,10 @@ from functools import partial
 import pytest
 import torch
 from timing import gpu_peers
-from timing.gpu import Work
 
 from dbsam_deploy.kernels import library, torch_ops
 from dbsam_deploy.kernels.nvrtc import has_nvcc
+from dbsam_deploy.validation.measuring import Demand
 
 HEADS, DEPTH = 12, 64
 
@@ -73,5 +73,5 @@ def test_rel_pos_attention(compare_kernel, shape, dtype) -> None:
     reference = partial(torch_ops.rel_pos_attention_reference, **sizes)
     elements = 4 * windows * tokens * channels + 2 * (2 * side - 1) * DEPTH
     flops = 4 * windows * HEADS * DEPTH * tokens * (tokens + side)
-    work = Work(elements * dtype.itemsize, flops)
+    work = Demand(elements * dtype.itemsize, flops)
     compare_kernel(variants, draw, reference, work, {"shape": shape})

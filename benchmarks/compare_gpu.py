@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from timing.gpu import peak_bytes, require_cuda, synchronized, take_turns, without_tf32
+from timing.gpu import peak_bytes, require_cuda, synchronized
 from timing.gpu_peers import PeerEncoder, flash_rel_pos_attention, flex_rel_pos_attention
 from timing.tensorrt_rows import (
     EngineEncoder,
@@ -47,6 +47,7 @@ from dbsam_deploy.model import VARIANTS, DbSam
 from dbsam_deploy.model.weights import load_model
 from dbsam_deploy.sessions.cuda_graphs import CudaGraphRecorder, RecordedFunction
 from dbsam_deploy.sessions.fused_session import typed_graph
+from dbsam_deploy.validation.measuring import take_turns, without_tf32
 from dbsam_deploy.verification.parity import cosine
 
 DEVICE = "cuda"

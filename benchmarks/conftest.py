@@ -27,6 +27,7 @@ from dbsam_deploy.recipe import Gate, load_recipe
 from dbsam_deploy.resources import resource_dir
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
 from dbsam_deploy.sessions.pytorch_session import PytorchSession
+from dbsam_deploy.validation import measuring
 
 VARIANT, PRECISION, IMAGE_SIZE, THREADS = "db_sam_tiny", "fp32", 256, 1
 EXAMPLE = "Microscopy_nuclei_HE_01d44a26f668.npz"
@@ -138,20 +139,20 @@ def _dice(ours: npt.NDArray[np.uint8], theirs: npt.NDArray[np.uint8]) -> float:
 class Gpu:
     """What a benchmark on the GPU measures with, and against."""
 
-    stopwatch: gpu_benchmarking.Stopwatch
-    ceilings: gpu_benchmarking.Ceilings
+    stopwatch: measuring.Stopwatch
+    ceilings: measuring.Ceilings
     reference: Callable[[], object]
     cache_bytes: int
 
 
 @pytest.fixture(scope="session")
 def gpu() -> Gpu:
-    stopwatch = gpu_benchmarking.CudaStopwatch()
+    stopwatch = measuring.CudaStopwatch()
     return Gpu(
         stopwatch,
-        gpu_benchmarking.measure_ceilings(stopwatch),
+        measuring.measure_ceilings(stopwatch),
         gpu_benchmarking.gpu_reference_workload(),
-        gpu_benchmarking.cache_bytes(),
+        measuring.cache_bytes(),
     )
 
 
@@ -164,11 +165,9 @@ def compare_kernel(benchmark_ratio, gpu: Gpu):
     one; the peers round between their operators and are held to that of graphs.
     """
 
-    def run(
-        variants, draw, reference, work: gpu_benchmarking.Work, facts, *, bound: str = ""
-    ) -> None:
+    def run(variants, draw, reference, work: measuring.Demand, facts, *, bound: str = "") -> None:
         torch.compiler.reset()  # else the variants of earlier benchmarks count as recompilations
-        count = gpu_benchmarking.sets_needed(work.bytes, gpu.cache_bytes)
+        count = measuring.sets_needed(work.bytes, gpu.cache_bytes)
         with torch.inference_mode():
             sets = [draw() for _ in range(count)]
             graphs, missing = gpu_benchmarking.capture_all(variants, sets)
@@ -179,14 +178,12 @@ def compare_kernel(benchmark_ratio, gpu: Gpu):
                 for inputs, outputs in zip(sets, graph(), strict=True):
                     with torch.inference_mode():
                         expected = reference(*(tensor.float() for tensor in inputs))
-                    for found, truth in zip(
-                        outputs, gpu_benchmarking.as_tuple(expected), strict=True
-                    ):
+                    for found, truth in zip(outputs, measuring.as_tuple(expected), strict=True):
                         allowed = (bound or f"{dtype} kernel") if name == "ours" else dtype
                         check_close(found.float().cpu().numpy(), truth.cpu().numpy(), allowed, name)
-            seconds = gpu_benchmarking.take_turns(graphs, gpu.stopwatch)
+            seconds = measuring.take_turns(graphs, gpu.stopwatch)
             each = {name: time / count for name, time in seconds.items()}
-            row = gpu_benchmarking.row_facts(each, "ours", work, gpu.ceilings)
+            row = measuring.row_facts(each, "ours", work, gpu.ceilings)
             return {"dtype": dtype, **facts, **row, **missing}
 
         ours = gpu_benchmarking.synchronized(graphs["ours"])

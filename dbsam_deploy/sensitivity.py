@@ -26,6 +26,7 @@ from .core.errors import InputError
 from .evaluation.metrics import load_library
 from .files.atomic import write_atomically, write_files, writing_to
 from .files.locks import one_writer
+from .files.pages import svg_of
 from .graphs.onnx_export import export_graph
 from .model import DbSam
 from .model.weights import load_model
@@ -153,10 +154,7 @@ def plot(found: Sweep) -> str:
         axis.grid(axis="x", color="0.9")
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
-        stream = io.StringIO()
-        figure.savefig(stream, format="svg", metadata={"Date": None})
-    text = stream.getvalue()
-    return text[text.index("<svg") :]
+        return svg_of(figure)
 
 
 def ranked_table(found: Sweep) -> Table:

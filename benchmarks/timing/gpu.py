@@ -1,4 +1,4 @@
-"""What the GPU benchmarks measure with: the package's stopwatch and ceilings, and a reference."""
+"""What the GPU benchmarks need beside the package's stopwatch and ceilings: a reference, peaks."""
 
 from __future__ import annotations
 
@@ -11,48 +11,7 @@ from torch import Tensor
 
 from dbsam_deploy.core.errors import EngineError
 from dbsam_deploy.extras import TORCH_GPU_LINE
-from dbsam_deploy.validation.measuring import (
-    COPY_BYTES,
-    GEMM_SIDE,
-    WARM_UP_ROUNDS,
-    Captured,
-    Ceilings,
-    CudaStopwatch,
-    Stopwatch,
-    as_tuple,
-    cache_bytes,
-    measure_ceilings,
-    row_facts,
-    sets_needed,
-    take_turns,
-    without_tf32,
-)
-from dbsam_deploy.validation.measuring import (
-    Demand as Work,
-)
-
-__all__ = [
-    "COPY_BYTES",
-    "GEMM_SIDE",
-    "WARM_UP_ROUNDS",
-    "Captured",
-    "Ceilings",
-    "CudaStopwatch",
-    "Stopwatch",
-    "Work",
-    "as_tuple",
-    "cache_bytes",
-    "capture_all",
-    "gpu_reference_workload",
-    "measure_ceilings",
-    "peak_bytes",
-    "require_cuda",
-    "row_facts",
-    "sets_needed",
-    "synchronized",
-    "take_turns",
-    "without_tf32",
-]
+from dbsam_deploy.validation.measuring import Captured
 
 
 def require_cuda(what: str) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from ..core.imaging import ByteArray
+from ..files.pages import svg_of
 from ..images.overlays import Panel, draw_overlay
 from ..images.volumes import png_bytes
 from .calibration import Calibration
@@ -47,7 +47,7 @@ def task_plot(result: EvaluationResult) -> str:
         axes[0].set_yticks(range(len(tasks)), [task.task for task in tasks])
         above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2}
         axes[0].legend(frameon=False, **above)
-        return _svg_of(figure)
+        return svg_of(figure)
 
 
 def _draw_tasks(axis: Any, tasks: Sequence[TaskResult], name: str) -> None:
@@ -88,14 +88,7 @@ def reliability_plot(calibration: Calibration) -> str:
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, loc="upper left")
-        return _svg_of(figure)
-
-
-def _svg_of(figure: Any) -> str:
-    stream = io.StringIO()
-    figure.savefig(stream, format="svg", metadata={"Date": None})
-    text = stream.getvalue()
-    return text[text.index("<svg") :]
+        return svg_of(figure)
 
 
 def overlay_png(overlay: Overlay) -> bytes:

@@ -1,7 +1,11 @@
-"""HTML pages from templates: what is shown is quoted, and what a template lacks is an error."""
+"""HTML pages from templates: what is shown is quoted, and what a template lacks is an error.
+
+Their plots are SVG, the same for the same values.
+"""
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -19,3 +23,11 @@ def render(jinja2: Any, template: Path, **values: Any) -> str:
     )
     text = template.read_text(encoding="utf-8")
     return str(environment.from_string(text).render(**values))
+
+
+def svg_of(figure: Any) -> str:
+    """A Matplotlib figure as an SVG element, without a date; names follow `svg.hashsalt`."""
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", metadata={"Date": None})
+    text = stream.getvalue()
+    return text[text.index("<svg") :]

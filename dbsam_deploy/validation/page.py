@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import io
 from collections.abc import Mapping
 from pathlib import Path
 
 from ..extras import require
 from ..files.atomic import write_file
-from ..files.pages import render
+from ..files.pages import render, svg_of
 from .record import PAGE_NAME, Findings
 from .verdicts import Judgement, Verdict
 
@@ -112,10 +111,7 @@ def _bars(
         axis.grid(axis="x", color="0.9")
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
-        stream = io.StringIO()
-        figure.savefig(stream, format="svg", metadata={"Date": None})
-    text = stream.getvalue()
-    return text[text.index("<svg") :]
+        return svg_of(figure)
 
 
 def _timing_rows(outcomes: list[Judgement]) -> list[tuple[str, ...]]:

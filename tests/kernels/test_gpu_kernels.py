@@ -7,14 +7,12 @@ The same sources are tested on the CPU emulation in test_<op>.py. Shapes are tho
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from support.references import check_close, prompt_feed, small_model
-from timing.gpu import without_tf32
 from torch import Tensor
 
 from dbsam_deploy.kernels import library as kernels
@@ -25,140 +23,53 @@ from dbsam_deploy.sessions.cuda_graphs import capturing
 from dbsam_deploy.sessions.fused_model import FusedEncoder
 from dbsam_deploy.sessions.fused_session import FusedPytorchSession
 from dbsam_deploy.sessions.pytorch_session import PytorchSession
+from dbsam_deploy.validation.measuring import as_tuple, without_tf32
+from dbsam_deploy.validation.operator_cases import (
+    DEPTH,
+    HEADS,
+    OperatorCase,
+    channel,
+    deform,
+    depthwise,
+    expected,
+    rel_pos,
+)
 
 pytestmark = pytest.mark.gpu
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-HEADS, DEPTH, POINTS = 12, 64, 4
 
 
-@dataclass(frozen=True)
-class Case:
-    """One call of an operator.
-
-    Attributes:
-        name: the operator.
-        shapes: of its tensors.
-        outputs: shapes of its results.
-        sizes: its other arguments.
-        arguments: what the entry point takes between its addresses and the dtype.
-        factors: what the tensors are multiplied by after they are drawn from a normal distribution.
-    """
-
-    name: str
-    shapes: tuple[tuple[int, ...], ...]
-    outputs: tuple[tuple[int, ...], ...]
-    sizes: dict[str, Any]
-    arguments: tuple[Any, ...]
-    factors: dict[int, float] = field(default_factory=dict)
-
-    def draw(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Fresh inputs on the GPU."""
-        return tuple(
-            (torch.randn(shape, device="cuda") * self.factors.get(i, 1)).to(dtype)
-            for i, shape in enumerate(self.shapes)
-        )
-
-    def expected(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The reference in float32."""
-        reference = getattr(torch_ops, f"{self.name}_reference")
-        with without_tf32():
-            return _as_tuple(reference(*(tensor.float() for tensor in tensors), **self.sizes))
-
-
-def deform(
-    batch: int,
-    queries: list[int],
-    levels: list[int],
-    *,
-    heads: int = HEADS,
-    depth: int = DEPTH,
-    reach: float = 3,
-) -> Case:
-    count, tokens = (
-        sum(h * w for h, w in torch_ops.as_shapes(sizes)) for sizes in (queries, levels)
-    )
-    samples = heads * len(levels) // 2 * POINTS
-    return Case(
-        "ms_deform_attn",
-        ((batch, tokens, heads * depth), (batch, count, 2 * samples), (batch, count, samples)),
-        ((batch, count, heads * depth),),
-        {
-            "num_heads": heads,
-            "num_points": POINTS,
-            "level_shapes": levels,
-            "query_shapes": queries,
-        },
-        (batch, heads, depth, len(levels) // 2, POINTS, levels, len(queries) // 2, queries),
-        {1: reach},
-    )
-
-
-def channel(batch: int, height: int, width: int, channels: int = 768) -> Case:
-    reduced = channels // 4
-    return Case(
-        "channel_attention",
-        (
-            (batch, height, width, channels),
-            (channels,),
-            (channels,),
-            (channels, 1, 3, 3),
-            (reduced, channels),
-            (channels, reduced),
-            (channels, channels),
-        ),
-        ((batch, height * width, channels), (batch, channels, channels)),
-        {"epsilon": 1e-6},
-        (batch, height, width, channels, reduced, 1e-6),
-        {4: channels**-0.5, 5: 4 * reduced**-0.5},
-    )
-
-
-def rel_pos(windows: int, side: int, heads: int = HEADS) -> Case:
-    return Case(
-        "rel_pos_attention",
-        ((windows, side**2, 3 * heads * DEPTH), *((2 * side - 1, DEPTH),) * 2),
-        ((windows, side**2, heads * DEPTH),),
-        {"num_heads": heads, "side": side, "scale": DEPTH**-0.5},
-        (windows, side, heads, DEPTH, DEPTH**-0.5),
-        {1: 0.3, 2: 0.3},
-    )
-
-
-def depthwise(batch: int, levels: int, height: int, width: int, channels: int = 3072) -> Case:
-    tokens = (batch, levels * height * width, channels)
-    return Case(
-        "depthwise_conv_gelu",
-        (tokens, (channels, 1, 3, 3), (channels,)),
-        (tokens,),
-        {"height": height, "width": width},
-        (batch * levels, height, width, channels),
-        {1: 1 / 3},
+def drawn(case: OperatorCase, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Fresh inputs on the GPU."""
+    return tuple(
+        (torch.randn(shape, device="cuda") * case.factors.get(i, 1)).to(dtype)
+        for i, shape in enumerate(case.shapes)
     )
 
 
 CASES = {
-    "deform one level": deform(1, [64, 64], [64, 64]),
-    "deform batch": deform(3, [64, 64], [64, 64]),
-    "deform ViT from four levels": deform(1, [64, 64], [64, 64] * 4),
-    "deform five levels": deform(1, [64, 64] * 5, [64, 64] * 5),
-    "deform ragged": deform(2, [5, 3, 1, 7], [7, 9, 2, 2, 1, 1], heads=3),
-    "deform narrow": deform(1, [6, 5], [4, 4], heads=2, depth=8),
+    "deform one level": deform(1, [64, 64], [64, 64], HEADS, DEPTH),
+    "deform batch": deform(3, [64, 64], [64, 64], HEADS, DEPTH),
+    "deform ViT from four levels": deform(1, [64, 64], [64, 64] * 4, HEADS, DEPTH),
+    "deform five levels": deform(1, [64, 64] * 5, [64, 64] * 5, HEADS, DEPTH),
+    "deform ragged": deform(2, [5, 3, 1, 7], [7, 9, 2, 2, 1, 1], 3, DEPTH),
+    "deform narrow": deform(1, [6, 5], [4, 4], 2, 8),
     # samples alone are 48 KiB of shared memory in float32
-    "deform 24 samples": deform(1, [9, 9], [4, 5] * 6, heads=2),
-    "deform far": deform(1, [9, 9], [8, 8, 4, 4], reach=50),
-    "channel": channel(1, 64, 64),
-    "channel batch": channel(8, 64, 64),
+    "deform 24 samples": deform(1, [9, 9], [4, 5] * 6, 2, DEPTH),
+    "deform far": deform(1, [9, 9], [8, 8, 4, 4], HEADS, DEPTH, 50),
+    "channel": channel(1, 64, 64, 768),
+    "channel batch": channel(8, 64, 64, 768),
     "channel ragged": channel(3, 13, 7, 64),
     "channel one cell": channel(1, 1, 1, 32),
-    "rel_pos global": rel_pos(1, 64),
-    "rel_pos global batch": rel_pos(2, 64, heads=2),
-    "rel_pos windows": rel_pos(25, 14),
-    "rel_pos ragged": rel_pos(3, 9, heads=2),
-    "rel_pos one token": rel_pos(2, 1, heads=1),
-    "rel_pos middle": rel_pos(1, 33, heads=3),
-    "depthwise": depthwise(1, 1, 64, 64),
-    "depthwise levels and batch": depthwise(2, 5, 64, 64),
+    "rel_pos global": rel_pos(1, 64, HEADS),
+    "rel_pos global batch": rel_pos(2, 64, 2),
+    "rel_pos windows": rel_pos(25, 14, HEADS),
+    "rel_pos ragged": rel_pos(3, 9, 2),
+    "rel_pos one token": rel_pos(2, 1, 1),
+    "rel_pos middle": rel_pos(1, 33, 3),
+    "depthwise": depthwise(1, 1, 64, 64, 3072),
+    "depthwise levels and batch": depthwise(2, 5, 64, 64, 3072),
     "depthwise ragged": depthwise(3, 2, 13, 37, 72),
     "depthwise one cell": depthwise(1, 1, 1, 1, 8),
 }
@@ -166,19 +77,15 @@ ALL = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 
 
-def _as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (result,) if isinstance(result, Tensor) else tuple(result)
-
-
-def _operator(case: Case) -> Callable[..., Tensor | tuple[Tensor, ...]]:
-    return getattr(torch.ops.dbsam, case.name)
+def _operator(case: OperatorCase) -> Callable[..., Tensor | tuple[Tensor, ...]]:
+    return getattr(torch.ops.dbsam, case.operator)
 
 
 def _compare(
-    found: tuple[Tensor, ...], expected: tuple[Tensor, ...], dtype: torch.dtype, bound: str = ""
+    found: tuple[Tensor, ...], wanted: tuple[Tensor, ...], dtype: torch.dtype, bound: str = ""
 ) -> None:
-    assert len(found) == len(expected)
-    for ours, truth in zip(found, expected, strict=True):
+    assert len(found) == len(wanted)
+    for ours, truth in zip(found, wanted, strict=True):
         assert ours.dtype is dtype
         values = ours.float().cpu().numpy()
         check_close(values, truth.cpu().numpy(), bound or f"{str(dtype)[6:]} kernel")
@@ -187,13 +94,13 @@ def _compare(
 @ALL
 @EACH_DTYPE
 def test_the_operator_on_cuda_equals_the_reference(case, dtype):
-    tensors = case.draw(dtype)
+    tensors = drawn(case, dtype)
     torch.use_deterministic_algorithms(True)  # fills what `new_empty` makes with NaN
     try:
-        found = _as_tuple(_operator(case)(*tensors, **case.sizes))
+        found = as_tuple(_operator(case)(*tensors, **case.sizes))
     finally:
         torch.use_deterministic_algorithms(False)
-    _compare(found, case.expected(tensors), dtype)
+    _compare(found, expected(case, tensors), dtype)
 
 
 class PycudaMemory:
@@ -236,13 +143,15 @@ def memory() -> PycudaMemory:
     return PycudaMemory(pycuda.driver)
 
 
-def _call(memory: PycudaMemory, case: Case, dtype: torch.dtype, *inputs: Any, entry: str) -> list:
+def _call(
+    memory: PycudaMemory, case: OperatorCase, dtype: torch.dtype, *inputs: Any, entry: str
+) -> list:
     """Run an entry point on pycuda's stream; returns its outputs."""
     library = torch_ops.kernel_library(torch.device("cuda:0"))
     code = kernels.DTYPE_CODES[str(dtype)[6:]]
     outputs = [memory.make(int(np.prod(shape)) * dtype.itemsize) for shape in case.outputs]
     workspace = []
-    if case.name == "channel_attention":
+    if case.operator == "channel_attention":
         size = library.dbsam_channel_attention_workspace(*case.arguments[:5], code)
         workspace = [memory.make(max(size, 16))]
     arguments = (*inputs, *outputs, *workspace, *case.arguments, code, memory.stream.handle)
@@ -253,10 +162,10 @@ def _call(memory: PycudaMemory, case: Case, dtype: torch.dtype, *inputs: Any, en
 @ALL
 @EACH_DTYPE
 def test_the_entry_point_on_pycudas_memory_equals_the_reference(memory, case, dtype):
-    tensors = case.draw(dtype)
+    tensors = drawn(case, dtype)
     inputs = [memory.put(tensor) for tensor in tensors]
-    found = _call(memory, case, dtype, *inputs, entry=f"dbsam_{case.name}")
-    _compare(tuple(found), case.expected(tensors), dtype)
+    found = _call(memory, case, dtype, *inputs, entry=f"dbsam_{case.operator}")
+    _compare(tuple(found), expected(case, tensors), dtype)
 
 
 @pytest.mark.nvcc
@@ -264,10 +173,10 @@ def test_the_entry_point_on_pycudas_memory_equals_the_reference(memory, case, dt
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("rel_pos")])
 def test_the_compact_attention_equals_the_reference(memory, name, dtype):
     case = CASES[name]
-    tensors = case.draw(dtype)
+    tensors = drawn(case, dtype)
     inputs = [memory.put(tensor) for tensor in tensors]
     found = _call(memory, case, dtype, *inputs, entry="dbsam_rel_pos_attention_compact")
-    _compare(tuple(found), case.expected(tensors), dtype)
+    _compare(tuple(found), expected(case, tensors), dtype)
 
 
 @pytest.fixture
@@ -284,35 +193,35 @@ def by_nvrtc(monkeypatch):
 @ALL
 @EACH_DTYPE
 def test_nvrtcs_kernels_equal_the_reference(case, dtype):
-    tensors = case.draw(dtype)
-    found = _as_tuple(_operator(case)(*tensors, **case.sizes))
+    tensors = drawn(case, dtype)
+    found = as_tuple(_operator(case)(*tensors, **case.sizes))
     assert isinstance(torch_ops.kernel_library(tensors[0].device), NvrtcKernels)
-    _compare(found, case.expected(tensors), dtype)
+    _compare(found, expected(case, tensors), dtype)
 
 
 @ALL
 @EACH_DTYPE
 def test_the_same_inputs_give_the_same_bits(case, dtype):
-    tensors, operator = case.draw(dtype), _operator(case)
-    first = _as_tuple(operator(*tensors, **case.sizes))
+    tensors, operator = drawn(case, dtype), _operator(case)
+    first = as_tuple(operator(*tensors, **case.sizes))
     for _ in range(3):
-        again = _as_tuple(operator(*tensors, **case.sizes))
+        again = as_tuple(operator(*tensors, **case.sizes))
         assert all(map(torch.equal, again, first))
 
 
 @ALL
 def test_a_captured_operator_follows_its_inputs(case):
-    tensors, operator = case.draw(torch.float16), _operator(case)
+    tensors, operator = drawn(case, torch.float16), _operator(case)
     operator(*tensors, **case.sizes)  # builds and loads the library
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with capturing(graph):
-        found = _as_tuple(operator(*tensors, **case.sizes))
-    fresh = case.draw(torch.float16)
+        found = as_tuple(operator(*tensors, **case.sizes))
+    fresh = drawn(case, torch.float16)
     for tensor, new in zip(tensors, fresh, strict=True):
         tensor.copy_(new)
     graph.replay()
-    _compare(found, case.expected(fresh), torch.float16)
+    _compare(found, expected(case, fresh), torch.float16)
 
 
 @pytest.mark.parametrize(
@@ -320,7 +229,7 @@ def test_a_captured_operator_follows_its_inputs(case):
 )
 def test_pytorch_accepts_the_operator_on_cuda(name):
     case = CASES[name]
-    results = torch.library.opcheck(_operator(case).default, case.draw(torch.float16), case.sizes)
+    results = torch.library.opcheck(_operator(case).default, drawn(case, torch.float16), case.sizes)
     assert set(results.values()) == {"SUCCESS"}
 
 

@@ -17,12 +17,12 @@ from support.references import small_model
 from support.torch_engines import PLAYED_TENSORRT, played_build
 from timing import gpu as gpu_benchmarking
 from timing import tensorrt_rows
-from timing.gpu import Ceilings, Work
 
 from dbsam_deploy.core.errors import EngineError
 from dbsam_deploy.engines.manifest import Flags
 from dbsam_deploy.fusions import fuse_file
 from dbsam_deploy.sessions.cuda_graphs import Recording
+from dbsam_deploy.validation import measuring
 from dbsam_deploy.verification.parity import cosine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,8 +41,8 @@ def test_variants_take_turns_and_the_order_rotates():
         work()
         return float(next(clock))
 
-    seconds = gpu_benchmarking.take_turns(variants, stopwatch, rounds=3)
-    warm = 3 * gpu_benchmarking.WARM_UP_ROUNDS
+    seconds = measuring.take_turns(variants, stopwatch, rounds=3)
+    warm = 3 * measuring.WARM_UP_ROUNDS
     assert "".join(log[warm:]) == "abcbcacab"
     # The n-th timed call took warm + n seconds: a was 1st, 6th and 8th, b 2nd, 4th and 9th.
     assert seconds == {"a": warm + 5, "b": warm + 3, "c": warm + 4}
@@ -53,23 +53,23 @@ def test_one_slow_call_does_not_move_the_median():
 
     def stopwatch(work) -> float:
         calls.append(work)
-        return 100.0 if len(calls) == gpu_benchmarking.WARM_UP_ROUNDS + 2 else 1.0
+        return 100.0 if len(calls) == measuring.WARM_UP_ROUNDS + 2 else 1.0
 
-    assert gpu_benchmarking.take_turns({"a": print}, stopwatch, rounds=5) == {"a": 1.0}
+    assert measuring.take_turns({"a": print}, stopwatch, rounds=5) == {"a": 1.0}
 
 
 def test_ceilings_count_both_directions_of_a_copy_and_both_halves_of_a_multiply_add():
-    found = gpu_benchmarking.measure_ceilings(
-        lambda work: work() is None or 0.5, device="cpu", divide=64
-    )
-    size, side = gpu_benchmarking.COPY_BYTES // 64, gpu_benchmarking.GEMM_SIDE // 64
+    found = measuring.measure_ceilings(lambda work: work() is None or 0.5, device="cpu", divide=64)
+    size, side = measuring.COPY_BYTES // 64, measuring.GEMM_SIDE // 64
     assert found.copy_gb_s == pytest.approx(4 * size / 1e9)
     assert found.gemm_tflop_s == pytest.approx(4 * side**3 / 1e12)
 
 
 def test_a_row_says_what_was_reached_of_the_ceilings():
     seconds = {"ours": 2e-6, "eager": 9e-6}
-    facts = gpu_benchmarking.row_facts(seconds, "ours", Work(6000, 8 * 10**6), Ceilings(4.0, 16.0))
+    facts = measuring.row_facts(
+        seconds, "ours", measuring.Demand(6000, 8 * 10**6), measuring.Ceilings(4.0, 16.0)
+    )
     assert facts == pytest.approx(
         {
             "us": 2.0,
@@ -80,8 +80,8 @@ def test_a_row_says_what_was_reached_of_the_ceilings():
             "vs eager": 4.5,
         }
     )
-    assert "TFLOP/s" not in gpu_benchmarking.row_facts(
-        seconds, "ours", Work(6000), Ceilings(4.0, 16.0)
+    assert "TFLOP/s" not in measuring.row_facts(
+        seconds, "ours", measuring.Demand(6000), measuring.Ceilings(4.0, 16.0)
     )
 
 
@@ -89,7 +89,7 @@ def test_a_row_says_what_was_reached_of_the_ceilings():
     ("bytes_per_call", "sets"), [(1, 64), (10**6, 30), (14 * 10**6, 4), (10**9, 4)]
 )
 def test_the_inputs_of_a_benchmark_exceed_the_cache(bytes_per_call, sets):
-    assert gpu_benchmarking.sets_needed(bytes_per_call, 10**7) == sets
+    assert measuring.sets_needed(bytes_per_call, 10**7) == sets
 
 
 def test_the_gpu_reference_workload_is_the_same_every_time():
@@ -118,7 +118,7 @@ def test_float32_without_tf32_stays_on_cudnn():
     """`torch.backends.cudnn.flags(allow_tf32=False)` switches cuDNN off, which ships with it on."""
     cudnn = torch.backends.cudnn
     before = cudnn.enabled, cudnn.allow_tf32, cudnn.benchmark
-    with gpu_benchmarking.without_tf32():
+    with measuring.without_tf32():
         assert (cudnn.enabled, cudnn.allow_tf32, cudnn.benchmark) == (True, False, before[2])
     assert (cudnn.enabled, cudnn.allow_tf32, cudnn.benchmark) == before
 
@@ -208,7 +208,7 @@ def on_cpu(compare_gpu, monkeypatch) -> Iterator[ModuleType]:
     """The comparison on the CPU with a small model: all but the device and the compiler is real."""
     model = small_model("sam_vit_b", 64)
     loaded = SimpleNamespace(model=model, preprocessing=model.config.frame)
-    monkeypatch.setattr(gpu_benchmarking, "WARM_UP_ROUNDS", 0)
+    monkeypatch.setattr(measuring, "WARM_UP_ROUNDS", 0)
     monkeypatch.setattr(compare_gpu, "DEVICE", "cpu")
     monkeypatch.setattr(compare_gpu, "load_model", lambda **_: loaded)
     monkeypatch.setattr(compare_gpu, "require_cuda", lambda what: None)
