@@ -6,6 +6,7 @@ import functools
 import os
 import pickle
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,13 +29,18 @@ from dbsam_deploy.artefact import Artefact
 from dbsam_deploy.core.contract import Geometry, graph_specs
 from dbsam_deploy.core.errors import EngineError
 from dbsam_deploy.export import ExportOptions, Published, Stages, export
+from dbsam_deploy.files.private import cache_folder
 from dbsam_deploy.graphs.onnx_export import export_graph, fold_reshapes, simplify
 from dbsam_deploy.graphs.tracing import trace
+from dbsam_deploy.kernels import plugin_build
+from dbsam_deploy.kernels.build import digest_of
 from dbsam_deploy.kernels.headers import Headers, find_headers
-from dbsam_deploy.kernels.plugin_build import PluginLibrary, build_plugins
+from dbsam_deploy.kernels.plugin_build import PluginLibrary
+from dbsam_deploy.kernels.toolkit import find_nvcc
 from dbsam_deploy.model import DbSam
 from dbsam_deploy.model.weights import find_lite_medsam, load_model
 from dbsam_deploy.recipe import Recipe, load_recipe
+from dbsam_deploy.resources import resource_dir
 from dbsam_deploy.serving.environment import ServerEnvironment
 from dbsam_deploy.serving.ports import Ports
 from dbsam_deploy.serving.repository import Repository, build_repository
@@ -257,16 +263,28 @@ def tensorrt_headers() -> Headers:
 def plugin_library(tensorrt_headers: Headers, once: Once) -> PluginLibrary:
     """The plugins, compiled for the oldest architecture alone to keep it short; not to be changed.
 
-    What ptxas counts of their kernels is in the build's log.
+    What ptxas counts of their kernels is in the build's log. Their folder is kept between runs, for
+    these sources and tools alone; what was touched since is compiled again.
     """
     if shutil.which("cmake") is None:
         pytest.skip("no cmake on the PATH")
+    sources = sorted(path for path in resource_dir("kernels").rglob("*") if path.is_file())
+    versions = [
+        subprocess.run([tool, "--version"], capture_output=True, text=True, check=True).stdout
+        for tool in ("cmake", find_nvcc())
+    ]
+    places = (str(resource_dir("kernels")), str(tensorrt_headers.folder), tensorrt_headers.version)
+    key = digest_of([*sources, Path(plugin_build.__file__)], places, "".join(versions))
 
     def make(folder: Path) -> PluginLibrary:
+        kept = cache_folder("built-plugins")
+        for other in kept.glob("*"):
+            if other.name != key or not (other / plugin_build.MANIFEST_NAME).exists():
+                shutil.rmtree(other)  # of other sources, or left half-way
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("NVCC_APPEND_FLAGS", "-Xptxas=-v")
-            return build_plugins(
-                folder,
+            return plugin_build.build_plugins(
+                kept / key,
                 tensorrt_include=tensorrt_headers.folder,
                 architectures=("sm_80",),
                 report=lambda line: None,

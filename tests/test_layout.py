@@ -2,6 +2,7 @@
 
 import ast
 import doctest
+import functools
 import importlib
 import re
 import subprocess
@@ -129,25 +130,27 @@ def _room(name: str) -> str:
     return name.split(".")[0]
 
 
-IMPORTS = {_name(path): set(imported(path)) for path in MODULES}
-"""Module → what it imports of this package."""
+@functools.cache  # not where this file is collected, which every worker does
+def _imports() -> dict[str, set[str]]:
+    """Module → what it imports of this package."""
+    return {_name(path): set(imported(path)) for path in MODULES}
 
 
 def test_every_room_is_on_the_list_and_the_other_way_round() -> None:
-    rooms = {_room(name) for name in IMPORTS} - {"__init__", "__main__"}
+    rooms = {_room(name) for name in _imports()} - {"__init__", "__main__"}
     assert rooms == set(ORDER) | DOORS
     assert len(ORDER) == len(set(ORDER))
 
 
 def test_no_name_hides_a_module_of_the_standard_library() -> None:
     """With a folder of ours on the path, as in a shell that stands in it, ours would be taken."""
-    names = {part for name in IMPORTS for part in name.split(".")}
+    names = {part for name in _imports() for part in name.split(".")}
     assert names & sys.stdlib_module_names == set()
 
 
 def test_imports_go_one_way() -> None:
     wrong = []
-    for name, targets in IMPORTS.items():
+    for name, targets in _imports().items():
         own = _room(name)
         if own not in ORDER:
             continue  # a door may call any room; test_no_room_knows_a_door has the other direction
@@ -159,7 +162,7 @@ def test_imports_go_one_way() -> None:
 def test_no_room_knows_a_door() -> None:
     knowing = {
         (name, _room(one))
-        for name, targets in IMPORTS.items()
+        for name, targets in _imports().items()
         for one in targets
         if _room(one) in DOORS and name != "__main__"
     }
@@ -173,7 +176,7 @@ def _within(name: str, stage: str) -> bool:
 def test_a_stage_knows_no_other_stage() -> None:
     wrong = []
     for stage in STAGES:
-        own = {n: targets for n, targets in IMPORTS.items() if _within(n, stage)}
+        own = {n: targets for n, targets in _imports().items() if _within(n, stage)}
         assert own, stage
         wrong += [
             f"{name}: {one}"
@@ -187,17 +190,17 @@ def test_a_stage_knows_no_other_stage() -> None:
 
 def test_only_export_composes_the_stages() -> None:
     def stages(name: str) -> set[str]:
-        return {s for s in STAGES for one in IMPORTS[name] if _within(one, s)}
+        return {s for s in STAGES for one in _imports()[name] if _within(one, s)}
 
     assert stages("export") == STAGES - {"quantization.qdq"}  # the quantizer calls it
-    exporters = {name for name in IMPORTS if "graphs.onnx_export" in stages(name)}
+    exporters = {name for name in _imports() if "graphs.onnx_export" in stages(name)}
     assert exporters == {"export", "sensitivity"}  # a sweep needs the float encoder alone
 
 
 def _reached(name: str) -> set[str]:
     """Rooms that a room or door imports, or what it imports does."""
-    modules = {n for n in IMPORTS if _within(n, name)}
-    while more := {one for n in modules for one in IMPORTS.get(n, ())} - modules:
+    modules = {n for n in _imports() if _within(n, name)}
+    while more := {one for n in modules for one in _imports().get(n, ())} - modules:
         modules |= more
     return {_room(n) for n in modules}
 

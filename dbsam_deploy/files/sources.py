@@ -43,6 +43,8 @@ def _imported(source: bytes, here: tuple[str, ...], *, typing: bool) -> tuple[st
 
 def _statements(node: ast.AST, *, typing: bool) -> Iterator[ast.AST]:
     for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.expr):
+            continue  # holds no statement, and most of a tree is expressions
         checked = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
         if typing or not checked:
             yield child

@@ -121,8 +121,7 @@ def test_nothing_is_found_in_the_compact_form() -> None:
 def findings_of(tmp_path: Path) -> Callable[[Fault], list[str]]:
     def run(fault: Fault) -> list[str]:
         source = fault.plant(tmp_path)
-        options = {"dtype": fault.dtype, "source": source, "folder": tmp_path / "cache"}
-        library = detecting_library(fault.operator, **options)
+        library = detecting_library(fault.operator, dtype=fault.dtype, source=source)
         call, every_size = RAGGED[fault.operator]
         found: list[str] = []
         for sizes in (fault.sizes,) if fault.sizes else every_size:

@@ -65,7 +65,7 @@ def _build(source: str, folder: Path) -> ctypes.CDLL:
     path.write_text(source)
     flags = ("-std=c++17", "-O1", "-x", "c++", "-DDBSAM_HOST", "-fPIC", "-shared", "-pthread")
     flags += ("-fno-gnu-unique", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
-    return ctypes.CDLL(str(build_library("quick", "g++", (path,), flags, folder)))
+    return ctypes.CDLL(str(build_library("quick", "g++", (path,), flags, None)))
 
 
 @pytest.mark.parametrize("element", ["float32", "float16"])
