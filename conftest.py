@@ -45,9 +45,6 @@ from dbsam_deploy.kernels.toolkit import find_nvcc
 from dbsam_deploy.machine.hardware import Hardware, describe_hardware, installed_versions
 from dbsam_deploy.serving.environment import DEFAULT_FOLDER, ServerEnvironment, find_environment
 
-# jsonschema loads it for a format that nothing here checks: a second of each worker.
-sys.modules.setdefault("rfc3987_syntax", None)
-
 pytest_plugins = ["pytester", "support.random_numbers", "support.run_order"]
 
 ROOT = Path(__file__).resolve().parent

@@ -188,7 +188,7 @@ def test_losses_fall_and_validation_stops_early(tmp_path) -> None:
 
 TWO = """
 import os, sys
-import accelerate, monai.losses, torch.utils.tensorboard
+import accelerate, monai.losses, torch._dynamo, torch.utils.tensorboard
 from dbsam_deploy.train import main
 children = []
 for rank in "01":
