@@ -55,14 +55,15 @@ MLPBlock: Any = sys.modules[f"{_PRIVATE_NAME}.common"].MLPBlock
 _image_encoder: Any = sys.modules[f"{_PRIVATE_NAME}.image_encoder"]
 ViTBlock: Any = _image_encoder.Block
 get_rel_pos: Any = _image_encoder.get_rel_pos
-SCORES_BYTES = 128 << 20
-"""How much of its attention a block of SAM's ViT has at once, in each of three arrays."""
+SCORES_BYTES = 4 << 20
+"""How much of its attention a block of SAM's ViT has at once: what a processor's cache holds."""
 
 
 class ViTAttention(_image_encoder.Attention):
-    """SAM's, a few heads at a time, so that its scores never lie in memory as a whole.
+    """SAM's, some queries at a time, so that its scores never lie in memory as a whole.
 
-    At 1024 pixels SAM's own has 12 heads of 4096 × 4096, three times over.
+    At 1024 pixels SAM's own has 12 heads of 4096 × 4096, three times over. Added in place and in
+    the order of `add_decomposed_rel_pos`, they are the same numbers.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,17 +71,31 @@ class ViTAttention(_image_encoder.Attention):
         batch, height, width, channels = x.shape
         tokens, sides = height * width, (height, width)
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        heads = max(1, SCORES_BYTES // (tokens * tokens * x.element_size()))
-        parts = []
-        for q, k, v in zip(*(part.flatten(0, 1).split(heads) for part in qkv), strict=True):
-            scores = (q * self.scale) @ k.transpose(1, 2)
-            scores = _image_encoder.add_decomposed_rel_pos(
-                scores, q, self.rel_pos_h, self.rel_pos_w, sides, sides
-            )
-            parts.append(scores.softmax(-1) @ v)
-        out = torch.cat(parts).view(batch, self.num_heads, height, width, -1)
-        found: Tensor = self.proj(out.permute(0, 2, 3, 1, 4).reshape(batch, *sides, channels))
-        return found
+        q, k, v = (part.flatten(0, 1) for part in qkv)
+        grid = q.view(-1, *sides, q.shape[-1])
+        table_h, table_w = map(get_rel_pos, sides, sides, (self.rel_pos_h, self.rel_pos_w))
+        bias_h = torch.einsum("nhwc,hkc->nhwk", grid, table_h).flatten(1, 2)[..., None]
+        bias_w = torch.einsum("nhwc,wkc->nhwk", grid, table_w).flatten(1, 2)[..., None, :]
+        most = max(1, SCORES_BYTES // (tokens * x.element_size()))  # queries
+        heads, queries = max(1, most // tokens), min(most, tokens)
+        found = []
+        by_head = (y.split(heads) for y in (q * self.scale, bias_h, bias_w, k, v))
+        for *asked, keys, values in zip(*by_head, strict=True):
+            parts = zip(*(y.split(queries, 1) for y in asked), strict=True)
+            found.append(torch.cat([self._attend(part, keys, values) for part in parts], 1))
+        out = torch.cat(found).view(batch, self.num_heads, height, width, -1)
+        projected: Tensor = self.proj(out.permute(0, 2, 3, 1, 4).reshape(batch, *sides, channels))
+        return projected
+
+    @staticmethod
+    def _attend(asked: tuple[Tensor, ...], k: Tensor, v: Tensor) -> Tensor:
+        """(N, Q, D) of scaled queries, with (N, Q, H, 1) and (N, Q, 1, W) for their scores."""
+        q, bias_h, bias_w = asked
+        scores = q @ k.transpose(1, 2)
+        maps = scores.view(*scores.shape[:2], bias_h.shape[2], bias_w.shape[3])
+        maps += bias_h
+        maps += bias_w
+        return scores.softmax(-1) @ v
 
 
 _image_encoder.Attention = ViTAttention  # of which its blocks are made
