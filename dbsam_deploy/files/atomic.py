@@ -58,13 +58,14 @@ def writing_to(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _ADVICE:
-            raise
         name = error.filename2 or error.filename
+        # What is missing is a bug, but for a folder that the system lets nobody make (/proc/out).
+        unmade = error.errno == errno.ENOENT and name and Path(name) in (place, *place.parents)
+        advice = "write elsewhere" if unmade else _ADVICE.get(error.errno or 0)
+        if advice is None:
+            raise
         where = f" ({name})" if name and str(name) != str(place) else ""
-        raise InputError(
-            f"{place} cannot be written: {error.strerror}{where}; {_ADVICE[error.errno]}"
-        ) from error
+        raise InputError(f"{place} cannot be written: {error.strerror}{where}; {advice}") from error
 
 
 def locked(handle: int) -> bool:

@@ -116,6 +116,7 @@ def test_files_that_belong_together_appear_together(tmp_path: Path) -> None:
         (OSError(28, "No space left on device"), "x cannot be written: No space .*; free some"),
         (PermissionError(13, "Permission denied", "x/y"), r"denied \(x/y\); make it writable"),
         (FileExistsError(17, "File exists", "x"), "x cannot be written: File exists; move"),
+        (FileNotFoundError(2, "No such file", "x"), "x cannot be written: No .*; write elsewhere"),
     ],
 )
 def test_what_a_disk_refuses_is_the_users_to_mend(error: OSError, message: str) -> None:
@@ -123,6 +124,15 @@ def test_what_a_disk_refuses_is_the_users_to_mend(error: OSError, message: str) 
         raise error
 
 
-def test_other_errors_of_the_system_stay_bugs() -> None:
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc, where nobody makes folders")
+def test_a_folder_that_the_system_lets_nobody_make_is_the_users_to_mend() -> None:
+    place = Path("/proc/out/of/reach")
+    refused = pytest.raises(InputError, match=f"{place} cannot be written.*elsewhere")
+    with refused, writing_to(place):
+        place.mkdir(parents=True)
+
+
+@pytest.mark.parametrize("name", [None, "y", "x/y"])
+def test_other_errors_of_the_system_stay_bugs(name: str | None) -> None:
     with pytest.raises(FileNotFoundError), writing_to(Path("x")):
-        raise FileNotFoundError(2, "No such file or directory")
+        raise FileNotFoundError(2, "No such file or directory", name)
