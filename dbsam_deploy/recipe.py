@@ -23,7 +23,7 @@ CALIBRATORS = ("max", "percentile", "entropy", "mse")
 OPERATORS = ("MatMul", "Gemm", "Conv")
 ROUNDINGS = ("nearest", "gptq")
 TOOLS = ("onnxruntime", "modelopt")
-OPTIONAL_FUSIONS = ("depthwise_conv_gelu",)
+OPTIONAL_FUSIONS = ("depthwise_conv_gelu", "windowed_attention")
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,15 @@ DBSAM_EXPORT int dbsam_rel_pos_attention_compact(const void* qkv, const void* re
                                                  int side, int heads, int head_dim, float scale,
                                                  int dtype, void* stream);
 
+// The same within the windows of a map, which is neither padded nor cut up: qkv (batch, height,
+// width, 3 * heads * head_dim), qkv_bias (3 * heads * head_dim), rel_pos_h and rel_pos_w
+// (2 * side - 1, head_dim) -> out (batch, height, width, heads * head_dim). Windows of side * side
+// begin at the upper left corner; what they have beyond the map's end is qkv_bias, and not written.
+DBSAM_EXPORT int dbsam_windowed_attention(const void* qkv, const void* qkv_bias,
+                                          const void* rel_pos_h, const void* rel_pos_w, void* out,
+                                          int batch, int height, int width, int side, int heads,
+                                          int head_dim, float scale, int dtype, void* stream);
+
 }  // extern "C"
 
 #endif  // DBSAM_KERNELS_ENTRY_POINTS_H_

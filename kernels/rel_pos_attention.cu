@@ -31,8 +31,9 @@ int launch(const Problem& p, void* stream) {
   auto* out = static_cast<T*>(p.out);
   const dim3 grid(static_cast<unsigned>(blocks));
   if constexpr (kPlain) {
-    return DBSAM_LAUNCH(attend_window_plain, grid, dim3(kPlainThreads), plain_shared_bytes(p.side),
-                        stream, qkv, rel_pos_h, rel_pos_w, out, p.side, p.heads, p.scale);
+    return DBSAM_LAUNCH(attend_window_plain<T>, grid, dim3(kPlainThreads),
+                        plain_shared_bytes(p.side), stream, qkv, rel_pos_h, rel_pos_w, out, p.side,
+                        p.heads, p.scale);
   } else {
     return DBSAM_LAUNCH((attend_window<T, kCompact>), grid, dim3(kThreads),
                         shared_bytes<kCompact>(p.side), stream, qkv, rel_pos_h, rel_pos_w, out,

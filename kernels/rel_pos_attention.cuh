@@ -33,13 +33,13 @@ __device__ __forceinline__ float softmax_term(float accumulator, float factor, f
 // count tile by tile, then head by head, so that those which run together share K and V in the L2
 // cache.
 struct Block {
-  int tokens;  // of a window
   int first;
   int head;
   int64_t window;
 
-  __device__ __forceinline__ Block(int tile, int side, int heads) : tokens(side * side) {
-    const int tiles = (tokens + tile - 1) / tile;
+  // `queries`: the most that a window has.
+  __device__ __forceinline__ Block(int tile, int queries, int heads) {
+    const int tiles = (queries + tile - 1) / tile;
     const int index = static_cast<int>(blockIdx.x);
     first = index % tiles * tile;
     head = index / tiles % heads;
@@ -47,26 +47,68 @@ struct Block {
   }
 };
 
-// A head of a window: its first query, the tables, and the sizes of the call.
+// A window that was cut out of a map: the part of it that lies on the map, and what all of its
+// other tokens are. A packed window has none of this.
 template <typename T>
+struct Cut {
+  const T* padding;  // a query, whose key and value follow it as they follow any other
+  int rows;
+  int columns;
+  int pitch;  // tokens from a row of the map to the next
+};
+
+// A head of a window: its first query and output, the tables, and the sizes of the call. Queries
+// are the tokens that are to be written: all of a packed window, those on the map of another.
+template <typename T, bool kMap = false>
 struct Head {
   const T* queries;
+  T* out;
   const T* rel_pos_h;
   const T* rel_pos_w;
   int side;
   int width;  // heads * kHeadDim: elements from a query to its key, from the key to its value
   float scale;
+  Cut<T> cut;
 
-  __device__ __forceinline__ const T* keys() const { return queries + width; }
   __device__ __forceinline__ int stride() const { return 3 * width; }  // from token to token
+  __device__ __forceinline__ int rows() const { return kMap ? cut.rows : side; }
+  __device__ __forceinline__ int columns() const { return kMap ? cut.columns : side; }
+  __device__ __forceinline__ int pitch() const { return kMap ? cut.pitch : side; }
+
+  // Whether the query of a row and a column of the window lies with the others, and not in padding.
+  __device__ __forceinline__ bool covers(int row, int column) const {
+    return !kMap || (row < cut.rows && column < cut.columns);
+  }
+  // Tokens from the first to a query, by its number.
+  __device__ __forceinline__ int place(int query) const {
+    return kMap ? query / cut.columns * cut.pitch + query % cut.columns : query;
+  }
+  __device__ __forceinline__ const T* query(int number) const {
+    return queries + place(number) * stride();
+  }
+  // By the number of the token in the window.
+  __device__ __forceinline__ const T* key(int token) const {
+    if (!kMap) return queries + token * stride() + width;
+    const int row = token / side, column = token % side;
+    return (covers(row, column) ? queries + (row * cut.pitch + column) * stride() : cut.padding) +
+           width;
+  }
 };
 
 template <typename T>
 __device__ __forceinline__ Head<T> find_head(const Block& block, const T* qkv, const T* rel_pos_h,
-                                             const T* rel_pos_w, int side, int heads, float scale) {
-  const int width = heads * kHeadDim;
-  const T* queries = qkv + block.window * block.tokens * 3 * width + block.head * kHeadDim;
-  return {queries, rel_pos_h, rel_pos_w, side, width, scale};
+                                             const T* rel_pos_w, T* out, int side, int heads,
+                                             float scale) {
+  const int width = heads * kHeadDim, channel = block.head * kHeadDim;
+  const int64_t first = block.window * (side * side);
+  return {qkv + first * 3 * width + channel,
+          out + first * width + channel,
+          rel_pos_h,
+          rel_pos_w,
+          side,
+          width,
+          scale,
+          {}};
 }
 
 }  // namespace dbsam::rel_pos

@@ -77,13 +77,14 @@ __device__ __forceinline__ RowShare load_row(const T* row, bool valid) {
 }
 
 // The warp's queries, which start at `first`; those from `rows` on are zero.
-template <typename T>
-__device__ __forceinline__ void load_query(Query& query, const T* first, int rows, int stride) {
+template <typename T, bool kMap>
+__device__ __forceinline__ void load_query(Query& query, const Head<T, kMap>& head, int first,
+                                           int rows) {
   const Lane lane;
 #pragma unroll
   for (int i = 0; i < kLaneRows; ++i) {
     const int row = lane.group + 8 * i;
-    const RowShare share = load_row(first + row * stride, row < rows);
+    const RowShare share = load_row(head.query(first + row), row < rows);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       query[i / 2][step][i % 2] = share.word(step, 0);
@@ -99,19 +100,19 @@ struct Places {
   int last;
 };
 
-// Rows, or else columns, of the tokens first ... first + rows - 1.
+// Rows, or else columns, of the queries first ... first + rows - 1, `columns` of which are a row.
 template <bool kRows>
-__device__ __forceinline__ Places find_places(int first, int rows, int side) {
+__device__ __forceinline__ Places find_places(int first, int rows, int columns) {
   const Lane lane;
   const int last = first + rows - 1;
-  const bool one_row = first / side == last / side;
+  const bool one_row = first / columns == last / columns;
   Places places{};
-  places.first = kRows ? first / side : one_row ? first % side : 0;
-  places.last = kRows ? last / side : one_row ? last % side : side - 1;
+  places.first = kRows ? first / columns : one_row ? first % columns : 0;
+  places.last = kRows ? last / columns : one_row ? last % columns : columns - 1;
 #pragma unroll
   for (int i = 0; i < kLaneRows; ++i) {
-    const int token = min(first + lane.group + 8 * i, last);
-    places.own[i] = kRows ? token / side : token % side;
+    const int query = min(first + lane.group + 8 * i, last);
+    places.own[i] = kRows ? query / columns : query % columns;
   }
   return places;
 }
@@ -151,18 +152,19 @@ __device__ __forceinline__ void scatter_bias(float* bias, const Query& query, co
 
 // Row bias of the grid rows from `row` to `end` in units of log 2, for `rows` queries from `first`
 // on; the lane's entry of row r is at bias + (r - row) * kWarpRows + kLaneRows * g.
-template <typename T>
-__device__ __forceinline__ void fill_row_bias(float* bias, const Query& query, const Head<T>& head,
-                                              int first, int rows, int row, int end) {
-  const Places places = find_places<true>(first, rows, head.side);
+template <typename T, bool kMap>
+__device__ __forceinline__ void fill_row_bias(float* bias, const Query& query,
+                                              const Head<T, kMap>& head, int first, int rows,
+                                              int row, int end) {
+  const Places places = find_places<true>(first, rows, head.columns());
   scatter_bias<T, kWarpRows, 1, kLaneRows>(bias, query, head.rel_pos_h, places, row, end - 1,
                                            head.side, kLog2E);
 }
 
 // Column bias of the strip from `column` on; minus infinity for columns beyond the grid.
-template <typename T>
+template <typename T, bool kMap>
 __device__ __forceinline__ void load_column_bias(WarpState& state, float* scratch,
-                                                 const Head<T>& head, const Places& places,
+                                                 const Head<T, kMap>& head, const Places& places,
                                                  int column) {
   const Lane lane;
   const int last = min(column + kChunk, head.side) - 1;

@@ -29,19 +29,22 @@ __device__ __forceinline__ int swizzle(int row) { return (row & 1) << 2 | (row >
 
 // Copies the K and V of 4 chunks, from grid row `row` of the strip from `column` on, into a stage.
 // Places beyond the grid are zero.
-template <typename T>
-__device__ __forceinline__ void load_tile(T* stage, const Head<T>& head, int row, int column) {
+template <typename T, bool kMap>
+__device__ __forceinline__ void load_tile(T* stage, const Head<T, kMap>& head, int row,
+                                          int column) {
   static_assert(kThreads == 8 * kChunk, "one pass copies a chunk");
   const int unit = threadIdx.x % 8;
   const int key = threadIdx.x / 8;
-  const T* source = head.keys() + (row * head.side + column + key) * head.stride() + 8 * unit;
+  const int first = head.width + 8 * unit;
+  const T* source = head.queries + (row * head.pitch() + column + key) * head.stride() + first;
   T* target = stage + key * kHeadDim + 8 * (unit ^ swizzle(key));
 #pragma unroll
   for (int chunk = 0; chunk < kTileChunks; ++chunk) {
     const bool valid = row + chunk < head.side && column + key < head.side;
-    cp_async16(target, source, valid);
-    cp_async16(target + kTileElements, source + head.width, valid);
-    source += head.side * head.stride();
+    const T* from = head.covers(row + chunk, column + key) ? source : head.cut.padding + first;
+    cp_async16(target, from, valid);
+    cp_async16(target + kTileElements, from + head.width, valid);
+    source += head.pitch() * head.stride();
     target += kChunkElements;
   }
 }
@@ -189,7 +192,7 @@ __device__ __forceinline__ void attend(WarpState& state, const T* keys, const fl
   }
 }
 
-// The warp's queries: `rows` of the window's tokens from `first` on; none in an idle warp, which
+// The warp's queries: `rows` of the window's from `first` on; none in an idle warp, which
 // only takes its part in copying.
 struct Queries {
   int first;
@@ -199,15 +202,15 @@ struct Queries {
 
 // The warp's queries attend to all keys, of which the first tile is under way. The compact form
 // goes through a part of the grid's rows at a time, and through all strips of it.
-template <typename T, bool kCompact>
+template <bool kCompact, typename T, bool kMap>
 __device__ __forceinline__ void attend_all(WarpState& state, T* stages, float* row_bias,
-                                           const Head<T>& head, const Queries& queries) {
+                                           const Head<T, kMap>& head, const Queries& queries) {
   const Offsets offsets = find_offsets();
   const float factor = head.scale * kLog2E;
   const int side = head.side;
   const int part = kCompact ? kCompactRows : side;
   Places columns{};
-  if (!queries.idle()) columns = find_places<false>(queries.first, queries.rows, side);
+  if (!queries.idle()) columns = find_places<false>(queries.first, queries.rows, head.columns());
   int stage = 0;
   for (int top = 0; top < side; top += part) {
     const int end = min(top + part, side);
@@ -257,9 +260,9 @@ __device__ __forceinline__ void attend_all(WarpState& state, T* stages, float* r
 }
 
 // Divides by the sums and stores the warp's rows, through 4 KiB of shared memory.
-template <typename T>
-__device__ __forceinline__ void store_out(const WarpState& state, T* staging, T* out, int rows,
-                                          int stride) {
+template <typename T, bool kMap>
+__device__ __forceinline__ void store_out(const WarpState& state, T* staging,
+                                          const Head<T, kMap>& head, const Queries& queries) {
   const Lane lane;
 #pragma unroll
   for (int i = 0; i < kLaneRows; ++i) {
@@ -274,42 +277,45 @@ __device__ __forceinline__ void store_out(const WarpState& state, T* staging, T*
   }
   __syncwarp();
   const int unit = threadIdx.x % 8;
-  for (int row = threadIdx.x % 32 / 8; row < rows; row += 4) {
+  for (int row = threadIdx.x % 32 / 8; row < queries.rows; row += 4) {
     const T* line = staging + row * kHeadDim + 8 * (unit ^ swizzle(row));
-    store_vec(reinterpret_cast<uint32_t*>(out + row * stride + 8 * unit),
-              load_vec<uint32_t, 4>(as_words(line)));
+    T* target = head.out + head.place(queries.first + row) * head.width + 8 * unit;
+    store_vec(reinterpret_cast<uint32_t*>(target), load_vec<uint32_t, 4>(as_words(line)));
   }
 }
 
-// One thread block: 128 queries of one head of one window. Shapes as at the entry point.
-template <typename T, bool kCompact = false>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    attend_window(const T* __restrict__ qkv, const T* __restrict__ rel_pos_h,
-                  const T* __restrict__ rel_pos_w, T* __restrict__ out, int side, int heads,
-                  float scale) {
+// One thread block: 128 queries of a head, from `block_first` on; some warps have none.
+template <bool kCompact, typename T, bool kMap>
+__device__ __forceinline__ void attend_head(const Head<T, kMap>& head, int block_first) {
   DBSAM_DYNAMIC_SHARED(unsigned char, shared);
-  const Block block(kTileRows, side, heads);
-  const Head<T> head = find_head(block, qkv, rel_pos_h, rel_pos_w, side, heads, scale);
   const int warp = threadIdx.x / 32;
-  const int first = block.first + warp * kWarpRows;
-  const Queries queries{first, min(block.tokens - first, kWarpRows)};  // some warps have none
+  const int first = block_first + warp * kWarpRows;
+  const Queries queries{first, min(head.rows() * head.columns() - first, kWarpRows)};
   T* stages = reinterpret_cast<T*>(shared);
   float* row_bias = reinterpret_cast<float*>(stages + 2 * kStageElements) +
-                    warp * warp_bias_elements<kCompact>(side);
+                    warp * warp_bias_elements<kCompact>(head.side);
 
   load_tile(stages, head, 0, 0);
   cp_async_commit();
   WarpState state{};
 #pragma unroll
   for (int i = 0; i < kLaneRows; ++i) state.reference[i] = -INFINITY;
-  if (!queries.idle()) {
-    load_query(state.query, head.queries + first * head.stride(), queries.rows, head.stride());
-  }
-  attend_all<T, kCompact>(state, stages, row_bias, head, queries);
+  if (!queries.idle()) load_query(state.query, head, first, queries.rows);
+  attend_all<kCompact>(state, stages, row_bias, head, queries);
   __syncthreads();  // the stages are free
   if (queries.idle()) return;
-  T* target = out + (block.window * block.tokens + first) * head.width + block.head * kHeadDim;
-  store_out(state, stages + warp * kWarpRows * kHeadDim, target, queries.rows, head.width);
+  store_out(state, stages + warp * kWarpRows * kHeadDim, head, queries);
+}
+
+// Shapes as at the entry point.
+template <typename T, bool kCompact = false>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    attend_window(const T* __restrict__ qkv, const T* __restrict__ rel_pos_h,
+                  const T* __restrict__ rel_pos_w, T* __restrict__ out, int side, int heads,
+                  float scale) {
+  const Block block(kTileRows, side * side, heads);
+  const auto head = find_head(block, qkv, rel_pos_h, rel_pos_w, out, side, heads, scale);
+  attend_head<kCompact>(head, block.first);
 }
 
 }  // namespace dbsam::rel_pos

@@ -31,33 +31,33 @@ struct PlainState {
   float sum[4];
 };
 
-// target[channel, i] = source[first + i, channel]; rows from `count` on repeat the last.
-__device__ __forceinline__ void load_transposed(float* target, const float* source, int first,
-                                                int count, int stride) {
+// target[channel, i] = line_of(i)[channel].
+template <typename LineOf>
+__device__ __forceinline__ void load_transposed(float* target, const LineOf& line_of) {
   const int i = threadIdx.x % kPlainTile;
-  const float* line = source + min(first + i, count - 1) * stride;
+  const float* line = line_of(i);
   for (int c = threadIdx.x / kPlainTile * 4; c < kHeadDim; c += kPlainThreads / kPlainTile * 4) {
     const Vec<float, 4> part = ldg_vec<float, 4>(line + c);
     for (int j = 0; j < 4; ++j) target[(c + j) * kPlainPitch + i] = part[j];
   }
 }
 
-__device__ __forceinline__ void load_rows(float* target, const float* source, int first, int count,
-                                          int stride) {
+// target[i, channel] = line_of(i)[channel].
+template <typename LineOf>
+__device__ __forceinline__ void load_rows(float* target, const LineOf& line_of) {
   const int c = threadIdx.x % 16 * 4;
   for (int i = threadIdx.x / 16; i < kPlainTile; i += kPlainThreads / 16) {
-    const float* line = source + min(first + i, count - 1) * stride;
-    store_vec(target + i * kPlainPitch + c, ldg_vec<float, 4>(line + c));
+    store_vec(target + i * kPlainPitch + c, ldg_vec<float, 4>(line_of(i) + c));
   }
 }
 
 // bias[key, i] = q_i . table[relative_row] for all key coordinates along one axis.
-template <bool kRows>
+template <bool kRows, bool kMap>
 __device__ __forceinline__ void plain_bias(float* bias, const float* query, const float* table,
-                                           int first, int side) {
-  const int i = threadIdx.x % kPlainTile;
-  const int token = min(first + i, side * side - 1);
-  const int place = kRows ? token / side : token % side;
+                                           const Head<float, kMap>& head, int first) {
+  const int i = threadIdx.x % kPlainTile, side = head.side;
+  const int number = min(first + i, head.rows() * head.columns() - 1);
+  const int place = kRows ? number / head.columns() : number % head.columns();
   for (int key = threadIdx.x / kPlainTile; key < side; key += kPlainThreads / kPlainTile) {
     const float* line = table + relative_row(place, key, side) * kHeadDim;
     float sum = 0;
@@ -136,8 +136,10 @@ __device__ __forceinline__ void plain_values(PlainState& state, const PlainShare
   }
 }
 
-__device__ __forceinline__ void plain_store(const PlainState& state, float* out, int first,
-                                            int tokens, int stride) {
+template <bool kMap>
+__device__ __forceinline__ void plain_store(const PlainState& state, const Head<float, kMap>& head,
+                                            int first) {
+  const int queries = head.rows() * head.columns();
   const int x = threadIdx.x % 16 * 4, y = threadIdx.x / 16 * 4;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -145,35 +147,34 @@ __device__ __forceinline__ void plain_store(const PlainState& state, float* out,
     Vec<float, 4> line;
 #pragma unroll
     for (int j = 0; j < 4; ++j) line[j] = state.out[i][j] * inverse;
-    if (first + y + i < tokens) store_vec(out + (first + y + i) * stride + x, line);
+    const int number = first + y + i;
+    if (number < queries) store_vec(head.out + head.place(number) * head.width + x, line);
   }
 }
 
-// One thread block: 64 queries of one head of one window. Shapes as at the entry point.
-__global__ void __launch_bounds__(kPlainThreads, 2)
-    attend_window_plain(const float* __restrict__ qkv, const float* __restrict__ rel_pos_h,
-                        const float* __restrict__ rel_pos_w, float* __restrict__ out, int side,
-                        int heads, float scale) {
+// One thread block: 64 queries of a head, from `first` on.
+template <bool kMap>
+__device__ __forceinline__ void attend_head_plain(const Head<float, kMap>& head, int first) {
   DBSAM_DYNAMIC_SHARED(float, memory);
   constexpr int kSquare = kPlainTile * kPlainPitch;
   const PlainShared shared{memory, memory + kSquare, memory + 2 * kSquare, memory + 3 * kSquare,
-                           memory + 3 * kSquare + side * kPlainTile};
-  const Block block(kPlainTile, side, heads);
-  const Head<float> head = find_head(block, qkv, rel_pos_h, rel_pos_w, side, heads, scale);
-  const int tokens = block.tokens, stride = head.stride();
+                           memory + 3 * kSquare + head.side * kPlainTile};
+  const int tokens = head.side * head.side, queries = head.rows() * head.columns();
 
-  load_transposed(shared.query, head.queries, block.first, tokens, stride);
+  // Rows beyond the last repeat it.
+  load_transposed(shared.query, [&](int i) { return head.query(min(first + i, queries - 1)); });
   __syncthreads();
-  plain_bias<true>(shared.row_bias, shared.query, rel_pos_h, block.first, side);
-  plain_bias<false>(shared.column_bias, shared.query, rel_pos_w, block.first, side);
+  plain_bias<true>(shared.row_bias, shared.query, head.rel_pos_h, head, first);
+  plain_bias<false>(shared.column_bias, shared.query, head.rel_pos_w, head, first);
   PlainState state{};
   for (int i = 0; i < 4; ++i) state.reference[i] = -INFINITY;
-  for (int key = 0; key < tokens; key += kPlainTile) {
-    load_transposed(shared.key, head.keys(), key, tokens, stride);
-    load_rows(shared.value, head.keys() + head.width, key, tokens, stride);
+  for (int token = 0; token < tokens; token += kPlainTile) {
+    const auto key = [&](int i) { return head.key(min(token + i, tokens - 1)); };
+    load_transposed(shared.key, key);
+    load_rows(shared.value, [&](int i) { return key(i) + head.width; });
     __syncthreads();
     float score[4][4] = {};
-    plain_scores(score, shared, key, side, scale * kLog2E);
+    plain_scores(score, shared, token, head.side, head.scale * kLog2E);
     plain_softmax(score, state);
     __syncthreads();  // all have read the keys, whose place the terms take
     for (int i = 0; i < 4; ++i) {
@@ -185,8 +186,19 @@ __global__ void __launch_bounds__(kPlainThreads, 2)
     plain_values(state, shared);
     __syncthreads();
   }
-  plain_store(state, out + block.window * tokens * head.width + block.head * kHeadDim, block.first,
-              tokens, head.width);
+  plain_store(state, head, first);
+}
+
+// T is float; a template, so that several translation units may include this. Shapes as at the
+// entry point.
+template <typename T>
+__global__ void __launch_bounds__(kPlainThreads, 2)
+    attend_window_plain(const T* __restrict__ qkv, const T* __restrict__ rel_pos_h,
+                        const T* __restrict__ rel_pos_w, T* __restrict__ out, int side, int heads,
+                        float scale) {
+  const Block block(kPlainTile, side * side, heads);
+  const auto head = find_head(block, qkv, rel_pos_h, rel_pos_w, out, side, heads, scale);
+  attend_head_plain(head, block.first);
 }
 
 }  // namespace dbsam::rel_pos

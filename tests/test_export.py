@@ -23,7 +23,7 @@ from dbsam_deploy.extras import pip_line
 from dbsam_deploy.files.atomic import sha256_of
 from dbsam_deploy.model.weights import LoadedModel
 from dbsam_deploy.options.export_options import ExportOptions
-from dbsam_deploy.recipe import load_recipe
+from dbsam_deploy.recipe import OPTIONAL_FUSIONS, load_recipe
 from dbsam_deploy.serving.repository import load_repository
 from dbsam_deploy.verification.report import closing_table
 
@@ -150,7 +150,7 @@ def test_an_interrupted_export_resumes_with_the_finished_graphs(copied):
 
 def test_a_recipe_may_ask_for_a_fusion_that_none_has_by_itself(copied, half_graphs):
     options, _ = copied
-    asked = replace(load_recipe("fp16"), optional_fusions=("depthwise_conv_gelu",))
+    asked = replace(load_recipe("fp16"), optional_fusions=OPTIONAL_FUSIONS)
     found = []
 
     def take(model, name, recipe, folder):
@@ -162,7 +162,8 @@ def test_a_recipe_may_ask_for_a_fusion_that_none_has_by_itself(copied, half_grap
 
     with pytest.raises(KeyboardInterrupt):
         export(options, Console(quiet=True), stages=Stages(lambda _: asked, export_graph=take))
-    assert found.count("DepthwiseConvGelu") == 8
+    counts = [found.count(op) for op in ("DepthwiseConvGelu", "WindowedAttention")]
+    assert counts == [8, 4]
 
 
 def copying(published, figures):

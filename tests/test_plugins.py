@@ -27,6 +27,7 @@ ATTRIBUTES = {
     "ChannelAttention": {"epsilon": "FLOAT32"},
     "RelPosAttention": {"num_heads": "INT32", "side": "INT32", "scale": "FLOAT32"},
     "DepthwiseConvGelu": {"height": "INT32", "width": "INT32"},
+    "WindowedAttention": {"num_heads": "INT32", "side": "INT32", "scale": "FLOAT32"},
 }
 
 CREATE = """
@@ -67,6 +68,7 @@ GOOD = {
     "ChannelAttention": [("epsilon", "f4", [1e-6])],
     "RelPosAttention": [("num_heads", "i4", [2]), ("side", "i4", [7]), ("scale", "f4", [0.125])],
     "DepthwiseConvGelu": [("height", "i4", [5]), ("width", "i4", [7])],
+    "WindowedAttention": [("num_heads", "i4", [2]), ("side", "i4", [7]), ("scale", "f4", [0.125])],
 }
 WIDE = {
     op: [(name, kind.replace("4", "8"), value) for name, kind, value in attributes]
@@ -80,7 +82,7 @@ def _bad(op: str, expected: str, **changes: Any) -> tuple[str, list[tuple[str, s
     return op, [(name, *field) for name, field in fields.items() if field is not None], expected
 
 
-DEFORM, CHANNEL, REL_POS, DEPTHWISE = GOOD
+DEFORM, CHANNEL, REL_POS, DEPTHWISE, WINDOWED = GOOD
 BAD = [
     _bad(DEFORM, "attribute num_heads is missing", num_heads=None),
     _bad(DEFORM, "heads is unknown, expected num_heads, num_points", heads=("i4", [2])),
@@ -101,6 +103,7 @@ BAD = [
     _bad(REL_POS, "side has the value 65, expected 1 to 64", side=("i4", [65])),
     _bad(REL_POS, "scale has the value inf", scale=("f8", [float("inf")])),
     _bad(DEPTHWISE, "attribute width is missing", width=None),
+    _bad(WINDOWED, "side has the value 0, expected 1 to 64", side=("i4", [0])),
     _bad(DEPTHWISE, "height has the value 0, expected 1 to 1048576", height=("i4", [0])),
 ]
 """Operator, attributes that its creator must refuse, and what the log must say."""
@@ -132,7 +135,7 @@ def test_a_registry_creates_the_plugins_and_refuses_bad_attributes(
     given = [*GOOD.items(), *WIDE.items(), *((op, fields) for op, fields, _ in BAD)]
     result = _lean(CREATE, plugin_library.path, json.dumps(given))
     assert result.returncode == 0, result.stderr
-    made = [["dbsam", op, "1", outputs] for op, outputs in zip(GOOD, (1, 2, 1, 1), strict=True)]
+    made = [["dbsam", op, "1", outputs] for op, outputs in zip(GOOD, (1, 2, 1, 1, 1), strict=True)]
     assert json.loads(result.stdout) == [*made, *made, *(None for _ in BAD)]
     logged = [line for line in result.stderr.splitlines() if "dbsam::" in line]
     assert len(logged) == len(BAD), result.stderr
@@ -183,7 +186,7 @@ print(len([c for c in runtime.get_plugin_registry().all_creators if c.plugin_nam
 
 def test_loading_twice_registers_once(plugin_library: PluginLibrary) -> None:
     result = _lean(LOAD, plugin_library.path, plugin_library.tensorrt_headers)
-    assert result.stdout == "True\n4\n", result.stderr
+    assert result.stdout == "True\n5\n", result.stderr
 
 
 def test_a_library_of_another_major_version_is_refused(plugin_library: PluginLibrary) -> None:
@@ -201,7 +204,7 @@ def test_the_fused_nodes_have_what_the_plugins_ask_for() -> None:
     bodies = {op.NAME: op.body() for op in fusions._OPS}
     assert set(bodies) == set(plugin_registry.OPERATORS) == set(ATTRIBUTES)
     inputs = {name: len(body.inputs) for name, body in bodies.items()}
-    assert inputs == dict(zip(ATTRIBUTES, (3, 7, 3, 3), strict=True))
+    assert inputs == dict(zip(ATTRIBUTES, (3, 7, 3, 3, 4), strict=True))
     for name, body in bodies.items():
         assert set(ATTRIBUTES[name]) <= set(body.attributes)
         assert {"plugin_namespace", "plugin_version"} <= set(body.attributes)

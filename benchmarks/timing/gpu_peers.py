@@ -111,6 +111,39 @@ flash_rel_pos_attention = partial(flex_rel_pos_attention, backend="FLASH")
 """FlexAttention on FlashAttention's kernels."""
 
 
+def windows_of(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *tables: Tensor,
+    attend: Callable[..., Tensor],
+    side: int,
+    **sizes: float,
+) -> Tensor:
+    """The way around an attention that takes windows: padded, cut up, put together, cut out.
+
+    Args:
+        x: (B, H, W, C) map.
+        weight: (3·C, C) of the Linear layer.
+        bias: (3·C,) of the same.
+        tables: of relative positions.
+        attend: the attention, with the signature of `rel_pos_attention_reference`.
+        side: of the windows.
+        sizes: the attention's other arguments.
+
+    Returns:
+        (B, H, W, C).
+    """
+    batch, height, width, channels = x.shape
+    down, across = -(-height // side), -(-width // side)
+    x = F.pad(x, (0, 0, 0, across * side - width, 0, down * side - height))
+    x = x.reshape(batch, down, side, across, side, channels).transpose(2, 3)
+    qkv = F.linear(x.reshape(-1, side * side, channels), weight, bias)
+    out = attend(qkv, *tables, side=side, **sizes)
+    out = out.reshape(batch, down, across, side, side, channels).transpose(2, 3)
+    return out.reshape(batch, down * side, across * side, channels)[:, :height, :width]
+
+
 def eager_depthwise_conv_gelu(
     x: Tensor, weight: Tensor, bias: Tensor, *, height: int, width: int
 ) -> Tensor:

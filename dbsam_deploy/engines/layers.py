@@ -13,7 +13,7 @@ from ..kernels.quick_plugins import QUICK_OPERATORS
 DOMAIN = "dbsam"
 """ONNX domain of our fused operators; their names are those of the plugins."""
 
-ATTENTION_OPERATORS = ("RelPosAttention",)
+ATTENTION_OPERATORS = ("RelPosAttention", "WindowedAttention")
 """Fused operators that are a whole attention; taken apart, TensorRT's own kernels may fuse them."""
 
 _NAMING_KEYS = ("Name", "LayerType", "PluginType", "Metadata")

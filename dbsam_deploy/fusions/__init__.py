@@ -23,13 +23,24 @@ from onnxscript.rewriter.pattern import RewriteRuleSet
 
 from ..files.onnx_files import check_valid, save_onnx
 from ..model import ModelConfig, TwoBranchConfig
-from . import channel_attention, depthwise_conv_gelu, layout, ms_deform_attn, rel_pos_attention
+from . import (
+    channel_attention,
+    depthwise_conv_gelu,
+    layout,
+    ms_deform_attn,
+    rel_pos_attention,
+    windowed_attention,
+)
 from .nodes import DOMAIN, VERSION
 
 __all__ = ["FusionCounts", "expected_counts", "fuse", "fuse_file"]
 
-_OPS = (ms_deform_attn, channel_attention, rel_pos_attention, depthwise_conv_gelu)
-_OPTIONAL = {depthwise_conv_gelu.STEM: depthwise_conv_gelu}
+_OPS = (
+    *(ms_deform_attn, channel_attention, rel_pos_attention, depthwise_conv_gelu),
+    windowed_attention,
+)
+"""In this order: the last one's pattern has the node of another."""
+_OPTIONAL = {op.STEM: op for op in (depthwise_conv_gelu, windowed_attention)}
 """What a recipe may ask for (`recipe.OPTIONAL_FUSIONS`), by stem; the others always are."""
 
 
@@ -41,6 +52,7 @@ class FusionCounts:
     channel_attention: int = 0
     rel_pos_attention: int = 0
     depthwise_conv_gelu: int = 0
+    windowed_attention: int = 0
 
     def as_dict(self) -> dict[str, int]:
         """The counts by the op's stem."""
@@ -68,10 +80,10 @@ def fuse(model: ir.Model, optional: Collection[str] = ()) -> FusionCounts:
     for node in model.graph:
         if node.domain == DOMAIN:
             found[node.op_type].append(node)
-    groups = rel_pos_attention.groups_of(found[rel_pos_attention.NAME])
     for op in _OPS:
         if found[op.NAME]:
-            body = rel_pos_attention.body(groups) if op is rel_pos_attention else op.body()
+            in_groups = op in (rel_pos_attention, windowed_attention)
+            body = op.body(rel_pos_attention.groups_of(found[op.NAME])) if in_groups else op.body()
             # Of the graph's own opset: a checker wants them to agree.
             body.opset_imports[""] = model.opset_imports.get("", body.opset_imports[""])
             model.functions[body.identifier()] = body
@@ -118,11 +130,12 @@ def expected_counts(
     Args:
         config: the variant.
         quantized: paths of modules with Q/DQ pairs. The channel attention block and the depthwise
-            convolution hold layers; the other ops lie between layers.
+            convolution hold layers, the windowed attention moves those before and behind it; the
+            other ops lie between layers.
         optional: stems of the optional ops that are fused as well.
     """
     adapter = config.adapter
-    sampled = gated = attended = filtered = 0
+    sampled = gated = attended = filtered = windowed = 0
     if adapter is not None:
         if depthwise_conv_gelu.STEM in optional and depthwise_conv_gelu.supports(
             4 * config.embed_dim
@@ -142,7 +155,9 @@ def expected_counts(
         gated = whole * channel_attention.supports(config.embed_dim)
     if not (config.tiny_vit or config.efficient_vit or config.hiera):
         head_dim = config.embed_dim // config.num_heads
-        local = config.depth - 4
-        attended = local * rel_pos_attention.supports(head_dim, config.window_size)
+        local = (config.depth - 4) * rel_pos_attention.supports(head_dim, config.window_size)
+        if windowed_attention.STEM in optional and local:
+            windowed = local - windowed_attention.kept_apart(quantized, config.stage_depth)
+        attended = local - windowed
         attended += 4 * rel_pos_attention.supports(head_dim, config.frame.grid)
-    return FusionCounts(sampled, gated, attended, filtered)
+    return FusionCounts(sampled, gated, attended, filtered, windowed)

@@ -33,10 +33,13 @@ HEAD_DIM, MAX_SIDE = 64, 64
 GROUP_BYTES = 128 << 20
 """Most that the scores of one image have at once in float32, which a CPU takes for float16 too."""
 
-_BODY = """
+_HEAD = """
 <opset_import: ["" : 18], domain: "dbsam">
 RelPosAttention <num_heads, side, scale, plugin_namespace, plugin_version>
 (qkv, rel_pos_h, rel_pos_w) => (out) {
+"""
+
+_TABLES = """
   zero = Constant <value_ints = [0]> ()
   one = Constant <value_ints = [1]> ()
   three = Constant <value_ints = [3]> ()
@@ -60,7 +63,9 @@ RelPosAttention <num_heads, side, scale, plugin_namespace, plugin_version>
   gathered_w = Gather <axis = 0> (rel_pos_w, rows)
   table_h = Transpose <perm = [0, 2, 1]> (gathered_h)
   table_w = Transpose <perm = [0, 2, 1]> (gathered_w)
+"""
 
+_ATTENTION = """
   # (N, T, 3, H, D) -> q, k, v (N, H, T, D), H being the heads of a group
 %(split)s
 
@@ -69,12 +74,11 @@ RelPosAttention <num_heads, side, scale, plugin_namespace, plugin_version>
   bias_h_shape = Concat <axis = 0> (zero, zero, tokens, side_once, one)
   bias_w_shape = Concat <axis = 0> (zero, zero, tokens, one, side_once)
   scale_float = Constant <value_float: float = @scale> ()
-  scale = CastLike (scale_float, qkv)
+  scale = CastLike (scale_float, %(qkv)s)
   map_shape = Concat <axis = 0> (zero, zero, zero, side_once, side_once)
   flat_shape = Constant <value_ints = [0, 0, 0, -1]> ()
   joined_shape = Constant <value_ints = [0, 0, -1]> ()
 %(groups)s
-}
 """
 
 _SPLIT = """
@@ -82,7 +86,7 @@ _SPLIT = """
   groups = Constant <value_ints = [%(groups)d]> ()
   split_heads = Div (heads, groups)
   qkv_shape = Concat <axis = 0> (zero, zero, split_parts, split_heads, rest)
-  qkv_split = Reshape (qkv, qkv_shape)
+  qkv_split = Reshape (%(qkv)s, qkv_shape)
   parts = Transpose <perm = [2, 0, 3, 1, 4]> (qkv_split)
   %(names)s = Split <axis = 0, num_outputs = %(parts)d> (parts)
 """
@@ -254,15 +258,28 @@ def body(groups: int = 1) -> ir.Function:
     Args:
         groups: parts in which the heads are taken, one after the other; see `head_groups`.
     """
+    return parse_body(_HEAD + steps(groups) + "}")
+
+
+def steps(groups: int, *, before: str = "", qkv: str = "qkv", out: str = "out") -> str:
+    """The op's body from the constants on, in ONNX's text format.
+
+    Args:
+        groups: see `body`.
+        before: steps that make `qkv` from the inputs; they find the constants above them.
+        qkv: name of the packed tokens.
+        out: name of the result.
+    """
     names = [f"_{i}" for i in range(groups)]
     parts = [f"{part}_part{name}" for part in "qkv" for name in names]
     heads = "".join(_GROUP.replace("@", name) for name in names)
     if groups == 1:
-        heads = heads.replace("joined_0 =", "out =")
+        heads = heads.replace("joined_0 =", f"{out} =")
     else:
-        heads += f"  out = Concat <axis = 2> ({', '.join(f'joined{name}' for name in names)})"
-    split = _SPLIT % {"parts": len(parts), "groups": groups, "names": ", ".join(parts)}
-    return parse_body(_BODY % {"split": split, "groups": heads})
+        joined = ", ".join(f"joined{name}" for name in names)
+        heads += f"  {out} = Concat <axis = 2> ({joined})"
+    split = _SPLIT % {"parts": len(parts), "groups": groups, "names": ", ".join(parts), "qkv": qkv}
+    return _TABLES + before + _ATTENTION % {"split": split, "groups": heads, "qkv": qkv}
 
 
 def groups_of(nodes: Iterable[ir.Node]) -> int:

@@ -104,6 +104,20 @@ def _rel_pos_tensors(library: ctypes.CDLL, arguments: Sequence[Any]) -> list[Ten
     return _tensors(dtype, arguments[:4], counts, ("out",))
 
 
+def _windowed_tensors(library: ctypes.CDLL, arguments: Sequence[Any]) -> list[Tensor]:
+    batch, height, width, side, heads, head_dim, _, dtype, _ = arguments[5:]
+    channels = heads * head_dim
+    cells, table = batch * height * width, (2 * side - 1) * head_dim
+    counts = {
+        "qkv": 3 * cells * channels,
+        "qkv_bias": 3 * channels,
+        "rel_pos_h": table,
+        "rel_pos_w": table,
+        "out": cells * channels,
+    }
+    return _tensors(dtype, arguments[:5], counts, ("out",))
+
+
 def _depthwise_tensors(library: ctypes.CDLL, arguments: Sequence[Any]) -> list[Tensor]:
     images, height, width, channels, dtype, _ = arguments[4:]
     tokens = images * height * width * channels
@@ -117,6 +131,7 @@ _TENSORS: dict[str, Callable[[ctypes.CDLL, Sequence[Any]], list[Tensor]]] = {
     "dbsam_rel_pos_attention": _rel_pos_tensors,
     "dbsam_rel_pos_attention_compact": _rel_pos_tensors,
     "dbsam_depthwise_conv_gelu": _depthwise_tensors,
+    "dbsam_windowed_attention": _windowed_tensors,
 }
 """Entry point → the tensors of a call, from its arguments."""
 

@@ -127,6 +127,17 @@ OPERATORS: dict[str, Operator] = {
                 EntryPoint("dbsam_depthwise_conv_gelu", (*(_ADDRESS,) * 4, *(_INT,) * 5, _ADDRESS)),
             ),
         ),
+        Operator(
+            "windowed_attention",
+            (
+                # qkv, qkv_bias, rel_pos_h, rel_pos_w, out; batch, height, width, side, heads,
+                # head_dim; scale; dtype; stream
+                EntryPoint(
+                    "dbsam_windowed_attention",
+                    (*(_ADDRESS,) * 5, *(_INT,) * 6, _FLOAT, _INT, _ADDRESS),
+                ),
+            ),
+        ),
     )
 }
 """Name → operator, with the signatures of all entry points."""

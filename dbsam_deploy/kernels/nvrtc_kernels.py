@@ -157,6 +157,16 @@ class NvrtcKernels:
         )
         return self._run("depthwise_conv_gelu", source, _each(addresses), stream, windows=images)
 
+    def dbsam_windowed_attention(self, *arguments: Any) -> int:
+        """See kernels/entry_points.h."""
+        *addresses, batch, height, width, side, heads, _, scale, dtype, stream = arguments
+        if (refused := refuse_windowed(arguments)) or not batch:
+            return refused
+        source = sources.windowed_attention_source(
+            _TYPES[dtype], num_heads=heads, side=side, scale=scale, height=height, width=width
+        )
+        return self._run("windowed_attention", source, _each(addresses), stream, windows=batch)
+
     def dbsam_channel_attention(self, *arguments: Any) -> int:
         """See kernels/entry_points.h."""
         *addresses, batch, height, width, channels, reduced, epsilon, dtype, stream = arguments
@@ -285,6 +295,19 @@ def refuse_rel_pos(arguments: Sequence[Any]) -> int:
     if dtype not in range(len(_TYPES)):
         return _DTYPE
     return 0 if not windows or _aligned(addresses) else _ALIGNMENT
+
+
+def refuse_windowed(arguments: Sequence[Any]) -> int:
+    """Status with which windowed_attention.cu refuses its arguments, 0 if it takes them."""
+    *addresses, batch, height, width, side, heads, depth, scale, dtype, _ = arguments
+    sizes = batch >= 0 and min(height, width) >= 1 and 1 <= side <= 64 and 1 <= heads <= 1024
+    if not (sizes and depth == 64 and 0 < scale < math.inf):
+        return _SHAPE
+    if 3 * heads * depth * (height + side) * (width + side) > _INT:
+        return _SHAPE
+    if dtype not in range(len(_TYPES)):
+        return _DTYPE
+    return 0 if not batch or _aligned(addresses) else _ALIGNMENT
 
 
 def refuse_depthwise(arguments: Sequence[Any]) -> int:

@@ -18,7 +18,10 @@ from .plugin_build import PluginLibrary, read_library
 NAMESPACE, VERSION = "dbsam", "1"
 
 
-OPERATORS = ("MsDeformAttn", "ChannelAttention", "RelPosAttention", "DepthwiseConvGelu")
+OPERATORS = (
+    *("MsDeformAttn", "ChannelAttention", "RelPosAttention", "DepthwiseConvGelu"),
+    "WindowedAttention",
+)
 """Names under which TensorRT finds the plugins, in namespace `NAMESPACE`, version `VERSION`."""
 
 

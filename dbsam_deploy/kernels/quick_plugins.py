@@ -34,9 +34,10 @@ from .quick_sources import (
     ms_deform_attn_source,
     read_launches,
     rel_pos_attention_source,
+    windowed_attention_source,
 )
 
-QUICK_OPERATORS = ("MsDeformAttn", "RelPosAttention", "DepthwiseConvGelu")
+QUICK_OPERATORS = ("MsDeformAttn", "RelPosAttention", "DepthwiseConvGelu", "WindowedAttention")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class QuickKernel:
     """A compiled kernel.
 
     Attributes:
-        ptx: its code; the kernel is called `KERNEL_NAME` and takes three inputs and the output.
+        ptx: its code; the kernel is called `KERNEL_NAME` and takes the inputs and the output.
         launch: for one image or window.
     """
 
@@ -97,6 +98,7 @@ def register_quick_plugins(architecture: str = "sm_80") -> None:
     _register_ms_deform_attn(trtp, architecture)
     _register_rel_pos_attention(trtp, architecture)
     _register_depthwise_conv_gelu(trtp, architecture)
+    _register_windowed_attention(trtp, architecture)
 
 
 def _register(
@@ -170,6 +172,34 @@ def _register_rel_pos_attention(trtp: Any, architecture: str) -> None:
 
     attributes = {"num_heads": int, "side": int, "scale": float}
     _register(trtp, "RelPosAttention", 3, attributes, describe, implement)
+
+
+def _register_windowed_attention(trtp: Any, architecture: str) -> None:
+    def describe(qkv, qkv_bias, rel_pos_h, rel_pos_w, num_heads, side, scale):  # type: ignore[no-untyped-def]
+        return trtp.from_shape_expr((*qkv.shape_expr[:3], 64 * num_heads), qkv.dtype)
+
+    def implement(  # type: ignore[no-untyped-def]
+        qkv, qkv_bias, rel_pos_h, rel_pos_w, num_heads, side, scale, outputs, tactic
+    ):
+        batch, *sizes = qkv.shape_expr
+        height, width, packed = map(_constant, sizes)
+        _check("WindowedAttention", "qkv", sizes, (height, width, 3 * 64 * num_heads))
+        _check("WindowedAttention", "qkv_bias", qkv_bias.shape_expr, (packed,))
+        for name, table in (("rel_pos_h", rel_pos_h), ("rel_pos_w", rel_pos_w)):
+            _check("WindowedAttention", name, table.shape_expr, (2 * side - 1, 64))
+        source = windowed_attention_source(
+            _element("WindowedAttention", qkv),
+            num_heads=num_heads,
+            side=side,
+            scale=scale,
+            height=height,
+            width=width,
+        )
+        kernel = compile_kernel(source, architecture)
+        return _launch(trtp, kernel, (batch * kernel.launch.blocks[0], 1, 1))
+
+    attributes = {"num_heads": int, "side": int, "scale": float}
+    _register(trtp, "WindowedAttention", 4, attributes, describe, implement)
 
 
 def _register_depthwise_conv_gelu(trtp: Any, architecture: str) -> None:

@@ -31,8 +31,8 @@ inline constexpr dbsam::quick::Launch kLaunch = dbsam::quick::plan_launch<T>(kPr
 extern "C" __device__ const int dbsam_quick_launch[5] = {
     kLaunch.x, kLaunch.y, kLaunch.threads, kLaunch.shared_bytes, kLaunch.resident};
 extern "C" __global__ void __launch_bounds__(kLaunch.threads, kLaunch.resident)
-    dbsam_quick(const T* first, const T* second, const T* third, T* out) {
-  dbsam::quick::run<T, kProblem>(first, second, third, out);
+    dbsam_quick(PARAMETERS, T* out) {
+  dbsam::quick::run<T, kProblem>(ARGUMENTS, out);
 }
 """
 _SEVERAL = """\
@@ -70,6 +70,13 @@ class QuickLaunch:
     shared_bytes: int
 
 
+def _one(inputs: int = 3) -> str:
+    """An operator's only kernel, with its inputs before its output."""
+    names = ("first", "second", "third", "fourth")[:inputs]
+    parameters = ", ".join(f"const T* {name}" for name in names)
+    return _ONE.replace("PARAMETERS", parameters).replace("ARGUMENTS", ", ".join(names))
+
+
 def ms_deform_attn_source(
     element: str,
     *,
@@ -85,18 +92,27 @@ def ms_deform_attn_source(
         f"{num_heads}, {head_dim}, {len(level_shapes) // 2}, {num_points}, "
         f"{{{levels}}}, {len(query_shapes) // 2}, {{{queries}}}"
     )
-    return _source("ms_deform_attn", element, problem) + _ONE
+    return _source("ms_deform_attn", element, problem) + _one()
 
 
 def rel_pos_attention_source(element: str, *, num_heads: int, side: int, scale: float) -> str:
     """C++ of RelPosAttention for one shape; `element` is a key of `ELEMENTS`."""
     exact = float(np.float32(scale)).hex()
-    return _source("rel_pos_attention", element, f"{num_heads}, {side}, {exact}f") + _ONE
+    return _source("rel_pos_attention", element, f"{num_heads}, {side}, {exact}f") + _one()
+
+
+def windowed_attention_source(
+    element: str, *, num_heads: int, side: int, scale: float, height: int, width: int
+) -> str:
+    """C++ of WindowedAttention for maps of one shape; `element` is a key of `ELEMENTS`."""
+    exact = float(np.float32(scale)).hex()
+    problem = f"{height}, {width}, {side}, {num_heads}, {exact}f"
+    return _source("windowed_attention", element, problem) + _one(inputs=4)
 
 
 def depthwise_conv_gelu_source(element: str, *, height: int, width: int, channels: int) -> str:
     """C++ of DepthwiseConvGelu for one shape; `element` is a key of `ELEMENTS`."""
-    return _source("depthwise_conv_gelu", element, f"{height}, {width}, {channels}") + _ONE
+    return _source("depthwise_conv_gelu", element, f"{height}, {width}, {channels}") + _one()
 
 
 def channel_attention_source(

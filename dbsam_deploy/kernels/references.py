@@ -144,6 +144,50 @@ def rel_pos_attention_reference(
     return out.transpose(1, 2).reshape(windows, tokens, num_heads * depth).to(qkv.dtype)
 
 
+def windowed_attention_reference(
+    qkv: Tensor,
+    qkv_bias: Tensor,
+    rel_pos_h: Tensor,
+    rel_pos_w: Tensor,
+    *,
+    num_heads: int,
+    side: int,
+    scale: float,
+) -> Tensor:
+    """`rel_pos_attention_reference` within the windows of a map that is not cut up.
+
+    SAM pads the map with zeros before the Linear layer, so that what a window has beyond the map is
+    the layer's bias: as keys and values it takes part in the softmax, unmasked.
+
+    Args:
+        qkv: (B, height, width, 3·H·D) as SAM's Linear gives it, of the map without padding.
+        qkv_bias: (3·H·D,) of that layer.
+        rel_pos_h: (2S-1, D) table of row distances.
+        rel_pos_w: (2S-1, D) table of column distances.
+        num_heads: H.
+        side: S of the windows, which begin at the upper left corner.
+        scale: of the product of query and key; SAM has D^-0.5.
+
+    Returns:
+        (B, height, width, H·D), the dtype of `qkv`.
+    """
+    batch, height, width, packed = qkv.shape
+    down, across = -(-height // side), -(-width // side)
+    whole = qkv_bias.repeat(batch, down * side, across * side, 1)
+    whole[:, :height, :width] = qkv
+    windows = whole.reshape(batch, down, side, across, side, packed).transpose(2, 3)
+    out = rel_pos_attention_reference(
+        windows.reshape(-1, side * side, packed),
+        rel_pos_h,
+        rel_pos_w,
+        num_heads=num_heads,
+        side=side,
+        scale=scale,
+    )
+    out = out.reshape(batch, down, across, side, side, -1).transpose(2, 3)
+    return out.reshape(batch, down * side, across * side, -1)[:, :height, :width].contiguous()
+
+
 def depthwise_conv_gelu_reference(
     x: Tensor, weight: Tensor, bias: Tensor, *, height: int, width: int
 ) -> Tensor:

@@ -2,10 +2,10 @@
 
 `*_reference` (`references.py`) say in plain PyTorch what each kernel computes.
 
-`ms_deform_attn`, `channel_attention`, `rel_pos_attention` and `depthwise_conv_gelu` are custom
-operators that `torch.compile` and `torch.export` keep as one call, with the arguments of their
-references. On CUDA tensors they launch the compiled kernels on the current stream; on CPU tensors
-they run the reference. They are for inference: no gradients.
+`ms_deform_attn`, `channel_attention`, `rel_pos_attention`, `depthwise_conv_gelu` and
+`windowed_attention` are custom operators that `torch.compile` and `torch.export` keep as one call,
+with the arguments of their references. On CUDA tensors they launch the compiled kernels on the
+current stream; on CPU tensors they run the reference. They are for inference: no gradients.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from .references import (
     depthwise_conv_gelu_reference,
     ms_deform_attn_reference,
     rel_pos_attention_reference,
+    windowed_attention_reference,
 )
 
 __all__ = [
@@ -43,6 +44,8 @@ __all__ = [
     "ms_deform_attn_reference",
     "rel_pos_attention",
     "rel_pos_attention_reference",
+    "windowed_attention",
+    "windowed_attention_reference",
 ]
 
 DTYPE_CODES = {getattr(torch, name): code for name, code in kernels.DTYPE_CODES.items()}
@@ -235,6 +238,47 @@ def depthwise_conv_gelu(
 @depthwise_conv_gelu.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor, *, height: int, width: int) -> Tensor:
     return x.new_empty(x.shape)
+
+
+@_operator(windowed_attention_reference)
+def windowed_attention(
+    qkv: Tensor, *parameters: Tensor, num_heads: int, side: int, scale: float
+) -> Tensor:
+    """Fused attention within the windows of a map; see `windowed_attention_reference`.
+
+    Raises:
+        InputError: a shape, dtype, device or stride that does not fit.
+        EngineError: the kernel refuses the arguments, or CUDA reports an error.
+    """
+    if qkv.dim() != 4:
+        raise InputError(f"windowed_attention: qkv has {qkv.dim()} axes, expected (B, H, W, 3·C)")
+    batch, height, width, packed = qkv.shape
+    qkv_bias, rel_pos_h, rel_pos_w = parameters
+    depth = _divide("windowed_attention", packed, 3 * num_heads)
+    dtype = _check_tensors(
+        "windowed_attention",
+        qkv=(qkv, (batch, height, width, packed)),
+        qkv_bias=(qkv_bias, (packed,)),
+        rel_pos_h=(rel_pos_h, (2 * side - 1, depth)),
+        rel_pos_w=(rel_pos_w, (2 * side - 1, depth)),
+    )
+    if not _has_kernels(qkv):
+        return windowed_attention_reference(
+            qkv, *parameters, num_heads=num_heads, side=side, scale=scale
+        )
+    out = qkv.new_empty((batch, height, width, num_heads * depth))
+    _launch(
+        "dbsam_windowed_attention",
+        (qkv, *parameters, out),
+        (batch, height, width, side, num_heads, depth),
+        (scale, dtype),
+    )
+    return out
+
+
+@windowed_attention.register_fake
+def _(qkv: Tensor, *parameters: Tensor, **sizes: Any) -> Tensor:
+    return qkv.new_empty((*qkv.shape[:3], qkv.shape[3] // 3))
 
 
 def _check_tensors(operator: str, **tensors: tuple[Tensor, tuple[int, ...]]) -> int:

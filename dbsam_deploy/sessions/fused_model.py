@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.errors import InputError
-from ..graphs.encoder_decoder import EncoderGraph, RelPosAttention
+from ..graphs.encoder_decoder import EncoderGraph, RelPosAttention, WindowedBlock
 from ..kernels import torch_ops
 from ..model import DbSam
 from ..model.blocks import ChannelAttentionBlock, CrossAttentionBlock, MixFFN
@@ -60,6 +60,56 @@ class FusedRelPosAttention(nn.Module):
             scale=self.scale,
         )
         return self.proj(out)
+
+
+class FusedWindowedAttention(nn.Module):
+    """`FusedRelPosAttention` within the windows of a map, which is neither padded nor cut up.
+
+    Args:
+        attention: the module it stands for, of a block with windows; its Linear layers are shared.
+    """
+
+    rel_pos_h: Tensor
+    rel_pos_w: Tensor
+
+    def __init__(self, attention: RelPosAttention) -> None:
+        super().__init__()
+        self.num_heads, self.side = attention.num_heads, attention.side
+        self.scale = float(attention.scale)
+        self.qkv, self.proj = attention.qkv, attention.proj
+        self.register_buffer("rel_pos_h", _compact(attention.rel_h))
+        self.register_buffer("rel_pos_w", _compact(attention.rel_w))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) → (B, H, W, C)."""
+        out = torch_ops.windowed_attention(
+            self.qkv(x),
+            self.qkv.bias,
+            self.rel_pos_h,
+            self.rel_pos_w,
+            num_heads=self.num_heads,
+            side=self.side,
+            scale=self.scale,
+        )
+        return self.proj(out)
+
+
+class FusedWindowedBlock(nn.Module):
+    """`WindowedBlock` with windows whose attention takes the map as it is.
+
+    Args:
+        block: the module it stands for; its layers are shared.
+    """
+
+    def __init__(self, block: WindowedBlock) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.mlp = block.norm1, block.norm2, block.mlp
+        self.attn = FusedWindowedAttention(block.attn)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, G, G, C) → (B, G, G, C)."""
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
 
 
 def _compact(gathered: Tensor) -> Tensor:
@@ -233,6 +283,7 @@ FUSED_OPERATORS: dict[str, type[nn.Module]] = {
     "channel_attention": FusedChannelAttention,
     "ms_deform_attn": FusedMsDeformAttn,
     "depthwise_conv_gelu": FusedMixFfn,
+    "windowed_attention": FusedWindowedAttention,
 }
 """Operator → the module that calls it."""
 
@@ -253,6 +304,11 @@ class FusedEncoder(nn.Module):
         if model.config.hiera:
             raise _none_of_them(model)
         self.graph = EncoderGraph(model)
+        if "windowed_attention" in optional:
+            _replace(
+                self.graph,
+                {WindowedBlock: lambda block: FusedWindowedBlock(block) if block.window else block},
+            )
         _replace(self.graph, _REPLACEMENTS)
         if "depthwise_conv_gelu" in optional:
             _replace(self.graph, {LeanMixFfn: FusedMixFfn})

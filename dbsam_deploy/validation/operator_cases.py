@@ -54,9 +54,13 @@ class OperatorCase:
     @property
     def flops(self) -> int:
         """Operations of the matrix products in one call, a multiply-add counted as two."""
-        if self.operator != "rel_pos_attention":
+        if self.operator == "rel_pos_attention":
+            windows, side, heads, depth, _ = self.arguments
+        elif self.operator == "windowed_attention":
+            batch, height, width, side, heads, depth, _ = self.arguments
+            windows = batch * -(-height // side) * -(-width // side)
+        else:
             return 0
-        windows, side, heads, depth, _ = self.arguments
         return int(4 * windows * heads * depth * side**2 * (side**2 + side))
 
 
@@ -109,6 +113,21 @@ def rel_pos(windows: int, side: int, heads: int) -> OperatorCase:
     )
 
 
+def windowed(batch: int, height: int, width: int, side: int, heads: int) -> OperatorCase:
+    """The same within the windows of a map."""
+    return OperatorCase(
+        "windowed_attention",
+        (
+            *((batch, height, width, 3 * heads * DEPTH), (3 * heads * DEPTH,)),
+            *((2 * side - 1, DEPTH),) * 2,
+        ),
+        ((batch, height, width, heads * DEPTH),),
+        {"num_heads": heads, "side": side, "scale": DEPTH**-0.5},
+        (batch, height, width, side, heads, DEPTH, DEPTH**-0.5),
+        {2: 0.3, 3: 0.3},
+    )
+
+
 def depthwise(batch: int, levels: int, height: int, width: int, channels: int) -> OperatorCase:
     """Depthwise convolution and GELU of the maps of several levels."""
     tokens = (batch, levels * height * width, channels)
@@ -140,6 +159,10 @@ SMALL = {
     "ragged strips": depthwise(1, 1, 13, 37, 72),
     "one cell, 8 channels": depthwise(1, 1, 1, 1, 8),
     "one row": depthwise(2, 1, 1, 19, 264),
+    "windows of 14, ragged": windowed(2, 17, 20, 14, 2),
+    "map within a window": windowed(2, 3, 11, 14, 1),
+    "windows of one token": windowed(1, 3, 2, 1, 2),
+    "whole windows": windowed(2, 10, 5, 5, 2),
 }
 """What is special → case; these are small enough for the emulation and for compute-sanitizer."""
 
@@ -158,6 +181,9 @@ FULL = {
     "hidden map": depthwise(1, 1, 64, 64, 3072),
     "hidden map, batch 8": depthwise(8, 1, 64, 64, 3072),
     "five hidden maps": depthwise(1, 5, 64, 64, 3072),
+    "windowed map": windowed(1, 64, 64, 14, HEADS),
+    "windowed map, batch 8": windowed(8, 64, 64, 14, HEADS),
+    "ragged windowed map": windowed(2, 33, 47, 14, HEADS),
 }
 """As DB-SAM calls them at 1024×1024, for a GPU."""
 

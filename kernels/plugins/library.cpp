@@ -22,7 +22,8 @@ extern "C" DBSAM_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) {
 extern "C" DBSAM_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
   static const std::array creators = {
       dbsam::plugins::ms_deform_attn_creator(), dbsam::plugins::channel_attention_creator(),
-      dbsam::plugins::rel_pos_attention_creator(), dbsam::plugins::depthwise_conv_gelu_creator()};
+      dbsam::plugins::rel_pos_attention_creator(), dbsam::plugins::depthwise_conv_gelu_creator(),
+      dbsam::plugins::windowed_attention_creator()};
   count = static_cast<int32_t>(creators.size());
   return creators.data();
 }

@@ -11,6 +11,7 @@ nvinfer1::IPluginCreatorInterface* ms_deform_attn_creator();
 nvinfer1::IPluginCreatorInterface* channel_attention_creator();
 nvinfer1::IPluginCreatorInterface* rel_pos_attention_creator();
 nvinfer1::IPluginCreatorInterface* depthwise_conv_gelu_creator();
+nvinfer1::IPluginCreatorInterface* windowed_attention_creator();
 
 }  // namespace dbsam::plugins
 

@@ -39,7 +39,7 @@ __device__ __forceinline__ void run(const T* qkv, const T* rel_pos_h, const T* r
   constexpr int side = problem.side, heads = problem.heads;
   constexpr float scale = problem.scale;
   if constexpr (std::is_same_v<T, float>) {
-    rel_pos::attend_window_plain(qkv, rel_pos_h, rel_pos_w, out, side, heads, scale);
+    rel_pos::attend_window_plain<T>(qkv, rel_pos_h, rel_pos_w, out, side, heads, scale);
   } else {
     rel_pos::attend_window<T>(qkv, rel_pos_h, rel_pos_w, out, side, heads, scale);
   }

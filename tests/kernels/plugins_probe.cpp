@@ -19,7 +19,15 @@ namespace {
 
 using namespace nvinfer1;
 
-enum EntryPoint { kDeform, kChannel, kChannelWorkspace, kRelPos, kDepthwise, kEntryPoints };
+enum EntryPoint {
+  kDeform,
+  kChannel,
+  kChannelWorkspace,
+  kRelPos,
+  kDepthwise,
+  kWindowed,
+  kEntryPoints
+};
 
 void* bound[kEntryPoints];
 int32_t runtime_major = NV_TENSORRT_MAJOR;
@@ -185,6 +193,15 @@ int dbsam_depthwise_conv_gelu(const void* x, const void* weight, const void* bia
                               void* stream) {
   return as(&dbsam_depthwise_conv_gelu, kDepthwise)(x, weight, bias, out, images, height, width,
                                                     channels, dtype, stream);
+}
+
+int dbsam_windowed_attention(const void* qkv, const void* qkv_bias, const void* rel_pos_h,
+                             const void* rel_pos_w, void* out, int batch, int height, int width,
+                             int side, int heads, int head_dim, float scale, int dtype,
+                             void* stream) {
+  return as(&dbsam_windowed_attention, kWindowed)(qkv, qkv_bias, rel_pos_h, rel_pos_w, out, batch,
+                                                  height, width, side, heads, head_dim, scale,
+                                                  dtype, stream);
 }
 
 // The plugins ask the library that holds the logger finder, which is this one.

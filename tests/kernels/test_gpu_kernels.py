@@ -33,6 +33,7 @@ from dbsam_deploy.validation.operator_cases import (
     depthwise,
     expected,
     rel_pos,
+    windowed,
 )
 
 pytestmark = pytest.mark.gpu
@@ -72,6 +73,10 @@ CASES = {
     "depthwise levels and batch": depthwise(2, 5, 64, 64, 3072),
     "depthwise ragged": depthwise(3, 2, 13, 37, 72),
     "depthwise one cell": depthwise(1, 1, 1, 1, 8),
+    "windowed": windowed(1, 64, 64, 14, HEADS),
+    "windowed batch, ragged": windowed(3, 33, 47, 14, 3),
+    "windowed map within a window": windowed(2, 5, 11, 14, 2),
+    "windowed large": windowed(1, 70, 65, 64, 1),
 }
 ALL = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])

@@ -217,7 +217,8 @@ def test_nvcc_compiles_all_for_the_plugins_architecture(plugin_library: PluginLi
     (log,) = plugin_library.path.parent.glob("cmake-*/build.log")
     usages = kernel_build.parse_usage(log.read_text())
     assert_they_fit(usages)
-    for name in ("ms_deform_attn", "norm_conv_gelu", "attend_window", "depthwise_conv_gelu"):
+    names = ("ms_deform_attn", "norm_conv_gelu", "attend_window", "depthwise_conv_gelu")
+    for name in (*names, "windowed_attention"):
         assert any(name in usage.kernel for usage in usages), name
 
 

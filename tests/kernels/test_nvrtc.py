@@ -16,6 +16,7 @@ from dbsam_deploy.kernels.quick_sources import (
     ms_deform_attn_source,
     read_launches,
     rel_pos_attention_source,
+    windowed_attention_source,
 )
 
 
@@ -31,6 +32,9 @@ def sources(element: str) -> dict[str, str]:
         "channel_attention": channel_attention_source(element, **sizes),
         "depthwise_conv_gelu": depthwise_conv_gelu_source(
             element, height=64, width=64, channels=3072
+        ),
+        "windowed_attention": windowed_attention_source(
+            element, num_heads=12, side=14, scale=0.125, height=64, width=64
         ),
     }
 

@@ -22,6 +22,8 @@ REL_POS = (5, 14, 2, 64, 0.125, 1)
 """windows, side, heads, head_dim, scale, dtype"""
 DEPTHWISE = (3, 9, 35, 72, 1)
 """images, height, width, channels, dtype"""
+WINDOWED = (3, 9, 20, 14, 2, 64, 0.125, 1)
+"""batch, height, width, side, heads, head_dim, scale, dtype"""
 CHANNEL = (2, 9, 11, 40, 6, 1e-6, 1)
 """batch, height, width, channels, reduced, epsilon, dtype"""
 
@@ -48,11 +50,16 @@ REFUSED = {
         *(changed(DEPTHWISE, i, v) for i, v in ((0, -1), (1, 0), (2, -2), (3, 0), (3, 12))),
         *(changed(DEPTHWISE, i, v) for i, v in ((1, 2**31 - 1), (3, 2**31 - 8), (4, 3))),
     ],
+    "windowed_attention": [
+        *(changed(WINDOWED, i, v) for i, v in ((0, -1), (1, 0), (2, -2), (3, 0), (3, 65), (4, 0))),
+        *(changed(WINDOWED, i, v) for i, v in ((4, 1025), (5, 32), (6, 0.0), (7, 3), (7, -1))),
+        *(changed(WINDOWED, i, v) for i, v in ((1, 2**31 - 1), (2, 2**31 - 1), (2, 243_140))),
+    ],
 }
 TENSORS = {"ms_deform_attn": 4, "rel_pos_attention": 4, "channel_attention": 10}
-TENSORS["depthwise_conv_gelu"] = 4
+TENSORS |= {"depthwise_conv_gelu": 4, "windowed_attention": 5}
 TAKEN = {"ms_deform_attn": DEFORM, "rel_pos_attention": REL_POS, "channel_attention": CHANNEL}
-TAKEN["depthwise_conv_gelu"] = DEPTHWISE
+TAKEN |= {"depthwise_conv_gelu": DEPTHWISE, "windowed_attention": WINDOWED}
 
 
 @pytest.mark.parametrize("operator", REFUSED)
@@ -62,6 +69,7 @@ def test_it_refuses_what_the_library_refuses(operator: str) -> None:
         "rel_pos_attention": nvrtc_kernels.refuse_rel_pos,
         "channel_attention": nvrtc_kernels.refuse_channel,
         "depthwise_conv_gelu": nvrtc_kernels.refuse_depthwise,
+        "windowed_attention": nvrtc_kernels.refuse_windowed,
     }[operator]
     library, entry = kernels.host_library(operator), f"dbsam_{operator}"
     good = (*[ADDRESS] * TENSORS[operator], *TAKEN[operator], None)
@@ -133,17 +141,22 @@ def test_each_call_launches_its_kernels_over_the_whole_problem(tmp_path: Path) -
     call(library, "rel_pos_attention")
     call(library, "channel_attention")
     call(library, "depthwise_conv_gelu")
-    deform, rel_pos, *channel, depthwise = driver.launched
+    call(library, "windowed_attention")
+    deform, rel_pos, *channel, depthwise, windowed = driver.launched
     assert (deform["grid"], deform["threads"], deform["count"]) == ((2, 4, 2), 256, 4)
     assert (rel_pos["grid"], rel_pos["count"]) == ((2 * 2 * 5, 1, 1), 4)
     # two groups of channels, two tiles across, three strips of four rows at most, for each image
     assert (depthwise["grid"], depthwise["threads"]) == ((2 * 2 * 3 * 3, 1, 1), 128)
     assert (depthwise["count"], depthwise["shared"]) == (4, 0)
+    # two heads of one window down and two across, in one tile, for each image
+    assert (windowed["grid"], windowed["count"]) == ((2 * 1 * 2 * 1 * 3, 1, 1), 5)
     assert [one["name"] for one in channel] == [f"dbsam_quick_{i}" for i in range(4)]
     assert [one["grid"] for one in channel] == [(2 * 2 * 3, 1, 1), (2, 2, 1), (2, 2, 1), (10, 2, 1)]
     for one in driver.launched:
         assert (one["stream"], one["first"]) == (77, ADDRESS)
-    assert driver.shared == {i: one["shared"] for i, one in enumerate(driver.launched[:3], 1)}
+    asked = {i: one["shared"] for i, one in enumerate(driver.launched, 1) if one["shared"]}
+    assert driver.shared == asked
+    assert [*asked] == [1, 2, 3, 8]
     # the addresses of channel attention are one structure, its epsilon behind them
     tensors = ctypes.cast(channel[0]["last"], ctypes.POINTER(nvrtc_kernels._Tensors)).contents
     assert list(tensors.addresses) == [ADDRESS * (i + 1) for i in range(10)]

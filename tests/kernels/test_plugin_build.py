@@ -26,6 +26,7 @@ ENTRY_POINTS = {
     "dbsam_rel_pos_attention",
     "dbsam_rel_pos_attention_compact",
     "dbsam_depthwise_conv_gelu",
+    "dbsam_windowed_attention",
 }
 
 

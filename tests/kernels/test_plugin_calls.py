@@ -30,6 +30,7 @@ BOUND = (
     "dbsam_channel_attention_workspace",
     "dbsam_rel_pos_attention",
     "dbsam_depthwise_conv_gelu",
+    "dbsam_windowed_attention",
 )
 
 
@@ -121,6 +122,14 @@ CASES = (
         lambda b: ((b, 2 * 15, 16),),
         lambda *x: (torch_ops.depthwise_conv_gelu_reference(*x, height=3, width=5),),
         "height=3 width=5",
+    ),
+    _Case(
+        "WindowedAttention",
+        {"num_heads": [2], "side": [3], "scale": 0.125},
+        lambda b: ((b, 4, 5, 3 * 2 * 64), (3 * 2 * 64,), (5, 64), (5, 64)),
+        lambda b: ((b, 4, 5, 2 * 64),),
+        lambda *x: (torch_ops.windowed_attention_reference(*x, num_heads=2, side=3, scale=0.125),),
+        "num_heads=2 side=3 scale=0.125",
     ),
 )
 

@@ -28,6 +28,7 @@ from dbsam_deploy.kernels.quick_sources import (
     depthwise_conv_gelu_source,
     ms_deform_attn_source,
     rel_pos_attention_source,
+    windowed_attention_source,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -178,13 +179,17 @@ def test_tensorrt_registers_and_describes_the_plugins(bindings: dict[str, str]) 
         ("RelPosAttention", REL_POS, [[-1, -1, 384], [17, 64], [17, 64]]),
         ("DepthwiseConvGelu", DEPTHWISE, [[-1, 70, 16], [16, 1, 3, 3], [16]]),
         ("DepthwiseConvGelu", DEPTHWISE, [[-1, 71, 16], [16, 1, 3, 3], [16]]),
+        ("WindowedAttention", REL_POS, [[-1, 11, 7, 384], [384], [17, 64], [17, 64]]),
+        ("WindowedAttention", REL_POS, [[-1, 11, 7, 384], [128], [17, 64], [17, 64]]),
     ]
     result = _drive(bindings, json.dumps(given))
     assert result.returncode == 0, result.stderr
-    again, first, second, wrong, dynamic, third, ragged = json.loads(result.stdout.splitlines()[-1])
+    answers = json.loads(result.stdout.splitlines()[-1])
+    again, first, second, wrong, dynamic, third, ragged, fourth, bias = answers
     assert "already: use the plugin library or the quickly deployable plugins" in again
     assert "value has sizes (122,) behind its attributes' (123,)" in wrong
     assert "x has 71 tokens of 16 channels, expected whole maps of 5x7" in ragged
+    assert "qkv_bias has sizes (128,) behind its attributes' (384,)" in bias
     assert "need static shapes but for the batch" in dynamic
     expected = compile_kernel(ms_deform_attn_source("float16", head_dim=64, **DEFORM), "sm_80")
     assert first["fields"] == ["num_heads", "num_points", "level_shapes", "query_shapes"]
@@ -205,17 +210,27 @@ def test_tensorrt_registers_and_describes_the_plugins(bindings: dict[str, str]) 
     )
     assert third["out"] == [-1, 70, 16]
     assert third["launch"]["grid_x"] == -2 * expected.launch.blocks[0]  # two maps an image
-    for answer in (first, second, third):
-        assert answer["types"] == ["HALF"]
-        assert answer["kernel"] == "dbsam_quick"
-        # three inputs, then the output
-        assert entry_names(answer["ptx"]) == ["dbsam_quick"]
-        assert [f"dbsam_quick_param_{i}" in answer["ptx"] for i in range(5)] == [True] * 4 + [False]
-        assert ".target sm_80" in answer["ptx"]
-        assert answer["launch"]["block_x"] % 32 == 0
-        # what a block has on every GPU from sm_80 on
-        assert 0 <= answer["launch"]["shared_mem"] <= 99 * 1024
-        assert answer["extra"] == 0
+    sizes = {"height": 11, "width": 7, **REL_POS}
+    expected = compile_kernel(windowed_attention_source("float16", **sizes), "sm_80")
+    assert fourth["fields"] == ["num_heads", "side", "scale"]
+    assert fourth["out"] == [-1, 11, 7, 128]
+    assert fourth["launch"]["grid_x"] == -expected.launch.blocks[0]
+    for answer, inputs in ((first, 3), (second, 3), (third, 3), (fourth, 4)):
+        _check_kernel(answer, inputs)
+
+
+def _check_kernel(answer: dict[str, Any], inputs: int) -> None:
+    assert answer["types"] == ["HALF"]
+    assert answer["kernel"] == "dbsam_quick"
+    # the inputs, then the output
+    assert entry_names(answer["ptx"]) == ["dbsam_quick"]
+    found = [f"dbsam_quick_param_{i}" in answer["ptx"] for i in range(inputs + 2)]
+    assert found == [True] * (inputs + 1) + [False]
+    assert ".target sm_80" in answer["ptx"]
+    assert answer["launch"]["block_x"] % 32 == 0
+    # what a block has on every GPU from sm_80 on
+    assert 0 <= answer["launch"]["shared_mem"] <= 99 * 1024
+    assert answer["extra"] == 0
 
 
 def test_registering_without_tensorrt_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from dbsam_deploy.kernels.quick_sources import (
     ms_deform_attn_source,
     read_launches,
     rel_pos_attention_source,
+    windowed_attention_source,
 )
 
 DEFORM: dict[str, Any] = {
@@ -102,6 +103,24 @@ def test_the_depthwise_kernel_computes_the_operator(tmp_path: Path) -> None:
     _run_on_cpu(source, "dim3(kLaunch.x * batch)", tmp_path, [*given, out])
     wide = (x.float() for x in given)
     expected = torch_ops.depthwise_conv_gelu_reference(*wide, height=5, width=7)
+    check_close(out.float().numpy(), expected.numpy(), "float16 kernel")
+
+
+@pytest.mark.slow  # optional, and NVRTC compiles it in every run
+def test_the_windowed_kernel_computes_the_operator(tmp_path: Path) -> None:
+    shapes = ((2, 7, 9, 384), (384,), (9, 64), (9, 64))
+    given = [torch.randn(shape).half() for shape in shapes]
+    out = torch.full((2, 7, 9, 128), torch.nan, dtype=torch.float16)
+    sizes = {"num_heads": 2, "side": 5, "scale": 0.125}
+    source = windowed_attention_source("float16", height=7, width=9, **sizes)
+    run = RUN.replace("const void* third,", "const void* third, const void* fourth,").replace(
+        "static_cast<T*>(out)", "static_cast<const T*>(fourth), static_cast<T*>(out)"
+    )
+    library = _build(source + run.replace("GRID", "dim3(kLaunch.x * batch)"), tmp_path)
+    addresses = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (*given, out)]
+    assert library.run(*addresses, 2) == 0
+    wide = (x.float() for x in given)
+    expected = torch_ops.windowed_attention_reference(*wide, **sizes)
     check_close(out.float().numpy(), expected.numpy(), "float16 kernel")
 
 

@@ -52,11 +52,19 @@ def depthwise_conv_gelu_case(dtype: torch.dtype = torch.float32) -> Case:
     return tensors, {"height": 3, "width": 5}
 
 
+def windowed_attention_case(dtype: torch.dtype = torch.float32) -> Case:
+    """Two maps of 2×2 windows, ragged."""
+    shapes = ((2, 4, 5, 3 * 2 * 8), (3 * 2 * 8,), (5, 8), (5, 8))
+    sizes = {"num_heads": 2, "side": 3, "scale": 8**-0.5}
+    return tuple(torch.randn(shape, dtype=dtype) for shape in shapes), sizes
+
+
 CASES = {
     "ms_deform_attn": ms_deform_attn_case,
     "channel_attention": channel_attention_case,
     "rel_pos_attention": rel_pos_attention_case,
     "depthwise_conv_gelu": depthwise_conv_gelu_case,
+    "windowed_attention": windowed_attention_case,
 }
 
 
@@ -66,7 +74,17 @@ def _wide_rel_pos_attention_case(dtype: torch.dtype) -> Case:
     return tensors, {"num_heads": 2, "side": 5, "scale": 0.125}
 
 
-KERNEL_CASES = {**CASES, "rel_pos_attention": _wide_rel_pos_attention_case}
+def _wide_windowed_attention_case(dtype: torch.dtype) -> Case:
+    shapes = ((2, 4, 5, 3 * 2 * 64), (3 * 2 * 64,), (5, 64), (5, 64))
+    tensors = tuple(torch.randn(shape, dtype=dtype) for shape in shapes)
+    return tensors, {"num_heads": 2, "side": 3, "scale": 0.125}
+
+
+KERNEL_CASES = {
+    **CASES,
+    "rel_pos_attention": _wide_rel_pos_attention_case,
+    "windowed_attention": _wide_windowed_attention_case,
+}
 """Sizes that the kernels cover."""
 OPERATORS = {name: getattr(torch.ops.dbsam, name) for name in CASES}
 
@@ -241,6 +259,7 @@ def test_compiled_code_keeps_the_operator_and_its_values(name):
         doubled = (tensors[0] * 2, *tensors[1:])
         return tuple(x + 1 for x in _as_tuple(OPERATORS[name](*doubled, **sizes)))
 
+    torch.compiler.reset()  # it counts how often this function is compiled, over all operators
     with torch.inference_mode():
         expected = work(*tensors)
         found = torch.compile(work, fullgraph=True, backend=keep)(*tensors)
@@ -302,6 +321,8 @@ def test_a_tensor_that_does_not_fit_is_refused(name, which, change, message):
         ("ms_deform_attn", {"query_shapes": [2, 5, 10, 1, 0, 9]}, "at least 1"),
         ("rel_pos_attention", {"num_heads": 5}, "48 channels cannot be split into 15"),
         ("rel_pos_attention", {"side": 4}, "qkv: shape"),
+        ("windowed_attention", {"num_heads": 5}, "48 channels cannot be split into 15"),
+        ("windowed_attention", {"side": 4}, "rel_pos_h: shape"),
         ("depthwise_conv_gelu", {"height": 2}, "45 tokens, expected those of whole maps .* 2×5"),
         ("depthwise_conv_gelu", {"width": 0}, "45 tokens, expected .* 3×0"),
     ],
@@ -312,10 +333,11 @@ def test_sizes_that_do_not_fit_are_refused(name, change, message):
         OPERATORS[name](*tensors, **{**sizes, **change})
 
 
-def test_a_map_needs_four_axes():
-    tensors, sizes = channel_attention_case()
+@pytest.mark.parametrize("name", ["channel_attention", "windowed_attention"])
+def test_a_map_needs_four_axes(name):
+    tensors, sizes = CASES[name]()
     with pytest.raises(InputError, match="3 axes, expected"):
-        torch_ops.channel_attention(tensors[0].flatten(1, 2), *tensors[1:], **sizes)
+        OPERATORS[name](tensors[0].flatten(1, 2), *tensors[1:], **sizes)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -25,7 +25,7 @@ def test_the_fused_encoder_equals_the_model(variant, image_size):
     model = small_model(variant, image_size, embed_dim=WIDTH)
     image = torch.randn(2, 3, image_size, image_size)
     fused = FusedEncoder(model)
-    assert tuple(fused.calls.values()) == (*CALLS[variant], 0)  # nothing that is optional
+    assert tuple(fused.calls.values()) == (*CALLS[variant], 0, 0)  # nothing that is optional
     with torch.inference_mode():
         expected, found = model.encode(image), fused(image)
     assert found.dtype is torch.float32
@@ -37,7 +37,17 @@ def test_the_optional_operator_is_called_where_it_is_asked_for(variant):
     model = small_model(variant, 64, embed_dim=WIDTH)
     image = torch.randn(2, 3, 64, 64)
     fused = FusedEncoder(model, ["depthwise_conv_gelu"])
-    assert tuple(fused.calls.values()) == (*CALLS[variant], 8)
+    assert tuple(fused.calls.values()) == (*CALLS[variant], 8, 0)
+    with torch.inference_mode():
+        check_close(fused(image).numpy(), model.encode(image).numpy(), "float32")
+
+
+@pytest.mark.parametrize("image_size", [64, 240])  # grids 4 (padded windows) and 15 (2×2 windows)
+def test_windows_are_taken_from_the_map_where_it_is_asked_for(image_size):
+    model = small_model("sam_vit_b", image_size, embed_dim=WIDTH)
+    image = torch.randn(2, 3, image_size, image_size)
+    fused = FusedEncoder(model, ["windowed_attention"])
+    assert tuple(fused.calls.values()) == (4, 0, 0, 0, 4)  # a stage's last block has no windows
     with torch.inference_mode():
         check_close(fused(image).numpy(), model.encode(image).numpy(), "float32")
 

@@ -30,14 +30,15 @@ def run_onnx(model: onnx.ModelProto, feed: Feed) -> list[npt.NDArray[Any]]:
 
 
 def run_body(
-    body: ir.Function, inputs: list[npt.NDArray[Any]], attributes: dict[str, Any]
+    body: ir.Function, inputs: list[npt.NDArray[Any]], attributes: dict[str, Any], rank: int = 3
 ) -> list[npt.NDArray[Any]]:
     """A function body as the only node of a graph, checked and run.
 
     Args:
-        body: a fused op in standard ops, whose outputs have three axes.
+        body: a fused op in standard ops, whose outputs have as many axes as `rank` says.
         inputs: in its order, of one dtype; the first axis is dynamic in the graph.
         attributes: of the node, without those that name the plugin.
+        rank: of the outputs.
     """
     function = ir.to_proto(body)
     element = helper.np_dtype_to_tensor_dtype(inputs[0].dtype)
@@ -50,7 +51,7 @@ def run_body(
             helper.make_tensor_value_info(name, element, [None, *x.shape[1:]])
             for name, x in zip(names, inputs, strict=True)
         ],
-        [helper.make_tensor_value_info(name, element, [None] * 3) for name in outputs],
+        [helper.make_tensor_value_info(name, element, [None] * rank) for name in outputs],
     )
     model = helper.make_model(
         graph,

@@ -97,6 +97,20 @@ def depthwise(
     call(library, "dbsam_depthwise_conv_gelu", *_addresses(tensors), *sizes)
 
 
+def windowed(
+    library: Library, dtype: str, batch: int, height: int, width: int, side: int, heads: int
+) -> None:
+    """`windowed_attention`."""
+    tensors = [
+        _random(batch, height, width, 3 * heads * 64, dtype=dtype),
+        _random(3 * heads * 64, dtype=dtype),
+        *(_random(2 * side - 1, 64, dtype=dtype) for _ in range(2)),
+        _random(batch, height, width, heads * 64, dtype=dtype),
+    ]
+    sizes = (batch, height, width, side, heads, 64, 0.125, DTYPE_CODES[dtype], None)
+    call(library, "dbsam_windowed_attention", *_addresses(tensors), *sizes)
+
+
 RAGGED: dict[str, tuple[Callable[..., None], tuple[tuple[Any, ...], ...]]] = {
     "ms_deform_attn": (
         deform,
@@ -108,5 +122,6 @@ RAGGED: dict[str, tuple[Callable[..., None], tuple[tuple[Any, ...], ...]]] = {
     "channel_attention": (channel, ((3, 5, 11, 40, 10), (1, 9, 8, 8, 1), (1, 3, 7, 264, 66))),
     "rel_pos_attention": (rel_pos, ((2, 5, 2), (1, 12, 1), (1, 17, 1))),
     "depthwise_conv_gelu": (depthwise, ((3, 5, 11, 40), (1, 1, 1, 8), (2, 9, 35, 72))),
+    "windowed_attention": (windowed, ((2, 5, 7, 4, 2), (1, 13, 20, 12, 1), (1, 2, 3, 17, 1))),
 }
 """Operator → what calls it, and its sizes."""

@@ -64,6 +64,7 @@ _CHANNEL, _MAP = "channel_attention.cuh", "channel_attention_map.cuh"
 _TOKENS = "channel_attention_tokens.cuh"
 _DEPTHWISE = "depthwise_conv_gelu.cuh"
 _MMA, _BIAS = "rel_pos_attention_mma.cuh", "rel_pos_attention_bias.cuh"
+_WINDOWED = "windowed_attention.cuh"
 _PLAIN, _RELATIVE = "rel_pos_attention_plain.cuh", "rel_pos_attention.cuh"
 
 _READ = "race: read by one thread, written by another"
@@ -208,16 +209,12 @@ FAULTS = {
         *("race: ", "float32"),
     ),
     "float32 rows beyond the last are stored": Fault(
-        *("rel_pos_attention", _PLAIN, "if (first + y + i < tokens) ", ""),
+        *("rel_pos_attention", _PLAIN, "if (number < queries) ", ""),
         *("out of bounds|race", "float32"),
     ),
     "float32 keys are not clamped": Fault(
-        *(
-            "rel_pos_attention",
-            _PLAIN,
-            "line = source + min(first + i, count - 1) * stride;\n    st",
-        ),
-        *("line = source + (first + i) * stride;\n    st", f"read {_OUTSIDE}qkv", "float32"),
+        *("rel_pos_attention", _PLAIN, "head.key(min(token + i, tokens - 1))"),
+        *("head.key(token + i)", f"read {_OUTSIDE}qkv", "float32"),
     ),
     "a column beyond the map is read": Fault(
         *("depthwise_conv_gelu", _DEPTHWISE, "j > columns || ", "", f"read {_OUTSIDE}x"),
@@ -240,6 +237,36 @@ FAULTS = {
     "strips overlap": Fault(
         *("depthwise_conv_gelu", _DEPTHWISE, "plan.tiles_x * plan.rows;"),
         *("plan.tiles_x * (plan.rows - 1);", "race: written by two blocks"),
+    ),
+    "keys below the map are read": Fault(
+        *("windowed_attention", _RELATIVE, "row < cut.rows && ", "", f"read {_OUTSIDE}qkv"),
+    ),
+    "keys beside the map are read": Fault(
+        *("windowed_attention", _RELATIVE, " && column < cut.columns", "", f"read {_OUTSIDE}qkv"),
+    ),
+    "float32 keys beyond the map are read": Fault(
+        *("windowed_attention", _RELATIVE, "(covers(row, column) ?", "(row >= 0 ?"),
+        *(f"read {_OUTSIDE}qkv", "float32"),
+    ),
+    "the padding of another head": Fault(
+        *("windowed_attention", _WINDOWED, "tensors.qkv_bias + channel"),
+        *("tensors.qkv_bias + 3 * channel", f"read {_OUTSIDE}qkv_bias"),
+    ),
+    "queries of the padding are stored": Fault(
+        *("windowed_attention", _MMA, "min(head.rows() * head.columns() - first, kWarpRows)"),
+        *("min(head.side * head.side - first, kWarpRows)", "out of bounds|race"),
+    ),
+    "rows of a window lie side by side": Fault(
+        *("windowed_attention", _RELATIVE, "query / cut.columns * cut.pitch"),
+        *("query / cut.columns * side", "race: written by two blocks"),
+    ),
+    "windows overlap": Fault(
+        *("windowed_attention", _WINDOWED, "place % map.across() * map.side"),
+        *("place % map.across() * (map.side - 1)", "race: written by two blocks"),
+    ),
+    "images are as high as a window": Fault(
+        *("windowed_attention", _WINDOWED, "(image * map.height + row)"),
+        *("(image * map.side + row)", "race: written by two blocks"),
     ),
 }
 """What is wrong → where."""
@@ -269,6 +296,10 @@ WRONG_VALUES = {
     "depthwise sums in the map's type": Fault(
         *("depthwise_conv_gelu", _DEPTHWISE, "to[j][e] = add<kTapRow>(row, j, e, from[j][e]);"),
         *("to[j][e] = to_float(from_float<T>(add<kTapRow>(row, j, e, from[j][e])));", ""),
+    ),
+    "padding is zero": Fault(
+        *("windowed_attention", _MMA, "column + key < head.side;"),
+        *("column + key < head.side && head.covers(row + chunk, column + key);", ""),
     ),
 }
 """What a comparison with PyTorch has to find; the detector cannot."""

@@ -27,6 +27,16 @@ def test_attention_peers_equal_the_reference(peer):
     check_close(found.numpy(), expected.numpy(), "float32", peer)
 
 
+def test_the_way_over_windows_equals_the_reference():
+    x, weight, bias = torch.randn(2, 7, 9, 16), torch.randn(48, 16), torch.randn(48)
+    tables, sizes = torch.randn(2, 7, 8), {"num_heads": 2, "side": 4, "scale": 0.3}
+    qkv = torch.nn.functional.linear(x, weight, bias)
+    expected = torch_ops.windowed_attention_reference(qkv, bias, *tables, **sizes)
+    attend = torch_ops.rel_pos_attention_reference
+    found = gpu_peers.windows_of(x, weight, bias, *tables, attend=attend, **sizes)
+    check_close(found.numpy(), expected.numpy(), "float32")
+
+
 def test_depthwise_conv_gelu_peer_equals_the_reference():
     inputs = [torch.randn(shape) for shape in ((2, 30, 16), (16, 1, 3, 3), (16,))]
     sizes = {"height": 5, "width": 3}

@@ -24,7 +24,10 @@ from dbsam_deploy.validation.operators import BUILD, COMPARE, DTYPES, REPLAY, SA
 from dbsam_deploy.validation.verdicts import Context, NotRunError
 
 CONTEXT = Context(Path("work"), None, Path())
-OPERATORS = ("ms_deform_attn", "channel_attention", "rel_pos_attention", "depthwise_conv_gelu")
+OPERATORS = (
+    *("ms_deform_attn", "channel_attention", "rel_pos_attention", "depthwise_conv_gelu"),
+    "windowed_attention",
+)
 
 
 @pytest.fixture
