@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from onnxscript import opset18 as op
 from torch import Tensor, nn
+from torch.fx import config as fx_config
 from torch.onnx._internal.exporter import _fx_passes as exporter_passes
 
 from ..core.errors import ExportError
@@ -130,9 +131,11 @@ def _as_traced() -> Iterator[None]:
     program = torch.export.ExportedProgram
     program.run_decompositions = lambda self, *table, **options: self  # type: ignore[method-assign]
     exporter_passes.insert_type_promotion_nodes = lambda graph_module: None
+    fx_config.do_not_emit_stack_traces = True  # no file has them
     try:
         yield
     finally:
+        fx_config.do_not_emit_stack_traces = False
         program.run_decompositions = _DECOMPOSE  # type: ignore[method-assign]
         exporter_passes.insert_type_promotion_nodes = _PROMOTE
 
