@@ -278,10 +278,11 @@ def plugin_library(tensorrt_headers: Headers, once: Once) -> PluginLibrary:
 
     def make(folder: Path) -> PluginLibrary:
         kept = cache_folder("built-plugins")
-        for other in kept.glob("*"):
-            if other.name != key or not (other / plugin_build.MANIFEST_NAME).exists():
-                shutil.rmtree(other)  # of other sources, or left half-way
-        with pytest.MonkeyPatch.context() as patch:
+        kept.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with FileLock(f"{kept}.lock"), pytest.MonkeyPatch.context() as patch:
+            for other in kept.iterdir():
+                if other.name != key or not (other / plugin_build.MANIFEST_NAME).exists():
+                    shutil.rmtree(other)  # of other sources, or left half-way
             patch.setenv("NVCC_APPEND_FLAGS", "-Xptxas=-v")
             return plugin_build.build_plugins(
                 kept / key,

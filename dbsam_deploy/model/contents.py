@@ -123,6 +123,8 @@ def _joined(way: tuple[Any, ...]) -> str:
 def _shown(name: object) -> str:
     """A name from a file as a terminal can show it."""
     text = str(name)[:MAX_NAME]
+    if text.isprintable():  # nearly always
+        return text
     return "".join(char if char.isprintable() else "?" for char in text)
 
 

