@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from .cli import StepBar, check_before, progress_bars, run, table_console
@@ -42,6 +43,7 @@ from .fusions import fuse_file
 from .graphs.onnx_export import check_onnx, export_graph
 from .machine.hardware import installed_versions
 from .model import DbSam
+from .model.held import HeldModel
 from .model.weights import LoadedModel, load_model
 from .quantization.quantizer import Quantizer, calibration_images, check_quantisable
 from .recipe import Recipe, calibration_plan, load_recipe
@@ -122,7 +124,7 @@ class _Job:
     """
 
     stages: Stages
-    loaded: LoadedModel
+    loaded: HeldModel
     recipe: Recipe
     quantizer: Quantizer
     cases: list[Case]
@@ -187,7 +189,7 @@ def _job(
     calibration_plan(recipe, options.calibration, options.budget)
     parity = fewer_or_more(recipe.parity, options.data_images)
     cases = load_cases(options.data or bundled_examples(), parity)
-    loaded = stages.load_model(**vars(ModelChoice.of(options)))
+    loaded = HeldModel(partial(stages.load_model, **vars(ModelChoice.of(options))))
     check_quantisable(loaded, recipe)  # before anybody is asked for more images
     images = calibration_images(recipe, options.calibration, options.budget)
     say(f"weights: {loaded.weights['note']}")
@@ -265,7 +267,13 @@ def _references(job: _Job, scratch: Path, say: Callable[[str], None]) -> Referen
         folder.mkdir()
     key = references_key(loaded.model, str(loaded.weights["sha256"]))
     how = loaded.preprocessing
-    return References(lambda: PytorchSession(loaded.model), how, key, folder=folder, say=say)
+    return References(
+        lambda: PytorchSession(loaded.model),
+        *(how, key),
+        folder=folder,
+        say=say,
+        put_away=loaded.put_away,
+    )
 
 
 def _engine_stage(
@@ -301,14 +309,14 @@ def _export_stage(
         if quantized:
             check_onnx(path, spec)
         if name == "encoder":
-            fuse_file(path, loaded.model.config, quantized, recipe.optional_fusions)
+            fuse_file(path, loaded.config, quantized, recipe.optional_fusions)
         done = work.finish(path.name, done)
 
 
 def _draft(job: _Job, folder: Path, graphs: list[str]) -> Artefact:
     return Artefact(
         folder=folder,
-        variant=job.loaded.model.config.name,
+        variant=job.loaded.config.name,
         precision=job.recipe.precision,
         preprocessing=job.loaded.preprocessing,
         graphs={name: graph_file(folder / f"{name}.onnx", folder) for name in graphs},

@@ -23,6 +23,7 @@ from ..files import onnx_files
 from ..files.atomic import sha256_of, write_atomically
 from ..files.manifests import seal_of
 from ..graphs.precision import DTYPES
+from ..model.held import HeldModel
 from ..model.weights import LoadedModel
 from ..recipe import Quantization, Recipe, calibration_plan
 from ..sessions.pytorch_session import PytorchSession
@@ -54,7 +55,7 @@ def calibration_images(
     return None if plan is None or path is None else choose_images(path, plan)
 
 
-def check_quantisable(loaded: LoadedModel, recipe: Recipe) -> None:
+def check_quantisable(loaded: LoadedModel | HeldModel, recipe: Recipe) -> None:
     """Refuse an encoder whose float graph has its weights in a second file, and SAM 2's.
 
     Raises:
@@ -96,14 +97,14 @@ class Quantizer:
     images: CalibrationSet | None
     how: Preprocessing
     budget: float | None
-    loaded: LoadedModel
+    loaded: LoadedModel | HeldModel
     recipe: Recipe
     bars: Progress
 
     @classmethod
     def of(
         cls,
-        loaded: LoadedModel,
+        loaded: LoadedModel | HeldModel,
         recipe: Recipe,
         images: CalibrationSet | None,
         budget: float | None,

@@ -15,6 +15,7 @@ from ..core.embedding_cache import EmbeddingCache
 from ..core.errors import ServingError
 from ..core.imaging import Arrays, FloatArray, Preprocessing
 from ..core.interactive import Interactive
+from ..machine.onnxruntime_memory import share_memory
 from ..machine.privacy import silence
 from .probe import BOXES_MODEL, PROBE_SIZE, PROMPTS_MODEL, probe_image, question
 
@@ -111,6 +112,9 @@ class _OnnxGraphs:
 
     def _run(self, graph: str, feed: Arrays, names: list[str] | None = None) -> list[FloatArray]:
         runtime = silence(importlib.import_module("onnxruntime"))
-        session = runtime.InferenceSession(self.paths[graph], providers=["CPUExecutionProvider"])
+        settings = runtime.SessionOptions()
+        share_memory(runtime, settings)  # an export has just compared its graphs in it
+        chain = ["CPUExecutionProvider"]
+        session = runtime.InferenceSession(self.paths[graph], settings, providers=chain)
         outputs: list[FloatArray] = session.run(names, feed)
         return outputs

@@ -17,7 +17,6 @@ import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,6 +26,7 @@ from ..extras import ONNXRUNTIME_GPU_LINE, ONNXRUNTIME_TENSORRT_LINE, TENSORRT_1
 from ..files.onnx_data import OnnxContent
 from ..machine.cores import fewer_cores
 from ..machine.hardware import cpuinfo, has_vnni
+from ..machine.onnxruntime_memory import share_memory
 from ..machine.privacy import silence
 
 DRIVER_LIBRARY = "libcuda.so.1"
@@ -184,11 +184,9 @@ def open_session(
     """
     settings = runtime.SessionOptions()
     settings.intra_op_num_threads = threads or fewer_cores()
-    # A pattern keeps a second block as large as all tensors of the largest run so far, and is no
-    # quicker here.
     settings.enable_mem_pattern = False
     if provider is CPU:
-        _share_memory(runtime, settings)
+        share_memory(runtime, settings)
     safe = provider is CPU and not has_vnni(cpuinfo())
     settings.add_session_config_entry(_SAFE_INT8 if safe else _RECORD_PLACEMENT, "1")
     chain = [(provider.name, {**provider.options, **(options or {})}), *provider.behind]
@@ -211,25 +209,6 @@ def open_session(
     if provider is not CPU:
         _check_placement(session, provider)
     return session
-
-
-def _share_memory(runtime: ModuleType, settings: Any) -> None:
-    """Let a session run where others of this process have run, and leave the memory to them.
-
-    An encoder keeps 0.6 GB for its next image, a decoder half as much; one runs at a time. Weights
-    lie apart, so that they go with their session.
-    """
-    _register_arena(runtime)
-    settings.add_session_config_entry("session.use_env_allocators", "1")
-    settings.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
-
-
-@cache
-def _register_arena(runtime: ModuleType) -> None:
-    """Make that memory, once: ONNX Runtime would put a new one in its place."""
-    arena = runtime.OrtAllocatorType.ORT_ARENA_ALLOCATOR
-    place = runtime.OrtMemoryInfo("Cpu", arena, 0, runtime.OrtMemType.DEFAULT)
-    runtime.create_and_register_allocator(place, None)
 
 
 def _source(model: str | bytes | OnnxContent, settings: Any) -> str | bytes:

@@ -10,7 +10,7 @@ from ..recipe import Recipe
 from .cases import Case
 
 if TYPE_CHECKING:
-    from ..model.weights import LoadedModel
+    from ..model.held import HeldModel
 
 GRAPH_MODULES = ("model.weights", "graphs.onnx_export", "quantization.quantizer", "fusions")
 """What the ONNX files come from, with all that these modules import."""
@@ -29,7 +29,7 @@ _MODELOPT = ("nvidia-modelopt", "onnx-graphsurgeon", "onnxslim")
 quantises, and of one that leaves it to modelopt. Others do not take part."""
 
 
-def graph_inputs(loaded: LoadedModel, recipe: Recipe, quantizer_key: str) -> Inputs:
+def graph_inputs(loaded: HeldModel, recipe: Recipe, quantizer_key: str) -> Inputs:
     """All that determines the ONNX files: weights, recipe, versions and the code."""
     packages: tuple[str, ...] = _TRACED
     if recipe.quantization is not None:
@@ -37,7 +37,7 @@ def graph_inputs(loaded: LoadedModel, recipe: Recipe, quantizer_key: str) -> Inp
         packages += _MODELOPT if recipe.quantization.tool == "modelopt" else ()
     return {
         "weights": str(loaded.weights["sha256"]),
-        "model": digest(repr(loaded.model.config)),
+        "model": digest(repr(loaded.config)),
         "recipe": digest(repr(recipe)),
         "calibration": digest(quantizer_key),
         "code of the export": code_digest(GRAPH_MODULES),
@@ -45,7 +45,7 @@ def graph_inputs(loaded: LoadedModel, recipe: Recipe, quantizer_key: str) -> Inp
     }
 
 
-def compared_inputs(loaded: LoadedModel, cases: list[Case]) -> Inputs:
+def compared_inputs(loaded: HeldModel, cases: list[Case]) -> Inputs:
     """All else that determines an artefact: the images, and their comparison."""
     images = (digest(c.name, c.image.tobytes(), c.boxes.tobytes()) for c in cases)
     return {
@@ -55,6 +55,6 @@ def compared_inputs(loaded: LoadedModel, cases: list[Case]) -> Inputs:
     }
 
 
-def _resize_packages(loaded: LoadedModel) -> tuple[str, ...]:
+def _resize_packages(loaded: HeldModel) -> tuple[str, ...]:
     """What MedSAM's preprocessing takes to resize an image; SAM's takes Pillow."""
     return ("scikit-image",) if loaded.preprocessing.mode == "medsam" else ()

@@ -73,6 +73,7 @@ class References:
         key: of all that its answers depend on besides the question.
         folder: of the answers, or None for `references_folder`.
         say: told about damaged answers, and about a folder where none can be kept.
+        put_away: called when the reference is released, for what else keeps its model.
 
     Attributes:
         seconds: graph → how long each answer took when it was computed.
@@ -88,9 +89,11 @@ class References:
         *,
         folder: Path | None = None,
         say: Callable[[str], None],
+        put_away: Callable[[], None] = lambda: None,
     ) -> None:
         self.seconds: dict[str, list[float]] = {}
         self._open, self._say, self._key = open_session, say, key
+        self._put_away = put_away
         self._specs = graph_specs(how)
         self._session: Session | None = None
         self._asked: set[str] = set()
@@ -127,6 +130,7 @@ class References:
     def release(self) -> None:
         """Drop the session, and with it what only it holds; a question may open it again."""
         self._session = None
+        self._put_away()
 
     def trim(self, most: int = KEPT_BYTES) -> None:
         """Remove the answers that were used longest ago, until the folder has `most` bytes."""

@@ -7,13 +7,18 @@ import importlib.util
 
 import numpy as np
 import pytest
+from support.onnx_chain import SHAPE, chain
+from support.peak_memory import forget_peak, peak_bytes
 
 from dbsam_deploy.core.contract import IOU_SCORES, MASKS
 from dbsam_deploy.core.errors import ServingError
+from dbsam_deploy.core.imaging import Preprocessing
 from dbsam_deploy.prediction.predictor import Predictor
+from dbsam_deploy.serving import known_answer
 from dbsam_deploy.serving.known_answer import compare, known_answers
 from dbsam_deploy.serving.probe import BOXES_MODEL, PROMPTS_MODEL, probe_image, question
 from dbsam_deploy.serving.repository import load_repository
+from dbsam_deploy.sessions.onnxruntime_providers import CPU, import_onnxruntime, open_session
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
 
 
@@ -66,3 +71,14 @@ def test_graphs_that_onnxruntime_cannot_run_leave_a_note(tiny_artefact, tmp_path
     assert len(notes) == 2
     assert "onnxruntime is not installed" in notes[1]
     assert all("no known answer for `serve --check`" in note for note in notes)
+
+
+def test_it_runs_in_the_memory_of_sessions_before(tmp_path):
+    path, values = tmp_path / "chain.onnx", np.zeros(SHAPE, np.float32)
+    path.write_bytes(chain())
+    open_session(import_onnxruntime(), chain(), CPU, threads=1).run(None, {"x": values})
+    before = forget_peak()
+    known_answer._OnnxGraphs({"decoder": str(path)}, Preprocessing(64))._run(
+        "decoder", {"x": values}
+    )
+    assert peak_bytes() - before < values.nbytes // 2

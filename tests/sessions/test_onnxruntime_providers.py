@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
 import re
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from onnx import TensorProto, helper
+from support.onnx_chain import SHAPE, chain
 from support.peak_memory import resident_bytes
 
 from dbsam_deploy.core.errors import EngineError, MissingError
@@ -262,22 +261,8 @@ def test_int8_products_are_made_safe_only_where_they_overflow(
             settings.get_session_config_entry("session.x64quantprecision")
 
 
-SHAPE = [24, 1024, 256]
-
-
 def open_chain() -> Any:
-    """A session whose run takes several times the memory of its (n, 1024, 256) input."""
-    names = ["x", *(f"value_{number}" for number in range(6)), "y"]
-    nodes = [
-        helper.make_node("Softmax" if number % 2 else "Erf", [before], [after])
-        for number, (before, after) in enumerate(itertools.pairwise(names))
-    ]
-    ends = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", *SHAPE[1:]]) for name in "xy"
-    ]
-    graph = helper.make_graph(nodes, "chain", ends[:1], ends[1:])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    return open_session(import_onnxruntime(), model.SerializeToString(), CPU, threads=1)
+    return open_session(import_onnxruntime(), chain(), CPU, threads=1)
 
 
 def test_a_run_like_the_one_before_takes_no_further_memory():

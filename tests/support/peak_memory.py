@@ -13,6 +13,12 @@ def peak_bytes(pid: int | None = None) -> int:
     return _status("VmHWM", pid)
 
 
+def forget_peak() -> int:
+    """Begin the peak of this process anew; the resident memory that it begins with."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return resident_bytes()
+
+
 def resident_bytes() -> int:
     """The resident memory of this process now."""
     return _status("VmRSS", None)

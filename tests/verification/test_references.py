@@ -59,8 +59,8 @@ def said() -> list[str]:
 def make(tmp_path, said):
     """(what opens the reference, key) → References of one folder."""
 
-    def build(open_session=never, key="key", folder=tmp_path):
-        return References(open_session, HOW, key, folder=folder, say=said.append)
+    def build(open_session=never, key="key", folder=tmp_path, **options):
+        return References(open_session, HOW, key, folder=folder, say=said.append, **options)
 
     return build
 
@@ -227,7 +227,7 @@ def test_one_of_the_two_is_open_at_a_time_and_the_figures_are_the_same(make, cas
         events.append("PyTorch")
         return Drawn()
 
-    references = make(begin)
+    references = make(begin, put_away=lambda: events.append("put away"))
 
     def deployed():
         assert references._session is None
@@ -237,7 +237,7 @@ def test_one_of_the_two_is_open_at_a_time_and_the_figures_are_the_same(make, cas
     names = [case.name for case in cases]
     told = []
     found = compare_apart(references, deployed, HOW, cases, progress=told.append)
-    assert events == ["PyTorch", "deployed"]
+    assert events == ["PyTorch", "put away", "deployed"]
     assert told == [f"asked PyTorch about {n}" for n in names] + [f"compared {n}" for n in names]
     wanted = compare(Drawn(), Drawn(), HOW, cases).as_dict()
     for name, value in found.as_dict().items():
