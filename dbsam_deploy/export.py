@@ -31,6 +31,7 @@ from .artefact import (
 from .core.allocation import give_back
 from .core.contract import graph_specs
 from .core.errors import InputError
+from .core.imaging import Preprocessing
 from .core.points import POINTS
 from .engines.build import Choice, Request, build_engines, choose_engines
 from .engines.manifest import EngineRecord
@@ -40,6 +41,7 @@ from .files.locks import one_writer
 from .files.publication import replace_folder, tidy
 from .files.work import WorkFolder, clear_work, work_folder
 from .fusions import fuse_file
+from .graphs.imaging_graphs import put_pixels_before, write_mask_bits
 from .graphs.onnx_export import check_onnx, export_graph
 from .machine.hardware import installed_versions
 from .model import DbSam
@@ -113,6 +115,7 @@ class _Job:
     Attributes:
         stages: the steps.
         loaded: the model.
+        how: preprocessing of the export: the model's, or in graphs.
         recipe: the precision.
         quantizer: what the recipe does with a graph after its export.
         cases: images of the comparison.
@@ -125,6 +128,7 @@ class _Job:
 
     stages: Stages
     loaded: HeldModel
+    how: Preprocessing
     recipe: Recipe
     quantizer: Quantizer
     cases: list[Case]
@@ -165,7 +169,8 @@ def export(
         console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     bars = progress_bars(console)
-    job = _job(options, stages, recipe, bars, say)
+    in_graph = options.images_in_graph(with_engines=choice.request is not None)
+    job = _job(options, stages, recipe, bars, say, in_graph=in_graph)
     with one_writer(options.output, wait=options.wait, say=say), writing_to(options.output):
         artefact = _artefact(job, bars, say)
         engines = {}
@@ -184,6 +189,8 @@ def _job(
     recipe: Recipe,
     bars: Progress,
     say: Callable[[str], None],
+    *,
+    in_graph: bool,
 ) -> _Job:
     """What is to be done, with everything that it needs read and checked."""
     calibration_plan(recipe, options.calibration, options.budget)
@@ -199,11 +206,12 @@ def _job(
     return _Job(
         stages=stages,
         loaded=loaded,
+        how=replace(loaded.preprocessing, pixels_in_graph=in_graph),
         recipe=recipe,
         quantizer=quantizer,
         cases=cases,
         folder=options.folder,
-        inputs=graph_inputs(loaded, recipe, quantizer.key),
+        inputs=graph_inputs(loaded, recipe, quantizer.key, pixels_in_graph=in_graph),
         compared=compared_inputs(loaded, cases),
         keep_references=options.keep_references,
         bundled=options.data is None,
@@ -228,8 +236,7 @@ def _artefact(job: _Job, bars: Progress, say: Callable[[str], None]) -> Artefact
 
 def _make_artefact(job: _Job, bars: Progress, say: Callable[[str], None]) -> Artefact:
     """Export the graphs, compare them with PyTorch and publish them in the job's folder."""
-    loaded, folder = job.loaded, job.folder
-    graphs = list(graph_specs(loaded.preprocessing))
+    folder, graphs = job.folder, list(graph_specs(job.how))
     keep = (Quantizer.SCRATCH,)
     work = work_folder(folder.parent, folder.name, key_of(job.inputs), keep)
     with StepBar(bars, len(graphs) + 2 * len(job.cases) + 1) as step:
@@ -242,7 +249,7 @@ def _make_artefact(job: _Job, bars: Progress, say: Callable[[str], None]) -> Art
             references,
             # as a GPU will round, not as a CPU computes it
             lambda: OnnxRuntimeSession(draft, as_typed=True),
-            loaded.preprocessing,
+            job.how,
             job.cases,
             progress=step,
             keep=answers.add,
@@ -310,7 +317,15 @@ def _export_stage(
             check_onnx(path, spec)
         if name == "encoder":
             fuse_file(path, loaded.config, quantized, recipe.optional_fusions)
+            if job.how.pixels_in_graph:
+                put_pixels_before(path, job.how)
+                check_onnx(path, graph_specs(job.how)[name])
         done = work.finish(path.name, done)
+    if job.how.pixels_in_graph:
+        step("writing what makes masks")
+        path = write_mask_bits(work.scratch, job.how, recipe.opset)
+        check_onnx(path, graph_specs(job.how)[path.stem])
+        work.finish(path.name, done)
 
 
 def _draft(job: _Job, folder: Path, graphs: list[str]) -> Artefact:
@@ -318,7 +333,7 @@ def _draft(job: _Job, folder: Path, graphs: list[str]) -> Artefact:
         folder=folder,
         variant=job.loaded.config.name,
         precision=job.recipe.precision,
-        preprocessing=job.loaded.preprocessing,
+        preprocessing=job.how,
         graphs={name: graph_file(folder / f"{name}.onnx", folder) for name in graphs},
         weights=job.loaded.weights,
         versions=installed_versions(),

@@ -12,12 +12,14 @@ import onnxruntime
 import pytest
 from rich.console import Console
 from support.commands import refused
+from support.toy_exports import Toy
 
 from dbsam_deploy import export as door
 from dbsam_deploy.artefact import load_artefact
 from dbsam_deploy.core.contract import Geometry, graph_specs
 from dbsam_deploy.core.errors import AccuracyError, InputError
 from dbsam_deploy.core.imaging import Preprocessing
+from dbsam_deploy.engines.kinds import TENSORRT_RTX
 from dbsam_deploy.export import Stages, export, main
 from dbsam_deploy.extras import pip_line
 from dbsam_deploy.files.atomic import sha256_of
@@ -254,3 +256,47 @@ def test_sams_two_files_are_published_beside_an_export(toy, monkeypatch):
     assert published == []
     toy.run(signature="sam")
     assert published == [toy.output / "fp32"]
+
+
+def test_graphs_resize_images_where_engines_are_built_or_it_is_asked_for(toy, monkeypatch):
+    """What they make of images and logits: tests/graphs/test_imaging_graphs.py."""
+
+    def exported(**options):
+        toy.run(**options)
+        made = load_artefact(toy.output / "fp32")
+        in_graph = made.preprocessing.pixels_in_graph
+        assert ("mask_bits" in made.graphs) is in_graph
+        served = load_repository(toy.output / "model_repository_fp32")
+        assert ("mask_bits" in served.platforms) is in_graph
+        assert served.preprocessing == made.preprocessing
+        return in_graph, made.graphs["encoder"]
+
+    on_host = exported()
+    assert on_host == (False, toy.graphs["a"].graphs["encoder"])
+    asked, in_graph = exported(imaging="graph")
+    assert asked
+    assert in_graph != on_host[1]
+    assert exported(imaging="host") == on_host
+    request = SimpleNamespace(options=SimpleNamespace(kind=TENSORRT_RTX), builder=None)
+    monkeypatch.setattr(door, "_engine_stage", lambda *stage: {})
+    monkeypatch.setattr(Toy, "stages", with_engines(Toy.stages, request))
+    assert exported() == (True, in_graph)
+    assert exported(imaging="host") == on_host
+
+
+def with_engines(stages, request):
+    """Stages that would build engines."""
+
+    def of(toy, weights):
+        return replace(
+            stages(toy, weights),
+            choose_engines=lambda *choice: SimpleNamespace(request=request, note=""),
+        )
+
+    return of
+
+
+def test_images_in_the_graph_and_files_in_sams_signature_exclude_each_other(toy):
+    with pytest.raises(InputError, match="--imaging graph with --signature sam: files in SAM's"):
+        toy.run(signature="sam", imaging="graph")
+    assert not toy.output.exists()

@@ -15,7 +15,7 @@ import pytest
 
 from dbsam_deploy import extras
 from dbsam_deploy.core.errors import MissingError
-from dbsam_deploy.core.imaging import SCIKIT_IMAGE_LINE
+from dbsam_deploy.core.resizing import SCIKIT_IMAGE_LINE
 from dbsam_deploy.extras import EXTRAS, Extra, find_extra, pip_line, quoted, require
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,7 +27,7 @@ SEVERAL = {"all", *OURS}
 OF_A_MACHINE = {"gpu", "nvrtc", "rtx", "modelopt", "cluster"}
 """Extras that need NVIDIA's hardware, an environment of their own, or several machines."""
 PIP_ELSEWHERE = {
-    "core/imaging.py": {"scikit-image"},  # a copy of this room is alone in Triton's models
+    "core/resizing.py": {"scikit-image"},  # a copy of this room is alone in Triton's models
     "kernels/plugin_build.py": {"cmake"},  # a program
     "validation/engine_checks.py": {"cmake"},
     "serve.py": {"--quiet"},  # inside the container
@@ -36,7 +36,7 @@ PIP_ELSEWHERE = {
 """Module → the packages it may install without `extras`."""
 TRIES_ITSELF = {
     "extras.py",  # the helper
-    "core/imaging.py",  # stands alone
+    "core/resizing.py",  # stands alone
     "files/atomic.py",  # Windows has no fcntl
     "quantization/modelopt_worker.py",  # run by other Pythons
     "kernels/plugin_registry.py",  # takes the first of three TensorRTs

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from .contract import IMAGE, IOU_PREDICTIONS, LOW_RES_MASKS, encoder_spec
+from .contract import IOU_PREDICTIONS, LOW_RES_MASKS, MASK_BITS, encoder_spec
 from .errors import EngineError
-from .imaging import Arrays, FloatArray, Preprocessing
+from .imaging import Arrays, ByteArray, FloatArray, Preprocessing
 from .refusal import RefusedError
 
 MODEL_STEM = "dbsam_"
@@ -52,13 +52,14 @@ class BlsGraphs:
         ]
         self._embedding_bytes = sum(sizes) * _ITEM_BYTES
 
-    def encode(self, image: FloatArray) -> tuple[Any, int]:
+    def encode(self, feed: Arrays) -> tuple[Any, int]:
         """See `interactive.Graphs`; a tensor on a GPU stays there, as Triton's tensor.
 
         On a CPU Triton's tensor is an array and the same again in shared memory: the array is kept.
         """
         pb, spec = self._triton, self._encoder
-        found = self._run(spec.name, [pb.Tensor(IMAGE, image)], spec.output_names)
+        tensors = [pb.Tensor(name, np.ascontiguousarray(feed[name])) for name in spec.input_names]
+        found = self._run(spec.name, tensors, spec.output_names)
         kept = [tensor.as_numpy() if tensor.is_cpu() else tensor for tensor in found]
         return tuple(kept), self._embedding_bytes
 
@@ -69,9 +70,18 @@ class BlsGraphs:
             embedding = self._shared(embedding)
         tensors = [pb.Tensor(name, np.ascontiguousarray(feed[name][None])) for name in feed]
         outputs = [LOW_RES_MASKS, IOU_PREDICTIONS]
-        cpu = pb.PreferredMemory(pb.TRITONSERVER_MEMORY_CPU, 0)
-        low, iou = self._run(graph, [*embedding, *tensors], outputs, preferred_memory=cpu)
+        low, iou = self._run(graph, [*embedding, *tensors], outputs, preferred_memory=self._cpu())
         return low.as_numpy()[0], iou.as_numpy()[0]
+
+    def mask_bits(self, feed: Arrays) -> ByteArray:
+        """See `interactive.Graphs`."""
+        tensors = [self._triton.Tensor(name, np.ascontiguousarray(feed[name])) for name in feed]
+        (bits,) = self._run(MASK_BITS, tensors, [MASK_BITS], preferred_memory=self._cpu())
+        found: ByteArray = bits.as_numpy()
+        return found
+
+    def _cpu(self) -> Any:
+        return self._triton.PreferredMemory(self._triton.TRITONSERVER_MEMORY_CPU, 0)
 
     def _shared(self, embedding: tuple[Any, ...]) -> list[Any]:
         """An embedding as Triton's tensors; its copy in shared memory is there for the next click.

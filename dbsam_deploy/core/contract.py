@@ -35,6 +35,10 @@ MAX_MASK_PIXELS = 1024**3
 """Largest number of mask pixels (masks × height × width) the server returns for one request."""
 MAX_POINTS = 64
 """Largest number of points (padding and box corners included) in one prompt set."""
+MAX_SIDE_IN_GRAPH = 2048
+"""Longest side of an image that a graph resizes; larger ones are resized before it."""
+MASK_TAPS = 4
+"""Logits of a row or column that one pixel of a mask depends on, at most."""
 
 DType = Literal["float32", "int32", "int64", "uint8", "bytes"]
 Frame = Literal["image", "model", "mask grid", "none"]
@@ -44,6 +48,7 @@ TRITON_TYPES = {"float32": "FP32", **{n: n.upper() for n in ("int32", "int64", "
 
 BATCH, NUM_BOXES, NUM_PROMPTS, NUM_POINTS = "batch", "num_boxes", "num_prompts", "num_points"
 NUM_MASKS, HEIGHT, WIDTH = "num_masks", "height", "width"
+NUM_ROW_TAPS, NUM_COLUMN_TAPS, ROW_BYTES = "num_row_taps", "num_column_taps", "row_bytes"
 
 IMAGE, IMAGE_EMBEDDINGS, BOXES = "image", "image_embeddings", "boxes"
 HIGH_RES_FEATS = ("high_res_feats_0", "high_res_feats_1")
@@ -51,6 +56,9 @@ POINT_COORDS, POINT_LABELS = "point_coords", "point_labels"
 MASK_INPUT, HAS_MASK_INPUT = "mask_input", "has_mask_input"
 LOW_RES_MASKS, LOW_RES_LOGITS = "low_res_masks", "low_res_logits"
 IOU_PREDICTIONS = "iou_predictions"
+PIXELS, MASK_LOGITS, MASK_BITS = "pixels", "mask_logits", "mask_bits"
+ROW_TAPS, ROW_WEIGHTS = "row_taps", "row_weights"
+COLUMN_TAPS, COLUMN_WEIGHTS = "column_taps", "column_weights"
 """Names of tensors that other modules pick out of a feed or an answer one by one."""
 
 
@@ -117,6 +125,7 @@ class Geometry:
         embedding_stride: pixels of the model frame a cell of the image embedding: 16 in SAM's ViT,
             4 in LiteMedSAM's TinyViT.
         high_res: SAM 2's graphs: two finer maps beside the embedding, and sets that end with -1.
+        pixels_in_graph: the encoder takes an image's own pixels, and a graph makes masks of logits.
 
     Raises:
         InputError: a size or stride for which there is no graph.
@@ -126,6 +135,7 @@ class Geometry:
     embedding_stride: int = field(default=PATCH_SIZE, kw_only=True)
     frame_size: int | None = field(default=None, kw_only=True)
     high_res: bool = field(default=False, kw_only=True)
+    pixels_in_graph: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         check_image_size(self.image_size)
@@ -151,9 +161,26 @@ class Geometry:
         return 4 * self.grid
 
 
-def _image(size: Geometry) -> TensorSpec:
-    axes = (BATCH, 3, size.image_size, size.image_size)
-    return TensorSpec(IMAGE, "float32", axes, "normalised, padded RGB", "model")
+def _images(size: Geometry) -> tuple[TensorSpec, ...]:
+    side = size.image_size
+    if not size.pixels_in_graph:
+        axes = (BATCH, 3, side, side)
+        return (TensorSpec(IMAGE, "float32", axes, "normalised, padded RGB", "model"),)
+    rows, columns = (BATCH, side, NUM_ROW_TAPS), (BATCH, side, NUM_COLUMN_TAPS)
+    pixels = TensorSpec(PIXELS, "uint8", (BATCH, HEIGHT, WIDTH, 3), "RGB, 0–255", "image")
+    return pixels, *_taps(rows, columns, "pixels", "model")
+
+
+def _taps(
+    rows: tuple[int | str, ...], columns: tuple[int | str, ...], source: str, target: Frame
+) -> tuple[TensorSpec, ...]:
+    """How a graph resizes, see `core.taps`: of each row and column, what it is made of."""
+    return (
+        TensorSpec(ROW_TAPS, "int32", rows, f"rows of the {source}", target),
+        TensorSpec(ROW_WEIGHTS, "float32", rows, "their weights; all 0 for nothing"),
+        TensorSpec(COLUMN_TAPS, "int32", columns, f"columns of the {source}", target),
+        TensorSpec(COLUMN_WEIGHTS, "float32", columns, "their weights; all 0 for nothing"),
+    )
 
 
 def _image_embeddings(size: Geometry) -> TensorSpec:
@@ -191,7 +218,7 @@ def _masks(size: Geometry, prompts: str, count: int) -> tuple[TensorSpec, Tensor
 
 def encoder_spec(size: Geometry) -> GraphSpec:
     """`encoder`: image → image_embeddings, and finer features where the model has them."""
-    return GraphSpec("encoder", (_image(size),), _features(size))
+    return GraphSpec("encoder", _images(size), _features(size))
 
 
 def decoder_spec(size: Geometry) -> GraphSpec:
@@ -224,54 +251,28 @@ def prompt_decoder_spec(size: Geometry) -> GraphSpec:
     return GraphSpec("prompt_decoder", inputs, _masks(size, NUM_PROMPTS, NUM_MASK_TOKENS))
 
 
-def graph_specs(size: Geometry) -> dict[str, GraphSpec]:
-    """Every exported graph by name."""
-    specs = (encoder_spec(size), decoder_spec(size), prompt_decoder_spec(size))
-    return {spec.name: spec for spec in specs}
+def mask_bits_spec(size: Geometry) -> GraphSpec:
+    """`mask_bits`: logits → masks in the image frame, eight pixels of a row in a byte.
 
-
-SAM_SIDE = 1024
-"""Side of the frame in which SAM's own ONNX files take a picture and points."""
-SAM_IMAGE, SAM_MASKS, SAM_SIZE = "input_image", "masks", "orig_im_size"
-"""Their names of what the contract's graphs do not have."""
-
-
-def sam_encoder_spec(size: Geometry) -> GraphSpec:
-    """`encoder` in SAM's signature: a square picture → image_embeddings."""
-    image = TensorSpec(SAM_IMAGE, "float32", (1, 3, SAM_SIDE, SAM_SIDE), "RGB, 0–1")
-    return GraphSpec("encoder", (image,), (_sam_embeddings(size),))
-
-
-def sam_picture_encoder_spec(size: Geometry) -> GraphSpec:
-    """`encoder_hwc` in SAM's signature: a picture whose longest side is `SAM_SIDE` → embedding."""
-    image = TensorSpec(SAM_IMAGE, "float32", (HEIGHT, WIDTH, 3), "RGB, 0–255")
-    return GraphSpec("encoder_hwc", (image,), (_sam_embeddings(size),))
-
-
-def sam_decoder_spec(size: Geometry) -> GraphSpec:
-    """`decoder` in SAM's signature: prompts of one object → its mask in the image frame.
-
-    Labels as in `prompt_decoder_spec`, but as float32; coordinates in the frame of `SAM_SIDE`.
+    The first pixel is a byte's highest bit, as in `numpy.packbits`; what fills a row's last byte
+    is 0.
     """
-    side = size.mask_side
-    inputs = (
-        _sam_embeddings(size),
-        TensorSpec(POINT_COORDS, "float32", (1, NUM_POINTS, 2), "x, y of 1024", "model"),
-        TensorSpec(POINT_LABELS, "float32", (1, NUM_POINTS), "-1, 0, 1, 2 or 3"),
-        TensorSpec(MASK_INPUT, "float32", (1, 1, side, side), "earlier logits", "mask grid"),
-        TensorSpec(HAS_MASK_INPUT, "float32", (1,), "1 to use mask_input, else 0"),
-        TensorSpec(SAM_SIZE, "float32", (2,), "height and width of the image"),
+    logits = TensorSpec(
+        *(MASK_LOGITS, "float32", (BATCH, NUM_MASKS, size.mask_side, size.mask_side)),
+        *("foreground > 0", "mask grid"),
     )
-    outputs = (
-        TensorSpec(SAM_MASKS, "float32", (1, 1, HEIGHT, WIDTH), "logits, foreground > 0", "image"),
-        TensorSpec(IOU_PREDICTIONS, "float32", (1, 1), "the decoder's own estimate"),
-        TensorSpec(LOW_RES_MASKS, "float32", (1, 1, side, side), "the same logits", "mask grid"),
+    rows, columns = (BATCH, HEIGHT, MASK_TAPS), (BATCH, ROW_BYTES, 8, MASK_TAPS)
+    bits = TensorSpec(
+        MASK_BITS, "uint8", (BATCH, NUM_MASKS, HEIGHT, ROW_BYTES), "masks of 8 columns", "image"
     )
-    return GraphSpec("decoder", inputs, outputs)
+    return GraphSpec(MASK_BITS, (logits, *_taps(rows, columns, "logits", "image")), (bits,))
 
 
-def _sam_embeddings(size: Geometry) -> TensorSpec:
-    return replace(_image_embeddings(size), axes=(1, EMBEDDING_CHANNELS, size.grid, size.grid))
+def graph_specs(size: Geometry) -> dict[str, GraphSpec]:
+    """Every exported graph by name; `mask_bits` only with `Geometry.pixels_in_graph`."""
+    specs = [encoder_spec(size), decoder_spec(size), prompt_decoder_spec(size)]
+    specs += [mask_bits_spec(size)] if size.pixels_in_graph else []
+    return {spec.name: spec for spec in specs}
 
 
 RAW_IMAGE = TensorSpec("raw_image", "uint8", (HEIGHT, WIDTH, 3), "RGB, 0–255", "image")

@@ -23,16 +23,22 @@ Modes, with S the side of the encoder's image for pixels and of the model frame 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-from .contract import MAX_IMAGE_PIXELS, MAX_POINTS, MAX_PROMPTS, Geometry
-from .errors import EngineError, InputError, MissingError
-from .resizing import ByteArray, area_resize, bilinear_resize, nearest_pixels
+from .contract import MAX_IMAGE_PIXELS, MAX_POINTS, MAX_PROMPTS, MAX_SIDE_IN_GRAPH, Geometry
+from .errors import EngineError, InputError
+from .resizing import (
+    ByteArray,
+    area_resize,
+    bilinear_resize,
+    filtered_resize,
+    nearest_pixels,
+    spline_resize,
+)
 from .upscaling import FloatArray, Upscale, resample, sign_mask, value_at
 
 Mode = Literal["sam", "medsam", "lite_medsam", "sam_med2d", "sam2", "medsam2"]
@@ -41,18 +47,18 @@ _STRAIGHT = ("medsam", "sam2", "medsam2")
 """Modes whose logits go from the mask grid to the original size in one step."""
 _SQUEEZED = ("sam_med2d", *_STRAIGHT)
 """Modes that fill the model frame, whatever the image's aspect."""
+UNIT_RANGE = ("medsam", "lite_medsam")
+"""Modes that bring pixels to 0–1 by their least and largest value; others take SAM's statistics."""
 
 PIXEL_MEAN = np.array([123.675, 116.28, 103.53], np.float32)
 PIXEL_STD = np.array([58.395, 57.12, 57.375], np.float32)
-
-SCIKIT_IMAGE_LINE = 'pip install "scikit-image>=0.24"'
-"""Right both for a user of the library and inside Triton's environment."""
 
 Arrays = dict[str, npt.NDArray[Any]]
 """Arrays by the names of the contract's tensors."""
 
 NOTHING = "there is nothing to segment"
 
+_RARE = ("high_res", "frame_size", "pixels_in_graph")
 _ROUNDING_PX = 1e-3
 """A coordinate that went to the model frame and back may be this far off."""
 
@@ -67,10 +73,20 @@ class Preprocessing(Geometry):
         super().__post_init__()
         if self.mode not in MODES:
             raise InputError(f"preprocessing mode {self.mode!r}: expected one of {MODES}")
+        if self.pixels_in_graph and self.mode == "sam2" and 2 * self.image_size > MAX_SIDE_IN_GRAPH:
+            raise InputError(
+                f"images resized in the graph to {self.image_size} pixels in mode sam2: at most "
+                f"{MAX_SIDE_IN_GRAPH // 2} are possible; take --imaging host"
+            )
 
     def record(self) -> dict[str, Any]:
-        """For a manifest; without what only some families have, as before there were any."""
-        return {k: v for k, v in asdict(self).items() if k not in ("high_res", "frame_size") or v}
+        """For a manifest; without what only some exports have, as before there were any."""
+        return {key: value for key, value in asdict(self).items() if key not in _RARE or value}
+
+    @property
+    def on_host(self) -> Preprocessing:
+        """The same model with images resized and masks made here, not in graphs."""
+        return replace(self, pixels_in_graph=False)
 
     def content_size(self, original_size: tuple[int, int]) -> tuple[int, int]:
         """Height and width that an image of `original_size` (H, W) fills in the model frame."""
@@ -227,39 +243,39 @@ def preprocess(image: npt.NDArray[Any], how: Preprocessing) -> FloatArray:
         InputError: see `check_image`.
         EngineError: medsam mode without scikit-image.
     """
-    image = check_image(image)
-    size = how.image_size
-    if how.mode == "medsam":
-        return _medsam_pixels(image, size).transpose(2, 0, 1)[None].copy()
-    height, width = how.pixel_size((image.shape[0], image.shape[1]))
-    if how.mode == "lite_medsam":
-        content = _unit_range(area_resize(image, (height, width)))
-    elif how.mode == "sam_med2d":
-        content = _z_scored(
-            image[nearest_pixels(image.shape[0], size)][:, nearest_pixels(image.shape[1], size)]
-        )
-    elif how.mode == "sam2":
-        content = _z_scored(bilinear_resize(image, size))
-    else:
-        bicubic = how.mode == "medsam2"
-        filter_ = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
-        content = _z_scored(np.asarray(Image.fromarray(image).resize((width, height), filter_)))
-    out = np.zeros((1, 3, size, size), np.float32)
+    pixels = resize_image(image, how)
+    height, width = pixels.shape[:2]
+    content = _unit_range(pixels) if how.mode in UNIT_RANGE else _z_scored(pixels)
+    out = np.zeros((1, 3, how.image_size, how.image_size), np.float32)
     out[0, :, :height, :width] = content.transpose(2, 0, 1)
     return out
 
 
-def _medsam_pixels(image: ByteArray, size: int) -> FloatArray:
-    try:
-        from skimage.transform import resize
-    except ImportError as error:
-        raise MissingError(
-            "MedSAM's preprocessing needs scikit-image, which is not installed", SCIKIT_IMAGE_LINE
-        ) from error
-    pixels = resize(image, (size, size), order=3, preserve_range=True, anti_aliasing=True).astype(
-        np.uint8
-    )
-    return _unit_range(pixels)
+def resize_image(image: npt.NDArray[Any], how: Preprocessing) -> npt.NDArray[Any]:
+    """Image frame → the pixels that it fills in the encoder's image.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        how: mode and size.
+
+    Returns:
+        (h, w, 3), see `Preprocessing.pixel_size`, 0–255: uint8, but float32 in mode sam2.
+
+    Raises:
+        InputError, EngineError: see `preprocess`.
+    """
+    image = check_image(image)
+    height, width = how.pixel_size((image.shape[0], image.shape[1]))
+    if how.mode == "medsam":
+        return spline_resize(image, how.image_size)
+    if how.mode == "lite_medsam":
+        return area_resize(image, (height, width))
+    if how.mode == "sam_med2d":
+        rows, columns = (nearest_pixels(n, how.image_size) for n in image.shape[:2])
+        return image[rows][:, columns]
+    if how.mode == "sam2":
+        return bilinear_resize(image, how.image_size)
+    return filtered_resize(image, (height, width), cubic=how.mode == "medsam2")
 
 
 def _z_scored(pixels: npt.NDArray[Any]) -> FloatArray:
@@ -267,7 +283,7 @@ def _z_scored(pixels: npt.NDArray[Any]) -> FloatArray:
     return scored
 
 
-def _unit_range(pixels: ByteArray) -> FloatArray:
+def _unit_range(pixels: npt.NDArray[Any]) -> FloatArray:
     """Min–max to 0–1 over the whole image; a constant image becomes zero."""
     low, high = float(pixels.min()), float(pixels.max())
     return ((pixels - low) / max(high - low, 1e-8)).astype(np.float32)
@@ -315,6 +331,18 @@ def check_finite(logits: npt.NDArray[Any]) -> None:
         )
 
 
+def check_mask_side(logits: npt.NDArray[Any], how: Preprocessing) -> int:
+    """Side 4G of logits (..., 4G, 4G).
+
+    Raises:
+        InputError: not square logits of the mask grid.
+    """
+    side = how.mask_side
+    if logits.shape[-2:] != (side, side):
+        raise InputError(f"low_res_masks {logits.shape}: expected (..., {side}, {side})")
+    return side
+
+
 def postprocess(
     low_res_masks: npt.NDArray[Any],
     original_size: tuple[int, int],
@@ -336,12 +364,10 @@ def postprocess(
         InputError: not square logits of the mask grid.
         EngineError: logits that are not finite.
     """
-    side = how.mask_side
-    if low_res_masks.shape[-2:] != (side, side):
-        raise InputError(f"low_res_masks {low_res_masks.shape}: expected (..., {side}, {side})")
+    check_mask_side(low_res_masks, how)
     lead = low_res_masks.shape[:-2]
     masks = np.empty((*lead, *original_size), np.uint8) if out is None else out
-    stages = _stages(original_size, how)
+    stages = mask_stages(original_size, how)
     for index in np.ndindex(*lead):
         logits = np.asarray(low_res_masks[index], np.float32)
         check_finite(logits)
@@ -353,17 +379,18 @@ def upscale_logits(
     logits: FloatArray, original_size: tuple[int, int], how: Preprocessing
 ) -> FloatArray:
     """One (4G, 4G) logit map → (H, W) logits in the image frame, bilinear as in the original."""
-    return resample(logits, _stages(original_size, how))
+    return resample(logits, mask_stages(original_size, how))
 
 
 def logit_at(
     logits: FloatArray, original_size: tuple[int, int], how: Preprocessing, row: int, column: int
 ) -> float:
     """One pixel of `upscale_logits`: above 0 where `postprocess` has it in the mask."""
-    return value_at(logits, _stages(original_size, how), row, column)
+    return value_at(logits, mask_stages(original_size, how), row, column)
 
 
-def _stages(original_size: tuple[int, int], how: Preprocessing) -> tuple[Upscale, ...]:
+def mask_stages(original_size: tuple[int, int], how: Preprocessing) -> tuple[Upscale, ...]:
+    """How logits get from the mask grid to the image frame."""
     to_image = Upscale(original_size, original_size)
     if how.mode in _STRAIGHT:
         return (to_image,)

@@ -27,6 +27,7 @@ from .contract import (
 )
 from .embedding_cache import EmbeddingCache, Kept
 from .errors import InputError
+from .graph_imaging import encoder_feed, make_masks
 from .image_id import image_id
 from .imaging import (
     Arrays,
@@ -36,8 +37,6 @@ from .imaging import (
     check_contrast,
     check_finite,
     check_image,
-    postprocess,
-    preprocess,
 )
 from .masks import MaskPacker
 from .points import NATIVE, PointRules
@@ -51,11 +50,14 @@ _ID_LENGTH = 64
 class Graphs(Protocol):
     """What runs the encoder and the decoders."""
 
-    def encode(self, image: FloatArray) -> tuple[Any, int]:
-        """`image` (1, 3, S, S) → an embedding for `decode`, and its bytes."""
+    def encode(self, feed: Arrays) -> tuple[Any, int]:
+        """An image, see `graph_imaging.encoder_feed` → an embedding for `decode`, and its bytes."""
 
     def decode(self, graph: str, embedding: Any, feed: Arrays) -> tuple[FloatArray, FloatArray]:
         """Prompts (n, …) in the model frame → logits (n, M, 4G, 4G) and their IoU (n, M)."""
+
+    def mask_bits(self, feed: Arrays) -> ByteArray:
+        """See `graph_imaging.RunMasks`; only where the model has such a graph."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +131,8 @@ class Interactive:
         return read_prompts(arrays, size, self.how, self.rules)
 
     def _encode(self, image: ByteArray) -> Kept:
-        pixels = preprocess(check_contrast(image), self.how)
-        embedding, nbytes = self.graphs.encode(pixels)
+        feed = encoder_feed(check_contrast(image), self.how)
+        embedding, nbytes = self.graphs.encode(feed)
         return Kept(embedding, (image.shape[0], image.shape[1]), nbytes)
 
     def _decoder(self, kept: Kept, check: Callable[[], None]) -> Decode:
@@ -156,7 +158,8 @@ class Interactive:
             low, iou = prompts.decoded(range(count)[part], decode, adapter)
             ious.append(iou)
             if masks is not None or packer is not None:
-                some = postprocess(low, size, self.how, masks if masks is None else masks[part])
+                into = None if masks is None else masks[part]
+                some = make_masks(low, size, self.how, self.graphs.mask_bits, into)
                 if packer is not None:
                     packer.add(some)
             else:

@@ -9,9 +9,29 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from .errors import MissingError
 from .upscaling import FloatArray
 
 ByteArray = npt.NDArray[np.uint8]
+
+SCIKIT_IMAGE_LINE = 'pip install "scikit-image>=0.24"'
+"""Right both for a user of the library and inside Triton's environment."""
+
+
+def filtered_resize(image: ByteArray, size: tuple[int, int], *, cubic: bool) -> ByteArray:
+    """Pillow's bilinear or bicubic filter; whole grey values between its two passes and behind.
+
+    Columns come first, as in every Pillow before 13: that takes the rows of some tall images first,
+    which changes grey values by one.
+
+    Args:
+        image: (H, W, 3) uint8.
+        size: height and width of the result.
+        cubic: bicubic.
+    """
+    kind = Image.Resampling.BICUBIC if cubic else Image.Resampling.BILINEAR
+    wide = Image.fromarray(image).resize((size[1], image.shape[0]), kind)
+    return np.asarray(wide.resize((size[1], size[0]), kind))
 
 
 def bilinear_resize(image: ByteArray, size: int) -> FloatArray:
@@ -19,6 +39,23 @@ def bilinear_resize(image: ByteArray, size: int) -> FloatArray:
     planes = (Image.fromarray(image[..., c].astype(np.float32)) for c in range(3))
     sides = (size, size)
     return np.stack([np.asarray(p.resize(sides, Image.Resampling.BILINEAR)) for p in planes], -1)
+
+
+def spline_resize(image: ByteArray, size: int) -> ByteArray:
+    """(H, W, 3) → (size, size, 3) by a spline of order 3 behind antialiasing, as in MedSAM.
+
+    Raises:
+        MissingError: scikit-image is not installed.
+    """
+    try:
+        from skimage.transform import resize
+    except ImportError as error:
+        raise MissingError(
+            "MedSAM's preprocessing needs scikit-image, which is not installed", SCIKIT_IMAGE_LINE
+        ) from error
+    pixels = resize(image, (size, size), order=3, preserve_range=True, anti_aliasing=True)
+    found: ByteArray = pixels.astype(np.uint8)
+    return found
 
 
 def nearest_pixels(source: int, count: int) -> npt.NDArray[np.intp]:

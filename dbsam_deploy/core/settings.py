@@ -70,8 +70,13 @@ def preprocessing_from_config(model_config: str) -> Preprocessing:
         high_res = parameters.get("high_res", {}).get("string_value") == str(True)
         frame = parameters.get("frame_size")
         frame_size = None if frame is None else int(frame["string_value"])
+        in_graph = parameters.get("pixels_in_graph", {}).get("string_value") == str(True)
         return Preprocessing(
-            image_size, mode, embedding_stride=stride, frame_size=frame_size, high_res=high_res
+            *(image_size, mode),
+            embedding_stride=stride,
+            frame_size=frame_size,
+            high_res=high_res,
+            pixels_in_graph=in_graph,
         )
     except KeyError as error:
         raise InputError(f"config.pbtxt has no parameter {error}: export again") from error

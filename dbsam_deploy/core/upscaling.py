@@ -32,7 +32,7 @@ class Upscale:
 
 
 @dataclass(frozen=True, eq=False)
-class _Line:
+class Line:
     """One axis of a stage: each element is `low·(1 - weight) + high·weight` of two elements."""
 
     low: npt.NDArray[np.intp]
@@ -42,17 +42,18 @@ class _Line:
 
 
 @lru_cache(64)
-def _line(length: int, size: int, crop: int) -> _Line:
+def _line(length: int, size: int, crop: int) -> Line:
     if length == size:
-        return _Line(np.arange(crop), np.arange(crop), np.zeros(crop, np.float32), True)
+        return Line(np.arange(crop), np.arange(crop), np.zeros(crop, np.float32), True)
     source = (np.arange(crop) + 0.5) * (length / size) - 0.5
     source = np.clip(source, 0, length - 1)
     low = np.floor(source).astype(np.intp)
     high = np.minimum(low + 1, length - 1)
-    return _Line(low, high, (source - low).astype(np.float32), False)
+    return Line(low, high, (source - low).astype(np.float32), False)
 
 
-def _lines(shape: tuple[int, int], stages: tuple[Upscale, ...], axis: int) -> list[_Line]:
+def axis_lines(shape: tuple[int, int], stages: tuple[Upscale, ...], axis: int) -> list[Line]:
+    """One axis of each stage, for an input of this shape."""
     lengths = [shape[axis], *(stage.crop[axis] for stage in stages)]
     return [
         _line(length, stage.size[axis], stage.crop[axis])
@@ -64,7 +65,7 @@ def resample(x: FloatArray, stages: tuple[Upscale, ...]) -> FloatArray:
     """(h, w) → the last stage's crop."""
     shape = (x.shape[0], x.shape[1])
     height, width = stages[-1].crop
-    rows, columns = _lines(shape, stages, 0), _lines(shape, stages, 1)
+    rows, columns = axis_lines(shape, stages, 0), axis_lines(shape, stages, 1)
     out = np.empty((height, width), np.float32)
     for block in _blocks((0, height)):
         out[slice(*block)] = _part(x, rows, columns, block, (0, width))
@@ -74,7 +75,7 @@ def resample(x: FloatArray, stages: tuple[Upscale, ...]) -> FloatArray:
 def value_at(x: FloatArray, stages: tuple[Upscale, ...], row: int, column: int) -> float:
     """`resample(x, stages)[row, column]`, bit for bit, and no more than it needs."""
     shape = (x.shape[0], x.shape[1])
-    rows, columns = _lines(shape, stages, 0), _lines(shape, stages, 1)
+    rows, columns = axis_lines(shape, stages, 0), axis_lines(shape, stages, 1)
     return float(_part(x, rows, columns, (row, row + 1), (column, column + 1))[0, 0])
 
 
@@ -89,7 +90,7 @@ def sign_mask(x: FloatArray, stages: tuple[Upscale, ...], out: npt.NDArray[np.ui
     if not positive.any():
         return
     shape = (x.shape[0], x.shape[1])
-    lines = _lines(shape, stages, 0), _lines(shape, stages, 1)
+    lines = axis_lines(shape, stages, 0), axis_lines(shape, stages, 1)
     rows, columns = (
         _reached(lines[axis], np.flatnonzero(positive.any(axis=1 - axis))) for axis in (0, 1)
     )
@@ -109,7 +110,7 @@ def sign_mask(x: FloatArray, stages: tuple[Upscale, ...], out: npt.NDArray[np.ui
             np.greater(part, 0, out=target[:, start:stop].view(bool))
 
 
-def _sources(lines: list[_Line]) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+def _sources(lines: list[Line]) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
     """First and last element of the input that each element of the last stage depends on."""
     low, high = lines[-1].low, lines[-1].high
     for line in reversed(lines[:-1]):
@@ -139,14 +140,14 @@ def _blocks(rows: Span) -> Iterator[Span]:
         yield start, min(start + _BLOCK_ROWS, rows[1])
 
 
-def _reached(lines: list[_Line], positive: npt.NDArray[np.intp]) -> Span:
+def _reached(lines: list[Line], positive: npt.NDArray[np.intp]) -> Span:
     """First and last + 1 element of the last stage that depends on an element in `positive`."""
     low, high = _sources(lines)
     start = int(np.searchsorted(high, positive[0], "left"))
     return start, int(np.searchsorted(low, positive[-1], "right"))
 
 
-def _windows(lines: list[_Line], last: Span) -> list[Span]:
+def _windows(lines: list[Line], last: Span) -> list[Span]:
     """Elements that each stage needs for `last` of the final one; the first item is the input's."""
     windows = [last]
     for line in reversed(lines):
@@ -156,7 +157,7 @@ def _windows(lines: list[_Line], last: Span) -> list[Span]:
 
 
 def _part(
-    x: FloatArray, rows: list[_Line], columns: list[_Line], height: Span, width: Span
+    x: FloatArray, rows: list[Line], columns: list[Line], height: Span, width: Span
 ) -> FloatArray:
     """Rows and columns of the last stage, computed column by column: those lie in one piece."""
     windows = _windows(rows, height), _windows(columns, width)
@@ -169,7 +170,7 @@ def _part(
     return x.T
 
 
-def _between(x: FloatArray, line: _Line, axis: int, first: int, wanted: slice) -> FloatArray:
+def _between(x: FloatArray, line: Line, axis: int, first: int, wanted: slice) -> FloatArray:
     low, high, weight = line.low[wanted] - first, line.high[wanted] - first, line.weight[wanted]
     weight = weight[:, None] if axis == 0 else weight[None, :]
     below, above = np.take(x, low, axis), np.take(x, high, axis)

@@ -94,7 +94,7 @@ def _problem(error: Any) -> str:
     return f"{text} (node {name!r}, {operator})" if operator else text
 
 
-_DTYPES = {"float32": "FLOAT", "int32": "INT32"}
+_DTYPES = {"float32": "FLOAT", "int32": "INT32", "uint8": "UINT8"}
 Tensors = dict[str, tuple[str, list[int | None]]]
 """Name → dtype and sizes, None for one that is not fixed."""
 

@@ -7,23 +7,34 @@ axis' sizes has to fit, and the product of the largest ones is what counts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..core.contract import (
     BATCH,
+    HEIGHT,
+    MASK_BITS,
     MAX_POINTS,
     MAX_PROMPTS,
+    MAX_SIDE_IN_GRAPH,
     NUM_BOXES,
+    NUM_COLUMN_TAPS,
+    NUM_MASKS,
     NUM_POINTS,
     NUM_PROMPTS,
+    NUM_ROW_TAPS,
+    ROW_BYTES,
+    ROW_TAPS,
+    WIDTH,
     GraphSpec,
 )
 from ..core.errors import InputError
+from ..core.prompt_adapter import AT_ONCE
 
 MAX_BATCH: dict[str, dict[str, int]] = {
-    "onnxruntime": {"encoder": 1, "decoder": 1, "prompt_decoder": 1},
-    "tensorrt": {"encoder": 4, "decoder": 1, "prompt_decoder": 1},
+    "onnxruntime": {"encoder": 1, "decoder": 1, "prompt_decoder": 1, MASK_BITS: 1},
+    "tensorrt": {"encoder": 4, "decoder": 1, "prompt_decoder": 1, MASK_BITS: 1},
 }
 """Platform → graph → largest batch: images for the encoder, whole requests for the decoders.
 
@@ -64,6 +75,12 @@ _PROMPT_RANGES = {
     NUM_PROMPTS: Range(1, 1, MAX_PROMPTS),  # interactive: one object at a time
     NUM_POINTS: Range(1, 2, MAX_POINTS),  # a box's corners, or a point and the closing one
 }
+_IMAGE_RANGES = {
+    HEIGHT: Range(1, 512, MAX_SIDE_IN_GRAPH),
+    WIDTH: Range(1, 512, MAX_SIDE_IN_GRAPH),
+    ROW_BYTES: Range(1, 64, MAX_SIDE_IN_GRAPH // 8),
+    NUM_MASKS: Range(1, 1, AT_ONCE),
+}
 
 ProfileShapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 """Smallest, usual and largest shape of one input."""
@@ -82,6 +99,10 @@ def plan_ranges(spec: GraphSpec) -> dict[str, Range]:
             ranges[axis] = Range(1, 1, MAX_BATCH["tensorrt"][spec.name])
         elif axis == NUM_POINTS:
             ranges[axis] = _PROMPT_RANGES[axis]
+        elif axis in _IMAGE_RANGES:
+            ranges[axis] = _IMAGE_RANGES[axis]
+        elif axis in (NUM_ROW_TAPS, NUM_COLUMN_TAPS):
+            ranges[axis] = Range(1, 3, _most_taps(spec))
         else:
             ranges[axis] = _PROMPT_RANGES[axis].capped(_most_prompts(spec))
     return ranges
@@ -90,6 +111,15 @@ def plan_ranges(spec: GraphSpec) -> dict[str, Range]:
 def _dynamic_axes(spec: GraphSpec) -> list[str]:
     names = [axis for tensor in spec.inputs for axis in tensor.dynamic_axes.values()]
     return list(dict.fromkeys(names))
+
+
+def _most_taps(spec: GraphSpec) -> int:
+    """Of a filter that is as wide as four of its steps, as Pillow's bicubic one is, and one more.
+
+    A step is at most that from the largest image to the encoder's.
+    """
+    (side,) = {tensor.axes[1] for tensor in spec.inputs if tensor.name == ROW_TAPS}
+    return 4 * math.ceil(MAX_SIDE_IN_GRAPH / int(side)) + 1
 
 
 def _most_prompts(spec: GraphSpec) -> int:

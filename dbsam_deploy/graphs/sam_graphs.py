@@ -13,19 +13,19 @@ from onnx import compose, parser
 from ..core.contract import (
     IMAGE,
     IMAGE_EMBEDDINGS,
+)
+from ..core.errors import InputError
+from ..core.imaging import Preprocessing
+from ..core.sam_contract import (
     SAM_SIDE,
-    GraphSpec,
-    TensorSpec,
     sam_decoder_spec,
     sam_encoder_spec,
     sam_picture_encoder_spec,
 )
-from ..core.errors import InputError
-from ..core.imaging import PIXEL_MEAN, PIXEL_STD, Preprocessing
+from .surroundings import put_around, statistics
 
 _INNER = "inner_"
 """Before all names of the export's own prompt decoder: both signatures use the same ones."""
-_TYPES = {"float32": onnx.TensorProto.FLOAT}
 
 
 def sam_encoder(encoder: onnx.ModelProto, how: Preprocessing) -> onnx.ModelProto:
@@ -39,7 +39,7 @@ def sam_encoder(encoder: onnx.ModelProto, how: Preprocessing) -> onnx.ModelProto
         InputError: see `check_sam_signature`.
     """
     before = parser.parse_graph(_ENCODER.format(side=SAM_SIDE, body=_preprocessing(how)))
-    _put_around(encoder.graph, sam_encoder_spec(how), list(before.node), [])
+    put_around(encoder, sam_encoder_spec(how), list(before.node), [])
     return encoder
 
 
@@ -65,12 +65,12 @@ def sam_picture_encoder(encoder: onnx.ModelProto, how: Preprocessing) -> onnx.Mo
         raise InputError(f"{how.mode} preprocessing: expected one that keeps a picture's aspect")
     body = _picture_z_scored() if how.mode == "sam" else _picture_unit_range(step)
     before = parser.parse_graph(_PICTURE.format(body=body, side=how.image_size))
-    _put_around(encoder.graph, sam_picture_encoder_spec(how), list(before.node), [])
+    put_around(encoder, sam_picture_encoder_spec(how), list(before.node), [])
     return encoder
 
 
 def _picture_z_scored() -> str:
-    return f"""{_statistics()}
+    return f"""{statistics("sam_")}
             sam_centred = Sub (sam_batch, sam_mean)
             sam_content = Div (sam_centred, sam_std)"""
 
@@ -108,27 +108,8 @@ def sam_decoder(prompt_decoder: onnx.ModelProto, how: Preprocessing) -> onnx.Mod
         _PROMPTS.format(mask=how.mask_side, scale=how.frame_side / SAM_SIDE, inner=_INNER)
     )
     behind = parser.parse_graph(_MASKS.format(mask=how.mask_side, side=SAM_SIDE, inner=_INNER))
-    _put_around(inner.graph, sam_decoder_spec(how), list(before.node), list(behind.node))
+    put_around(inner, sam_decoder_spec(how), list(before.node), list(behind.node))
     return inner
-
-
-def _put_around(
-    graph: onnx.GraphProto,
-    spec: GraphSpec,
-    before: list[onnx.NodeProto],
-    behind: list[onnx.NodeProto],
-) -> None:
-    """Give a graph further nodes, and the inputs and outputs of `spec`."""
-    nodes = [*before, *graph.node, *behind]
-    del graph.node[:], graph.input[:], graph.output[:]
-    graph.node.extend(nodes)
-    graph.name = f"sam_{spec.name}"
-    graph.input.extend(map(_value_info, spec.inputs))
-    graph.output.extend(map(_value_info, spec.outputs))
-
-
-def _value_info(spec: TensorSpec) -> onnx.ValueInfoProto:
-    return onnx.helper.make_tensor_value_info(spec.name, _TYPES[spec.dtype], spec.axes)
 
 
 def check_sam_signature(how: Preprocessing) -> int:
@@ -161,16 +142,9 @@ def _preprocessing(how: Preprocessing) -> str:
 
 
 def _z_scored() -> str:
-    return f"""{_statistics()}
+    return f"""{statistics("sam_")}
             sam_centred = Sub (sam_bytes, sam_mean)
             {IMAGE} = Div (sam_centred, sam_std)"""
-
-
-def _statistics() -> str:
-    mean, std = (", ".join(map(str, values.tolist())) for values in (PIXEL_MEAN, PIXEL_STD))
-    return f"""
-            sam_mean = Constant <value = float[1,3,1,1] {{{mean}}}> ()
-            sam_std = Constant <value = float[1,3,1,1] {{{std}}}> ()"""
 
 
 def _unit_range(step: int) -> str:

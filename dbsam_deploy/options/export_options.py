@@ -9,10 +9,13 @@ from pathlib import Path
 from ..catalogue import DEFAULT_VARIANT, VARIANT_NAMES
 from ..cli import HelpFormatter, Parser, add_no_wait, check_paths
 from ..core.contract import check_image_size
+from ..core.errors import InputError
 from ..engines.build import CHOICES, parse_targets
 from ..recipe import available_precisions, calibration_plan, load_recipe
 from ..resources import resource_dir
 from ..sessions.weights_choice import ModelChoice, add_weights_choice
+
+IMAGINGS = ("auto", "host", "graph")
 
 DESCRIPTION = """\
 Export a model as two graphs (encoder + fusion, prompt + decoder), compare them with PyTorch on real
@@ -49,6 +52,7 @@ class ExportOptions(ModelChoice):
         output: folder for everything that is written.
         engine: engines to build from the graphs, see `engine_build.CHOICES`.
         targets: GPUs to build them for, where the builder is told.
+        imaging: one of `IMAGINGS`: what resizes images and makes masks, the program or graphs.
         calibration: folder or file of real images for a recipe that quantises activations.
         budget: largest loss of Dice for which a sweep leaves layers out, None for no sweep.
         signature: `sam` for files in the signature of SAM's own as well, see
@@ -64,6 +68,7 @@ class ExportOptions(ModelChoice):
     output: Path = Path("build")
     engine: str = "auto"
     targets: tuple[str, ...] = ()
+    imaging: str = "auto"
     calibration: Path | None = None
     budget: float | None = None
     signature: str | None = None
@@ -74,6 +79,24 @@ class ExportOptions(ModelChoice):
     def folder(self) -> Path:
         """The artefact's own place in `output`."""
         return self.output / self.precision
+
+    def images_in_graph(self, *, with_engines: bool) -> bool:
+        """What `imaging` means, see `Geometry.pixels_in_graph`.
+
+        Args:
+            with_engines: whether engines are built.
+
+        Raises:
+            InputError: in the graph, and files in SAM's signature, which take images as SAM does.
+        """
+        if self.imaging == "auto":
+            return with_engines and self.signature is None
+        if self.imaging == "graph" and self.signature is not None:
+            raise InputError(
+                f"--imaging graph with --signature {self.signature}: files in SAM's signature take "
+                "images that are resized already; leave out one of them"
+            )
+        return self.imaging == "graph"
 
 
 def build_parser() -> Parser:
@@ -185,4 +208,11 @@ def _add_engines(parser: Parser) -> None:
         default=(),
         metavar="SM,SM",
         help="tensorrt-rtx: GPUs to build for, such as sm_86,sm_89,sm_120",
+    )
+    parser.add_argument(
+        "--imaging",
+        choices=IMAGINGS,
+        default=ExportOptions.imaging,
+        help="what resizes images and makes masks of logits: the program (host) or the graphs, for "
+        "GPUs; auto: graph where engines are built",
     )

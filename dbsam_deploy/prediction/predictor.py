@@ -12,14 +12,15 @@ import numpy.typing as npt
 
 from ..core.contract import (
     BOXES,
-    IMAGE,
     IMAGE_EMBEDDINGS,
     IOU_PREDICTIONS,
     LOW_RES_MASKS,
+    MASK_BITS,
     NUM_MASK_TOKENS,
 )
 from ..core.errors import InputError, ServingError
 from ..core.features import pack, unpack
+from ..core.graph_imaging import encoder_feed, make_masks
 from ..core.imaging import (
     Arrays,
     FloatArray,
@@ -27,8 +28,6 @@ from ..core.imaging import (
     check_boxes,
     check_contrast,
     check_image,
-    postprocess,
-    preprocess,
     to_model_frame,
 )
 from ..core.masks import Prediction
@@ -147,7 +146,7 @@ class Predictor:
         Raises:
             InputError: see `check_image`.
         """
-        feed = {IMAGE: preprocess(image, self.preprocessing)}
+        feed = encoder_feed(image, self.preprocessing)
         return pack(self.session.run("encoder", feed), self.preprocessing)
 
     def predict_boxes(self, boxes: npt.NDArray[Any]) -> Prediction:
@@ -209,8 +208,12 @@ class Predictor:
         return self._image_embeddings
 
     def _prediction(self, logits: FloatArray, ious: FloatArray) -> Prediction:
-        masks = postprocess(logits, self._original_size, self.preprocessing)
+        masks = make_masks(logits, self._original_size, self.preprocessing, self._mask_bits)
         return Prediction(masks, ious, logits)
+
+    def _mask_bits(self, feed: Arrays) -> npt.NDArray[Any]:
+        """See `graph_imaging.RunMasks`."""
+        return self.session.run(MASK_BITS, feed)[MASK_BITS]
 
 
 class ServedPredictor:

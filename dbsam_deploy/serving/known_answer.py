@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from ..artefact import Artefact
-from ..core.contract import IMAGE, IOU_SCORES, MASKS, encoder_spec
+from ..core.contract import IOU_SCORES, MASK_BITS, MASKS, encoder_spec
 from ..core.embedding_cache import EmbeddingCache
 from ..core.errors import ServingError
-from ..core.imaging import Arrays, FloatArray, Preprocessing
+from ..core.imaging import Arrays, ByteArray, FloatArray, Preprocessing
 from ..core.interactive import Interactive
 from ..machine.onnxruntime_memory import share_memory
 from ..machine.privacy import silence
@@ -98,10 +98,10 @@ class _OnnxGraphs:
     paths: dict[str, str]
     how: Preprocessing
 
-    def encode(self, image: FloatArray) -> tuple[Any, int]:
+    def encode(self, feed: Arrays) -> tuple[Any, int]:
         """See `interactive.Graphs`."""
         names = encoder_spec(self.how).output_names
-        found = dict(zip(names, self._run("encoder", {IMAGE: image}, names), strict=True))
+        found = dict(zip(names, self._run("encoder", feed, names), strict=True))
         return found, sum(array.nbytes for array in found.values())
 
     def decode(self, graph: str, embedding: Any, feed: Arrays) -> tuple[FloatArray, FloatArray]:
@@ -110,11 +110,16 @@ class _OnnxGraphs:
         low, iou = self._run(graph, {**embedding, **batched})
         return low[0], iou[0]
 
-    def _run(self, graph: str, feed: Arrays, names: list[str] | None = None) -> list[FloatArray]:
+    def mask_bits(self, feed: Arrays) -> ByteArray:
+        """See `interactive.Graphs`."""
+        found: ByteArray = self._run(MASK_BITS, feed)[0]
+        return found
+
+    def _run(self, graph: str, feed: Arrays, names: list[str] | None = None) -> list[Any]:
         runtime = silence(importlib.import_module("onnxruntime"))
         settings = runtime.SessionOptions()
         share_memory(runtime, settings)  # an export has just compared its graphs in it
         chain = ["CPUExecutionProvider"]
         session = runtime.InferenceSession(self.paths[graph], settings, providers=chain)
-        outputs: list[FloatArray] = session.run(names, feed)
+        outputs: list[Any] = session.run(names, feed)
         return outputs

@@ -22,6 +22,7 @@ from ..artefact import (
     untrained_note,
 )
 from ..core import contract
+from ..core.contract import graph_specs
 from ..core.errors import InputError, ServingError
 from ..core.imaging import Preprocessing
 from ..core.points import rules_of
@@ -183,7 +184,7 @@ def _platforms(artefact: Artefact) -> dict[str, Platform]:
     platforms: dict[str, Platform] = {}
     for graph in GRAPH_MODELS:
         if graph not in artefact.graphs:
-            if graph == "prompt_decoder":
+            if graph == "prompt_decoder" or graph not in graph_specs(artefact.preprocessing):
                 continue
             raise InputError(
                 f"the export in {artefact.folder} has {sorted(artefact.graphs)}, but serving needs "
@@ -318,7 +319,7 @@ def _repository(folder: Path, body: Body) -> Repository:
 
 def committed_configs() -> dict[str, str]:
     """Triton model name → the text its committed `triton_models/<name>/config.pbtxt` must have."""
-    return render_configs(COMMITTED, dict.fromkeys(GRAPH_MODELS, "onnxruntime"))
+    return render_configs(COMMITTED, dict.fromkeys(graph_specs(COMMITTED), "onnxruntime"))
 
 
 def refresh_configs(root: Path, *, check: bool = False) -> list[Path]:

@@ -31,7 +31,9 @@ from .server import TritonServer
 from .triton_config import GRAPH_MODELS
 
 FRONT = INTERACTIVE_MODEL
-_ENCODER, _DECODER, _PROMPT_DECODER = GRAPH_MODELS.values()
+_ENCODER, _DECODER, _PROMPT_DECODER = (
+    GRAPH_MODELS[name] for name in ("encoder", "decoder", "prompt_decoder")
+)
 _GRAPHS = {
     BOXES_MODEL: (_ENCODER, _DECODER),
     PROMPTS_MODEL: (_ENCODER, _PROMPT_DECODER),

@@ -13,6 +13,7 @@ from ..core.contract import (
     BOX_IOU_SCORES,
     BOX_MASKS,
     IOU_SCORES,
+    MASK_BITS,
     MASKS,
     MAX_POINTS,
     NUM_BOXES,
@@ -22,17 +23,15 @@ from ..core.contract import (
     Geometry,
     GraphSpec,
     TensorSpec,
-    decoder_spec,
-    encoder_spec,
     ensemble_spec,
+    graph_specs,
     interactive_spec,
-    prompt_decoder_spec,
     prompts_ensemble_spec,
 )
 from ..core.imaging import Preprocessing
 from ..core.points import NATIVE, PARAMETER, PointRules
 from ..core.settings import WEIGHTS_NOTE, FrontSettings
-from ..engines.profiles import MAX_BATCH
+from ..engines.profiles import MAX_BATCH, plan_ranges, profile_shapes
 
 Platform = Literal["onnxruntime", "tensorrt"]
 
@@ -49,8 +48,10 @@ _MAX_SIZES = {
 
 BYTECODE = "__pycache__"
 """Folder that Triton's Python leaves beside the code of a model."""
-GRAPH_MODELS = {name: MODEL_STEM + name for name in ("encoder", "decoder", "prompt_decoder")}
-"""Exported graph → the Triton model that runs it."""
+GRAPH_MODELS = {
+    name: MODEL_STEM + name for name in ("encoder", "decoder", "prompt_decoder", MASK_BITS)
+}
+"""Exported graph → the Triton model that runs it, where the export has it."""
 
 
 def render_configs(
@@ -72,9 +73,7 @@ def render_configs(
         Triton model name → text of its configuration.
     """
     prompts = "prompt_decoder" in platforms
-    graphs = {"encoder": encoder_spec(how), "decoder": decoder_spec(how)}
-    if prompts:
-        graphs["prompt_decoder"] = prompt_decoder_spec(how)
+    graphs = {name: spec for name, spec in graph_specs(how).items() if name in platforms}
     configs = {GRAPH_MODELS[name]: _graph_model(graphs[name], platforms[name]) for name in graphs}
     front = front_spec(how, prompts=prompts)
     configs[front.name] = _front_model(front, how, platforms, points)
@@ -104,25 +103,23 @@ def _graph_model(spec: GraphSpec, platform: Platform) -> str:
         "dynamic_batching { }",
         "instance_group [ { count: 1 } ]",  # the CPU default of two would load the weights twice
     ]
-    free = {axis for tensor in spec.inputs for axis in tensor.dynamic_axes.values()} - {BATCH}
-    lines += [_parameter(f"max_{axis}", _MAX_SIZES[axis]) for axis in sorted(free)]
+    ranges = plan_ranges(spec)
+    for axis in sorted(ranges.keys() - {BATCH}):
+        lines.append(_parameter(f"max_{axis}", _MAX_SIZES.get(axis, ranges[axis].most)))
     if platform == "tensorrt" and spec.name == "encoder":
         lines.append("optimization { cuda { graphs: true } }")
     if spec.name == "encoder":
-        image = spec.inputs[0]
-        dims = ", ".join(str(axis) for axis in image.axes[1:])
-        lines += [
-            "model_warmup [",
-            "  {",
-            '    name: "zeros"',
-            "    batch_size: 1",
-            "    inputs {",
-            f'      key: "{image.name}"',
-            f"      value {{ data_type: {_type(image)} dims: [ {dims} ] zero_data: true }}",
-            "    }",
-            "  }",
-            "]",
-        ]
+        types = {tensor.name: _type(tensor) for tensor in spec.inputs}
+        lines += ["model_warmup [", "  {", '    name: "zeros"', "    batch_size: 1"]
+        for name, (_, usual, _) in profile_shapes(spec, ranges).items():
+            dims = ", ".join(map(str, usual[1:]))
+            lines += [
+                "    inputs {",
+                f'      key: "{name}"',
+                f"      value {{ data_type: {types[name]} dims: [ {dims} ] zero_data: true }}",
+                "    }",
+            ]
+        lines += ["  }", "]"]
     return _text(lines)
 
 
@@ -144,8 +141,9 @@ def _front_model(
     values = {key: getattr(how, key) for key in ("image_size", "embedding_stride", "mode")}
     if how.frame_size is not None:
         values["frame_size"] = how.frame_size
-    if how.high_res:
-        values["high_res"] = True
+    for name in ("high_res", "pixels_in_graph"):
+        if getattr(how, name):
+            values[name] = True
     rules = {PARAMETER + kind: answered for kind, answered in asdict(points).items()}
     for key, value in {**values, **rules, **asdict(settings)}.items():
         lines.append(_parameter(key, value))

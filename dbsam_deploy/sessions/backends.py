@@ -293,6 +293,11 @@ def open_backend(options: ModelOptions, session: Session | None = None) -> Opene
     else:
         opened = _published(options, lambda found: session)
     if options.preprocess is not None:
+        if opened.preprocessing.pixels_in_graph:
+            raise InputError(
+                f"--preprocess {options.preprocess}: this export resizes images in its graph, in "
+                f"mode {opened.preprocessing.mode}; export it with --imaging host to choose"
+            )
         how = dataclasses.replace(opened.preprocessing, mode=options.preprocess)
         opened = dataclasses.replace(opened, preprocessing=how)
     return opened

@@ -8,13 +8,13 @@ together. And bfloat16 has eight bits: of a coordinate up to 1024 it leaves step
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import onnx
 from onnx.utils import Extractor
 
-from ..core.contract import BOXES, POINT_COORDS, GraphSpec
+from ..core.contract import BOXES, IMAGE, PIXELS, POINT_COORDS, GraphSpec
 from ..core.errors import EngineError
 
 COORDINATES = frozenset({BOXES, POINT_COORDS})
@@ -36,9 +36,10 @@ class Part:
 def split_graph(model: onnx.ModelProto, spec: GraphSpec) -> tuple[Part, ...]:
     """Split off what must not be rounded: a decoder's coordinates, an int8 encoder's float layers.
 
-    A graph with coordinates is cut behind the sines and cosines of SAM's point encoding, a
-    quantised one at tensors that alone carry the image on: before and behind the places that have
-    a Linear or dense Conv layer and none that is quantised.
+    An encoder that takes pixels is cut where they are resized and scaled, a graph with coordinates
+    behind the sines and cosines of SAM's point encoding, a quantised one at tensors that alone
+    carry the image on: before and behind the places that have a Linear or dense Conv layer and none
+    that is quantised.
 
     Args:
         model: with shapes, without functions; left as it is.
@@ -52,6 +53,11 @@ def split_graph(model: onnx.ModelProto, spec: GraphSpec) -> tuple[Part, ...]:
     """
     starts = tuple(name for name in spec.input_names if name in COORDINATES)
     parts = Extractor(model)
+    if PIXELS in spec.input_names:
+        before = Part(parts.extract_model(spec.input_names, [IMAGE]), lowered=False)
+        rest = parts.extract_model([IMAGE], list(spec.output_names))
+        image = replace(spec.inputs[0], name=IMAGE)
+        return (before, *split_graph(rest, replace(spec, inputs=(image,))))
     if starts:
         tensors = _encoded(model, spec, starts)
         others = [name for name in spec.input_names if name not in starts]

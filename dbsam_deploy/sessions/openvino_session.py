@@ -23,7 +23,7 @@ import onnx
 import onnx.inliner
 
 from ..artefact import Artefact, take_graphs
-from ..core.contract import BATCH, GraphSpec, graph_specs
+from ..core.contract import BATCH, MASK_BITS, GraphSpec, graph_specs
 from ..core.errors import EngineError, InputError
 from ..core.imaging import FloatArray
 from ..extras import require
@@ -90,7 +90,9 @@ class OpenvinoSession:
             self.backend += f"-{graph}-{BFLOAT16}"
         self._artefact = artefact
         self._specs = graph_specs(artefact.preprocessing)
-        self._lowered = set(self._specs) if precision == BFLOAT16 else set(lowered)
+        # Masks of logits are no matter of speed here, and their edges would move.
+        whole = set(self._specs) - {MASK_BITS}
+        self._lowered = whole if precision == BFLOAT16 else set(lowered)
         self._settings = {
             "PERFORMANCE_HINT": "LATENCY",
             # By default activations of layers with int8 weights may be quantised on the fly.

@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..core.allocation import give_back
-from ..core.contract import IMAGE
 from ..core.errors import AccuracyError
 from ..core.features import pack
-from ..core.imaging import FloatArray, Preprocessing, preprocess
+from ..core.graph_imaging import encoder_feed
+from ..core.imaging import FloatArray, Preprocessing
 from ..core.masks import Prediction
 from ..prediction.predictor import Predictor
 from ..recipe import Gate
@@ -154,7 +154,7 @@ def compare(
     Args:
         reference: PyTorch, or its kept answers.
         deployed: the artefact's runtime.
-        how: preprocessing of both.
+        how: preprocessing of both; the reference's images and masks are made on the host.
         cases: real images with boxes and truth.
         progress: called with each case's name once it is done.
         keep: gets each case with the reference's masks.
@@ -212,7 +212,7 @@ def compare_apart(
     """
     for case in cases:
         if references.keeps:
-            ask(references, how, case)
+            ask(references, how.on_host, case)
         progress(f"asked PyTorch about {case.name}")
     if references.keeps:
         references.release()
@@ -232,7 +232,7 @@ def ask(
     session: Session, how: Preprocessing, case: Case, reference: GateMasks | None = None
 ) -> GateAnswers:
     """A session's answers; its earlier masks are those of the reference, by default its own."""
-    outputs = session.run("encoder", {IMAGE: preprocess(case.image, how)})
+    outputs = session.run("encoder", encoder_feed(case.image, how))
     predictor = Predictor(session, how)
     predictor.set_embeddings(pack(outputs, how), _size(case))
     boxes = predictor.predict_boxes(case.boxes)
@@ -266,7 +266,7 @@ def _compare_case(
     case: Case,
     keep: Keep,
 ) -> _CaseFigures:
-    want = ask(theirs, how, case)
+    want = ask(theirs, how.on_host, case)
     keep(case, want)
     got = ask(ours, how, case, want)
     alone = Predictor(ours.session, how)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 GRAPH_MODULES = ("model.weights", "graphs.onnx_export", "quantization.quantizer", "fusions")
 """What the ONNX files come from, with all that these modules import."""
+IMAGING_MODULES = ("graphs.imaging_graphs",)
+"""Likewise, of what resizes images and makes masks in the export."""
 GATE_MODULES = (
     "sessions.pytorch_session",
     "sessions.onnxruntime_session",
@@ -29,8 +31,17 @@ _MODELOPT = ("nvidia-modelopt", "onnx-graphsurgeon", "onnxslim")
 quantises, and of one that leaves it to modelopt. Others do not take part."""
 
 
-def graph_inputs(loaded: HeldModel, recipe: Recipe, quantizer_key: str) -> Inputs:
-    """All that determines the ONNX files: weights, recipe, versions and the code."""
+def graph_inputs(
+    loaded: HeldModel, recipe: Recipe, quantizer_key: str, *, pixels_in_graph: bool = False
+) -> Inputs:
+    """All that determines the ONNX files: weights, recipe, versions and the code.
+
+    Args:
+        loaded: the model.
+        recipe: precision of the export.
+        quantizer_key: see `Quantizer.key`.
+        pixels_in_graph: see `Geometry`.
+    """
     packages: tuple[str, ...] = _TRACED
     if recipe.quantization is not None:
         packages += (*_QUANTIZED, *_resize_packages(loaded))
@@ -40,7 +51,10 @@ def graph_inputs(loaded: HeldModel, recipe: Recipe, quantizer_key: str) -> Input
         "model": digest(repr(loaded.config)),
         "recipe": digest(repr(recipe)),
         "calibration": digest(quantizer_key),
-        "code of the export": code_digest(GRAPH_MODULES),
+        **({"imaging": "graph"} if pixels_in_graph else {}),
+        "code of the export": code_digest(
+            (*GRAPH_MODULES, *(IMAGING_MODULES if pixels_in_graph else ()))
+        ),
         **installed_versions(packages),
     }
 

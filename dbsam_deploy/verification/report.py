@@ -115,10 +115,11 @@ def closing_table(
     table.add_column("file", no_wrap=True)
     for column in ("MiB", "cosine", "agreement", "Dice", "ms"):
         table.add_column(column, justify="right")
-    for name, figures_of_graph in _rows(figures).items():
+    rows = _rows(figures)
+    for name in dict.fromkeys((*rows, *artefact.graphs)):
         item = artefact.graphs[name]
         size = sum(file.size_bytes for file in item.files)
-        table.add_row(item.file, f"{size / 2**20:.1f}", *figures_of_graph)
+        table.add_row(item.file, f"{size / 2**20:.1f}", *rows.get(name, ()))
     console.print(table)
     if artefact.quantization:
         console.print(quantization_table(artefact))

@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from ..artefact import Artefact
-from ..core.contract import BOXES, IMAGE
+from ..core.contract import BOXES
 from ..core.errors import DbsamError, InputError
-from ..core.imaging import ByteArray, FloatArray, Preprocessing, preprocess
+from ..core.graph_imaging import encoder_feed
+from ..core.imaging import ByteArray, FloatArray, Preprocessing
 from ..core.prompt_adapter import AT_ONCE
 from ..machine.hardware import cpuinfo, has_bfloat16
 from ..recipe import load_recipe
@@ -192,8 +193,7 @@ class _Bench:
         self._artefact, self._place, self._every = artefact, place, every
         self._answers, self._reason = answers, reason
         self._encoders = {kind: _Encoder() for kind in (DEFAULT, FLOAT32, BFLOAT16)}
-        pixels, self._boxes = _questions(artefact.preprocessing, answers)
-        self._image = {IMAGE: pixels}
+        self._image, self._boxes = _questions(artefact.preprocessing, answers)
         default = Trial(DEFAULT, None, passes=True, verdict="the export's own gate")
         self.trials: dict[tuple[str, str | None], Trial] = {(DEFAULT, None): default}
         self.session: Session | None = None
@@ -281,13 +281,13 @@ def _kept(precision: str | None, found: Agreement) -> tuple[str, ...]:
     return kept
 
 
-def _questions(how: Preprocessing, answers: KnownMasks) -> tuple[FloatArray, FloatArray]:
+def _questions(how: Preprocessing, answers: KnownMasks) -> tuple[Feed, FloatArray]:
     """An image as the encoder takes it, a real one if there is any, and eight boxes in it."""
     rng = np.random.default_rng(0)
     drawn: ByteArray = rng.integers(0, 256, (64, 64, 3), np.uint8)
-    pixels = preprocess(answers[0][0].image if answers else drawn, how)
+    feed = encoder_feed(answers[0][0].image if answers else drawn, how)
     corners = np.sort(rng.uniform(0, how.image_size, (1, 8, 2, 2)), axis=2)
-    return pixels, corners.reshape(1, 8, 4).astype(np.float32)
+    return feed, corners.reshape(1, 8, 4).astype(np.float32)
 
 
 def _open(artefact: Artefact, place: Place, backend: str, precision: str | None) -> Session:

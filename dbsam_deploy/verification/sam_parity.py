@@ -18,13 +18,10 @@ from ..core.contract import (
     MASK_INPUT,
     POINT_COORDS,
     POINT_LABELS,
-    SAM_IMAGE,
-    SAM_MASKS,
-    SAM_SIDE,
-    SAM_SIZE,
 )
 from ..core.errors import AccuracyError
 from ..core.imaging import ByteArray, FloatArray
+from ..core.sam_contract import SAM_IMAGE, SAM_MASKS, SAM_SIDE, SAM_SIZE
 from ..prediction.predictor import Predictor
 from ..sessions.onnxruntime_providers import CPU, import_onnxruntime, open_session
 from .cases import Case

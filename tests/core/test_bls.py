@@ -54,7 +54,7 @@ def graphs(request):
 
 def test_all_outputs_of_an_encoder_are_kept_and_handed_on(graphs):
     bls, encoded, given = graphs
-    kept, nbytes = bls.encode(np.zeros((1, 3, 128, 128), np.float32))
+    kept, nbytes = bls.encode({"image": np.zeros((1, 3, 128, 128), np.float32)})
     assert nbytes == sum(tensor.array.nbytes for tensor in encoded)
     for _ in range(2):
         bls.decode("decoder", kept, {"boxes": np.zeros((1, 4), np.float32)})

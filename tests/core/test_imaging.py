@@ -39,9 +39,13 @@ def longest_side_size(height: int, width: int, side: int) -> tuple[int, int]:
 
 
 def sam_pixels(image: np.ndarray, side: int) -> np.ndarray:
-    """SAM's transform: resize the longest side, z-score, pad right and bottom with zeros."""
+    """SAM's transform: resize the longest side, z-score, pad right and bottom with zeros.
+
+    With Pillow as it was when SAM was published: 13 takes the rows of some tall images first.
+    """
     height, width = longest_side_size(*image.shape[:2], side)
-    resized = np.array(Image.fromarray(image, "RGB").resize((width, height), Image.BILINEAR))
+    wide = Image.fromarray(image, "RGB").resize((width, image.shape[0]), Image.BILINEAR)
+    resized = np.array(wide.resize((width, height), Image.BILINEAR))
     x = torch.from_numpy(resized).permute(2, 0, 1).float()
     mean = torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)
     std = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)

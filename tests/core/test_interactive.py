@@ -34,9 +34,9 @@ class SessionGraphs:
     def __init__(self, artefact):
         self.session, self.encoded, self.decoded = OnnxRuntimeSession(artefact), 0, []
 
-    def encode(self, image):
+    def encode(self, feed):
         self.encoded += 1
-        embedding = self.session.run("encoder", {"image": image})["image_embeddings"]
+        embedding = self.session.run("encoder", feed)["image_embeddings"]
         return embedding, embedding.nbytes
 
     def decode(self, graph, embedding, feed):
@@ -44,6 +44,9 @@ class SessionGraphs:
         batch = {name: array[None] for name, array in feed.items()}
         found = self.session.run(graph, {"image_embeddings": embedding, **batch})
         return found["low_res_masks"][0], found["iou_predictions"][0]
+
+    def mask_bits(self, feed):
+        return self.session.run("mask_bits", feed)["mask_bits"]
 
 
 @pytest.fixture
@@ -164,7 +167,7 @@ def test_only_wanted_masks_are_made_of_logits(front, image, monkeypatch):
     made = []
     real = imaging.postprocess
     monkeypatch.setattr(
-        "dbsam_deploy.core.interactive.postprocess",
+        "dbsam_deploy.core.graph_imaging.postprocess",
         lambda low, *how: made.append(low.shape[1]) or real(low, *how),
     )
     sets = {
@@ -191,7 +194,7 @@ def test_a_known_image_is_not_encoded_again(front, image):
 def test_the_lookup_comes_before_the_image_is_preprocessed(front, image, monkeypatch):
     front.answer({"raw_image": image}, ("image_id",), nothing)
     monkeypatch.setattr(
-        "dbsam_deploy.core.interactive.preprocess", lambda *_: pytest.fail("preprocessed")
+        "dbsam_deploy.core.interactive.encoder_feed", lambda *_: pytest.fail("preprocessed")
     )
     front.answer({"raw_image": image, "boxes": BOXES}, ("masks",), nothing)
 
@@ -208,7 +211,7 @@ def test_only_what_is_wanted_is_computed(front, image, monkeypatch):
     packed = front.answer(arrays, ("masks_packed", "iou_scores"), nothing)
     assert set(packed) == {"masks_packed", "iou_scores"}
     monkeypatch.setattr(
-        "dbsam_deploy.core.interactive.postprocess", lambda *_: pytest.fail("made masks")
+        "dbsam_deploy.core.interactive.make_masks", lambda *_: pytest.fail("made masks")
     )
     logits = front.answer(arrays, ("low_res_logits", "cached"), nothing)
     assert set(logits) == {"low_res_logits", "cached"}

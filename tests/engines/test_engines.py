@@ -51,7 +51,7 @@ from dbsam_deploy.engines.profiles import (
 from dbsam_deploy.extras import pip_line
 from dbsam_deploy.serving.triton_config import GRAPH_MODELS, render_configs
 
-SIZE = Geometry(1024)
+SIZE, IN_GRAPH = Geometry(1024), Preprocessing(1024, pixels_in_graph=True)
 
 
 def largest_elements(spec, ranges):
@@ -85,11 +85,11 @@ def test_ranges_of_the_box_decoder():
 
 @pytest.mark.parametrize("platform", ["onnxruntime", "tensorrt"])
 def test_triton_takes_its_largest_batch_from_the_same_table(platform):
-    configs = render_configs(Preprocessing(1024), dict.fromkeys(GRAPH_MODELS, platform))
+    configs = render_configs(IN_GRAPH, dict.fromkeys(GRAPH_MODELS, platform))
     for graph, model in GRAPH_MODELS.items():
-        assert f"max_batch_size: {MAX_BATCH[platform][graph]}\n" in configs[model]
-        if platform == "tensorrt":
-            assert plan_ranges(graph_specs(SIZE)[graph])["batch"].most == MAX_BATCH[platform][graph]
+        most, ranges = MAX_BATCH[platform][graph], plan_ranges(graph_specs(IN_GRAPH)[graph])
+        assert f"max_batch_size: {most}\n" in configs[model]
+        assert platform != "tensorrt" or ranges["batch"].most == most
 
 
 @pytest.mark.parametrize(

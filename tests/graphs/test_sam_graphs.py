@@ -8,9 +8,9 @@ import onnxruntime
 import pytest
 from onnx import parser
 
-from dbsam_deploy.core.contract import SAM_SIDE
 from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.core.imaging import Preprocessing, preprocess, upscale_logits
+from dbsam_deploy.core.sam_contract import SAM_SIDE
 from dbsam_deploy.graphs.sam_graphs import sam_decoder, sam_encoder, sam_picture_encoder
 
 HOW = Preprocessing(256, "sam")

@@ -24,6 +24,11 @@ from dbsam_deploy.engines.manifest import EngineRecord, Flags, engine_folder, wr
 from dbsam_deploy.engines.profiles import plan_ranges
 
 STAND_IN_GPU = Gpu("Stand-in GPU", "sm_86", "13.0")
+_DTYPES = {
+    "tensor(float)": ("FLOAT", "float32"),
+    "tensor(int32)": ("INT32", "int32"),
+    "tensor(uint8)": ("UINT8", "uint8"),
+}
 VERSIONS = {"tensorrt": "11.4.0.106", "tensorrt-rtx": "1.7.1.116"}
 
 
@@ -117,7 +122,7 @@ class CpuContext:
     def _compute(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
         feed = {}
         for item in self._session.get_inputs():
-            dtype = np.dtype({"tensor(float)": "float32", "tensor(int32)": "int32"}[item.type])
+            dtype = np.dtype(_DTYPES[item.type][1])
             size = int(np.prod(shapes[item.name])) * dtype.itemsize
             content = self._gpu.bytes_at(addresses[item.name], size)
             feed[item.name] = content.view(dtype).reshape(shapes[item.name])
@@ -162,7 +167,7 @@ class CpuEngine:
 
     def get_tensor_dtype(self, name: str) -> Any:
         """Its dtype."""
-        return getattr(DataType, {"tensor(float)": "FLOAT"}.get(self._tensor(name).type, "INT32"))
+        return getattr(DataType, _DTYPES[self._tensor(name).type][0])
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         """Its sizes, -1 for those that are not fixed."""
@@ -196,6 +201,7 @@ class DataType(enum.Enum):
 
     FLOAT = 0
     INT32 = 3
+    UINT8 = 5
 
 
 class Allocation(enum.Enum):

@@ -12,11 +12,12 @@ import pytest
 from onnx import TensorProto, helper
 
 from dbsam_deploy.artefact import Artefact, graph_file, load_artefact, write_artefact
-from dbsam_deploy.core.contract import Geometry, GraphSpec, graph_specs
+from dbsam_deploy.core.contract import MASK_BITS, Geometry, GraphSpec, graph_specs
 from dbsam_deploy.core.imaging import Preprocessing
 from dbsam_deploy.core.points import POINTS, PointRules, usual_record
 from dbsam_deploy.files import onnx_files
 from dbsam_deploy.files.onnx_files import check_valid, save_onnx
+from dbsam_deploy.graphs.imaging_graphs import put_pixels_before, write_mask_bits
 
 from .graph_builder import GraphBuilder
 
@@ -144,6 +145,7 @@ def make_tiny_artefact(
     *,
     high_res: bool = False,
     frame_size: int | None = None,
+    pixels_in_graph: bool = False,
 ) -> Artefact:
     """Write an export of small graphs with random weights: masks follow both prompt and image."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -156,6 +158,10 @@ def make_tiny_artefact(
     _encoder(specs["encoder"], paths["encoder"], rng, how)
     _decoder(specs["decoder"], paths["decoder"], rng, how)
     _prompt_decoder(specs["prompt_decoder"], paths["prompt_decoder"], rng, how)
+    if pixels_in_graph:
+        how = dataclasses.replace(how, pixels_in_graph=True)
+        put_pixels_before(paths["encoder"], how)
+        paths[MASK_BITS] = write_mask_bits(folder, how, 18)
     artefact = Artefact(
         folder=folder,
         variant="tiny_test",

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,7 +67,7 @@ class Toy:
             "fp32", output=self.output, engine="none", data=self.data, data_images=1
         )
 
-    def run(self, weights: str = "a", **options: bool) -> None:
+    def run(self, weights: str = "a", **options: Any) -> None:
         stages = self.stages(weights)
         export(replace(self.options, **options), Console(quiet=True), stages=stages)
 

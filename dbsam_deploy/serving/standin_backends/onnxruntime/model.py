@@ -66,7 +66,11 @@ class TritonPythonModel:
             for tensor in self._session.get_inputs()
         }
         self._outputs = [tensor.name for tensor in self._session.get_outputs()]
-        self._free = [name for name in self._inputs if self._limits[name][0][0] == 1]
+        self._free = [
+            tensor.name
+            for tensor in self._session.get_inputs()
+            if str(tensor.shape[batched]).startswith("num_")
+        ]
         notice = self.notice.format(path=path)
         pb_utils.Logger.log_warn(f"STAND-IN, model {args['model_name']}: {notice}")
 
