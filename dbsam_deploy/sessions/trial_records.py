@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..artefact import TRIALS, Artefact
 from ..core.errors import EngineError, InputError
-from ..files.inputs import key_of
+from ..files.inputs import code_digest, key_of
 from ..files.manifests import Body, ManifestKind
 from ..files.private import cache_folder, private_folder
 from ..machine.hardware import cpuinfo, describe_hardware, installed_versions, processor
@@ -24,6 +24,8 @@ from ..recipe import load_recipe
 MARGIN = 0.1
 """Of what a gate lets be lost, a runtime leaves this share: the images are few, and what is at the
 floor on these is below it on others."""
+_CODE = ("sessions.onnxruntime_session", "sessions.openvino_session")
+"""What runs a graph, with all that these modules import."""
 _DECIDING = ("dbsam-deploy", "numpy", "onnxruntime", "openvino")
 _KIND = ManifestKind(
     "a record of tried runtimes",
@@ -112,6 +114,7 @@ def record_key(artefact: Artefact, threads: int | None = None) -> str:
         {
             **files,
             **installed_versions(_DECIDING),
+            "code": code_digest(_CODE),
             "answers": "none" if artefact.answers is None else artefact.answers.sha256,
             "gate": f"{load_recipe(artefact.precision).gate}, margin {MARGIN}",
             "processor": processor(cpuinfo()),

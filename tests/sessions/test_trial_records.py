@@ -50,7 +50,9 @@ def test_an_export_that_cannot_be_written_has_its_record_in_the_cache(
     assert find_record(export) == RECORD
 
 
-@pytest.mark.parametrize("what", ["threads", "processor", "version", "graph", "gate", "margin"])
+@pytest.mark.parametrize(
+    "what", ["threads", "processor", "version", "graph", "gate", "margin", "code"]
+)
 def test_another_machine_or_export_has_another(
     export: Artefact, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
@@ -66,6 +68,8 @@ def test_another_machine_or_export_has_another(
         export = dataclasses.replace(export, precision="int8")
     elif what == "margin":
         monkeypatch.setattr(trial_records, "MARGIN", 0.2)
+    elif what == "code":
+        monkeypatch.setattr(trial_records, "code_digest", lambda modules: "changed")
     else:
         other = dataclasses.replace(export.graphs["decoder"], sha256="0" * 64)
         export = dataclasses.replace(export, graphs={**export.graphs, "decoder": other})
