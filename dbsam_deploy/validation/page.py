@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..extras import require
@@ -34,34 +34,32 @@ def check_libraries() -> None:
     require("jinja2", extra="validate", what_for=_FOR)
 
 
-def write_page(folder: Path, record: Findings, order: Mapping[tuple[str, str], int]) -> Path:
+def write_page(folder: Path, record: Findings) -> Path:
     """Write `report.html`, whole, and return its path.
 
     Args:
         folder: of the report.
         record: what to show.
-        order: step and check → place.
 
     Raises:
         MissingError: Matplotlib or Jinja2 is not installed.
         InputError: it cannot be written.
     """
     jinja2 = require("jinja2", extra="validate", what_for=_FOR)
-    outcomes = sorted(record.outcomes, key=lambda one: order.get((one.step, one.check), -1))
     page = render(
         jinja2,
         TEMPLATE,
         record=record,
         counts=record.counts(),
         inputs=record.inputs,
-        outcomes=outcomes,
-        plots=_plots(outcomes),
-        rows=_timing_rows(outcomes),
+        outcomes=record.outcomes,
+        plots=_plots(record.outcomes),
+        rows=_timing_rows(record.outcomes),
     )
     return write_file(folder / PAGE_NAME, page.encode())
 
 
-def _plots(outcomes: list[Judgement]) -> list[tuple[str, str]]:
+def _plots(outcomes: Sequence[Judgement]) -> list[tuple[str, str]]:
     """Title and SVG of each plot for which there are figures."""
     errors = {
         f"{one.check}: {name}": float(share)
@@ -114,7 +112,7 @@ def _bars(
         return svg_of(figure)
 
 
-def _timing_rows(outcomes: list[Judgement]) -> list[tuple[str, ...]]:
+def _timing_rows(outcomes: Sequence[Judgement]) -> list[tuple[str, ...]]:
     """Operator, case, µs, GB/s and TFLOP/s with their shares."""
     rows: list[tuple[str, ...]] = []
     for one in outcomes:

@@ -58,6 +58,15 @@ class Findings:
         found = [outcome.verdict for outcome in self.outcomes]
         return {verdict.value: found.count(verdict) for verdict in Verdict}
 
+    def in_order(self, order: Mapping[tuple[str, str], int]) -> Findings:
+        """The record with its verdicts sorted.
+
+        Args:
+            order: step and check → place; what has none comes first.
+        """
+        found = sorted(self.outcomes, key=lambda one: order.get((one.step, one.check), -1))
+        return replace(self, outcomes=tuple(found))
+
     def with_outcome(self, outcome: Judgement) -> Findings:
         """The record with a new verdict in place of an earlier one of the same check."""
         key = (outcome.step, outcome.check)
@@ -173,21 +182,19 @@ def _record(body: dict[str, Any]) -> Findings:
     )
 
 
-def write_record(folder: Path, record: Findings, order: Mapping[tuple[str, str], int]) -> Path:
+def write_record(folder: Path, record: Findings) -> Path:
     """Write `report.json`, whole, and return its path.
 
     Args:
         folder: of the report.
         record: what to write.
-        order: step and check → place.
 
     Raises:
         InputError: it cannot be written.
     """
     path = folder / REPORT_NAME
-    outcomes = sorted(record.outcomes, key=lambda one: order.get((one.step, one.check), -1))
     body = {
-        **asdict(replace(record, outcomes=tuple(outcomes))),
+        **asdict(record),
         "verdicts": record.counts(),
         "written": time.strftime("%Y-%m-%d %H:%M:%S%z"),
     }

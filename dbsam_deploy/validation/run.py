@@ -182,9 +182,9 @@ class _Writer:
 
     def write_page(self) -> None:
         """Write `report.html`."""
-        write_page(self._plan.report, self.record, self._plan.order)
+        write_page(self._plan.report, self.record.in_order(self._plan.order))
 
     def write(self, *, running: str) -> None:
         """Write `report.json`."""
         self.record = replace(self.record, running=running)
-        write_record(self._plan.report, self.record, self._plan.order)
+        write_record(self._plan.report, self.record.in_order(self._plan.order))
