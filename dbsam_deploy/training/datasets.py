@@ -32,15 +32,18 @@ from .samples import Mixture
 Example = dict[str, Tensor]
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Drawn(Dataset[Example], ABC):
     """Examples that are drawn, each from a random stream of its own.
 
     Attributes:
         stream: separates the draws of the phases, which have the same seed.
+        preprocessing: of the model that is trained.
         seed: of the draws.
     """
 
     stream: ClassVar[int]
+    preprocessing: Preprocessing
     seed: int
 
     def __getitem__(self, index: int) -> Example:
@@ -58,16 +61,12 @@ class EmbeddingExamples(_Drawn):
 
     Attributes:
         bank: images and the teacher's embeddings of the whole frame.
-        preprocessing: the student's.
         crop_size: side of the window in px of the model frame, 0 for the whole frame.
-        seed: of the draws.
     """
 
     stream: ClassVar[int] = 2
     bank: Banks
-    preprocessing: Preprocessing
     crop_size: int
-    seed: int
 
     def draw(self, rng: np.random.Generator) -> Example:
         """`pixels` (3, C, C), `corners` (2,) in tokens, `embeddings` (256, C/16, C/16)."""
@@ -97,19 +96,15 @@ class MaskExamples(_Drawn):
     Attributes:
         images: labelled sources.
         augmentation: of image and labels.
-        preprocessing: the model's.
         objects: box prompts of an image; where there are fewer objects some come twice.
         growth: how far the boxes reach beyond their objects.
-        seed: of the draws.
     """
 
     stream: ClassVar[int] = 3
     images: Mixture
     augmentation: Augmentation
-    preprocessing: Preprocessing
     objects: int
     growth: Growth
-    seed: int
 
     def draw(self, rng: np.random.Generator) -> Example:
         """`pixels` (3, S, S), `boxes` (N, 4) in the model frame, `masks` (N, 4G, 4G) of 0 and 1."""
@@ -132,16 +127,12 @@ class RefineExamples(_Drawn):
 
     Attributes:
         bank: samples with features.
-        preprocessing: the model's.
         phase: which prompts.
-        seed: of the draws.
     """
 
     stream: ClassVar[int] = 5
     bank: FeatureBank
-    preprocessing: Preprocessing
     phase: Refine
-    seed: int
 
     def draw(self, rng: np.random.Generator) -> Example:
         """One image's example, without its batch axis; see `RefineObjective.forward`."""

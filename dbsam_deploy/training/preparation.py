@@ -107,14 +107,16 @@ def prepare_examples(
 ) -> Dataset[Example]:
     """Examples of a phase: windows of the banks, or images with prompts and masks without banks."""
     if banks is not None:
-        return EmbeddingExamples(banks, preprocessing, phase.crop_size, recipe.seed)
+        return EmbeddingExamples(
+            banks, phase.crop_size, preprocessing=preprocessing, seed=recipe.seed
+        )
     return MaskExamples(
         material.mixture(shares(phase)),
         recipe.augmentation,
-        preprocessing,
         phase.objects,
         Growth(phase.growth_px),
-        recipe.seed,
+        preprocessing=preprocessing,
+        seed=recipe.seed,
     )
 
 
@@ -142,7 +144,7 @@ def prepare_features(
     make = features_by(model, draws, keeper.accelerator.autocast)
     keeper.fill(bank, make, "features of images")
     keeper.accelerator.wait_for_everyone()
-    return RefineExamples(bank, model.preprocessing, phase, recipe.seed)
+    return RefineExamples(bank, phase, preprocessing=model.preprocessing, seed=recipe.seed)
 
 
 def calibrate(model: DbSam, examples: Dataset[Example], device: torch.device) -> None:

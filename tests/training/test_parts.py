@@ -186,9 +186,9 @@ def test_mask_examples_are_a_function_of_seed_and_index() -> None:
         return MaskExamples(
             Mixture([(LabelledSlices(bundled_examples()), 1.0), (Synthetic(seed), 1.0)]),
             Augmentation(),
-            Preprocessing(128),
             objects=5,
             growth=Growth(20),
+            preprocessing=Preprocessing(128),
             seed=seed,
         )
 
@@ -237,7 +237,7 @@ def test_the_bank_holds_the_teachers_embeddings_and_is_not_made_twice(bank) -> N
 def test_windows_of_the_bank_show_the_same_place_as_their_embeddings(bank) -> None:
     made, _, _ = bank
     how = Preprocessing(128)
-    examples = EmbeddingExamples(Banks((made,)), how, 64, seed=0)
+    examples = EmbeddingExamples(Banks((made,)), 64, preprocessing=how, seed=0)
     corners = set()
     for index in range(12):
         item = examples[index]
