@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -191,14 +191,19 @@ def compare(
     )
 
 
+class Watching(TypedDict, total=False):
+    """Who follows a comparison; see `compare`."""
+
+    progress: Callable[[str], None]
+    keep: Keep
+
+
 def compare_apart(
     references: References,
     open_deployed: Callable[[], Session],
     how: Preprocessing,
     cases: list[Case],
-    *,
-    progress: Callable[[str], None] = lambda text: None,
-    keep: Keep = lambda case, masks: None,
+    **watching: Unpack[Watching],
 ) -> Figures:
     """`compare` with one of the two in memory at a time, where PyTorch's answers can be kept.
 
@@ -207,9 +212,9 @@ def compare_apart(
         open_deployed: opens the artefact's runtime.
         how: see `compare`, as the following.
         cases: as `how`.
-        progress: called twice for each case.
-        keep: see `compare`.
+        **watching: as `how`; `progress` is called twice for each case.
     """
+    progress = watching.get("progress", lambda text: None)
     for case in cases:
         if references.keeps:
             ask(references, how.on_host, case)
@@ -217,15 +222,8 @@ def compare_apart(
     if references.keeps:
         references.release()
     give_back()  # what the graphs' traces and PyTorch have left
-    deployed = open_deployed()
-    return compare(
-        references,
-        deployed,
-        how,
-        cases,
-        progress=lambda name: progress(f"compared {name}"),
-        keep=keep,
-    )
+    watching["progress"] = lambda name: progress(f"compared {name}")
+    return compare(references, open_deployed(), how, cases, **watching)
 
 
 def ask(
