@@ -36,7 +36,10 @@ from .nodes import DOMAIN, VERSION
 __all__ = ["FusionCounts", "expected_counts", "fuse", "fuse_file"]
 
 _OPS = (
-    *(ms_deform_attn, channel_attention, rel_pos_attention, depthwise_conv_gelu),
+    ms_deform_attn,
+    channel_attention,
+    rel_pos_attention,
+    depthwise_conv_gelu,
     windowed_attention,
 )
 """In this order: the last one's pattern has the node of another."""

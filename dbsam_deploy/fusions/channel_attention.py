@@ -17,10 +17,9 @@ import onnx_ir as ir
 from onnxscript.rewriter import pattern
 
 from .nodes import (
-    DOMAIN,
-    PLUGIN,
-    VERSION,
+    GELU_CONSTANTS,
     equals,
+    fused,
     is_convolution,
     name_for,
     parse_body,
@@ -33,17 +32,11 @@ MAX_CHANNELS = 1024
 BLOCKS = "image_encoder.adapter.vit_conv_blocks."
 """Where the blocks are in the encoder's graph; their number follows."""
 
-BODY = """
+BODY = f"""
 <opset_import: ["" : 18], domain: "dbsam">
 ChannelAttention <epsilon, channels, plugin_namespace, plugin_version>
-(x, norm_weight, norm_bias, dw_weight, fc1, fc2, pw_weight) => (hidden, gated_weight) {
-  root_float = Constant <value_float = 1.4142135623730951> ()
-  unit_float = Constant <value_float = 1.0> ()
-  half_float = Constant <value_float = 0.5> ()
-  root = CastLike (root_float, x)
-  unit = CastLike (unit_float, x)
-  half = CastLike (half_float, x)
-
+(x, norm_weight, norm_bias, dw_weight, fc1, fc2, pw_weight) => (hidden, gated_weight) {{
+{GELU_CONSTANTS}
   # GELU(DWConv(LN(x))), (B, C, H, W)
   normed = LayerNormalization <axis = -1, epsilon: float = @epsilon>
     (x, norm_weight, norm_bias)
@@ -75,7 +68,7 @@ ChannelAttention <epsilon, channels, plugin_namespace, plugin_version>
   row_shape = Constant <value_ints = [0, 0, -1]> ()
   hidden_rows = Reshape (hidden_planes, row_shape)
   hidden = Transpose <perm = [0, 2, 1]> (hidden_rows)
-}
+}}
 """
 
 
@@ -103,7 +96,7 @@ class Block:
 
     def attributes(self) -> dict[str, Any]:
         """The node's attributes; `channels` is the number of groups in the body's convolution."""
-        return {"epsilon": self.epsilon, "channels": self.channels, **PLUGIN}
+        return {"epsilon": self.epsilon, "channels": self.channels}
 
 
 def supports(channels: int) -> bool:
@@ -169,9 +162,7 @@ class ChannelAttentionFusion(pattern.RewriteRuleClassBase):
             ir.tensor([0, *maps[1:]], ir.DataType.INT64), name_for(out, "map_shape")
         )
         source = place(op.Transpose(x, perm=[0, 2, 3, 1]), out, *maps)
-        hidden, gated = op.ChannelAttention(
-            source, *weights, _domain=DOMAIN, _version=VERSION, _outputs=2, **block.attributes()
-        )
+        hidden, gated = fused(op, NAME, source, *weights, outputs=2, **block.attributes())
         place(hidden, out, *tokens)
         place(gated, out, batch, channels, channels)
         update = place(op.MatMul(hidden, gated), out, *tokens)

@@ -17,11 +17,11 @@ import onnx_ir as ir
 from onnxscript.rewriter import pattern
 
 from .nodes import (
-    DOMAIN,
-    PLUGIN,
-    VERSION,
+    GELU_CONSTANTS,
     equals,
+    fused,
     is_convolution,
+    map_sizes,
     parse_body,
     place,
     static_dims,
@@ -34,26 +34,15 @@ STEM = "depthwise_conv_gelu"
 MODULE = re.compile(r"(image_encoder\.adapter\..+\.mlp)\.dwconv\.dwconv")
 """Path of a layer within the op."""
 
-BODY = """
+BODY = f"""
 <opset_import: ["" : 18], domain: "dbsam">
 DepthwiseConvGelu <height, width, channels, plugin_namespace, plugin_version>
-(x, weight, bias) => (out) {
-  root_float = Constant <value_float = 1.4142135623730951> ()
-  unit_float = Constant <value_float = 1.0> ()
-  half_float = Constant <value_float = 0.5> ()
-  root = CastLike (root_float, x)
-  unit = CastLike (unit_float, x)
-  half = CastLike (half_float, x)
-
+(x, weight, bias) => (out) {{
+{GELU_CONSTANTS}
   # Maps (B * L, C, H, W)
   one = Constant <value_ints = [1]> ()
   rest = Constant <value_ints = [-1]> ()
-  height_scalar = Constant <value_int: int = @height> ()
-  width_scalar = Constant <value_int: int = @width> ()
-  channels_scalar = Constant <value_int: int = @channels> ()
-  rows = Reshape (height_scalar, one)
-  columns = Reshape (width_scalar, one)
-  depth = Reshape (channels_scalar, one)
+{map_sizes("rows", "columns", "depth")}
   map_shape = Concat <axis = 0> (rest, rows, columns, depth)
   maps = Reshape (x, map_shape)
   planes = Transpose <perm = [0, 3, 1, 2]> (maps)
@@ -70,7 +59,7 @@ DepthwiseConvGelu <height, width, channels, plugin_namespace, plugin_version>
   token_maps = Transpose <perm = [0, 2, 3, 1]> (activated)
   token_shape = Shape (x)
   out = Reshape (token_maps, token_shape)
-}
+}}
 """
 
 
@@ -94,7 +83,7 @@ class Maps:
 
     def attributes(self, channels: int) -> dict[str, Any]:
         """The node's attributes; `channels` is the number of groups in the body's convolution."""
-        return {"height": self.height, "width": self.width, "channels": channels, **PLUGIN}
+        return {"height": self.height, "width": self.width, "channels": channels}
 
 
 def supports(channels: int) -> bool:
@@ -129,10 +118,8 @@ class DepthwiseConvGeluFusion(pattern.RewriteRuleClassBase):
         )
         if maps is None or not holds or static_dims(out) != static_dims(maps.tokens):
             return None
-        made = op.DepthwiseConvGelu(
-            *(maps.tokens, maps.weight, maps.bias),
-            _domain=DOMAIN,
-            _version=VERSION,
+        made = fused(
+            *(op, NAME, maps.tokens, maps.weight, maps.bias),
             **maps.attributes(static_dims(out)[1]),
         )
         return place(made, out, *(out.shape or ()))

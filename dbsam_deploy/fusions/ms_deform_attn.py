@@ -13,7 +13,7 @@ import onnx_ir as ir
 from onnxscript.rewriter import pattern
 
 from ..model.deform_attn import Shapes, reference_points
-from .nodes import DOMAIN, PLUGIN, VERSION, equals, parse_body, place, static_dims
+from .nodes import equals, fused, parse_body, place, static_dims, view
 from .nodes import view_dims as dims
 
 NAME = "MsDeformAttn"
@@ -158,7 +158,6 @@ class Sampling:
             "num_points": self.points,
             "level_shapes": [side for shape in self.levels for side in shape],
             "query_shapes": [side for shape in self.queries for side in shape],
-            **PLUGIN,
         }
 
 
@@ -200,21 +199,18 @@ class MsDeformAttnFusion(pattern.RewriteRuleClassBase):
         def wide(x: Any) -> Any:
             return op.Cast(x, to=ir.DataType.FLOAT.value) if self.cast else x
 
-        def view(x: Any, name: str) -> Any:
-            return op.Reshape(x, _allow_other_inputs=True, _outputs=[name])
-
-        location = op.Add(centres, op.Div(wide(view(offsets, "offset_split")), size))
+        location = op.Add(centres, op.Div(wide(view(op, offsets, "offset_split")), size))
         grid = op.Sub(op.Mul(location, two), one)
-        grid = view(op.Transpose(grid, perm=[0, 3, 2, 4, 1, 5]), "grid")
-        shares = op.Softmax(view(wide(view(weights, "weight_split")), "logits"), axis=-1)
-        shares = op.Transpose(view(shares, "share_split"), perm=[0, 3, 2, 4, 1])
-        planes = view(wide(view(value, "value_split")), "value_levels")
-        planes = view(op.Transpose(planes, perm=[0, 1, 3, 4, 2]), "planes")
+        grid = view(op, op.Transpose(grid, perm=[0, 3, 2, 4, 1, 5]), "grid")
+        shares = op.Softmax(view(op, wide(view(op, weights, "weight_split")), "logits"), axis=-1)
+        shares = op.Transpose(view(op, shares, "share_split"), perm=[0, 3, 2, 4, 1])
+        planes = view(op, wide(view(op, value, "value_split")), "value_levels")
+        planes = view(op, op.Transpose(planes, perm=[0, 1, 3, 4, 2]), "planes")
         sampled = op.GridSample(
             planes, grid, mode="bilinear", padding_mode="zeros", align_corners=0
         )
-        summed = op.ReduceSum(op.Mul(sampled, view(shares, "shares")), [2], keepdims=0)
-        summed = op.ReduceSum(view(summed, "level_sums"), [1], keepdims=0)
+        summed = op.ReduceSum(op.Mul(sampled, view(op, shares, "shares")), [2], keepdims=0)
+        summed = op.ReduceSum(view(op, summed, "level_sums"), [1], keepdims=0)
         if not self.cast:
             return op.Transpose(summed, perm=[0, 2, 1], _outputs=["out"])
         return op.Cast(op.Transpose(summed, perm=[0, 2, 1]), to=dtype, _outputs=["out"])
@@ -227,9 +223,7 @@ class MsDeformAttnFusion(pattern.RewriteRuleClassBase):
         sampling = read_sampling({**inputs, **parts})
         if sampling is None:
             return None
-        out = op.MsDeformAttn(
-            *inputs.values(), _domain=DOMAIN, _version=VERSION, **sampling.attributes()
-        )
+        out = fused(op, NAME, *inputs.values(), **sampling.attributes())
         return place(out, parts["out"], *parts["out"].shape)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +18,50 @@ DOMAIN, VERSION = "dbsam", 1
 PLUGIN = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}
 """Attributes by which TensorRT's parser finds the plugin instead of inlining the function body."""
 
+GELU_CONSTANTS = """\
+  root_float = Constant <value_float = 1.4142135623730951> ()
+  unit_float = Constant <value_float = 1.0> ()
+  half_float = Constant <value_float = 0.5> ()
+  root = CastLike (root_float, x)
+  unit = CastLike (unit_float, x)
+  half = CastLike (half_float, x)"""
+"""Steps of a body that make GELU's constants, in the dtype of its input `x`."""
+
+
+def map_sizes(height: str, width: str, channels: str) -> str:
+    """Steps of a body that read a map's sizes from attributes, as scalars and in one axis.
+
+    Args:
+        height: name of the height in one axis; the scalar is `height_scalar`.
+        width: of the width, likewise.
+        channels: of the channels, likewise.
+    """
+    return f"""\
+  height_scalar = Constant <value_int: int = @height> ()
+  width_scalar = Constant <value_int: int = @width> ()
+  channels_scalar = Constant <value_int: int = @channels> ()
+  {height} = Reshape (height_scalar, one)
+  {width} = Reshape (width_scalar, one)
+  {channels} = Reshape (channels_scalar, one)"""
+
 
 def parse_body(text: str) -> ir.Function:
     """An op's function body, written in ONNX's text format with attribute references."""
     return ir.serde.deserialize_function(onnx.parser.parse_function(text))
+
+
+def fused(op: Any, name: str, *inputs: ir.Value, outputs: int = 1, **attributes: Any) -> Any:
+    """One of our nodes in place of a match, which TensorRT's parser takes for its plugin.
+
+    Args:
+        op: makes nodes, as a rewrite gets it.
+        name: of the op.
+        inputs: of the node.
+        outputs: how many it has.
+        attributes: of the node, without `PLUGIN`.
+    """
+    make = getattr(op, name)
+    return make(*inputs, _domain=DOMAIN, _version=VERSION, _outputs=outputs, **attributes, **PLUGIN)
 
 
 def equals(value: ir.Value | None, expected: npt.ArrayLike) -> bool:
@@ -31,16 +72,21 @@ def equals(value: ir.Value | None, expected: npt.ArrayLike) -> bool:
     return np.array_equal(found, np.asarray(expected).astype(found.dtype))
 
 
-def view_dims(view: ir.Value) -> tuple[int, ...]:
+def view(op: Any, x: Any, name: str) -> Any:
+    """A Reshape of a pattern, to any shape, whose output has this name; see `view_dims`."""
+    return op.Reshape(x, _allow_other_inputs=True, _outputs=[name])
+
+
+def view_dims(reshaped: ir.Value) -> tuple[int, ...]:
     """Dimensions behind the first one of a Reshape with a constant target.
 
     Args:
-        view: a Reshape's output.
+        reshaped: a Reshape's output.
 
     Returns:
         The dimensions, all positive, if the first one is copied or left to the rest; else ().
     """
-    node = view.producer()
+    node = reshaped.producer()
     target = None if node is None else node.inputs[1]
     if node is None or target is None or target.const_value is None:
         return ()

@@ -16,14 +16,12 @@ import onnx_ir as ir
 from onnxscript.rewriter import pattern
 
 from .nodes import (
-    DOMAIN,
-    PLUGIN,
-    VERSION,
-    equals,
+    fused,
     name_for,
     parse_body,
     place,
     static_dims,
+    view,
 )
 from .nodes import view_dims as dims
 
@@ -128,7 +126,7 @@ class FoundAttention:
 
     def attributes(self) -> dict[str, Any]:
         """The node's attributes."""
-        return {"num_heads": self.heads, "side": self.side, "scale": self.scale, **PLUGIN}
+        return {"num_heads": self.heads, "side": self.side, "scale": self.scale}
 
 
 def supports(head_dim: int, side: int) -> bool:
@@ -139,37 +137,23 @@ def supports(head_dim: int, side: int) -> bool:
 class RelPosAttentionFusion(pattern.RewriteRuleClassBase):
     """`graphs.RelPosAttention` between its two Linear layers → one node."""
 
-    def pattern(
-        self,
-        op: Any,
-        qkv: Any,
-        table_h: Any,
-        table_w: Any,
-        scale: Any,
-        zero: Any,
-        one: Any,
-        two: Any,
-        three: Any,
-    ) -> Any:
+    def pattern(self, op: Any, qkv: Any, table_h: Any, table_w: Any, scale: Any) -> Any:
         """(N, T, 3·H·D) → (N, T, H·D)."""
-
-        def view(x: Any, name: str) -> Any:
-            return op.Reshape(x, _allow_other_inputs=True, _outputs=[name])
-
-        packed = op.Transpose(view(qkv, "qkv_split"), perm=[2, 0, 3, 1, 4])
-        q = view(op.Squeeze(op.Slice(packed, zero, one, zero), zero), "q")
-        k = view(op.Squeeze(op.Slice(packed, one, two, zero), zero), "k")
-        v = view(op.Squeeze(op.Slice(packed, two, three, zero), zero), "v")
-        grid = view(q, "grid")
+        packed = op.Transpose(view(op, qkv, "qkv_split"), perm=[2, 0, 3, 1, 4])
+        q, k, v = (
+            view(op, op.Squeeze(op.Slice(packed, [part], [part + 1], [0]), [0]), name)
+            for part, name in enumerate("qkv")
+        )
+        grid = view(op, q, "grid")
         bias_h = op.MatMul(grid, table_h)
         bias_w = op.MatMul(op.Transpose(grid, perm=[0, 2, 1, 3]), table_w)
         bias_w = op.Transpose(bias_w, perm=[0, 2, 1, 3])
         scores = op.MatMul(op.Mul(q, scale), op.Transpose(k, perm=[0, 2, 1]))
-        scores = op.Add(view(scores, "score_maps"), view(bias_h, "bias_rows"))
-        scores = op.Add(scores, view(bias_w, "bias_columns"))
-        out = op.MatMul(op.Softmax(view(scores, "scores"), axis=-1), v)
-        out = op.Transpose(view(out, "out_split"), perm=[0, 2, 1, 3])
-        return view(out, "out")
+        scores = op.Add(view(op, scores, "score_maps"), view(op, bias_h, "bias_rows"))
+        scores = op.Add(scores, view(op, bias_w, "bias_columns"))
+        out = op.MatMul(op.Softmax(view(op, scores, "scores"), axis=-1), v)
+        out = op.Transpose(view(op, out, "out_split"), perm=[0, 2, 1, 3])
+        return view(op, out, "out")
 
     def rewrite(self, op: Any, qkv: ir.Value, **parts: Any) -> ir.Value | None:
         """One node with compact tables; None where `read_attention` finds no match."""
@@ -183,10 +167,8 @@ class RelPosAttentionFusion(pattern.RewriteRuleClassBase):
                 ("rel_pos_w", attention.rel_pos_w),
             )
         ]
-        fused = op.RelPosAttention(
-            qkv, *tables, _domain=DOMAIN, _version=VERSION, **attention.attributes()
-        )
-        return place(fused, out, *out.shape)
+        made = fused(op, NAME, qkv, *tables, **attention.attributes())
+        return place(made, out, *out.shape)
 
 
 def read_attention(parts: dict[str, Any]) -> FoundAttention | None:
@@ -216,10 +198,6 @@ def read_attention(parts: dict[str, Any]) -> FoundAttention | None:
         and dims(parts["scores"]) == (tokens, tokens)
         and dims(parts["out_split"]) == (heads, tokens, depth)
         and dims(parts["out"]) == static_dims(parts["out"]) == (tokens, heads * depth)
-        and all(
-            equals(parts[name], [number])
-            for number, name in enumerate(("zero", "one", "two", "three"))
-        )
         and scale is not None
         and scale.size == 1
         and supports(depth, side)

@@ -17,7 +17,17 @@ import onnx_ir as ir
 from onnxscript.rewriter import pattern
 
 from . import rel_pos_attention
-from .nodes import DOMAIN, PLUGIN, VERSION, equals, parse_body, place, static_dims, view_dims
+from .nodes import (
+    DOMAIN,
+    equals,
+    fused,
+    map_sizes,
+    parse_body,
+    place,
+    static_dims,
+    view,
+    view_dims,
+)
 
 NAME = "WindowedAttention"
 STEM = "windowed_attention"
@@ -32,15 +42,10 @@ WindowedAttention
 (qkv, qkv_bias, rel_pos_h, rel_pos_w) => (out) {
 """
 
-_WINDOWS = """
+_WINDOWS = f"""
   # Rows (down, 1, side, 1) and columns (1, across, 1, side) of the windows' tokens on the map
   two = Constant <value_ints = [2]> ()
-  height_scalar = Constant <value_int: int = @height> ()
-  width_scalar = Constant <value_int: int = @width> ()
-  channels_scalar = Constant <value_int: int = @channels> ()
-  height = Reshape (height_scalar, one)
-  width = Reshape (width_scalar, one)
-  channels = Reshape (channels_scalar, one)
+{map_sizes("height", "width", "channels")}
   height_rest = Add (height, last)
   width_rest = Add (width, last)
   down = Div (height_rest, side_once)
@@ -123,7 +128,7 @@ class WindowedMap:
     def attributes(self) -> dict[str, Any]:
         """The node's attributes; the plugin reads the map's shape from its tensor."""
         sizes = {"height": self.height, "width": self.width, "channels": self.channels}
-        return {**self.attention, **sizes, **PLUGIN}
+        return {**self.attention, **sizes}
 
 
 def kept_apart(quantized: Collection[str], stage_depth: int) -> int:
@@ -159,28 +164,21 @@ class WindowedAttentionFusion(pattern.RewriteRuleClassBase):
         rel_pos_w: Any,
         out_weight: Any,
         out_bias: Any,
-        zero: Any,
-        one: Any,
-        two: Any,
         rows: Any,
         columns: Any,
     ) -> Any:
         """(B, H, W, C) → (B, H, W, C)."""
-
-        def view(value: Any, name: str) -> Any:
-            return op.Reshape(value, _allow_other_inputs=True, _outputs=[name])
-
         order = [0, 1, 3, 2, 4, 5]
         padded = op.Pad(x, pads, _outputs=["padded"])
-        windows = view(op.Transpose(view(padded, "split"), perm=order), "windows")
+        windows = view(op, op.Transpose(view(op, padded, "split"), perm=order), "windows")
         qkv = op.Add(op.MatMul(windows, qkv_weight), qkv_bias, _outputs=["qkv"])
         attended = op.RelPosAttention(
             qkv, rel_pos_h, rel_pos_w, _domain=DOMAIN, _outputs=["attended"]
         )
         linear = op.Add(op.MatMul(attended, out_weight), out_bias, _outputs=["linear"])
-        out = view(op.Transpose(view(linear, "out_split"), perm=order), "joined")
+        out = view(op, op.Transpose(view(op, linear, "out_split"), perm=order), "joined")
         if self.ragged:
-            out = op.Slice(op.Slice(out, zero, rows, one, one), zero, columns, two, one)
+            out = op.Slice(op.Slice(out, [0], rows, [1], [1]), [0], columns, [2], [1])
         return out
 
     def rewrite(self, op: Any, x: ir.Value, **parts: ir.Value) -> ir.Value | None:
@@ -192,11 +190,9 @@ class WindowedAttentionFusion(pattern.RewriteRuleClassBase):
         qkv, linear = parts["qkv"], parts["linear"]
         product = op.MatMul(x, parts["qkv_weight"])
         packed = op.Add(place(product, qkv, *shape, 3 * window.channels), parts["qkv_bias"])
-        attended = op.WindowedAttention(
-            place(packed, qkv, *shape, 3 * window.channels),
+        attended = fused(
+            *(op, NAME, place(packed, qkv, *shape, 3 * window.channels)),
             *(parts["qkv_bias"], parts["rel_pos_h"], parts["rel_pos_w"]),
-            _domain=DOMAIN,
-            _version=VERSION,
             **window.attributes(),
         )
         product = op.MatMul(
@@ -238,7 +234,11 @@ def read_window(x: ir.Value, parts: dict[str, ir.Value], ragged: bool) -> Window
         and static_dims(parts["attended"]) == (side * side, channels)
         and all(_has_shape(parts[name], channels, n * channels) for name, n in weights)
         and all(_has_shape(parts[name], n * channels) for name, n in biases)
-        and (_cuts_out(parts, height, width) if ragged else below == beside == 0)
+        and (
+            equals(parts["rows"], [height]) and equals(parts["columns"], [width])
+            if ragged
+            else below == beside == 0
+        )
     )
     kept = {
         "num_heads": attributes.get_int("num_heads", 0),
@@ -251,12 +251,6 @@ def read_window(x: ir.Value, parts: dict[str, ir.Value], ragged: bool) -> Window
 def _has_shape(value: ir.Value, *dims: int) -> bool:
     """Whether a value is a constant of that shape."""
     return value.const_value is not None and tuple(value.const_value.shape) == dims
-
-
-def _cuts_out(parts: dict[str, ir.Value], height: int, width: int) -> bool:
-    """Whether both slices are those that leave the map."""
-    numbers = {"zero": 0, "one": 1, "two": 2, "rows": height, "columns": width}
-    return all(equals(parts[name], [number]) for name, number in numbers.items())
 
 
 def rules() -> list[pattern.RewriteRule]:
