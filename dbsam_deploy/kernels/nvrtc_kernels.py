@@ -36,6 +36,7 @@ _GRID = 65535
 _INT = 2**31 - 1
 _ADDRESSES = 10
 """Of channel attention."""
+_HEAD_DIM = "head_dim"
 _TYPES = tuple(ELEMENTS)
 """In the order of the kernels' numbers (`library.DTYPE_CODES`)."""
 
@@ -139,33 +140,18 @@ class NvrtcKernels:
 
     def dbsam_rel_pos_attention(self, *arguments: Any) -> int:
         """See kernels/entry_points.h."""
-        *addresses, windows, side, heads, _, scale, dtype, stream = arguments
-        if (refused := refuse_rel_pos(arguments)) or not windows:
-            return refused
-        source = sources.rel_pos_attention_source(
-            _TYPES[dtype], num_heads=heads, side=side, scale=scale
-        )
-        return self._run("rel_pos_attention", source, _each(addresses), stream, windows=windows)
+        sizes = ("side", "num_heads", _HEAD_DIM, "scale")
+        return self._run_flat("rel_pos_attention", refuse_rel_pos, sizes, arguments)
 
     def dbsam_depthwise_conv_gelu(self, *arguments: Any) -> int:
         """See kernels/entry_points.h."""
-        *addresses, images, height, width, channels, dtype, stream = arguments
-        if (refused := refuse_depthwise(arguments)) or not images:
-            return refused
-        source = sources.depthwise_conv_gelu_source(
-            _TYPES[dtype], height=height, width=width, channels=channels
-        )
-        return self._run("depthwise_conv_gelu", source, _each(addresses), stream, windows=images)
+        sizes = ("height", "width", "channels")
+        return self._run_flat("depthwise_conv_gelu", refuse_depthwise, sizes, arguments)
 
     def dbsam_windowed_attention(self, *arguments: Any) -> int:
         """See kernels/entry_points.h."""
-        *addresses, batch, height, width, side, heads, _, scale, dtype, stream = arguments
-        if (refused := refuse_windowed(arguments)) or not batch:
-            return refused
-        source = sources.windowed_attention_source(
-            _TYPES[dtype], num_heads=heads, side=side, scale=scale, height=height, width=width
-        )
-        return self._run("windowed_attention", source, _each(addresses), stream, windows=batch)
+        sizes = ("height", "width", "side", "num_heads", _HEAD_DIM, "scale")
+        return self._run_flat("windowed_attention", refuse_windowed, sizes, arguments)
 
     def dbsam_channel_attention(self, *arguments: Any) -> int:
         """See kernels/entry_points.h."""
@@ -182,6 +168,30 @@ class NvrtcKernels:
         if _channel_sizes_refused(sizes) or dtype not in range(len(_TYPES)):
             return 0
         return self._kernels("channel_attention", _channel_source(dtype, sizes)).workspace_bytes
+
+    def _run_flat(
+        self,
+        operator: str,
+        refuse: Callable[[Sequence[Any]], int],
+        names: Sequence[str],
+        arguments: Sequence[Any],
+    ) -> int:
+        """Launch an operator whose images, or windows, lie one after the other along x.
+
+        Args:
+            operator: stem of its files.
+            refuse: status with which it refuses its arguments.
+            names: of the sizes between the count and the dtype, as its source takes them.
+            arguments: of the entry point: addresses, count, sizes, dtype, stream.
+        """
+        *first, dtype, stream = arguments
+        *addresses, count = first[: -len(names)]
+        if (refused := refuse(arguments)) or not count:
+            return refused
+        sizes = dict(zip(names, first[-len(names) :], strict=True))
+        sizes.pop(_HEAD_DIM, None)  # the kernels have one, which `refuse` looks for
+        source = getattr(sources, f"{operator}_source")(_TYPES[dtype], **sizes)
+        return self._run(operator, source, _each(addresses), stream, windows=count)
 
     def _kernels(self, operator: str, source: str) -> Specialised:
         with self._lock:

@@ -19,7 +19,10 @@ NAMESPACE, VERSION = "dbsam", "1"
 
 
 OPERATORS = (
-    *("MsDeformAttn", "ChannelAttention", "RelPosAttention", "DepthwiseConvGelu"),
+    "MsDeformAttn",
+    "ChannelAttention",
+    "RelPosAttention",
+    "DepthwiseConvGelu",
     "WindowedAttention",
 )
 """Names under which TensorRT finds the plugins, in namespace `NAMESPACE`, version `VERSION`."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -168,41 +168,16 @@ def _(x: Tensor, *parameters: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
 
 
 @_operator(rel_pos_attention_reference)
-def rel_pos_attention(
-    qkv: Tensor, *tables: Tensor, num_heads: int, side: int, scale: float
-) -> Tensor:
+def rel_pos_attention(qkv: Tensor, *tables: Tensor, **sizes: Any) -> Tensor:
     """Fused attention with relative positions; see `rel_pos_attention_reference`.
 
     Raises:
         InputError: a shape, dtype, device or stride that does not fit.
         EngineError: the kernel refuses the arguments, or CUDA reports an error.
     """
-    rel_pos_h, rel_pos_w = tables
     windows, packed = qkv.shape[0], qkv.shape[-1]
-    depth = _divide("rel_pos_attention", packed, 3 * num_heads)
-    dtype = _check_tensors(
-        "rel_pos_attention",
-        qkv=(qkv, (windows, side * side, packed)),
-        rel_pos_h=(rel_pos_h, (2 * side - 1, depth)),
-        rel_pos_w=(rel_pos_w, (2 * side - 1, depth)),
-    )
-    if not _has_kernels(qkv):
-        return rel_pos_attention_reference(
-            qkv, *tables, num_heads=num_heads, side=side, scale=scale
-        )
-    out = qkv.new_empty((windows, side * side, num_heads * depth))
-    _launch(
-        "dbsam_rel_pos_attention",
-        (qkv, *tables, out),
-        (windows, side, num_heads, depth),
-        (scale, dtype),
-    )
-    return out
-
-
-@rel_pos_attention.register_fake
-def _(qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, **sizes: Any) -> Tensor:
-    return qkv.new_empty((qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3))
+    tokens = {"qkv": (qkv, (windows, sizes["side"] ** 2, packed))}
+    return _attend(rel_pos_attention_reference, tokens, tables, (windows,), **sizes)
 
 
 @_operator(depthwise_conv_gelu_reference)
@@ -241,9 +216,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, *, height: int, width: int) -> Te
 
 
 @_operator(windowed_attention_reference)
-def windowed_attention(
-    qkv: Tensor, *parameters: Tensor, num_heads: int, side: int, scale: float
-) -> Tensor:
+def windowed_attention(qkv: Tensor, qkv_bias: Tensor, *tables: Tensor, **sizes: Any) -> Tensor:
     """Fused attention within the windows of a map; see `windowed_attention_reference`.
 
     Raises:
@@ -252,33 +225,48 @@ def windowed_attention(
     """
     if qkv.dim() != 4:
         raise InputError(f"windowed_attention: qkv has {qkv.dim()} axes, expected (B, H, W, 3·C)")
-    batch, height, width, packed = qkv.shape
-    qkv_bias, rel_pos_h, rel_pos_w = parameters
-    depth = _divide("windowed_attention", packed, 3 * num_heads)
-    dtype = _check_tensors(
-        "windowed_attention",
-        qkv=(qkv, (batch, height, width, packed)),
-        qkv_bias=(qkv_bias, (packed,)),
-        rel_pos_h=(rel_pos_h, (2 * side - 1, depth)),
-        rel_pos_w=(rel_pos_w, (2 * side - 1, depth)),
-    )
-    if not _has_kernels(qkv):
-        return windowed_attention_reference(
-            qkv, *parameters, num_heads=num_heads, side=side, scale=scale
-        )
-    out = qkv.new_empty((batch, height, width, num_heads * depth))
-    _launch(
-        "dbsam_windowed_attention",
-        (qkv, *parameters, out),
-        (batch, height, width, side, num_heads, depth),
-        (scale, dtype),
-    )
-    return out
+    tokens = {"qkv": (qkv, tuple(qkv.shape)), "qkv_bias": (qkv_bias, (qkv.shape[3],))}
+    return _attend(windowed_attention_reference, tokens, tables, tuple(qkv.shape[:3]), **sizes)
 
 
 @windowed_attention.register_fake
+@rel_pos_attention.register_fake
 def _(qkv: Tensor, *parameters: Tensor, **sizes: Any) -> Tensor:
-    return qkv.new_empty((*qkv.shape[:3], qkv.shape[3] // 3))
+    return qkv.new_empty((*qkv.shape[:-1], qkv.shape[-1] // 3))
+
+
+def _attend(
+    reference: Callable[..., Tensor],
+    tokens: Mapping[str, tuple[Tensor, tuple[int, ...]]],
+    tables: tuple[Tensor, ...],
+    outer: tuple[int, ...],
+    *,
+    num_heads: int,
+    side: int,
+    scale: float,
+) -> Tensor:
+    """An attention with relative positions, by its kernel or its reference.
+
+    Args:
+        reference: of the operator.
+        tokens: `qkv` and what else comes before the tables, with the shapes that they must have.
+        tables: of relative positions, for rows and columns.
+        outer: what the entry point takes before the side of a window.
+        num_heads: see the reference, as the following.
+        side: as `num_heads`.
+        scale: as `num_heads`.
+    """
+    operator, qkv = reference.__name__.removesuffix("_reference"), tokens["qkv"][0]
+    depth = _divide(operator, qkv.shape[-1], 3 * num_heads)
+    rel_pos_h, rel_pos_w = ((table, (2 * side - 1, depth)) for table in tables)
+    dtype = _check_tensors(operator, **tokens, rel_pos_h=rel_pos_h, rel_pos_w=rel_pos_w)
+    inputs = (*(tensor for tensor, _ in tokens.values()), *tables)
+    if not _has_kernels(qkv):
+        return reference(*inputs, num_heads=num_heads, side=side, scale=scale)
+    out = qkv.new_empty((*qkv.shape[:-1], num_heads * depth))
+    sizes = (*outer, side, num_heads, depth)
+    _launch(f"dbsam_{operator}", (*inputs, out), sizes, (scale, dtype))
+    return out
 
 
 def _check_tensors(operator: str, **tensors: tuple[Tensor, tuple[int, ...]]) -> int:

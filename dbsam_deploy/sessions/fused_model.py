@@ -22,51 +22,11 @@ from ..model.blocks import ChannelAttentionBlock, CrossAttentionBlock, MixFFN
 from ..model.deform_attn import MSDeformAttn, Shapes
 
 
-class FusedRelPosAttention(nn.Module):
-    """`RelPosAttention` from the compact tables.
+class _CompactAttention(nn.Module):
+    """What the fused attentions take from `RelPosAttention`: its sizes, and its tables compact.
 
     Args:
         attention: the module it stands for; its Linear layers are shared.
-        operator: what computes the attention, with the signature of `rel_pos_attention_reference`.
-    """
-
-    rel_pos_h: Tensor
-    rel_pos_w: Tensor
-
-    def __init__(
-        self,
-        attention: RelPosAttention,
-        operator: Callable[..., Tensor] = torch_ops.rel_pos_attention,
-    ) -> None:
-        super().__init__()
-        self.operator = operator
-        self.num_heads, self.scale, self.side = (
-            attention.num_heads,
-            float(attention.scale),
-            attention.side,
-        )
-        self.qkv, self.proj = attention.qkv, attention.proj
-        self.register_buffer("rel_pos_h", _compact(attention.rel_h))
-        self.register_buffer("rel_pos_w", _compact(attention.rel_w))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(W, side·side, C) → (W, side·side, C) for W windows."""
-        out = self.operator(
-            self.qkv(x),
-            self.rel_pos_h,
-            self.rel_pos_w,
-            num_heads=self.num_heads,
-            side=self.side,
-            scale=self.scale,
-        )
-        return self.proj(out)
-
-
-class FusedWindowedAttention(nn.Module):
-    """`FusedRelPosAttention` within the windows of a map, which is neither padded nor cut up.
-
-    Args:
-        attention: the module it stands for, of a block with windows; its Linear layers are shared.
     """
 
     rel_pos_h: Tensor
@@ -80,17 +40,41 @@ class FusedWindowedAttention(nn.Module):
         self.register_buffer("rel_pos_h", _compact(attention.rel_h))
         self.register_buffer("rel_pos_w", _compact(attention.rel_w))
 
+    def attend(self, operator: Callable[..., Tensor], *tokens: Tensor) -> Tensor:
+        """An operator's answer to tokens (and their bias), with the tables and sizes."""
+        tables = (self.rel_pos_h, self.rel_pos_w)
+        return operator(
+            *tokens, *tables, num_heads=self.num_heads, side=self.side, scale=self.scale
+        )
+
+
+class FusedRelPosAttention(_CompactAttention):
+    """`RelPosAttention` from the compact tables.
+
+    Args:
+        attention: the module it stands for; its Linear layers are shared.
+        operator: what computes the attention, with the signature of `rel_pos_attention_reference`.
+    """
+
+    def __init__(
+        self,
+        attention: RelPosAttention,
+        operator: Callable[..., Tensor] = torch_ops.rel_pos_attention,
+    ) -> None:
+        super().__init__(attention)
+        self.operator = operator
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(W, side·side, C) → (W, side·side, C) for W windows."""
+        return self.proj(self.attend(self.operator, self.qkv(x)))
+
+
+class FusedWindowedAttention(_CompactAttention):
+    """`RelPosAttention` within the windows of a map, which is neither padded nor cut up."""
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) → (B, H, W, C)."""
-        out = torch_ops.windowed_attention(
-            self.qkv(x),
-            self.qkv.bias,
-            self.rel_pos_h,
-            self.rel_pos_w,
-            num_heads=self.num_heads,
-            side=self.side,
-            scale=self.scale,
-        )
+        out = self.attend(torch_ops.windowed_attention, self.qkv(x), self.qkv.bias)
         return self.proj(out)
 
 
