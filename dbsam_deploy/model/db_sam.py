@@ -13,7 +13,7 @@ from .adapter import FourBranchAdapter, RunBlocks, TwoBranchAdapter
 from .block_adapter import add_adapters
 from .config import FourBranchConfig, Fusion, ModelConfig, TwoBranchConfig, variant_config
 from .efficient_vit import EfficientVit
-from .hiera import Features, HieraEncoder
+from .hiera import Features, Hiera, HieraEncoder
 from .sam import build_mask_decoder, build_prompt_encoder, build_vit, set_decoder_eps
 from .sam2_decoder import build_sam2_decoder, decode_masks, encode_prompts
 from .tiny_vit import TinyVit
@@ -150,7 +150,7 @@ class DbSam(nn.Module):
 
 def _build_encoder(config: ModelConfig) -> nn.Module:
     if config.hiera is not None:
-        return HieraEncoder(config.hiera, config.image_size)
+        return HieraEncoder(Hiera(config.hiera, config.image_size))
     if config.tiny_vit is not None:
         return TinyVit(config.tiny_vit, config.image_size)
     if config.efficient_vit is not None:

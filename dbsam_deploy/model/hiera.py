@@ -152,6 +152,7 @@ class Hiera(nn.Module):
         window = config.window_sizes[0]
         self.pos_embed_window = nn.Parameter(torch.zeros(1, dim, window, window))
         self.blocks = nn.ModuleList()
+        self.widths: list[int] = []  # of the stages
         stage = 0
         for i in range(sum(config.depths)):
             # The block that halves the map still has the windows of the stage before.
@@ -164,6 +165,8 @@ class Hiera(nn.Module):
                 HieraBlock(dim, out_dim, heads, window=window, grid=grid, pools=pools)
             )
             dim, grid = out_dim, grid // 2 if pools else grid
+            if i in self.ends:
+                self.widths.append(dim)
 
     def positions(self) -> Tensor:
         """(1, S/4, S/4, C): a coarse table for the whole map and one that each window repeats."""
@@ -207,17 +210,11 @@ class Neck(nn.Module):
 
 
 class HieraEncoder(nn.Module):
-    """Trunk and neck, the decoder's convolutions of the finer maps, and the missing memory.
+    """Trunk and neck, the decoder's convolutions of the finer maps, and the missing memory."""
 
-    Args:
-        config: its sizes.
-        image_size: side S of the model frame.
-    """
-
-    def __init__(self, config: HieraConfig, image_size: int) -> None:
+    def __init__(self, trunk: Hiera) -> None:
         super().__init__()
-        self.trunk = Hiera(config, image_size)
-        self.neck = Neck([config.embed_dim * 2**i for i in range(4)])
+        self.trunk, self.neck = trunk, Neck(trunk.widths)
         self.conv_s0 = nn.Conv2d(EMBEDDING_CHANNELS, EMBEDDING_CHANNELS // 8, 1)
         self.conv_s1 = nn.Conv2d(EMBEDDING_CHANNELS, EMBEDDING_CHANNELS // 4, 1)
         self.no_mem_embed = nn.Parameter(torch.zeros(1, 1, EMBEDDING_CHANNELS))

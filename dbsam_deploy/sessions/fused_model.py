@@ -70,30 +70,22 @@ class FusedRelPosAttention(_CompactAttention):
 
 
 class FusedWindowedAttention(_CompactAttention):
-    """`RelPosAttention` within the windows of a map, which is neither padded nor cut up."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) → (B, H, W, C)."""
-        out = self.attend(torch_ops.windowed_attention, self.qkv(x), self.qkv.bias)
-        return self.proj(out)
-
-
-class FusedWindowedBlock(nn.Module):
-    """`WindowedBlock` with windows whose attention takes the map as it is.
+    """`RelPosAttention` within the windows of a map, which is neither padded nor cut up.
 
     Args:
-        block: the module it stands for; its layers are shared.
+        attention: the module it stands for; its Linear layers are shared.
+        grid: side G of the map.
     """
 
-    def __init__(self, block: WindowedBlock) -> None:
-        super().__init__()
-        self.norm1, self.norm2, self.mlp = block.norm1, block.norm2, block.mlp
-        self.attn = FusedWindowedAttention(block.attn)
+    def __init__(self, attention: RelPosAttention, grid: int) -> None:
+        super().__init__(attention)
+        self.grid = grid
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, G, G, C) → (B, G, G, C)."""
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        """(B, G·G, C) → (B, G·G, C)."""
+        qkv = self.qkv(x).unflatten(1, (self.grid, self.grid))
+        out = self.attend(torch_ops.windowed_attention, qkv, self.qkv.bias)
+        return self.proj(out.flatten(1, 2))
 
 
 def _compact(gathered: Tensor) -> Tensor:
@@ -289,10 +281,7 @@ class FusedEncoder(nn.Module):
             raise _none_of_them(model)
         self.graph = EncoderGraph(model)
         if "windowed_attention" in optional:
-            _replace(
-                self.graph,
-                {WindowedBlock: lambda block: FusedWindowedBlock(block) if block.window else block},
-            )
+            _attend_on_maps(self.graph)
         _replace(self.graph, _REPLACEMENTS)
         if "depthwise_conv_gelu" in optional:
             _replace(self.graph, {LeanMixFfn: FusedMixFfn})
@@ -323,6 +312,14 @@ def _none_of_them(model: DbSam) -> InputError:
         f"variant {model.config.name} has none of the fused operators "
         f"({', '.join(FUSED_OPERATORS)}); use backend pytorch or onnxruntime"
     )
+
+
+def _attend_on_maps(graph: EncoderGraph) -> None:
+    """Leave windows to the attention: a block hands it the whole map, and cuts up none itself."""
+    for block in graph.modules():
+        if isinstance(block, WindowedBlock) and block.window:
+            block.add_module("attn", FusedWindowedAttention(block.attn, block.grid))
+            block.window = 0
 
 
 def _replace(parent: nn.Module, table: _Table) -> None:
