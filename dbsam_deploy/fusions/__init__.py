@@ -8,7 +8,6 @@ differs from a pattern in any size or constant is left as it is.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..core.errors import ExportError
@@ -33,36 +32,21 @@ from . import (
 )
 from .nodes import DOMAIN, VERSION
 
-__all__ = ["FusionCounts", "expected_counts", "fuse", "fuse_file"]
+__all__ = ["expected_counts", "fuse", "fuse_file"]
 
-_OPS = (
-    ms_deform_attn,
-    channel_attention,
-    rel_pos_attention,
-    depthwise_conv_gelu,
-    windowed_attention,
-)
-"""In this order: the last one's pattern has the node of another."""
-_OPTIONAL = {op.STEM: op for op in (depthwise_conv_gelu, windowed_attention)}
-"""What a recipe may ask for (`recipe.OPTIONAL_FUSIONS`), by stem; the others always are."""
-
-
-@dataclass(frozen=True)
-class FusionCounts:
-    """Nodes of each fused op in a graph."""
-
-    ms_deform_attn: int = 0
-    channel_attention: int = 0
-    rel_pos_attention: int = 0
-    depthwise_conv_gelu: int = 0
-    windowed_attention: int = 0
-
-    def as_dict(self) -> dict[str, int]:
-        """The counts by the op's stem."""
-        return asdict(self)
+_OPS = {
+    "ms_deform_attn": ms_deform_attn,
+    "channel_attention": channel_attention,
+    "rel_pos_attention": rel_pos_attention,
+    depthwise_conv_gelu.STEM: depthwise_conv_gelu,
+    windowed_attention.STEM: windowed_attention,
+}
+"""Stem → op, in this order: the last one's pattern has the node of another."""
+_OPTIONAL = (depthwise_conv_gelu.STEM, windowed_attention.STEM)
+"""What a recipe may ask for (`recipe.OPTIONAL_FUSIONS`); the others always are fused."""
 
 
-def fuse(model: ir.Model, optional: Collection[str] = ()) -> FusionCounts:
+def fuse(model: ir.Model, optional: Collection[str] = ()) -> dict[str, int]:
     """Replace every occurrence of the patterns, in place.
 
     Args:
@@ -70,20 +54,21 @@ def fuse(model: ir.Model, optional: Collection[str] = ()) -> FusionCounts:
         optional: stems of the optional ops that are fused as well.
 
     Returns:
-        The fused nodes that the graph now has, with those of an earlier call.
+        How many nodes of each fused op, by its stem, the graph now has, with those of an earlier
+        call.
     """
-    wanted = [op for op in _OPS if op not in _OPTIONAL.values()]
-    wanted += [_OPTIONAL[stem] for stem in optional]
+    wanted = [op for stem, op in _OPS.items() if stem not in _OPTIONAL]
+    wanted += [_OPS[stem] for stem in optional]
     rules = [rule for op in wanted for rule in op.rules()]
     if RewriteRuleSet(rules).apply_to_model(model):
         RewriteRuleSet(layout.RULES).apply_to_model(model)
         common_passes.IdentityEliminationPass()(model)
         common_passes.RemoveUnusedNodesPass()(model)
-    found: dict[str, list[ir.Node]] = {op.NAME: [] for op in _OPS}
+    found: dict[str, list[ir.Node]] = {op.NAME: [] for op in _OPS.values()}
     for node in model.graph:
         if node.domain == DOMAIN:
             found[node.op_type].append(node)
-    for op in _OPS:
+    for op in _OPS.values():
         if found[op.NAME]:
             in_groups = op in (rel_pos_attention, windowed_attention)
             body = op.body(rel_pos_attention.groups_of(found[op.NAME])) if in_groups else op.body()
@@ -91,7 +76,7 @@ def fuse(model: ir.Model, optional: Collection[str] = ()) -> FusionCounts:
             body.opset_imports[""] = model.opset_imports.get("", body.opset_imports[""])
             model.functions[body.identifier()] = body
             model.graph.opset_imports[DOMAIN] = VERSION
-    return FusionCounts(*(len(found[op.NAME]) for op in _OPS))
+    return {stem: len(found[op.NAME]) for stem, op in _OPS.items()}
 
 
 def fuse_file(
@@ -99,7 +84,7 @@ def fuse_file(
     config: ModelConfig,
     quantized: Collection[str] = (),
     optional: Collection[str] = (),
-) -> FusionCounts:
+) -> dict[str, int]:
     """Fuse an exported encoder in its file; the file is replaced only by one that is valid.
 
     Args:
@@ -116,10 +101,10 @@ def fuse_file(
     expected = expected_counts(config, quantized, optional)
     if counts != expected:
         raise ExportError(
-            f"{path.name}: fused {counts.as_dict()}, {config.name} has {expected.as_dict()}; the "
+            f"{path.name}: fused {counts}, {config.name} has {expected}; the "
             "exported graph no longer has the form that dbsam_deploy.fusions looks for"
         )
-    if not any(counts.as_dict().values()):
+    if not any(counts.values()):
         return counts
     save_onnx(model, path, check_valid)
     return counts
@@ -127,7 +112,7 @@ def fuse_file(
 
 def expected_counts(
     config: ModelConfig, quantized: Collection[str] = (), optional: Collection[str] = ()
-) -> FusionCounts:
+) -> dict[str, int]:
     """Fused nodes that a variant's encoder must have: those whose sizes the kernels run.
 
     Args:
@@ -136,6 +121,9 @@ def expected_counts(
             convolution hold layers, the windowed attention moves those before and behind it; the
             other ops lie between layers.
         optional: stems of the optional ops that are fused as well.
+
+    Returns:
+        The count of each op, by its stem.
     """
     adapter = config.adapter
     sampled = gated = attended = filtered = windowed = 0
@@ -163,4 +151,10 @@ def expected_counts(
             windowed = local - windowed_attention.kept_apart(quantized, config.stage_depth)
         attended = local - windowed
         attended += 4 * rel_pos_attention.supports(head_dim, config.frame.grid)
-    return FusionCounts(sampled, gated, attended, filtered, windowed)
+    return {
+        "ms_deform_attn": sampled,
+        "channel_attention": gated,
+        "rel_pos_attention": attended,
+        depthwise_conv_gelu.STEM: filtered,
+        windowed_attention.STEM: windowed,
+    }

@@ -94,7 +94,7 @@ def test_sizes_that_the_kernel_does_not_run_are_left_alone(traced, depth, side):
     assert not supports(depth, side)
     module, _ = attention(1, side, depth)
     model = ir.from_proto(traced(module, {"qkv": torch.randn(2, side * side, 3 * depth)}))
-    assert fuse(model).rel_pos_attention == 0
+    assert fuse(model)["rel_pos_attention"] == 0
 
 
 @pytest.mark.parametrize(("head_dim", "side"), [(64, 64), (64, 14), (64, 1)])
@@ -172,7 +172,7 @@ def test_the_largest_attention_of_a_graph_decides_for_its_body(traced, monkeypat
     for room, groups in ((4, 1), (2, 2), (1, 4), (0.5, 4)):
         monkeypatch.setattr(rel_pos_attention, "GROUP_BYTES", room * 6**4 * 4)
         fused = ir.from_proto(model)
-        assert fuse(fused).rel_pos_attention == 2
+        assert fuse(fused)["rel_pos_attention"] == 2
         (function,) = fused.functions.values()
         assert sum(node.op_type == "Softmax" for node in function) == groups
         check_close(

@@ -81,7 +81,7 @@ def check_fusion(
         AccuracyError: other values, or not one fused node.
     """
     fused = ir.from_proto(model)
-    counts = fuse(fused, optional).as_dict()
+    counts = fuse(fused, optional)
     if sum(counts.values()) != 1:
         raise AccuracyError(f"fused {counts}, expected one node")
     after = ir.to_proto(fused)
@@ -115,7 +115,7 @@ def unfused_when_changed(
     left = set()
     for name, changed in _changed_by_one(model):
         fused = ir.from_proto(changed)
-        if any(fuse(fused, optional).as_dict().values()):
+        if any(fuse(fused, optional).values()):
             (found,), (expected,) = run_onnx(ir.to_proto(fused), feed), run_onnx(changed, feed)
             check_close(found, expected, dtype, name)
         else:
