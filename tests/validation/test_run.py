@@ -76,6 +76,7 @@ def test_a_second_run_does_what_could_not_run_and_keeps_the_rest(tmp_path):
     validate(plan, NEW, watcher)
     assert done == ["b", "d"]
     assert verdicts(tmp_path) == {"a": "pass", "b": "pass", "c": "fail", "d": "not run"}
+    assert list(verdicts(tmp_path)) == ["a", "b", "c", "d"]  # in the order of the steps
     assert "2 verdicts of" in said.pop()
     done.clear()
     validate(replace(plan, only=("two",)), NEW, watcher)
