@@ -31,9 +31,7 @@ from .server import TritonServer
 from .triton_config import GRAPH_MODELS
 
 FRONT = INTERACTIVE_MODEL
-_ENCODER, _DECODER, _PROMPT_DECODER = (
-    GRAPH_MODELS[name] for name in ("encoder", "decoder", "prompt_decoder")
-)
+_ENCODER, _DECODER, _PROMPT_DECODER, _ = GRAPH_MODELS.values()
 _GRAPHS = {
     BOXES_MODEL: (_ENCODER, _DECODER),
     PROMPTS_MODEL: (_ENCODER, _PROMPT_DECODER),
@@ -367,7 +365,8 @@ class Supervisor:
         return False
 
     def _graphs(self) -> list[str]:
-        return [name + self.server.ending for name in GRAPH_MODELS.values()]
+        found = (name for name in GRAPH_MODELS.values() if (self.server.repository / name).is_dir())
+        return [name + self.server.ending for name in found]
 
     def _is_computing(self, asked: _Question, model: str = "") -> bool:
         """Whether a model, or this one, computed since the question for half of a core's time."""

@@ -24,6 +24,7 @@ from dbsam_deploy.engines.build import EngineOptions, build_engines, check_optio
 from dbsam_deploy.engines.kinds import TENSORRT, TENSORRT_RTX
 from dbsam_deploy.prediction.predictor import Predictor
 from dbsam_deploy.recipe import Gate, Parity
+from dbsam_deploy.serving.probe import ask_stage
 from dbsam_deploy.serving.repository import build_repository, load_repository
 from dbsam_deploy.serving.server import Ports, TritonServer
 from dbsam_deploy.serving.triton_config import GRAPH_MODELS, render_configs
@@ -180,6 +181,8 @@ def test_served_masks_are_the_local_ones(exports, server_environment, tmp_path):
         DbsamClient(server.grpc_url) as client,
     ):
         check_same(answers(_Opened(client.take(IMAGE))), wanted)
+        for model in GRAPH_MODELS.values():  # as a watch asks whether they still answer
+            ask_stage(server.http_url, model + server.ending, 30)
 
 
 class _Opened:
