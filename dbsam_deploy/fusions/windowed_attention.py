@@ -44,7 +44,6 @@ WindowedAttention
 
 _WINDOWS = f"""
   # Rows (down, 1, side, 1) and columns (1, across, 1, side) of the windows' tokens on the map
-  two = Constant <value_ints = [2]> ()
 {map_sizes("height", "width", "channels")}
   height_rest = Add (height, last)
   width_rest = Add (width, last)
