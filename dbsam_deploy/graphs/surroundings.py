@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import onnx
 
 from ..core.contract import GraphSpec, TensorSpec
-from ..core.imaging import PIXEL_MEAN, PIXEL_STD
+from ..core.scaling import PIXEL_MEAN, PIXEL_STD
 
 TYPES = {
     "float32": onnx.TensorProto.FLOAT,

@@ -11,8 +11,6 @@ from PIL import Image
 from dbsam_deploy.core.contract import MAX_IMAGE_PIXELS, MAX_POINTS, MAX_PROMPTS
 from dbsam_deploy.core.errors import EngineError, InputError, MissingError
 from dbsam_deploy.core.imaging import (
-    PIXEL_MEAN,
-    PIXEL_STD,
     Preprocessing,
     check_boxes,
     check_contrast,
@@ -24,6 +22,7 @@ from dbsam_deploy.core.imaging import (
     upscale_logits,
 )
 from dbsam_deploy.core.resizing import area_resize
+from dbsam_deploy.core.scaling import PIXEL_MEAN, PIXEL_STD
 
 # Square, both orientations, sides that do not divide, larger and smaller than the frame, one pixel.
 SIZES = [(256, 256), (181, 258), (427, 640), (100, 37), (1, 300), (300, 1), (1, 1), (129, 128)]

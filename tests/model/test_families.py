@@ -16,7 +16,8 @@ from support.family_references import ORIGINAL, answers, picture
 from support.fixed_numbers import fixed_weights
 
 from dbsam_deploy.catalogue import CATALOGUE
-from dbsam_deploy.core.imaging import PIXEL_MEAN, PIXEL_STD, preprocess, upscale_logits
+from dbsam_deploy.core.imaging import preprocess, upscale_logits
+from dbsam_deploy.core.scaling import PIXEL_MEAN, PIXEL_STD
 from dbsam_deploy.graphs.encoder_decoder import build_graph
 from dbsam_deploy.model import VARIANTS
 from dbsam_deploy.model.config import TinyVitConfig
