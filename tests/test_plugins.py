@@ -201,7 +201,7 @@ def test_a_library_of_another_major_version_is_refused(plugin_library: PluginLib
 
 def test_the_fused_nodes_have_what_the_plugins_ask_for() -> None:
     # The parser hands over the attributes that a creator names, and takes the inputs in order.
-    bodies = {op.NAME: op.body() for op in fusions._OPS}
+    bodies = {op.NAME: op.body() for op in fusions._OPS.values()}
     assert set(bodies) == set(plugin_registry.OPERATORS) == set(ATTRIBUTES)
     inputs = {name: len(body.inputs) for name, body in bodies.items()}
     assert inputs == dict(zip(ATTRIBUTES, (3, 7, 3, 3, 4), strict=True))
