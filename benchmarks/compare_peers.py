@@ -39,6 +39,7 @@ from dbsam_deploy.images.npz_files import read_images
 from dbsam_deploy.machine.hardware import describe_hardware
 from dbsam_deploy.recipe import load_recipe
 from dbsam_deploy.verification.cases import bundled_examples
+from dbsam_deploy.verification.parity import dice
 
 PICTURE = "Microscopy_nuclei_HE_0e21d7b3eea8.npz"
 BOXES = 32
@@ -226,15 +227,17 @@ def _judge(
     row: Row, way: Way, masks: npt.NDArray[np.uint8], expected: npt.NDArray[np.uint8]
 ) -> str:
     """Set the agreement with PyTorch's masks; what is below the gate, if something is."""
-    both = (masks & expected).sum((1, 2))
-    dice = 2 * both / (masks.sum((1, 2)) + expected.sum((1, 2)))
-    row.agreement_mean, row.agreement_p5 = float(dice.mean()), float(np.percentile(dice, 5))
+    empty = sum(not mask.any() for mask in expected)
+    if 2 * empty > len(expected):
+        return f"{empty} of the {len(expected)} masks are empty in PyTorch: name other weights"
+    found = list(map(dice, masks, expected))
+    row.agreement_mean, row.agreement_p5 = float(np.mean(found)), float(np.percentile(found, 5))
     gate = load_recipe(way.gate).gate
-    found = (row.agreement_mean, row.agreement_p5)
+    reached = (row.agreement_mean, row.agreement_p5)
     wanted = (gate.mask_agreement_mean, gate.mask_agreement_p5)
-    if all(a >= b for a, b in zip(found, wanted, strict=True)):
+    if all(a >= b for a, b in zip(reached, wanted, strict=True)):
         return ""
-    return "agreement {:.4f} / {:.4f}, its gate {:.4f} / {:.4f}".format(*found, *wanted)
+    return "agreement {:.4f} / {:.4f}, its gate {:.4f} / {:.4f}".format(*reached, *wanted)
 
 
 def _print(options: argparse.Namespace, rows: dict[str, Row]) -> None:

@@ -103,6 +103,17 @@ def test_one_of_ours_that_is_wrong_is_a_failure(compared, monkeypatch):
     assert list(rows) == ["own", "x-ours"], "the first one is what it is held against"
 
 
+@pytest.mark.parametrize(("empty", "missed"), [(2, ""), (3, "3 of the 4 masks are empty")])
+def test_a_few_masks_may_be_empty_in_both(empty, missed):
+    masks = np.ones((4, 6, 6), np.uint8)
+    masks[:empty] = 0
+    row = compare_peers.Row("own")
+    said = compare_peers._judge(row, WAYS["own"], masks, masks)
+    assert said.startswith(missed)
+    assert bool(said) == bool(missed)
+    assert row.agreement_mean == (0 if missed else 1)
+
+
 def test_every_timed_image_is_a_new_one():
     peer, image = Filled(), np.random.default_rng().integers(0, 256, (40, 50, 3), np.uint8)
     peers.ask(peer, image, np.array([[1, 2, 30, 20]], np.float32), rounds=3, slices=4)
