@@ -3,41 +3,18 @@
 #include "../entry_points.h"
 #include "operators.h"
 #include "plugin.h"
+#include "rel_pos_attributes.h"
 
 namespace dbsam::plugins {
 namespace {
 
-constexpr int32_t kMaxHeads = 1024;
-constexpr int32_t kMaxSide = 64;
-constexpr int32_t kHeadDim = 64;
-constexpr float kMinScale = 1e-6F;
-constexpr float kMaxScale = 1e6F;
-
-class RelPosAttention {
+class RelPosAttention : public RelPosAttributes {
  public:
   static constexpr const char* kName = "RelPosAttention";
   static constexpr int32_t kInputs = 3;
   static constexpr int32_t kOutputs = 1;
 
-  static const std::vector<AttributeSpec>& attributes() {
-    static const std::vector<AttributeSpec> specs = {
-        {"num_heads", nvinfer1::PluginFieldType::kINT32},
-        {"side", nvinfer1::PluginFieldType::kINT32},
-        {"scale", nvinfer1::PluginFieldType::kFLOAT32}};
-    return specs;
-  }
-
-  explicit RelPosAttention(const Attributes& given)
-      : heads_(given.integer("num_heads", 1, kMaxHeads)),
-        side_(given.integer("side", 1, kMaxSide)),
-        scale_(given.real("scale", kMinScale, kMaxScale)) {}
-
-  void list(FieldList& fields) const {
-    const std::vector<AttributeSpec>& specs = attributes();
-    fields.add(specs[0], &heads_, 1);
-    fields.add(specs[1], &side_, 1);
-    fields.add(specs[2], &scale_, 1);
-  }
+  using RelPosAttributes::RelPosAttributes;
 
   Outputs<RelPosAttention> output_shapes(const Inputs<RelPosAttention>& inputs) const {
     const auto& [qkv, rel_pos_h, rel_pos_w] = inputs;
@@ -45,8 +22,7 @@ class RelPosAttention {
     const int32_t channels = heads_ * kHeadDim;
     require_static("qkv", qkv, 3);
     require_shape("qkv", qkv, {kDynamic, tokens, 3 * channels});
-    require_shape("rel_pos_h", rel_pos_h, {2 * side_ - 1, kHeadDim});
-    require_shape("rel_pos_w", rel_pos_w, {2 * side_ - 1, kHeadDim});
+    require_tables(rel_pos_h, rel_pos_w);
     return {Shape{qkv[0], tokens, channels}};
   }
 
@@ -57,11 +33,6 @@ class RelPosAttention {
     return dbsam_rel_pos_attention(inputs[0], inputs[1], inputs[2], outputs[0], shapes[0][0], side_,
                                    heads_, kHeadDim, scale_, dtype, stream);
   }
-
- private:
-  int32_t heads_;
-  int32_t side_;
-  float scale_;
 };
 
 }  // namespace

@@ -4,41 +4,18 @@
 #include "../entry_points.h"
 #include "operators.h"
 #include "plugin.h"
+#include "rel_pos_attributes.h"
 
 namespace dbsam::plugins {
 namespace {
 
-constexpr int32_t kMaxHeads = 1024;
-constexpr int32_t kMaxSide = 64;
-constexpr int32_t kHeadDim = 64;
-constexpr float kMinScale = 1e-6F;
-constexpr float kMaxScale = 1e6F;
-
-class WindowedAttention {
+class WindowedAttention : public RelPosAttributes {
  public:
   static constexpr const char* kName = "WindowedAttention";
   static constexpr int32_t kInputs = 4;
   static constexpr int32_t kOutputs = 1;
 
-  static const std::vector<AttributeSpec>& attributes() {
-    static const std::vector<AttributeSpec> specs = {
-        {"num_heads", nvinfer1::PluginFieldType::kINT32},
-        {"side", nvinfer1::PluginFieldType::kINT32},
-        {"scale", nvinfer1::PluginFieldType::kFLOAT32}};
-    return specs;
-  }
-
-  explicit WindowedAttention(const Attributes& given)
-      : heads_(given.integer("num_heads", 1, kMaxHeads)),
-        side_(given.integer("side", 1, kMaxSide)),
-        scale_(given.real("scale", kMinScale, kMaxScale)) {}
-
-  void list(FieldList& fields) const {
-    const std::vector<AttributeSpec>& specs = attributes();
-    fields.add(specs[0], &heads_, 1);
-    fields.add(specs[1], &side_, 1);
-    fields.add(specs[2], &scale_, 1);
-  }
+  using RelPosAttributes::RelPosAttributes;
 
   Outputs<WindowedAttention> output_shapes(const Inputs<WindowedAttention>& inputs) const {
     const auto& [qkv, qkv_bias, rel_pos_h, rel_pos_w] = inputs;
@@ -49,8 +26,7 @@ class WindowedAttention {
     }
     require_shape("qkv", qkv, {kDynamic, qkv[1], qkv[2], 3 * channels});
     require_shape("qkv_bias", qkv_bias, {3 * channels});
-    require_shape("rel_pos_h", rel_pos_h, {2 * side_ - 1, kHeadDim});
-    require_shape("rel_pos_w", rel_pos_w, {2 * side_ - 1, kHeadDim});
+    require_tables(rel_pos_h, rel_pos_w);
     return {Shape{qkv[0], qkv[1], qkv[2], channels}};
   }
 
@@ -62,11 +38,6 @@ class WindowedAttention {
     return dbsam_windowed_attention(inputs[0], inputs[1], inputs[2], inputs[3], outputs[0], qkv[0],
                                     qkv[1], qkv[2], side_, heads_, kHeadDim, scale_, dtype, stream);
   }
-
- private:
-  int32_t heads_;
-  int32_t side_;
-  float scale_;
 };
 
 }  // namespace

@@ -15,7 +15,7 @@ from dbsam_deploy.core.contract import HIGH_RES_FEATS
 from dbsam_deploy.core.errors import InputError
 from dbsam_deploy.core.imaging import Preprocessing
 from dbsam_deploy.graphs.sam_graphs import check_sam_signature
-from dbsam_deploy.prediction.predictor import Predictor
+from dbsam_deploy.prediction.predictor import Predictor, ServedPredictor
 from dbsam_deploy.serving.repository import build_repository, load_repository
 from dbsam_deploy.serving.server import Ports, TritonServer
 from dbsam_deploy.serving.triton_config import render_configs
@@ -71,22 +71,9 @@ def test_served_masks_are_the_local_ones(export, server_environment, tmp_path):
         ) as server,
         DbsamClient(server.grpc_url) as client,
     ):
-        image = client.take(IMAGE)
-        served = answers(_Opened(image))
-        check_same(served, local)
-
-
-class _Opened:
-    """An image on the server, asked for logits too."""
-
-    def __init__(self, image):
-        self._image = image
-
-    def predict_boxes(self, boxes):
-        return self._image.predict_boxes(boxes, logits=True)
-
-    def predict_prompts(self, **asked):
-        return self._image.predict_prompts(logits=True, **asked)
+        predictor = ServedPredictor(client)
+        predictor.set_image(IMAGE)
+        check_same(answers(predictor), local)
 
 
 def test_openvino_takes_the_finer_features(export, tmp_path):

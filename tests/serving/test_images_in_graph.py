@@ -22,7 +22,7 @@ from dbsam_deploy.core.imaging import Preprocessing
 from dbsam_deploy.core.settings import preprocessing_from_config
 from dbsam_deploy.engines.build import EngineOptions, build_engines, check_options
 from dbsam_deploy.engines.kinds import TENSORRT, TENSORRT_RTX
-from dbsam_deploy.prediction.predictor import Predictor
+from dbsam_deploy.prediction.predictor import Predictor, ServedPredictor
 from dbsam_deploy.recipe import Gate, Parity
 from dbsam_deploy.serving.probe import ask_stage
 from dbsam_deploy.serving.repository import build_repository, load_repository
@@ -180,22 +180,11 @@ def test_served_masks_are_the_local_ones(exports, server_environment, tmp_path):
         ) as server,
         DbsamClient(server.grpc_url) as client,
     ):
-        check_same(answers(_Opened(client.take(IMAGE))), wanted)
+        predictor = ServedPredictor(client)
+        predictor.set_image(IMAGE)
+        check_same(answers(predictor), wanted)
         for model in GRAPH_MODELS.values():  # as a watch asks whether they still answer
             ask_stage(server.http_url, model + server.ending, 30)
-
-
-class _Opened:
-    """An image on the server, asked for logits too."""
-
-    def __init__(self, image):
-        self._image = image
-
-    def predict_boxes(self, boxes):
-        return self._image.predict_boxes(boxes, logits=True)
-
-    def predict_prompts(self, **asked):
-        return self._image.predict_prompts(logits=True, **asked)
 
 
 def test_a_manifest_and_a_configuration_say_so_and_no_others_do(exports):
