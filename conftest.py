@@ -67,10 +67,10 @@ def _missing_trt() -> str:
     return _missing_gpu()
 
 
-def _missing_triton() -> str:
+def _missing_triton(inside: str = "", option: str = "") -> str:
     # An environment that is there but broken is no reason to skip: its tests fail.
-    there = (ROOT / DEFAULT_FOLDER).exists()
-    return "" if there else f"no {DEFAULT_FOLDER}/: python -m dbsam_deploy.serve --install"
+    place = f"{DEFAULT_FOLDER}/{inside}"
+    return "" if any(ROOT.glob(place)) else f"no {place}: dbsam serve --install{option}"
 
 
 def _without(module: str, line: str) -> Callable[[], str]:
@@ -102,6 +102,7 @@ MISSING: dict[str, Callable[[], str]] = {
     "triton": _missing_triton,
     "rtx": _without("tensorrt_rtx", "the extra `test` installs it"),
     "openvino": _without("openvino", pip_line("openvino")),
+    "served_openvino": lambda: _missing_triton("lib/*/*/openvino", " --backend openvino"),
     "modelopt": _missing_modelopt,
     "nvcc": lambda: _refusal(find_nvcc),
     "nvrtc": lambda: _refusal(find_nvrtc),

@@ -188,7 +188,8 @@ def probe_plugins(ask: Ask) -> Finding:
 def probe_server(ask: Ask) -> Finding:
     """The Triton server's own environment."""
     environment = find_environment(DEFAULT_FOLDER)
-    return Finding(True, f"{WHEEL} in {environment.folder}")
+    openvino = f", with OpenVINO {environment.openvino}" if environment.openvino else ""
+    return Finding(True, f"{WHEEL} in {environment.folder}{openvino}")
 
 
 def probe_extra(extra: Extra, ask: Ask) -> Finding:

@@ -16,15 +16,19 @@ from types import FrameType
 from .api.command import add_image_options, add_prompt_options, needs_logits, predict_image
 from .api.loading import open_server
 from .api.model import Model
-from .artefact import BUILD_FOLDER, untrained_note
+from .api.served_graphs import ONNXRUNTIME, SERVED_BACKENDS, served_graphs
+from .artefact import BUILD_FOLDER, find_export, untrained_note
 from .cli import HelpFormatter, Parser, run, say_on_stderr
 from .core.errors import InputError
 from .serving.check import check_server
 from .serving.choice import choose_repository
+from .serving.compiled import CompiledGraphs, check_served
 from .serving.containers import FOR_ONNX, Container, container_for
 from .serving.control import KEY_VARIABLE, write_key
 from .serving.environment import (
     DEFAULT_FOLDER,
+    ServerEnvironment,
+    check_openvino,
     find_environment,
     has_gpu_driver,
     install_environment,
@@ -51,6 +55,9 @@ examples:
     python -m dbsam_deploy.serve --install
   serve until Ctrl-C, on this machine only
     python -m dbsam_deploy.serve
+  the same on the quicker of ONNX Runtime and OpenVINO, tried once
+    python -m dbsam_deploy.serve --install --backend auto
+    python -m dbsam_deploy.serve --backend auto
   start, segment one image, stop
     python -m dbsam_deploy.serve --try skin.png --box 120 80 410 333 --output out/
   for a health probe: status 0 if all models answer
@@ -110,6 +117,13 @@ def _add_server_options(parser: Parser) -> None:
     )
     for name, port in (("http", 8000), ("grpc", 8001), ("metrics", 8002)):
         server.add_argument(f"--{name}-port", type=int, default=port, help="0 takes a free one")
+    server.add_argument(
+        "--backend",
+        choices=SERVED_BACKENDS,
+        default=ONNXRUNTIME,
+        help="what runs an export's ONNX files on a CPU: openvino in float32, auto as `predict` "
+        "has it; with --install: what the environment is made for",
+    )
     server.add_argument(
         "--log",
         type=Path,
@@ -216,7 +230,10 @@ def _describe(repository: Repository) -> str:
 def _announce(server: TritonServer, seconds: float) -> None:
     _say(f"ready after {seconds:.1f} s; a request through the ensemble was answered")
     if not server.environment.is_installation:
-        _say("CPU stand-ins serve the onnxruntime and tensorrt backends (see the log)")
+        names = (
+            "onnxruntime and tensorrt backends" if server.compiled is None else "openvino backend"
+        )
+        _say(f"CPU stand-ins serve the {names} (see the log)")
     _say(f"  gRPC     {server.grpc_url}\n  HTTP     {server.http_url}")
     _say(f"  metrics  http://{server.metrics_url}/metrics\n  log      {server.log}")
 
@@ -266,6 +283,28 @@ def _serve(server: TritonServer) -> int:
     return 0
 
 
+def _compiled(
+    args: argparse.Namespace, repository: Repository, environment: ServerEnvironment
+) -> CompiledGraphs | None:
+    """What is served on OpenVINO, if anything is.
+
+    Raises:
+        InputError: a repository without its export, whose graphs nobody can choose a runtime for.
+        EngineError: OpenVINO is missing, here or there.
+    """
+    if args.backend == ONNXRUNTIME:
+        return None
+    if args.repository is not None:
+        raise InputError(
+            f"--backend {args.backend} needs the export: name it with --artefact in place of "
+            "--repository"
+        )
+    check_served(repository)
+    return served_graphs(
+        args.backend, find_export(args.artefact), lambda: check_openvino(environment), _say
+    )
+
+
 def _server(args: argparse.Namespace, repository: Repository, ports: Ports) -> TritonServer:
     """The server that the command line describes, not started.
 
@@ -278,6 +317,7 @@ def _server(args: argparse.Namespace, repository: Repository, ports: Ports) -> T
     if has_gpu_driver() and not environment.is_installation:
         _say("this machine has a GPU; the server below uses the CPU only. For the GPU:")
         _say(docker_command(repository, ports, args.host))
+    compiled = _compiled(args, repository, environment)
     if warning := network_warning(args.host, environment):
         say_on_stderr(warning)
     return TritonServer(
@@ -288,6 +328,7 @@ def _server(args: argparse.Namespace, repository: Repository, ports: Ports) -> T
         host=args.host,
         key=os.environ.get(KEY_VARIABLE) or None,
         grace_s=args.grace,
+        compiled=compiled,
         expose_stages=args.expose_stages,
     )
 
@@ -315,7 +356,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; see the module's `--help`."""
     args = build_parser().parse_args(argv)
     if args.install:
-        install_environment(args.server_env, report=_say)
+        openvino = args.backend != ONNXRUNTIME
+        install_environment(args.server_env, openvino=openvino, report=_say)
         return 0
     prompted = args.box or args.box3d or args.point or args.slice is not None
     if args.image is None and prompted:
@@ -326,6 +368,8 @@ def main(argv: list[str] | None = None) -> int:
     repository = choose_repository(args.repository, args.artefact, say_on_stderr)
     ports = Ports(args.http_port, args.grpc_port, args.metrics_port)
     if args.docker:
+        if args.backend != ONNXRUNTIME:
+            raise InputError(f"--docker: NVIDIA's server has no --backend {args.backend}; drop it")
         _say(docker_command(repository, ports, args.host))
         return 0
     if args.image is not None:

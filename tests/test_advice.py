@@ -35,6 +35,7 @@ VALUES = {
     "WHEEL": "tritonserver==2.51.0",
     "wanted": "11.4",
     "artefact.precision": "fp16",
+    "backend": " --backend openvino",
     "folder": FOLDER,
     "kind.name": "tensorrt",
     "python": "python",
@@ -58,6 +59,7 @@ OURS = r"(?:python -m |--module )dbsam_deploy\.(?P<door>[a-z_.]*[a-z_])|\bdbsam 
 PIP = r"(?:\{python\} -m )?\bpip (?:install|uninstall)\b"
 COORDINATE = re.compile(r"(?<=\s)[xyz][01](?=\s|$)")
 INTERNAL = {
+    "api.served_graphs",
     "engines.worker",
     "machine.hardware",
     "quantization.modelopt_worker",

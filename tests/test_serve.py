@@ -204,6 +204,7 @@ from dbsam_deploy.serving.environment import ServerEnvironment
 
 class Server:
     log, key, grace_s = Path(sys.argv[1], "triton-server.log"), "k" * 32, 60
+    compiled = None
     grpc_url = http_url = metrics_url = ""
     environment = ServerEnvironment(log.parent, log.parent, log.parent, ())
 

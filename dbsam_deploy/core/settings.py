@@ -12,6 +12,9 @@ from .points import KINDS, PARAMETER, PointRules, rules_of
 WEIGHTS_NOTE = "weights_note"
 """Parameter with what users must know of the weights, for clients to read; nothing obeys it."""
 
+RUNTIME_NOTE = "runtime_note"
+"""Likewise: what runs the graphs, where a server was told to choose, and how near its masks are."""
+
 
 @dataclass(frozen=True)
 class FrontSettings:

@@ -27,21 +27,24 @@ WHEEL = "nvidia-pytriton==0.7.0"
 NUMPY = "numpy==1.26.4"
 # scikit-image is MedSAM's preprocessing; there so that nobody has to know the mode beforehand.
 SERVER_PACKAGES = (NUMPY, "onnxruntime==1.32.0", "pillow==13.0.0", "scikit-image==0.26.0")
+OPENVINO = "openvino==2026.4.1"
+"""Installed only where it is asked for: 180 MB. What it needs besides NumPy sends usage data."""
 PYTHONS = ("3.11", "3.12")
 LOCK = Path(__file__).with_name("server-requirements.txt")
-"""Version and SHA-256 of every file that pip may install for `SERVER_PACKAGES` and `WHEEL`."""
+"""Version and SHA-256 of every file that pip may install for all of these."""
 # Where this library's own environment has one of these, the server gets the same version, so that
 # local and served masks are computed by the same code.
-_SHARED = ("onnxruntime", "pillow")
+_SHARED = ("onnxruntime", "openvino", "pillow")
 
 _INSPECT = """
-import importlib.util, json, sys, sysconfig
+import importlib.metadata, importlib.util, json, sys, sysconfig
 def at(name):
     found = importlib.util.find_spec(name)
     return found and found.submodule_search_locations and found.submodule_search_locations[0]
 numpy = at("numpy") and __import__("numpy").__version__
 print(json.dumps({"wheel": at("pytriton"), "numpy": numpy, "onnxruntime": at("onnxruntime"),
     "PIL": at("PIL"), "skimage": at("skimage"), "libdir": sysconfig.get_config_var("LIBDIR"),
+    "openvino": at("openvino") and importlib.metadata.version("openvino"),
     "python": "%d.%d" % sys.version_info[:2]}))
 """
 
@@ -56,6 +59,7 @@ class ServerEnvironment:
         stub: the Python backend's process for this Python version.
         library_path: folders for LD_LIBRARY_PATH.
         is_installation: NVIDIA's, with its own backends; else this library's stand-ins serve.
+        openvino: version of the OpenVINO that is installed in it, "" without one.
     """
 
     folder: Path
@@ -63,6 +67,7 @@ class ServerEnvironment:
     stub: Path
     library_path: tuple[Path, ...]
     is_installation: bool = False
+    openvino: str = ""
 
     @property
     def binary(self) -> Path:
@@ -70,10 +75,35 @@ class ServerEnvironment:
         return self.root / "bin" / "tritonserver"
 
 
-def install_hint(folder: Path) -> str:
+def install_hint(folder: Path, *, openvino: bool = False) -> str:
     """The command that makes the environment."""
+    backend = " --backend openvino" if openvino else ""
     place = "" if folder == DEFAULT_FOLDER else f" --server-env {folder}"
-    return f"python -m dbsam_deploy.serve --install{place}"
+    return f"python -m dbsam_deploy.serve --install{backend}{place}"
+
+
+def check_openvino(environment: ServerEnvironment) -> None:
+    """Check that a server has the OpenVINO of this Python, which compiles what it runs.
+
+    Raises:
+        EngineError: none, or another version; or NVIDIA's server, which has backends of its own.
+    """
+    if environment.is_installation:
+        raise EngineError(
+            f"OpenVINO is for the server on a CPU machine; {environment.folder} is NVIDIA's, which "
+            "runs what the repository says: drop --backend"
+        )
+    hint = install_hint(environment.folder, openvino=True)
+    if not environment.openvino:
+        raise EngineError(
+            f"the server environment {environment.folder} lacks openvino: run `{hint}` (180 MB)"
+        )
+    mine = importlib.metadata.version("openvino")
+    if environment.openvino != mine:
+        raise EngineError(
+            f"the server environment {environment.folder} has openvino {environment.openvino}, and "
+            f"this Python {mine}, which cannot compile for it: run `{hint}`"
+        )
 
 
 def find_environment(folder: Path = DEFAULT_FOLDER, *, medsam: bool = False) -> ServerEnvironment:
@@ -125,7 +155,7 @@ def find_environment(folder: Path = DEFAULT_FOLDER, *, medsam: bool = False) -> 
             "environment with Python 3.11 or 3.12"
         )
     libraries = (root.parent.parent / "nvidia_pytriton.libs", Path(found["libdir"]))
-    return ServerEnvironment(folder, root, stub, libraries)
+    return ServerEnvironment(folder, root, stub, libraries, openvino=found.get("openvino") or "")
 
 
 def _installation(folder: Path, *, medsam: bool) -> ServerEnvironment:
@@ -147,12 +177,14 @@ def _installation(folder: Path, *, medsam: bool) -> ServerEnvironment:
 def install_environment(
     folder: Path = DEFAULT_FOLDER,
     *,
+    openvino: bool = False,
     report: Callable[[str], None] = print,
 ) -> ServerEnvironment:
     """Make the server environment in `folder`, or complete the one that is there.
 
     Args:
         folder: virtual environment to make; an existing folder that is not one is refused.
+        openvino: with OpenVINO.
         report: gets one line for each step.
 
     Raises:
@@ -172,11 +204,12 @@ def install_environment(
         _call(sys.executable, ["-P", "-m", "venv", str(folder)], "making the virtual environment")
     else:
         report(f"[1/3] virtual environment in {folder}: there already")
-    locked = locked_requirements()
+    locked = locked_requirements(openvino=openvino)
     others = _other_versions(locked)
-    known = [text for name, text in locked.items() if name not in {*others, _wheel_name()}]
+    known = [text for name, text in locked.items() if name not in {*others, _name(WHEEL)}]
     pip = ["-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
-    report(f"[2/3] pip install {' '.join(SERVER_PACKAGES)}   (every file by its SHA-256)")
+    packages = (*SERVER_PACKAGES, OPENVINO) if openvino else SERVER_PACKAGES
+    report(f"[2/3] pip install {' '.join(packages)}   (every file by its SHA-256)")
     _install_locked(python, known, "installing the server's packages")
     if others:
         versions = [f"{name}=={version}" for name, version in others.items()]
@@ -186,7 +219,7 @@ def install_environment(
         )
         _call(str(python), [*pip, *versions, NUMPY], "installing this environment's versions")
     report(f"[3/3] pip install --no-deps {WHEEL}   (145 MB, the Triton server itself)")
-    _install_locked(python, [locked[_wheel_name()]], f"installing {WHEEL}")
+    _install_locked(python, [locked[_name(WHEEL)]], f"installing {WHEEL}")
     environment = find_environment(folder, medsam=True)
     report(f"ready: {environment.binary}")
     return environment
@@ -205,17 +238,24 @@ def has_gpu_driver() -> bool:
     return shutil.which("nvidia-smi") is not None
 
 
-def locked_requirements() -> dict[str, str]:
-    """Package → its lines in `LOCK`: exact version and the hashes of its files."""
+def locked_requirements(*, openvino: bool = True) -> dict[str, str]:
+    """Package → its lines in `LOCK`: exact version and the hashes of its files.
+
+    Args:
+        openvino: with it.
+    """
     lines = [line for line in LOCK.read_text().splitlines() if not line.startswith("#")]
     entries = "\n".join(lines).replace("\\\n", " ").splitlines()
-    return {entry.split("==")[0]: " ".join(entry.split()) for entry in entries}
+    found = {_name(entry): " ".join(entry.split()) for entry in entries}
+    return {name: text for name, text in found.items() if openvino or name != _name(OPENVINO)}
 
 
 def _other_versions(locked: dict[str, str]) -> dict[str, str]:
     """Shared package → version installed beside this library, where that is not the locked one."""
     found = {}
     for name in _SHARED:
+        if name not in locked:
+            continue
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -225,8 +265,8 @@ def _other_versions(locked: dict[str, str]) -> dict[str, str]:
     return found
 
 
-def _wheel_name() -> str:
-    return WHEEL.split("==")[0]
+def _name(requirement: str) -> str:
+    return requirement.split("==")[0]
 
 
 def _install_locked(python: Path, requirements: list[str], what: str) -> None:

@@ -7,6 +7,7 @@ and its ready flag does not show it.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,8 @@ STUB = "triton_python_backend_stub"
 STOPPED, DEAD = frozenset("Tt"), frozenset("ZX")
 """States of a process, as /proc has them."""
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Linux keeps POSIX shared memory
+LITTLE_MIB = 512
+"""Less shared memory than this is said in a server's log."""
 
 _PREFIX, _LOCK = "dbsam_", "lock"
 _PROC = Path("/proc")
@@ -203,6 +206,17 @@ def hide_word(pid: int, secret: str) -> bool:
     finally:
         os.close(memory)
     return True
+
+
+def little_memory_warning() -> str:
+    """What an operator has to know of the shared memory that is left, or ""."""
+    free = shutil.disk_usage(SHARED_MEMORY).free >> 20
+    if free >= LITTLE_MIB:
+        return ""
+    return (
+        f"WARNING: only {free} MiB are free in /dev/shm, through which images, masks and "
+        "kept embeddings go: larger requests will fail (in a container: --shm-size=2g)"
+    )
 
 
 def claim_shared_memory(prefix: str) -> int:

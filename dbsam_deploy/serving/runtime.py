@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ..core import allocation, array_guard, widening
+from ..core import allocation, array_guard, compiled_parts, widening
 from ..core.errors import ServingError
 from ..core.front import CONTROL_VARIABLE
 from ..files.atomic import is_file_at, locked
@@ -17,7 +17,9 @@ from ..machine.privacy import VARIABLES
 from .environment import ServerEnvironment
 
 STANDINS = Path(__file__).parent / "standin_backends"
-SHARED = tuple(Path(str(module.__file__)) for module in (array_guard, allocation, widening))
+SHARED = tuple(
+    Path(str(module.__file__)) for module in (array_guard, allocation, compiled_parts, widening)
+)
 """Modules that the stand-ins import, as the front model does."""
 MODELS, CONTROL = "models", "control"
 """Names in the folder: the repository's copy, and where the front looks for orders."""

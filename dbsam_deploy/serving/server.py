@@ -13,6 +13,7 @@ from typing import Any, Self
 from ..core.bls import STAGES_VARIABLE
 from ..core.errors import InputError, ServingError
 from ..core.front import DRAINING
+from .compiled import CompiledGraphs, put_compiled
 from .control import Control, new_key, requests_in_flight, restriction
 from .drain import unsent_bytes, wait_until_answered
 from .environment import ServerEnvironment
@@ -29,6 +30,7 @@ from .processes import (
     has_ended,
     hide_word,
     how_ended,
+    little_memory_warning,
     start_tied,
 )
 from .runtime import (
@@ -44,8 +46,6 @@ from .server_log import ServerLog, reason_in
 from .snapshot import take_snapshot
 from .stages import new_ending, rename_stages, renamed_path
 
-LITTLE_MIB = 512
-"""Less shared memory than this is said in the log."""
 _DEAD_WHILE_LOADING_S, _STARTS = 5.0, 3
 _GIVES_UP = "Waiting for in-flight requests to complete."
 """What Triton says before it is ready only if a model did not load; ending takes it seconds."""
@@ -70,6 +70,7 @@ class TritonServer:
         host: address to listen on; anything but the loopback opens the server to the network.
         key: opens Triton's own APIs (`control.RESTRICTED`); None for a random one.
         grace_s: how long requests that were accepted may take after `drain` was called.
+        compiled: what runs in place of the repository's ONNX files, from the stand-ins.
         expose_stages: let clients ask the single stages by their names, for debugging.
         auto_complete: let Triton complete configurations; ours are complete, so this costs seconds
             and is for tests.
@@ -89,6 +90,7 @@ class TritonServer:
         host: str = LOOPBACK,
         key: str | None = None,
         grace_s: float = 30.0,
+        compiled: CompiledGraphs | None = None,
         expose_stages: bool = False,
         auto_complete: bool = False,
         start_timeout_s: float = 300.0,
@@ -100,6 +102,7 @@ class TritonServer:
         self.ports = ports or Ports()
         self.key = new_key(key)
         self.grace_s = grace_s
+        self.compiled = compiled
         self._auto_complete = auto_complete
         self._start_timeout_s = start_timeout_s
         self._process: subprocess.Popen[bytes] | None = None
@@ -179,10 +182,14 @@ class TritonServer:
             self._runtime, self._runtime_lock = make_runtime()
             copied = take_snapshot(self.repository, self._runtime / MODELS)
             rename_stages(self._runtime / MODELS, self.ending)
+            if self.compiled is not None:
+                put_compiled(self._runtime / MODELS, copied, self.compiled, self.ending)
+                self.event(f"graphs run on {self.compiled.note}")
             self._plugins = renamed_path(copied.plugins, self.ending)
             self.known_answers = copied.known_answers
             lay_out(self.environment, self._runtime)
-            self._say_what_is_little()
+            if warning := little_memory_warning():
+                self.event(warning)
             self._launch_patiently()
         except BaseException:
             self.stop()
@@ -203,14 +210,6 @@ class TritonServer:
         memory = [f"{SHARED_MEMORY / prefix}*" for prefix in free_left_shared_memory()]
         for left in (*memory, *remove_left_runtimes()):
             self.event(f"removed what a server that was killed had left: {left}")
-
-    def _say_what_is_little(self) -> None:
-        free = shutil.disk_usage(SHARED_MEMORY).free >> 20
-        if free < LITTLE_MIB:
-            self.event(
-                f"WARNING: only {free} MiB are free in /dev/shm, through which images, masks and "
-                "kept embeddings go: larger requests will fail (in a container: --shm-size=2g)"
-            )
 
     def restart(self) -> None:
         """End the process at once and start another one on the same ports, files and key.

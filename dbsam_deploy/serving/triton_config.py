@@ -37,7 +37,12 @@ Platform = Literal["onnxruntime", "tensorrt"]
 
 _HEAD = "# Rendered from dbsam_deploy/core/contract.py; do not edit by hand."
 
-_BACKENDS = {"onnxruntime": 'backend: "onnxruntime"', "tensorrt": 'platform: "tensorrt_plan"'}
+BACKENDS = {
+    "onnxruntime": 'backend: "onnxruntime"',
+    "tensorrt": 'platform: "tensorrt_plan"',
+    "openvino": 'backend: "openvino"',
+}
+"""What runs a graph → how a configuration says it; OpenVINO is a server's choice when it starts."""
 
 _MAX_SIZES = {
     NUM_BOXES: FrontSettings.chunk,
@@ -78,7 +83,7 @@ def render_configs(
     front = front_spec(how, prompts=prompts)
     configs[front.name] = _front_model(front, how, platforms, points)
     if note is not None:
-        configs[front.name] += _text([_parameter(WEIGHTS_NOTE, note)], head="")
+        configs[front.name] += _text([parameter(WEIGHTS_NOTE, note)], head="")
     renames = {MASKS.name: BOX_MASKS.name, IOU_SCORES.name: BOX_IOU_SCORES.name}
     boxes = ensemble_spec(how.mask_side)
     configs[boxes.name] = _through_front(boxes, front, renames)
@@ -96,7 +101,7 @@ def front_spec(size: Geometry, *, prompts: bool) -> GraphSpec:
 def _graph_model(spec: GraphSpec, platform: Platform) -> str:
     lines = [
         f'name: "{GRAPH_MODELS[spec.name]}"',
-        _BACKENDS[platform],
+        BACKENDS[platform],
         f"max_batch_size: {MAX_BATCH[platform][spec.name]}",
         *_tensors("input", spec.inputs, drop_batch=True),
         *_tensors("output", spec.outputs, drop_batch=True),
@@ -105,7 +110,7 @@ def _graph_model(spec: GraphSpec, platform: Platform) -> str:
     ]
     ranges = plan_ranges(spec)
     for axis in sorted(ranges.keys() - {BATCH}):
-        lines.append(_parameter(f"max_{axis}", _MAX_SIZES.get(axis, ranges[axis].most)))
+        lines.append(parameter(f"max_{axis}", _MAX_SIZES.get(axis, ranges[axis].most)))
     if platform == "tensorrt" and spec.name == "encoder":
         lines.append("optimization { cuda { graphs: true } }")
     if spec.name == "encoder":
@@ -146,7 +151,7 @@ def _front_model(
             values[name] = True
     rules = {PARAMETER + kind: answered for kind, answered in asdict(points).items()}
     for key, value in {**values, **rules, **asdict(settings)}.items():
-        lines.append(_parameter(key, value))
+        lines.append(parameter(key, value))
     return _text(lines)
 
 
@@ -193,7 +198,8 @@ def _tensors(kind: str, specs: Iterable[TensorSpec], *, drop_batch: bool = False
     return [f"{kind} [", ",\n".join(rows), "]"]
 
 
-def _parameter(key: str, value: object) -> str:
+def parameter(key: str, value: object) -> str:
+    """A line with a model's parameter, which is text."""
     text = json.dumps(str(value), ensure_ascii=False)  # the same escapes
     return f'parameters {{ key: "{key}" value {{ string_value: {text} }} }}'
 

@@ -14,7 +14,7 @@ import tempfile
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +23,7 @@ import onnx
 import onnx.inliner
 
 from ..artefact import Artefact, take_graphs
+from ..core.compiled_parts import run_parts
 from ..core.contract import BATCH, MASK_BITS, GraphSpec, graph_specs
 from ..core.errors import EngineError, InputError
 from ..core.imaging import FloatArray
@@ -49,6 +50,21 @@ def import_openvino() -> ModuleType:
         MissingError: there is none, or it does not load.
     """
     return require("openvino", extra="openvino", what_for="an export on OpenVINO")
+
+
+@dataclass(frozen=True)
+class CompiledPart:
+    """A compiled model.
+
+    Attributes:
+        model: OpenVINO's.
+        path: where it is kept; the name ends with the SHA-256 of its content.
+        settings: that it was compiled with, and is opened with again.
+    """
+
+    model: Any
+    path: Path
+    settings: dict[str, Any]
 
 
 class OpenvinoSession:
@@ -105,37 +121,38 @@ class OpenvinoSession:
             graph: _standard(content, self._specs[graph])
             for graph, content in take_graphs(artefact)
         }
-        self._compiled: dict[tuple[str, int], list[Any]] = {}
+        self._compiled: dict[tuple[str, int], list[CompiledPart]] = {}
         self._lock = threading.Lock()
 
     def run(self, graph: str, feed: Feed) -> dict[str, FloatArray]:
         """See `Session.run`."""
         spec = self._specs[graph]
         check_feed(spec, feed)
-        key = graph, len(feed[spec.input_names[0]])
-        with self._lock:
-            if key not in self._compiled:
-                self._compiled[key] = self._compile(spec, key[1])
-        return run_in_parts(spec, feed, lambda part, _: self._run(spec, key, part))
+        models = [part.model for part in self.compiled(graph, len(feed[spec.input_names[0]]))]
+        return run_in_parts(spec, feed, lambda part, _: self._run(spec, models, part))
 
-    def _run(self, spec: GraphSpec, key: tuple[str, int], feed: Feed) -> dict[str, FloatArray]:
-        values: Mapping[str, Any] = feed
-        requests = []  # what one wrote, the next one reads in its place
+    def compiled(self, graph: str, batch: int = 1) -> list[CompiledPart]:
+        """What runs a graph: compiled models that follow each other, compiled now if need be.
+
+        Args:
+            graph: its name.
+            batch: images at once.
+
+        Raises:
+            EngineError: it cannot be compiled, or kept.
+        """
+        with self._lock:
+            if (graph, batch) not in self._compiled:
+                self._compiled[graph, batch] = self._compile(self._specs[graph], batch)
+            return self._compiled[graph, batch]
+
+    def _run(self, spec: GraphSpec, models: list[Any], feed: Feed) -> dict[str, FloatArray]:
         try:
-            for part in self._compiled[key]:
-                known = {name for port in part.inputs for name in port.names}
-                given = {name: values[name] for name in values if name in known}
-                requests.append(part.create_infer_request())
-                last = len(requests) == len(self._compiled[key])
-                outputs = requests[-1].infer(given, share_inputs=True, share_outputs=not last)
-                # A value that is cast at the end has the names of both.
-                named = {name: outputs[port] for port in part.outputs for name in port.names}
-                values = {**values, **named}
+            return run_parts(models, feed, spec.output_names)
         except RuntimeError as error:
             raise EngineError(f"{spec.name}: OpenVINO fails to run it: {error}") from error
-        return {name: values[name] for name in spec.output_names}
 
-    def _compile(self, spec: GraphSpec, batch: int) -> list[Any]:
+    def _compile(self, spec: GraphSpec, batch: int) -> list[CompiledPart]:
         """Compiled models that follow each other: one, but for what is partly in bfloat16."""
         core = self._runtime.Core()
         name = self._artefact.path(spec.name).name
@@ -169,13 +186,14 @@ class OpenvinoSession:
         parts: Iterable[Part],
         shapes: dict[str, list[int]],
         kinds: Mapping[bool, dict[str, Any]],
-    ) -> Iterator[Any]:
+    ) -> Iterator[CompiledPart]:
         """Each part, with the sizes that those before it give."""
         for part in parts:
             own = {value.name: shapes[value.name] for value in part.graph.graph.input}
             content = OnnxContent(part.graph.SerializeToString())
             compiled = self._compile_part(core, content, own, kinds[part.lowered])
-            shapes |= {name: _sizes(port) for port in compiled.outputs for name in port.names}
+            outputs = compiled.model.outputs
+            shapes |= {name: _sizes(port) for port in outputs for name in port.names}
             yield compiled
 
     def _compile_part(
@@ -184,18 +202,19 @@ class OpenvinoSession:
         source: OnnxContent,
         shapes: dict[str, list[int]],
         settings: dict[str, Any],
-    ) -> Any:
+    ) -> CompiledPart:
         """A compiled model, out of the cache if it has one of all that determines it."""
         facts = [self._runtime.__version__, processor(cpuinfo()), shapes, settings]
         key = hashlib.sha256(source.model + json.dumps(facts, sort_keys=True).encode()).hexdigest()
         if found := find_kept(self._cache, key, ".blob"):
-            return core.import_model(io.BytesIO(found[1]), "CPU", settings)
+            opened = core.import_model(io.BytesIO(found[1]), "CPU", settings)
+            return CompiledPart(opened, found[0], settings)
         model = self._read(core, source)
         model.reshape({n: self._runtime.PartialShape(shape) for n, shape in shapes.items()})
         compiled = core.compile_model(model, "CPU", settings)
         with self._keeping():
-            keep(self._cache, key, ".blob", compiled.export_model().getvalue())
-        return compiled
+            path = keep(self._cache, key, ".blob", compiled.export_model().getvalue())
+        return CompiledPart(compiled, path, settings)
 
     def _read(self, core: Any, source: OnnxContent) -> Any:
         """A graph as OpenVINO has it; weights in a file of their own are read from a disk alone."""

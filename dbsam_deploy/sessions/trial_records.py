@@ -24,6 +24,8 @@ from ..recipe import load_recipe
 MARGIN = 0.1
 """Of what a gate lets be lost, a runtime leaves this share: the images are few, and what is at the
 floor on these is below it on others."""
+MISSES = "misses its gate"
+"""How the verdict on a runtime begins that was held against PyTorch and may not be chosen."""
 _CODE = ("sessions.onnxruntime_session", "sessions.openvino_session")
 """What runs a graph, with all that these modules import."""
 _DECIDING = ("dbsam-deploy", "numpy", "onnxruntime", "openvino")
@@ -64,6 +66,11 @@ class Trial:
         """As a user would say it."""
         precision = self.runtime_precision
         return self.backend if precision is None else f"{self.backend}, {precision}"
+
+    @property
+    def missed(self) -> bool:
+        """Whether it was held against PyTorch, and is too far from it."""
+        return not self.passes and self.verdict.startswith(MISSES)
 
     @property
     def total_ms(self) -> float:

@@ -24,7 +24,7 @@ from ..machine.hardware import cpuinfo, has_bfloat16
 from ..recipe import load_recipe
 from ..sessions.onnxruntime_session import OnnxRuntimeSession
 from ..sessions.session import Feed, Session
-from ..sessions.trial_records import Record, Trial, find_record, keep_record
+from ..sessions.trial_records import MISSES, Record, Trial, find_record, keep_record
 from .agreement import DECODERS, Agreement, KnownMasks, agreement
 from .answers import read_answers
 from .references import question
@@ -253,7 +253,7 @@ class _Bench:
         trial, kept = self._with_encoder(trial, known), _kept(precision, found)
         missed = "; ".join(filter(None, found.missed.values()))
         if not kept:
-            return replace(trial, verdict=f"misses its gate: {missed}")
+            return replace(trial, verdict=f"{MISSES}: {missed}")
         if not found.whole:
             return replace(trial, verdict="not compared, since it is slower than the choice")
         if trial.total_ms < self._best_ms():

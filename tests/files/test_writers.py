@@ -11,6 +11,7 @@ from dbsam_deploy.files.sources import PACKAGE
 BY_PATH = {"write_text", "write_bytes", "copy2", "copyfile", "copytree"}
 BY_PATH_OR_STREAM = {"save", "savez", "savez_compressed", "savefig", "tofile"}
 ELSEWHERE = {
+    "api.served_graphs.write_text": "in a folder that its one reader made and removes",
     "machine.child_process.open": "a log",
     "cohort.work.open": "a log",
     "engines.build.copyfile": "in the folder that replaces the engines",
@@ -29,6 +30,9 @@ ELSEWHERE = {
     "quantization.modelopt_tool.savez": "in a temporary folder",
     "quantization.modelopt_tool.write_text": "in a temporary folder",
     "quantization.modelopt_worker.write_text": "in a folder that its one reader made and removes",
+    "serving.compiled.copyfile": "in the server's own folder",
+    "serving.compiled.open": "in the server's own folder",
+    "serving.compiled.write_text": "in the server's own folder",
     "serving.control.open": "a key of this run alone, new with its mode",
     "serving.environment.write_text": "in a temporary folder",
     "serving.repository.copyfile": "in the folder that replaces the repository",

@@ -143,7 +143,16 @@ def test_installing_takes_only_files_whose_hash_is_known(pip, tmp_path):
     assert any(line.startswith("protobuf==") for line in requirements)
     assert all(re.fullmatch(r"\S+==\S+( --hash=sha256:[0-9a-f]{64})+", r) for r in requirements)
     assert wheel.startswith("nvidia-pytriton==0.7.0 --hash=sha256:")
+    assert "openvino" not in listed, "nobody asked for it"
     assert [line[:5] for line in lines] == ["[1/3]", "[2/3]", "[3/3]"]
+
+
+def test_openvino_is_installed_where_it_is_asked_for(pip, tmp_path):
+    with pytest.raises(EngineError, match="no matching distribution"):
+        install_environment(tmp_path / "env", openvino=True, report=lambda line: None)
+    listed = pip[1][1].splitlines()
+    assert any(line.startswith(f"{server_env.OPENVINO} --hash=sha256:") for line in listed)
+    assert not any(line.startswith("openvino-telemetry") for line in listed)
 
 
 def test_other_versions_than_the_tested_ones_are_said(pip, tmp_path, monkeypatch):
@@ -163,10 +172,10 @@ def test_other_versions_than_the_tested_ones_are_said(pip, tmp_path, monkeypatch
 def test_the_lock_is_complete_and_what_was_tested():
     """The server computes with the versions of constraints.txt, so that masks are the same."""
     locked = locked_requirements()
-    for line in (*server_env.SERVER_PACKAGES, server_env.WHEEL):
+    for line in (*server_env.SERVER_PACKAGES, server_env.OPENVINO, server_env.WHEEL):
         assert locked[line.split("==")[0]].startswith(f"{line} --hash=sha256:")
     constraints = (ROOT / "constraints.txt").read_text().splitlines()
-    for name in ("onnxruntime", "pillow", "scikit-image", "scipy"):
+    for name in ("onnxruntime", "openvino", "pillow", "scikit-image", "scipy"):
         assert locked[name].split(" ")[0] in constraints
 
 

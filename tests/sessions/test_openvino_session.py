@@ -124,7 +124,7 @@ def test_what_int8_leaves_in_float_stays_float32_in_bfloat16(
     for precision in ("float32", "bfloat16"):
         session = OpenvinoSession(artefact, precision=precision, cache=tmp_path / "cache")
         embeddings[precision] = session.run("encoder", feed)["image_embeddings"]
-        parts[precision] = session._compiled["encoder", 1]
+        parts[precision] = [part.model for part in session.compiled("encoder")]
     split = split_graph(onnx.load(path), graph_specs(how)["encoder"])
     assert [part.lowered for part in split] == [False, True] * 4, "stem, downsampling, neck"
     assert [len(found) for found in parts.values()] == [1, len(split)]
@@ -153,7 +153,7 @@ def test_coordinates_at_the_far_corner_stay_float32_in_bfloat16(fused, tmp_path:
         found = session.run("decoder", {**feed, "boxes": corner - np.float32(shift)})
         masks.append(found["low_res_masks"])
     assert not np.array_equal(*masks)
-    head, _ = session._compiled["decoder", 1]
+    head, _ = (part.model for part in session.compiled("decoder"))
     spec = graph_specs(artefact.preprocessing)["decoder"]
     split, _ = split_graph(onnx.load(artefact.path("decoder")), spec)
     for found, expected in zip(

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import triton_python_backend_utils as pb_utils
 from allocation import reuse_blocks
 from array_guard import guard_arrays
@@ -32,6 +31,48 @@ _SMALL_ROWS = 2
 """Prompts of a run whose memory (33 MiB each at 1024 pixels) is kept for the next run."""
 
 
+class _OnnxGraph:
+    """A graph on ONNX Runtime.
+
+    Attributes:
+        inputs: name, Triton's type and sizes of each; a free axis has its name in place of a size.
+        outputs: likewise.
+    """
+
+    def __init__(self, path: Path, threads: int) -> None:
+        """Open it as a local session does, see `widening`; a large one's weights stay a file."""
+        import onnxruntime  # not where another runtime takes its place
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        # A pattern would keep a second block as large as all tensors of a run.
+        options.enable_mem_pattern = False
+        # Its threads spin while they wait for work of a run, but not after it: the cores are needed
+        # for the answer's way back.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        self._tidy = onnxruntime.RunOptions()
+        self._tidy.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        small = path.stat().st_size <= MOST_BYTES
+        source = widened(path.read_bytes()) if small else str(path)
+        chain = ["CPUExecutionProvider"]
+        self._session = onnxruntime.InferenceSession(source, options, providers=chain)
+        self.inputs, self.outputs = (
+            [(tensor.name, _TYPES.get(tensor.type), tensor.shape) for tensor in found]
+            for found in (self._session.get_inputs(), self._session.get_outputs())
+        )
+        self._free = [n for n, _, shape in self.inputs if str(shape[1]).startswith("num_")]
+
+    def run(self, names: list[str], batch: dict[str, Any]) -> list[Any]:
+        """Outputs by their names.
+
+        A large run's memory is given back; a click keeps its own, which makes the next one quick.
+        """
+        rows = max((batch[name].shape[1] for name in self._free), default=1)
+        options = self._tidy if rows > _SMALL_ROWS else None
+        found: list[Any] = self._session.run(names, batch, options)
+        return found
+
+
 class TritonPythonModel:
     """One instance of a model that names this backend."""
 
@@ -46,38 +87,23 @@ class TritonPythonModel:
         path = Path(args["model_repository"], args["model_version"], self.graph_file)
         if not path.is_file():
             raise pb_utils.TritonModelException(self.missing(path))
-        options = onnxruntime.SessionOptions()
-        threads = config["parameters"].get("intra_op_thread_count", {}).get("string_value", "0")
-        options.intra_op_num_threads = int(threads)
-        # A pattern would keep a second block as large as all tensors of a run.
-        options.enable_mem_pattern = False
-        # Its threads spin while they wait for work of a run, but not after it: the cores are needed
-        # for the answer's way back.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        self._tidy = onnxruntime.RunOptions()
-        self._tidy.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        self._session = _open(path, options)
+        self._session = self.open(path, config["parameters"])
         self._batched = batched = config["max_batch_size"] > 0
-        _check(config["input"], self._session.get_inputs(), batched)
-        _check(config["output"], self._session.get_outputs(), batched)
-        self._inputs = [tensor.name for tensor in self._session.get_inputs()]
+        _check(config["input"], self._session.inputs, batched)
+        _check(config["output"], self._session.outputs, batched)
+        self._inputs = [name for name, _, _ in self._session.inputs]
         self._limits = {
-            tensor.name: _limits(tensor.shape[batched:], config["parameters"])
-            for tensor in self._session.get_inputs()
+            name: _limits(shape[batched:], config["parameters"])
+            for name, _, shape in self._session.inputs
         }
-        self._outputs = [tensor.name for tensor in self._session.get_outputs()]
-        self._free = [
-            tensor.name
-            for tensor in self._session.get_inputs()
-            if str(tensor.shape[batched]).startswith("num_")
-        ]
+        self._outputs = [name for name, _, _ in self._session.outputs]
         notice = self.notice.format(path=path)
         pb_utils.Logger.log_warn(f"STAND-IN, model {args['model_name']}: {notice}")
 
-    def _options(self, batch: dict[str, Any]) -> Any:
-        """Give a large run's memory back; a click keeps its own, which makes the next one quick."""
-        rows = max((batch[name].shape[1] for name in self._free), default=1)
-        return self._tidy if rows > _SMALL_ROWS else None
+    def open(self, path: Path, parameters: dict[str, Any]) -> Any:
+        """The graph: `inputs`, `outputs` and `run`, as `_OnnxGraph` has them."""
+        threads = parameters.get("intra_op_thread_count", {}).get("string_value", "0")
+        return _OnnxGraph(path, int(threads))
 
     def missing(self, path: Path) -> str:
         """Text for a graph file that is not there."""
@@ -86,7 +112,7 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> list[Any]:
         """Run the requests as the one batch that Triton's batcher made of them.
 
-        An exception of ONNX Runtime is the requests' error, sent by Triton itself.
+        An exception of the runtime is the requests' error, sent by Triton itself.
         """
         feeds = [{t.name(): t.as_numpy() for t in request.inputs()} for request in requests]
         found = (_mistake(feed, self._limits, batched=self._batched) for feed in feeds)
@@ -101,7 +127,7 @@ class TritonPythonModel:
         batch = feeds[0]
         if len(feeds) > 1:
             batch = {name: np.concatenate([feed[name] for feed in feeds]) for name in self._inputs}
-        outputs = self._session.run(self._outputs, batch, self._options(batch))
+        outputs = self._session.run(self._outputs, batch)
         cuts = np.cumsum(sizes)[:-1]
         parts = zip(*(np.split(output, cuts) for output in outputs), strict=True)
         return [
@@ -113,13 +139,6 @@ class TritonPythonModel:
             )
             for part in parts
         ]
-
-
-def _open(path: Path, options: Any) -> Any:
-    """A session on the graph as a local one has it, see `widening`; a large one's stays a file."""
-    small = path.stat().st_size <= MOST_BYTES
-    source = widened(path.read_bytes()) if small else str(path)
-    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
 def _limits(shape: list[Any], parameters: dict[str, Any]) -> list[tuple[int, int]]:
@@ -148,9 +167,11 @@ def _mistake(
     return ""
 
 
-def _check(configured: list[dict[str, Any]], graph: list[Any], batched: bool) -> None:
+def _check(
+    configured: list[dict[str, Any]], graph: list[tuple[str, Any, list[Any]]], batched: bool
+) -> None:
     """Refuse a configuration that is not the graph's, as the C++ backend does."""
-    found = {tensor.name: (_TYPES.get(tensor.type), tensor.shape) for tensor in graph}
+    found = {name: (dtype, shape) for name, dtype, shape in graph}
     names = {item["name"] for item in configured}
     if names != set(found):
         raise pb_utils.TritonModelException(
