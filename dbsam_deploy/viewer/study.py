@@ -65,6 +65,11 @@ class PageObject(Workspace):
             return np.full(self.shape[0], np.nan, np.float32)
         return session.confidence(LABEL)
 
+    def bring_back(self, mask: MaskArray) -> None:
+        """Begin with what the page has of it, (D, H, W), behind which there is no step back."""
+        self.seed(SeedMark(mask), runs=False)
+        self._undo = None
+
     def rest(self) -> None:
         """Encode nothing ahead until the next mark."""
         self._work().slices.stop_ahead()
@@ -136,7 +141,7 @@ class PageStudy:
         for number in range(1, len(COLOURS) + 1):
             mask = labels & (1 << (number - 1)) != 0
             if mask.any():
-                self._object(number).seed(SeedMark(mask), runs=False)
+                self._object(number).bring_back(mask)
 
     def saved(self, format_name: str, named: Sequence[NamedLabel], model: str, note: str) -> bytes:
         """The objects as a file; where they overlap the higher label covers the lower.

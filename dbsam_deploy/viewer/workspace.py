@@ -125,7 +125,7 @@ class Workspace:
         if not self.has_buffer:
             raise InputError("no target buffer: set one after the image")
         if mark is None:
-            return Redrawn(runs)
+            return self.predict() if runs and self._memory.queued else Redrawn(runs)
         before = self._memory
         now = replace(before, queued=(*before.queued, mark))
         if not runs:
@@ -225,6 +225,8 @@ class Workspace:
             marked = [mark.place[axis]]
         else:
             flat = self._flat_axes(mark.sides)
+            if not flat and isinstance(mark, BrushMark):  # sent as large as the image
+                flat = self._flat_axes(extent_of(mark.voxels) or mark.sides)
             axis = self._acquired() if self._acquired() in flat or not flat else flat[0]
             marked = list(range(*mark.sides[axis]))
             if isinstance(mark, BrushMark):

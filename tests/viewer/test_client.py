@@ -61,6 +61,19 @@ def test_a_flat_box_may_lie_on_any_plane(client, box):
     np.testing.assert_array_equal(client.target_buffer, wedge())
 
 
+def test_a_mask_as_large_as_the_image_has_the_plane_of_what_is_painted(client):
+    painted, place = np.zeros(SHAPE, np.uint8), (slice(4, 8), slice(16, 17), slice(16, 36))
+    painted[place] = 1
+    client.set_do_autozoom(False)
+    client.add_scribble_interaction(painted, True)
+    assert client.target_buffer.any((0, 2)).nonzero()[0].tolist() == [16]
+    whole = client.target_buffer.copy()
+    client.reset_interactions()
+    sides = [[one.start, one.stop] for one in place]
+    client.add_scribble_interaction(painted[place], True, interaction_bbox=sides)
+    np.testing.assert_array_equal(client.target_buffer, whole)
+
+
 def test_a_3d_box_bounds_the_object(client):
     client.add_bbox_interaction([[4, 8], [8, 25], [12, 40]], True)
     expected = wedge()
@@ -178,6 +191,12 @@ def test_marks_wait_until_a_prediction_is_asked_for(client):
     assert client.undo()  # the click; the box waits again
     assert not client.target_buffer.any()
     client._predict()
+    np.testing.assert_array_equal(client.target_buffer, wedge())
+
+
+def test_a_mark_that_holds_nothing_has_those_answered_that_wait(client):
+    client.add_bbox_interaction(BOX, True, run_prediction=False)
+    client.add_point_interaction([-1, 5, 5], True)
     np.testing.assert_array_equal(client.target_buffer, wedge())
 
 

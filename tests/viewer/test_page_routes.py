@@ -149,6 +149,8 @@ def test_masks_come_back_after_a_lost_slot(viewer):
     opened(viewer)
     bits = (wedge() * 1 + np.roll(wedge(), 1, 0) * 4).astype(np.uint8)
     assert viewer.post("study/masks", content=gzip.compress(bits.tobytes())).status_code == 200
+    undone = viewer.post("study/undo", json={"label": 3})  # the step back is lost, the mask is not
+    assert not json.loads(undone.headers["x-meta"])["has_run"]
     objects = [{"label": 1, "name": "a"}, {"label": 3, "name": "c"}]
     saved = viewer.post("study/save", json={"format": "nifti", "objects": objects})
     values = nibabel.Nifti1Image.from_bytes(gzip.decompress(saved.content)).get_fdata()
