@@ -253,10 +253,12 @@ def _serve(
         LeaseRules(args.sessions, args.idle, args.liveness), lambda: Workspace(shared, rules)
     )
     shown = _CT_TEXT if window is None else "window {:g} {:g}".format(*window)
-    about = "; ".join(filter(None, [model.describe(), model.note, shown]))
+    page = _page_rules(model, args, keys)
+    licence = f"licence: {page.licence}"
+    about = "; ".join(filter(None, [model.describe(), model.note, licence, shown]))
     audit = None if args.audit_log is None else AuditLog(_audit_rules(model, args))
     server = ViewerServer(leases, about, key=keys, max_voxels=args.max_voxels, audit=audit)
-    Page(server, shared, rules, _page_rules(model, args, keys))
+    Page(server, shared, rules, page)
     try:
         _listen(server.app, args, about, bound)
     finally:

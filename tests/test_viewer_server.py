@@ -140,6 +140,7 @@ def test_a_model_is_served_under_a_prefix_with_a_key_of_the_environment(tmp_path
         assert httpx.post(url + "/claim").status_code == 401
         send_malformed_chunk_after_the_answer(url + "/healthz")
         with nnInteractiveRemoteInferenceSession(server_url=url, api_key="sesame") as client:
+            assert "licence: that which came" in client.license
             rng = np.random.default_rng(0)
             client.set_image(rng.integers(0, 255, (1, 5, 40, 50), np.uint8))
             client.set_target_buffer(np.zeros((5, 40, 50), np.uint8))
