@@ -32,8 +32,6 @@ from .reception import Reception
 from .refusal import NotServedError
 from .workspace import Redrawn, Workspace
 
-MAX_VOXELS = 2**28
-"""Of an image: 1024 slices of 512×512."""
 MAX_SIDE = 2**15
 """Of an image: what is kept of each slice adds up, however small it is."""
 SWEEP_S = 15.0
@@ -88,7 +86,7 @@ class ViewerServer:
         about: str,
         *,
         key: str | Mapping[str, str] | None = None,
-        max_voxels: int = MAX_VOXELS,
+        max_voxels: int,
         audit: AuditLog | None = None,
     ) -> None:
         self.leases, self.about, self.max_voxels = leases, about, max_voxels

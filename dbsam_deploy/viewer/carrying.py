@@ -17,7 +17,7 @@ PLANES: tuple[Plane, ...] = ("stored", "coronal", "sagittal")
 
 _LOG = logging.getLogger(__name__)
 _AGAIN = 0.1
-"""Of what a new slice takes, its part once it is encoded: those found in time are asked again."""
+"""Of what a slice takes, its part once it is encoded: those found in time are asked again."""
 _CUT = "an answer ended after %d of %d slices, for time"
 
 
@@ -85,13 +85,19 @@ def _in_time(
     how: dict[str, Any],
 ) -> tuple[Change | None, int]:
     """Carry an object along a way, or as far as there is time, and say how far that was meant."""
-    (index, last), done, seen = way, 0, time.monotonic()
+    (index, last), done, seen, again, is_known = way, 0, time.monotonic(), 0.0, True
+    step, view = (1 if last > index else -1), session.slices.along(PLANES.index(how["plane"]))
 
-    def watch(slices: int, _: int) -> None:
-        nonlocal done, seen
+    def watch(slices: int, most: int) -> None:
+        nonlocal done, seen, again, is_known
         now = time.monotonic()
         done, taken, seen = slices, now - seen, now
-        if now + taken * (1 + _AGAIN * slices) > deadline:
+        quick = taken * (1.0 if is_known else _AGAIN)
+        again += quick
+        if slices == most:
+            return
+        is_known = session.slices.is_encoded(view, index + step * (slices + 1))
+        if now + again + quick + (quick if is_known else taken) > deadline:
             raise _OutOfTimeError
 
     try:
@@ -99,7 +105,6 @@ def _in_time(
     except _OutOfTimeError:
         if not done:
             return None, index
-    # All of these slices are encoded by now: this is quick.
     reached = index + done if last > index else index - done
     return session.propagate(label, until=reached, **how), reached
 

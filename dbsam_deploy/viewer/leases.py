@@ -114,7 +114,8 @@ class Leases:
         """
         self.sweep()
         if len(self._held) >= self.rules.slots:
-            raise NotServedError(503, f"all {self.rules.slots} slots are taken: try again later")
+            text = f"all {self.rules.slots} slots are taken: close a viewer, or try again later"
+            raise NotServedError(503, text)
         now = self._clock()
         lease = Lease(secrets.token_hex(16), self._open(), now, now)
         self._held[lease.token] = lease

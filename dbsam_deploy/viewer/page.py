@@ -9,9 +9,9 @@ page elsewhere could have made it (DNS rebinding), unless there is a key, which 
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import time
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,12 +26,13 @@ from starlette.concurrency import run_in_threadpool
 from starlette.types import Scope
 
 from ..core.errors import InputError, MissingError
+from ..outputs.files import ENDINGS
 from ..volumes.embeddings import SharedPredictor
 from .application import SLACK_BYTES, Fields, ViewerServer
 from .leases import Lease
 from .marks import flag, read_box, read_point
 from .refusal import NotServedError
-from .study import COLOURS, PageStudy, file_ending, inflated, read_named, shown_nifti
+from .study import COLOURS, PageStudy, inflated, read_named, shown_nifti
 from .uploads import Upload, read_upload, read_uploaded
 from .workspace import Redrawn, WorkRules
 
@@ -150,12 +151,8 @@ class Page:
         weights = {**rules.weights, "source": source.replace("\\", "/").rpartition("/")[2]}
         return JSONResponse(
             {
-                "model": rules.model,
-                "note": rules.note,
+                **vars(rules),
                 "weights": weights,
-                "figures": dict(rules.figures),
-                "card": rules.card,
-                "licence": rules.licence,
                 "answer_within_s": self._work.deadline_s,
                 "window": self._work.window,
                 "max_voxels": self._server.max_voxels,
@@ -187,7 +184,7 @@ class Page:
                 "spacing_mm": image.spacing_mm,
                 "values": str(image.intensity),
                 "notes": image.notes,
-                "formats": {name: file_ending(name) for name in study.formats},
+                "formats": {name: ENDINGS[name] for name in study.formats},
                 "seconds": time.perf_counter() - start,
             }
         )
@@ -289,9 +286,8 @@ def _timed(work: Callable[[], Redrawn | None]) -> Response:
     if found is not None and found.extent is not None and found.mask is not None:
         meta["box"] = [[int(first), int(end)] for first, end in found.extent]
         content = found.mask.astype(np.uint8).tobytes()
-    packed = zlib.compressobj(1, wbits=31)
     return Response(
-        packed.compress(content) + packed.flush(),
+        gzip.compress(content, 1),
         media_type="application/octet-stream",
         headers={"X-Meta": json.dumps(meta), "Content-Encoding": "gzip"},
     )

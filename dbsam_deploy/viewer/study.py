@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from ..core.errors import InputError
 from ..images.volumes import Volume, label_dtype
-from ..outputs.files import ENDINGS, content_of
+from ..outputs.files import content_of
 from ..outputs.segmentation import Segmentation, SegmentedObject
 from ..volumes.embeddings import SharedPredictor
 from ..volumes.objects import slab
@@ -30,14 +30,6 @@ COLOURS = (
 FORMATS = ("nifti", "dicom-seg", "rtstruct", "png", "npz")
 """What a page saves, the first that an image can have as its usual one."""
 _LONGEST_NAME = 64
-
-
-@dataclass(frozen=True)
-class NamedLabel:
-    """An object as the page's user calls it."""
-
-    label: int
-    name: str
 
 
 class PageObject(Workspace):
@@ -143,12 +135,14 @@ class PageStudy:
             if mask.any():
                 self._object(number).bring_back(mask)
 
-    def saved(self, format_name: str, named: Sequence[NamedLabel], model: str, note: str) -> bytes:
+    def saved(
+        self, format_name: str, objects: tuple[SegmentedObject, ...], model: str, note: str
+    ) -> bytes:
         """The objects as a file; where they overlap the higher label covers the lower.
 
         Args:
             format_name: of `formats`.
-            named: the objects that are saved.
+            objects: those that are saved, lower labels first.
             model: its name.
             note: what the user must know of it.
 
@@ -157,18 +151,14 @@ class PageStudy:
         """
         if format_name not in self.formats:
             raise InputError(f"format {format_name!r:.40}: expected {', '.join(self.formats)}")
-        if not named:
+        if not objects:
             raise InputError("no object yet: mark one")
         labels = np.zeros(self.image.shape, label_dtype(len(COLOURS)))
         confidence = []
-        for one in sorted(named, key=lambda one: one.label):
+        for one in objects:
             own = self._object(one.label)
             labels[own.mask()] = one.label
             confidence.append(own.confidence())
-        objects = tuple(
-            SegmentedObject(one.label, one.name, COLOURS[one.label - 1])
-            for one in sorted(named, key=lambda one: one.label)
-        )
         with with_sources(self.image, self._upload) as image:
             found = Segmentation(image, labels, objects, np.array(confidence), model, note=note)
             return content_of(found, format_name)
@@ -182,8 +172,8 @@ class PageStudy:
         return self._objects[label]
 
 
-def read_named(fields: Mapping[str, Any]) -> tuple[NamedLabel, ...]:
-    """The objects that a request names.
+def read_named(fields: Mapping[str, Any]) -> tuple[SegmentedObject, ...]:
+    """The objects that a request names, lower labels first.
 
     Raises:
         InputError: another form.
@@ -197,13 +187,9 @@ def read_named(fields: Mapping[str, Any]) -> tuple[NamedLabel, ...]:
         if type(label) is not int or not 1 <= label <= len(COLOURS) or not isinstance(name, str):
             raise InputError("objects: expected a label and a name each")
         printable = "".join(char for char in name if char.isprintable())[:_LONGEST_NAME].strip()
-        found[label] = NamedLabel(label, printable or f"object {label}")
-    return tuple(found.values())
-
-
-def file_ending(format_name: str) -> str:
-    """How the name of a saved file ends."""
-    return ENDINGS[format_name]
+        name = printable or f"object {label}"
+        found[label] = SegmentedObject(label, name, COLOURS[label - 1])
+    return tuple(found[label] for label in sorted(found))
 
 
 def shown_nifti(image: Volume) -> bytes:

@@ -119,6 +119,11 @@ class VolumeSlices:
         """Encode the plane's slices while nothing is asked, outwards from `index`."""
         self.shared.encode_ahead(self, self._outwards(view, index))
 
+    def is_encoded(self, view: PlaneView, index: int) -> bool:
+        """Whether a prompt on a slice waits for no encoding."""
+        key = self._key(view, index)
+        return key is None or key in self.shared.store
+
     def stop_ahead(self) -> None:
         """Encode nothing more ahead."""
         self.shared.stop_ahead(self)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from nnInteractive.inference.remote import ServerAtCapacityError, SessionExpiredError
 from nnInteractive.inference.remote.serialization import unpack_array
-from support.viewer import BOX, RawViewer, RunningServer, running
+from support.bright import FreeEncoder
+from support.viewer import BOX, BoxTrained, RawViewer, RunningServer, running
 from support.wedge import SHAPE, wedge
 
 from dbsam_deploy.viewer import carrying, workspace
@@ -369,3 +370,28 @@ def test_an_answer_comes_by_its_deadline(monkeypatch, deadline_s):
         client.add_bbox_interaction(BOX, True)
         assert client.target_buffer[6].any()
     assert deadline_s - 2 < now[0] <= deadline_s
+
+
+class Encoded(BoxTrained, FreeEncoder):
+    """Asked with embeddings, as local models are."""
+
+
+def test_an_answer_on_encoded_slices_comes_by_its_deadline(monkeypatch):
+    """Slices found in time are asked a second time, which takes as long where all are encoded."""
+    with running(deadline_s=4.0, model=Encoded()) as server, opened(server) as client:
+        client.add_bbox_interaction(BOX, True)
+        np.testing.assert_array_equal(client.target_buffer, wedge())
+        client.reset_interactions()
+        now, ask = [0.0], server.model.predict_boxes
+        clock = SimpleNamespace(monotonic=lambda: now[0])
+        monkeypatch.setattr(carrying, "time", clock)
+        monkeypatch.setattr(workspace, "time", clock)
+
+        def timed(boxes):
+            now[0] += 0.5
+            return ask(boxes)
+
+        server.model.predict_boxes = timed
+        client.add_bbox_interaction(BOX, True)
+        assert client.target_buffer[6].any()
+    assert 2.0 < now[0] <= 4.0

@@ -355,6 +355,10 @@ const named = (one) =>
 const operated = [...document.querySelectorAll("button, input, select")];
 return operated.filter((one) => one.checkVisibility() && !named(one)).map((one) => one.outerHTML);
 """
+TOO_WIDE = """
+const buttons = [...document.querySelectorAll("button")].filter((one) => one.checkVisibility());
+return buttons.filter((one) => one.scrollWidth > one.clientWidth).map((one) => one.outerHTML);
+"""
 BELOW = """
 const tools = document.querySelector("aside");
 return tools.scrollHeight - tools.clientHeight;
@@ -362,7 +366,9 @@ return tools.scrollHeight - tools.clientHeight;
 
 
 def test_everything_can_be_read_named_and_seen_without_scrolling(user, ct):
+    assert user.run(TOO_WIDE) == []
     user.choose(ct)
+    assert user.run(TOO_WIDE) == []
     user.press("n")
     assert user.run(BELOW) <= 0
     user.press(*"nnnnn")

@@ -110,7 +110,6 @@ const MEANINGS = {
   408: "The upload stood still for too long.",
   413: "That is too large for this server.",
   502: "The model's own server did not answer.",
-  503: "All places of this server are taken. Close another viewer, or try again later.",
 };
 
 async function words(answer) {
