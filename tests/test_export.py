@@ -151,14 +151,16 @@ def test_an_interrupted_export_resumes_with_the_finished_graphs(copied):
 
 
 def test_a_recipe_may_ask_for_a_fusion_that_none_has_by_itself(copied, half_graphs):
-    options, _ = copied
+    options = replace(copied[0], imaging="graph")
     asked = replace(load_recipe("fp16"), optional_fusions=OPTIONAL_FUSIONS)
     found = []
 
     def take(model, name, recipe, folder):
         if name != "encoder":
             (finished,) = folder.parent.rglob("encoder.onnx")
-            found.extend(node.op_type for node in onnx.load(finished).graph.node)
+            graph = onnx.load(finished).graph
+            assert [item.name for item in graph.input] == ["pixels"]
+            found.extend(node.op_type for node in graph.node)
             raise KeyboardInterrupt
         shutil.copy(half_graphs / f"{name}.onnx", folder)
 

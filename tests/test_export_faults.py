@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from support.faults import Faults, Killed, injected
+from support.faults import Faults, Killed, injected, no_waiting
 from support.small_disk import leave
 from support.toy_exports import Toy
 
@@ -30,7 +30,7 @@ def killed(toy: Toy, at: int, weights: str) -> None:
 
 
 def rerun(toy: Toy, weights: str) -> None:
-    with injected(Faults()):  # which only saves the time that a disk takes
+    with no_waiting():
         toy.run(weights)
     toy.is_complete(weights)
 

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from support.faults import Faults, Killed, injected
+from support.faults import Faults, Killed, injected, no_waiting
 from support.references import bright_in_box, labelled_case, labelled_squares
 
 from dbsam_deploy import engine, plugins, sensitivity
@@ -267,7 +267,7 @@ def command(request) -> Command:
 
 def made(command: Command, name: str) -> Hashes:
     """What a run that nothing disturbs leaves, beside an earlier one's."""
-    with injected(Faults()):  # which only saves the time that a disk takes
+    with no_waiting():
         command.run(name)
     command.check()
     return command.hashes()

@@ -270,8 +270,11 @@ def test_pytorch_backend_on_a_real_example(command: Command) -> None:
         assert int(saved["segs"][4].sum()) == int(shown.group(1))
 
 
-def mistake_files(folder: Path, rng: np.random.Generator) -> None:
-    pixels = blocks(rng, 40, 50, 3)
+@pytest.fixture(scope="module")
+def mistake_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of files that are wrong, and of good ones; not to be changed."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    pixels = blocks(np.random.default_rng(0), 40, 50, 3)
     good = png_bytes(pixels)
     (folder / "good.png").write_bytes(good)
     (folder / "cut.png").write_bytes(good[:-200])
@@ -285,6 +288,7 @@ def mistake_files(folder: Path, rng: np.random.Generator) -> None:
     bomb = np.broadcast_to(np.uint8(0), (1, 9000, 9000))
     np.savez_compressed(folder / "bomb.npz", imgs=bomb)
     (folder / "empty").mkdir()
+    return folder
 
 
 MISTAKES = {
@@ -322,12 +326,11 @@ MISTAKES = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_ends_with_status_2_and_one_line(
-    command: Command, tmp_path: Path, rng: np.random.Generator, name: str
+    command: Command, mistake_files: Path, name: str
 ) -> None:
-    mistake_files(tmp_path, rng)
     words, message = MISTAKES[name]
-    image, *options = words.format(folder=tmp_path).split()
-    status, _, err = command.run(tmp_path / image, *options)
+    image, *options = words.format(folder=mistake_files).split()
+    status, _, err = command.run(mistake_files / image, *options)
     assert status == 2
     assert err.startswith("error: ")
     assert err.count("\n") == 1

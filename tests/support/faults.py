@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import builtins
+import functools
 import io
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import pytest
@@ -86,11 +87,16 @@ def _our_lines() -> str:
     frame: FrameType | None = sys._getframe(2)
     found: list[str] = []
     while frame is not None:
-        code = frame.f_code
-        if code.co_filename.startswith(str(PACKAGE)):
-            found.append(f"{Path(code.co_filename).stem}.{code.co_name}:{frame.f_lineno}")
+        if name := _our_function(frame.f_code):
+            found.append(f"{name}:{frame.f_lineno}")
         frame = frame.f_back
     return " ".join(found)
+
+
+@functools.cache
+def _our_function(code: CodeType) -> str:
+    ours = code.co_filename.startswith(str(PACKAGE))
+    return f"{Path(code.co_filename).stem}.{code.co_name}" if ours else ""
 
 
 class _Raw(io.FileIO):
@@ -151,6 +157,14 @@ class _Patched:
             return real(*arguments, **options)
 
         return call
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """What is written inside the block reaches the disk when the system likes, for power cuts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
 
 
 @contextmanager
