@@ -43,8 +43,7 @@ def calibrated(float_encoder, feed, tmp_path_factory):
     [
         ("int8", (), ("*.mlp.*", "*.neck.0")),
         ("int8", (), ("*.attn.*",)),
-        ("int8", ("Conv",), ("*.neck.2",)),
-        ("int8", ("MatMul",), ("*.blocks.1.*",)),
+        ("int8", ("Conv", "MatMul"), ("*.neck.2", "*.blocks.1.*")),
         ("fp8", (), ("*.attn.*",)),
     ],
 )

@@ -181,7 +181,7 @@ def test_losses_fall_and_validation_stops_early(tmp_path) -> None:
     )
     stopped = train(options)
     assert len(stopped.losses) == 3  # a first Dice, then two that are no better
-    write_recipe(tmp_path, steps=12, learning_rate=1e-3)
+    write_recipe(tmp_path, steps=8, learning_rate=1e-3)
     learned = train(replace(options, output=tmp_path / "learned"))
     assert np.mean(learned.losses[-4:]) < 0.9 * np.mean(learned.losses[:4])
 
