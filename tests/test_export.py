@@ -159,7 +159,7 @@ def test_a_recipe_may_ask_for_a_fusion_that_none_has_by_itself(copied, half_grap
         if name != "encoder":
             (finished,) = folder.parent.rglob("encoder.onnx")
             graph = onnx.load(finished).graph
-            assert [item.name for item in graph.input] == ["pixels"]
+            assert graph.input[0].name == "pixels"
             found.extend(node.op_type for node in graph.node)
             raise KeyboardInterrupt
         shutil.copy(half_graphs / f"{name}.onnx", folder)

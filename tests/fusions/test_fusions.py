@@ -261,8 +261,10 @@ print(0 if plan is None else plan.nbytes)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.rtx
 def test_the_same_file_parses_and_builds_in_tensorrt_rtx(exported_graph, tmp_path):
+    """Four levels; every run builds what is exported of one (tests/engines/test_build.py)."""
     model = ir.load(exported_graph("db_sam_4level", "encoder", "fp32"))
     assert tuple(fuse(model).values()) == (8, 4, 4, 0, 0)  # sampling from one level and from four
     ir.save(model, tmp_path / "encoder.onnx")
