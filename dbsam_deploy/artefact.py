@@ -159,7 +159,7 @@ def find_export(folder: Path | None = None) -> Path:
     if not found:
         raise InputError(
             f"no export below {BUILD_FOLDER}/: run `python -m dbsam_deploy.export --precision "
-            "fp16` first, or name the folder of one with --artefact"
+            "fp16` first, or name the folder of one"
         )
     return found[0]
 
