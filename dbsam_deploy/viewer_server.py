@@ -39,7 +39,7 @@ examples:
   the newest export, for viewers on this machine
     python -m dbsam_deploy.viewer_server
   LiteMedSAM for a department, behind a proxy with TLS, with a key
-    python -m dbsam_deploy.viewer_server build/lite_medsam/fp16 --prefix /nninteractive --key-file key
+    python -m dbsam_deploy.viewer_server build/lite/fp16 --prefix /nninteractive --key-file key
   the model of a Triton server
     python -m dbsam_deploy.viewer_server triton://gpu-server:8001
 """

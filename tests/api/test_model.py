@@ -291,7 +291,7 @@ def test_another_backend_of_the_same_export(tiny_artefact, image):
 
 def test_without_a_name_the_newest_export_is_opened(make_artefact, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="no export below build.* name the folder of one$"):
+    with pytest.raises(InputError, match=r"no export below build.* name the folder of one$"):
         db.load()
     make_artefact(tmp_path / "build" / "fp32")
     assert db.load().name == "tiny_test fp32"
