@@ -102,7 +102,6 @@ MISSING: dict[str, Callable[[], str]] = {
     "triton": _missing_triton,
     "rtx": _without("tensorrt_rtx", "the extra `test` installs it"),
     "openvino": _without("openvino", pip_line("openvino")),
-    "served_openvino": lambda: _missing_triton("lib/*/*/openvino", " --backend openvino"),
     "modelopt": _missing_modelopt,
     "nvcc": lambda: _refusal(find_nvcc),
     "nvrtc": lambda: _refusal(find_nvrtc),
@@ -111,6 +110,7 @@ MISSING: dict[str, Callable[[], str]] = {
     "orthanc": missing_orthanc,
     "browser": missing_browser,
     "ray": _without("ray", pip_line("cluster")),
+    "served_openvino": lambda: _missing_triton("lib/*/*/openvino", " --backend openvino"),
 }
 """Marker → why its tests cannot run on this machine, or "" if they can."""
 
