@@ -13,12 +13,14 @@ from ..core import allocation, array_guard, compiled_parts, widening
 from ..core.errors import ServingError
 from ..core.front import CONTROL_VARIABLE
 from ..files.atomic import is_file_at, locked
+from ..machine import cores
 from ..machine.privacy import VARIABLES
 from .environment import ServerEnvironment
 
 STANDINS = Path(__file__).parent / "standin_backends"
 SHARED = tuple(
-    Path(str(module.__file__)) for module in (array_guard, allocation, compiled_parts, widening)
+    Path(str(module.__file__))
+    for module in (array_guard, allocation, compiled_parts, cores, widening)
 )
 """Modules that the stand-ins import, as the front model does."""
 MODELS, CONTROL = "models", "control"

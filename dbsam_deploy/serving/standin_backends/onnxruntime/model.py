@@ -15,6 +15,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from allocation import reuse_blocks
 from array_guard import guard_arrays
+from cores import fewer_cores
 from widening import MOST_BYTES, widened
 
 _TYPES = {
@@ -44,7 +45,7 @@ class _OnnxGraph:
         import onnxruntime  # not where another runtime takes its place
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = threads or fewer_cores()
         # A pattern would keep a second block as large as all tensors of a run.
         options.enable_mem_pattern = False
         # Its threads spin while they wait for work of a run, but not after it: the cores are needed
