@@ -78,11 +78,15 @@ def test_named_files_lie_below_the_manifest(tmp_path: Path) -> None:
     for file in (tmp_path / "outside", path.parent / "inside"):
         file.write_text("x")
     (path.parent / "link").symlink_to(tmp_path / "outside")
+    (path.parent / "away").symlink_to(tmp_path)
+    (path.parent / "loop").symlink_to("loop")
     assert KIND.find(path, "inside") == path.parent / "inside"
     for name in (
         "../outside",
         str(tmp_path / "outside"),
         "link",
+        "away/outside",
+        "loop/inside",
         "missing",
         ".",
         "",
