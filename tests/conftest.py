@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from filelock import FileLock
 from rich.console import Console
 from support import property_profiles  # noqa: F401 - loads how many examples are tried
+from support.kept_graphs import kept_graph
 from support.references import small_model
 from support.small_disk import small_disk  # noqa: F401 - a fixture
 from support.tiny_artefact import make_tiny_artefact
@@ -160,7 +162,8 @@ def float_graphs(once: Once, shipped_model: DbSam) -> Path:
 
     def make(folder: Path) -> Path:
         for name in graph_specs(Geometry(SHIPPED_SIZE)):
-            export_graph(shipped_model, name, load_recipe("fp32"), folder)
+            export_once = partial(export_graph, shipped_model, name, load_recipe("fp32"), folder)
+            kept_graph(folder / f"{name}.onnx", f"db_sam_tiny_{name}_fp32_256", export_once)
         return folder
 
     return once("float_graphs", make)
@@ -317,10 +320,15 @@ def exported_graph(
 
     @functools.cache
     def export_once(variant: str, graph: str, precision: str) -> Path:
-        def make(folder: Path) -> Path:
-            return export_graph(small_models(variant), graph, load_recipe(precision), folder).path
+        name = f"{variant}_{graph}_{precision}"
 
-        return once(f"{variant}_{graph}_{precision}", make)
+        def make(folder: Path) -> Path:
+            def trace_now() -> None:
+                export_graph(small_models(variant), graph, load_recipe(precision), folder)
+
+            return kept_graph(folder / f"{graph}.onnx", name, trace_now)
+
+        return once(name, make)
 
     return export_once
 
