@@ -375,7 +375,7 @@ def test_require_refuses_a_module_that_skips_itself(skipping: pytest.Pytester) -
 def test_an_unknown_requirement_is_refused(project: pytest.Pytester) -> None:
     result = _run(project, "--require", "gpus")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    known = "gpu,trt,triton,rtx,openvino,served_openvino,modelopt,nvcc,nvrtc,data"
+    known = "gpu,trt,triton,rtx,openvino,modelopt,nvcc,nvrtc,data"
     result.stderr.fnmatch_lines([f"*--require gpus: expected some of {known}*"])
 
 
