@@ -13,6 +13,8 @@ from ..core.masks import mask_box
 
 MaskArray = npt.NDArray[np.bool_]
 
+OF_ANCHOR = 0.9
+"""Where a model is unsure of the anchor itself, no other slice has to be surer than this part."""
 LIKELY = 0.5
 """From this likeness on a pixel is expected to be the object's."""
 _BLUR = np.exp(-0.5 * (np.arange(-12, 13) / 4.0) ** 2)  # by 4 grey values
@@ -37,7 +39,8 @@ class ChainRule:
         min_iou_ratio: least predicted IoU, as a part of the anchor's.
         min_brightness_match: least overlap of the grey values in a mask with those in the anchor's,
             see `Appearance.match`.
-        min_joint: least product of the last two: a mask may be weak in one, not in both.
+        min_joint: least product of predicted IoU and that overlap: a mask may be weak in one, not
+            in both; at most `OF_ANCHOR` of the anchor's predicted IoU.
         reach: most slices to each side of an anchor; None for the whole volume.
     """
 
@@ -49,7 +52,7 @@ class ChainRule:
     min_overlap: float = 0.15
     min_iou_ratio: float = 0.8
     min_brightness_match: float = 0.7
-    min_joint: float = 0.65
+    min_joint: float = 0.52
     reach: int | None = None
 
     def __post_init__(self) -> None:
@@ -63,7 +66,12 @@ class ChainRule:
 
     def relative_to(self, iou: float) -> ChainRule:
         """The same for an anchor that counts as drawn, whose mask has this predicted IoU."""
-        return replace(self, min_iou_ratio=self.min_iou_ratio * iou, min_joint=self.min_joint * iou)
+        joint = self.least_joint(iou)
+        return replace(self, min_iou_ratio=self.min_iou_ratio * iou, min_joint=joint)
+
+    def least_joint(self, iou: float) -> float:
+        """Least product of predicted IoU and likeness, for an anchor of this predicted IoU."""
+        return min(self.min_joint, OF_ANCHOR * iou)
 
 
 RULE = ChainRule()
@@ -157,7 +165,7 @@ def why_not(answer: SliceAnswer, before: SliceAnswer, anchor: SliceAnswer, rule:
         match = answer.appearance.match(anchor.appearance)
         if match < rule.min_brightness_match:
             return f"brightness like the object's {match:.2f}, under {rule.min_brightness_match:g}"
-        joint = rule.min_joint * anchor.iou
+        joint = rule.least_joint(anchor.iou)
         if answer.iou * match < joint:
             return f"predicted IoU times likeness {answer.iou * match:.2f}, under {joint:.2f}"
     return ""

@@ -87,14 +87,17 @@ def test_a_mask_that_is_weak_in_two_ways_ends_the_chain() -> None:
     pixels = rng.normal(100, 10, truth.shape).clip(0, 255).astype(np.uint8)
     pixels[6:] += 15  # alike by 0.79
 
-    def last(iou: float, rule: ChainRule) -> int:
+    def last(iou: float, of_anchor: float, rule: ChainRule) -> int:
         decoder = Scripted(lambda z, box: truth[z], ious=lambda z: 0.9 if z < 6 else iou)
-        _, ends = run(decoder, [anchor(truth, 2)], 8, rule, intensities=lambda z: pixels[z])
+        start = anchor(truth, 2, iou=of_anchor)
+        _, ends = run(decoder, [start], 8, rule, intensities=lambda z: pixels[z])
         return ends[1, True].last
 
-    assert last(0.9, ChainRule()) == 7
-    assert last(0.73, ChainRule()) == 5
-    assert last(0.73, ChainRule(min_joint=0)) == 7
+    assert last(0.8, 0.8, ChainRule()) == 7
+    assert last(0.65, 0.8, ChainRule()) == 5
+    assert last(0.65, 0.8, ChainRule(min_joint=0)) == 7
+    assert last(0.6, 0.6, ChainRule()) == 5  # as likely as the anchor, but no more than 0.47 in all
+    assert last(0.6, 0.5, ChainRule()) == 7  # sure enough beside an anchor that is itself unsure
 
 
 def test_in_known_bounds_nothing_else_ends_a_chain() -> None:
