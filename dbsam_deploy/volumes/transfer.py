@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from ..core.imaging import FloatArray
 from ..core.masks import extent_of
@@ -61,13 +62,10 @@ def _reach(spacing_mm: tuple[float, float, float] | None, step: int) -> int:
 
 
 def _reduced(values: npt.NDArray[np.generic], step: int) -> FloatArray:
-    """(H, W), or (H, W, 3) as grey, → means of step×step pixels, edges repeated to whole ones."""
+    """(H, W), or (H, W, 3) as grey, → means of step×step pixels; at the edges of those left."""
     plane = np.asarray(values, np.float32)
     plane = plane.mean(2) if plane.ndim == 3 else plane
-    height, width = plane.shape
-    plane = np.pad(plane, ((0, -height % step), (0, -width % step)), mode="edge")
-    blocks = plane.reshape(plane.shape[0] // step, step, plane.shape[1] // step, step)
-    return np.asarray(blocks.mean((1, 3)), np.float32)
+    return np.asarray(Image.fromarray(plane).reduce(step))
 
 
 def _around(labels: FloatArray, margin: int) -> tuple[slice, slice]:
@@ -108,14 +106,5 @@ def _patch_mean(plane: FloatArray) -> FloatArray:
 
 def _enlarged(plane: FloatArray, step: int) -> FloatArray:
     """Each pixel → step×step pixels, linear between the centres."""
-    if step == 1:
-        return plane
-    for axis in (0, 1):
-        places = (np.arange(plane.shape[axis] * step) + 0.5) / step - 0.5
-        places = np.clip(places, 0, plane.shape[axis] - 1)
-        low = np.minimum(places.astype(int), max(plane.shape[axis] - 2, 0))
-        high = np.minimum(low + 1, plane.shape[axis] - 1)
-        part = (places - low).astype(np.float32)
-        part = part[:, None] if axis == 0 else part[None]
-        plane = plane.take(low, axis) * (1 - part) + plane.take(high, axis) * part
-    return plane
+    size = (plane.shape[1] * step, plane.shape[0] * step)
+    return np.asarray(Image.fromarray(plane).resize(size, Image.Resampling.BILINEAR))
