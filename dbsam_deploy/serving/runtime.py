@@ -92,9 +92,12 @@ def lay_out(environment: ServerEnvironment, folder: Path) -> None:
         shutil.copy2(source / name, python / name)
     shutil.copy2(environment.stub, python / environment.stub.name)
     for standin in sorted(STANDINS.iterdir()):
-        (folder / standin.name).mkdir()
+        target = folder / standin.name
+        target.mkdir()
         for file in (standin / "model.py", *SHARED):
-            shutil.copyfile(file, folder / standin.name / file.name)
+            shutil.copyfile(file, target / file.name)
+        # The others are this one with another graph or text.
+        shutil.copyfile(STANDINS / "onnxruntime" / "model.py", target / "onnxruntime_standin.py")
 
 
 def backends(environment: ServerEnvironment, folder: Path) -> Path:

@@ -7,22 +7,15 @@ what is served is what is computed locally. They lie beside `parts.json`, which
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+import onnxruntime_standin
 import triton_python_backend_utils as pb_utils
 from compiled_parts import run_parts
-
-_SOURCE = Path(__file__).resolve().parent.parent / "onnxruntime" / "model.py"
-_SPEC = importlib.util.spec_from_file_location("dbsam_onnxruntime_standin", _SOURCE)
-if _SPEC is None or _SPEC.loader is None:
-    raise ImportError(f"{_SOURCE} cannot be imported")
-_onnxruntime: Any = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(_onnxruntime)
 
 
 class _CompiledGraph:
@@ -57,7 +50,7 @@ class _CompiledGraph:
         return [found[name] for name in names]
 
 
-class TritonPythonModel(_onnxruntime.TritonPythonModel):
+class TritonPythonModel(onnxruntime_standin.TritonPythonModel):
     """One instance of a model that names this backend."""
 
     graph_file = "parts.json"

@@ -6,19 +6,12 @@ wiring (names, shapes, batching, ensemble), never the engine.
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from typing import Any
 
-_SOURCE = Path(__file__).resolve().parent.parent / "onnxruntime" / "model.py"
-_SPEC = importlib.util.spec_from_file_location("dbsam_onnxruntime_standin", _SOURCE)
-if _SPEC is None or _SPEC.loader is None:
-    raise ImportError(f"{_SOURCE} cannot be imported")
-_onnxruntime: Any = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(_onnxruntime)
+import onnxruntime_standin
 
 
-class TritonPythonModel(_onnxruntime.TritonPythonModel):
+class TritonPythonModel(onnxruntime_standin.TritonPythonModel):
     """One instance of a model whose platform is `tensorrt_plan`."""
 
     notice = (
