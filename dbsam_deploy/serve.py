@@ -312,7 +312,8 @@ def _server(args: argparse.Namespace, repository: Repository, ports: Ports) -> T
         MissingError: its environment is not installed.
     """
     medsam = repository.preprocessing.mode == "medsam"
-    environment = find_environment(args.server_env, medsam=medsam)
+    openvino = args.backend != ONNXRUNTIME
+    environment = find_environment(args.server_env, medsam=medsam, openvino=openvino)
     _say(_describe(repository))
     if has_gpu_driver() and not environment.is_installation:
         _say("this machine has a GPU; the server below uses the CPU only. For the GPU:")

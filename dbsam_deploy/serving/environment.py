@@ -106,13 +106,16 @@ def check_openvino(environment: ServerEnvironment) -> None:
         )
 
 
-def find_environment(folder: Path = DEFAULT_FOLDER, *, medsam: bool = False) -> ServerEnvironment:
+def find_environment(
+    folder: Path = DEFAULT_FOLDER, *, medsam: bool = False, openvino: bool = False
+) -> ServerEnvironment:
     """Check the server environment in `folder`.
 
     Args:
         folder: virtual environment made by `install_environment`, or an installation of NVIDIA's
             (`/opt/tritonserver`).
         medsam: the repository uses MedSAM's preprocessing, which needs scikit-image.
+        openvino: where an installation is advised, it is one with OpenVINO; see `check_openvino`.
 
     Raises:
         EngineError: not Linux, or it is missing, incomplete, with NumPy 2 or no fitting stub.
@@ -120,28 +123,25 @@ def find_environment(folder: Path = DEFAULT_FOLDER, *, medsam: bool = False) -> 
     if (folder / "bin" / "tritonserver").is_file():
         return _installation(folder, medsam=medsam)
     _check_system()
-    python = folder / "bin" / "python3"
+    python, hint = folder / "bin" / "python3", install_hint(folder, openvino=openvino)
     if not python.is_file():
         raise EngineError(
-            f"no Triton server environment in {folder}: run `{install_hint(folder)}` "
-            "(about 550 MB on disk), or name another one with --server-env"
+            f"no Triton server environment in {folder}: run `{hint}` "
+            f"(about {730 if openvino else 550} MB on disk), or name another one with --server-env"
         )
     try:
         found = json.loads(run_python(["-I", "-c", _INSPECT], python=str(python)).output)
     except (EngineError, ValueError) as error:
         raise EngineError(
-            f"the Python in {folder} does not run ({error}): delete the folder and run "
-            f"`{install_hint(folder)}`"
+            f"the Python in {folder} does not run ({error}): delete the folder and run `{hint}`"
         ) from error
     needed = {"wheel": WHEEL, "numpy": NUMPY, "onnxruntime": "onnxruntime", "PIL": "pillow"}
     if medsam:
         needed["skimage"] = "scikit-image"
     missing = [package for key, package in needed.items() if not found[key]]
     if missing:
-        raise EngineError(
-            f"the server environment {folder} lacks {', '.join(missing)}: run "
-            f"`{install_hint(folder)}`"
-        )
+        names = ", ".join(missing)
+        raise EngineError(f"the server environment {folder} lacks {names}: run `{hint}`")
     if int(found["numpy"].split(".")[0]) >= 2:
         raise EngineError(
             f"the server environment {folder} has numpy {found['numpy']}, with which Triton's "

@@ -65,6 +65,15 @@ def test_a_missing_environment_names_the_command(tmp_path):
     assert install_hint(server_env.DEFAULT_FOLDER) == "python -m dbsam_deploy.serve --install"
 
 
+def test_one_command_is_enough_for_openvino_too(tmp_path, fake):
+    """Where nothing is installed, and where an installation is not complete."""
+    command = "`python -m dbsam_deploy.serve --install --backend openvino --server-env "
+    with pytest.raises(EngineError, match=re.escape(command)):
+        find_environment(tmp_path / "none", openvino=True)
+    with pytest.raises(EngineError, match=re.escape(command)):
+        find_environment(fake(PIL=None), openvino=True)
+
+
 def test_numpy_2_is_refused(fake):
     with pytest.raises(EngineError, match=r"has numpy 2\.1\.0.*empty arrays.*numpy==1\.26\.4"):
         find_environment(fake(numpy="2.1.0"))
