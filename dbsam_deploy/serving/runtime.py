@@ -13,14 +13,13 @@ from ..core import allocation, array_guard, compiled_parts, widening
 from ..core.errors import ServingError
 from ..core.front import CONTROL_VARIABLE
 from ..files.atomic import is_file_at, locked
-from ..machine import cores
-from ..machine.privacy import VARIABLES
+from ..machine import cores, privacy
 from .environment import ServerEnvironment
 
 STANDINS = Path(__file__).parent / "standin_backends"
 SHARED = tuple(
     Path(str(module.__file__))
-    for module in (array_guard, allocation, compiled_parts, cores, widening)
+    for module in (array_guard, allocation, compiled_parts, cores, privacy, widening)
 )
 """Modules that the stand-ins import, as the front model does."""
 MODELS, CONTROL = "models", "control"
@@ -112,7 +111,7 @@ def server_variables(environment: ServerEnvironment, folder: Path) -> dict[str, 
         CONTROL_VARIABLE: str(folder / CONTROL),
         # gRPC sends large answers in pieces of 1 MiB; glibc would keep them for ever.
         "MALLOC_MMAP_THRESHOLD_": "1000000",
-        **VARIABLES,
+        **privacy.VARIABLES,
     }
     # The stub embeds an isolated Python: it reads no variable of Python's, and takes its prefix,
     # with all packages, from the first python3 on the path.

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import onnxruntime_standin
 import triton_python_backend_utils as pb_utils
 from compiled_parts import run_parts
+from privacy import switch_off
 
 
 class _CompiledGraph:
@@ -27,7 +27,7 @@ class _CompiledGraph:
         Raises:
             TritonModelException: another OpenVINO compiled them.
         """
-        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment] # sends no usage data
+        switch_off()
         import openvino
 
         told = json.loads(path.read_text())
