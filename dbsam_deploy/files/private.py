@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from ..core.errors import EngineError
@@ -74,7 +75,27 @@ def find_kept(
         if path.is_file() and not path.is_symlink():
             content = path.read_bytes()
             if hashlib.sha256(content).hexdigest() == digest:
+                with suppress(OSError):
+                    os.utime(path)  # `trim` takes the longest unused first
                 return path, content
         damaged(path)
         path.unlink()
     return None
+
+
+def trim(folder: Path, suffix: str, most_bytes: int) -> None:
+    """Delete what was used longest ago of the files with a suffix, until they are small enough.
+
+    Args:
+        folder: `keep` wrote into it.
+        suffix: of the files that count; others stay.
+        most_bytes: what is left at most.
+    """
+    with suppress(OSError):  # others may delete some at the same time
+        found = [(path.stat(), path) for path in folder.glob(f"*{suffix}")]
+        total = sum(about.st_size for about, _ in found)
+        for about, path in sorted(found, key=lambda pair: pair[0].st_mtime_ns):
+            if total <= most_bytes:
+                break
+            path.unlink(missing_ok=True)
+            total -= about.st_size

@@ -31,7 +31,7 @@ from ..extras import require
 from ..files.atomic import write_files
 from ..files.onnx_data import OnnxContent
 from ..files.onnx_files import read_content
-from ..files.private import cache_folder, find_kept, keep, private_folder
+from ..files.private import cache_folder, find_kept, keep, private_folder, trim
 from ..machine.cores import fewer_cores
 from ..machine.hardware import cpuinfo, processor
 from .float_head import Part, split_graph
@@ -39,6 +39,8 @@ from .session import Feed, Found, check_contract, check_feed, run_in_parts
 
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 """What is computed in outside quantised layers → OpenVINO's name for it."""
+KEPT_BYTES = 4 << 30
+"""Most that compiled models take in a user's cache; one of SAM's ViT-B has 416 MB."""
 HINT = "INFERENCE_PRECISION_HINT"
 BFLOAT16 = "bfloat16"
 
@@ -214,6 +216,7 @@ class OpenvinoSession:
         compiled = core.compile_model(model, "CPU", settings)
         with self._keeping():
             path = keep(self._cache, key, ".blob", compiled.export_model().getvalue())
+        trim(self._cache, ".blob", KEPT_BYTES)
         return CompiledPart(compiled, path, settings)
 
     def _read(self, core: Any, source: OnnxContent) -> Any:

@@ -21,7 +21,7 @@ from ..core.contract import GraphSpec, graph_specs
 from ..core.errors import EngineError
 from ..core.imaging import FloatArray, Preprocessing
 from ..files.inputs import code_digest, digest, key_of
-from ..files.private import cache_folder, find_kept, keep, private_folder
+from ..files.private import cache_folder, find_kept, keep, private_folder, trim
 from ..machine.hardware import cpuinfo, installed_versions, processor
 from ..sessions.session import Feed, Session
 
@@ -134,16 +134,8 @@ class References:
 
     def trim(self, most: int = KEPT_BYTES) -> None:
         """Remove the answers that were used longest ago, until the folder has `most` bytes."""
-        if self._folder is None:
-            return
-        with suppress(OSError):  # others may remove some at the same time
-            found = [(path.stat(), path) for path in self._folder.glob(f"*{_SUFFIX}")]
-            total = sum(about.st_size for about, _ in found)
-            for about, path in sorted(found, key=lambda pair: pair[0].st_mtime_ns):
-                if total <= most:
-                    break
-                path.unlink(missing_ok=True)
-                total -= about.st_size
+        if self._folder is not None:
+            trim(self._folder, _SUFFIX, most)
 
     def _read(self, key: str, graph: str, feed: Feed) -> tuple[dict[str, FloatArray], float] | None:
         """A kept answer and how long it took; None where there is none that is whole."""
@@ -164,8 +156,6 @@ class References:
             with suppress(OSError):
                 path.unlink()
             return None
-        with suppress(OSError):
-            os.utime(path)  # the longest unused goes first
         return answer
 
     def _parse(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import sys
@@ -23,6 +24,7 @@ from dbsam_deploy.fusions import expected_counts, fuse_file
 from dbsam_deploy.model import DbSam
 from dbsam_deploy.quantization.qdq import calibrate, quantize_graph
 from dbsam_deploy.recipe import load_recipe
+from dbsam_deploy.sessions import openvino_session
 from dbsam_deploy.sessions.float_head import split_graph
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
 from dbsam_deploy.sessions.openvino_session import OpenvinoSession
@@ -189,10 +191,23 @@ def test_compiled_models_are_kept_in_the_folder(tiny_artefact: Artefact, tmp_pat
     cache = tmp_path / "cache"
     first = OpenvinoSession(tiny_artefact, cache=cache).run("encoder", feed)
     (blob,) = cache.glob("*.blob")
-    written = blob.stat().st_mtime_ns
+    written = blob.stat().st_ino
     again = OpenvinoSession(tiny_artefact, cache=cache).run("encoder", feed)
-    assert [path.stat().st_mtime_ns for path in cache.glob("*.blob")] == [written]
+    assert [path.stat().st_ino for path in cache.glob("*.blob")] == [written]
     np.testing.assert_array_equal(first["image_embeddings"], again["image_embeddings"])
+
+
+def test_a_new_compiled_model_takes_the_place_of_the_longest_unused(
+    tiny_artefact: Artefact, tmp_path: Path, monkeypatch
+) -> None:
+    size = tiny_artefact.preprocessing.image_size
+    session = OpenvinoSession(tiny_artefact, cache=tmp_path)
+    (oldest,) = [part.path for part in session.compiled("encoder")]
+    os.utime(oldest, (1, 1))
+    monkeypatch.setattr(openvino_session, "KEPT_BYTES", int(1.5 * oldest.stat().st_size))
+    (newest,) = [part.path for part in session.compiled("encoder", 2)]
+    assert list(tmp_path.glob("*.blob")) == [newest]
+    assert len(session.run("encoder", image(2, size))["image_embeddings"]) == 2
 
 
 def test_mistakes(tiny_artefact: Artefact, tmp_path: Path) -> None:
@@ -231,13 +246,13 @@ def test_a_damaged_compiled_model_is_made_again(
     (blob,) = cache.iterdir()
     assert (cache.stat().st_mode & 0o777, blob.suffix) == (0o700, ".blob")
     whole = blob.read_bytes()
-    written = blob.stat().st_mtime_ns
+    written = blob.stat().st_ino
     if damage is not None:
         blob.write_bytes(damage)
     again = OpenvinoSession(tiny_artefact, cache=cache).run("encoder", feed)
     np.testing.assert_array_equal(first["image_embeddings"], again["image_embeddings"])
     if damage is None:
-        assert blob.stat().st_mtime_ns == written  # it was used
+        assert blob.stat().st_ino == written  # it was used
     else:
         assert [len(path.read_bytes()) for path in cache.iterdir()] == [len(whole)]
 

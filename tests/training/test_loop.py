@@ -76,7 +76,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory):
     return options, train(options)
 
 
-def test_a_run_writes_weights_that_load_and_differ_from_the_start(trained) -> None:
+def test_a_run_writes_weights_that_load_and_differ_from_the_start(trained, tmp_path) -> None:
     options, result = trained
     found = read_checkpoint(result.checkpoint)
     loaded = load_model(variant="db_sam_tiny", checkpoint=result.checkpoint, image_size=128)
@@ -85,15 +85,14 @@ def test_a_run_writes_weights_that_load_and_differ_from_the_start(trained) -> No
     again = train(
         replace(
             options,
-            output=options.output.parent / "none",
-            recipe=str(write_recipe(options.output.parent, steps=1, learning_rate=1e-12)),
+            output=tmp_path / "none",
+            recipe=str(write_recipe(tmp_path, steps=1, learning_rate=1e-12)),
         )
     )
     start = read_checkpoint(again.checkpoint).tensors
     moved = {k for k, v in found.tensors.items() if not torch.equal(v, start[k])}
     assert any(k.startswith("image_encoder.adapter.") for k in moved)
     assert any(k.startswith("mask_decoder.") for k in moved)
-    write_recipe(options.output.parent)
 
 
 def test_logs_hold_every_step(trained) -> None:
@@ -107,22 +106,22 @@ def test_logs_hold_every_step(trained) -> None:
     assert list((options.output / "tensorboard").glob("events.*"))
 
 
-def test_the_same_seed_gives_the_same_losses_and_another_seed_others(trained) -> None:
+def test_the_same_seed_gives_the_same_losses_and_another_seed_others(trained, tmp_path) -> None:
     options, result = trained
-    again = train(replace(options, output=options.output.parent / "again"))
+    again = train(replace(options, output=tmp_path / "again"))
     assert again.losses == result.losses
     recipe = Path(options.recipe)
     other = recipe.with_name("other.toml")
     text = recipe.read_text().replace("seed = 0", "seed = 1")
     other.write_text(text.replace(f"\nsteps = {STEPS}\n", "\nsteps = 1\n"))
-    third = train(replace(options, recipe=str(other), output=options.output.parent / "other"))
+    third = train(replace(options, recipe=str(other), output=tmp_path / "other"))
     assert len(third.losses) == 1
     assert third.losses[0] != result.losses[0]
 
 
-def test_a_killed_run_goes_on_from_its_resume_point(trained, monkeypatch) -> None:
+def test_a_killed_run_goes_on_from_its_resume_point(trained, monkeypatch, tmp_path) -> None:
     options, result = trained
-    output = options.output.parent / "killed"
+    output = tmp_path / "killed"
     journal = "dbsam_deploy.training.journal.Journal.step"
 
     def stop_in_the_third_step(self, phase, step, metrics):
