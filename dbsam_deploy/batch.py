@@ -205,9 +205,9 @@ def _orders(args: argparse.Namespace, studies: Sequence[Study]) -> Orders:
         raise InputError(f"--retries {args.retries}: expected 0 to 100")
     if args.ray_gpus is not None and (args.ray is None or not 0 <= args.ray_gpus <= 64):
         raise InputError(f"--ray-gpus {args.ray_gpus:g}: expected 0 to 64, with --ray")
-    obeyed = () if args.backend == TRITON else find_backend(args.backend).options
+    obeyed = _obeyed(args.backend)
     source = [args.backend, args.url, args.transport, args.preprocess]
-    opened = argparse.Namespace(**{**vars(args), "threads": None})
+    opened = argparse.Namespace(**{**vars(args), "threads": None, "shared_weights": None})
     if "threads" in obeyed and args.device != "cuda":
         opened.threads = args.threads
     chosen = chosen_runtime(model_options(opened))  # one for all studies
@@ -215,6 +215,8 @@ def _orders(args: argparse.Namespace, studies: Sequence[Study]) -> Orders:
         opened.backend, opened.runtime_precision = chosen.backend, chosen.runtime_precision
         opened.engine_cache = chosen.engine_cache
         source += [chosen.backend, str(chosen.runtime_precision)]
+    if "shared_weights" in _obeyed(chosen.backend) and (args.ray or _workers(args) > 1):
+        opened.shared_weights = True
     if "artefact" in obeyed:
         opened.artefact = find_export(args.artefact).resolve()  # the same for all, to the end
         artefact = read_artefact(opened.artefact)
@@ -231,16 +233,29 @@ def _orders(args: argparse.Namespace, studies: Sequence[Study]) -> Orders:
     )
 
 
-def _crew(args: argparse.Namespace) -> Crew:
-    """Who works: one study at a time on a GPU of this machine, else one a core."""
-    on_gpu = args.device == "cuda" or (
+def _obeyed(backend: str) -> tuple[str, ...]:
+    """The options of `ModelOptions` that a backend obeys."""
+    return () if backend == TRITON else find_backend(backend).options
+
+
+def _on_gpu(args: argparse.Namespace) -> bool:
+    return args.device == "cuda" or (
         args.backend != TRITON and find_backend(args.backend).devices == ("cuda",)
     )
-    if args.ray is not None:
-        gpus = float(on_gpu) if args.ray_gpus is None else args.ray_gpus
-        return RayCrew(args.ray, args.threads, gpus)
+
+
+def _workers(args: argparse.Namespace) -> int:
+    """How many studies are worked on at a time on this machine: one on a GPU, else one a core."""
     room = min(describe_hardware().cores // args.threads, int(memory_gib() / STUDY_GIB))
-    return LocalCrew(args.workers or (1 if on_gpu else max(1, room)), args.threads)
+    return args.workers or (1 if _on_gpu(args) else max(1, room))
+
+
+def _crew(args: argparse.Namespace) -> Crew:
+    """Who works, here or on a cluster."""
+    if args.ray is not None:
+        gpus = float(_on_gpu(args)) if args.ray_gpus is None else args.ray_gpus
+        return RayCrew(args.ray, args.threads, gpus)
+    return LocalCrew(_workers(args), args.threads)
 
 
 class _HourlyRate(ProgressColumn):

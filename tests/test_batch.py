@@ -185,6 +185,17 @@ def test_auto_is_one_runtime_for_all_studies(studies, tiny_artefact, monkeypatch
     assert opened.engine_cache is None
 
 
+def test_several_workers_share_the_weights_of_a_large_graph(studies, tiny_artefact):
+    def shared(*more: str) -> bool | None:
+        args = batch.build_parser().parse_args(words(studies, tiny_artefact, *more))
+        return batch._orders(args, ()).open_model.args[0].shared_weights
+
+    assert shared("--workers", "2")
+    assert shared("--ray", "somewhere")
+    assert not shared("--workers", "1")
+    assert not shared("--workers", "2", "--backend", "openvino")
+
+
 def test_results_among_the_studies_are_refused(studies, tiny_artefact, capsys):
     line = words(studies, tiny_artefact)
     line[0] = str(studies.parent)

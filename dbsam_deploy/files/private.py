@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -83,19 +84,31 @@ def find_kept(
     return None
 
 
-def trim(folder: Path, suffix: str, most_bytes: int) -> None:
-    """Delete what was used longest ago of the files with a suffix, until they are small enough.
+def trim(folder: Path, suffix: str, most_bytes: int, spare: Path | None = None) -> None:
+    """Delete what was used longest ago, until what is kept is small enough.
 
     Args:
-        folder: `keep` wrote into it.
-        suffix: of the files that count; others stay.
+        folder: of this user alone.
+        suffix: of the files, and folders of files, that count; others stay.
         most_bytes: what is left at most.
+        spare: what stays, whatever its size.
     """
     with suppress(OSError):  # others may delete some at the same time
-        found = [(path.stat(), path) for path in folder.glob(f"*{suffix}")]
-        total = sum(about.st_size for about, _ in found)
-        for about, path in sorted(found, key=lambda pair: pair[0].st_mtime_ns):
-            if total <= most_bytes:
+        found = [(path.stat().st_mtime_ns, path) for path in folder.glob(f"*{suffix}")]
+        sizes = {path: _size(path) for _, path in found}
+        for _, path in sorted(found):
+            if sum(sizes.values()) <= most_bytes:
                 break
-            path.unlink(missing_ok=True)
-            total -= about.st_size
+            if path == spare:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+            del sizes[path]
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of the files in a folder."""
+    parts = path.iterdir() if path.is_dir() else [path]
+    return sum(part.stat().st_size for part in parts)

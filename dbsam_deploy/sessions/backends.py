@@ -15,6 +15,7 @@ from ..core.errors import EngineError, InputError
 from ..core.imaging import Mode, Preprocessing
 from ..core.points import POINTS
 from ..extras import require
+from ..files.private import cache_folder
 from .onnxruntime_session import OnnxRuntimeSession
 from .pytorch_session import PytorchSession
 from .session import Session
@@ -44,6 +45,8 @@ class ModelOptions(ModelChoice):
         runtime_precision: one of `RUNTIME_PRECISIONS`.
         preprocess: a mode of `imaging.MODES` in place of the model's own.
         threads: that it computes with on the CPU; None for one a core.
+        shared_weights: whether weights of large graphs are mapped from a file on the CPU, which
+            processes share, see `mapped_weights`; None for no.
     """
 
     backend: str = "onnxruntime"
@@ -53,6 +56,7 @@ class ModelOptions(ModelChoice):
     runtime_precision: str | None = None
     preprocess: Mode | None = None
     threads: int | None = None
+    shared_weights: bool | None = None
 
     def given(self) -> list[str]:
         """Names of the options that are not None, besides the backend."""
@@ -117,9 +121,11 @@ def _pytorch_fused(options: ModelOptions, device: str) -> Opened:
 
 
 def _onnxruntime(options: ModelOptions, device: str) -> Opened:
+    cache = cache_folder("onnxruntime") if options.shared_weights else None
     threads = options.threads or 0
     return _published(
-        options, lambda found: OnnxRuntimeSession(found, device=device, threads=threads)
+        options,
+        lambda found: OnnxRuntimeSession(found, device=device, threads=threads, cache=cache),
     )
 
 
@@ -198,7 +204,7 @@ BACKENDS = (
         "onnxruntime",
         "an export on ONNX Runtime (extra cpu; --device cuda: extra gpu)",
         ("cpu", "cuda"),
-        ("artefact", "threads"),
+        ("artefact", "threads", "shared_weights"),
         _onnxruntime,
     ),
     Backend(

@@ -15,7 +15,7 @@ import io
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -169,6 +169,7 @@ def open_session(
     *,
     threads: int = 0,
     options: Mapping[str, str] | None = None,
+    prepare: Callable[[Any], None] = lambda settings: None,
 ) -> Any:
     """An `InferenceSession` on `provider`, and on no other one in its place.
 
@@ -178,6 +179,7 @@ def open_session(
         provider: where it must run.
         threads: intra-op threads, 0 for one per core that this process may use.
         options: provider options of this session.
+        prepare: changes its `SessionOptions` further.
 
     Raises:
         EngineError: the provider refuses the model, was dropped, or did not take its heavy nodes.
@@ -191,6 +193,7 @@ def open_session(
     settings.add_session_config_entry(_SAFE_INT8 if safe else _RECORD_PLACEMENT, "1")
     chain = [(provider.name, {**provider.options, **(options or {})}), *provider.behind]
     source = _source(model, settings)
+    prepare(settings)
     try:
         session = runtime.InferenceSession(source, settings, providers=chain, enable_fallback=0)
     except _failures(runtime) as error:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from ..artefact import Artefact, take_graphs
+from ..cli import say_on_stderr
 from ..core.contract import GraphSpec, graph_specs
-from ..core.errors import InputError
+from ..core.errors import EngineError, InputError
 from ..core.imaging import FloatArray
 from ..core.widening import widened
 from ..extras import require
 from ..files.onnx_data import OnnxContent
+from .mapped_weights import LARGE_BYTES, map_weights, open_mapped
 from .onnxruntime_providers import (
     CPU,
     PROVIDERS,
@@ -35,6 +38,8 @@ class OnnxRuntimeSession:
         threads: intra-op threads, 0 for one per core.
         as_typed: round to half precision wherever a CPU can, as the file says; by default a CPU
             computes in float32, see `core.widening`.
+        cache: folder of this user alone from which weights of large graphs are mapped on a CPU, see
+            `mapped_weights`; None holds them in this process's memory.
 
     Raises:
         InputError: a graph's file is missing or has changed.
@@ -53,6 +58,7 @@ class OnnxRuntimeSession:
         device: str = "cpu",
         threads: int = 0,
         as_typed: bool = False,
+        cache: Path | None = None,
     ) -> None:
         if device not in self.devices:
             raise InputError(f"device {device!r}: expected {' or '.join(self.devices)}")
@@ -60,6 +66,7 @@ class OnnxRuntimeSession:
         require_provider(self._runtime, self._provider)
         self.backend = f"onnxruntime-{device}"
         self._artefact, self._threads, self._as_typed = artefact, threads, as_typed
+        self._weights_cache = cache
         self._specs = graph_specs(artefact.preprocessing)
         self._sessions: dict[str, Any] = {}
         self._content: dict[str, OnnxContent] = {}
@@ -97,9 +104,10 @@ class OnnxRuntimeSession:
         if graph not in self._content:
             self._artefact.path(graph)  # says which graphs there are
         spec = self._specs[graph]
-        session = open_session(
+        model = self._model(graph, self._content[graph])
+        session = self._open_mapped(model) or open_session(
             self._runtime,
-            self._model(graph, self._content[graph]),
+            model,
             self._provider,
             threads=self._threads,
             options=self._options(spec),
@@ -107,6 +115,18 @@ class OnnxRuntimeSession:
         check_contract(spec, _tensors(session.get_inputs()), _tensors(session.get_outputs()))
         self._sessions[graph] = session
         del self._content[graph]
+
+    def _open_mapped(self, model: OnnxContent) -> Any | None:
+        """A session of a large graph whose weights are mapped; None where they shall be held."""
+        size = len(model.model) + len(model.data or b"")
+        if self._weights_cache is None or self._provider is not CPU or size < LARGE_BYTES:
+            return None
+        try:
+            path = map_weights(self._runtime, model, self._weights_cache, self._threads)
+            return open_mapped(self._runtime, path, self._threads)
+        except EngineError as error:
+            say_on_stderr(f"Weights are held in this process's memory: {error}")
+            return None
 
     def _model(self, graph: str, content: OnnxContent) -> OnnxContent:
         """The graph, or what stands for it on the CPU."""

@@ -216,7 +216,7 @@ class OpenvinoSession:
         compiled = core.compile_model(model, "CPU", settings)
         with self._keeping():
             path = keep(self._cache, key, ".blob", compiled.export_model().getvalue())
-        trim(self._cache, ".blob", KEPT_BYTES)
+        trim(self._cache, ".blob", KEPT_BYTES, spare=path)
         return CompiledPart(compiled, path, settings)
 
     def _read(self, core: Any, source: OnnxContent) -> Any:

@@ -31,5 +31,7 @@ def test_what_was_used_longest_ago_goes_first(tmp_path):
     assert find_kept(tmp_path, "one", ".bin")  # which is use
     trim(tmp_path, ".bin", 60)
     assert sorted(path.name[:3] for path in tmp_path.glob("*.bin")) == ["one", "six"]
+    trim(tmp_path, ".bin", 0, spare=paths[2])
+    assert set(tmp_path.iterdir()) == {other, paths[2]}
     trim(tmp_path, ".bin", 0)
     assert list(tmp_path.iterdir()) == [other]
