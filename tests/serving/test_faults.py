@@ -153,21 +153,22 @@ def test_a_graph_that_no_longer_answers_is_blamed_before_the_front_that_waits_fo
 def test_a_decoder_that_has_nothing_to_do_is_no_fault(watched):
     """The supervisor's own request waits behind images that are only encoded."""
     supervisor, waited = watched.supervisor, 0.0
+    patience = 0.6  # twice what a slow encoder takes for one image
     before = (supervisor.revived, supervisor.restarted)
-    supervisor.pace = Pace(patience=0.2, probe_least=0.1, probe_share=1.0, slow=3.0)
+    supervisor.pace = Pace(patience=patience, probe_least=0.1, probe_share=1.0, slow=3.0)
     try:
         with (
             opening(watched.server.grpc_url, 16),
             watched.disturbed(watched.slow, "encoder"),  # ends first, so that clients end soon
         ):
             end = time.monotonic() + 20
-            while waited < 4 * 0.2 and time.monotonic() < end:
+            while waited < 4 * patience and time.monotonic() < end:
                 supervisor.look()
                 waited = supervisor._asked.age_s if supervisor._asked else 0.0
                 time.sleep(0.05)
     finally:
         supervisor.pace = Pace()
-    assert waited > 3 * 0.2, "long enough to look like a fault"
+    assert waited > 3 * patience, "long enough to look like a fault"
     assert (supervisor.revived, supervisor.restarted) == before
 
 
