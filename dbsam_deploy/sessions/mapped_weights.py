@@ -50,7 +50,8 @@ def map_weights(runtime: ModuleType, content: OnnxContent, cache: Path, threads:
     kept = _find(cache, key)
     if kept is None:
         try:
-            with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            # Its suffix lets `trim` find what a killed process has left.
+            with tempfile.TemporaryDirectory(_SUFFIX, dir=cache) as scratch:
                 pack = partial(_pack, Path(scratch, _GRAPH))
                 open_session(runtime, content, CPU, threads=threads, prepare=pack)
                 kept = _keep(cache, key, Path(scratch))

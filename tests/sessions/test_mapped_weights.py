@@ -6,6 +6,7 @@ import errno
 import os
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +91,7 @@ def test_where_nothing_can_be_kept_weights_are_held_and_it_is_said(
     assert answers(OnnxRuntimeSession(tiny_artefact, cache=tmp_path), asked) == expected
     assert "held in this process's memory: mapped weights cannot be" in capsys.readouterr().err
 
-    def full(**where):
+    def full(*words, **where):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     tmp_path.chmod(0o700)
@@ -114,3 +115,21 @@ def test_the_longest_unused_makes_room(
     session = OnnxRuntimeSession(tiny_artefact, cache=tmp_path)
     assert len(kept(tmp_path)) == 1
     assert answers(session, asked) == answers(OnnxRuntimeSession(tiny_artefact), asked)
+
+
+def test_what_a_killed_process_left_goes(tiny_artefact: Artefact, tmp_path: Path, monkeypatch):
+    def stays(*words, **where):
+        return nullcontext(tempfile.mkdtemp(*words, **where))
+
+    def killed(self, to):
+        raise OSError(errno.EIO, "killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "TemporaryDirectory", stays)
+        patch.setattr(Path, "rename", killed)
+        OnnxRuntimeSession(tiny_artefact, cache=tmp_path)
+    left = set(tmp_path.iterdir())
+    assert left
+    monkeypatch.setattr(mapped_weights, "KEPT_BYTES", 1)
+    OnnxRuntimeSession(tiny_artefact, cache=tmp_path)
+    assert not left & set(tmp_path.iterdir())
