@@ -1,9 +1,9 @@
 """Large graphs on the CPU with weights that are mapped from a file, not held by each process.
 
 ONNX Runtime lays weights out for its kernels whenever a session opens, in memory of that process.
-Here it does so once and writes graph and weights as it computes with them; from then on a session
-opens in half the time, and all processes that compute with one model share its weights' memory.
-What is computed is the same, bit for bit.
+Here it does so once and writes graph and weights as it computes with them; from then on all
+processes that compute with one model share its weights' memory. A session opens no sooner, as the
+file's hash is compared; what is computed is the same, bit for bit.
 """
 
 from __future__ import annotations
