@@ -110,10 +110,12 @@ def as_called(text: str) -> str:
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps a description's examples as typed and shows each option's default, if there is one."""
+    """Keeps a description's examples as typed; shows defaults that are values, each once."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        plain = action.default is False or action.default in (None, ())
+        said = "(default: " in (action.help or "")
+        # A flag's default is the value that it sets, or not: `--no-wait` has True.
+        plain = said or action.nargs == 0 or action.default in (None, "", (), [])
         return action.help if plain else super()._get_help_string(action)
 
 

@@ -87,7 +87,7 @@ def _add_answers(group: argparse._ArgumentGroup) -> None:
         type=float,
         default=9.0,
         metavar="S",
-        help="seconds after which an answer goes no further; the next prompt goes on (default: 9)",
+        help="seconds after which an answer goes no further; the next prompt goes on",
     )
     group.add_argument("--max-voxels", type=int, default=2**28, metavar="N", help="of an image")
 

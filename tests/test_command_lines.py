@@ -45,6 +45,7 @@ def test_help_teaches_by_example(name: str, capsys: pytest.CaptureFixture[str]) 
     assert usage.startswith(f"usage: python -m dbsam_deploy.{name}")
     assert re.search(r"^examples?:", rest, re.M)
     assert f"python -m dbsam_deploy.{name} " in rest
+    assert not re.search(r"\(default:\s+(True|False|None|\[\]|\(\)|\))|\)\s+\(default: ", rest)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -10,18 +10,37 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..core.errors import EngineError
 from .atomic import write_atomically
 
+OTHER_FOLDER = "name another folder (--engine-cache; for any command XDG_CACHE_HOME)"
+"""What a user can do where compiled models and engines cannot be kept."""
+_UNFINISHED = (".unfinished", ".partial")
+"""Endings of what `making` and `write_atomically` have not finished."""
+_LEFT_S = 3600
+"""What nobody finished, or went on with, for this long was left by a killed process."""
+
 
 def cache_folder(name: str) -> Path:
-    """Where this user's files of one kind are kept: below XDG_CACHE_HOME, or else `~/.cache`."""
+    """Where this user's files of one kind are kept: below XDG_CACHE_HOME, or else `~/.cache`.
+
+    Raises:
+        EngineError: neither is known, as for a container's user without a name.
+    """
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))  # one that is not absolute does not count
-    caches = given if given.is_absolute() else Path.home() / ".cache"
+    try:
+        caches = given if given.is_absolute() else Path.home() / ".cache"
+    except RuntimeError:
+        raise EngineError(
+            f"no place for {name} of this user, who has no home folder: name one of this user's "
+            "in the environment's XDG_CACHE_HOME"
+        ) from None
     return caches / "dbsam_deploy" / name
 
 
@@ -70,22 +89,34 @@ def find_kept(
     *,
     damaged: Callable[[Path], None] = lambda path: None,
 ) -> tuple[Path, bytes] | None:
-    """A file that `keep` wrote, with its content; damaged ones are deleted, and `damaged` told."""
+    """A file that `keep` wrote, with its content; damaged ones are deleted, and `damaged` told.
+
+    One that another process deletes meanwhile, or that cannot be read, counts as not there.
+    """
     for path in sorted(folder.glob(f"{stem}-*{suffix}")):
         digest = path.name.removeprefix(f"{stem}-").removesuffix(suffix)
-        if path.is_file() and not path.is_symlink():
-            content = path.read_bytes()
-            if hashlib.sha256(content).hexdigest() == digest:
-                with suppress(OSError):
-                    os.utime(path)  # `trim` takes the longest unused first
-                return path, content
-        damaged(path)
-        path.unlink()
+        with suppress(OSError):
+            if path.is_file() and not path.is_symlink():
+                content = path.read_bytes()
+                if hashlib.sha256(content).hexdigest() == digest:
+                    with suppress(OSError):
+                        os.utime(path)  # `trim` takes the longest unused first
+                    return path, content
+            path.lstat()  # it is still there
+            damaged(path)
+            discard(path)
     return None
 
 
+@contextmanager
+def making(folder: Path, suffix: str) -> Iterator[Path]:
+    """A new folder in which something of this suffix is made; `trim` finds it after a kill."""
+    with tempfile.TemporaryDirectory(suffix + _UNFINISHED[0], dir=folder) as scratch:
+        yield Path(scratch)
+
+
 def trim(folder: Path, suffix: str, most_bytes: int, spare: Path | None = None) -> None:
-    """Delete what was used longest ago, until what is kept is small enough.
+    """Delete what killed processes left, then what was used longest ago until little is kept.
 
     Args:
         folder: of this user alone.
@@ -93,22 +124,34 @@ def trim(folder: Path, suffix: str, most_bytes: int, spare: Path | None = None) 
         most_bytes: what is left at most.
         spare: what stays, whatever its size.
     """
-    with suppress(OSError):  # others may delete some at the same time
-        found = [(path.stat().st_mtime_ns, path) for path in folder.glob(f"*{suffix}")]
-        sizes = {path: _size(path) for _, path in found}
-        for _, path in sorted(found):
-            if sum(sizes.values()) <= most_bytes:
-                break
-            if path == spare:
-                continue
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-            del sizes[path]
+    for path in folder.glob(f"*{suffix}.*"):
+        with suppress(OSError):
+            age_s = time.time() - path.lstat().st_mtime
+            if path.suffix in _UNFINISHED and age_s > _LEFT_S:
+                discard(path)
+    found = []
+    for path in folder.glob(f"*{suffix}"):
+        with suppress(OSError):  # others may delete some at the same time
+            found.append((path.lstat().st_mtime_ns, path, _size(path)))
+    left = sum(size for *_, size in found)
+    for _, path, size in sorted(found):
+        if left <= most_bytes:
+            break
+        if path != spare and discard(path):
+            left -= size
+
+
+def discard(path: Path) -> bool:
+    """Delete a file, a link, or a folder with all that is in it; whether it is gone."""
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    return not os.path.lexists(path)
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file, or of the files in a folder."""
-    parts = path.iterdir() if path.is_dir() else [path]
-    return sum(part.stat().st_size for part in parts)
+    """Bytes of a file or link, or of the files in a folder."""
+    parts = path.iterdir() if path.is_dir() and not path.is_symlink() else [path]
+    return sum(part.lstat().st_size for part in parts)

@@ -200,11 +200,11 @@ def _windowed(values: npt.NDArray[Any], frame: DicomSlice) -> tuple[npt.NDArray[
     function = str(source.get("VOILUTFunction") or "LINEAR").upper()
     least = 1 if function == "LINEAR" else 0
     if level is None or width is None:
-        raise InputError(f"{frame.file.path} has no window of its own: give --window LEVEL WIDTH")
+        raise InputError(f"{frame.file.path} has no window of its own: give level and width")
     if not np.isfinite([level, width]).all() or not width > least:
         raise InputError(
             f"{frame.file.path}: its own window is level {level:g} width {width:g}; expected a "
-            f"width above {least}: give --window LEVEL WIDTH"
+            f"width above {least}: give level and width"
         )
     plan = pydicom.Dataset()  # 0–255, whatever the range of the stored values
     plan.PhotometricInterpretation, plan.PixelRepresentation, plan.BitsStored = GREY[1], 0, 8

@@ -24,7 +24,7 @@ Window = tuple[float, float]
 """Level and width, in the units of the values."""
 
 PERCENTILES = (0.5, 99.5)
-CT_ADVICE = "for CT in HU consider --window 40 400"
+CT_ADVICE = "for CT in HU consider the window 40 400"
 AS_STORED = "0–255 as stored"
 
 _EXACT = 2**53

@@ -8,10 +8,10 @@ file's hash is compared; what is computed is the same, bit for bit.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
-import tempfile
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 from ..core.errors import EngineError
 from ..files.inputs import digest
 from ..files.onnx_data import OnnxContent
-from ..files.private import private_folder, trim
+from ..files.private import discard, making, private_folder, trim
 from ..machine.hardware import cpuinfo, processor
 from .onnxruntime_providers import CPU, open_session
 
@@ -29,6 +29,8 @@ LARGE_BYTES = 128 << 20
 """Smaller graphs open in a fifth of a second, and most of their memory is for activations."""
 KEPT_BYTES = 4 << 30
 """Most that these files take in a user's cache; those of SAM's ViT-B take 0.7 GB."""
+_ROOM = 3
+"""Files are made where this many times the graph's size is free; they take twice that size."""
 _GRAPH, _WEIGHTS, _SUFFIX = "graph.onnx", "graph.bin", ".mapped"
 
 
@@ -50,11 +52,11 @@ def map_weights(runtime: ModuleType, content: OnnxContent, cache: Path, threads:
     kept = _find(cache, key)
     if kept is None:
         try:
-            # Its suffix lets `trim` find what a killed process has left.
-            with tempfile.TemporaryDirectory(_SUFFIX, dir=cache) as scratch:
-                pack = partial(_pack, Path(scratch, _GRAPH))
+            _check_room(cache, len(content.model) + len(content.data or b""))
+            with making(cache, _SUFFIX) as scratch:
+                pack = partial(_pack, scratch / _GRAPH)
                 open_session(runtime, content, CPU, threads=threads, prepare=pack)
-                kept = _keep(cache, key, Path(scratch))
+                kept = _keep(cache, key, scratch)
         except OSError as error:
             raise EngineError(
                 f"mapped weights cannot be kept in {cache}: {error.strerror}"
@@ -89,13 +91,19 @@ def _as_it_is(runtime: ModuleType, settings: Any) -> None:
     settings.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
 
 
+def _check_room(folder: Path, size: int) -> None:
+    """Leave the last of a disk to a batch's results: ONNX Runtime would fill it, and then fail."""
+    if shutil.disk_usage(folder).free < _ROOM * size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def _keep(folder: Path, key: str, made: Path) -> Path:
     """Give a folder with both files its name, which ends with the hash of their content."""
     kept = folder / f"{key}-{_hash(made)}{_SUFFIX}"
     try:
         made.rename(kept)
     except OSError:
-        if not kept.is_dir():  # which another process has made meanwhile
+        if not _is_whole(kept, key):  # which another process has made meanwhile
             raise
     return kept
 
@@ -103,12 +111,19 @@ def _keep(folder: Path, key: str, made: Path) -> Path:
 def _find(folder: Path, key: str) -> Path | None:
     """What `_keep` has named; what is damaged is deleted, to be made again."""
     for path in folder.glob(f"{key}-*{_SUFFIX}"):
-        with suppress(OSError):
-            if path.name == f"{key}-{_hash(path)}{_SUFFIX}":
+        if _is_whole(path, key):
+            with suppress(OSError):
                 os.utime(path)
-                return path
-        shutil.rmtree(path, ignore_errors=True)
+            return path
+        discard(path)
     return None
+
+
+def _is_whole(path: Path, key: str) -> bool:
+    """Whether a folder, which is no link, has the files that its name says."""
+    with suppress(OSError):
+        return not path.is_symlink() and path.name == f"{key}-{_hash(path)}{_SUFFIX}"
+    return False
 
 
 def _hash(folder: Path) -> str:

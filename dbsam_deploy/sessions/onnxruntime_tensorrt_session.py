@@ -17,7 +17,7 @@ from ..engines.profiles import check_sizes, plan_ranges, profile_shapes
 from ..engines.shapes import axis_sizes
 from ..files.atomic import sha256_of
 from ..files.manifests import ManifestKind
-from ..files.private import cache_folder, private_folder
+from ..files.private import OTHER_FOLDER, cache_folder, private_folder
 from .onnxruntime_providers import TENSORRT
 from .onnxruntime_session import OnnxRuntimeSession
 from .session import OPENED_LATER, Feed, check_feed
@@ -66,7 +66,7 @@ class OnnxRuntimeTensorrtSession(OnnxRuntimeSession):
                 "TensorRT: export it with --precision fp16, or build an engine (--engine tensorrt)"
             )
         folder = self._folder(graph)
-        hint = ": name another one with --engine-cache"
+        hint = f"; {OTHER_FOLDER}"
         private_folder(self._cache, "TensorRT's engines", hint)
         _drop_changed(private_folder(folder, "TensorRT's engines", hint))
         super()._open(graph)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import tempfile
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,7 +30,15 @@ from ..extras import require
 from ..files.atomic import write_files
 from ..files.onnx_data import OnnxContent
 from ..files.onnx_files import read_content
-from ..files.private import cache_folder, find_kept, keep, private_folder, trim
+from ..files.private import (
+    OTHER_FOLDER,
+    cache_folder,
+    find_kept,
+    keep,
+    making,
+    private_folder,
+    trim,
+)
 from ..machine.cores import fewer_cores
 from ..machine.hardware import cpuinfo, processor
 from .float_head import Part, split_graph
@@ -41,6 +48,7 @@ PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 """What is computed in outside quantised layers → OpenVINO's name for it."""
 KEPT_BYTES = 4 << 30
 """Most that compiled models take in a user's cache; one of SAM's ViT-B has 416 MB."""
+_SUFFIX = ".blob"
 HINT = "INFERENCE_PRECISION_HINT"
 BFLOAT16 = "bfloat16"
 
@@ -117,7 +125,7 @@ class OpenvinoSession:
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
             "INFERENCE_NUM_THREADS": threads or fewer_cores(),
         }
-        hint = "; name another folder with --engine-cache"
+        hint = f"; {OTHER_FOLDER}"
         self._cache = private_folder(cache or cache_folder("openvino"), "compiled models", hint)
         self._graphs = {
             graph: _standard(content, self._specs[graph])
@@ -208,23 +216,23 @@ class OpenvinoSession:
         """A compiled model, out of the cache if it has one of all that determines it."""
         facts = [self._runtime.__version__, processor(cpuinfo()), shapes, settings]
         key = hashlib.sha256(source.model + json.dumps(facts, sort_keys=True).encode()).hexdigest()
-        if found := find_kept(self._cache, key, ".blob"):
+        if found := find_kept(self._cache, key, _SUFFIX):
             opened = core.import_model(io.BytesIO(found[1]), "CPU", settings)
             return CompiledPart(opened, found[0], settings)
         model = self._read(core, source)
         model.reshape({n: self._runtime.PartialShape(shape) for n, shape in shapes.items()})
         compiled = core.compile_model(model, "CPU", settings)
         with self._keeping():
-            path = keep(self._cache, key, ".blob", compiled.export_model().getvalue())
-        trim(self._cache, ".blob", KEPT_BYTES, spare=path)
+            path = keep(self._cache, key, _SUFFIX, compiled.export_model().getvalue())
+        trim(self._cache, _SUFFIX, KEPT_BYTES, spare=path)
         return CompiledPart(compiled, path, settings)
 
     def _read(self, core: Any, source: OnnxContent) -> Any:
         """A graph as OpenVINO has it; weights in a file of their own are read from a disk alone."""
         if source.data is None:
             return core.read_model(io.BytesIO(source.model))
-        with self._keeping(), tempfile.TemporaryDirectory(dir=self._cache) as folder:
-            path = Path(folder, "graph.onnx")
+        with self._keeping(), making(self._cache, _SUFFIX) as folder:
+            path = folder / "graph.onnx"
             write_files({path: source.model, path.with_name(source.location): source.data})
             return core.read_model(path)
 
@@ -234,8 +242,7 @@ class OpenvinoSession:
             yield
         except OSError as error:
             raise EngineError(
-                f"compiled models cannot be kept in {self._cache}: {error.strerror}; name another "
-                "folder with --engine-cache"
+                f"compiled models cannot be kept in {self._cache}: {error.strerror}; {OTHER_FOLDER}"
             ) from error
 
 

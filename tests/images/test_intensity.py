@@ -18,7 +18,7 @@ def test_negative_values_count_all_voxels_and_keep_zero() -> None:
     assert pixels.ravel()[-1] == 255
     assert pixels.ravel()[1000] in (126, 127, 128)  # 0 HU is in the middle, not black
     assert "of all voxels" in str(text)
-    assert "--window 40 400" in str(text)
+    assert "consider the window 40 400" in str(text)
 
 
 def test_window_equals_the_formula(rng: np.random.Generator) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import sys
 import tempfile
-from contextlib import nullcontext
+import time
 from pathlib import Path
 
 import numpy as np
@@ -118,18 +119,56 @@ def test_the_longest_unused_makes_room(
 
 
 def test_what_a_killed_process_left_goes(tiny_artefact: Artefact, tmp_path: Path, monkeypatch):
-    def stays(*words, **where):
-        return nullcontext(tempfile.mkdtemp(*words, **where))
-
     def killed(self, to):
+        left.append(Path(shutil.copytree(self, tmp_path / f"left-{self.name}")))
+        os.utime(left[-1], (time.time() - 7200,) * 2)
         raise OSError(errno.EIO, "killed")
 
+    left: list[Path] = []
     with monkeypatch.context() as patch:
-        patch.setattr(tempfile, "TemporaryDirectory", stays)
         patch.setattr(Path, "rename", killed)
         OnnxRuntimeSession(tiny_artefact, cache=tmp_path)
-    left = set(tmp_path.iterdir())
     assert left
-    monkeypatch.setattr(mapped_weights, "KEPT_BYTES", 1)
+    assert set(tmp_path.iterdir()) == set(left)
     OnnxRuntimeSession(tiny_artefact, cache=tmp_path)
-    assert not left & set(tmp_path.iterdir())
+    assert not any(path.exists() for path in left)
+
+
+def test_damaged_files_behind_a_link_are_not_taken(tiny_artefact: Artefact, tmp_path: Path) -> None:
+    cache, elsewhere = tmp_path / "cache", tmp_path / "elsewhere"
+    OnnxRuntimeSession(tiny_artefact, cache=cache)
+    elsewhere.mkdir()
+    for path in list(cache.iterdir()):
+        moved = path.rename(elsewhere / path.name)
+        path.symlink_to(moved)
+        weights = bytearray((moved / "graph.bin").read_bytes())
+        weights[::1000] = bytes(len(weights[::1000]))
+        (moved / "graph.bin").write_bytes(weights)
+    asked = feeds(tiny_artefact)
+    expected = answers(OnnxRuntimeSession(tiny_artefact), asked)
+    assert answers(OnnxRuntimeSession(tiny_artefact, cache=cache), asked) == expected
+    assert len(kept(cache)) == len(asked)
+    assert not any(path.is_symlink() for path in cache.iterdir())
+
+
+def test_damaged_files_that_stay_are_not_taken(
+    tiny_artefact: Artefact, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    OnnxRuntimeSession(tiny_artefact, cache=tmp_path)
+    for path in tmp_path.glob("*.mapped/graph.bin"):
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    monkeypatch.setattr(mapped_weights, "discard", lambda path: False)
+    asked = feeds(tiny_artefact)
+    expected = answers(OnnxRuntimeSession(tiny_artefact), asked)
+    assert answers(OnnxRuntimeSession(tiny_artefact, cache=tmp_path), asked) == expected
+    assert "held in this process's memory: mapped weights cannot be" in capsys.readouterr().err
+
+
+def test_the_last_of_a_disk_is_not_taken(
+    tiny_artefact: Artefact, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=1000))
+    OnnxRuntimeSession(tiny_artefact, cache=tmp_path)
+    assert "No space left on device" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
