@@ -79,6 +79,8 @@ def best_answer(
     wanted: MarkedPixels,
     unwanted: MarkedPixels | None = None,
     before: MarkedPixels | None = None,
+    *,
+    likeness: float = 1.0,
 ) -> int | None:
     """Which answer is the surest of those that obey, and the most like what there was.
 
@@ -86,8 +88,8 @@ def best_answer(
         answers: one mask (N, 1, H, W) for each box.
         wanted: (H, W) pixels of which the object has as many as any answer has.
         unwanted: (H, W) pixels of which it has as few as any answer has.
-        before: (H, W) mask that is corrected: its IoU with an answer counts as much as the
-            predicted one.
+        before: (H, W) mask that is corrected.
+        likeness: what its IoU with an answer counts beside the predicted one.
 
     Returns:
         None where no mask holds any of what is wanted, or all are empty.
@@ -97,7 +99,7 @@ def best_answer(
     faults = np.zeros(len(masks), int) if unwanted is None else (masks & unwanted).sum((1, 2))
     score = answers.ious[:, 0].astype(float)
     if before is not None:
-        score += overlap(masks, before)
+        score += likeness * overlap(masks, before)
     order = order_of(hits, faults, score)
     return order[0] if order else None
 

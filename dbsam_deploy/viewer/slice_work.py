@@ -26,6 +26,8 @@ _LASSO_SLACK = 5
 """Side of the square by which a lasso is widened: two pixels to each side."""
 _MOST_POINTS = 8
 """Of a stroke, that the model is told."""
+_LIKENESS = 0.5
+"""Of an object that is added to, which every answer holds anyway (docs/facts.md)."""
 _LARGEST_PIECE = 0.5
 """Of the mask, that one click outside may take away."""
 
@@ -133,7 +135,10 @@ class SliceWork:
         earlier = np.array(wish.box if wish.box is not None else mask_box(self.before), float)
         both = np.concatenate([np.minimum(earlier, new)[:2], np.maximum(earlier, new)[2:]])
         answers = self._answers(boxes_past(both, earlier, size))
-        found = self._surest(answers, wanted, unwanted, self.before)
+        # What is marked inside takes nothing away; an empty answer stays one.
+        masks = (answers.masks | self.before) * answers.masks.any((2, 3), keepdims=True)
+        united = replace(answers, masks=masks)
+        found = self._surest(united, wanted, unwanted, self.before, likeness=_LIKENESS)
         return SliceFound(found.mask if found.mask.any() else self.before, found.iou)
 
     def _pointed(self, wish: Wish, *, is_first: bool) -> SliceFound:
@@ -181,9 +186,9 @@ class SliceWork:
         question = Question(self._view.axis, self.index, given, several, adapt_points=False)
         return self._slices.decode(question)
 
-    def _surest(self, answers: Prediction, *asked: MaskArray) -> SliceFound:
+    def _surest(self, answers: Prediction, *asked: MaskArray, likeness: float = 1.0) -> SliceFound:
         """The best answer (`point_search.best_answer`), or nothing."""
-        best = best_answer(answers, *asked)
+        best = best_answer(answers, *asked, likeness=likeness)
         if best is None:
             return SliceFound(self._nothing, None)
         return SliceFound(answers.masks[best, 0] != 0, float(answers.ious[best, 0]))
@@ -193,31 +198,39 @@ class SliceWork:
         return np.zeros(self._view.size, bool)
 
     def _obeying(self, found: SliceFound, clicks: Clicks) -> SliceFound:
-        """The same with every clicked pixel as it was asked; the last click wins."""
+        """The same with every clicked pixel as it was asked; the last click wins.
+
+        Earlier ones had their piece when they were asked: a disc is theirs now, without the model.
+        """
         mask = found.mask.copy()
         for row, column, is_inside in clicks:
-            if bool(mask[row, column]) != is_inside:
-                mask[self._piece(mask, row, column, is_inside)] = is_inside
+            if bool(mask[row, column]) == is_inside:
+                continue
+            is_new = (row, column) == clicks[-1][:2]
+            alone = self._small_object(mask, row, column) if is_new and not is_inside else None
+            mask[_disc(mask, row, column) if alone is None else alone] = is_inside
         for row, column, is_inside in clicks:
             mask[row, column] = is_inside
         return SliceFound(mask, found.iou)
 
-    def _piece(self, mask: MaskArray, row: int, column: int, is_inside: bool) -> MaskArray:
-        """What a click adds or takes away where the model did not: a small object, or a disc."""
-        if not is_inside:
-            pixel = np.array([column, row, column + 1, row + 1], float)
-            answers = self._answers(boxes_around(pixel, self._view.size))
-            alone = self._surest(answers, self._mask_of([(row, column, True)])).mask
-            if alone[row, column] and (alone & mask).sum() <= _LARGEST_PIECE * mask.sum():
-                return alone
-        rows, columns = np.ogrid[: mask.shape[0], : mask.shape[1]]
-        return np.asarray((rows - row) ** 2 + (columns - column) ** 2 <= DISC_RADIUS**2)
+    def _small_object(self, mask: MaskArray, row: int, column: int) -> MaskArray | None:
+        """What the model finds at a pixel, where that is a small part of a mask."""
+        pixel = np.array([column, row, column + 1, row + 1], float)
+        answers = self._answers(boxes_around(pixel, self._view.size))
+        alone = self._surest(answers, self._mask_of([(row, column, True)])).mask
+        is_small = (alone & mask).sum() <= _LARGEST_PIECE * mask.sum()
+        return alone if alone[row, column] and is_small else None
 
     def _mask_of(self, clicks: Sequence[tuple[int, int, bool]]) -> MaskArray:
         mask = self._nothing
         for row, column, _ in clicks:
             mask[row, column] = True
         return mask
+
+
+def _disc(mask: MaskArray, row: int, column: int) -> MaskArray:
+    rows, columns = np.ogrid[: mask.shape[0], : mask.shape[1]]
+    return np.asarray((rows - row) ** 2 + (columns - column) ** 2 <= DISC_RADIUS**2)
 
 
 def _wider(area: MaskArray) -> MaskArray:

@@ -10,6 +10,7 @@ from support.box_trained import blocks, picture
 from support.bright import BrightPredictor
 
 from dbsam_deploy.core.masks import Prediction
+from dbsam_deploy.core.point_search import MOST_BOXES
 from dbsam_deploy.core.points import BOX_TRAINED, NATIVE, PointRules
 from dbsam_deploy.images.arrays import as_volume
 from dbsam_deploy.viewer.slice_work import SliceWork, Wish
@@ -67,3 +68,32 @@ def test_a_click_past_the_mask_grows_it_as_the_weights_understand_it(points, set
         assert predictor.boxes == 0
         ((multimask, asked),) = predictor.sets
         assert (multimask, asked["boxes"].tolist()) == (False, [[20, 16, 30, 30]])
+
+
+class Forgetful(Counting):
+    """Finds in a box no more than its right half."""
+
+    def predict_boxes(self, boxes: np.ndarray) -> Prediction:
+        found = super().predict_boxes(boxes)
+        for mask, (x0, _, x1, _) in zip(found.masks[:, 0], boxes, strict=True):
+            mask[:, : int(x0 + x1) // 2] = 0
+        return found
+
+
+def test_a_click_inside_takes_nothing_away():
+    predictor, before = Forgetful(BOX_TRAINED), blocks((20, 16, 30, 30))
+    mask = clicked(predictor, before, (20, 38, True))
+    assert mask[20, 38]
+    assert mask[20, 34]  # found, and not only the disc of the click
+    assert mask[before].all()
+    assert not (mask & ~OBJECT).any()
+
+
+def test_an_earlier_click_is_obeyed_without_asking_the_model_again():
+    predictor, before = Counting(BOX_TRAINED), blocks((20, 16, 30, 30))
+    mask = clicked(predictor, before, (22, 35, False), (20, 38, True))
+    assert predictor.boxes <= MOST_BOXES
+    assert mask[20, 38]
+    assert not mask[21:24, 34:37].any()
+    assert mask[22, 32]
+    np.testing.assert_array_equal(mask & before, before)
