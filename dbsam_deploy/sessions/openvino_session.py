@@ -33,6 +33,7 @@ from ..files.onnx_files import read_content
 from ..files.private import (
     OTHER_FOLDER,
     cache_folder,
+    discard,
     find_kept,
     keep,
     making,
@@ -217,8 +218,12 @@ class OpenvinoSession:
         facts = [self._runtime.__version__, processor(cpuinfo()), shapes, settings]
         key = hashlib.sha256(source.model + json.dumps(facts, sort_keys=True).encode()).hexdigest()
         if found := find_kept(self._cache, key, _SUFFIX):
-            opened = core.import_model(io.BytesIO(found[1]), "CPU", settings)
-            return CompiledPart(opened, found[0], settings)
+            try:
+                opened = core.import_model(io.BytesIO(found[1]), "CPU", settings)
+            except RuntimeError:  # of a machine that hides other instructions, say: made again
+                discard(found[0])
+            else:
+                return CompiledPart(opened, found[0], settings)
         model = self._read(core, source)
         model.reshape({n: self._runtime.PartialShape(shape) for n, shape in shapes.items()})
         compiled = core.compile_model(model, "CPU", settings)

@@ -66,12 +66,12 @@ class ChainRule:
 
     def relative_to(self, iou: float) -> ChainRule:
         """The same for an anchor that counts as drawn, whose mask has this predicted IoU."""
-        joint = self.least_joint(iou)
-        return replace(self, min_iou_ratio=self.min_iou_ratio * iou, min_joint=joint)
+        least = self.min_iou_ratio * max(0.0, iou)  # an estimate may be negative, or NaN
+        return replace(self, min_iou_ratio=least, min_joint=self.least_joint(iou))
 
     def least_joint(self, iou: float) -> float:
         """Least product of predicted IoU and likeness, for an anchor of this predicted IoU."""
-        return min(self.min_joint, OF_ANCHOR * iou)
+        return min(self.min_joint, OF_ANCHOR * max(0.0, iou))
 
 
 RULE = ChainRule()

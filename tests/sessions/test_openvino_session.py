@@ -20,6 +20,7 @@ from dbsam_deploy.core.contract import graph_specs
 from dbsam_deploy.core.errors import EngineError, InputError, MissingError
 from dbsam_deploy.core.imaging import Preprocessing
 from dbsam_deploy.extras import pip_line
+from dbsam_deploy.files.private import keep
 from dbsam_deploy.fusions import expected_counts, fuse_file
 from dbsam_deploy.model import DbSam
 from dbsam_deploy.quantization.qdq import calibrate, quantize_graph
@@ -255,6 +256,21 @@ def test_a_damaged_compiled_model_is_made_again(
         assert blob.stat().st_ino == written  # it was used
     else:
         assert [len(path.read_bytes()) for path in cache.iterdir()] == [len(whole)]
+
+
+def test_a_whole_compiled_model_that_openvino_does_not_take_is_made_again(
+    tiny_artefact: Artefact, tmp_path: Path
+) -> None:
+    feed = image(1, 128)
+    first = OpenvinoSession(tiny_artefact, cache=tmp_path).run("encoder", feed)
+    (blob,) = tmp_path.iterdir()
+    kept = blob.name
+    other = keep(tmp_path, kept.split("-")[0], ".blob", b"of another machine")
+    blob.unlink()
+    again = OpenvinoSession(tiny_artefact, cache=tmp_path).run("encoder", feed)
+    np.testing.assert_array_equal(first["image_embeddings"], again["image_embeddings"])
+    assert not other.exists()
+    assert [path.name for path in tmp_path.iterdir()] == [kept]
 
 
 def test_a_cache_that_others_may_write_is_refused(tiny_artefact: Artefact, tmp_path: Path) -> None:

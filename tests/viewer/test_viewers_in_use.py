@@ -16,8 +16,10 @@ from nnInteractive.inference.remote import (
     SessionExpiredError,
     nnInteractiveRemoteInferenceSession,
 )
-from support.viewer import IMAGE, running
+from support.viewer import BOX, IMAGE, BoxTrained, running
 from support.wedge import SHAPE, wedge
+
+from dbsam_deploy.core.masks import Prediction
 
 Client = nnInteractiveRemoteInferenceSession
 
@@ -190,3 +192,19 @@ def test_napari_draws_as_the_mouse_went(server):
     client.close()
     with pytest.raises((SessionExpiredError, httpx.HTTPError, RuntimeError)):
         client.heartbeat()
+
+
+@pytest.mark.parametrize("iou", [-0.2, 0.0, 1.3, float("nan")])
+def test_a_slice_is_answered_whatever_the_model_estimates_of_it(server, monkeypatch, iou):
+    asked = BoxTrained.predict_boxes
+
+    def estimated(model, boxes):
+        found = asked(model, boxes)
+        return Prediction(found.masks, np.full_like(found.ious, iou), found.logits)
+
+    monkeypatch.setattr(BoxTrained, "predict_boxes", estimated)
+    with server.client() as client:
+        client.set_image(IMAGE, {"spacing": [1.0, 1.0, 1.0]})
+        client.set_target_buffer(np.zeros(SHAPE, np.uint8))
+        client.add_bbox_interaction(BOX, True)
+        np.testing.assert_array_equal(client.target_buffer[5], wedge()[5])
