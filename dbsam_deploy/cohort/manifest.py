@@ -251,8 +251,8 @@ def check_names(studies: Sequence[Study], source: Path) -> list[Study]:
             raise InputError(f"{source}: name {study.name!r} is that of the report; choose another")
         if key in seen:
             raise InputError(
-                f"{source}: {seen[key].path} and {study.path} are both called {study.name!r}: give "
-                "each a name of its own, in the column name"
+                f"{source}: {seen[key].path} and {study.path} are both called {study.name!r}: "
+                "rename one, or name each in a CSV's column name"
             )
         seen[key] = study
     return list(studies)

@@ -123,7 +123,7 @@ def test_a_folder_is_its_images_and_folders(tmp_path):
     assert [study.name for study in studies] == ["Patient_7", "a", "b"]
     assert others == ["readme.txt"]
     (tmp_path / "a.png").write_bytes(b"x")
-    with pytest.raises(InputError, match="both called 'a'"):
+    with pytest.raises(InputError, match="both called 'a': rename one"):
         find_studies(tmp_path)
 
 
