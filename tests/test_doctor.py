@@ -10,6 +10,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from dbsam_deploy.kernels.library import ARCHITECTURES
 from dbsam_deploy.kernels.plugin_build import PluginLibrary
 from dbsam_deploy.machine.hardware import has_bfloat16, instruction_sets, memory_gib
 from dbsam_deploy.sessions.backends import LOCAL_BACKENDS
-from dbsam_deploy.sessions.trial_records import Record, Trial
+from dbsam_deploy.sessions.trial_records import OUT_OF_TIME, Record, Trial, keep_record
 from dbsam_deploy.verification import runtimes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -310,14 +311,18 @@ def test_runtimes_that_were_tried_on_an_export(
     missed = Trial("openvino", "bfloat16", False, "misses its gate: boxes 0.9", (), 3.0, 1.0, 8.0)
     default = Trial("onnxruntime", None, True, "the export's own gate", (), 7.0, 2.0, 9.0)
 
-    def play(artefact: object, place: object, *, every: bool) -> runtimes.Tried:
+    def play(artefact: object, place: object, *, every: bool, say: object) -> runtimes.Tried:
         asked.append(every)
         return runtimes.Tried(Record((default, missed), every, 9.5))
 
     monkeypatch.setattr(runtimes, "try_runtimes", play)
-    folder = make_artefact(tmp_path / "export").folder
+    artefact = make_artefact(tmp_path / "export")
+    folder = artefact.folder
+    late = replace(missed, verdict=OUT_OF_TIME, encoder_ms=0.0)
+    keep_record(artefact, Record((default, late), False, 8.0))
     status, out, err = shell("--artefact", str(folder))
     assert (status, asked) == (0, [True])
+    assert OUT_OF_TIME not in out
     assert "`--backend auto` takes onnxruntime" in out
     assert "tried in 9.5 s" in out
     assert re.search(r" 3\.0 │ +1\.0 │ +1\.0 │ no ", out)

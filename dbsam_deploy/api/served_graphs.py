@@ -73,7 +73,7 @@ def served_graphs(
         if find_spec(OPENVINO) if record is None else record.chosen.backend == OPENVINO:
             check_server()
         if record is None:
-            say(f"trying the runtimes of this machine on {folder}, once: half a minute or more")
+            say(f"trying the runtimes of this machine on {folder}, once: ten seconds or more")
     told = _ask_worker(folder, backend)
     if told["backend"] == ONNXRUNTIME:
         say(f"{AUTO}: graphs run on ONNX Runtime ({told['verdict']})")

@@ -13,12 +13,13 @@ Inputs = Mapping[str, str]
 """Name of a part → its value, or its hash where that is long."""
 
 
-def digest(*parts: str | bytes) -> str:
-    """Hex SHA-256 of parts, each with its length."""
+def digest(*parts: str | bytes | memoryview) -> str:
+    """Hex SHA-256 of parts, each with its length; a view's items are bytes."""
     found = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
-        found.update(len(data).to_bytes(8, "little") + data)
+        found.update(len(data).to_bytes(8, "little"))
+        found.update(data)
     return found.hexdigest()
 
 

@@ -26,6 +26,8 @@ MARGIN = 0.1
 floor on these is below it on others."""
 MISSES = "misses its gate"
 """How the verdict on a runtime begins that was held against PyTorch and may not be chosen."""
+OUT_OF_TIME = "not tried: out of time"
+"""The verdict on a runtime that a trial of a few seconds left alone; nothing is known of it."""
 _CODE = ("sessions.onnxruntime_session", "sessions.openvino_session")
 """What runs a graph, with all that these modules import."""
 _DECIDING = ("dbsam-deploy", "numpy", "onnxruntime", "openvino")
@@ -90,7 +92,7 @@ class Record:
     Attributes:
         trials: the candidates, the default first.
         every: whether each that could be opened was compared with PyTorch, not only those that
-            were quicker than the choice.
+            were quicker than the choice, and for which there was time.
         seconds: how long it took.
     """
 
@@ -102,6 +104,11 @@ class Record:
     def chosen(self) -> Trial:
         """The quickest that may be."""
         return min((trial for trial in self.trials if trial.passes), key=lambda t: t.total_ms)
+
+    @property
+    def untried(self) -> tuple[Trial, ...]:
+        """Those that were left alone for want of time."""
+        return tuple(trial for trial in self.trials if trial.verdict == OUT_OF_TIME)
 
     def of(self, backend: str, runtime_precision: str | None) -> Trial | None:
         """One candidate."""

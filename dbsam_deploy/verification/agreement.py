@@ -46,7 +46,7 @@ class GateTally:
     """
 
     def __init__(self, answers: KnownMasks, gate: Gate) -> None:
-        self._near, self._mean_floor, self._p5_floor = (
+        self._cosine_floor, self._mean_floor, self._p5_floor = (
             round(1 - (1 - MARGIN) * (1 - floor), 6)
             for floor in (gate.embedding_cosine, gate.mask_agreement_mean, gate.mask_agreement_p5)
         )
@@ -82,6 +82,11 @@ class GateTally:
             )
         ]
 
+    def missed_encoder(self, near: float) -> str:
+        """What of an encoder misses the gate whose cosine with PyTorch's is `near`; "" if not."""
+        floor = self._cosine_floor
+        return "" if near >= floor else f"{PARTS['encoder']} {near:.5f} (wanted {floor})"
+
     def agreement(self) -> Agreement:
         """What was found; while images are left, the best that can come of it.
 
@@ -89,7 +94,7 @@ class GateTally:
         """
         near = min(self._cosines)
         parts = [f"{PARTS['encoder']} {near:.5f}"]
-        missed = {"encoder": "" if near >= self._near else f"{parts[0]} (wanted {self._near})"}
+        missed = {"encoder": self.missed_encoder(near)}
         for graph, values in self._values.items():
             left = self._left[graph]
             best = [*values, *[1.0] * left]
@@ -115,13 +120,14 @@ def agreement(
     """Ask a session all that PyTorch was asked, and compare its masks by the recipe's gate.
 
     Args:
-        session: the runtime, which may know answers already.
+        session: the runtime; an `AskedOnce` may know answers already.
         artefact: what it has opened.
         answers: the images; those with most objects first tell soonest.
         gate: the recipe's floors, which are raised by `MARGIN`.
         enough: asked after each image whether the rest need not be compared any more.
     """
-    asked, tally = AskedOnce(session), GateTally(answers, gate)
+    asked = session if isinstance(session, AskedOnce) else AskedOnce(session)
+    tally = GateTally(answers, gate)
     for case, want in answers:
         tally.add(case, ask(asked, artefact.preprocessing, case, want), want)
         asked.forget()

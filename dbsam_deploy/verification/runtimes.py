@@ -1,14 +1,16 @@
 """Tries the CPU's runtimes on an export: which keep its gate here, and which is the quickest.
 
 ONNX Runtime is what the export was compared with PyTorch on. The others are held against the masks
-of PyTorch that the export keeps, by the gate of its recipe, before they may be chosen.
+of PyTorch that the export keeps, by the gate of its recipe, before they may be chosen. Somebody
+may wait for a mask meanwhile: the likely choice is tried first, the others if there is time.
 """
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,24 +22,34 @@ from ..core.errors import DbsamError, InputError
 from ..core.graph_imaging import encoder_feed
 from ..core.imaging import ByteArray, FloatArray, Preprocessing
 from ..core.prompt_adapter import AT_ONCE
-from ..machine.hardware import cpuinfo, has_bfloat16
+from ..machine.hardware import cpuinfo, has_bfloat16, instruction_sets
 from ..recipe import load_recipe
 from ..sessions.onnxruntime_session import OnnxRuntimeSession
 from ..sessions.session import Feed, Session
-from ..sessions.trial_records import MISSES, Record, Trial, find_record, keep_record
-from .agreement import DECODERS, Agreement, KnownMasks, agreement
+from ..sessions.trial_records import (
+    MISSES,
+    OUT_OF_TIME,
+    Record,
+    Trial,
+    find_record,
+    keep_record,
+)
+from .agreement import DECODERS, Agreement, GateTally, KnownMasks, agreement
 from .answers import read_answers
-from .references import question
+from .parity import cosine, sample_of
+from .references import AskedOnce, Encodings
 
 Say = Callable[[str], None]
 DEFAULT = "onnxruntime"
 FLOAT32, LOWERED, BFLOAT16 = "float32", "bfloat16-decoders", "bfloat16"
-_ORDER = (BFLOAT16, LOWERED, FLOAT32)
-"""OpenVINO's precisions, the one that is the quickest where a processor has bfloat16 first."""
+BUDGET_S = 8.0
+"""Once a runtime keeps its gate, another is begun only if a trial that somebody waits for would end
+within so long; with a program's start and its first prediction that is ten seconds."""
 _SHOWN: tuple[tuple[str, str | None], ...] = (
     (DEFAULT, None),
-    *(("openvino", precision) for precision in reversed(_ORDER)),
+    *(("openvino", precision) for precision in (FLOAT32, LOWERED, BFLOAT16)),
 )
+_SLOWER = "not compared, since it is slower than the choice"
 _ROUNDS, _SECONDS = 5, 0.1
 """A question is timed at most so often, and repeated at most for so long."""
 
@@ -99,81 +111,44 @@ def tried_runtime(
     if found is not None and (found.every or not every):
         return Tried(found)
     say(f"trying the runtimes of this machine on {artefact.folder}, once")
-    tried = try_runtimes(artefact, place, every=every)
+    tried = try_runtimes(artefact, place, every=every, say=say)
     path = keep_record(artefact, tried.record, place.threads)
     say(f"{tried.record.chosen.name} is the quickest that keeps its gate, see {path}")
+    if tried.record.untried:
+        names = " and ".join(trial.name for trial in tried.record.untried)
+        command = f"python -m dbsam_deploy.doctor --artefact {shlex.quote(str(artefact.folder))}"
+        say(f"{names}: {OUT_OF_TIME}; `{command}` tries all")
     return tried
 
 
-def try_runtimes(artefact: Artefact, place: Place, *, every: bool = False) -> Tried:
+def try_runtimes(
+    artefact: Artefact, place: Place, *, every: bool = False, say: Say = lambda text: None
+) -> Tried:
     """Time the candidates, and hold those against PyTorch that would be quicker than the choice.
+
+    Once one keeps its gate, another is begun only if it will have ended within `BUDGET_S`, unless
+    it shall be `every` one.
 
     Args and errors: see `tried_runtime`.
     """
-    start = time.perf_counter()
-    answers: KnownMasks = ()
-    reason = ""
-    try:
-        answers = sorted(read_answers(artefact), key=lambda pair: -len(pair[0].boxes))
-    except InputError as error:
-        reason = error.message
-    bench = _Bench(artefact, place, answers, reason, every)
-    if answers or every:
-        bench.time_default()
-    for precision in _ORDER:
+    bench = _Bench(artefact, place, every)
+    if bench.answers or every:
+        bench.time_default(say)
+    for precision in _likely_first(artefact):
         bench.add(precision)
     trials = tuple(bench.trials[key] for key in _SHOWN)
-    seconds = round(time.perf_counter() - start, 1)
-    return Tried(Record(trials, every, seconds), bench.session)
+    return Tried(Record(trials, every, round(bench.seconds, 1)), bench.session)
 
 
-@dataclass
-class _Encoder:
-    """What encoders that compute alike have answered, and how fast.
+def _likely_first(artefact: Artefact) -> tuple[str, ...]:
+    """OpenVINO's precisions, the likely choice first.
 
-    Attributes:
-        answers: question → answer.
-        ms: of each run but a session's first, which opens the graph.
+    All in bfloat16 is the quickest; that it keeps the gate is likely between int8 layers, for which
+    a gate leaves more room, and with AMX. Else the encoder has to be float32 more often than not.
     """
-
-    answers: dict[str, dict[str, FloatArray]] = field(default_factory=dict)
-    ms: list[float] = field(default_factory=list)
-
-
-class _Known:
-    """A session whose encoder is not asked what one like it has answered.
-
-    Args:
-        session: what is asked.
-        encoder: what is known of its encoder, and adds to it.
-    """
-
-    def __init__(self, session: Session, encoder: _Encoder) -> None:
-        self.backend, self.session, self._encoder = session.backend, session, encoder
-        self._is_warm = False
-
-    def run(self, graph: str, feed: Feed) -> dict[str, FloatArray]:
-        """See `Session.run`."""
-        if graph != "encoder":
-            return self.session.run(graph, feed)
-        key = question(graph, feed)
-        if key not in self._encoder.answers:
-            self._encoder.answers[key] = self._encode(feed)
-        return dict(self._encoder.answers[key])
-
-    def encoder_ms(self, feed: Feed) -> float:
-        """The least, which other programs on the machine lengthen least; `feed` where none is."""
-        while not self._encoder.ms:
-            self._encode(feed)
-        return min(self._encoder.ms)
-
-    def _encode(self, feed: Feed) -> dict[str, FloatArray]:
-        start = time.perf_counter()
-        found = self.session.run("encoder", feed)
-        if self._is_warm:
-            self._encoder.ms.append(1000 * (time.perf_counter() - start))
-        self._is_warm = True
-        return found
+    if artefact.quantization.get("graphs") or instruction_sets(cpuinfo())["AMX-bf16"]:
+        return BFLOAT16, LOWERED, FLOAT32
+    return LOWERED, FLOAT32, BFLOAT16
 
 
 class _Bench:
@@ -182,40 +157,57 @@ class _Bench:
     Args:
         artefact: what is run.
         place: how.
-        answers: of PyTorch, or nothing.
-        reason: why there are none.
         every: see `tried_runtime`.
+
+    Attributes:
+        answers: of PyTorch, or nothing.
+        trials: backend and runtime precision → what was found.
+        session: of the choice, where it is still open and as it was asked.
     """
 
-    def __init__(
-        self, artefact: Artefact, place: Place, answers: KnownMasks, reason: str, every: bool
-    ) -> None:
+    def __init__(self, artefact: Artefact, place: Place, every: bool) -> None:
+        self._start, self._took_s = time.perf_counter(), 0.0
         self._artefact, self._place, self._every = artefact, place, every
-        self._answers, self._reason = answers, reason
-        self._encoders = {kind: _Encoder() for kind in (DEFAULT, FLOAT32, BFLOAT16)}
-        self._image, self._boxes = _questions(artefact.preprocessing, answers)
+        self._gate = load_recipe(artefact.precision).gate
+        self.answers: KnownMasks = ()
+        self._reason = ""
+        try:
+            self.answers = sorted(read_answers(artefact), key=lambda pair: -len(pair[0].boxes))
+        except InputError as error:
+            self._reason = error.message
+        self._encodings = {kind: Encodings() for kind in (FLOAT32, BFLOAT16)}
+        self._image, self._boxes = _questions(artefact.preprocessing, self.answers)
         default = Trial(DEFAULT, None, passes=True, verdict="the export's own gate")
         self.trials: dict[tuple[str, str | None], Trial] = {(DEFAULT, None): default}
         self.session: Session | None = None
 
-    def time_default(self) -> None:
-        """Time what the others have to beat."""
-        session = _open(self._artefact, self._place, DEFAULT, None)
-        known = _Known(session, self._encoders[DEFAULT])
-        trial = self._with_decoder(self.trials[DEFAULT, None], known)
-        self.trials[DEFAULT, None] = self._with_encoder(trial, known)
-        # After so many boxes it gives the memory back that it ran in.
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.perf_counter() - self._start
+
+    def time_default(self, say: Say) -> None:
+        """Time what the others have to beat, and say if that is going to take long."""
+        asked = AskedOnce(_open(self._artefact, self._place, DEFAULT, None))
+        trial = self._with_decoder(self.trials[DEFAULT, None], asked)
+        trial = self.trials[DEFAULT, None] = self._with_encoder(trial, asked)
+        # After so many boxes it gives the memory back that it ran in, which else outlives it.
         many = np.repeat(self._boxes[:, :1], AT_ONCE + 1, axis=1)
-        session.run("decoder", {**known.run("encoder", self._image), BOXES: many})
+        asked.run("decoder", {**asked.run("encoder", self._image), BOXES: many})
+        image_s = trial.encoder_ms / 1000
+        if len(self.answers) * image_s > BUDGET_S:
+            say(f"an image takes {image_s:.1f} s, and a runtime is asked about {len(self.answers)}")
 
     def add(self, precision: str) -> None:
         """Try OpenVINO in a precision, as far as it may be chosen."""
         trial = Trial("openvino", precision, passes=False, verdict=self._needless(precision))
         if not trial.verdict:
+            start = time.perf_counter()
             try:
                 trial = self._tried(trial)
             except DbsamError as error:
                 trial = replace(trial, verdict=error.message)
+            self._took_s = max(self._took_s, time.perf_counter() - start)
         self.trials[trial.backend, precision] = trial
 
     def _needless(self, precision: str) -> str:
@@ -224,12 +216,20 @@ class _Bench:
             return "this processor has no instructions for bfloat16"
         if self._every:
             return ""
-        if not self._answers:
+        if not self.answers:
             return self._reason
         lowered = self.trials.get(("openvino", LOWERED))
         if precision == FLOAT32 and lowered is not None and lowered.passes:
             return "not tried, since the same encoder with bfloat16 decoders keeps the gate"
-        return ""
+        return OUT_OF_TIME if self._is_late() else ""
+
+    def _is_late(self) -> bool:
+        """Whether there is no time for one more, going by how long those before it took.
+
+        Until one passes there is: to stop then would leave an export on the slowest for good.
+        """
+        has_passed = any(trial.passes for trial in self.trials.values() if trial.backend != DEFAULT)
+        return has_passed and self.seconds + self._took_s > BUDGET_S
 
     def _best_ms(self) -> float:
         return min(trial.total_ms for trial in self.trials.values() if trial.passes)
@@ -238,38 +238,58 @@ class _Bench:
         """A candidate with its times and its verdict."""
         precision = trial.runtime_precision
         session = _open(self._artefact, self._place, trial.backend, precision)
-        encoder = self._encoders[BFLOAT16 if precision == BFLOAT16 else FLOAT32]
-        known = _Known(session, encoder)
-        trial = self._with_decoder(trial, known)
-        if not self._answers:
-            return replace(self._with_encoder(trial, known), verdict=self._reason)
+        encodings = self._encodings[BFLOAT16 if precision == BFLOAT16 else FLOAT32]
+        asked = AskedOnce(session, encodings)
+        if verdict := self._ruled_out(asked):
+            return replace(self._with_encoder(trial, asked), verdict=verdict)
+        trial = self._with_decoder(trial, asked)
+        if not self.answers:
+            return replace(self._with_encoder(trial, asked), verdict=self._reason)
 
         def enough(found: Agreement) -> bool:
-            slow = encoder.ms and min(encoder.ms) + trial.eight_ms >= self._best_ms()
+            slow = 1000 * min(encodings.seconds) + trial.eight_ms >= self._best_ms()
             return not self._every and bool(slow or not _kept(precision, found))
 
-        gate = load_recipe(self._artefact.precision).gate
-        found = agreement(known, self._artefact, self._answers, gate, enough=enough)
-        trial, kept = self._with_encoder(trial, known), _kept(precision, found)
+        found = agreement(asked, self._artefact, self.answers, self._gate, enough=enough)
+        trial, kept = self._with_encoder(trial, asked), _kept(precision, found)
         missed = "; ".join(filter(None, found.missed.values()))
         if not kept:
             return replace(trial, verdict=f"{MISSES}: {missed}")
         if not found.whole:
-            return replace(trial, verdict="not compared, since it is slower than the choice")
+            return replace(trial, verdict=_SLOWER)
         if trial.total_ms < self._best_ms():
             self.session = session if kept == DECODERS else None
         exact = f"; float32 for {missed}" if missed else ""
         lowered = kept if precision == LOWERED else ()
         return replace(trial, passes=True, lowered=lowered, verdict=f"{found.text}{exact}")
 
-    def _with_encoder(self, trial: Trial, known: _Known) -> Trial:
-        return replace(trial, encoder_ms=round(known.encoder_ms(self._image), 2))
+    def _ruled_out(self, asked: AskedOnce) -> str:
+        """What one image's encoding decides, before a decoder is compiled; "" if it does not."""
+        if self._every:
+            return ""
+        near = cosine(sample_of(asked.run("encoder", self._image)), self.answers[0][1].sample)
+        if missed := GateTally(self.answers, self._gate).missed_encoder(near):
+            return f"{MISSES}: {missed}"
+        return _SLOWER if 1000 * min(asked.seconds["encoder"]) >= self._best_ms() else ""
 
-    def _with_decoder(self, trial: Trial, known: _Known) -> Trial:
+    def _with_encoder(self, trial: Trial, asked: AskedOnce) -> Trial:
+        """A trial with the least time of an image, which other programs lengthen least.
+
+        Where somebody waits, one run has to do for ONNX Runtime: it is a first one, as is what a
+        candidate is then compared by.
+        """
+        seconds = asked.seconds["encoder"]
+        while len(seconds) < 1 + self._every:
+            start = time.perf_counter()
+            asked.session.run("encoder", self._image)
+            seconds.append(time.perf_counter() - start)
+        return replace(trial, encoder_ms=round(1000 * min(seconds), 2))
+
+    def _with_decoder(self, trial: Trial, asked: AskedOnce) -> Trial:
         """A trial with the times of one box and eight."""
-        features = known.run("encoder", self._image)
+        features = asked.run("encoder", self._image)
         feeds = [{**features, BOXES: self._boxes[:, :count]} for count in (1, 8)]
-        one, eight = (_ms(partial(known.run, "decoder", feed)) for feed in feeds)
+        one, eight = (_ms(partial(asked.session.run, "decoder", feed)) for feed in feeds)
         return replace(trial, box_ms=round(one, 2), eight_ms=round(eight, 2))
 
 
@@ -291,6 +311,7 @@ def _questions(how: Preprocessing, answers: KnownMasks) -> tuple[Feed, FloatArra
 
 
 def _open(artefact: Artefact, place: Place, backend: str, precision: str | None) -> Session:
+    """A runtime whose encoder is ready: its first run is timed."""
     threads = place.threads or 0
     if backend == DEFAULT:
         return OnnxRuntimeSession(artefact, threads=threads)
@@ -298,9 +319,11 @@ def _open(artefact: Artefact, place: Place, backend: str, precision: str | None)
 
     lowered = DECODERS if precision == LOWERED else ()
     whole = BFLOAT16 if precision == BFLOAT16 else FLOAT32
-    return OpenvinoSession(
+    session = OpenvinoSession(
         artefact, precision=whole, lowered=lowered, cache=place.engine_cache, threads=threads
     )
+    session.compiled("encoder")
+    return session
 
 
 def _ms(work: Callable[[], object]) -> float:

@@ -39,7 +39,7 @@ def test_auto_tries_the_runtimes_once(make_artefact, tmp_path, monkeypatch, caps
     folder = make_artefact(tmp_path / "export").folder
     tried, sessions = [], [Opened()]
 
-    def play(artefact, place, *, every):
+    def play(artefact, place, *, every, say):
         tried.append((artefact.folder, every))
         trial = Trial("onnxruntime", None, True, "its own", (), 1.0, 1.0, 1.0)
         return Tried(Record((trial,), every, 0.1), sessions.pop())

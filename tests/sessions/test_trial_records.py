@@ -13,6 +13,7 @@ from dbsam_deploy.core.errors import EngineError, InputError
 from dbsam_deploy.sessions import trial_records
 from dbsam_deploy.sessions.backends import ModelOptions, open_backend
 from dbsam_deploy.sessions.trial_records import (
+    OUT_OF_TIME,
     Record,
     Trial,
     find_record,
@@ -38,6 +39,8 @@ def test_a_record_lies_beside_the_export(export: Artefact) -> None:
     assert find_record(load_artefact(export.folder)) == RECORD
     assert RECORD.chosen == QUICK
     assert (QUICK.total_ms, QUICK.further_ms) == (580, 9)
+    late = dataclasses.replace(QUICK, verdict=OUT_OF_TIME)
+    assert (RECORD.untried, Record((SLOW, late), False, 9.5).untried) == ((), (late,))
 
 
 def test_an_export_that_cannot_be_written_has_its_record_in_the_cache(
@@ -95,6 +98,10 @@ def test_bfloat16_decoders_need_a_verdict(export: Artefact) -> None:
     options = ModelOptions(
         "openvino", artefact=export.folder, runtime_precision="bfloat16-decoders"
     )
+    with pytest.raises(EngineError, match=r"was not measured: run `.*doctor --artefact"):
+        open_backend(options)
+    late = dataclasses.replace(QUICK, passes=False, verdict=OUT_OF_TIME, lowered=())
+    keep_record(export, Record((SLOW, late), False, 1.0))
     with pytest.raises(EngineError, match=r"was not measured: run `.*doctor --artefact"):
         open_backend(options)
     missed = dataclasses.replace(QUICK, passes=False, verdict="misses its gate: 0.9", lowered=())

@@ -18,7 +18,12 @@ from dbsam_deploy.recipe import Parity
 from dbsam_deploy.sessions.pytorch_session import PytorchSession
 from dbsam_deploy.verification.cases import bundled_examples, load_cases
 from dbsam_deploy.verification.parity import compare, compare_apart
-from dbsam_deploy.verification.references import AskedOnce, References, references_key
+from dbsam_deploy.verification.references import (
+    AskedOnce,
+    References,
+    question,
+    references_key,
+)
 
 HOW = Preprocessing(64)
 
@@ -218,6 +223,17 @@ def test_an_image_is_asked_each_question_once():
     asked.forget()
     asked.run("encoder", image(1))
     assert len(session.asked) == len(asked.seconds["encoder"]) == 2
+
+
+def test_a_question_is_its_numbers_however_they_lie_in_memory():
+    whole = np.arange(24, dtype=np.float32).reshape(4, 6)
+    turned = question("decoder", {"boxes": whole.T})
+    assert turned == question("decoder", {"boxes": whole.T.copy()})
+    assert turned != question("decoder", {"boxes": whole.reshape(6, 4)})
+    assert question("decoder", {"boxes": whole[:0]}) != question("decoder", {"boxes": whole[:, :0]})
+    parts = [b"decoder", b"boxes", b"float32", b"(4, 6)", whole.tobytes()]
+    known = hashlib.sha256(b"".join(len(p).to_bytes(8, "little") + p for p in parts))
+    assert question("decoder", {"boxes": whole}) == known.hexdigest()
 
 
 def test_one_of_the_two_is_open_at_a_time_and_the_figures_are_the_same(make, cases):

@@ -12,13 +12,17 @@ import pytest
 
 from dbsam_deploy.artefact import Artefact
 from dbsam_deploy.core.errors import EngineError
+from dbsam_deploy.core.graph_imaging import encoder_feed
 from dbsam_deploy.recipe import load_recipe
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
-from dbsam_deploy.sessions.trial_records import find_record
-from dbsam_deploy.verification import runtimes
+from dbsam_deploy.sessions.openvino_session import OpenvinoSession
+from dbsam_deploy.sessions.trial_records import OUT_OF_TIME, find_record
+from dbsam_deploy.verification import references, runtimes
 from dbsam_deploy.verification.agreement import agreement
 from dbsam_deploy.verification.answers import read_answers
-from dbsam_deploy.verification.runtimes import Place, runtime_record, try_runtimes
+from dbsam_deploy.verification.runtimes import BUDGET_S, Place, runtime_record, try_runtimes
+
+AMX, AVX512 = "flags : avx512_bf16 amx_bf16", "flags : avx512_bf16"
 
 
 class Clock:
@@ -61,11 +65,13 @@ class Played:
     """What `play` puts in the runtimes' place.
 
     Attributes:
+        clock: tells how long they took.
         seconds: runtime precision, None for the default → what each run takes.
         wrong: runtime precision → the graphs that it gets wrong, or why it does not open.
         opened: runtime precision → the session.
     """
 
+    clock: Clock
     seconds: dict[str | None, float]
     wrong: dict[str | None, tuple[str, ...] | Exception]
     opened: dict[str | None, Bent] = dataclasses.field(default_factory=dict)
@@ -73,12 +79,16 @@ class Played:
 
 @pytest.fixture
 def play(monkeypatch: pytest.MonkeyPatch):
-    """Puts sessions in the runtimes' place, see `Played`; bfloat16 is the quickest by default."""
+    """Puts sessions in the runtimes' place, see `Played`; bfloat16 is the quickest by default.
+
+    The processor has AMX.
+    """
 
     def start(**words: tuple[str, ...] | Exception | float) -> Played:
         clock = Clock()
         keys = {word: word.replace("_", "-") for word in words}
         played = Played(
+            clock,
             {None: 4.0, "float32": 3.0, "bfloat16-decoders": 2.0, "bfloat16": 1.0},
             {keys[w]: value for w, value in words.items() if not isinstance(value, float)},
         )
@@ -94,7 +104,8 @@ def play(monkeypatch: pytest.MonkeyPatch):
 
         monkeypatch.setattr(runtimes, "_open", open_one)
         monkeypatch.setattr(runtimes, "time", clock)
-        monkeypatch.setattr(runtimes, "has_bfloat16", lambda text: True)
+        monkeypatch.setattr(references, "time", clock)
+        monkeypatch.setattr(runtimes, "cpuinfo", lambda: AMX)
         return played
 
     return start
@@ -148,6 +159,86 @@ def test_each_image_is_encoded_once_for_each_kind_of_encoder(answered: Artefact,
     try_runtimes(answered, Place(), every=True)
     asked = {precision: session.asked["encoder"] for precision, session in played.opened.items()}
     assert asked == {None: 2, "bfloat16": 2, "bfloat16-decoders": 2, "float32": 0}
+    hurried = play()
+    try_runtimes(answered, Place())
+    assert hurried.opened[None].asked["encoder"] == 1
+
+
+def test_once_one_keeps_its_gate_others_are_tried_while_there_is_time(answered, play) -> None:
+    played, said = play(), []
+    record = runtime_record(answered, Place(), said.append)
+    assert record.seconds > BUDGET_S
+    assert list(played.opened) == [None, "bfloat16"]
+    assert record.chosen.name == "openvino, bfloat16"
+    assert [trial.name for trial in record.untried] == [
+        "openvino, float32",
+        "openvino, bfloat16-decoders",
+    ]
+    assert {(trial.verdict, trial.passes, trial.total_ms) for trial in record.untried} == {
+        (OUT_OF_TIME, False, 0)
+    }
+    folder = answered.folder
+    assert said[-1] == (
+        "openvino, float32 and openvino, bfloat16-decoders: not tried: out of time; "
+        f"`python -m dbsam_deploy.doctor --artefact {folder}` tries all"
+    )
+    whole = runtime_record(answered, Place(), said.append, every=True)
+    assert [trial.passes for trial in whole.trials] == [True] * 4
+    assert whole.untried == ()
+
+
+@pytest.mark.parametrize(("slower", "begun"), [(1.0, True), (2.0, False)])
+def test_what_would_end_too_late_is_not_begun(answered: Artefact, play, slower, begun) -> None:
+    """What passes is asked 12 times after the default's six; then as much again would be."""
+    played = play(bfloat16=0.125 * slower, bfloat16_decoders=0.1 * slower)
+    played.seconds[None] = 0.25 * slower
+    record = try_runtimes(answered, Place()).record
+    assert ("bfloat16-decoders" in played.opened) == begun
+    assert record.seconds < BUDGET_S
+    chosen = "bfloat16-decoders" if begun else "bfloat16"
+    assert record.chosen.name == f"openvino, {chosen}"
+
+
+def test_the_search_goes_on_until_one_keeps_its_gate(answered: Artefact, play) -> None:
+    played = play(bfloat16=("decoder",), bfloat16_decoders=("decoder", "prompt_decoder"))
+    record = try_runtimes(answered, Place()).record
+    assert list(played.opened) == [None, "bfloat16", "bfloat16-decoders", "float32"]
+    assert record.chosen.name == "openvino, float32"
+    assert record.seconds > BUDGET_S
+
+
+def test_the_likely_choice_is_tried_first(answered: Artefact, play, monkeypatch) -> None:
+    monkeypatch.setattr(runtimes, "BUDGET_S", 1000.0)
+    quantised = dataclasses.replace(answered, quantization={"graphs": ["another"]})
+    for export, processor, order in (
+        (answered, AMX, ["bfloat16", "bfloat16-decoders", "float32"]),
+        (answered, AVX512, ["bfloat16-decoders", "bfloat16"]),
+        (quantised, AVX512, ["bfloat16", "bfloat16-decoders", "float32"]),
+    ):
+        played = play()
+        monkeypatch.setattr(runtimes, "cpuinfo", lambda text=processor: text)
+        try_runtimes(export, Place())
+        assert list(played.opened) == [None, *order]
+
+
+def test_an_encoder_that_is_wrong_or_slow_ends_it_before_a_decoder_is_asked(
+    answered: Artefact, play
+) -> None:
+    played = play(bfloat16=("encoder",), bfloat16_decoders=8.0, float32=1.0)
+    record = try_runtimes(answered, Place()).record
+    assert record.trials[3].verdict == "misses its gate: cosine -1.00000 (wanted 0.999991)"
+    assert record.trials[2].verdict == "not compared, since it is slower than the choice"
+    for precision in ("bfloat16", "bfloat16-decoders"):
+        assert played.opened[precision].asked == {"encoder": 1}
+    assert record.trials[2].encoder_ms == 8000
+
+
+def test_who_waits_is_told_how_long_an_image_takes_where_it_is_long(answered, play) -> None:
+    said: list[str] = []
+    for seconds in (3.0, 5.0):
+        play().seconds[None] = seconds
+        try_runtimes(answered, Place(), say=said.append)
+    assert said == ["an image takes 5.0 s, and a runtime is asked about 2"]
 
 
 def test_what_is_slower_is_not_compared_to_the_end(answered: Artefact, play) -> None:
@@ -213,7 +304,7 @@ def test_what_cannot_be_compared_is_not_taken(answered: Artefact, play) -> None:
 def test_what_does_not_open_is_a_row(answered: Artefact, play, monkeypatch) -> None:
     missing = EngineError("no OpenVINO here")
     play(float32=missing, bfloat16=missing)
-    monkeypatch.setattr(runtimes, "has_bfloat16", lambda text: False)
+    monkeypatch.setattr(runtimes, "cpuinfo", lambda: "flags : avx2")
     record = try_runtimes(answered, Place()).record
     assert record.trials[1].verdict == "no OpenVINO here"
     assert "no instructions for bfloat16" in record.trials[2].verdict
@@ -226,10 +317,10 @@ def test_a_record_is_measured_once(answered: Artefact, play) -> None:
     first = runtime_record(answered, Place(), said.append)
     assert said[0].startswith("trying the runtimes of this machine on ")
     assert runtime_record(answered, Place(), said.append) == first == find_record(answered)
-    assert len(said) == 2
+    assert len(said) == 3
     runtime_record(answered, Place(), said.append, again=True)
     whole = runtime_record(answered, Place(), said.append, every=True)
-    assert (whole.every, len(said)) == (True, 6)
+    assert (whole.every, len(said)) == (True, 8)
     assert runtime_record(answered, Place(), said.append) == whole
 
 
@@ -240,7 +331,7 @@ def test_a_damaged_record_is_said_and_measured_again(answered: Artefact, play) -
     (path,) = (answered.folder / "trials").iterdir()
     path.write_text(path.read_text().replace("onnxruntime", "openvino"))
     assert runtime_record(answered, Place(), said.append).chosen.backend == first.chosen.backend
-    assert "was edited" in said[2]
+    assert "was edited" in said[3]
 
 
 @pytest.mark.openvino
@@ -252,3 +343,14 @@ def test_real_runtimes(answered: Artefact, tmp_path: Path) -> None:
     assert min(one.encoder_ms, one.box_ms, two.eight_ms) > 0
     assert {trial.passes for trial in lowered} == {False}
     assert np.isfinite(record.chosen.total_ms)
+
+
+@pytest.mark.openvino
+def test_an_encoder_is_compiled_before_its_first_run_is_timed(
+    answered: Artefact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Place(engine_cache=tmp_path / "cache")
+    session = runtimes._open(answered, place, "openvino", "float32")
+    monkeypatch.setattr(OpenvinoSession, "_compile", lambda *args: pytest.fail("compiled"))
+    feed = encoder_feed(read_answers(answered)[0][0].image, answered.preprocessing)
+    assert session.run("encoder", feed)
