@@ -105,7 +105,8 @@ class GateTally:
             missed[graph] = "" if held else f"{parts[-1]} {wanted}"
         drop, whole = float(np.mean(self._drops)), not any(self._left.values())
         if whole and not drop <= self._most_dice_drop:
-            missed["decoder"] += f", Dice drop {drop:.4f} (wanted {self._most_dice_drop})"
+            lost = f"Dice drop {drop:.4f} (wanted {self._most_dice_drop})"
+            missed["decoder"] = ", ".join(filter(None, [missed["decoder"], lost]))
         return Agreement(missed, ", ".join(parts), whole)
 
 
