@@ -4,6 +4,7 @@
     ├── InputError        an image, prompt, option or recipe from the caller (exit status 2)
     ├── CheckpointError   a weights file that cannot be read or does not fit  (exit status 2)
     ├── EngineError       a runtime or engine that is missing or refuses      (exit status 2)
+    │   ├── CacheError    no place for what is kept between runs
     │   └── MissingError  a package or tool that one line installs
     └── StageError        a stage failed                                      (exit status 1)
         ├── ExportError     a graph that cannot be written or is not valid
@@ -49,6 +50,10 @@ class CheckpointError(DbsamError):
 
 class EngineError(DbsamError):
     """A runtime is missing, refuses the artefact, or its output is unusable."""
+
+
+class CacheError(EngineError):
+    """What a runtime keeps between runs has no place: a folder's or disk's fault, not its own."""
 
 
 class MissingError(EngineError):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..core.errors import EngineError
+from ..core.errors import CacheError
 from .atomic import write_atomically
 
 OTHER_FOLDER = "name another folder (--engine-cache; for any command XDG_CACHE_HOME)"
@@ -31,13 +31,13 @@ def cache_folder(name: str) -> Path:
     """Where this user's files of one kind are kept: below XDG_CACHE_HOME, or else `~/.cache`.
 
     Raises:
-        EngineError: neither is known, as for a container's user without a name.
+        CacheError: neither is known, as for a container's user without a name.
     """
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))  # one that is not absolute does not count
     try:
         caches = given if given.is_absolute() else Path.home() / ".cache"
     except RuntimeError:
-        raise EngineError(
+        raise CacheError(
             f"no place for {name} of this user, who has no home folder: name one of this user's "
             "in the environment's XDG_CACHE_HOME"
         ) from None
@@ -53,21 +53,21 @@ def private_folder(folder: Path, what: str, hint: str = "") -> Path:
         hint: what a user can do about a refusal.
 
     Raises:
-        EngineError: it cannot be made, belongs to another user, or others may write there.
+        CacheError: it cannot be made, belongs to another user, or others may write there.
     """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.stat()
     except OSError as error:
-        raise EngineError(f"{what} cannot be kept in {folder}: {error.strerror}{hint}") from None
+        raise CacheError(f"{what} cannot be kept in {folder}: {error.strerror}{hint}") from None
     owner = getattr(os, "geteuid", lambda: found.st_uid)()  # Windows has no such number
     if found.st_uid != owner:
-        raise EngineError(
+        raise CacheError(
             f"{what} cannot be kept in {folder}: it belongs to user {found.st_uid}, and this is "
             f"user {owner}{hint}"
         )
     if os.name == "posix" and found.st_mode & 0o022:
-        raise EngineError(
+        raise CacheError(
             f"{what} cannot be kept in {folder}: other users may write there; run "
             f"`chmod go-w {folder}`{hint}"
         )

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..core.errors import EngineError
+from ..core.errors import CacheError
 from ..files.inputs import digest
 from ..files.onnx_data import OnnxContent
 from ..files.private import discard, making, private_folder, trim
@@ -44,7 +44,8 @@ def map_weights(runtime: ModuleType, content: OnnxContent, cache: Path, threads:
         threads: intra-op threads of the session that writes it, 0 for one per core.
 
     Raises:
-        EngineError: the files cannot be kept, or ONNX Runtime refuses the graph.
+        CacheError: the files cannot be kept.
+        EngineError: ONNX Runtime refuses the graph.
     """
     private_folder(cache, "mapped weights")
     facts = [runtime.__version__, runtime.get_build_info(), processor(cpuinfo())]
@@ -58,7 +59,7 @@ def map_weights(runtime: ModuleType, content: OnnxContent, cache: Path, threads:
                 open_session(runtime, content, CPU, threads=threads, prepare=pack)
                 kept = _keep(cache, key, scratch)
         except OSError as error:
-            raise EngineError(
+            raise CacheError(
                 f"mapped weights cannot be kept in {cache}: {error.strerror}"
             ) from error
         trim(cache, _SUFFIX, KEPT_BYTES, spare=kept)

@@ -24,7 +24,7 @@ import onnx.inliner
 from ..artefact import Artefact, take_graphs
 from ..core.compiled_parts import run_parts
 from ..core.contract import BATCH, MASK_BITS, GraphSpec, graph_specs
-from ..core.errors import EngineError, InputError
+from ..core.errors import CacheError, EngineError, InputError
 from ..core.imaging import FloatArray
 from ..extras import require
 from ..files.atomic import write_files
@@ -246,7 +246,7 @@ class OpenvinoSession:
         try:
             yield
         except OSError as error:
-            raise EngineError(
+            raise CacheError(
                 f"compiled models cannot be kept in {self._cache}: {error.strerror}; {OTHER_FOLDER}"
             ) from error
 

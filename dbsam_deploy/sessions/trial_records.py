@@ -7,6 +7,8 @@ on. Another processor, runtime or export has another record.
 
 from __future__ import annotations
 
+import math
+import os
 import shlex
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,7 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..artefact import TRIALS, Artefact
-from ..core.errors import EngineError, InputError
+from ..core.contract import Geometry, graph_specs
+from ..core.errors import CacheError, EngineError, InputError
 from ..files.inputs import code_digest, key_of
 from ..files.manifests import Body, ManifestKind
 from ..files.private import cache_folder, private_folder
@@ -146,7 +149,7 @@ def find_record(artefact: Artefact, threads: int | None = None) -> Record | None
     """
     key = record_key(artefact, threads)
     for path in _places(artefact, key):
-        if path.is_file():
+        if os.path.isfile(path):  # another user's cache is as good as none
             return _KIND.read(path, lambda body: _record(key, body))
     return None
 
@@ -155,7 +158,7 @@ def keep_record(artefact: Artefact, record: Record, threads: int | None = None) 
     """Write a record beside the export, or else into this user's cache, and return its place.
 
     Raises:
-        EngineError: neither can be written.
+        CacheError: neither can be written.
     """
     key = record_key(artefact, threads)
     body = {"key": key, **asdict(record)}
@@ -167,7 +170,7 @@ def keep_record(artefact: Artefact, record: Record, threads: int | None = None) 
     try:
         return _KIND.write(cached, body)
     except OSError as error:
-        raise EngineError(f"{cached} cannot be written: {error.strerror}") from error
+        raise CacheError(f"{cached} cannot be written: {error.strerror}") from error
 
 
 def lowered_graphs(artefact: Artefact, threads: int | None = None) -> tuple[str, ...]:
@@ -201,9 +204,17 @@ def _places(artefact: Artefact, key: str) -> Iterator[Path]:
 def _record(key: str, body: Body) -> Record:
     if body.pop("key") != key:
         raise ValueError("of another export or machine")
-    trials = tuple(
-        Trial(**{**trial, "lowered": tuple(trial["lowered"])}) for trial in body["trials"]
-    )
+    trials = tuple(_trial(given) for given in body["trials"])
     if not any(trial.passes for trial in trials):
         raise ValueError("no runtime that may be used")
     return Record(trials, bool(body["every"]), float(body["seconds"]))
+
+
+def _trial(given: Body) -> Trial:
+    trial = Trial(**{**given, "lowered": tuple(given["lowered"])})
+    times = (trial.encoder_ms, trial.box_ms, trial.eight_ms)
+    if type(trial.passes) is not bool or not all(math.isfinite(ms) and ms >= 0 for ms in times):
+        raise ValueError(f"{trial.backend!r:.40}: expected a verdict and times in ms")
+    if not set(trial.lowered) <= set(graph_specs(Geometry(1024))) - {"encoder"}:
+        raise ValueError(f"{trial.lowered!r:.80}: expected decoders")
+    return trial

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..artefact import Artefact
 from ..core.contract import BOXES
-from ..core.errors import DbsamError, InputError
+from ..core.errors import CacheError, DbsamError, InputError
 from ..core.graph_imaging import encoder_feed
 from ..core.imaging import ByteArray, FloatArray, Preprocessing
 from ..core.prompt_adapter import AT_ONCE
@@ -205,6 +205,8 @@ class _Bench:
             start = time.perf_counter()
             try:
                 trial = self._tried(trial)
+            except CacheError:  # says nothing of the runtime, and would be believed for good
+                raise
             except DbsamError as error:
                 trial = replace(trial, verdict=error.message)
             self._took_s = max(self._took_s, time.perf_counter() - start)

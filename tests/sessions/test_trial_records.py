@@ -88,6 +88,29 @@ def test_an_edited_record_is_refused(export: Artefact) -> None:
         find_record(export)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"passes": "yes"},
+        {"encoder_ms": "x"},
+        {"encoder_ms": -5.0},
+        {"lowered": ("encoder",)},
+        {"lowered": ("nothing",)},
+    ],
+)
+def test_a_record_of_other_values_is_refused_though_its_hash_fits(export: Artefact, change) -> None:
+    keep_record(export, Record((SLOW, dataclasses.replace(QUICK, **change)), True, 1.0))
+    with pytest.raises(InputError, match=r"expected (a verdict|decoders)|number|real"):
+        find_record(export)
+
+
+def test_a_cache_that_cannot_be_looked_into_has_no_record(
+    export: Artefact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/" + "x" * 300)  # longer than a name may be
+    assert find_record(export) is None
+
+
 def test_a_record_without_a_choice_is_refused(export: Artefact) -> None:
     keep_record(export, Record((dataclasses.replace(SLOW, passes=False),), True, 1.0))
     with pytest.raises(InputError, match="no runtime that may be used"):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dbsam_deploy.artefact import Artefact
-from dbsam_deploy.core.errors import EngineError
+from dbsam_deploy.core.errors import CacheError, EngineError
 from dbsam_deploy.core.graph_imaging import encoder_feed
 from dbsam_deploy.recipe import load_recipe
 from dbsam_deploy.sessions.onnxruntime_session import OnnxRuntimeSession
@@ -309,6 +309,17 @@ def test_what_does_not_open_is_a_row(answered: Artefact, play, monkeypatch) -> N
     assert record.trials[1].verdict == "no OpenVINO here"
     assert "no instructions for bfloat16" in record.trials[2].verdict
     assert record.chosen.backend == "onnxruntime"
+
+
+@pytest.mark.openvino
+def test_a_cache_that_cannot_be_used_is_no_verdict_on_a_runtime(
+    answered: Artefact, tmp_path: Path
+) -> None:
+    place = tmp_path / "a file"
+    place.touch()
+    with pytest.raises(CacheError, match="compiled models cannot be kept in"):
+        runtime_record(answered, Place(engine_cache=place), print)
+    assert find_record(answered) is None
 
 
 def test_a_record_is_measured_once(answered: Artefact, play) -> None:
