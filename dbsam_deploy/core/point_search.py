@@ -7,6 +7,8 @@ took four times as long and were chosen where they were worse (docs/facts.md).
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import numpy.typing as npt
 
@@ -36,14 +38,19 @@ def boxes_around(marked: npt.NDArray[np.float64], size: tuple[int, int]) -> Boxe
 
 
 def boxes_past(
-    box: npt.NDArray[np.float64], earlier: npt.NDArray[np.float64] | None, size: tuple[int, int]
+    box: npt.NDArray[np.float64],
+    earlier: npt.NDArray[np.float64] | None,
+    size: tuple[int, int],
+    *,
+    where_new: Collection[float] = GROWTHS,
 ) -> Boxes:
     """Boxes that hold what `box` does and go beyond it, on all sides or where it is new.
 
     Args:
         box: (4,) around all that the object shall have.
-        earlier: (4,) around what it has; its sides that `box` shares stay in half of the boxes.
+        earlier: (4,) around what it has; its sides that `box` shares stay in some of the boxes.
         size: of the slice.
+        where_new: the growths that are also tried where `box` is new alone.
     """
     width, height = max(box[2] - box[0], 4.0), max(box[3] - box[1], 4.0)
     out = np.array([-width, -height, width, height])
@@ -51,7 +58,7 @@ def boxes_past(
     moved = np.ones(4, bool) if earlier is None else np.asarray(box != earlier)
     for growth in GROWTHS:
         found.append(box + growth * out)
-        if moved.any() and not moved.all():
+        if growth in where_new and moved.any() and not moved.all():
             found.append(box + growth * out * moved)
     return inside(np.array(found), size)
 

@@ -28,6 +28,8 @@ _MOST_POINTS = 8
 """Of a stroke, that the model is told."""
 _LIKENESS = 0.5
 """Of an object that is added to, which every answer holds anyway (docs/facts.md)."""
+_WHERE_NEW = (0.1, 0.35)
+"""Growths on new sides alone: eight boxes in all, which are decoded at once (docs/facts.md)."""
 _LARGEST_PIECE = 0.5
 """Of the mask, that one click outside may take away."""
 
@@ -134,7 +136,7 @@ class SliceWork:
             return self._surest(self._answers(boxes_around(new, size)), wanted, unwanted)
         earlier = np.array(wish.box if wish.box is not None else mask_box(self.before), float)
         both = np.concatenate([np.minimum(earlier, new)[:2], np.maximum(earlier, new)[2:]])
-        answers = self._answers(boxes_past(both, earlier, size))
+        answers = self._answers(boxes_past(both, earlier, size, where_new=_WHERE_NEW))
         # What is marked inside takes nothing away; an empty answer stays one.
         masks = (answers.masks | self.before) * answers.masks.any((2, 3), keepdims=True)
         united = replace(answers, masks=masks)

@@ -41,6 +41,8 @@ def test_boxes_past_a_box_hold_it_and_leave_old_sides_where_they_are():
     kept = (boxes[:, [0, 1, 3]] == earlier[[0, 1, 3]]).all(1)
     assert 1 < kept.sum() < len(boxes)
     assert boxes[:, 2].max() == 72.5
+    fewer = boxes_past(both, earlier, SIZE, where_new=(0.1, 0.35))
+    np.testing.assert_array_equal(fewer, boxes[[0, 1, 3, 4, 5, 7, 8, 9]])
 
 
 def test_the_surest_answer_of_those_that_obey_is_taken():

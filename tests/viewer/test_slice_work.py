@@ -10,8 +10,8 @@ from support.box_trained import blocks, picture
 from support.bright import BrightPredictor
 
 from dbsam_deploy.core.masks import Prediction
-from dbsam_deploy.core.point_search import MOST_BOXES
 from dbsam_deploy.core.points import BOX_TRAINED, NATIVE, PointRules
+from dbsam_deploy.core.prompt_adapter import AT_ONCE
 from dbsam_deploy.images.arrays import as_volume
 from dbsam_deploy.viewer.slice_work import SliceWork, Wish
 from dbsam_deploy.volumes.embeddings import SharedPredictor
@@ -92,7 +92,7 @@ def test_a_click_inside_takes_nothing_away():
 def test_an_earlier_click_is_obeyed_without_asking_the_model_again():
     predictor, before = Counting(BOX_TRAINED), blocks((20, 16, 30, 30))
     mask = clicked(predictor, before, (22, 35, False), (20, 38, True))
-    assert predictor.boxes <= MOST_BOXES
+    assert predictor.boxes == AT_ONCE
     assert mask[20, 38]
     assert not mask[21:24, 34:37].any()
     assert mask[22, 32]
