@@ -24,6 +24,8 @@ def prompts_of(kind: str, model) -> GivenPrompts:
 
 @pytest.fixture(scope="module")
 def model():
+    # Of random models 4 in 518 had a ReLU so near zero that rounding opens it on one side alone.
+    torch.manual_seed(0)
     return small_model("db_sam_tiny", 128).eval()
 
 
